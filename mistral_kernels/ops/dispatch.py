@@ -1,0 +1,149 @@
+"""Which backend serves a tensor, and why; the current device; what the device can do.
+
+``triton`` serves GPU tensors and ``torch`` serves CPU tensors; the environment variable
+``MISTRAL_KERNELS_BACKEND=auto|triton|torch`` forces one. Nothing falls back: a backend that cannot
+run raises, naming the remedy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from typing import Any, NamedTuple
+
+import torch
+
+BACKEND_VARIABLE = "MISTRAL_KERNELS_BACKEND"
+_NO_GUARD = contextlib.nullcontext()
+
+
+class Backend(NamedTuple):
+    """A choice (``"triton"`` or ``"torch"``) and the reason for it, in words for people."""
+
+    name: str
+    reason: str
+
+
+class DeviceProperties(NamedTuple):
+    """What launch parameters depend on. ``arch``: 90 for sm_90, or AMD's name, ``"gfx942"``."""
+
+    platform: str  # "cuda" or "hip"
+    arch: int | str
+    multiprocessors: int
+    shared_memory: int  # bytes that one block may use
+
+
+def choose_backend(device: torch.device) -> Backend:
+    """The backend for tensors on ``device``.
+
+    Raises:
+        ValueError: ``MISTRAL_KERNELS_BACKEND`` is none of auto, triton, torch.
+        RuntimeError: the backend cannot run here; the message names the remedy.
+    """
+    return _choose(device.type, os.environ.get(BACKEND_VARIABLE, "auto"))
+
+
+def uses_triton(x: torch.Tensor) -> bool:
+    """True when the Triton backend serves ``x``."""
+    return choose_backend(x.device).name == "triton"
+
+
+def require_torch_backend(op: str) -> None:
+    """For an operator that has no Triton kernel: on whatever device, PyTorch's operators serve it.
+
+    Raises:
+        NotImplementedError: ``MISTRAL_KERNELS_BACKEND=triton`` asks for a kernel that is not there.
+    """
+    if os.environ.get(BACKEND_VARIABLE) == "triton":
+        raise NotImplementedError(
+            f"{op} has no Triton kernel yet; set {BACKEND_VARIABLE}=auto to use those there are"
+        )
+
+
+@functools.cache  # exceptions are not cached: a remedy takes effect at the next call
+def _choose(device_type: str, setting: str) -> Backend:
+    if setting not in ("auto", "triton", "torch"):
+        raise ValueError(f"{BACKEND_VARIABLE} is {setting!r}; expected 'auto', 'triton' or 'torch'")
+    if setting == "torch":
+        return Backend("torch", f"{BACKEND_VARIABLE}=torch")
+    if setting == "auto" and device_type != "cuda":
+        return Backend("torch", f"{device_type} tensors: PyTorch's own operators")
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError(
+            f"the triton backend was chosen for {device_type} tensors but triton is not installed; "
+            f"run `pip install triton`, or set {BACKEND_VARIABLE}=torch"
+        )
+    if device_type == "cuda":
+        forced = f"{BACKEND_VARIABLE}=triton" if setting == "triton" else "GPU tensors"
+        return Backend("triton", f"{forced}: Triton kernels")
+    return Backend("triton", f"{BACKEND_VARIABLE}=triton: {_what_runs_triton_on(device_type)}")
+
+
+def _what_runs_triton_on(device_type: str) -> str:
+    if _interpreting():
+        return "Triton's interpreter (TRITON_INTERPRET=1)"
+    from triton.runtime import driver
+
+    try:
+        served = driver.active.get_active_torch_device().type
+    except RuntimeError:  # Triton found no driver at all
+        served = None
+    if served == device_type:
+        return f"Triton's active driver runs compiled kernels on {device_type} tensors"
+    raise RuntimeError(
+        f"{BACKEND_VARIABLE}=triton, but nothing here runs Triton kernels on {device_type} "
+        "tensors; move them to a GPU, set TRITON_INTERPRET=1 before Python starts, "
+        f"or unset {BACKEND_VARIABLE}"
+    )
+
+
+def _interpreting() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the device of ``x`` current, where Triton launches; nothing to do for CPU tensors."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return _NO_GUARD
+
+
+def device_properties(x: torch.Tensor) -> DeviceProperties:
+    """What the device that runs Triton kernels on ``x`` can do; not for code being traced."""
+    if not x.is_cuda and _interpreting():
+        # The interpreter has no device. Few multiprocessors make loops take several turns.
+        return DeviceProperties("cuda", 80, 4, 163 * 1024)
+    from triton.runtime import driver
+
+    return _query(driver.active, x.device.index or 0)
+
+
+@functools.cache
+def _query(driver: Any, index: int) -> DeviceProperties:
+    target = driver.get_current_target()
+    properties = driver.utils.get_device_properties(index)
+    return DeviceProperties(
+        target.backend,
+        target.arch,
+        properties["multiprocessor_count"],
+        properties["max_shared_mem"],
+    )
+
+
+def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """``x`` as rows of its last dimension, and the stride between rows in elements.
+
+    Copies only when the rows are not evenly spaced or their elements not contiguous. Contiguous
+    tensors come back in the shape they have: a kernel needs no more than the pointer and stride.
+    """
+    width = x.shape[-1]
+    if x.is_contiguous():
+        return x, width
+    rows = x.reshape(-1, width)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    return rows, rows.stride(0)
