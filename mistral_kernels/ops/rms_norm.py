@@ -1,0 +1,370 @@
+"""RMSNorm, alone or fused with the residual addition before it (arXiv:1910.07467).
+
+    h = x + residual                    in x.dtype; h = x without a residual
+    rstd = 1 / sqrt(mean(h^2) + eps)    in fp32, one per row
+    y = weight * (h * rstd)             h * rstd is rounded to x.dtype before the product
+
+Backward, with g = weight * dy and n = h * rstd, all in fp32:
+
+    dx = dresidual = rstd * (g - n * mean(g * n)) + dh, where dh is the gradient of the output h
+    dweight = sum over rows of dy * n
+
+x, residual, y, h: (..., hidden). weight: (hidden,). rstd: (...). Each element is read and written
+once, forward and backward. dweight is summed without atomics: each program leaves one row of
+partial sums, and a second kernel adds those up in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.ops import launch_configs
+from mistral_kernels.ops.dispatch import as_rows, device_guard, device_properties, uses_triton
+from mistral_kernels.ops.launch_configs import cdiv
+from mistral_kernels.ops.lazy_triton import jit
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@jit
+def _forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    h_ptr,
+    rstd_ptr,
+    x_stride,
+    residual_stride,
+    rows,
+    eps,
+    HIDDEN: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SAVE_RSTD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
+    col = tl.arange(0, BLOCK_COLS)[None, :]
+    mask = (row < rows) & (col < HIDDEN)
+
+    weight = tl.load(weight_ptr + col, mask=col < HIDDEN, other=0.0)  # [1, BLOCK_COLS]
+    h = tl.load(x_ptr + row * x_stride + col, mask=mask, other=0.0)  # [BLOCK_ROWS, BLOCK_COLS]
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + row * residual_stride + col, mask=mask, other=0.0)
+        h = (h.to(tl.float32) + residual.to(tl.float32)).to(h.dtype)
+        tl.store(h_ptr + row * HIDDEN + col, h, mask=mask)
+
+    h_fp32 = h.to(tl.float32)
+    rstd = tl.rsqrt(
+        tl.sum(h_fp32 * h_fp32, axis=1, keep_dims=True) / HIDDEN + eps
+    )  # [BLOCK_ROWS, 1]
+    if SAVE_RSTD:
+        tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    normed = (h_fp32 * rstd).to(h.dtype)
+    y = normed.to(tl.float32) * weight.to(tl.float32)
+    tl.store(y_ptr + row * HIDDEN + col, y.to(h.dtype), mask=mask)
+
+
+@jit
+def _backward_kernel(
+    dy_ptr,
+    dh_ptr,
+    h_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partial_ptr,
+    dy_stride,
+    dh_stride,
+    h_stride,
+    rows,
+    HIDDEN: tl.constexpr,
+    HAS_DH: tl.constexpr,
+    NEEDS_DX: tl.constexpr,
+    NEEDS_DWEIGHT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    col = tl.arange(0, BLOCK_COLS)[None, :]
+    weight = tl.load(weight_ptr + col, mask=col < HIDDEN, other=0.0).to(tl.float32)
+    dweight = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+
+    first = tl.program_id(0) * BLOCK_ROWS
+    for start in tl.range(first, rows, tl.num_programs(0) * BLOCK_ROWS, num_stages=NUM_STAGES):
+        row = start + tl.arange(0, BLOCK_ROWS)[:, None].to(tl.int64)
+        mask = (row < rows) & (col < HIDDEN)
+        dy = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + row * h_stride + col, mask=mask, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        normed = h.to(tl.float32) * rstd
+        if NEEDS_DWEIGHT:
+            dweight += dy * normed.to(h.dtype).to(tl.float32)
+        if NEEDS_DX:
+            g = dy * weight
+            mean = tl.sum(g * normed, axis=1, keep_dims=True) / HIDDEN
+            dx = (g - normed * mean) * rstd
+            if HAS_DH:
+                dx += tl.load(dh_ptr + row * dh_stride + col, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + row * HIDDEN + col, dx.to(h.dtype), mask=mask)
+
+    if NEEDS_DWEIGHT:
+        partial = tl.sum(dweight, axis=0)[None, :]
+        partial_row = tl.program_id(0).to(tl.int64) * HIDDEN
+        tl.store(partial_ptr + partial_row + col, partial, mask=col < HIDDEN)
+
+
+@jit
+def _sum_partials_kernel(
+    partial_ptr,
+    dweight_ptr,
+    partial_stride,
+    programs,
+    hidden,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    col = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+    for start in tl.range(0, programs, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)[:, None]
+        mask = (row < programs) & (col < hidden)
+        offset = row.to(tl.int64) * partial_stride + col
+        total += tl.load(partial_ptr + offset, mask=mask, other=0.0)
+    dweight = tl.sum(total, axis=0)[None, :].to(dweight_ptr.dtype.element_ty)
+    tl.store(dweight_ptr + col, dweight, mask=col < hidden)
+
+
+Outputs = tuple[Tensor, Tensor | None, Tensor | None]  # y, h, rstd
+Gradients = tuple[Tensor | None, Tensor | None]  # dx, dweight
+
+
+def _empty_outputs(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, save_rstd: bool
+) -> Outputs:
+    rstd_dtype = torch.promote_types(x.dtype, torch.float32)
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        torch.empty(x.shape[:-1], dtype=rstd_dtype, device=x.device) if save_rstd else None,
+    )
+
+
+def _empty_gradients(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, output_mask: list[bool]
+) -> Gradients:
+    needs_dx, needs_dweight = output_mask
+    return (
+        torch.empty(h.shape, dtype=h.dtype, device=h.device) if needs_dx else None,
+        torch.empty(weight.shape, dtype=h.dtype, device=h.device) if needs_dweight else None,
+    )
+
+
+def _forward_triton(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, save_rstd: bool
+) -> Outputs:
+    if x.dtype == torch.float64:
+        raise TypeError(
+            "rms_norm: x is torch.float64; the triton backend takes float16, bfloat16 and float32, "
+            "MISTRAL_KERNELS_BACKEND=torch float64 too"
+        )
+    y, h, rstd = _empty_outputs(x, weight, residual, eps, save_rstd)
+    if y.numel() == 0:
+        return y, h, rstd
+    hidden = weight.numel()
+    rows = y.numel() // hidden
+    config = launch_configs.rms_norm_forward(hidden)
+    weight = weight.contiguous()
+    x, x_stride = as_rows(x)
+    residual, residual_stride = (None, 0) if residual is None else as_rows(residual)
+    with device_guard(x):
+        _forward_kernel[(cdiv(rows, config["BLOCK_ROWS"]),)](
+            *(x, residual, weight, y, h, rstd, x_stride, residual_stride, rows, eps),
+            HIDDEN=hidden,
+            HAS_RESIDUAL=residual is not None,
+            SAVE_RSTD=save_rstd,
+            **config,
+        )
+    return y, h, rstd
+
+
+def _backward_triton(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, output_mask: list[bool]
+) -> Gradients:
+    needs_dx, needs_dweight = output_mask
+    dx, dweight = _empty_gradients(dy, dh, h, weight, rstd, output_mask)
+    if h.numel() == 0:
+        return dx, dweight if dweight is None else dweight.zero_()
+    hidden = weight.numel()
+    rows = h.numel() // hidden
+    inputs = 2 if dh is None else 3
+    device = device_properties(h)
+    config = launch_configs.rms_norm_backward(hidden, inputs * h.element_size(), device)
+    programs = cdiv(rows, config["BLOCK_ROWS"])
+    if needs_dweight:
+        programs = min(programs, launch_configs.rms_norm_partial_sums(rows, device))
+    partial = torch.empty(programs, hidden, device=h.device) if needs_dweight else None
+    weight, rstd = weight.contiguous(), rstd.contiguous()
+    dy, dy_stride = as_rows(dy)
+    dh, dh_stride = (None, 0) if dh is None else as_rows(dh)
+    h, h_stride = as_rows(h)
+    with device_guard(h):
+        _backward_kernel[(programs,)](
+            *(dy, dh, h, weight, rstd, dx, partial, dy_stride, dh_stride, h_stride, rows),
+            HIDDEN=hidden,
+            HAS_DH=dh is not None,
+            NEEDS_DX=needs_dx,
+            NEEDS_DWEIGHT=needs_dweight,
+            **config,
+        )
+        if needs_dweight:
+            config = launch_configs.rms_norm_sum_partials()
+            _sum_partials_kernel[(cdiv(hidden, config["BLOCK_COLS"]),)](
+                partial, dweight, hidden, programs, hidden, **config
+            )
+    return dx, dweight
+
+
+def _forward_torch(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, save_rstd: bool
+) -> Outputs:
+    h = (x if residual is None else x + residual).contiguous()
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    rstd = norm.square_().div_(h.shape[-1]).add_(eps).rsqrt_()
+    y = (wide * rstd).to(h.dtype).mul_(weight)
+    return y, None if residual is None else h, rstd.squeeze(-1) if save_rstd else None
+
+
+def _backward_torch(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, output_mask: list[bool]
+) -> Gradients:
+    needs_dx, needs_dweight = output_mask
+    dx = dweight = None
+    rstd = rstd.unsqueeze(-1)
+    dy_fp32 = dy.to(rstd.dtype)
+    normed = h.to(rstd.dtype) * rstd
+    if needs_dx:
+        g = dy_fp32 * weight
+        mean = (g * normed).mean(-1, keepdim=True)
+        dx = g.addcmul_(normed, mean, value=-1).mul_(rstd)
+        dx = (dx if dh is None else dx.add_(dh)).to(h.dtype).contiguous()
+    if needs_dweight:
+        products = dy_fp32 * normed.to(h.dtype)
+        dweight = products.reshape(-1, weight.numel()).sum(0).to(h.dtype)
+    return dx, dweight
+
+
+def _forward(x: Tensor, *args: Any) -> Outputs:
+    return (_forward_triton if uses_triton(x) else _forward_torch)(x, *args)
+
+
+def _backward(dy: Tensor, *args: Any) -> Gradients:
+    return (_backward_triton if uses_triton(dy) else _backward_torch)(dy, *args)
+
+
+def _backward_twice(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("rms_norm can be differentiated only once; its gradients have no gradients")
+
+
+torch.library.define(
+    "mistral_kernels::rms_norm_forward",
+    "(Tensor x, Tensor weight, Tensor? residual, float eps, bool save_rstd)"
+    " -> (Tensor y, Tensor? h, Tensor? rstd)",
+)
+torch.library.impl("mistral_kernels::rms_norm_forward", ("cpu", "cuda"), _forward)
+torch.library.register_fake("mistral_kernels::rms_norm_forward", _empty_outputs)
+
+torch.library.define(
+    "mistral_kernels::rms_norm_backward",
+    "(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, bool[2] output_mask)"
+    " -> (Tensor? dx, Tensor? dweight)",
+)
+torch.library.impl("mistral_kernels::rms_norm_backward", ("cpu", "cuda"), _backward)
+torch.library.register_fake("mistral_kernels::rms_norm_backward", _empty_gradients)
+torch.library.register_autograd("mistral_kernels::rms_norm_backward", _backward_twice)
+
+_forward_op = torch.ops.mistral_kernels.rms_norm_forward.default
+_backward_op = torch.ops.mistral_kernels.rms_norm_backward.default
+
+
+class RMSNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor | None]:
+        y, h, rstd = _forward_op(x, weight, residual, eps, True)
+        ctx.set_materialize_grads(False)
+        if h is not None and not (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]):
+            ctx.mark_non_differentiable(h)
+        ctx.save_for_backward(x if residual is None else h, weight, rstd)
+        return y, h
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs_dx, needs_dweight, needs_dresidual, _ = ctx.needs_input_grad
+        if dy is None:  # only h was used
+            dx, dweight = dh, None
+        else:
+            mask = [needs_dx or needs_dresidual, needs_dweight]
+            dx, dweight = _backward_op(dy, dh, *ctx.saved_tensors, mask)
+        return dx if needs_dx else None, dweight, dx if needs_dresidual else None, None
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm over the last dimension, or residual addition and RMSNorm in one pass.
+
+    Args:
+        x: (..., hidden), float16, bfloat16, float32 or, on the torch backend, float64. Any
+            strides; rows that are evenly spaced and contiguous are read in place.
+        weight: (hidden,), dtype of ``x``.
+        eps: added to the mean of the squares.
+        residual: shape and dtype of ``x``; added to ``x`` before the norm.
+
+    Returns:
+        ``y`` (..., hidden), contiguous, dtype of ``x``; with ``residual``, ``(y, x + residual)``.
+        Differentiable once, in ``x``, ``weight`` and ``residual``, through both outputs.
+
+    Raises:
+        TypeError: a dtype is not supported, or differs from that of ``x``.
+        ValueError: a shape does not fit ``x``, or a tensor is on another device.
+    """
+    _check(x, weight, residual)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
+    ):
+        y, h = RMSNormFunction.apply(x, weight, residual, eps)
+    else:
+        y, h, _ = _forward_op(x, weight, residual, eps, False)
+    return y if residual is None else (y, h)
+
+
+def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"rms_norm: x is {x.dtype}; expected float16, bfloat16, float32 or float64")
+    if x.ndim == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"rms_norm: weight has shape {tuple(weight.shape)}; expected (hidden,) for "
+            f"x of shape (..., hidden), which came as {tuple(x.shape)}"
+        )
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(
+            f"rms_norm: residual has shape {tuple(residual.shape)}; "
+            f"expected that of x, {tuple(x.shape)}"
+        )
+    for name, tensor in (("weight", weight), ("residual", residual)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"rms_norm: {name} is {tensor.dtype}; expected that of x, {x.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"rms_norm: {name} is on {tensor.device}; expected x's, {x.device}")

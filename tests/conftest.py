@@ -1,0 +1,109 @@
+"""Fixtures shared by all tests: seeds, poisoned memory, devices, backends."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# The tensors of tests are small: threads would only wait for one another.
+torch.set_num_threads(1)
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="repeat the random inputs of an earlier run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:
+        config.option.seed = random.SystemRandom().randrange(2**31)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"random inputs: --seed={config.option.seed}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not INTERPRETING:
+        return
+    # Triton's interpreter truncates to bf16 and multiplies bf16 bit patterns: no judge of bf16.
+    unfit = [
+        item
+        for item in items
+        if any(x is torch.bfloat16 for x in getattr(item, "callspec", _NONE).params.values())
+    ]
+    config.hook.pytest_deselected(items=unfit)
+    items[:] = [item for item in items if item not in unfit]
+
+
+class _NONE:
+    params: dict[str, object] = {}
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> None:
+    value = request.config.option.seed
+    random.seed(value)
+    torch.manual_seed(value)
+    request.node.add_report_section("setup", "seed", f"--seed={value}")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN (integers: the largest value), so that what is never written shows."""
+
+    def poison(allocate):
+        def wrapper(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            if x.is_floating_point() or x.is_complex():
+                return x.detach().fill_(float("nan")).requires_grad_(x.requires_grad)
+            return x if x.dtype == torch.bool else x.fill_(torch.iinfo(x.dtype).max)
+
+        return wrapper
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The real GPU where there is one. (The interpreter is for CPU tensors.)"""
+    on_gpu = torch.cuda.is_available() and not INTERPRETING
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def triton_runs() -> Iterator[None]:
+    """Something here runs Triton kernels: a GPU, the interpreter, or compiled PTX on the CPU."""
+    if torch.cuda.is_available() or INTERPRETING:
+        yield
+        return
+    ptxrun = pytest.importorskip("ptxrun", reason="no GPU, and ptxrun, which runs PTX, is absent")
+    ptxrun.install()
+    yield
+    ptxrun.uninstall()
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.kernels)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test runs on the torch backend and on Triton kernels, whatever executes these here."""
+    if request.param == "triton":
+        request.getfixturevalue("triton_runs")
+    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", request.param)
+    return request.param
+
+
+@pytest.fixture
+def triton_backend(monkeypatch: pytest.MonkeyPatch, triton_runs: None) -> None:
+    """For what is only true of Triton kernels. Mark such tests ``kernels`` for the interpreter."""
+    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
