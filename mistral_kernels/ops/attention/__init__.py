@@ -1,0 +1,169 @@
+"""Sliding-window grouped-query attention, over whole sequences and over the rolling cache.
+
+    out = softmax(scale * q k^T + bias) v        over the keys that the window lets a query see
+
+Query head h reads kv head h // (num_heads / num_kv_heads). Sequences are aligned at their ends: the
+last query stands on the last key. Windows are interpreted in `window.py` and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mistral_kernels.ops.attention.cpu import banded_attention, ring_attention
+from mistral_kernels.ops.attention.window import resolve_window
+from mistral_kernels.ops.dispatch import require_torch_backend
+from mistral_kernels.ops.rolling_cache import check_ring
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    sliding_window: int | None = None,
+    window_size: Sequence[int] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of a rectangular batch. Differentiable in q, k and v; memory follows the window.
+
+    Args:
+        q: (batch, seqlen_q, num_heads, head_dim).
+        k, v: (batch, seqlen_k, num_kv_heads, head_dim), of q's dtype; num_kv_heads divides
+            num_heads.
+        causal: no query sees past its own place.
+        sliding_window: how many keys a query sees, its own included; None for no window.
+        window_size: the same as inclusive distances (left, right), -1 for no bound.
+        softmax_scale: head_dim^-0.5 if None.
+        softcap: scores s become softcap * tanh(s / softcap); 0 for none.
+        alibi_slopes: (num_heads,) or (batch, num_heads); slope * |distance| is subtracted.
+        return_lse: also return the log-sum-exp of the scores, float32 (batch, num_heads, seqlen_q),
+            through which no gradient flows.
+
+    Returns:
+        out of q's shape and dtype, or (out, lse). A query that sees no key gives 0 and -inf.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+        TypeError: q, k or v is not floating point, or a window is not of integers.
+    """
+    require_torch_backend("attention")
+    _check_qkv(q, k, v, ndim=4)
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"k must have q's batch of {q.shape[0]}, got {k.shape[0]}")
+    batch, _, num_heads, head_dim = q.shape
+    if alibi_slopes is not None and alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):
+        raise ValueError(
+            f"alibi_slopes must be ({num_heads},) or ({batch}, {num_heads}), "
+            f"got {tuple(alibi_slopes.shape)}"
+        )
+    if softcap < 0:
+        raise ValueError(f"softcap must be >= 0, got {softcap}")
+    out, lse = banded_attention(
+        q,
+        k,
+        v,
+        window=resolve_window(causal, window_size, sliding_window),
+        softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_lse=return_lse,
+    )
+    return out if lse is None else (out, lse)
+
+
+def rolling_cache_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    sliding_window: int | None,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Causal attention of new tokens over the rolling cache and over themselves.
+
+    With k and v, the ring is read as it was before the new tokens: call this first, then
+    `rolling_cache_update_`. A single new token overwrites only the key that has just left its
+    window, so for one token a sequence the order may be turned round: update, then attend with k
+    and v of None, and every key is read from the ring.
+
+    Args:
+        q: (total_tokens, num_heads, head_dim), packed.
+        k, v: (total_tokens, num_kv_heads, head_dim), packed; None: already in the ring.
+        k_cache, v_cache: (batch, capacity, num_kv_heads, head_dim), finite throughout: begin with
+            zeros, for slots not yet written are masked, and NaN would pass a mask.
+        lengths: (batch,) int32, tokens each sequence had seen before the new ones.
+        cu_seqlens: (batch + 1,) int32, where each sequence begins in q.
+        max_seqlen: the most new tokens of any sequence.
+        sliding_window: how many keys a token sees, its own included; at most `capacity` are kept.
+        softmax_scale: head_dim^-0.5 if None.
+
+    Returns:
+        (total_tokens, num_heads, head_dim), of q's dtype.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+        TypeError: q, k or v is not floating point, or a window is not of integers.
+    """
+    require_torch_backend("rolling_cache_attention")
+    if (k is None) != (v is None):
+        raise ValueError("k and v must both be given, or both be None")
+    check_ring(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, q.shape[0])
+    if k is not None and v is not None:
+        _check_qkv(q, k, v, ndim=3)
+    else:
+        _check_qkv(q, k_cache[0], v_cache[0], ndim=3, names=("q", "k_cache", "v_cache"))
+        if max_seqlen != 1 or q.shape[0] != lengths.shape[0]:
+            raise ValueError(
+                "k and v may be None only for one new token a sequence, got "
+                f"{q.shape[0]} tokens for {lengths.shape[0]} sequences, max_seqlen {max_seqlen}"
+            )
+    return ring_attention(
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        lengths,
+        cu_seqlens,
+        window=resolve_window(True, None, sliding_window),
+        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+    )
+
+
+def _check_qkv(
+    q: Tensor, k: Tensor, v: Tensor, ndim: int, names: tuple[str, ...] = ("q", "k", "v")
+) -> None:
+    layout = "(batch, seqlen, heads, head_dim)" if ndim == 4 else "(tokens, heads, head_dim)"
+    for name, x in zip(names, (q, k, v)):
+        if x.ndim != ndim:
+            raise ValueError(f"{name} must be {layout}, got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {x.dtype}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}"
+            )
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"{names[1]} must have q's head_dim {q.shape[-1]}, got {k.shape[-1]}")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(
+            f"{names[1]}'s {k.shape[-2]} heads must divide q's {q.shape[-2]} "
+            "(grouped-query attention)"
+        )
+
+
+__all__ = ["attention", "rolling_cache_attention"]

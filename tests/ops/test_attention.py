@@ -1,0 +1,351 @@
+"""attention: values and gradients, what a window shows, cost and memory, bad input."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from allocations import Allocations
+from helpers import assert_matches_reference, values_and_gradients
+
+from mistral_kernels.ops import reference
+from mistral_kernels.ops.attention import attention, cpu
+
+HALF = torch.bfloat16, torch.float16
+DTYPES = (torch.float32, *HALF, torch.float64)
+eager = reference.eager_arithmetic()(reference.attention)
+
+
+def make_qkv(seqlen_q, seqlen_k, heads, head_dim, dtype, device, batch=2):
+    num_heads, num_kv_heads = heads
+    shapes = {
+        "q": (batch, seqlen_q, num_heads, head_dim),
+        "k": (batch, seqlen_k, num_kv_heads, head_dim),
+        "v": (batch, seqlen_k, num_kv_heads, head_dim),
+    }
+    return {
+        name: torch.randn(shape, device=device).to(dtype).requires_grad_()
+        for name, shape in shapes.items()
+    }
+
+
+def freeze(inputs, names):
+    """Also for q and k of rows with one key: with an exact gradient of 0, errors have no scale."""
+    for name in names:
+        inputs[name].requires_grad_(False)
+
+
+def assert_matches(inputs, strided_gradients=False, with_lse=False, **options):
+    """`attention` is as accurate as plain PyTorch, alone and with the log-sum-exp beside it."""
+    definition = {"causal": True, **options}
+    if (count := definition.pop("sliding_window", None)) is not None:
+        definition["window_size"] = (count - 1, 0)
+
+    def plain(q, k, v):
+        return eager(q, k, v, **definition)[0]
+
+    assert_matches_reference(
+        lambda **x: attention(**x, **options), plain, inputs, strided_gradients
+    )
+    if not with_lse:
+        return
+
+    def plain_with_lse(q, k, v):
+        with torch.no_grad():  # in float32: the log-sum-exp of a kernel never is in half precision
+            lse = reference.attention(q, k, v, **definition)[1]
+        return plain(q, k, v), torch.where(lse.isneginf(), 99.0, lse)
+
+    def ours_with_lse(q, k, v):
+        out, lse = attention(q, k, v, **options, return_lse=True)
+        assert not lse.requires_grad
+        return out, torch.where(lse.isneginf(), 99.0, lse)
+
+    assert_matches_reference(ours_with_lse, plain_with_lse, inputs, strided_gradients)
+
+
+LENGTHS = [(0, 0), (1, 1), (63, 63), (64, 64), (65, 65), (111, 111), (128, 128), (1000, 1000)]
+UNEQUAL = [(1, 65), (64, 200), (65, 1000), (200, 64), (65, 1), (7, 0), (0, 7), (130, 129)]
+HEADS = [(8, 2), (8, 8), (4, 1)]
+HEAD_DIMS = [64, 16, 128, 1, 40, 256]
+WINDOW = 70  # neither a multiple nor a divisor of a band
+OPTIONS = {
+    "causal": {},
+    "full": {"causal": False},
+    "window": {"sliding_window": WINDOW},
+    "softcap": {"sliding_window": WINDOW, "softcap": 0.8},
+    "both-sides": {"causal": False, "window_size": (WINDOW, 9), "softmax_scale": 0.3},
+    "right-only": {"causal": False, "window_size": (-1, 5)},
+    "left-only": {"causal": False, "window_size": (5, -1)},
+}
+
+# Lengths meet every option; heads, head_dims and dtypes take turns.
+CASES = [
+    pytest.param(seqlens, options, HEADS[(i + j) % 3], HEAD_DIMS[(i + 2 * j) % 6], DTYPES[n % 4])
+    for i, seqlens in enumerate(LENGTHS + UNEQUAL)
+    for j, options in enumerate(OPTIONS)
+    for n in [i + j]
+    if (i + j) % 2 == 0 or options == "window"
+    if max(seqlens) < 500 or options in ("window", "causal")
+]
+
+
+@pytest.mark.parametrize(("seqlens", "options", "heads", "head_dim", "dtype"), CASES, ids=str)
+def test_values_and_gradients(seqlens, options, heads, head_dim, dtype, device):
+    batch = 1 if max(seqlens) > 100 else 2
+    inputs = make_qkv(*seqlens, heads, head_dim, dtype, device, batch)
+    if seqlens[1] == 1:
+        freeze(inputs, "qk")
+    assert_matches(inputs, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("seqlen", [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lengths_about_the_window(seqlen, dtype, device):
+    inputs = make_qkv(seqlen, seqlen, (4, 2), 32, dtype, device)
+    assert_matches(inputs, sliding_window=WINDOW)
+
+
+@pytest.mark.parametrize("window", [1, 2, 64, 10_000])
+def test_windows(window, device):
+    inputs = make_qkv(131, 150, (4, 2), 32, torch.float32, device)
+    if window == 1:
+        freeze(inputs, "qk")
+    assert_matches(inputs, with_lse=True, sliding_window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_single_key_has_weight_one(dtype, device):
+    q, k, v = make_qkv(70, 70, (2, 1), 16, dtype, device).values()
+    out = attention(q, k, v, sliding_window=1)
+    torch.testing.assert_close(out, v.expand_as(out), rtol=torch.finfo(dtype).eps, atol=0)
+    dq, dk = torch.autograd.grad(out.sum(), (q, k))
+    assert dq.abs().max() < 1e-4 and dk.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("options", ["causal", "full", "softcap", "both-sides"])
+@pytest.mark.parametrize("per_batch", [False, True], ids=["shared", "per-batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_alibi(options, per_batch, dtype, device):
+    inputs = make_qkv(130, 150, (4, 2), 32, dtype, device)
+    slopes = torch.rand((2, 4) if per_batch else (4,), device=device)
+    assert_matches(inputs, alibi_slopes=slopes, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("options", ["causal", "window", "softcap", "both-sides", "left-only"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_sum_exp(options, dtype, device):
+    for seqlens in ((70, 70), (150, 65), (65, 150), (0, 3)):
+        inputs = make_qkv(*seqlens, (4, 2), 16, dtype, device, batch=1)
+        assert_matches(inputs, with_lse=True, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("options", ["causal", "full", "window"])
+def test_many_rows_add_to_one_key(options, dtype, device, monkeypatch):
+    """A key's gradient is a long sum, formed in float32: in half precision this test fails."""
+    monkeypatch.setattr(cpu, "_BAND_ROWS", 4)
+    seqlen = 1500 if options == "causal" else 500
+    inputs = make_qkv(seqlen, seqlen, (1, 1), 8, dtype, device, batch=1)
+    definition = {"causal": True, "window_size": (WINDOW - 1, 0)} if options == "window" else {}
+    definition = definition or {"causal": options == "causal"}
+
+    def plain(q, k, v):
+        return eager(q, k, v, **definition)[0]
+
+    dout = [torch.randn(inputs["q"].shape, device=device).to(dtype)]
+    ours = values_and_gradients(lambda **x: attention(**x, **OPTIONS[options]), inputs, dout)
+    rounded = values_and_gradients(plain, inputs, dout)
+    exact = values_and_gradients(plain, inputs, dout, torch.float64)
+    for what in ("gradient of k", "gradient of v"):
+        errors = [(x[what] - exact[what]).square().mean().sqrt() for x in (ours, rounded)]
+        assert errors[0] < 0.7 * errors[1], what
+
+
+@pytest.mark.parametrize("options", ["causal", "window", "softcap"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda fused: fused.split((4, 2, 2), dim=2),
+        lambda fused: fused.transpose(0, 1).split((4, 2, 2), dim=2),
+        lambda fused: [x[..., ::2] for x in fused.split((4, 2, 2), dim=2)],
+        lambda fused: [x[:1].expand(3, -1, -1, -1) for x in fused.split((4, 2, 2), dim=2)],
+    ],
+    ids=["fused", "transposed", "strided-heads", "expanded"],
+)
+def test_strides(view, options, device):
+    q, k, v = (x.requires_grad_() for x in view(torch.randn(90, 100, 8, 32, device=device)))
+    inputs = {"q": q[:2], "k": k[:2], "v": v[:2]}
+    assert_matches(inputs, strided_gradients=True, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("frozen", ["q", "k", "v", "kv", "qk"])
+def test_frozen_inputs(frozen, device):
+    inputs = make_qkv(100, 100, (4, 2), 16, torch.float32, device)
+    freeze(inputs, frozen)
+    assert_matches(inputs, sliding_window=30)
+
+
+def test_rows_that_see_nothing(device):
+    inputs = make_qkv(200, 70, (4, 2), 16, torch.float32, device)
+    for softcap in (0.0, 2.0):
+        out, lse = attention(**inputs, softcap=softcap, return_lse=True)
+        alone = attention(**inputs, softcap=softcap)
+        assert (out[:, :130] == 0).all() and (alone[:, :130] == 0).all()
+        assert lse[:, :, :130].isneginf().all() and lse[:, :, 130:].isfinite().all()
+        (dq,) = torch.autograd.grad(alone.sum(), inputs["q"])
+        assert (dq[:, :130] == 0).all() and (dq[:, 131:] != 0).any()
+
+
+PATHS = [{}, {"softcap": 5.0}, {"alibi_slopes": torch.tensor([0.001, 0.002])}]
+
+
+@pytest.mark.parametrize("options", PATHS, ids=["plain", "softcap", "alibi"])
+@pytest.mark.parametrize("window", [1, 7, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_exactly_the_window_is_seen(window, dtype, options, device):
+    """Another key j changes the rows j .. j + W - 1, each of them, and no bit of any other."""
+    options = {name: x.to(device) if name[0] == "a" else x for name, x in options.items()}
+    seqlen = 230
+    q, k, v = make_qkv(seqlen, seqlen, (2, 1), 16, dtype, device, batch=1).values()
+
+    def run(k, v):
+        return attention(q, k, v, sliding_window=window, **options)
+
+    out = run(k, v)
+    for j in (0, 63, 130, seqlen - 1):
+        other_k, other_v = k.detach().clone(), v.detach().clone()
+        other_k[:, j] = -other_k[:, j]
+        other_v[:, j] += 1000
+        changed = (run(other_k, other_v) != out).any(-1).any(-1)[0]
+        assert changed.nonzero().flatten().tolist() == list(range(j, min(j + window, seqlen)))
+        row = min(j + window - 1, seqlen - 1)
+        dk, dv = torch.autograd.grad(out[:, row].sum(), (k, v), retain_graph=True)
+        seen = list(range(max(0, row - window + 1), row + 1))
+        assert dv.any(-1).any(-1)[0].nonzero().flatten().tolist() == seen
+        reached = dk.any(-1).any(-1)[0].nonzero().flatten().tolist()
+        assert reached == seen or window == 1  # the weight of a key alone is 1, whatever it is
+
+
+def test_sliding_window_looks_back_even_when_not_causal(device):
+    inputs = make_qkv(100, 100, (2, 1), 16, torch.float32, device)
+    pair = attention(**inputs, causal=False, window_size=(6, 0))
+    assert torch.equal(attention(**inputs, causal=False, sliding_window=7), pair)
+
+
+SEQLEN, LONG_WINDOW = 16384, 1024
+PATHS_WITH_LSE = [*PATHS, {"return_lse": True}]
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "window", "options"),
+    [(SEQLEN, LONG_WINDOW, {}), *((SEQLEN // 4, LONG_WINDOW // 4, x) for x in PATHS_WITH_LSE)],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else str(x),
+)
+def test_cost_and_memory_follow_the_window(seqlen, window, options, device):
+    options = {name: x.to(device) if name[0] == "a" else x for name, x in options.items()}
+    inputs = make_qkv(seqlen, seqlen, (2, 1), 16, torch.float32, device, batch=1)
+    with Allocations() as forward:
+        out = attention(**inputs, sliding_window=window, **options)
+    out = out[0] if isinstance(out, tuple) else out
+    with Allocations() as backward:
+        out.backward(torch.ones_like(out))
+    linear = out.numel()  # 32 elements a token; scores would take 2 * seqlen
+    assert forward.largest_new <= linear and backward.largest_new <= linear
+    needed = 2 * (seqlen * window - window * (window - 1) // 2)
+    if device.type == "cpu":  # a band of 64 rows forms at most 63 scores a row more
+        assert 0.95 * needed <= forward.scores <= 1.1 * needed * (1 + 63 / window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided-heads"])
+def test_no_square_without_a_window(contiguous, dtype, device):
+    q, k, v = make_qkv(2000, 2000, (4, 2), 16, dtype, device, batch=1).values()
+    if not contiguous:
+        q, k, v = (torch.stack((x, x), dim=-1).detach()[..., 0] for x in (q, k, v))
+        q.requires_grad_()
+    with Allocations() as seen:
+        attention(q, k, v).sum().backward()
+    assert seen.largest_new <= 2 * q.numel()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
+def test_peak_memory():
+    """The process itself: one matrix of scores would take a GiB."""
+    code = f"""
+import resource, torch
+from mistral_kernels.ops.attention import attention
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+def run(seqlen):
+    q = torch.randn(1, seqlen, 1, 16, requires_grad=True)
+    attention(q, q, q, sliding_window={LONG_WINDOW}).sum().backward()
+    attention(q, q, q, sliding_window={LONG_WINDOW}, softcap=9.0, return_lse=True)
+run(1024)
+before = peak()
+run({SEQLEN})
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64  # MiB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_is_bitwise_repeatable(dtype, device):
+    inputs = make_qkv(300, 300, (4, 2), 32, dtype, device)
+
+    def gradients():
+        out = attention(**inputs, sliding_window=100)
+        return torch.autograd.grad(out.float().square().sum(), list(inputs.values()))
+
+    first = gradients()
+    assert all(torch.equal(a, b) for _ in range(3) for a, b in zip(first, gradients()))
+
+
+def test_second_derivative_raises(device):
+    inputs = make_qkv(100, 100, (2, 1), 16, torch.float32, device)
+    out = attention(**inputs, sliding_window=30)
+    (dq,) = torch.autograd.grad(out.square().sum(), inputs["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+Q, K = torch.ones(2, 5, 4, 8), torch.ones(2, 5, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("qkv", "options", "error", "message"),
+    [
+        ((Q[0], K, K), {}, ValueError, r"q must be \(batch, seqlen, heads, head_dim\), got .5, 4,"),
+        ((Q, K[0], K), {}, ValueError, r"k must be \(batch, seqlen, heads, head_dim\), got .5, 2,"),
+        ((Q.int(), K, K), {}, TypeError, "q must be floating point, got torch.int32"),
+        ((Q, K.half(), K), {}, ValueError, "k must be torch.float32 on cpu like q, got .*float16"),
+        ((Q, K, K.double()), {}, ValueError, "v must be torch.float32 .* got torch.float64 on cpu"),
+        ((Q, K, K.to("meta")), {}, ValueError, "v must be .* on cpu like q, got .* on meta"),
+        ((Q, K, K[:, :4]), {}, ValueError, r"v must have k's shape \(2, 5, 2, 8\), got \(2, 4, 2,"),
+        ((Q, K[..., :4], K[..., :4]), {}, ValueError, "k must have q's head_dim 8, got 4"),
+        ((Q[:, :, :3], K, K), {}, ValueError, "k's 2 heads must divide q's 3"),
+        ((Q, K[:, :, :0], K[:, :, :0]), {}, ValueError, "k's 0 heads must divide q's 4"),
+        ((Q, K[:1], K[:1]), {}, ValueError, "k must have q's batch of 2, got 1"),
+        ((Q, K, K), {"softcap": -1.0}, ValueError, "softcap must be >= 0, got -1.0"),
+        (
+            (Q, K, K),
+            {"alibi_slopes": torch.ones(2)},
+            ValueError,
+            r"alibi_slopes must be \(4,\) or \(2, 4\), got \(2,\)",
+        ),
+        ((Q, K, K), {"window_size": (-2, 0)}, ValueError, r"-1 for no bound, got \(-2, 0\)"),
+        ((Q, K, K), {"sliding_window": 0}, ValueError, "sliding_window must be positive .* got 0"),
+        ((Q, K, K), {"sliding_window": -3}, ValueError, "sliding_window must be positive"),
+        ((Q, K, K), {"sliding_window": 2.0}, TypeError, "sliding_window must hold integers"),
+        (
+            (Q, K, K),
+            {"sliding_window": 3, "window_size": (2, 0)},
+            ValueError,
+            "give sliding_window or window_size, not both",
+        ),
+    ],
+)
+def test_bad_input(qkv, options, error, message):
+    with pytest.raises(error, match=message):
+        attention(*qkv, **options)
