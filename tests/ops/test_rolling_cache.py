@@ -1,0 +1,298 @@
+"""rolling_cache_update_ and rolling_cache_attention against a cache that only grows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import FLOATS, assert_as_accurate, assert_matches_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mistral_kernels.ops import reference
+from mistral_kernels.ops.attention import rolling_cache_attention
+from mistral_kernels.ops.rolling_cache import rolling_cache_update_
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+eager_attention = reference.eager_arithmetic()(reference.rolling_cache_attention)
+
+
+def int32(values, device="cpu"):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def offsets(counts, device="cpu"):
+    return int32([sum(counts[:i]) for i in range(len(counts) + 1)], device)
+
+
+def make_ring(batch, capacity, dtype, device):
+    return [
+        torch.randn(batch, capacity, KV_HEADS, HEAD_DIM, device=device).to(dtype) for _ in range(2)
+    ]
+
+
+def make_tokens(total, dtype, device):
+    return [
+        torch.randn(total, heads, HEAD_DIM, device=device).to(dtype)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+
+
+class GrowingCache:
+    """All keys and values of each sequence, in order."""
+
+    def __init__(self, batch):
+        self.keys = [torch.empty(0, KV_HEADS, HEAD_DIM) for _ in range(batch)]
+        self.values = list(self.keys)
+
+    def append(self, q, k, v, counts, window):
+        """What each of the new tokens sees of everything up to itself."""
+        outs = []
+        for i, new in enumerate(zip(*(x.split(counts) for x in (q, k, v)))):
+            self.keys[i] = torch.cat((self.keys[i], new[1]))
+            self.values[i] = torch.cat((self.values[i], new[2]))
+            text = (x[None].double() for x in (new[0], self.keys[i], self.values[i]))
+            window_size = (-1 if window is None else window - 1, 0)
+            outs.append(reference.attention(*text, causal=True, window_size=window_size)[0][0])
+        return torch.cat(outs).float()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_any_sequence_of_chunks(data):
+    """Prompts, chunks longer than the ring, single tokens, idle sequences: always the whole text.
+
+    A slot that was never written is NaN, so that reading it shows.
+    """
+    batch = data.draw(st.integers(1, 3), "batch")
+    capacity = data.draw(st.integers(1, 6), "capacity")
+    window = data.draw(st.integers(1, capacity), "window")
+    count = st.integers(0, 2 * capacity + 3)
+    steps = data.draw(
+        st.lists(st.lists(count, min_size=batch, max_size=batch), max_size=6), "steps"
+    )
+    steps += [[1] * batch] * data.draw(st.integers(0, 2), "decode")
+    rings = [torch.full((batch, capacity, KV_HEADS, HEAD_DIM), math.nan) for _ in range(2)]
+    grown, lengths = GrowingCache(batch), int32([0] * batch)
+    for counts in steps:
+        q, k, v = make_tokens(sum(counts), torch.float32, "cpu")
+        ring = {"lengths": lengths, "cu_seqlens": offsets(counts), "max_seqlen": max(counts)}
+        ring = {"k_cache": rings[0], "v_cache": rings[1], **ring}
+        expected = grown.append(q, k, v, counts, window)
+        out = rolling_cache_attention(q, k, v, **ring, sliding_window=window)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        before = lengths.clone()
+        assert rolling_cache_update_(k=k, v=v, **ring) is None
+        assert torch.equal(lengths, before)
+        # Rings of unequal filling are masked, where NaN would still count.
+        if max(counts) == min(counts) == 1 and len(set(lengths.clamp(max=capacity).tolist())) == 1:
+            out = rolling_cache_attention(q, None, None, **ring, sliding_window=window)
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        lengths = lengths + int32(counts)
+        for texts, cache in zip((grown.keys, grown.values), rings):
+            for text, slots in zip(texts, cache):
+                held = range(max(0, len(text) - capacity), len(text))
+                assert all(torch.equal(slots[p % capacity], text[p]) for p in held)
+                assert slots[len(held) :].isnan().all()
+
+
+UPDATES = [
+    ([0], [5]),
+    ([3], [4]),
+    ([7], [1]),
+    ([6], [20]),
+    ([0, 9, 100], [3, 0, 8]),
+    ([7, 2, 13], [1, 1, 1]),
+    ([7, 2, 13], [0, 1, 0]),
+    ([7, 2], [0, 0]),
+    ([2**31 - 30, 0], [9, 17]),
+]
+
+
+@pytest.mark.parametrize(("lengths", "counts"), UPDATES, ids=str)
+@pytest.mark.parametrize("capacity", [1, 7, 16])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+def test_update(lengths, counts, capacity, dtype, device):
+    rings = make_ring(len(lengths), capacity, dtype, device)
+    _, k, v = make_tokens(sum(counts), dtype, device)
+    where = int32(lengths, device), offsets(counts, device)
+    expected = reference.rolling_cache_update(*rings, k, v, *where)
+    rolling_cache_update_(*rings, k, v, *where, max(counts))
+    assert all(torch.equal(a, b) for a, b in zip(rings, expected))
+
+
+@pytest.mark.parametrize("counts", [[9, 0, 4], [6, 0, 1], [1, 1, 1]], ids=str)
+def test_update_gradients_and_strides(counts, device):
+    where = int32([3, 0, 6], device), offsets(counts, device)
+    fused = torch.randn(sum(counts), 8, HEAD_DIM, device=device).requires_grad_()
+    rings = [x.requires_grad_() for x in make_ring(3, 5, torch.float32, device)]
+
+    def update(k_cache, v_cache, k, v):
+        k_cache, v_cache = k_cache.clone(), v_cache.clone()
+        rolling_cache_update_(k_cache, v_cache, k, v, *where, max(counts))
+        return k_cache, v_cache
+
+    inputs = {"k_cache": rings[0], "v_cache": rings[1], "k": fused[:, 4:6], "v": fused[:, 6:]}
+    assert_matches_reference(
+        update, lambda **x: reference.rolling_cache_update(**x, **named(where)), inputs
+    )
+
+
+def named(where):
+    return {"lengths": where[0], "cu_seqlens": where[1]}
+
+
+ATTENTIONS = [
+    ([0], [5]),
+    ([5], [70]),
+    ([100], [3]),
+    ([0, 3, 200], [70, 1, 9]),
+    ([0, 30, 31], [0, 2, 40]),
+    ([20, 30], [1, 1]),
+]
+
+
+@pytest.mark.parametrize(("lengths", "counts"), ATTENTIONS, ids=str)
+@pytest.mark.parametrize(("capacity", "window"), [(30, 30), (30, 11), (30, 40), (30, None), (1, 1)])
+def test_attention_and_gradients(lengths, counts, capacity, window, device):
+    q, k, v = make_tokens(sum(counts), torch.float32, device)
+    rings = make_ring(len(lengths), capacity, torch.float32, device)
+    inputs = dict(zip(("q", "k", "v", "k_cache", "v_cache"), (q, k, v, *rings)))
+    # Alone with itself a token has weight 1: no gradient to measure.
+    frozen = ("q", "k", "k_cache") if window == 1 or counts == [0] else ()
+    inputs = {name: x.requires_grad_(name not in frozen) for name, x in inputs.items()}
+    where = named((int32(lengths, device), offsets(counts, device)))
+    assert_matches_reference(
+        touching_all(
+            lambda **x: rolling_cache_attention(
+                **x, **where, max_seqlen=max(counts), sliding_window=window
+            )
+        ),
+        touching_all(lambda **x: eager_attention(**x, **where, sliding_window=window)),
+        inputs,
+    )
+
+
+def touching_all(function):
+    """Gives a gradient of 0, not None, to a ring that no token reads."""
+    return lambda **x: function(**x) + sum(0 * y.sum() for y in x.values())
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize("lengths", [[0, 0], [3, 29], [29, 30], [29, 29], [500, 31], [7, 500]])
+@pytest.mark.parametrize("window", [30, 11, 1, 40, None])
+def test_decode_after_update(lengths, window, dtype, device):
+    """One token a sequence: update, then attend to the ring alone."""
+    q, k, v = make_tokens(2, dtype, device)
+    rings = make_ring(2, 30, dtype, device)
+    where = named((int32(lengths, device), int32([0, 1, 2], device)))
+    # Past its capacity a ring without a narrower window has lost the oldest key to the new one.
+    shown = min(window or 30, 30)
+    exact = reference.rolling_cache_attention(
+        *(x.double() for x in (q, k, v, *rings)), **where, sliding_window=shown
+    )
+    plain = eager_attention(q, k, v, *rings, **where, sliding_window=shown)
+    rolling_cache_update_(*rings, k, v, **where, max_seqlen=1)
+    out = rolling_cache_attention(
+        q, None, None, *rings, **where, max_seqlen=1, sliding_window=window
+    )
+    assert_as_accurate(out, plain, exact, "out")
+
+
+@pytest.mark.parametrize("options", [{}, {"softmax_scale": 0.7}], ids=str)
+def test_scale_and_strides(options, device):
+    """Tokens of a fused projection, in a chunk and one by one."""
+    rings = make_ring(2, 6, torch.float32, device)
+    for counts in ([3, 9], [1, 1]):
+        fused = torch.randn(sum(counts), 8, HEAD_DIM, device=device)
+        q, k, v = fused.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+        where = named((int32([4, 11], device), offsets(counts, device)))
+        expected = reference.rolling_cache_attention(
+            q, k, v, *rings, **where, sliding_window=6, **options
+        )
+        where["max_seqlen"] = max(counts)
+        out = rolling_cache_attention(q, k, v, *rings, **where, sliding_window=6, **options)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        rolling_cache_update_(*rings, k, v, **where)
+        if counts == [1, 1]:
+            out = rolling_cache_attention(
+                q, None, None, *rings, **where, sliding_window=6, **options
+            )
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+C, KV, QS = torch.zeros(2, 5, KV_HEADS, 8), torch.ones(4, KV_HEADS, 8), torch.ones(4, HEADS, 8)
+GOOD = {
+    "k_cache": C,
+    "v_cache": C,
+    "k": KV,
+    "v": KV,
+    "lengths": int32([0, 3]),
+    "cu_seqlens": int32([0, 1, 4]),
+    "max_seqlen": 3,
+}
+BAD = [
+    ({"k_cache": C[0]}, r"k_cache must be \(batch, capacity, .* > 0, got \(5, 2, 8\)"),
+    ({"k_cache": C[:, :0]}, r"k_cache must be .* > 0, got \(2, 0, 2, 8\)"),
+    ({"k_cache": C[:0]}, r"k_cache must be .* > 0, got \(0, 5, 2, 8\)"),
+    ({"v_cache": C[:, :4]}, r"v_cache must be like k_cache, .* got \(2, 4, 2, 8\)"),
+    ({"v_cache": C.half()}, r"v_cache must be like k_cache, .* of torch.float16"),
+    ({"v_cache": C.to("meta")}, "v_cache must be on cpu like k_cache, got meta"),
+    ({"k": KV[:, :1]}, r"k must be \(total_tokens, 2, 8\) to fit the cache, got \(4, 1, 8\)"),
+    ({"v": KV[0]}, r"v must be \(total_tokens, 2, 8\) to fit the cache, got \(2, 8\)"),
+    ({"k": KV.half()}, "k must have the cache's dtype torch.float32, got torch.float16"),
+    ({"v": KV[:3]}, "v must hold 4 tokens, got 3"),
+    ({"lengths": int32([0, 3, 1])}, r"lengths must be \(2,\) of torch.int32 .* got \(3,\)"),
+    ({"lengths": torch.tensor([0, 3])}, r"lengths must be \(2,\) of torch.int32 .* torch.int64"),
+    ({"lengths": int32([0, -1])}, r"lengths must be >= 0, got \[0, -1\]"),
+    ({"lengths": int32([0, 3]).to("meta")}, "lengths must be on cpu like k_cache, got meta"),
+    ({"cu_seqlens": int32([0, 4])}, r"cu_seqlens must be \(3,\) of torch.int32"),
+    ({"cu_seqlens": int32([0, 1, 3])}, r"cu_seqlens must rise from 0 to the 4 .* got \[0, 1, 3\]"),
+    ({"cu_seqlens": int32([1, 2, 4])}, r"cu_seqlens must rise from 0 to the 4 .* got \[1, 2, 4\]"),
+    ({"cu_seqlens": int32([0, 5, 4])}, r"cu_seqlens must rise from 0 to the 4 .* got \[0, 5, 4\]"),
+    ({"max_seqlen": 2}, r"in steps of at most max_seqlen 2, got \[0, 1, 4\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_input(change, message):
+    """Named, in either function, and the caches as they were."""
+    arguments = {name: x.clone() if x is C else x for name, x in {**GOOD, **change}.items()}
+    before = {name: arguments[name].clone() for name in ("k_cache", "v_cache")}
+    with pytest.raises(ValueError, match=message):
+        rolling_cache_update_(**arguments)
+    with pytest.raises(ValueError, match=message):
+        rolling_cache_attention(QS, **arguments, sliding_window=5)
+    for name, cache in before.items():
+        assert arguments[name].is_meta or torch.equal(arguments[name], cache)
+
+
+def test_caches_must_be_contiguous():
+    rows = C.transpose(0, 1).contiguous().transpose(0, 1)
+    for change in ({"k_cache": rows}, {"v_cache": rows}):
+        arguments = {**GOOD, "k_cache": C.clone(), "v_cache": C.clone(), **change}
+        with pytest.raises(ValueError, match=f"{next(iter(change))} must be contiguous"):
+            rolling_cache_update_(**arguments)
+        assert not arguments["k_cache"].any() and not arguments["v_cache"].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": QS[:3]}, ValueError, "k must hold 3 tokens, got 4"),
+        ({"q": QS.half()}, ValueError, "k must be torch.float16 on cpu like q, got torch.float32"),
+        ({"q": QS[:, :3]}, ValueError, "k's 2 heads must divide q's 3"),
+        ({"q": QS[None]}, ValueError, r"k must hold 1 tokens|q must be \(tokens, heads, head_dim"),
+        ({"k": None}, ValueError, "k and v must both be given, or both be None"),
+        ({"k": None, "v": None}, ValueError, "only for one new token a sequence, got 4 tokens for"),
+        ({"q": QS.half(), "k": None, "v": None}, ValueError, "k_cache must be torch.float16 on"),
+        ({"q": QS[..., :4], "k": None, "v": None}, ValueError, "k_cache must have q's head_dim 4"),
+        ({"q": QS[:, :3], "k": None, "v": None}, ValueError, "k_cache's 2 heads must divide q's 3"),
+        ({"sliding_window": 0}, ValueError, "sliding_window must be positive"),
+        ({"sliding_window": 1.5}, TypeError, "sliding_window must hold integers, got float"),
+    ],
+)
+def test_bad_attention(change, error, message):
+    with pytest.raises(error, match=message):
+        rolling_cache_attention(**{"q": QS, **GOOD, "sliding_window": 5, **change})
