@@ -1,0 +1,163 @@
+"""linear_cross_entropy: values, gradients, chunks, memory, bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from allocations import Allocations
+from helpers import FLOATS, assert_as_accurate, values_and_gradients
+
+from mistral_kernels.ops import cross_entropy, reference
+from mistral_kernels.ops.cross_entropy import linear_cross_entropy
+
+
+def make_inputs(num_tokens, hidden_size, vocab_size, dtype, device):
+    hidden = torch.randn(num_tokens, hidden_size, device=device).to(dtype)
+    weight = torch.randn(vocab_size, hidden_size, device=device).to(dtype)
+    return {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_()}
+
+
+def some_targets(num_tokens, vocab_size, device, ignore_index=-100):
+    targets = torch.randint(vocab_size, (num_tokens,), device=device)
+    targets[::3] = ignore_index
+    return targets
+
+
+def assert_matches(inputs, targets, **options):
+    def plain(hidden, weight):
+        with reference.eager_arithmetic():
+            return reference.linear_cross_entropy(hidden, weight, targets, **options)
+
+    def ours(hidden, weight):
+        return linear_cross_entropy(hidden, weight, targets, **options)
+
+    dtype, scale = inputs["hidden"].dtype, [torch.tensor(1.5, device=targets.device)]
+    actual = values_and_gradients(ours, inputs, scale)
+    eager = values_and_gradients(plain, inputs, scale)
+    exact = values_and_gradients(plain, inputs, scale, torch.float64)
+    # The loss is one number, which plain PyTorch may have right by luck: its bound is the rounding
+    # of the logits. Gradients follow the rule, with room for those of few elements.
+    loss = actual.pop("differentiable output 0")
+    assert loss.dtype == torch.promote_types(dtype, torch.float32) and loss.shape == ()
+    logits = inputs["hidden"].double() @ inputs["weight"].double().T
+    bound = 2 * torch.finfo(dtype).eps * logits.abs().max()
+    if options.get("reduction") == "sum":
+        bound *= len(targets)
+    assert (loss - exact["differentiable output 0"]).abs() <= bound
+    for what, gradient in actual.items():
+        assert_as_accurate(gradient, eager[what], exact[what], what)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(3, 3, 7), (65, 64, 1000), (111, 7, 63)], ids=str)
+def test_values_and_gradients(shape, dtype, reduction, device):
+    inputs = make_inputs(*shape, dtype, device)
+    targets = some_targets(shape[0] + 1, shape[2], device)[1:]
+    assert_matches(inputs, targets, reduction=reduction)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 10, 11, 20, 33])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_chunks(tokens, dtype, device, monkeypatch):
+    """Chunks of 10 tokens, whole and in part."""
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 10 * 50 + 49)
+    inputs = make_inputs(tokens, 16, 50, dtype, device)
+    assert_matches(inputs, some_targets(tokens + 1, 50, device)[1:])
+
+
+def test_a_vocabulary_larger_than_a_chunk(device, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 7)
+    inputs = make_inputs(5, 16, 50, torch.float32, device)
+    assert_matches(inputs, some_targets(5, 50, device))
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 0, 49, 1000])
+def test_ignore_index(ignore_index, device):
+    inputs = make_inputs(20, 16, 50, torch.float32, device)
+    targets = some_targets(20, 50, device, ignore_index)
+    assert_matches(inputs, targets, ignore_index=ignore_index)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 4])
+def test_no_token_counts(num_tokens, device):
+    """As in PyTorch: 0 in sum and NaN in the mean, and no gradient in either."""
+    inputs = make_inputs(num_tokens, 16, 50, torch.float32, device)
+    targets = torch.full((num_tokens,), -100, device=device)
+    for reduction, expected in (("sum", 0.0), ("mean", math.nan)):
+        loss = linear_cross_entropy(**inputs, targets=targets, reduction=reduction)
+        assert loss.item() == pytest.approx(expected, nan_ok=True)
+        for gradient in torch.autograd.grad(loss, list(inputs.values())):
+            assert (gradient == 0).all()
+
+
+def test_a_vocabulary_of_one(device):
+    inputs = make_inputs(4, 16, 1, torch.float32, device)
+    loss = linear_cross_entropy(**inputs, targets=torch.zeros(4, dtype=torch.int64, device=device))
+    assert loss.item() == 0
+    assert not any(g.any() for g in torch.autograd.grad(loss, list(inputs.values())))
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_frozen_inputs(frozen, device):
+    inputs = make_inputs(20, 16, 50, torch.float32, device)
+    inputs[frozen].requires_grad_(False)
+    assert_matches(inputs, some_targets(20, 50, device))
+
+
+def test_strides(device):
+    inputs = {
+        "hidden": torch.randn(16, 40, device=device).T[::2].requires_grad_(),
+        "weight": torch.randn(16, 50, device=device).T.requires_grad_(),
+    }
+    assert_matches(inputs, some_targets(20, 50, device))
+
+
+def test_the_logits_never_exist(device):
+    tokens, vocab_size, logits = 4096, 32000, 4096 * 32000
+    inputs = make_inputs(tokens, 8, vocab_size, torch.float32, device)
+    targets = some_targets(tokens, vocab_size, device)
+    with Allocations() as seen:
+        linear_cross_entropy(**inputs, targets=targets).backward()
+    assert seen.largest_new < logits / 10
+
+
+def test_evaluation_forms_no_gradient(device):
+    inputs = make_inputs(2, 64, 1000, torch.float32, device)
+    with torch.no_grad(), Allocations() as seen:
+        loss = linear_cross_entropy(**inputs, targets=some_targets(2, 1000, device))
+    assert not loss.requires_grad
+    assert seen.largest_new == 2 * 1000  # the logits, not the 64 times 1000 of dweight
+
+
+def test_gradients_scale_with_the_loss(device):
+    inputs = make_inputs(4, 3, 5, torch.float64, device)
+    targets = some_targets(4, 5, device)
+    assert torch.autograd.gradcheck(
+        lambda h, w: 7 * linear_cross_entropy(h, w, targets), tuple(inputs.values())
+    )
+
+
+H, W, T = torch.ones(3, 4), torch.ones(5, 4), torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((H.int(), W.int(), T), TypeError, "hidden must be floating point, got torch.int32"),
+        ((H[0], W, T), ValueError, r"hidden and weight must be .* got \(4,\) and \(5, 4\)"),
+        ((H, W[:, :2], T), ValueError, r"hidden and weight must be .* got \(3, 4\) and \(5, 2\)"),
+        ((H, W[:0], T), ValueError, r"hidden and weight must be .* got \(3, 4\) and \(0, 4\)"),
+        ((H, W.half(), T), ValueError, "weight must have hidden's dtype torch.float32, got .*16"),
+        ((H, W, T[:2]), ValueError, r"targets must be \(3,\) of torch.int64, got \(2,\) of"),
+        ((H, W, T.int()), ValueError, r"targets must be \(3,\) of torch.int64, got .* torch.int32"),
+        ((H, W, T, -100, "none"), ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
+        ((H, W, T + 5), ValueError, r"targets must lie in \[0, 5\) or be -100, got 5"),
+        ((H, W, T - 1), ValueError, r"targets must lie in \[0, 5\) or be -100, got -1"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(*arguments)
