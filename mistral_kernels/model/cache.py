@@ -1,0 +1,132 @@
+"""The rolling cache of a model, and how a packed batch is cut into sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.model.config import MistralConfig
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the tokens of a packed batch belong to sequences.
+
+    `cu_seqlens` (batch + 1,) int32 and `positions` (total_tokens,) int64 lie on the model's device;
+    `seqlens` is their host copy, and all positions are below `end`. A batch of equal lengths is
+    `rectangular`.
+    """
+
+    seqlens: tuple[int, ...]
+    end: int
+    cu_seqlens: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, seqlens: list[int], starts: list[int], device: torch.device) -> Packing:
+        """Sequences of `seqlens` new tokens, the first of each at absolute position `starts`."""
+        offsets = torch.tensor([0, *seqlens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        spans = [torch.arange(start, start + n) for n, start in zip(seqlens, starts)]
+        end = max(start + n for start, n in zip(starts, seqlens))
+        return cls(tuple(seqlens), end, offsets.to(device), torch.cat(spans).to(device))
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.seqlens)
+
+    @property
+    def rectangular(self) -> bool:
+        return len(set(self.seqlens)) == 1
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """(batch,) index of each sequence's last token."""
+        return self.cu_seqlens[1:].long() - 1
+
+
+class RollingCache:
+    """Keys and values of every layer, in rings that never grow.
+
+    Layer i holds k and v of (batch, capacity_i, num_kv_heads, head_dim), where capacity_i is the
+    smaller of the layer's sliding window and `max_length`. The token at absolute position p lies in
+    slot p % capacity_i. `lengths` (batch,) int32, on the device, counts the tokens each sequence
+    has seen; `host_lengths` is the same on the host.
+
+    With a window in every layer, text may go on for ever. A layer without one needs every key:
+    appending past `max_length` then raises.
+
+    Raises `ValueError` for a batch or a `max_length` that is not positive.
+    """
+
+    def __init__(
+        self,
+        config: MistralConfig,
+        batch: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch <= 0 or max_length <= 0:
+            raise ValueError(f"batch and max_length must be positive, got {batch} and {max_length}")
+        windows = config.layer_windows
+        self.endless = all(window is not None and window <= max_length for window in windows)
+        self.max_length = max_length
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for window in windows:
+            capacity = max_length if window is None else min(window, max_length)
+            shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
+            self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
+            self.values.append(torch.zeros(shape, dtype=dtype, device=device))
+        # While the layers write. If one of them fails, what the rings hold is no text's cache.
+        self.torn = False
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.host_lengths = [0] * batch
+
+    @property
+    def batch(self) -> int:
+        return len(self.host_lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rings: constant from construction on."""
+        return sum(ring.nbytes for ring in (*self.keys, *self.values))
+
+    def packing(self, seqlens: list[int]) -> Packing:
+        """Place `seqlens` new tokens behind what each sequence has seen.
+
+        Raises `ValueError` if they do not fit: too many sequences, or, without a window, too long.
+        """
+        if self.torn:
+            raise ValueError("a pass over this cache was interrupted half-way; make a new one")
+        if len(seqlens) != self.batch:
+            raise ValueError(f"the cache holds {self.batch} sequences, got {len(seqlens)}")
+        packing = Packing.of(seqlens, self.host_lengths, self.lengths.device)
+        if packing.end > self.max_length and not self.endless:
+            raise ValueError(
+                f"a sequence of {packing.end} tokens does not fit a cache of max_length "
+                f"{self.max_length}; make the cache longer"
+            )
+        return packing
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens of each sequence.
+
+        Raises `ValueError` if a ring has wrapped round: what it overwrote is lost.
+        """
+        smallest = min(ring.shape[1] for ring in self.keys)
+        if max(self.host_lengths) > smallest or length > min(self.host_lengths):
+            raise ValueError(
+                f"cannot rewind sequences of {self.host_lengths} tokens in rings of {smallest} "
+                f"slots to {length} tokens"
+            )
+        self.lengths.fill_(length)
+        self.host_lengths = [length] * self.batch
+
+    def advance(self, packing: Packing) -> None:
+        """Count the tokens that every layer has written."""
+        self.torn = False
+        self.lengths += packing.cu_seqlens.diff()
+        self.host_lengths = [a + b for a, b in zip(self.host_lengths, packing.seqlens)]

@@ -1,0 +1,187 @@
+"""The parts of a Mistral decoder layer. Hidden states are packed: (total_tokens, hidden_size)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mistral_kernels.model.cache import Packing, RollingCache
+from mistral_kernels.model.config import MistralConfig
+from mistral_kernels.ops.attention import attention, rolling_cache_attention
+from mistral_kernels.ops.linear import linear
+from mistral_kernels.ops.rms_norm import rms_norm
+from mistral_kernels.ops.rolling_cache import rolling_cache_update_
+from mistral_kernels.ops.rotary import apply_rotary
+from mistral_kernels.ops.swiglu import swiglu
+
+
+class RMSNorm(nn.Module):
+    """`ops.rms_norm` with its weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        return rms_norm(x, self.weight, self.eps, residual)
+
+
+class Linear(nn.Linear):
+    """`ops.linear` with its weight."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class FusedLinear(Linear):
+    """Several projections of one input as a single product, several entries in `state_dict`.
+
+    `parts` maps each projection's name to its number of rows. In a state dict the projections stand
+    under their own names, beside where this module is registered: as views of the one weight.
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, int]) -> None:
+        super().__init__(in_features, sum(parts.values()))
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return super().forward(x).split(tuple(self.parts.values()), dim=-1)
+
+    def parts_in_state_dict(self, prefix: str) -> dict[str, Tensor]:
+        """Each projection's key and weight, where this module's own keys would have `prefix`."""
+        parent = prefix.removesuffix(".").rpartition(".")[0]
+        keys = (f"{parent}.{name}.weight".removeprefix(".") for name in self.parts)
+        return dict(zip(keys, self.weight.detach().split(tuple(self.parts.values()))))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination.update(self.parts_in_state_dict(prefix))
+
+
+def _fuse_parts(
+    module: nn.Module,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: list[str],
+    *_: Any,
+) -> None:
+    """Before `module` loads: put the projections of its `FusedLinear`s together.
+
+    This is its parent's business since a module is only shown the keys below its own name.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, FusedLinear):
+            own = child.parts_in_state_dict(f"{prefix}{name}.")
+            given = {key: state_dict.pop(key) for key in own if key in state_dict}
+            if given:
+                missing_keys += own.keys() - given.keys()
+                state_dict[f"{prefix}{name}.weight"] = torch.cat(list((own | given).values()))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention in a sliding window."""
+
+    def __init__(self, config: MistralConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.sliding_window = config.layer_windows[layer]
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = FusedLinear(config.hidden_size, sizes)
+        self.o_proj = Linear(q_size, config.hidden_size)
+        self.register_load_state_dict_pre_hook(_fuse_parts)
+
+    def forward(
+        self, x: Tensor, tables: tuple[Tensor, Tensor], packing: Packing, cache: RollingCache | None
+    ) -> Tensor:
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv_proj(x))
+        q, k = apply_rotary(q, k, *tables, packing.positions)
+        if cache is None:
+            out = self._attend_alone(q, k, v, packing)
+        else:
+            out = self._attend_cached(q, k, v, packing, cache)
+        return self.o_proj(out.flatten(-2))
+
+    def _attend_alone(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        """Whole sequences. Equal lengths are one call, others one call each."""
+        if packing.rectangular:
+            q, k, v = (x.unflatten(0, (len(packing.seqlens), -1)) for x in (q, k, v))
+            out: Any = attention(q, k, v, sliding_window=self.sliding_window)
+            return out.flatten(0, 1)
+        sequences = zip(*(x.split(packing.seqlens) for x in (q, k, v)))
+        outs: Any = [
+            attention(*(x.unsqueeze(0) for x in qkv), sliding_window=self.sliding_window)
+            for qkv in sequences
+        ]
+        return torch.cat(outs, dim=1).squeeze(0)
+
+    def _attend_cached(
+        self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, cache: RollingCache
+    ) -> Tensor:
+        ring: dict[str, Any] = {
+            "k_cache": cache.keys[self.layer],
+            "v_cache": cache.values[self.layer],
+            "lengths": cache.lengths,
+            "cu_seqlens": packing.cu_seqlens,
+            "max_seqlen": packing.max_seqlen,
+        }
+        window = self.sliding_window
+        if set(packing.seqlens) == {1}:
+            # One token overwrites only the key that has just left its window.
+            rolling_cache_update_(k=k, v=v, **ring)
+            return rolling_cache_attention(q, None, None, **ring, sliding_window=window)
+        out = rolling_cache_attention(q, k, v, **ring, sliding_window=window)
+        rolling_cache_update_(k=k, v=v, **ring)
+        return out
+
+
+class MLP(nn.Module):
+    """The SwiGLU feed-forward."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        size = config.intermediate_size
+        self.gate_up_proj = FusedLinear(config.hidden_size, {"gate_proj": size, "up_proj": size})
+        self.down_proj = Linear(size, config.hidden_size)
+        self.register_load_state_dict_pre_hook(_fuse_parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(*self.gate_up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm that also adds the residual before it."""
+
+    def __init__(self, config: MistralConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        delta: Tensor,
+        residual: Tensor | None,
+        tables: tuple[Tensor, Tensor],
+        packing: Packing,
+        cache: RollingCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`residual` is the stream so far, `delta` what the layer before has yet to add to it."""
+        if residual is None:
+            x, residual = self.input_layernorm(delta), delta
+        else:
+            x, residual = self.input_layernorm(delta, residual)
+        x, residual = self.post_attention_layernorm(
+            self.self_attn(x, tables, packing, cache), residual
+        )
+        return self.mlp(x), residual

@@ -1,0 +1,179 @@
+"""The model gives what transformers' MistralForCausalLM gives, on the same random weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from mistral_kernels import MistralConfig, MistralForCausalLM
+
+transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is absent")
+
+VOCAB = 331
+# (query heads, kv heads, head_dim, hidden_size); heads * head_dim is not always hidden_size.
+HEADS = {
+    "8/2x64": (8, 2, 64, 128),
+    "8/8x64": (8, 8, 64, 512),
+    "4/1x128": (4, 1, 128, 96),
+}
+
+
+def make_pair(
+    heads: str = "8/2x64", dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[MistralForCausalLM, Any]:
+    query_heads, kv_heads, head_dim, hidden_size = HEADS[heads]
+    config = MistralConfig(
+        vocab_size=VOCAB,
+        hidden_size=hidden_size,
+        intermediate_size=173,
+        num_hidden_layers=2,
+        num_attention_heads=query_heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        **options,
+    )
+    ours = MistralForCausalLM(config)
+    with torch.no_grad():
+        for weight in ours.parameters():
+            # Large enough for attention to be far from uniform; norm weights away from 1.
+            weight.copy_(torch.randn_like(weight) * (0.1 if weight.ndim == 2 else 0.3) + 0.02)
+    return ours.to(dtype).eval(), theirs_like(ours, dtype)
+
+
+def theirs_like(ours: MistralForCausalLM, dtype: torch.dtype) -> Any:
+    fields = ours.config.to_hf("float32")
+    del fields["architectures"], fields["model_type"], fields["torch_dtype"], fields["dtype"]
+    config = transformers.MistralConfig(**fields, attn_implementation="eager")
+    theirs = transformers.MistralForCausalLM(config)
+    missing = theirs.load_state_dict(ours.state_dict())
+    assert not missing.missing_keys and not missing.unexpected_keys
+    return theirs.to(dtype).eval()
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("seqlen", [1, 63, 64, 65, 300])
+@pytest.mark.parametrize("window", [None, 7, 64])
+@pytest.mark.parametrize("heads", HEADS)
+@torch.inference_mode()
+def test_logits(heads: str, window: int | None, seqlen: int) -> None:
+    tied = heads == "8/8x64"
+    ours, theirs = make_pair(heads, sliding_window=window, tie_word_embeddings=tied)
+    ids = torch.randint(VOCAB, (2, seqlen))
+    exact = theirs(ids).logits
+    assert relative_error(ours(ids), exact) < 1e-4
+
+    narrow, narrow_theirs = ours.to(torch.bfloat16), theirs.to(torch.bfloat16)
+    error, allowed = (relative_error(f, exact) for f in (narrow(ids), narrow_theirs(ids).logits))
+    assert error <= 2 * allowed
+
+
+@pytest.mark.parametrize("window", [None, 7, 64])
+@torch.inference_mode()
+def test_logits_do_not_depend_on_chunks_or_batch_mates(window: int | None) -> None:
+    ours, theirs = make_pair(sliding_window=window)
+    width = window or 64
+    lengths = (1, width - 1, width, width + 1, 2 * width + 3)
+    prompts = [torch.randint(VOCAB, (n,)).tolist() for n in lengths]
+    expected = torch.stack([theirs(torch.tensor([p])).logits[0, -1] for p in prompts])
+    for chunk_size in (1, 5, width - 1, width, width + 1, 2 * width + 3, None):
+        together = ours.prefill(prompts, ours.new_cache(len(prompts), max(lengths)), chunk_size)
+        assert relative_error(together, expected) < 1e-4, chunk_size
+        alone = torch.cat(
+            [ours.prefill([p], ours.new_cache(1, len(p)), chunk_size) for p in prompts]
+        )
+        assert relative_error(alone, expected) < 1e-4, chunk_size
+
+
+@pytest.mark.parametrize("window", [None, 7, 64])
+@torch.inference_mode()
+def test_every_decoded_logit_equals_the_full_pass(window: int | None) -> None:
+    """Also with rings of different sizes, one for each layer."""
+    ours, _ = make_pair()
+    config = replace(ours.config, sliding_window=(window, 3))
+    weights = ours.state_dict()
+    ours = MistralForCausalLM(config).eval()
+    ours.load_state_dict(weights)
+    ids = torch.randint(VOCAB, (2, 4 * (window or 16) + 9))
+    expected = ours(ids)
+    cache = ours.new_cache(2, ids.shape[1])
+    for position in range(ids.shape[1]):
+        logits = ours.decode(ids[:, position], cache)
+        assert relative_error(logits, expected[:, position]) < 1e-4, position
+
+
+@pytest.mark.parametrize("window", [None, 7, 64])
+def test_greedy_generation(window: int | None) -> None:
+    """Four windows of new tokens, singly and in a batch of unequal prompts."""
+    ours, theirs = make_pair(sliding_window=window)
+    prompts = [torch.randint(VOCAB, (n,)).tolist() for n in (3, 17, 70)]
+    new = 4 * (window or 16)
+    expected = [
+        theirs.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0].tolist()
+        for prompt in prompts
+    ]
+    alone = [ours.generate([p], max_new_tokens=new, eos_token_id=None)[0] for p in prompts]
+    assert alone == expected
+    assert ours.generate(prompts, max_new_tokens=new, eos_token_id=None) == expected
+
+
+def test_gradients() -> None:
+    ours, theirs = make_pair(sliding_window=7)
+    ids = torch.randint(VOCAB, (2, 33))
+    cotangent = torch.randn(2, 33, VOCAB)
+    for model, logits in ((ours, ours(ids)), (theirs, theirs(ids).logits)):
+        model.zero_grad()
+        logits.backward(cotangent)
+    theirs_grads = {name: p.grad for name, p in theirs.named_parameters()}
+    q, k, v = ours.model.layers[0].self_attn.qkv_proj.weight.grad.split([512, 128, 128])
+    for name, grad in (("q", q), ("k", k), ("v", v)):
+        expected = theirs_grads[f"model.layers.0.self_attn.{name}_proj.weight"]
+        assert relative_error(grad, expected) < 1e-4
+    for name in ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"):
+        assert relative_error(ours.get_parameter(name).grad, theirs_grads[name]) < 1e-4
+
+
+def test_state_dict_has_the_standard_names_both_ways() -> None:
+    ours, theirs = make_pair(tie_word_embeddings=True)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    other = MistralForCausalLM(ours.config)
+    other.load_state_dict(theirs.state_dict())
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(other.state_dict()[name], weight), name
+    state = theirs.state_dict()
+    del state["model.layers.0.self_attn.k_proj.weight"]
+    with pytest.raises(RuntimeError, match="model.layers.0.self_attn.k_proj.weight"):
+        other.load_state_dict(state)
+
+
+def test_far_positions_are_exact_in_bfloat16() -> None:
+    """The rotary tables stay float32 whatever the weights are cast to."""
+    ours, theirs = make_pair(sliding_window=64, rope_theta=10_000.0)
+    ours = ours.to(torch.bfloat16)
+    assert "rotary" not in " ".join(ours.state_dict())
+    ids = torch.randint(VOCAB, (1, 200))
+    with torch.inference_mode():
+        near = ours(ids)
+        cache = ours.new_cache(1, 64)
+        # Rotary scores depend on distances alone, so a start far away changes nothing. (What the
+        # empty rings add has left the window of each layer's clean tokens by the end.)
+        cache.lengths.fill_(130_000)
+        cache.host_lengths = [130_000]
+        cache.keys, cache.values = (
+            [torch.zeros_like(ring) for ring in rings] for rings in (cache.keys, cache.values)
+        )
+        far = ours.prefill(ids.tolist(), cache)
+    reference = theirs(ids).logits[:, -1]
+    assert relative_error(far, reference) < 2 * relative_error(near[:, -1], reference) + 1e-2

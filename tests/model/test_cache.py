@@ -1,0 +1,156 @@
+"""The rolling cache: its size, its slots, what fits it, and going back."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from small_checkpoints import SMALL
+
+from mistral_kernels import MistralConfig, MistralForCausalLM, RollingCache
+from mistral_kernels.model.cache import Packing
+
+W = 7
+CPU = torch.device("cpu")
+
+
+def make_model(**changes: object) -> MistralForCausalLM:
+    config = dataclasses.replace(SMALL, **changes)  # type: ignore[arg-type]
+    return MistralForCausalLM(config).eval()
+
+
+def random_ids(n: int) -> list[int]:
+    return torch.randint(SMALL.vocab_size, (n,)).tolist()
+
+
+def empty_cache(config: MistralConfig = SMALL, batch: int = 2, length: int = 64) -> RollingCache:
+    return RollingCache(config, batch, length, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("window", "max_length", "capacities"),
+    [(W, 64, [7, 7, 7]), (W, 5, [5, 5, 5]), (None, 33, [33] * 3), ((W, None), 20, [7, 20, 7])],
+)
+def test_capacity_of_each_layer(
+    window: int | None | tuple[int | None, ...], max_length: int, capacities: list[int]
+) -> None:
+    config = dataclasses.replace(SMALL, sliding_window=window)
+    cache = RollingCache(config, 3, max_length, torch.bfloat16)
+    shapes = [(3, capacity, 2, 16) for capacity in capacities]
+    assert [tuple(k.shape) for k in cache.keys] == [tuple(v.shape) for v in cache.values] == shapes
+    assert cache.nbytes == 2 * sum(capacities) * 3 * 2 * 16 * 2
+    assert cache.batch == 3 and cache.lengths.tolist() == cache.host_lengths == [0, 0, 0]
+    assert cache.endless == (window == W and max_length >= W)
+
+
+@torch.inference_mode()
+def test_nothing_is_allocated_or_moved_as_the_text_grows() -> None:
+    model = make_model()
+    cache = model.new_cache(1, W)
+    size, places = cache.nbytes, [ring.data_ptr() for ring in (*cache.keys, *cache.values)]
+    model.prefill([random_ids(50)], cache, 13)
+    for _ in range(30):
+        model.decode(torch.tensor([5]), cache)
+    assert cache.host_lengths == cache.lengths.tolist() == [80]
+    assert cache.nbytes == size == 2 * 3 * W * 2 * 16 * 4
+    assert [ring.data_ptr() for ring in (*cache.keys, *cache.values)] == places
+
+
+@torch.inference_mode()
+def test_the_token_at_p_lies_in_slot_p_modulo_capacity() -> None:
+    """In the first layer, where keys and values depend on their own token alone."""
+    model, ids = make_model(), random_ids(40)
+    for length in (1, W - 1, W, W + 1, 2 * W, 40):
+        cache = model.new_cache(1, 40)
+        model.prefill([ids[:length]], cache, random.randint(1, 12))
+        for position in range(max(0, length - W), length):
+            single = model.new_cache(1, 40)
+            single.lengths.fill_(position)
+            single.host_lengths = [position]
+            model.decode(torch.tensor([ids[position]]), single)
+            slot = position % W
+            for rings, others in ((cache.keys, single.keys), (cache.values, single.values)):
+                torch.testing.assert_close(rings[0][0, slot], others[0][0, slot])
+
+
+def test_packing_places_tokens_behind_what_was_seen() -> None:
+    cache = empty_cache(batch=3)
+    cache.advance(cache.packing([4, 0, 2]))
+    assert cache.host_lengths == cache.lengths.tolist() == [4, 0, 2]
+    packing = cache.packing([2, 1, 3])
+    assert packing.cu_seqlens.tolist() == [0, 2, 3, 6]
+    assert packing.cu_seqlens.dtype == torch.int32
+    assert packing.positions.tolist() == [4, 5, 0, 2, 3, 4]
+    assert packing.last_tokens.tolist() == [1, 2, 5]
+    assert (packing.seqlens, packing.end, packing.max_seqlen) == ((2, 1, 3), 6, 3)
+    assert not packing.rectangular and Packing.of([3, 3], [0, 5], CPU).rectangular
+    assert cache.host_lengths == [4, 0, 2], "packing() alone counts nothing"
+    cache.advance(packing)
+    assert cache.host_lengths == cache.lengths.tolist() == [6, 1, 5]
+
+
+def test_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="the cache holds 2 sequences, got 3"):
+        empty_cache().packing([1, 1, 1])
+    full = dataclasses.replace(SMALL, sliding_window=(W, None))
+    cache = empty_cache(full, length=10)
+    cache.advance(cache.packing([10, 3]))
+    message = "a sequence of 11 tokens does not fit a cache of max_length 10"
+    with pytest.raises(ValueError, match=message):
+        cache.packing([1, 1])
+    cache.packing([0, 7])
+    # Rings smaller than the window would lose keys that are still to be seen.
+    with pytest.raises(ValueError, match="a sequence of 6 tokens does not fit a cache of max_len"):
+        empty_cache(length=W - 2).packing([1, W - 1])
+    assert empty_cache(length=W).packing([1, 10**6]).end == 10**6
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0), (-1, 5), (2, -3)])
+def test_sizes_must_be_positive(batch: int, length: int) -> None:
+    with pytest.raises(ValueError, match=f"must be positive, got {batch} and {length}"):
+        empty_cache(batch=batch, length=length)
+
+
+@pytest.mark.parametrize("window", [W, None, (None, W)])
+@torch.inference_mode()
+def test_rewind_forgets(window: int | None | tuple[int | None, ...]) -> None:
+    model = make_model(sliding_window=window)
+    first, second = [random_ids(6), random_ids(7)], [random_ids(9), random_ids(4)]
+    for kept in (0, 1, 5, 6):
+        cache = model.new_cache(2, 64)
+        model.prefill(first, cache)
+        cache.rewind(kept)
+        assert cache.host_lengths == cache.lengths.tolist() == [kept, kept]
+        actual = model.prefill(second, cache)
+        whole = [a[:kept] + b for a, b in zip(first, second)]
+        expected = model.prefill(whole, model.new_cache(2, 64))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rewind_refuses_what_is_lost() -> None:
+    cache = empty_cache()
+    cache.advance(cache.packing([W, 3]))
+    with pytest.raises(ValueError, match="cannot rewind sequences of .7, 3. tokens .* to 4 tokens"):
+        cache.rewind(4)
+    cache.rewind(3)
+    cache.advance(cache.packing([W - 3, W - 2]))
+    with pytest.raises(ValueError, match="in rings of 7 slots to 2 tokens"):
+        cache.rewind(2)
+    assert cache.host_lengths == cache.lengths.tolist() == [W, W + 1], "a refusal changes nothing"
+
+
+def test_an_interrupted_pass_leaves_no_usable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    cache = model.new_cache(1, 32)
+    model.prefill([[1, 2, 3]], cache)
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.model.layers[-1].mlp, "forward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.prefill([[4]], cache)
+    with pytest.raises(ValueError, match="a pass over this cache was interrupted half-way"):
+        model.decode(torch.tensor([5]), cache)

@@ -1,0 +1,168 @@
+"""Sampling against transformers' logits processors, against the formulas, and against chance."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from mistral_kernels import Sampler
+
+transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is absent")
+
+
+def distribution(sampler: Sampler, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+    """The probabilities that `sampler` draws from, as it hands them to torch.multinomial."""
+    with mock.patch.object(torch, "multinomial", wraps=torch.multinomial) as draw:
+        sampler(logits, seen)
+    return draw.call_args.args[0]
+
+
+def oracle(logits: Tensor, **settings: Any) -> Tensor:
+    """The same by transformers' warpers, in float64 and in transformers' order."""
+    warpers = {
+        "temperature": transformers.TemperatureLogitsWarper,
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
+    }
+    scores = logits.double()
+    for name, warper in warpers.items():
+        if name in settings:
+            scores = warper(settings[name])(None, scores)
+    return scores.softmax(dim=-1)
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"temperature": 0.3},
+    {"temperature": 2.5},
+    {"top_k": 1},
+    {"top_k": 7},
+    {"top_k": 10_000},
+    {"top_p": 1e-6},
+    {"top_p": 0.5},
+    {"top_p": 0.93},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.02},
+    {"temperature": 3.0, "top_p": 0.9, "min_p": 0.3},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_distribution_is_that_of_transformers(settings: dict[str, Any]) -> None:
+    logits = torch.randn(40, 97) * 3
+    actual, expected = distribution(Sampler(**settings), logits), oracle(logits, **settings)
+    # Where a cumulated or relative probability is within rounding of its threshold, either side is
+    # right: those rows are known by an oracle that moves with the threshold.
+    clear = torch.ones(len(logits), dtype=torch.bool)
+    for name in settings.keys() & {"top_p", "min_p"}:
+        for nudge in (1 - 1e-5, 1 + 1e-5):
+            moved = oracle(logits, **{**settings, name: min(1.0, settings[name] * nudge)})
+            clear &= ((moved > 0) == (expected > 0)).all(dim=-1)
+    assert clear.sum() >= 30
+    actual, expected = actual[clear].double(), expected[clear]
+    assert torch.equal(actual > 0, expected > 0)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_ties(settings: dict[str, Any]) -> None:
+    """Of equal tokens top-p may keep any, but as many as transformers keeps; top-k keeps all."""
+    logits = torch.randint(-3, 4, (40, 97)) / 2.0 + 0.1 * torch.arange(40)[:, None]
+    actual, expected = distribution(Sampler(**settings), logits), oracle(logits, **settings)
+    if "top_p" in settings:
+        actual, expected = actual.sort().values, expected.sort().values
+    kept, wanted = (actual > 0).sum(dim=-1), (expected > 0).sum(dim=-1)
+    # A whole number of equal tokens may reach top_p exactly, but for rounding.
+    assert ((kept - wanted).abs() <= ("top_p" in settings)).all()
+    same = kept == wanted
+    assert same.sum() >= 30
+    torch.testing.assert_close(actual[same].double(), expected[same], rtol=1e-5, atol=1e-7)
+
+
+def test_greedy_takes_the_first_of_the_likeliest() -> None:
+    logits = torch.tensor([[0.0, 3.0, -1.0, 3.0], [2.0, 2.0, 1.0, 0.0], [-5.0, -7.0, -6.0, -4.0]])
+    assert Sampler(temperature=0)(logits).tolist() == [1, 0, 3]
+    assert Sampler(temperature=0)(logits.bfloat16()).tolist() == [1, 0, 3]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 1e-300])
+def test_a_vanishing_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.randn(8, 50).sort(dim=-1).values * 20 + torch.arange(50.0)
+    assert Sampler(temperature=temperature)(logits).tolist() == [49] * 8
+
+
+def test_truncation_never_leaves_nothing() -> None:
+    logits = torch.randn(16, 1000) * 10
+    for sampler in (Sampler(top_p=1e-9), Sampler(min_p=1.0), Sampler(top_k=1)):
+        assert torch.equal(sampler(logits), logits.argmax(dim=-1))
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.6])
+def test_repetition_penalty(penalty: float) -> None:
+    logits = torch.randn(5, 31)
+    texts = [torch.randint(31, (n,)).tolist() for n in (1, 4, 9, 40, 2)]
+    seen = torch.zeros(5, 31, dtype=torch.bool)
+    expected = logits.double().clone()
+    for row, text in enumerate(texts):
+        for token in set(text):
+            seen[row, token] = True
+            value = expected[row, token]
+            expected[row, token] = value / penalty if value > 0 else value * penalty
+        theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(
+            torch.tensor([text]), logits[row : row + 1].double()
+        )
+        torch.testing.assert_close(theirs[0], expected[row])
+    actual = distribution(Sampler(repetition_penalty=penalty), logits, seen)
+    torch.testing.assert_close(actual.double(), expected.softmax(dim=-1), rtol=1e-5, atol=1e-7)
+    greedy = Sampler(temperature=0, repetition_penalty=penalty)(logits, seen)
+    assert torch.equal(greedy, expected.argmax(dim=-1))
+    with pytest.raises(ValueError, match="seen is needed for a repetition_penalty"):
+        Sampler(repetition_penalty=penalty)(logits)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_frequencies(temperature: float) -> None:
+    """Chi-square of 20,000 draws over 12 tokens; 80 is exceeded once in 10^12 runs."""
+    logits, draws = torch.randn(12), 20_000
+    expected = draws * (logits.double() / temperature).softmax(dim=-1)
+    drawn = Sampler(temperature)(logits.expand(draws, -1))
+    counts = torch.bincount(drawn, minlength=12)
+    likely = expected > 5
+    assert likely.sum() >= 3
+    chi_square = ((counts - expected).square() / expected)[likely].sum()
+    assert chi_square < 80
+
+
+def test_a_generator_decides_alone() -> None:
+    logits = torch.randn(64, 100)
+
+    def draw(seed: int) -> list[int]:
+        return Sampler(generator=torch.Generator().manual_seed(seed))(logits).tolist()
+
+    state = torch.get_rng_state()
+    assert draw(7) == draw(7) != draw(8)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be >= 0, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be >= 0, got nan"),
+        ({"temperature": float("inf")}, "temperature must be >= 0, got inf"),
+        ({"top_k": -1}, "top_k must be >= 0 .0 keeps all tokens., got -1"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"min_p": -0.5}, r"min_p must be in \[0, 1\], got -0.5"),
+        ({"min_p": 1.01}, r"min_p must be in \[0, 1\], got 1.01"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, got 0.0"),
+    ],
+)
+def test_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampler(**settings)
