@@ -1,0 +1,39 @@
+"""Checkpoints in both formats, Mistral's own ("raw") and Hugging Face's ("hf")."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mistral_kernels.checkpoint import hf, raw
+from mistral_kernels.checkpoint.hf import save_hf
+from mistral_kernels.checkpoint.hub import resolve
+from mistral_kernels.checkpoint.raw import save_raw
+from mistral_kernels.checkpoint.reading import Checkpoint, CheckpointError
+
+__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint", "resolve", "save_hf", "save_raw"]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open the checkpoint in a folder, in whichever format it is; in both, as HF.
+
+    The configuration is read, and the name, shape and type of every tensor is checked against it,
+    by the files' headers: no weight is read yet. Raises `CheckpointError` for a folder or file that
+    is missing, damaged or does not fit, and `ConfigError` for a model that is not a dense Mistral.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise CheckpointError(f"{what}: {str(folder)!r}")
+    has_hf, has_raw = ((folder / each.CONFIG_FILE).exists() for each in (hf, raw))
+    if has_hf and hf.find_hf_weights(folder):
+        return hf.open_hf(folder)
+    if has_raw and raw.find_raw_weights(folder):
+        return raw.open_raw(folder)
+    if not (has_hf or has_raw):
+        raise CheckpointError(
+            f"{folder} has no configuration: expected config.json (Hugging Face) or params.json "
+            "(Mistral)"
+        )
+    config = hf.CONFIG_FILE if has_hf else raw.CONFIG_FILE
+    weights = "model*.safetensors" if has_hf else "consolidated*.safetensors or consolidated.00.pth"
+    raise CheckpointError(f"{folder} has {config} but no weights: expected {weights}")

@@ -1,0 +1,105 @@
+"""Hugging Face folders: `config.json` and `model*.safetensors` or `pytorch_model*.bin`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.checkpoint.names import expected_shapes, hf_names, without_redundant
+from mistral_kernels.checkpoint.reading import (
+    Checkpoint,
+    find_weights,
+    match_tensors,
+    read_config,
+    read_json,
+)
+from mistral_kernels.checkpoint.writing import (
+    Spec,
+    make_specs,
+    new_folder,
+    num_bytes,
+    write_files,
+    write_json,
+)
+from mistral_kernels.model.config import MistralConfig
+
+CONFIG_FILE = "config.json"
+
+
+def find_hf_weights(folder: Path) -> list[Path]:
+    """The weight files of an HF folder, safetensors before pickles; empty if it has none."""
+    return find_weights(folder, "model", ".safetensors") or find_weights(
+        folder, "pytorch_model", ".bin"
+    )
+
+
+def open_hf(folder: Path) -> Checkpoint:
+    """Open an HF folder; see `open_checkpoint`."""
+    config_file = folder / CONFIG_FILE
+    contents = read_json(config_file)
+    generation_file = folder / "generation_config.json"
+    if generation_file.exists():
+        # As in transformers, these tokens overrule config.json's when text is generated.
+        generation = read_json(generation_file)
+        keys = ("bos_token_id", "eos_token_id")
+        contents |= {key: generation[key] for key in keys if generation.get(key) is not None}
+    config = read_config(config_file, MistralConfig.from_hf, contents)
+    names = {name: name for name in hf_names(config).values()}
+    return Checkpoint(folder, "hf", config, match_tensors(find_hf_weights(folder), names, config))
+
+
+def save_hf(
+    tensors: Iterable[tuple[str, Tensor]],
+    config: MistralConfig,
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    extra_files: Iterable[Path] = (),
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+
+    `tensors`: names and tensors as `Checkpoint.tensors` or a model's `state_dict` gives them, in
+    any order; each is written as it comes, so a generator needs memory for one. `dtype`: the type
+    to store them in, one for all or by name. `extra_files`, a tokenizer's for instance, are copied
+    along. Weights above `max_shard_bytes` are split over several files.
+
+    Raises `CheckpointError`, and leaves nothing behind, for a `directory` that holds something, a
+    full disk, and tensors that are not exactly those of `config`.
+    """
+    specs = make_specs(expected_shapes(config), dtype)
+    total = sum(map(num_bytes, specs.values()))
+    files = _shard(specs, max_shard_bytes)
+    types = [each for _, each in specs.values()]
+    # The embedding's type, by far the largest tensor's, stands for all.
+    contents = config.to_hf(str(types[0]).removeprefix("torch."))
+    with new_folder(directory, total) as folder:
+        for extra in extra_files:
+            shutil.copyfile(extra, folder / extra.name)
+        write_files(folder, files, without_redundant(tensors, config))
+        if len(files) > 1:
+            weight_map = {name: file for file, part in files.items() for name in part}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(folder / "model.safetensors.index.json", index)
+        tokens = {key: contents[key] for key in ("bos_token_id", "eos_token_id")}
+        write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
+        write_json(folder / CONFIG_FILE, contents)
+
+
+def _shard(specs: Mapping[str, Spec], limit: int) -> dict[str, dict[str, Spec]]:
+    """Split `specs`, in their order, into files of at most `limit` bytes (or one tensor)."""
+    parts: list[dict[str, Spec]] = [{}]
+    used = 0
+    for name, spec in specs.items():
+        if parts[-1] and used + num_bytes(spec) > limit:
+            parts.append({})
+            used = 0
+        parts[-1][name] = spec
+        used += num_bytes(spec)
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, 1)}

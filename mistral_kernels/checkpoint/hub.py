@@ -1,0 +1,90 @@
+"""From what a user names as a model, a folder on this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mistral_kernels.checkpoint.reading import CheckpointError
+
+_TINY = Path(__file__).parent.parent / "tiny"
+_TOKENIZER_PATTERNS = [
+    "tokenizer*",
+    "tekken.json",
+    "special_tokens_map.json",
+    "chat_template.*",
+]
+# In order of preference: the weights that decide, and what is downloaded with them. Repositories
+# often hold the same weights in several formats; only one is taken.
+_FORMATS = (
+    (
+        r"model(-\d+-of-\d+)?\.safetensors",
+        ["config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"]
+        + ["model.safetensors.index.json"],
+    ),
+    (r"consolidated(-\d+-of-\d+)?\.safetensors", ["params.json", "consolidated*.safetensors*"]),
+    (r"consolidated\.\d\d\.pth", ["params.json", "consolidated.*.pth"]),
+    (
+        r"pytorch_model(-\d+-of-\d+)?\.bin",
+        ["config.json", "generation_config.json", "pytorch_model*.bin*"],
+    ),
+)
+
+
+def resolve(path_or_hub_id: str | Path) -> Path:
+    """The folder of a checkpoint: a folder here, `"tiny"` (the bundled model), or a hub id.
+
+    A hub id (`"mistralai/Mistral-7B-v0.1"`) is downloaded in one format only, by huggingface_hub
+    and into its cache; without a connection, what the cache holds is used. Raises
+    `CheckpointError` if there is no such thing.
+    """
+    name = str(path_or_hub_id)
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; give the folder that holds the checkpoint")
+    if name == "tiny":
+        return _TINY
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise CheckpointError(
+            f"no such folder: {name!r} (nor is it a hub id, which has the form 'owner/model')"
+        )
+    return _download(name)
+
+
+def _download(repo_id: str) -> Path:
+    try:
+        from huggingface_hub import list_repo_files, snapshot_download
+    except ImportError:
+        raise CheckpointError(
+            f"no such folder: {repo_id!r}; to download it from the hub: "
+            "pip install 'mistral_kernels[hf]'"
+        ) from None
+    # huggingface_hub's errors, and those of the HTTP library below it, have no common base that is
+    # the same in all versions.
+    try:
+        files = list_repo_files(repo_id)
+    except Exception as error:
+        try:
+            return Path(snapshot_download(repo_id, local_files_only=True))
+        except Exception:
+            raise CheckpointError(
+                f"no such folder: {repo_id!r}, and the hub has no answer: {_one_line(error)}"
+            ) from None
+    known = (
+        patterns
+        for weights, patterns in _FORMATS
+        if any(re.fullmatch(weights, file) for file in files)
+    )
+    if (patterns := next(known, None)) is None:
+        raise CheckpointError(f"hub model {repo_id!r} has no weights in a format known here")
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=patterns + _TOKENIZER_PATTERNS))
+    except Exception as error:
+        raise CheckpointError(f"download of {repo_id!r} failed: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

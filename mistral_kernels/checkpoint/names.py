@@ -1,0 +1,115 @@
+"""Names, shapes and the rotary permutation: all that differs between the two weight formats.
+
+A *raw* checkpoint is what Mistral AI releases, an *HF* one what transformers reads. They hold the
+same matrices under other names, and the rows of the query and key projections in another order:
+raw rotates neighbouring pairs (2i, 2i + 1) of a head, HF the pairs (i, i + head_dim / 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.model.config import MistralConfig
+
+_MODEL_NAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.wq.weight": "self_attn.q_proj.weight",
+    "attention.wk.weight": "self_attn.k_proj.weight",
+    "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+}
+_HEAD = "lm_head.weight"
+
+
+def hf_names(config: MistralConfig) -> dict[str, str]:
+    """HF's name of each tensor under its raw name, in the order in which the model uses them.
+
+    With tied embeddings the output head is stored in neither format.
+    """
+    names = {"tok_embeddings.weight": _MODEL_NAMES["tok_embeddings.weight"]}
+    for layer in range(config.num_hidden_layers):
+        for raw, hf in _LAYER_NAMES.items():
+            names[f"layers.{layer}.{raw}"] = f"model.layers.{layer}.{hf}"
+    names |= _MODEL_NAMES
+    if config.tie_word_embeddings:
+        del names["output.weight"]
+    return names
+
+
+def expected_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor under its HF name; a raw checkpoint's shapes are the same."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    query = config.num_attention_heads * config.head_dim
+    key = config.num_key_value_heads * config.head_dim
+    shapes = {
+        "embed_tokens": (config.vocab_size, hidden),
+        "lm_head": (config.vocab_size, hidden),
+        "q_proj": (query, hidden),
+        "k_proj": (key, hidden),
+        "v_proj": (key, hidden),
+        "o_proj": (hidden, query),
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+    }
+    return {name: shapes.get(name.split(".")[-2], (hidden,)) for name in hf_names(config).values()}
+
+
+def num_rotary_heads(hf_name: str, config: MistralConfig) -> int:
+    """How many heads the rows of this projection hold if they are rotated, otherwise 0."""
+    if hf_name.endswith("q_proj.weight"):
+        return config.num_attention_heads
+    if hf_name.endswith("k_proj.weight"):
+        return config.num_key_value_heads
+    return 0
+
+
+def interleaved_to_half(weight: Tensor, num_heads: int, out: Tensor | None = None) -> Tensor:
+    """The rows of a raw q or k projection `(num_heads * head_dim, hidden_size)` in HF's order.
+
+    Always a copy, in `out` if that is given.
+    """
+    rows, hidden = weight.shape
+    halves = weight.view(num_heads, rows // num_heads // 2, 2, hidden).transpose(1, 2)
+    out = torch.empty_like(weight) if out is None else out
+    out.view(halves.shape).copy_(halves)
+    return out
+
+
+def half_to_interleaved(weight: Tensor, num_heads: int) -> Tensor:
+    """The inverse of `interleaved_to_half`."""
+    rows, hidden = weight.shape
+    halves = weight.reshape(num_heads, 2, rows // num_heads // 2, hidden)
+    return halves.transpose(1, 2).reshape(rows, hidden)
+
+
+def is_redundant(name: str, config: MistralConfig) -> bool:
+    """Whether a tensor, by either format's name, follows from the rest of the checkpoint.
+
+    Old HF files store the rotary frequencies; some with tied embeddings store the head as well.
+    """
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    return config.tie_word_embeddings and name in (_HEAD, "output.weight")
+
+
+def without_redundant(
+    tensors: Iterable[tuple[str, Tensor]], config: MistralConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """`tensors` without those that `is_redundant` names, as a tied model's `state_dict` has."""
+    for name, tensor in tensors:
+        if not is_redundant(name, config):
+            yield name, tensor
+        del tensor  # a mapped one keeps its pages until it is dropped

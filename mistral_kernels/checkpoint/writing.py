@@ -1,0 +1,182 @@
+"""Writing checkpoints: tensor by tensor, into a folder that appears only when it is whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.checkpoint.reading import FLOAT_TYPES, CheckpointError
+
+# Shape and type of a tensor to be written.
+Spec = tuple[tuple[int, ...], torch.dtype]
+
+_TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+
+
+class SafetensorsWriter:
+    """Writes one safetensors file tensor by tensor, in any order.
+
+    safetensors' own `save_file` needs all tensors at once. Since every shape and type is known
+    beforehand, the header can go first, and each tensor to its place when it comes. The format:
+    the header's length (8 bytes, little-endian), the header (JSON), the tensors without gaps.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, spec in specs.items():
+            shape, dtype = spec
+            start, end = end, end + num_bytes(spec)
+            header[name] = {
+                "dtype": _TYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)  # so that the data is aligned
+        self.path = path
+        self._specs = specs
+        self._places = {name: 8 + len(encoded) + header[name]["data_offsets"][0] for name in specs}
+        self._file = path.open("wb")
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor, cast to its announced type, to its place."""
+        shape, dtype = self._specs[name]
+        if name not in self._places:
+            raise CheckpointError(f"tensor {name!r} was given twice")
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"tensor {name!r} has shape {tuple(tensor.shape)}, the configuration asks for "
+                f"{shape}"
+            )
+        tensor = tensor.detach().cpu()
+        data = tensor.to(dtype).contiguous()
+        if dtype == torch.float16 != tensor.dtype and torch.isinf(data).any():
+            raise CheckpointError(
+                f"tensor {name!r} has values beyond float16's range; use bfloat16 or float32"
+            )
+        self._file.seek(self._places.pop(name))
+        self._file.write(data.view(torch.uint8).numpy().data)
+
+    def finish(self) -> None:
+        """Check that no tensor is missing, and put the file safely on the disk."""
+        if self._places:
+            raise CheckpointError(f"tensor {next(iter(self._places))!r} was not given")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def num_bytes(spec: Spec) -> int:
+    shape, dtype = spec
+    return math.prod(shape) * dtype.itemsize
+
+
+def make_specs(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype | Mapping[str, torch.dtype]
+) -> dict[str, Spec]:
+    """Pair each shape with its type: one for all, or each tensor's own."""
+    one = dtype if isinstance(dtype, torch.dtype) else None
+    specs = {name: (shape, one or dtype[name]) for name, shape in shapes.items()}  # type: ignore[index]
+    for name, (_, each) in specs.items():
+        if each not in _TYPE_NAMES:
+            raise CheckpointError(
+                f"dtype of {name!r} must be bfloat16, float16, float32 or float64, got {each}"
+            )
+    return specs
+
+
+def write_files(
+    folder: Path, files: Mapping[str, Mapping[str, Spec]], tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write the safetensors `files` (name to contents) from a stream of all their tensors."""
+    with ExitStack() as stack:
+        writers: dict[str, SafetensorsWriter] = {}
+        opened = []
+        for file, specs in files.items():
+            opened.append(stack.enter_context(SafetensorsWriter(folder / file, specs)))
+            writers |= dict.fromkeys(specs, opened[-1])
+        for name, tensor in tensors:
+            if name not in writers:
+                raise CheckpointError(f"tensor {name!r} is not one of this configuration")
+            writers[name].write(name, tensor)
+            del tensor  # a mapped one keeps its pages until it is dropped
+        for writer in opened:
+            writer.finish()
+
+
+def write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(contents, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def new_folder(target: str | Path, needed_bytes: int) -> Iterator[Path]:
+    """A folder to write into, beside `target`, that becomes `target` when the block ends well.
+
+    On any error, an interrupt included, it is removed and `target` is as it was before. A target
+    that holds something, and a disk without `needed_bytes`, are refused before anything is done.
+    """
+    target = Path(target).expanduser().resolve()
+    check_target(target)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < needed_bytes:
+            raise CheckpointError(
+                f"not enough space for {target}: {needed_bytes / 1e9:.2f} GB are needed, "
+                f"{free / 1e9:.2f} GB are free"
+            )
+        partial.mkdir()
+        yield partial
+        _sync_folder(partial)
+        partial.replace(target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {target}, nothing was kept: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(target: Path) -> None:
+    """Raise unless `target` is free to be written: absent, or an empty folder."""
+    if target.is_dir():
+        if any(target.iterdir()):
+            raise CheckpointError(f"{target} is not empty; name a new folder")
+        if target.is_mount():
+            raise CheckpointError(f"{target} is a mount point; name a new folder inside it")
+    elif target.exists():
+        raise CheckpointError(f"{target} is a file; name a new folder")
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

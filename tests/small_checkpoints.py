@@ -1,0 +1,31 @@
+"""Small random checkpoints for tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.checkpoint.names import expected_shapes
+from mistral_kernels.model.config import MistralConfig
+
+# heads * head_dim != hidden_size, and no two of its sizes are equal.
+SMALL = MistralConfig(
+    vocab_size=61,
+    hidden_size=40,
+    intermediate_size=72,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    sliding_window=7,
+    max_position_embeddings=512,
+)
+
+State = dict[str, Tensor]
+
+
+def random_state(config: MistralConfig, dtype: torch.dtype = torch.float32) -> State:
+    return {
+        name: (torch.randn(shape) * 0.2).to(dtype)
+        for name, shape in expected_shapes(config).items()
+    }

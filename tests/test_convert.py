@@ -1,0 +1,166 @@
+"""The convert command: both directions, its messages, its exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_checkpoints import SMALL, random_state
+
+from mistral_kernels import convert
+from mistral_kernels.checkpoint import open_checkpoint, save_hf, save_raw
+
+TOKENIZER = ("tokenizer.model.v3", "tekken.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """A raw checkpoint in a folder that also holds a tokenizer, and something else."""
+    folder = tmp_path / "in" / "raw"
+    save_raw(random_state(SMALL).items(), SMALL, folder, dtype=torch.bfloat16)
+    for name in TOKENIZER:
+        (folder / name).write_text(name)
+    (folder / "README.md").write_text("not copied")
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_there_and_back(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf, back = tmp_path / "hf", tmp_path / "back"
+    assert convert.main([str(raw), str(hf)]) == 0
+    expected = {"model.safetensors", "config.json", "generation_config.json", *TOKENIZER}
+    assert names(hf) == expected
+    assert (hf / "tekken.json").read_text() == "tekken.json"
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    size = sum(tensor.numel() for tensor in random_state(SMALL).values())
+    assert f"raw -> hf: {size:,} parameters, bfloat16: {hf}\n" in captured.err
+    assert convert.main([str(hf), str(back)]) == 0
+    assert names(back) == names(raw) - {"README.md"}
+    for name in names(back):
+        assert (back / name).read_bytes() == (raw / name).read_bytes(), name
+
+
+def test_flags_of_transformers(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "hf"
+    arguments = ["--input_dir", str(raw), "--model_size", "7B", "--output_dir", str(target)]
+    assert convert.main([*arguments, "--max_position_embeddings", "99"]) == 0
+    assert "--model_size 7B ignored" in capsys.readouterr().err
+    assert open_checkpoint(target).config.max_position_embeddings == 99
+
+
+def test_to_the_same_format_in_shards_of_another_type(raw: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert convert.main([str(raw), str(first)]) == 0
+    options = ["--to", "hf", "--dtype", "fp32", "--max-shard-size", "50KB"]
+    assert convert.main([str(first), str(second), *options]) == 0
+    assert (second / "model.safetensors.index.json").exists()
+    before = load_file(first / "model.safetensors")
+    for name, tensor in open_checkpoint(second).tensors():
+        assert torch.equal(tensor, before[name].float())
+    assert json.loads((second / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_inferred_values_are_told(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = json.loads((raw / "params.json").read_text())
+    del params["rope_theta"]
+    (raw / "params.json").write_text(json.dumps(params))
+    assert convert.main([str(raw), str(tmp_path / "hf")]) == 0
+    assert "rope_theta = 10000.0: not in params.json; " in capsys.readouterr().err
+
+
+def test_what_raw_cannot_say_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import dataclasses
+
+    config = dataclasses.replace(SMALL, eos_token_id=(2, 9))
+    save_hf(random_state(config).items(), config, tmp_path / "hf", dtype=torch.float32)
+    assert convert.main([str(tmp_path / "hf"), str(tmp_path / "raw")]) == 0
+    error = capsys.readouterr().err
+    assert "eos_token_id = (2, 9) is left to the tokenizer" in error
+    assert "no tokenizer in" in error
+
+
+def fails(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], target: Path
+) -> None:
+    """Exit code 2, the message as one line on stderr, and nothing at or beside the target."""
+    before = names(target.parent)
+    assert convert.main([*arguments, str(target)]) == 2
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0], captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    assert names(target.parent) == before
+
+
+def test_bad_input(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "out"
+    fails([str(tmp_path / "none")], "no such folder", capsys, target)
+    fails([str(tmp_path)], "has no configuration", capsys, target)
+    weights = raw / "consolidated.safetensors"
+    stored, whole = load_file(weights), weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    fails([str(raw)], "not a whole safetensors file", capsys, target)
+    save_file(stored | {"output.weight": torch.zeros(3, 40)}, weights)
+    fails([str(raw)], "tensor 'output.weight' has shape (3, 40)", capsys, target)
+    weights.unlink()
+    fails([str(raw)], "no weights", capsys, target)
+    weights.write_bytes(whole)
+    (raw / "params.json").write_text('{"moe": {"num_experts": 8}}')
+    fails([str(raw)], "a mixture of experts", capsys, target)
+
+
+def test_target_that_holds_something(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "note").touch()
+    fails([str(raw)], "out is not empty", capsys, target)
+    assert names(target) == {"note"}
+
+
+def test_interrupt(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mistral_kernels.checkpoint import writing
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writing.SafetensorsWriter, "finish", interrupted)
+    assert convert.main([str(raw), str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.strip().endswith("interrupted")
+    assert names(tmp_path) == {"in"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "name the checkpoint to read and the folder to write"),
+        (["only-one"], "name the checkpoint to read and the folder to write"),
+        (["a", "b", "--input_dir", "c"], "name SOURCE and TARGET once"),
+        (["a", "b", "--to", "gguf"], "invalid choice: 'gguf'"),
+        (["a", "b", "--max-shard-size", "0"], "expected a size such as 5GB"),
+        (["a", "b", "--max-shard-size", "many"], "expected a size such as 5GB"),
+        (["a", "b", "--max_position_embeddings", "-1"], "expected a positive number"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        convert.main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
