@@ -1,0 +1,95 @@
+"""A conversation with an instruct model, turn by turn, over one rolling cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mistral_kernels.model.cache import RollingCache
+from mistral_kernels.model.transformer import MistralForCausalLM
+from mistral_kernels.streaming import TextDelta, stream_generate
+from mistral_kernels.tokenizer import MistralTokenizer
+
+
+class Conversation:
+    """A chat whose cache lives on between turns.
+
+    Every turn renders the whole conversation by the vendor's template. Of its tokens those that the
+    cache has seen are not computed again; where they differ (templates may move the system prompt,
+    a sampled word may be spelt in other tokens) the cache goes back to the last common one, or, if
+    its ring has wrapped, starts anew.
+    """
+
+    def __init__(
+        self,
+        model: MistralForCausalLM,
+        tokenizer: MistralTokenizer,
+        system: str | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        """`max_length`: tokens to make room for where a layer has no window; default: as many as
+        the model was made for, but no more than 32768."""
+        self.model, self.tokenizer = model, tokenizer
+        self.messages = [{"role": "system", "content": system}] if system else []
+        # Without a window the cache has room for the whole conversation from the start.
+        self.max_length = max_length or min(model.config.max_position_embeddings, 32768)
+        self._cache: RollingCache
+        self._cached: list[int]
+        self._start_anew()
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._cache.nbytes
+
+    def prompt_for(self, message: str) -> list[int]:
+        """The user speaks: the tokens that the cache has yet to see."""
+        if not message.strip():
+            raise ValueError("the message is empty")
+        self.messages.append({"role": "user", "content": message})
+        ids = list(self.tokenizer.apply_chat_template(self.messages))
+        common = 0
+        # The last token is always computed: its logits are what the answer starts from.
+        for ours, theirs in zip(self._cached, ids[:-1]):
+            if ours != theirs:
+                break
+            common += 1
+        if common < len(self._cached):
+            try:
+                self._cache.rewind(common)
+            except ValueError:
+                self._start_anew()
+                common = 0
+        self._cached = ids
+        return ids[common:]
+
+    def _start_anew(self) -> None:
+        self._cache, self._cached = self.model.new_cache(1, self.max_length), []
+
+    def reply(self, prompt: list[int], **options: Any) -> Iterator[TextDelta]:
+        """Generate the answer to `prompt_for`'s tokens, and remember it, also if cut short.
+
+        Templates have no place for an empty answer: with it, its question is forgotten.
+        """
+        answer = ""
+        tokens: list[int] = []
+        try:
+            for delta in stream_generate(
+                self.model,
+                self.tokenizer,
+                [prompt],
+                cache=self._cache,
+                context=[self._cached],
+                standalone=True,
+                **options,
+            ):
+                answer += delta.text
+                tokens.append(delta.token_id)
+                yield delta
+        finally:
+            self._cached = (self._cached + tokens)[: self._cache.host_lengths[0]]
+            if self._cache.torn:
+                self._start_anew()
+            if answer:
+                self.messages.append({"role": "assistant", "content": answer})
+            else:
+                self.messages.pop()

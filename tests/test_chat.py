@@ -1,0 +1,194 @@
+"""Conversations: the cache lives on between turns, and never changes what is said."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_checkpoints import SMALL
+
+from mistral_kernels import MistralForCausalLM, MistralTokenizer
+from mistral_kernels.chat import Conversation
+from mistral_kernels.generate import generate, main
+
+mistral_common = pytest.importorskip("mistral_common", reason="extra `chat` is not installed")
+
+DATA = Path(mistral_common.__file__).parent / "data"
+VOCABULARY = "mistral_instruct_tokenizer_240323.model.v3"
+MESSAGES = ["Hello there!", "Tell me more, please.", "Why?", "And then? " * 20]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> MistralTokenizer:
+    return MistralTokenizer.from_pretrained(DATA / VOCABULARY)
+
+
+def make_model(window: int | None) -> MistralForCausalLM:
+    config = dataclasses.replace(SMALL, vocab_size=32768, sliding_window=window)
+    model = MistralForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.copy_(torch.randn_like(weight) * 0.3)
+    return model.eval()
+
+
+def say(conversation: Conversation, message: str, **options: Any) -> tuple[str, int]:
+    """The answer, and how many prompt tokens had to be computed for it."""
+    prompt = conversation.prompt_for(message)
+    return "".join(delta.text for delta in conversation.reply(prompt, **options)), len(prompt)
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("window", [None, 512, 40, 7])
+def test_turns_equal_rendering_from_scratch(
+    tokenizer: MistralTokenizer, window: int | None, system: str | None
+) -> None:
+    model = make_model(window)
+    conversation = Conversation(model, tokenizer, system)
+    history = [{"role": "system", "content": system}] if system else []
+    for message in MESSAGES:
+        history.append({"role": "user", "content": message})
+        whole = tokenizer.apply_chat_template(history)
+        (expected,) = generate(model, tokenizer, [whole], max_tokens=15, standalone=True)
+        answer, computed = say(conversation, message, max_tokens=15)
+        assert answer == expected.text and answer
+        history.append({"role": "assistant", "content": answer})
+        assert conversation.messages == history
+        assert computed <= len(whole)
+
+
+def test_what_the_cache_has_seen_is_not_computed_again(tokenizer: MistralTokenizer) -> None:
+    answer = ""
+    while not answer:  # an empty one is forgotten, with its question
+        conversation = Conversation(make_model(None), tokenizer)
+        answer, first = say(conversation, MESSAGES[0], max_tokens=1)
+    prompt = conversation.prompt_for(MESSAGES[1])
+    whole = tokenizer.apply_chat_template(conversation.messages)
+    assert prompt == whole[first:], "the first turn's tokens are all kept"
+
+
+def test_answers_read_back_as_the_tokens_they_were(tokenizer: MistralTokenizer) -> None:
+    """So that they, too, stay in the cache: no space is added to the first word's own."""
+    conversation = Conversation(make_model(None), tokenizer)
+    prompt = conversation.prompt_for("Hello")
+    said = tokenizer.encode("I am fine, and you?", bos=False)
+    deltas = iter([*said, 2])
+    conversation.model.stream = lambda *a, **k: ([token] for token in deltas)  # type: ignore
+    assert "".join(d.text for d in conversation.reply(prompt)) == "I am fine, and you?"
+    again = conversation.tokenizer.apply_chat_template(
+        [*conversation.messages, {"role": "user", "content": "Well"}]
+    )
+    assert again[: len(prompt) + len(said) + 1] == [*prompt, *said, 2]
+
+
+def test_cache_memory_is_constant(tokenizer: MistralTokenizer) -> None:
+    conversation = Conversation(make_model(16), tokenizer)
+    size = conversation._cache.nbytes
+    for message in MESSAGES:
+        say(conversation, message, max_tokens=20)
+        assert conversation._cache.nbytes == size == 2 * 3 * 16 * 2 * 16 * 4
+
+
+def test_without_a_window_max_length_bounds_the_conversation(tokenizer: MistralTokenizer) -> None:
+    conversation = Conversation(make_model(None), tokenizer, max_length=30)
+    say(conversation, "Hi", max_tokens=5)
+    with pytest.raises(ValueError, match="does not fit a cache of max_length 30"):
+        say(conversation, "word " * 40, max_tokens=5)
+
+
+def test_an_answer_cut_short_is_remembered(tokenizer: MistralTokenizer) -> None:
+    model = make_model(40)
+    conversation = Conversation(model, tokenizer)
+    reply = conversation.reply(conversation.prompt_for("Hello"), max_tokens=20)
+    text = "".join(next(reply).text for _ in range(8))
+    reply.close()
+    assert conversation.messages[-1] == {"role": "assistant", "content": text}
+    whole = tokenizer.apply_chat_template(
+        [*conversation.messages, {"role": "user", "content": "Go on"}]
+    )
+    (expected,) = generate(model, tokenizer, [whole], max_tokens=10, standalone=True)
+    assert say(conversation, "Go on", max_tokens=10)[0] == expected.text
+
+
+def test_an_answer_of_no_tokens(tokenizer: MistralTokenizer) -> None:
+    """Also from a stop string at its very start: the conversation can go on."""
+    conversation = Conversation(make_model(40), tokenizer)
+    assert say(conversation, "Hello", max_tokens=0)[0] == ""
+    answer, _ = say(conversation, "Go on", max_tokens=6)
+    assert conversation.messages == [
+        {"role": "user", "content": "Go on"},
+        {"role": "assistant", "content": answer},
+    ]
+
+
+def test_the_same_question_again(tokenizer: MistralTokenizer) -> None:
+    """The cache has seen all of it, yet the answer starts from its last token's logits."""
+    model = make_model(512)
+    first, _ = say(Conversation(model, tokenizer), "Hello", max_tokens=8)
+    conversation = Conversation(model, tokenizer)
+    assert say(conversation, "Hello", max_tokens=8, stop=[first[:1]])[0] == ""
+    assert say(conversation, "Hello", max_tokens=8) == (first, 1)
+
+
+def test_an_empty_message(tokenizer: MistralTokenizer) -> None:
+    with pytest.raises(ValueError, match="the message is empty"):
+        Conversation(make_model(7), tokenizer).prompt_for("  ")
+
+
+# The command
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_model(40).save_pretrained(tmp_path / "model")
+    shutil.copy(DATA / VOCABULARY, tmp_path / "model" / "tokenizer.model.v3")
+    return tmp_path / "model"
+
+
+def test_command(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = main(["--model", str(folder), "--chat", "--temp", "0", "-m", "9", *arguments])
+        return code, *capsys.readouterr()
+
+    conversation = Conversation(
+        MistralForCausalLM.from_pretrained(folder),
+        MistralTokenizer.from_pretrained(folder),
+        "Be brief.",
+    )
+    answers = [say(conversation, message, max_tokens=9)[0] for message in MESSAGES[:3]]
+    lines = "\n".join([MESSAGES[1], "   ", MESSAGES[2]]) + "\n"
+    system = ("--system", "Be brief.")
+    code, out, err = run(MESSAGES[0], *system, stdin=lines)
+    assert (code, out) == (0, "".join(answer + "\n" for answer in answers))
+    assert err.startswith("> ") and "generate  27 tokens" in err
+    code, out, err = run(*system, "--quiet", "--json", stdin=MESSAGES[0] + "\n" + lines)
+    records = [json.loads(line) for line in out.split("\n")[:-1]]
+    assert (code, err) == (0, "")
+    assert [record["text"] for record in records] == answers
+    assert [record["prompt"] for record in records] == [m.strip() for m in MESSAGES[:3]]
+    assert run("--quiet") == (0, "", "")
+
+
+def test_the_template_is_offered(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["hello", "--model", str(folder), "-m", "2"]) == 0
+    assert "note: an instruct model; --chat applies its template\n" in capsys.readouterr().err
+
+
+def test_a_base_model_does_not_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--chat", "hello"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert "tokenizer.model has no chat template; continue a text instead" in err

@@ -1,0 +1,352 @@
+"""Generation: every way to ask for the same text gives it, and each setting does what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from small_checkpoints import SMALL
+
+from mistral_kernels import MistralForCausalLM, MistralTokenizer, Sampler
+from mistral_kernels.generate import Completion, generate, stream_generate
+
+W = 7
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> MistralTokenizer:
+    return MistralTokenizer.from_pretrained("tiny")
+
+
+@pytest.fixture
+def model() -> MistralForCausalLM:
+    """Random, with weights large enough that its greedy text is varied."""
+    config = dataclasses.replace(SMALL, vocab_size=2048)
+    model = MistralForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.copy_(torch.randn_like(weight) * 0.3)
+    return model.eval()
+
+
+class Script:
+    """Stands for a model: "generates" the ids it was given."""
+
+    def __init__(self, *texts: list[int]) -> None:
+        self.texts, self.config = texts, SMALL
+
+    def stream(self, prompts: Any, max_new_tokens: int, **_: Any) -> Iterator[list[int | None]]:
+        for i in range(min(max_new_tokens, max(map(len, self.texts)))):
+            yield [text[i] if i < len(text) else None for text in self.texts]
+
+
+def as_bytes(text: str) -> list[int]:
+    """The byte tokens of a text: sentencepiece's byte fallback, behind <unk>, <s> and </s>."""
+    return [3 + byte for byte in text.encode()]
+
+
+def random_ids(n: int) -> list[int]:
+    return torch.randint(3, 2048, (n,)).tolist()
+
+
+def prompts_of(*lengths: int) -> list[list[int]]:
+    return [random_ids(n) for n in lengths]
+
+
+# What all faces share
+
+
+def test_all_faces_agree(model: MistralForCausalLM, tokenizer: MistralTokenizer) -> None:
+    prompts, new = prompts_of(3, 19, 1), 40
+    whole = model.generate(prompts, max_new_tokens=new, eos_token_id=None)
+    ids = [row[len(prompt) :] for row, prompt in zip(whole, prompts)]
+    assert all(len(set(row)) > 5 for row in ids), "the text must be varied to prove anything"
+    steps = list(model.stream(prompts, max_new_tokens=new))
+    assert [list(row) for row in zip(*steps)] == ids
+    options: dict[str, Any] = {"max_tokens": new, "ignore_eos": True}
+    completions = generate(model, tokenizer, prompts, **options)
+    assert [c.token_ids for c in completions] == ids
+    streamed = [Completion() for _ in prompts]
+    for delta in stream_generate(model, tokenizer, prompts, **options):
+        streamed[delta.index].add(delta)
+    assert streamed == completions
+    for completion, prompt in zip(completions, prompts):
+        before = tokenizer.decode(prompt, skip_special_tokens=True)
+        after = tokenizer.decode(prompt + completion.token_ids, skip_special_tokens=True)
+        # A character may stand half in the prompt: only then are the two not simply joined.
+        if not before.endswith("\ufffd"):
+            assert before + completion.text == after
+        assert completion.finish_reason == "length"
+
+
+def test_text_prompts_begin_with_bos(
+    model: MistralForCausalLM, tokenizer: MistralTokenizer
+) -> None:
+    texts = ["It is a truth", "x"]
+    ids = [tokenizer.encode(text) for text in texts]
+    assert all(row[0] == tokenizer.bos_token_id for row in ids)
+    options = {"max_tokens": 9}
+    by_text = generate(model, tokenizer, texts, **options)
+    assert by_text == generate(model, tokenizer, ids, **options)
+
+
+def test_batch_mates_change_nothing(model: MistralForCausalLM) -> None:
+    prompts, new = prompts_of(1, 33, W, W + 1, 2), 4 * W
+    together = model.generate(prompts, max_new_tokens=new, eos_token_id=None)
+    for prompt, row in zip(prompts, together):
+        assert row[: len(prompt)] == prompt and len(row) == len(prompt) + new
+        assert model.generate([prompt], max_new_tokens=new, eos_token_id=None) == [row]
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_plays_no_part(model: MistralForCausalLM, side: str) -> None:
+    prompts, new = prompts_of(4, 21, 11), 2 * W
+    expected = model.generate(prompts, max_new_tokens=new, eos_token_id=None)
+    ids, mask = torch.full((3, 25), 77), torch.zeros(3, 25, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        gap = 25 - len(prompt)
+        start = {"left": gap, "right": 0, "both": gap // 2}[side]
+        ids[row, start : start + len(prompt)] = torch.tensor(prompt)
+        mask[row, start : start + len(prompt)] = 1
+    out = model.generate(ids, mask, max_new_tokens=new, eos_token_id=None)
+    assert isinstance(out, torch.Tensor) and out.dtype == ids.dtype
+    assert torch.equal(out[:, :25], ids)
+    assert out[:, 25:].tolist() == [row[-new:] for row in expected]
+
+
+def test_prefill_chunks_change_nothing(model: MistralForCausalLM) -> None:
+    prompts = prompts_of(31, 2)
+    texts = [
+        model.generate(prompts, max_new_tokens=9, eos_token_id=None, prefill_chunk_size=size)
+        for size in (None, 1, W - 1, W, 2 * W + 3, 100)
+    ]
+    assert texts == texts[:1] * 6
+    with pytest.raises(ValueError, match="chunk_size must be positive, got 0"):
+        model.generate(prompts, prefill_chunk_size=0)
+
+
+@torch.inference_mode()
+def test_a_cache_continues_its_text(model: MistralForCausalLM, tokenizer: MistralTokenizer) -> None:
+    first, second = prompts_of(12, 9)
+    cache = model.new_cache(1, W)
+    model.prefill([first], cache)
+    expected = generate(model, tokenizer, [first + second], max_tokens=20, ignore_eos=True)
+    actual = generate(model, tokenizer, [second], max_tokens=20, ignore_eos=True, cache=cache)
+    assert actual[0].token_ids == expected[0].token_ids
+    assert cache.host_lengths == [12 + 9 + 19], "all but the last token"
+
+
+# The end of a text
+
+
+def test_eos_token_id(model: MistralForCausalLM) -> None:
+    prompt = random_ids(5)
+    free = model.generate([prompt], max_new_tokens=30, eos_token_id=None)[0][5:]
+    ends = [free[3], free[11]]
+    first = min(free.index(end) for end in ends)
+    for eos, length in (
+        (ends[0], free.index(ends[0]) + 1),
+        (ends, first + 1),
+        ([], 30),
+        (None, 30),
+    ):
+        row = model.generate([prompt], max_new_tokens=30, eos_token_id=eos)[0]
+        assert row == prompt + free[:length]
+    model.config = dataclasses.replace(model.config, eos_token_id=tuple(ends))
+    assert model.generate([prompt], max_new_tokens=30)[0] == prompt + free[: first + 1]
+    with pytest.raises(ValueError, match="eos_token_id must be 'config', ids or None, got 'none'"):
+        model.generate([prompt], eos_token_id="none")
+
+
+def test_rows_that_end_early_are_padded(model: MistralForCausalLM) -> None:
+    prompts = torch.tensor(prompts_of(6, 6))
+    free = model.generate(prompts, max_new_tokens=20, eos_token_id=None)[:, 6:].tolist()
+    eos = next(token for token in free[0] if token not in free[1])
+    length = free[0].index(eos) + 1
+    for pad, fill in ((None, eos), (0, 0), (9, 9)):
+        out = model.generate(prompts, max_new_tokens=20, eos_token_id=eos, pad_token_id=pad)
+        assert out[0, 6:].tolist() == free[0][:length] + [fill] * (20 - length)
+        assert out[1, 6:].tolist() == free[1]
+    listed = model.generate(prompts.tolist(), max_new_tokens=20, eos_token_id=eos)
+    assert [len(row) for row in listed] == [6 + length, 26]
+
+
+def test_no_tokens_asked_for(model: MistralForCausalLM, tokenizer: MistralTokenizer) -> None:
+    prompts = torch.tensor(prompts_of(6, 6))
+    assert torch.equal(model.generate(prompts, max_new_tokens=0), prompts)
+    (completion,) = generate(model, tokenizer, ["x"], max_tokens=0)
+    assert (completion.text, completion.token_ids) == ("", [])
+
+
+def test_end_of_text(tokenizer: MistralTokenizer) -> None:
+    text = tokenizer.encode(" the end", bos=False)
+    script: Any = Script([*text, EOS], as_bytes("goes on and on"))
+    ended, cut = generate(script, tokenizer, ["a", "b"], max_tokens=len(text) + 1)
+    assert (ended.text.strip(), ended.finish_reason) == ("the end", "eos")
+    assert ended.token_ids == [*text, EOS]
+    assert cut.text == "goes on and on"[: len(text) + 1] and cut.finish_reason == "length"
+    # An end-of-text token that is an ordinary piece is no part of the text either.
+    script = Script(as_bytes("a.b"))
+    script.config = dataclasses.replace(SMALL, eos_token_id=(EOS, *as_bytes(".")))
+    (dot,) = generate(script, tokenizer, ["a"], max_tokens=2)
+    assert (dot.text, dot.finish_reason) == ("a", "eos")
+    script = Script([*text, EOS, *as_bytes("!")])
+    (on,) = generate(script, tokenizer, ["a"], max_tokens=len(text) + 2, ignore_eos=True)
+    assert on.text.strip() == "the end!" and on.finish_reason == "length"
+
+
+def test_characters_come_whole(tokenizer: MistralTokenizer) -> None:
+    text = "né 漢字 👩‍👧 end"
+    ids = as_bytes(text)
+    deltas = list(stream_generate(Script(ids), tokenizer, ["x"], max_tokens=len(ids)))  # type: ignore
+    assert [delta.token_id for delta in deltas] == ids
+    assert "".join(delta.text for delta in deltas) == text
+    assert max(len(delta.text) for delta in deltas) == 1
+    # Cut inside a character, by length or by end-of-text, the text says so.
+    for cut, tail in ((len("né 漢".encode()) - 1, []), (len("né 漢".encode()) - 2, [EOS])):
+        script: Any = Script([*ids[:cut], *tail])
+        (completion,) = generate(script, tokenizer, ["x"], max_tokens=cut + len(tail))
+        assert completion.text.rstrip("\ufffd") == "né " and completion.text.endswith("\ufffd")
+
+
+# Stop strings
+
+
+def naive_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before whatever stop string is complete first."""
+    for end in range(len(text) + 1):
+        starts = [end - len(s) for s in stop if text[:end].endswith(s)]
+        if starts:
+            return text[: min(starts)]
+    return text
+
+
+def random_split(text: str) -> list[str]:
+    cuts = sorted(random.choices(range(len(text) + 1), k=random.randint(0, 6)))
+    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+
+
+def test_stop_strings_that_span_tokens(tokenizer: MistralTokenizer) -> None:
+    """Random texts over a small alphabet, a byte a token, with overlapping stop strings."""
+    found = 0
+    for _ in range(300):
+        text = "".join(random.choices("abé", k=random.randint(1, 24)))
+        stop = ["".join(random.choices("abé", k=random.randint(1, 5))) for _ in range(2)]
+        expected, ids = naive_stop(text, stop), as_bytes(text)
+        shown = ""
+        deltas = list(
+            stream_generate(Script(ids), tokenizer, ["x"], max_tokens=len(ids), stop=stop)
+        )  # type: ignore
+        for delta in deltas:
+            shown += delta.text
+            assert expected.startswith(shown), (text, stop)
+        assert shown == expected, (text, stop)
+        stopped = any(s in text for s in stop)
+        found += stopped
+        assert deltas[-1].finish_reason == ("stop" if stopped else "length")
+        assert all(delta.finish_reason is None for delta in deltas[:-1])
+    assert 30 < found < 300
+
+
+def test_nothing_that_cannot_be_a_stop_string_is_held(tokenizer: MistralTokenizer) -> None:
+    ids = as_bytes("one.\n\ntwo.\nthree")
+    options: dict[str, Any] = {"max_tokens": len(ids), "stop": ["\n\nthree"]}
+    texts = [delta.text for delta in stream_generate(Script(ids), tokenizer, ["x"], **options)]  # type: ignore
+    assert texts[:4] == ["o", "n", "e", "."]
+    assert texts[4:8] == ["", "", "", "\n\ntw"]
+    assert "".join(texts) == "one.\n\ntwo.\nthree"
+
+
+def test_one_text_stops_the_others_go_on(
+    model: MistralForCausalLM, tokenizer: MistralTokenizer
+) -> None:
+    prompts = prompts_of(5, 8)
+    options: dict[str, Any] = {"max_tokens": 25, "ignore_eos": True}
+    free = generate(model, tokenizer, prompts, **options)
+    middle = len(free[0].text) // 2
+    stop = next(
+        free[0].text[i : i + 3]
+        for i in range(middle, len(free[0].text))
+        if free[0].text[i : i + 3] not in free[1].text and "\ufffd" not in free[0].text[i : i + 3]
+    )
+    stopped, other = generate(model, tokenizer, prompts, stop=[stop], **options)
+    assert stopped.text == free[0].text[: free[0].text.index(stop)]
+    assert stopped.finish_reason == "stop" and len(stopped.token_ids) < 25
+    assert other == free[1]
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("penalty", [1.8, 0.2])
+def test_repetition_penalty(model: MistralForCausalLM, penalty: float) -> None:
+    prompt = random_ids(6)
+    text = list(prompt)
+    for _ in range(25):
+        logits = model(torch.tensor([text]))[0, -1].detach().double()
+        for token in set(text):
+            logits[token] = (
+                logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+            )
+        text.append(int(logits.argmax()))
+    options: dict[str, Any] = {"max_new_tokens": 25, "eos_token_id": None}
+    both = model.generate([random_ids(9), prompt], repetition_penalty=penalty, **options)
+    assert both[1] == text
+    if penalty < 1:  # repeats; a text that has no repetition may also stay what it was
+        assert both[1] != model.generate([prompt], **options)[0]
+
+
+def test_seeds(model: MistralForCausalLM) -> None:
+    prompts = prompts_of(3, 5)
+
+    def sample(seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(
+            prompts, max_new_tokens=20, do_sample=True, eos_token_id=None, generator=generator
+        )
+
+    assert sample(1) == sample(1) != sample(2)
+    greedy = model.generate(prompts, max_new_tokens=20, eos_token_id=None)
+    settings: dict[str, Any] = {"max_new_tokens": 20, "do_sample": True, "eos_token_id": None}
+    assert model.generate(prompts, top_k=1, temperature=3.0, **settings) == greedy
+    assert model.generate(prompts, top_p=1e-9, **settings) == greedy
+    assert model.generate(prompts, min_p=1.0, **settings) == greedy
+    assert model.generate(prompts, temperature=1e-9, **settings) == greedy
+
+
+# Bad input
+
+
+def test_bad_arguments(model: MistralForCausalLM, tokenizer: MistralTokenizer) -> None:
+    ids = torch.tensor([random_ids(4)])
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"max_new_tokens": -1}, "max_new_tokens must be >= 0, got -1"),
+        ({"do_sample": True, "temperature": 0.0}, "do_sample needs a temperature above 0"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature must be >= 0, got -1.0"),
+        ({"top_p": 1.5}, "top_p must be in"),
+        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask must be \(1, 4\) like input_ids"),
+        ({"attention_mask": torch.zeros(1, 4)}, "every prompt needs at least one token"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, **options)
+    for bad in ([], [[]], [[4], []], torch.empty(1, 0, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="every prompt needs at least one token"):
+            model.generate(bad)
+    with pytest.raises(ValueError, match=r"input_ids must be \(batch, seqlen\), got \(4,\)"):
+        model.generate(ids[0])
+    with pytest.raises(ValueError, match="attention_mask belongs to a padded tensor"):
+        model.generate(ids.tolist(), torch.ones(1, 4))
+    for prompts in ([""], [[]], ["a", ""]):
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            generate(model, tokenizer, prompts)
+    with pytest.raises(ValueError, match="a stop string must not be empty"):
+        generate(model, tokenizer, ["a"], stop=["x", ""])
+    with pytest.raises(ValueError, match="max_new_tokens must be >= 0, got -3"):
+        generate(model, tokenizer, ["a"], max_tokens=-3, sampler=Sampler())

@@ -1,0 +1,367 @@
+"""`python -m mistral_kernels.generate` as its users meet it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from small_checkpoints import SMALL, random_state
+
+from mistral_kernels import MistralForCausalLM, MistralTokenizer, generate
+from mistral_kernels.checkpoint import resolve, save_hf
+from mistral_kernels.generate import main
+from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
+
+GREEDY = ("--temperature", "0", "-m", "12")
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--backend sets this variable for the process."""
+    monkeypatch.setenv(BACKEND_VARIABLE, "auto")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    def run(*arguments: str | Path, stdin: str = "") -> Result:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = main([str(argument) for argument in arguments])
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected() -> Callable[..., str]:
+    """The greedy text of the bundled model."""
+    model = MistralForCausalLM.from_pretrained("tiny")
+    tokenizer = MistralTokenizer.from_pretrained("tiny")
+
+    def expected(prompt: str, max_tokens: int = 12, **options: Any) -> str:
+        return generate.generate(model, tokenizer, [prompt], max_tokens=max_tokens, **options)[
+            0
+        ].text
+
+    return expected
+
+
+# Where the prompt comes from
+
+
+def test_stdout_carries_the_text_alone(run: Command, expected: Callable[..., str]) -> None:
+    text = expected("She was") + "\n"
+    result = run("She was", *GREEDY, "--seed", "5")
+    assert (result.code, result.out) == (0, text)
+    for pattern in (
+        r"^She was\n",
+        r"^load +[\d.]+ s, 5\.5 MB of bfloat16$",
+        r"^prompt +\d+ tokens, [\d,.]+ tokens/s, first token after [\d.]+ s$",
+        r"^generate +12 tokens, [\d,.]+ tokens/s, weights read at [\d.]+ GB/s$",
+        r"^memory +[\d,]+ MB at the peak, cache [\d,.]+ MB$",
+        r"^backend +torch on cpu \(.+\)$",
+        r"^seed +5$",
+    ):
+        assert re.search(pattern, result.err, re.MULTILINE), pattern
+    quiet = run("She was", *GREEDY, "--quiet")
+    assert quiet == (0, text, "")
+
+
+def test_every_way_to_give_a_prompt(
+    run: Command, expected: Callable[..., str], tmp_path: Path
+) -> None:
+    out = expected("She was") + "\n"
+    file = tmp_path / "prompts"
+    file.write_text("She was\n")
+    for result in (
+        run("--prompt", "She was", *GREEDY, "--quiet"),
+        run("-p", "She was", *GREEDY, "--quiet"),
+        run("-", *GREEDY, "--quiet", stdin="She was"),
+        run("-p", "-", *GREEDY, "--quiet", stdin="She was\n"),
+        run(*GREEDY, "--quiet", stdin="She was\n"),
+        run("--prompt-file", file, *GREEDY, "--quiet"),
+    ):
+        assert result == (0, out, "")
+    # What `echo` puts at the end, and no more, is left away.
+    record = run("-", *GREEDY, "--json", stdin="She was\n\n").out
+    assert json.loads(record)["prompt"] == "She was\n"
+
+
+def test_a_batch_of_unequal_prompts(
+    run: Command, expected: Callable[..., str], tmp_path: Path
+) -> None:
+    # Of all the characters at which str.splitlines splits, only the newline separates prompts.
+    prompts = ["She was", "It is a truth universally\u2028acknowledged", "\u00e9"]
+    file = tmp_path / "prompts"
+    file.write_text("\n".join([prompts[0], "", *prompts[1:], "  "]) + "\n", encoding="utf-8")
+    result = run("--prompt-file", file, *GREEDY)
+    assert result.code == 0
+    assert result.out == "".join(expected(prompt) + "\n" for prompt in prompts)
+    for number, prompt in enumerate(prompts, start=1):
+        assert f"[{number}/3] {prompt}\n" in result.err
+    records = run("--prompt-file", file, *GREEDY, "--json", "--quiet").out.split("\n")[:-1]
+    assert [json.loads(line)["text"] for line in records] == [expected(p) for p in prompts]
+
+
+# What it says
+
+
+def test_json(run: Command, expected: Callable[..., str]) -> None:
+    result = run("She was", *GREEDY, "--json", "--quiet")
+    record = json.loads(result.out)
+    assert result.out.count("\n") == 1 and result.err == ""
+    assert record.keys() == {"prompt", "text", "token_ids", "finish_reason"}
+    assert (record["prompt"], record["text"]) == ("She was", expected("She was"))
+    assert len(record["token_ids"]) == 12 and record["finish_reason"] == "length"
+
+
+def test_seeds_and_samples(run: Command) -> None:
+    def sample(*arguments: str) -> list[str]:
+        result = run("She was", "-m", "20", "--json", *arguments)
+        assert result.code == 0
+        return [json.loads(line)["text"] for line in result.out.split("\n")[:-1]]
+
+    assert sample("--seed", "3") == sample("--seed", "3") != sample("--seed", "4")
+    several = sample("--seed", "3", "--num-samples", "3")
+    assert len(several) == len(set(several)) == 3
+    drawn = run("She was", "-m", "20", "--json")
+    seed = re.search(r"^seed +(\d+)$", drawn.err, re.MULTILINE)
+    assert seed and json.loads(drawn.out)["text"] == sample("--seed", seed[1])[0]
+
+
+def test_stop_and_length(run: Command, expected: Callable[..., str]) -> None:
+    text = expected("She was", 40)
+    stop = text[len(text) // 2 :][:4]
+    result = run("She was", "--temp", "0", "--max_tokens", "40", "--stop", stop, "--json")
+    record = json.loads(result.out)
+    assert (record["text"], record["finish_reason"]) == (text[: text.index(stop)], "stop")
+    assert run("She was", "--max-tokens", "0", "--quiet") == (0, "\n", "")
+    none = run("She was", "--max-tokens", "0", "--json", "--quiet")
+    assert none.code == 0 and json.loads(none.out)["token_ids"] == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--window", "3"), ("--window", "none"), ("--dtype", "fp32")]
+)
+def test_model_overrides(run: Command, arguments: tuple[str, str]) -> None:
+    options: dict[str, Any] = {
+        "3": {"sliding_window": 3},
+        "none": {"sliding_window": None},
+        "fp32": {"dtype": torch.float32},
+    }[arguments[1]]
+    model = MistralForCausalLM.from_pretrained("tiny", **options)
+    tokenizer = MistralTokenizer.from_pretrained("tiny")
+    prompt = "the " * 150
+    (completion,) = generate.generate(model, tokenizer, [prompt], max_tokens=12)
+    result = run(prompt, *GREEDY, *arguments)
+    assert result.out == completion.text + "\n"
+    assert ("float32" if arguments[1] == "fp32" else "bfloat16") in result.err
+
+
+def test_chunks_and_backend_change_no_text(run: Command, expected: Callable[..., str]) -> None:
+    prompt = "of the " * 100
+    for arguments in (("--prefill-chunk", "50"), ("--backend", "torch"), ("--device", "cpu")):
+        assert run(prompt, *GREEDY, "--quiet", *arguments) == (0, expected(prompt) + "\n", "")
+
+
+# Bad input: exit code 2, one line, nothing on stdout
+
+
+def bad_checkpoint(tmp_path: Path, *, lose: str = "", change: dict[str, Any] | None = None) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in resolve("tiny").iterdir():
+        if file.name != lose:
+            shutil.copy(file, folder)
+    if change is not None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+    return folder
+
+
+def check_error(result: Result, *parts: str) -> None:
+    assert result.code == 2, result
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+    assert result.out == ""
+    for part in parts:
+        assert part in result.err, result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "the prompt is empty"),
+        (["  \n\t"], "the prompt is empty"),
+        (["-"], "the prompt is empty"),
+        ([], "the prompt is empty"),
+        (["x", "-p", "y"], "give one of a prompt, --prompt and --prompt-file"),
+        (["x", "--temperature", "-1"], "temperature must be >= 0, got -1.0"),
+        (["x", "--temperature", "nan"], "temperature must be >= 0, got nan"),
+        (["x", "--top-p", "0"], "top_p must be in (0, 1], got 0.0"),
+        (["x", "--top-p", "1.5"], "top_p must be in (0, 1], got 1.5"),
+        (["x", "--top-k", "-2"], "top_k must be >= 0"),
+        (["x", "--min-p", "2"], "min_p must be in [0, 1], got 2.0"),
+        (["x", "--repetition-penalty", "0"], "repetition_penalty must be positive, got 0.0"),
+        (["x", "-m", "-1"], "--max-tokens must be >= 0, got -1"),
+        (["x", "--num-samples", "0"], "--num-samples must be positive, got 0"),
+        (["x", "--prefill-chunk", "0"], "--prefill-chunk must be positive, got 0"),
+        (["x", "--stop", ""], "--stop must not be empty"),
+        (["x", "--seed", "-1"], "--seed must be in [0, 2**64), got -1"),
+        (["x", "--seed", str(1 << 64)], "--seed must be in [0, 2**64)"),
+        (["x", "--window", "0"], "sliding_window must be positive or None, got 0"),
+        (["x", "--window", "few"], "--window must be a number of tokens or 'none', got 'few'"),
+        (["x", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["x", "--device", "meta"], "--device must be auto, cpu, cuda or cuda:N, got 'meta'"),
+        (["x", "--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
+        (["x", "--system", "be brief"], "--system needs --chat"),
+        (["x", "--chat", "--num-samples", "2"], "--num-samples is for texts"),
+        (["x", "--chat"], "has no chat template; continue a text instead"),
+        (["x", "--model", "/no/such/folder"], "no such folder: '/no/such/folder'"),
+        (["x", "--model", "tine"], "no such folder: 'tine'"),
+        (["x", "--model", __file__], "is a file; give the folder that holds the checkpoint"),
+        (["--prompt-file", "/no/such/file"], "No such file or directory: '/no/such/file'"),
+        (["--prompt-file", "/"], "Is a directory: '/'"),
+        (["lone \ud800 surrogate"], "text has a lone surrogate"),
+    ],
+)
+def test_bad_arguments(run: Command, arguments: list[str], message: str) -> None:
+    check_error(run(*arguments), message)
+
+
+def test_bad_prompt_files(run: Command, tmp_path: Path) -> None:
+    file = tmp_path / "prompts"
+    file.write_bytes(b"good\nbad \xff\n")
+    check_error(run("--prompt-file", file), f"{file} is not UTF-8", "0xff in position 9")
+    file.write_text("\n  \n")
+    check_error(run("--prompt-file", file), f"{file} has no prompt in it")
+    file.write_text("hello\n")
+    check_error(run("--prompt-file", file, "--chat"), "--chat holds one conversation")
+
+
+@pytest.mark.parametrize(
+    ("fault", "parts"),
+    [
+        ({"lose": "model.safetensors"}, ["model", "safetensors"]),
+        ({"lose": "config.json"}, ["config.json"]),
+        ({"lose": "tokenizer.model"}, ["no tokenizer found; looked for tekken.json"]),
+        ({"change": {"num_local_experts": 8}}, ["a mixture of experts", "config.json"]),
+        ({"change": {"vision_config": {"a": 1}}}, ["a vision encoder"]),
+        ({"change": {"quantization_config": {"bits": 4}}}, ["quantised weights"]),
+        ({"change": {"hidden_size": 200}}, ["model.safetensors", "has shape"]),
+        ({"change": {"num_attention_heads": 0}}, ["num_attention_heads must be a positive"]),
+    ],
+    ids=str,
+)
+def test_bad_checkpoints(
+    run: Command, tmp_path: Path, fault: dict[str, Any], parts: list[str]
+) -> None:
+    check_error(run("x", "--model", bad_checkpoint(tmp_path, **fault)), *parts)
+
+
+def test_damaged_files(run: Command, tmp_path: Path) -> None:
+    folder = bad_checkpoint(tmp_path)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole = weights.read_bytes()
+    for size in (0, 5, 1000, len(whole) - 1):
+        weights.write_bytes(whole[:size])
+        check_error(run("x", "--model", folder), f"{weights} is not a whole safetensors file")
+    weights.write_bytes(whole)
+    config.write_text("{")
+    check_error(run("x", "--model", folder), f"{config} is not valid JSON")
+    (folder / "tokenizer.model").write_bytes(random.randbytes(500))
+    check_error(run("x", "--model", folder), "tokenizer.model: not a sentencepiece model")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    check_error(run("x", "--model", folder), str(folder))
+
+
+def test_the_wrong_tokenizer(run: Command, tmp_path: Path) -> None:
+    """A vocabulary larger than the model's: ids that it has no embedding for."""
+    save_hf(random_state(SMALL).items(), SMALL, tmp_path / "m", dtype=torch.float32)
+    shutil.copy(resolve("tiny") / "tokenizer.model", tmp_path / "m")
+    check_error(run("hello there", "--model", tmp_path / "m"), "vocabulary")
+
+
+def test_long_texts_take_constant_memory(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def new_cache(self: MistralForCausalLM, *arguments: Any) -> Any:
+        caches.append(original(self, *arguments))
+        sizes.append(caches[-1].nbytes)
+        return caches[-1]
+
+    caches: list[Any] = []
+    original = MistralForCausalLM.new_cache
+    monkeypatch.setattr(MistralForCausalLM, "new_cache", new_cache)
+    for words in (200, 2000):
+        result = run("the old man and " * words, "--quiet", "-m", "3")
+        assert result.code == 0
+    assert caches[1].host_lengths[0] > 8000 - 2000
+    # 6 layers of keys and values for 128 positions of 2 heads of 32 numbers in bfloat16.
+    assert sizes == [cache.nbytes for cache in caches] == [6 * 2 * 128 * 2 * 32 * 2] * 2
+
+
+# Things that happen to a process
+
+
+def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", **options.pop("env", {})}
+    return subprocess.Popen(
+        [sys.executable, "-m", "mistral_kernels.generate", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        **options,
+    )
+
+
+def test_ctrl_c_keeps_what_there_is() -> None:
+    process = start("She was", "-m", "1000000", "--ignore-eos")
+    assert process.stdout is not None
+    head = process.stdout.read(40)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(head) == 40 and (head + out).endswith("\n")
+    assert "Traceback" not in err and err.rstrip().endswith("interrupted")
+    assert re.search(r"^generate +\d+ tokens", err, re.MULTILINE)
+
+
+def test_the_reader_goes_away() -> None:
+    process = start("She was", "-m", "1000000", "--ignore-eos", "--quiet")
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    assert err == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs Triton's kernels")
+def test_triton_without_a_gpu() -> None:
+    process = start("x", "--backend", "triton")
+    out, err = process.communicate(timeout=60)
+    result = Result(process.returncode, out, err)
+    check_error(result, "nothing here runs Triton kernels on cpu", "TRITON_INTERPRET=1")
