@@ -1,0 +1,83 @@
+"""The bundled model: its size, its recorded loss, and that it writes words."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from mistral_kernels import MistralForCausalLM, MistralTokenizer
+from mistral_kernels.checkpoint import resolve
+from mistral_kernels.generate import generate
+from mistral_kernels.model.sampling import Sampler
+from mistral_kernels.train import HELD_OUT, Corpus, held_out_loss
+
+FOLDER = resolve("tiny")
+PROMPTS = ["She was", "It is a truth universally", "Mr. Darcy", "The next morning"]
+
+
+@pytest.fixture(scope="module")
+def model() -> MistralForCausalLM:
+    return MistralForCausalLM.from_pretrained("tiny")
+
+
+def test_it_is_small() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 6_000_000
+
+
+def test_the_recorded_loss(model: MistralForCausalLM) -> None:
+    report = json.loads((FOLDER / "training.json").read_text())
+    text = (FOLDER / HELD_OUT).read_text(encoding="utf-8")
+    corpus = Corpus(text, FOLDER / "tokenizer.model")
+    # Weights and arithmetic are bfloat16, whose sums depend a little on the machine.
+    loss = held_out_loss(model, corpus, corpus.tokens)
+    assert loss == pytest.approx(report["held_out_loss"], rel=2e-3)
+    exact = held_out_loss(model.float(), corpus, corpus.tokens)
+    model.to(torch.bfloat16)
+    assert exact == pytest.approx(report["held_out_loss"], rel=5e-3)
+    assert report["held_out_bits_per_byte"] < 2.0
+
+
+def test_it_has_a_window_and_grouped_queries(model: MistralForCausalLM) -> None:
+    config = model.config
+    assert config.sliding_window == 128
+    assert config.num_attention_heads > config.num_key_value_heads > 1
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.lower())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_it_writes_words(model: MistralForCausalLM, temperature: float) -> None:
+    """Nearly all of them are in the held-out text, in sentences, also far past the window."""
+    tokenizer = MistralTokenizer.from_pretrained("tiny")
+    known = set(words((FOLDER / HELD_OUT).read_text(encoding="utf-8")))
+    sampler = Sampler(temperature, generator=torch.Generator().manual_seed(1))
+    texts = generate(model, tokenizer, PROMPTS, max_tokens=300, sampler=sampler)
+    # The first and last may be parts of a word.
+    written = [word for text in texts for word in words(text.text)[1:-1]]
+    assert len(written) > 400
+    assert sum(word in known for word in written) > 0.7 * len(written)
+    assert len(set(written)) > (15 if temperature == 0 else 150)
+    assert sum(len(re.findall(r"[.!?]", text.text)) for text in texts) >= 4
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_a_prompt_of_100_000_tokens(model: MistralForCausalLM) -> None:
+    """Takes no more cache than a short one, and ends where its last tokens alone do.
+
+    What a token sees of the past is bounded: in each layer the window less itself.
+    """
+    prompt = torch.randint(3, model.config.vocab_size, (100_000,)).tolist()
+    reach = model.config.num_hidden_layers * (128 - 1) + 1
+    exact = model.float()
+    cache, short = exact.new_cache(1, 200_000), exact.new_cache(1, reach)
+    size = cache.nbytes
+    far, near = exact.prefill([prompt], cache, 1024), exact.prefill([prompt[-reach:]], short)
+    assert cache.nbytes == short.nbytes == size == 6 * 2 * 128 * 2 * 32 * 4
+    torch.testing.assert_close(far, near, rtol=1e-3, atol=1e-3)
+    model.to(torch.bfloat16)
