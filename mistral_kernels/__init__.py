@@ -1,0 +1,36 @@
+"""Mistral on fast kernels: flash-attn's API without flash-attn's build, and the model on top.
+
+Operators take and return plain tensors and are differentiable; `MistralForCausalLM` and
+`MistralTokenizer` load checkpoints; `mistral_kernels.generate` makes text of them. Importing this
+package touches no GPU and imports neither triton nor transformers.
+"""
+
+from mistral_kernels.model.cache import RollingCache
+from mistral_kernels.model.config import MistralConfig
+from mistral_kernels.model.sampling import Sampler
+from mistral_kernels.model.transformer import MistralForCausalLM
+from mistral_kernels.ops.attention import attention, rolling_cache_attention
+from mistral_kernels.ops.cross_entropy import linear_cross_entropy
+from mistral_kernels.ops.rms_norm import rms_norm
+from mistral_kernels.ops.rolling_cache import rolling_cache_update_
+from mistral_kernels.ops.rotary import apply_rotary, rotary_tables
+from mistral_kernels.ops.swiglu import swiglu
+from mistral_kernels.tokenizer import MistralTokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MistralConfig",
+    "MistralForCausalLM",
+    "MistralTokenizer",
+    "RollingCache",
+    "Sampler",
+    "apply_rotary",
+    "attention",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rolling_cache_attention",
+    "rolling_cache_update_",
+    "rotary_tables",
+    "swiglu",
+]

@@ -1,0 +1,192 @@
+"""`python -m mistral_kernels`: what is installed, what will run, and why; made to be pasted.
+
+With `--check`, every operator is run on random inputs, and its error against float64 printed beside
+that of plain PyTorch in the same dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mistral_kernels as mk
+from mistral_kernels.ops import reference
+from mistral_kernels.ops.dispatch import BACKEND_VARIABLE, choose_backend
+
+# Operators that have a Triton kernel; the others run PyTorch's operators on every device.
+_TRITON_OPS = ("rms_norm",)
+_EXTRAS = {"chat": ("mistral_common",), "hf": ("huggingface_hub", "tokenizers", "transformers")}
+
+
+def report() -> Iterator[str]:
+    """The lines of the report."""
+    yield f"mistral_kernels {mk.__version__}"
+    yield f"python          {platform.python_version()} on {platform.platform()}"
+    yield f"torch           {torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}"
+    yield f"triton          {_installed('triton') or 'not installed: pip install triton'}"
+    for extra, packages in _EXTRAS.items():
+        found = {name: _installed(name) for name in packages}
+        missing = [name for name, installed in found.items() if installed is None]
+        remedy = f'; missing {", ".join(missing)}: pip install "mistral_kernels[{extra}]"'
+        have = ", ".join(f"{name} {installed}" for name, installed in found.items() if installed)
+        yield f"extra {extra + ':':9} {have or 'nothing'}{remedy if missing else ''}"
+    yield (
+        f"cpu             {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield (
+            f"cuda:{index}          {properties.name}, compute capability "
+            f"{properties.major}.{properties.minor}, {properties.total_memory / 2**30:.1f} GiB"
+        )
+    if not torch.cuda.is_available():
+        yield f"gpu             none: {_why_no_gpu()}"
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(("MISTRAL_KERNELS_", "TRITON_")):
+            yield f"environment     {name}={value}"
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        try:
+            backend = choose_backend(torch.device(device))
+        except (RuntimeError, ValueError) as error:
+            yield f"backend         {device}: none, {error}"
+            continue
+        yield f"backend         {device}: {backend.name} ({backend.reason})"
+        if backend.name == "triton":
+            yield (
+                f"                Triton kernels: {', '.join(_TRITON_OPS)}; the other operators "
+                f"have none yet and run PyTorch's, or refuse if {BACKEND_VARIABLE}=triton"
+            )
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this PyTorch is a CPU build"
+    return "PyTorch is built for GPUs but sees no device or driver"
+
+
+# An operator's name, ours and the definition, and the shapes of its random inputs.
+Check = tuple[str, Callable[..., Any], Callable[..., Any], tuple[tuple[int, ...], ...]]
+
+
+def _checks(device: str) -> list[Check]:
+    positions = torch.tensor([0, 1, 4095, 32767, 131071], device=device)
+    tables = mk.rotary_tables(131072, 64, 10_000.0, device)
+    targets = torch.randint(1000, (61,), device=device)
+    window: dict[str, Any] = {"causal": True, "window_size": (99, 0)}
+    return [
+        ("rms_norm", mk.rms_norm, reference.rms_norm, ((61, 4096), (4096,))),
+        (
+            "rms_norm + residual",
+            lambda x, w, r: mk.rms_norm(x, w, residual=r),
+            lambda x, w, r: reference.rms_norm(x, w, residual=r),
+            ((61, 4096), (4096,), (61, 4096)),
+        ),
+        (
+            "apply_rotary",
+            lambda q, k: mk.apply_rotary(q, k, *tables, positions),
+            lambda q, k: reference.apply_rotary(q, k, *tables, positions),
+            ((5, 8, 64), (5, 2, 64)),
+        ),
+        ("swiglu", mk.swiglu, reference.swiglu, ((61, 1000), (61, 1000))),
+        (
+            "attention, window 100",
+            lambda q, k, v: mk.attention(q, k, v, sliding_window=100),
+            lambda q, k, v: reference.attention(q, k, v, **window)[0],
+            ((2, 333, 8, 64), (2, 333, 2, 64), (2, 333, 2, 64)),
+        ),
+        (
+            "linear_cross_entropy",
+            lambda h, w: mk.linear_cross_entropy(h, w, targets),
+            lambda h, w: reference.linear_cross_entropy(h, w, targets),
+            ((61, 128), (1000, 128)),
+        ),
+    ]
+
+
+def check(device: str) -> Iterator[str]:
+    """A line for each operator and dtype: largest error of outputs and of gradients.
+
+    Errors are relative to the largest value. The yardstick, "eager", is the definition computed by
+    PyTorch in the same dtype.
+    """
+    yield f"{'':22} {'dtype':9} {'output: ours':>12} {'eager':>9} {'gradients:':>11} {'eager':>9}"
+    for name, ours, definition, shapes in _checks(device):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+            exact = _run(definition, [x.double() for x in inputs])
+            try:
+                results = _run(ours, inputs)
+            except NotImplementedError as error:
+                yield f"{name:22} {error}"
+                break
+            out, grad = _errors(results, exact)
+            with reference.eager_arithmetic():
+                eager = _run(definition, inputs)
+            eager_out, eager_grad = _errors(eager, exact)
+            verdict = ""
+            # Eager may be exact by luck: a rounding of the result, and some of float32 sums.
+            rounding = torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps
+            if out > 2 * eager_out + rounding or grad > 2 * eager_grad + rounding:
+                verdict = "  <- more than twice eager's"
+            yield (
+                f"{name:22} {str(dtype)[6:]:9} {out:12.2e} {eager_out:9.2e} {grad:11.2e} "
+                f"{eager_grad:9.2e}{verdict}"
+            )
+
+
+Results = tuple[list[Tensor], list[Tensor]]
+
+
+def _errors(results: Results, exact: Results) -> tuple[float, float]:
+    outputs, gradients = (
+        max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want))
+        for got, want in zip(results, exact)
+    )
+    return outputs, gradients
+
+
+def _run(function: Callable[..., Any], inputs: list[Tensor]) -> Results:
+    """Outputs, and the gradients of their sum of squares."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = function(*inputs)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    loss = sum(out.double().square().sum() for out in outputs)
+    return [out.detach() for out in outputs], list(torch.autograd.grad(loss, inputs))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m mistral_kernels", description=report.__doc__)
+    parser.add_argument("--check", action="store_true", help="measure each operator's error")
+    args = parser.parse_args(argv)
+    for line in report():
+        print(line)
+    if args.check:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        print(f"\nlargest errors against float64, on {device}:")
+        failed = False
+        for line in check(device):
+            print(line, flush=True)
+            failed |= line.endswith("eager's")
+        return int(failed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

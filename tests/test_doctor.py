@@ -1,0 +1,81 @@
+"""`python -m mistral_kernels`: what is here, what will run, and why."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mistral_kernels
+from mistral_kernels import __main__ as doctor
+from mistral_kernels.ops import reference
+from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
+
+
+def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+    assert doctor.main([]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"mistral_kernels {mistral_kernels.__version__}\n")
+    assert f"torch           {torch.__version__}, CUDA " in out
+    assert re.search(r"^backend +cpu: torch \(cpu tensors: PyTorch's own operators\)$", out, re.M)
+    gpu = r"^cuda:0 +.+, compute capability \d+\.\d+" if torch.cuda.is_available() else "^gpu +none"
+    assert re.search(gpu, out, re.M)
+
+
+def test_forced_backends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BACKEND_VARIABLE, "torch")
+    assert doctor.main([]) == 0
+    out = capsys.readouterr().out
+    assert f"cpu: torch ({BACKEND_VARIABLE}=torch)" in out
+    assert f"environment     {BACKEND_VARIABLE}=torch\n" in out
+    monkeypatch.setenv(BACKEND_VARIABLE, "fast")
+    assert doctor.main([]) == 0
+    out = capsys.readouterr().out
+    assert f"cpu: none, {BACKEND_VARIABLE} is 'fast'; expected 'auto', 'triton' or 'torch'" in out
+
+
+def test_missing_extras_name_their_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_installed", lambda package: None)
+    doctor.main([])
+    out = capsys.readouterr().out
+    assert 'missing mistral_common: pip install "mistral_kernels[chat]"' in out
+    assert "triton          not installed: pip install triton" in out
+
+
+def test_check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        monkeypatch.setenv(BACKEND_VARIABLE, "torch")
+    assert doctor.main(["--check"]) == 0
+    out = capsys.readouterr().out
+    names = ("rms_norm", "rms_norm + residual", "apply_rotary", "swiglu", "attention, window 100")
+    for name in (*names, "linear_cross_entropy"):
+        for dtype in ("float32", "bfloat16", "float16"):
+            assert re.search(rf"^{re.escape(name)} +{dtype}( +\d\.\d\de-\d\d){{4}}$", out, re.M)
+
+
+def test_check_finds_a_wrong_operator(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return reference.swiglu(gate, up) * 1.01
+
+    monkeypatch.setenv(BACKEND_VARIABLE, "auto" if torch.cuda.is_available() else "torch")
+    monkeypatch.setattr(mistral_kernels, "swiglu", wrong)
+    assert doctor.main(["--check"]) == 1
+    flagged = [line for line in capsys.readouterr().out.splitlines() if "more than twice" in line]
+    assert len(flagged) >= 1 and all(line.startswith("swiglu ") for line in flagged)
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mistral_kernels"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("mistral_kernels ") and done.stderr == ""

@@ -1,0 +1,180 @@
+"""The package as a whole: what importing it takes, who imports whom, what is public."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mistral_kernels
+
+ROOT = Path(mistral_kernels.__file__).parent
+MODULES = {
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+HEAVY = {
+    "triton",
+    "transformers",
+    "mistral_common",
+    "huggingface_hub",
+    "tokenizers",
+    "sentencepiece",
+    "matplotlib",
+}
+
+BELOW = ("model", "checkpoint", "tokenizer", "ops")
+
+# A module, or all below it, and what of ours it may import. The longest name that fits decides.
+MAY_IMPORT = {
+    "ops": ("ops",),
+    "ops.reference": (),
+    "model": ("model", "ops", "checkpoint"),
+    "model.config": (),
+    "checkpoint": ("checkpoint", "model.config"),
+    "tokenizer": ("tokenizer_backends", "checkpoint"),
+    "tokenizer_backends": ("tokenizer",),
+    "streaming": BELOW,
+    "chat": ("streaming", *BELOW),
+    "command": (),
+    "generate": ("command", "chat", "streaming", *BELOW),
+    "convert": ("command", *BELOW),
+    "train": ("command", *BELOW),
+}
+# Only inside functions: not needed before there is something to load.
+LAZILY = {
+    ("tokenizer", "checkpoint"),
+    ("tokenizer", "tokenizer_backends"),
+}
+
+
+def python(*arguments: str) -> str:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def imports_of(path: Path):
+    """(name, is it run on import of the module) of every import."""
+    tree = ast.parse(path.read_text())
+    lazy = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.FunctionDef)
+        or (isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING")
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            # The name may be a module of its own, or something inside one.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else node.module for name in names]
+        else:
+            continue
+        yield from ((name, id(node) not in lazy) for name in names)
+
+
+def fits(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def test_importing_is_light():
+    """Nothing but torch and what it brings, and no GPU is looked for."""
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import mistral_kernels
+new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+print(*sorted(new & {HEAVY!r}), torch.cuda.is_initialized())
+"""
+    assert python("-c", code).split() == ["False"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module):
+    name = module.removeprefix("mistral_kernels").removeprefix(".")
+    rules = [prefix for prefix in MAY_IMPORT if fits(name, prefix)]
+    allowed = MAY_IMPORT[max(rules, key=len)] if rules else None
+    for imported, at_top in imports_of(MODULES[module]):
+        top = imported.partition(".")[0]
+        assert top not in ("tests", "benchmarks"), f"{module} imports {imported}"
+        assert not (at_top and top in HEAVY), f"{module} imports {top} before it is used"
+        if top != "mistral_kernels" or allowed is None:  # the faces, __init__ and __main__
+            continue
+        ours = imported.removeprefix("mistral_kernels").removeprefix(".")
+        assert any(fits(ours, prefix) for prefix in allowed), f"{module} imports {imported}"
+        for importer, target in LAZILY:
+            if at_top and fits(name, importer):
+                assert not fits(ours, target), f"{module} imports {imported} before it is used"
+
+
+def test_every_module_has_a_rule():
+    faces = {"", "__main__"}
+    for module in MODULES:
+        name = module.removeprefix("mistral_kernels").removeprefix(".")
+        assert name in faces or any(fits(name, prefix) for prefix in MAY_IMPORT), name
+
+
+def test_no_block_pointers():
+    """tl.make_block_ptr is gone from later versions of Triton."""
+    for path in MODULES.values():
+        names = {
+            node.attr for node in ast.walk(ast.parse(path.read_text())) if hasattr(node, "attr")
+        }
+        assert "make_block_ptr" not in names, path
+
+
+def test_public_names_are_documented():
+    assert mistral_kernels.__all__ == sorted(mistral_kernels.__all__)
+    for name in mistral_kernels.__all__:
+        value = getattr(mistral_kernels, name)
+        assert inspect.getdoc(value), name
+        assert value.__module__.startswith("mistral_kernels."), name
+    for module, path in MODULES.items():
+        if path.stat().st_size:
+            assert ast.get_docstring(ast.parse(path.read_text())), module
+
+
+OPERATORS = {
+    "apply_rotary": "q, k, cos, sin, positions, interleaved=False",
+    "attention": (
+        "q, k, v, *, causal=True, sliding_window=None, window_size=None, softmax_scale=None, "
+        "softcap=0.0, alibi_slopes=None, return_lse=False"
+    ),
+    "linear_cross_entropy": "hidden, weight, targets, ignore_index=-100, reduction='mean'",
+    "rms_norm": "x, weight, eps=1e-05, residual=None",
+    "rolling_cache_attention": (
+        "q, k, v, k_cache, v_cache, lengths, cu_seqlens, max_seqlen, *, sliding_window, "
+        "softmax_scale=None"
+    ),
+    "rolling_cache_update_": "k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen",
+    "rotary_tables": "num_positions, head_dim, theta, device='cpu'",
+    "swiglu": "gate, up",
+}
+CLASSES = {"MistralConfig", "MistralForCausalLM", "MistralTokenizer", "RollingCache", "Sampler"}
+
+
+def test_public_signatures():
+    """What others have written against this package keeps working."""
+    assert set(mistral_kernels.__all__) == CLASSES | set(OPERATORS)
+    for name, expected in OPERATORS.items():
+        signature = inspect.signature(getattr(mistral_kernels, name))
+        bare = [
+            p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()
+        ]
+        assert str(inspect.Signature(bare)) == f"({expected})", name
+
+
+def test_report():
+    lines = python("-m", "mistral_kernels").splitlines()
+    assert lines[0] == f"mistral_kernels {mistral_kernels.__version__}"
+    backends = [line.split(None, 1)[1] for line in lines if line.startswith("backend ")]
+    assert "cpu: torch (cpu tensors: PyTorch's own operators)" in backends
