@@ -1,0 +1,74 @@
+"""Peak memory and time of loading a checkpoint, and of converting it.
+
+    python benchmarks/load_memory.py /tmp/random-1.2B
+
+Each is done in a process of its own. Peak is that process's resident set, mapped pages included,
+less what it held before; the bound is the model (for loading) plus the largest tensor. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mistral_kernels import MistralForCausalLM, convert
+from mistral_kernels.checkpoint import open_checkpoint
+
+
+def resident(field: str) -> int:
+    """This process's resident set now (`VmRSS`) or at its largest (`VmHWM`), in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def load(path: str) -> None:
+    MistralForCausalLM.from_pretrained(path)
+
+
+def convert_away(path: str) -> None:
+    with tempfile.TemporaryDirectory(dir=Path(path).resolve().parent) as folder:
+        if convert.main([path, f"{folder}/converted"]):
+            raise SystemExit("the conversion failed")
+
+
+TASKS = {"load": load, "convert": convert_away}
+
+
+def measure(task: str, path: str) -> None:
+    checkpoint = open_checkpoint(path)
+    largest = max(stored.num_bytes for stored in checkpoint.stored.values())
+    held = checkpoint.num_bytes if task == "load" else 0
+    before = resident("VmRSS")
+    start = time.perf_counter()
+    TASKS[task](path)
+    seconds = time.perf_counter() - start
+    peak = resident("VmHWM") - before
+    print(
+        f"{task:8} {checkpoint.format:4} model {checkpoint.num_bytes / 1e6:7.0f} MB  "
+        f"largest tensor {largest / 1e6:5.0f} MB  peak {peak / 1e6:7.0f} MB "
+        f"= {peak / checkpoint.num_bytes:5.3f} of the model, "
+        f"{peak / (held + largest):5.3f} of the bound  {seconds:6.2f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint", help="folder of the checkpoint to load and to convert")
+    parser.add_argument("--task", choices=TASKS, help="do only this, in this process")
+    args = parser.parse_args()
+    if args.task:
+        measure(args.task, args.checkpoint)
+        return
+    for task in TASKS:
+        command = [sys.executable, __file__, args.checkpoint, "--task", task]
+        subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()
