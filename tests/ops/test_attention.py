@@ -107,6 +107,16 @@ def test_lengths_about_the_window(seqlen, dtype, device):
     assert_matches(inputs, sliding_window=WINDOW)
 
 
+@pytest.mark.parametrize("triangle_rows", [1, 10_000], ids=["triangle", "bands"])
+@pytest.mark.parametrize("options", ["causal", "window"])
+def test_triangle_and_bands(options, triangle_rows, device, monkeypatch):
+    """Both ways to the rows that the window's left edge does not reach, at whatever length."""
+    monkeypatch.setattr(cpu, "_TRIANGLE_ROWS", triangle_rows)
+    for seqlen in (70, 131, 200):
+        inputs = make_qkv(seqlen, seqlen, (4, 2), 32, torch.float32, device)
+        assert_matches(inputs, **OPTIONS[options])
+
+
 @pytest.mark.parametrize("window", [1, 2, 64, 10_000])
 def test_windows(window, device):
     inputs = make_qkv(131, 150, (4, 2), 32, torch.float32, device)

@@ -25,6 +25,8 @@ from mistral_kernels.ops.attention.window import (
 
 # Rows of a band. A taller band wastes more masked keys, a shorter one pays more calls.
 _BAND_ROWS = 64
+# From how many rows on PyTorch's own causal mask is faster than bands. (It is for one band, too.)
+_TRIANGLE_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class _BandedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        biases = _Biases(inputs[0], ctx.scoring)
+        biases = _Biases(inputs[0], inputs[1], ctx.scoring)
         # A key is in many bands, and many rows of one: its gradient is summed in float32, which
         # PyTorch's kernel for the CPU, unlike those for GPUs, does for float32 inputs only.
         grads = [
@@ -130,7 +132,7 @@ class _BandedAttention(torch.autograd.Function):
 def _forward(q: Tensor, k: Tensor, v: Tensor, scoring: _Scoring) -> tuple[Tensor, Tensor | None]:
     batch, seqlen_q, num_heads, _ = q.shape
     bands = _bands(seqlen_q, k.shape[1], scoring)
-    biases = _Biases(q, scoring)
+    biases = _Biases(q, k, scoring)
     if len(bands) == 1 and bands[0].shape[0] == seqlen_q:
         return _attend(q, k[:, bands[0].keys], v[:, bands[0].keys], bands[0], biases, scoring)
     # Rows in no band see no key: they keep these values.
@@ -157,8 +159,10 @@ def _bands(seqlen_q: int, seqlen_k: int, scoring: _Scoring) -> list[_Band]:
     if window.right == 0 and offset == 0 and not scoring.needs_formula:
         if scoring.alibi_slopes is None:
             # Before the window's left edge bites, causal attention is PyTorch's own triangle.
-            start = rows.stop if window.left < 0 else min(rows.stop, window.left + 1)
-            bands.append(_Band(slice(0, start), slice(0, start), 0, triangle=True))
+            size = rows.stop if window.left < 0 else min(rows.stop, window.left + 1)
+            if size <= _BAND_ROWS or size >= _TRIANGLE_ROWS:
+                bands.append(_Band(slice(0, size), slice(0, size), 0, triangle=True))
+                start = size
     while start < rows.stop:
         block = range(start, min(start + _BAND_ROWS, rows.stop))
         keys = keys_of_rows(block, seqlen_q, seqlen_k, window)
@@ -171,69 +175,85 @@ def _bands(seqlen_q: int, seqlen_k: int, scoring: _Scoring) -> list[_Band]:
             )
         )
         start = block.stop
-    return bands
+    return bands[::-1]  # widest masks first
 
 
 class _Biases:
-    """The additive masks of the bands. Bands of one geometry, all but the outermost, share one."""
+    """The additive masks of the bands, for the rows that `_stack` makes.
 
-    def __init__(self, q: Tensor, scoring: _Scoring) -> None:
+    Bands whose last keys lie at the same distance share one mask: it is made for the widest, which
+    `_bands` gives first, and the narrower ones see its right end.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, scoring: _Scoring) -> None:
         self.scoring = scoring
         self.device = q.device
-        self.num_heads = q.shape[2]
+        self.groups = k.shape[2]
+        self.group_size = q.shape[2] // k.shape[2]
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        self.last: tuple[tuple[int, int, int], Tensor | None] | None = None
+        self.key: tuple[int, int] | None = None
+        self.width = 0
+        self.bias: Tensor | None = None
 
     def of(self, band: _Band) -> Tensor | None:
-        """(rows, keys), or (1 or b, h, rows, keys) with ALiBi; None where every pair is visible."""
-        geometry = (*band.shape, band.first_distance)
-        if self.last is None or self.last[0] != geometry:
-            self.last = (geometry, self._make(*geometry))
-        return self.last[1]
+        """(n * rows, keys), or (1 or b, g, n * rows, keys) with ALiBi; None for all visible."""
+        rows, keys = band.shape
+        key = (rows, band.first_distance + keys)
+        if key != self.key or keys > self.width:
+            self.key, self.width = key, keys
+            self.bias = self._make(rows, keys, band.first_distance)
+        return None if self.bias is None else self.bias[..., self.width - keys :]
 
     def _make(self, rows: int, keys: int, first_distance: int) -> Tensor | None:
         distance = distances(rows, keys, first_distance, self.device)
-        mask = visible(distance, self.scoring.window)
+        hidden = ~visible(distance, self.scoring.window)
         slopes = self.scoring.alibi_slopes
         if slopes is not None:
-            bias = slopes.to(self.dtype).reshape(-1, self.num_heads, 1, 1) * -distance.abs()
-            return bias.masked_fill(~mask, -torch.inf)
-        if mask.all():
+            slopes = slopes.to(self.dtype).reshape(-1, self.groups, self.group_size, 1, 1)
+            return (slopes * -distance.abs()).masked_fill(hidden, -torch.inf).flatten(2, 3)
+        if not hidden.any():
             return None
-        return torch.zeros(rows, keys, dtype=self.dtype, device=self.device).masked_fill_(
-            ~mask, -torch.inf
-        )
+        bias = torch.zeros(rows, keys, dtype=self.dtype, device=self.device)
+        return bias.masked_fill_(hidden, -torch.inf).repeat(self.group_size, 1)
+
+
+def _stack(q: Tensor, groups: int) -> Tensor:
+    """(b, rows, h, d) to (b, g, n * rows, d): the n query heads of a kv head under one another.
+
+    As rows of one product they read its keys once.
+    """
+    return q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def _unstack(out: Tensor, rows: int) -> Tensor:
+    """The inverse of `_stack`."""
+    return out.unflatten(2, (-1, rows)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, band: _Band, biases: _Biases, scoring: _Scoring
 ) -> tuple[Tensor, Tensor | None]:
     """One band: q (b, rows, h, d) over k and v (b, keys, g, d)."""
-    bias = None if band.triangle else biases.of(band)
-    if not scoring.needs_formula:
+    rows = q.shape[1]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if band.triangle:
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=bias,
-            is_causal=band.triangle,
-            scale=scoring.scale,
-            enable_gqa=True,
+            q.transpose(1, 2), k, v, is_causal=True, scale=scoring.scale, enable_gqa=True
         )
         return out.transpose(1, 2), None
-    batch, rows, num_heads, head_dim = q.shape
-    groups = k.shape[2]
-    grouped = q.reshape(batch, rows, groups, num_heads // groups, head_dim).to(biases.dtype)
-    scores = torch.einsum("bqgnd,bkgd->bgnqk", grouped, k.to(biases.dtype)).flatten(1, 2)
-    scores = scores * scoring.scale
+    stacked, bias = _stack(q, biases.groups), biases.of(band)
+    if not scoring.needs_formula:
+        out = F.scaled_dot_product_attention(stacked, k, v, attn_mask=bias, scale=scoring.scale)
+        return _unstack(out, rows), None
+    stacked, k, v = (x.to(biases.dtype) for x in (stacked, k, v))
+    scores = stacked @ k.mT * scoring.scale  # (b, g, n * rows, keys)
     if scoring.softcap:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     if bias is not None:
         scores = scores + bias
-    lse = scores.logsumexp(dim=-1)
-    weights = (scores - lse.unsqueeze(-1)).exp().unflatten(1, (groups, -1))
-    out = torch.einsum("bgnqk,bkgd->bqgnd", weights, v.to(biases.dtype)).flatten(2, 3)
-    return out.to(q.dtype), lse if scoring.return_lse else None
+    lse = scores.logsumexp(dim=-1, keepdim=True)
+    out = _unstack((scores - lse).exp() @ v, rows).to(q.dtype)
+    return out, lse.reshape(*q.shape[:3:2], rows) if scoring.return_lse else None
 
 
 def ring_attention(
