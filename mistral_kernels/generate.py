@@ -176,8 +176,8 @@ def _run(args: argparse.Namespace) -> None:
         args.repetition_penalty,
         torch.Generator(device).manual_seed(seed),
     )
-    if args.max_tokens < 0:
-        raise ValueError(f"--max-tokens must be >= 0, got {args.max_tokens}")
+    if args.max_tokens < 1:
+        raise ValueError(f"--max-tokens must be positive, got {args.max_tokens}")
     if args.num_samples < 1:
         raise ValueError(f"--num-samples must be positive, got {args.num_samples}")
     if args.prefill_chunk is not None and args.prefill_chunk < 1:
