@@ -156,6 +156,7 @@ def test_log_sum_exp(options, dtype, device):
 def test_many_rows_add_to_one_key(options, dtype, device, monkeypatch):
     """A key's gradient is a long sum, formed in float32: in half precision this test fails."""
     monkeypatch.setattr(cpu, "_BAND_ROWS", 4)
+    monkeypatch.setattr(cpu, "_TRIANGLE_ROWS", 1)
     seqlen = 1500 if options == "causal" else 500
     inputs = make_qkv(seqlen, seqlen, (1, 1), 8, dtype, device, batch=1)
     definition = {"causal": True, "window_size": (WINDOW - 1, 0)} if options == "window" else {}
@@ -270,7 +271,9 @@ def test_cost_and_memory_follow_the_window(seqlen, window, options, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided-heads"])
-def test_no_square_without_a_window(contiguous, dtype, device):
+@pytest.mark.parametrize("triangle_rows", [1, 10_000], ids=["triangle", "bands"])
+def test_no_square_without_a_window(triangle_rows, contiguous, dtype, device, monkeypatch):
+    monkeypatch.setattr(cpu, "_TRIANGLE_ROWS", triangle_rows)
     q, k, v = make_qkv(2000, 2000, (4, 2), 16, dtype, device, batch=1).values()
     if not contiguous:
         q, k, v = (torch.stack((x, x), dim=-1).detach()[..., 0] for x in (q, k, v))

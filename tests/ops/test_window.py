@@ -15,6 +15,7 @@ from mistral_kernels.ops.attention.window import (
     keys_of_rows,
     resolve_window,
     rows_with_keys,
+    triangle_rows,
     visible,
 )
 
@@ -48,6 +49,18 @@ def test_keys_of_rows(seqlen_q, seqlen_k, window, data):
     block = range(first, data.draw(st.integers(first + 1, rows.stop)))
     keys = {j for i in block for j in range(seqlen_k) if sees(i, j, seqlen_q, seqlen_k, window)}
     assert keys_of_rows(block, seqlen_q, seqlen_k, window) == range(min(keys), max(keys) + 1)
+
+
+@given(lengths, lengths, windows)
+def test_triangle_rows(seqlen_q, seqlen_k, window):
+    def in_triangle(i):
+        seen = [j for j in range(seqlen_k) if sees(i, j, seqlen_q, seqlen_k, window)]
+        return seqlen_q == seqlen_k and seen == list(range(i + 1))
+
+    rows = triangle_rows(seqlen_q, seqlen_k, window)
+    assert all(map(in_triangle, range(rows)))
+    # Nor one more, unless the window is open to the right: such rows are never counted.
+    assert rows == seqlen_q or window.right != 0 or not in_triangle(rows)
 
 
 @given(lengths, lengths, windows)

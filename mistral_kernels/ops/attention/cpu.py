@@ -20,12 +20,13 @@ from mistral_kernels.ops.attention.window import (
     distances,
     keys_of_rows,
     rows_with_keys,
+    triangle_rows,
     visible,
 )
 
 # Rows of a band. A taller band wastes more masked keys, a shorter one pays more calls.
 _BAND_ROWS = 64
-# From how many rows on PyTorch's own causal mask is faster than bands. (It is for one band, too.)
+# From how many rows on PyTorch's own causal mask is faster than bands; so it is for a single band.
 _TRIANGLE_ROWS = 2048
 
 
@@ -156,13 +157,11 @@ def _bands(seqlen_q: int, seqlen_k: int, scoring: _Scoring) -> list[_Band]:
     offset = seqlen_k - seqlen_q
     bands = []
     start = rows.start
-    if window.right == 0 and offset == 0 and not scoring.needs_formula:
-        if scoring.alibi_slopes is None:
-            # Before the window's left edge bites, causal attention is PyTorch's own triangle.
-            size = rows.stop if window.left < 0 else min(rows.stop, window.left + 1)
-            if size <= _BAND_ROWS or size >= _TRIANGLE_ROWS:
-                bands.append(_Band(slice(0, size), slice(0, size), 0, triangle=True))
-                start = size
+    size = triangle_rows(seqlen_q, seqlen_k, window)
+    plain = not scoring.needs_formula and scoring.alibi_slopes is None
+    if plain and (0 < size <= _BAND_ROWS or size >= _TRIANGLE_ROWS):
+        bands.append(_Band(slice(0, size), slice(0, size), 0, triangle=True))
+        start = size
     while start < rows.stop:
         block = range(start, min(start + _BAND_ROWS, rows.stop))
         keys = keys_of_rows(block, seqlen_q, seqlen_k, window)
@@ -196,7 +195,7 @@ class _Biases:
         self.bias: Tensor | None = None
 
     def of(self, band: _Band) -> Tensor | None:
-        """(n * rows, keys), or (1 or b, g, n * rows, keys) with ALiBi; None for all visible."""
+        """(n * rows, keys), or (1 or b, g, n * rows, keys) with ALiBi; None: nothing to add."""
         rows, keys = band.shape
         key = (rows, band.first_distance + keys)
         if key != self.key or keys > self.width:
@@ -290,9 +289,9 @@ def ring_attention(
 
 def _with_history(ring: Tensor, new: Tensor, length: int, window: Window) -> Tensor:
     """The keys in position order: what the first new token still sees of the ring, then `new`."""
-    capacity = ring.shape[0]
-    seen = min(length, capacity, capacity if window.left < 0 else window.left)
-    if seen == 0 or new.shape[0] == 0:
+    capacity, held = ring.shape[0], min(length, ring.shape[0])
+    seen = held - keys_of_rows(range(1), len(new), held + len(new), window).start
+    if seen == 0 or len(new) == 0:
         return new
     start, end = (length - seen) % capacity, (length - 1) % capacity + 1
     history = (ring[start:end],) if start < end else (ring[start:], ring[:end])
@@ -322,7 +321,7 @@ def _ring_decode(
         slots = torch.arange(k_cache.shape[1], device=q.device)
         mask = slots < counts[:, None]
         if narrow:
-            mask &= (lengths[:, None] - slots) % capacity <= window.left
+            mask &= visible(-((lengths[:, None] - slots) % capacity), window)
         bias = mask[:, None, None]
     # The query heads of a kv head become the rows of one product, so its keys are read once.
     out = F.scaled_dot_product_attention(

@@ -77,6 +77,16 @@ def keys_of_rows(rows: range, seqlen_q: int, seqlen_k: int, window: Window) -> r
     return range(first, max(first, last))
 
 
+def triangle_rows(seqlen_q: int, seqlen_k: int, window: Window) -> int:
+    """How many rows, from the first, see exactly the keys up to their own place: row i keys 0..i.
+
+    Causal attention before the window's left edge bites.
+    """
+    if window.right != 0 or seqlen_q != seqlen_k:
+        return 0
+    return seqlen_q if window.left < 0 else min(seqlen_q, window.left + 1)
+
+
 def distances(
     num_rows: int, num_keys: int, first_distance: int, device: torch.device | None = None
 ) -> Tensor:
