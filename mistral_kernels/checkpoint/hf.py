@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -77,9 +76,7 @@ def save_hf(
     types = [each for _, each in specs.values()]
     # The embedding's type, by far the largest tensor's, stands for all.
     contents = config.to_hf(str(types[0]).removeprefix("torch."))
-    with new_folder(directory, total) as folder:
-        for extra in extra_files:
-            shutil.copyfile(extra, folder / extra.name)
+    with new_folder(directory, total, extra_files) as folder:
         write_files(folder, files, without_redundant(tensors, config))
         if len(files) > 1:
             weight_map = {name: file for file, part in files.items() for name in part}

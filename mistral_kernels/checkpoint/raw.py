@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -77,8 +76,6 @@ def save_raw(
             yield raw_names[name], tensor
             del tensor
 
-    with new_folder(directory, sum(map(num_bytes, specs.values()))) as folder:
-        for extra in extra_files:
-            shutil.copyfile(extra, folder / extra.name)
+    with new_folder(directory, sum(map(num_bytes, specs.values())), extra_files) as folder:
         write_files(folder, {"consolidated.safetensors": stored}, to_raw())
         write_json(folder / CONFIG_FILE, config.to_raw())

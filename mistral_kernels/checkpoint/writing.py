@@ -134,9 +134,12 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def new_folder(target: str | Path, needed_bytes: int) -> Iterator[Path]:
+def new_folder(
+    target: str | Path, needed_bytes: int, extra_files: Iterable[Path] = ()
+) -> Iterator[Path]:
     """A folder to write into, beside `target`, that becomes `target` when the block ends well.
 
+    It begins with copies of `extra_files`.
     On any error, an interrupt included, it is removed and `target` is as it was before. A target
     that holds something, and a disk without `needed_bytes`, are refused before anything is done.
     """
@@ -152,6 +155,8 @@ def new_folder(target: str | Path, needed_bytes: int) -> Iterator[Path]:
                 f"{free / 1e9:.2f} GB are free"
             )
         partial.mkdir()
+        for extra in extra_files:
+            shutil.copyfile(extra, partial / extra.name)
         yield partial
         _sync_folder(partial)
         partial.replace(target)
