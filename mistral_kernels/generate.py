@@ -176,12 +176,10 @@ def _run(args: argparse.Namespace) -> None:
         args.repetition_penalty,
         torch.Generator(device).manual_seed(seed),
     )
-    if args.max_tokens < 1:
-        raise ValueError(f"--max-tokens must be positive, got {args.max_tokens}")
-    if args.num_samples < 1:
-        raise ValueError(f"--num-samples must be positive, got {args.num_samples}")
-    if args.prefill_chunk is not None and args.prefill_chunk < 1:
-        raise ValueError(f"--prefill-chunk must be positive, got {args.prefill_chunk}")
+    for option in ("--max-tokens", "--num-samples", "--prefill-chunk"):
+        count = getattr(args, option[2:].replace("-", "_"))
+        if count is not None and count < 1:
+            raise ValueError(f"{option} must be positive, got {count}")
     if not all(args.stop):
         raise ValueError("--stop must not be empty")
     if args.chat and args.num_samples > 1:
