@@ -33,8 +33,6 @@ def models(request: pytest.FixtureRequest) -> Iterator[Models]:
     ours = MistralForCausalLM(config).to(dtype).eval()
     ours.load_state_dict(weights)
     fields = config.to_hf(request.param)
-    for name in ("architectures", "model_type", "torch_dtype", "dtype"):
-        del fields[name]
     theirs = transformers.MistralForCausalLM(
         transformers.MistralConfig(**fields, attn_implementation="sdpa")
     )

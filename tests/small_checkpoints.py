@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mistral_kernels import MistralConfig, MistralForCausalLM
 from mistral_kernels.checkpoint.names import expected_shapes
-from mistral_kernels.model.config import MistralConfig
 
 # heads * head_dim != hidden_size, and no two of its sizes are equal.
 SMALL = MistralConfig(
@@ -29,3 +29,13 @@ def random_state(config: MistralConfig, dtype: torch.dtype = torch.float32) -> S
         name: (torch.randn(shape) * 0.2).to(dtype)
         for name, shape in expected_shapes(config).items()
     }
+
+
+def varied_model(config: MistralConfig) -> MistralForCausalLM:
+    """Random, with weights large enough that its greedy text is varied."""
+    model = MistralForCausalLM(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim == 2:
+                weight.copy_(torch.randn_like(weight) * 0.3)
+    return model.eval()

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from small_checkpoints import SMALL
+from small_checkpoints import SMALL, varied_model
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer
 from mistral_kernels.chat import Conversation
@@ -31,13 +30,7 @@ def tokenizer() -> MistralTokenizer:
 
 
 def make_model(window: int | None) -> MistralForCausalLM:
-    config = dataclasses.replace(SMALL, vocab_size=32768, sliding_window=window)
-    model = MistralForCausalLM(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                weight.copy_(torch.randn_like(weight) * 0.3)
-    return model.eval()
+    return varied_model(dataclasses.replace(SMALL, vocab_size=32768, sliding_window=window))
 
 
 def say(conversation: Conversation, message: str, **options: Any) -> tuple[str, int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_checkpoints import SMALL
+from small_checkpoints import SMALL, varied_model
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, Sampler
 from mistral_kernels.generate import Completion, generate, stream_generate
@@ -25,14 +25,7 @@ def tokenizer() -> MistralTokenizer:
 
 @pytest.fixture
 def model() -> MistralForCausalLM:
-    """Random, with weights large enough that its greedy text is varied."""
-    config = dataclasses.replace(SMALL, vocab_size=2048)
-    model = MistralForCausalLM(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim == 2:
-                weight.copy_(torch.randn_like(weight) * 0.3)
-    return model.eval()
+    return varied_model(dataclasses.replace(SMALL, vocab_size=2048))
 
 
 class Script:

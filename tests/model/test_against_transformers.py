@@ -45,7 +45,6 @@ def make_pair(
 
 def theirs_like(ours: MistralForCausalLM, dtype: torch.dtype) -> Any:
     fields = ours.config.to_hf("float32")
-    del fields["architectures"], fields["model_type"], fields["torch_dtype"], fields["dtype"]
     config = transformers.MistralConfig(**fields, attn_implementation="eager")
     theirs = transformers.MistralForCausalLM(config)
     missing = theirs.load_state_dict(ours.state_dict())
