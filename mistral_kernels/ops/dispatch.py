@@ -8,9 +8,11 @@ run raises, naming the remedy.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -132,6 +134,30 @@ def _query(driver: Any, index: int) -> DeviceProperties:
         properties["multiprocessor_count"],
         properties["max_shared_mem"],
     )
+
+
+def with_workspace(x: torch.Tensor, launch: Callable[[], None]) -> None:
+    """Launches kernels that need memory of their own, as for descriptors made on the device.
+
+    Triton asks an allocator for it, which is set for this launch alone: the caller's stays.
+    """
+    import triton
+
+    def run() -> None:
+        triton.set_allocator(
+            lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=x.device)
+        )
+        launch()
+
+    contextvars.copy_context().run(run)
+
+
+def float32_precision(x: torch.Tensor) -> str:
+    """How `tl.dot` multiplies float32: "tf32" if the user allows it, exact to float32 otherwise."""
+    device = device_properties(x)
+    if device.platform != "cuda" or int(device.arch) < 80:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -7,9 +7,9 @@ and is cached: in a loop it costs one dictionary look-up.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from mistral_kernels.ops.dispatch import DeviceProperties
 
@@ -65,3 +65,187 @@ def rms_norm_partial_sums(rows: int, device: DeviceProperties) -> int:
 @functools.cache
 def rms_norm_sum_partials() -> Config:
     return config(BLOCK_ROWS=32, BLOCK_COLS=32, num_warps=4)
+
+
+class _Tile(NamedTuple):
+    """BLOCK_M queries (times heads of a group) by BLOCK_N keys, and how they are worked on."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+
+# By kernel, architecture, bytes of an element and padded head_dim. An architecture without an entry
+# takes that of the nearest one before it.
+_Tiles = dict[str, dict[str, dict[tuple[int, int], _Tile]]]
+_ATTENTION: _Tiles = {
+    "attention_forward": {
+        "sm_75": {
+            (2, 64): _Tile(32, 16, 4, 1),
+            (2, 128): _Tile(16, 16, 4, 1),
+            (2, 256): _Tile(16, 16, 8, 1),
+            (4, 64): _Tile(32, 16, 4, 1),
+            (4, 128): _Tile(16, 16, 4, 1),
+            (4, 256): _Tile(16, 16, 8, 1),
+        },
+        "sm_80": {
+            (2, 64): _Tile(128, 64, 4, 3),
+            (2, 128): _Tile(128, 32, 4, 2),
+            (2, 256): _Tile(64, 32, 4, 2),
+            (4, 64): _Tile(64, 32, 4, 2),
+            (4, 128): _Tile(32, 32, 4, 2),
+            (4, 256): _Tile(16, 16, 8, 1),
+        },
+        "sm_90": {
+            (2, 64): _Tile(128, 128, 8, 2, True),
+            (2, 128): _Tile(128, 128, 8, 2, True),
+            (2, 256): _Tile(128, 64, 8, 2, True),
+        },
+        "sm_100": {
+            (2, 64): _Tile(128, 64, 4, 3, True),
+            (2, 128): _Tile(128, 64, 4, 2, True),
+        },
+        "sm_120": {},
+        "hip": {
+            (2, 64): _Tile(128, 64, 4, 1),
+            (2, 128): _Tile(128, 32, 4, 1),
+            (2, 256): _Tile(64, 32, 4, 1),
+            (4, 64): _Tile(64, 32, 4, 1),
+            (4, 128): _Tile(32, 32, 4, 1),
+            (4, 256): _Tile(32, 16, 4, 1),
+        },
+    },
+    "attention_dkdv": {
+        "sm_75": {
+            (2, 64): _Tile(16, 16, 4, 1),
+            (2, 128): _Tile(16, 16, 4, 1),
+            (2, 256): _Tile(16, 16, 8, 1),
+            (4, 64): _Tile(16, 16, 4, 1),
+            (4, 128): _Tile(16, 16, 4, 1),
+            (4, 256): _Tile(16, 16, 8, 1),
+        },
+        "sm_80": {
+            (2, 64): _Tile(64, 64, 4, 2),
+            (2, 128): _Tile(64, 64, 4, 2),
+            (2, 256): _Tile(32, 64, 8, 1),
+            (4, 64): _Tile(32, 32, 4, 1),
+            (4, 128): _Tile(16, 16, 4, 1),
+            (4, 256): _Tile(16, 16, 8, 1),
+        },
+        "sm_86": {(2, 256): _Tile(32, 32, 4, 1)},
+        "sm_90": {
+            (2, 64): _Tile(64, 128, 8, 2, True),
+            (2, 128): _Tile(64, 128, 8, 2, True),
+        },
+        "sm_100": {},
+        "sm_120": {},
+        "hip": {},
+    },
+    "attention_dq": {
+        "sm_75": {
+            (2, 64): _Tile(16, 16, 4, 1),
+            (2, 128): _Tile(16, 16, 4, 1),
+            (2, 256): _Tile(16, 16, 8, 1),
+            (4, 64): _Tile(16, 16, 4, 1),
+            (4, 128): _Tile(16, 16, 4, 1),
+            (4, 256): _Tile(16, 16, 8, 1),
+        },
+        "sm_80": {
+            (2, 64): _Tile(64, 64, 4, 2),
+            (2, 128): _Tile(64, 64, 4, 2),
+            (2, 256): _Tile(64, 32, 8, 1),
+            (4, 64): _Tile(32, 32, 4, 1),
+            (4, 128): _Tile(32, 32, 8, 1),
+            (4, 256): _Tile(16, 16, 8, 1),
+        },
+        "sm_90": {
+            (2, 64): _Tile(128, 64, 8, 2, True),
+            (2, 128): _Tile(128, 64, 8, 2, True),
+        },
+        "sm_100": {},
+        "sm_120": {},
+        "hip": {},
+    },
+}
+
+
+@functools.cache
+def attention(
+    kernel: str, block_d: int, element_bytes: int, device: DeviceProperties, descriptors: bool
+) -> tuple[Config, ...]:
+    """The table's choice, then smaller ones, for a device with less shared memory than its kin.
+
+    `descriptors`: the tensors can be read through tensor descriptors.
+    """
+    tile = _look_up(kernel, block_d, element_bytes, device, descriptors)
+    return tuple(_attention_config(t, block_d) for t in (tile, *_smaller(tile)))
+
+
+@functools.cache
+def attention_candidates(
+    kernel: str, block_d: int, element_bytes: int, device: DeviceProperties, descriptors: bool
+) -> tuple[Config, ...]:
+    """What a tuner should try: the table's choice, and its choices for other architectures."""
+    tile = _look_up(kernel, block_d, element_bytes, device, descriptors)
+    able = descriptors and _has_descriptors(device)
+    key = element_bytes, max(64, block_d)
+    others = [t[key] for t in _ATTENTION[kernel].values() if key in t]
+    tiles = [tile, *(t for t in others if able or not t.descriptors), *_smaller(tile)]
+    return tuple(_attention_config(t, block_d) for t in dict.fromkeys(tiles))
+
+
+@functools.cache
+def attention_delta(block_d: int) -> Config:
+    """Some 8 elements of each input a thread."""
+    return config(BLOCK_M=max(16, 4096 // block_d), BLOCK_D=block_d, num_warps=4)
+
+
+def _attention_config(tile: _Tile, block_d: int) -> Config:
+    return config(
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_D=block_d,
+        DESCRIPTORS=tile.descriptors,
+        NUM_STAGES=tile.stages,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _look_up(
+    kernel: str, block_d: int, element_bytes: int, device: DeviceProperties, descriptors: bool
+) -> _Tile:
+    key = element_bytes, max(64, block_d)
+    able = descriptors and _has_descriptors(device)
+    tiles = [
+        tile[key]
+        for name, tile in _ATTENTION[kernel].items()
+        if key in tile and _serves(name, device) and (able or not tile[key].descriptors)
+    ]
+    return tiles[-1]
+
+
+def _serves(name: str, device: DeviceProperties) -> bool:
+    """Is the architecture the device's own, or one before it?"""
+    if name == "hip" or device.platform == "hip":
+        return name == device.platform
+    return name == "sm_75" or int(name[3:]) <= int(device.arch)
+
+
+def _has_descriptors(device: DeviceProperties) -> bool:
+    return device.platform == "cuda" and 90 <= int(device.arch) < 120
+
+
+def _smaller(tile: _Tile) -> Iterator[_Tile]:
+    while True:
+        if tile.stages > 1:
+            tile = tile._replace(stages=tile.stages - 1)
+        elif tile.n > 16:
+            tile = tile._replace(n=tile.n // 2)
+        elif tile.m > 16:
+            tile = tile._replace(m=tile.m // 2)
+        else:
+            return
+        yield tile

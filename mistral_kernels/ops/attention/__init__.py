@@ -8,14 +8,21 @@ last query stands on the last key. Windows are interpreted in `window.py` and no
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from mistral_kernels.ops.attention.cpu import banded_attention, ring_attention
+from mistral_kernels.ops.attention.op import attend
+from mistral_kernels.ops.attention.ring import ring_attention
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.dispatch import require_torch_backend
 from mistral_kernels.ops.rolling_cache import check_ring
+
+MAX_HEAD_DIM = 256
 
 
 def attention(
@@ -25,57 +32,104 @@ def attention(
     *,
     causal: bool = True,
     sliding_window: int | None = None,
-    window_size: Sequence[int] | None = None,
+    window_size: Sequence[int] | Tensor | None = None,
     softmax_scale: float | None = None,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of a rectangular batch. Differentiable in q, k and v; memory follows the window.
+    """Attention of a batch, rectangular or packed. Differentiable once in q, k and v.
+
+    Time follows the window, and memory the output: scores never exist but for a tile.
 
     Args:
-        q: (batch, seqlen_q, num_heads, head_dim).
-        k, v: (batch, seqlen_k, num_kv_heads, head_dim), of q's dtype; num_kv_heads divides
-            num_heads.
+        q: (batch, seqlen_q, num_heads, head_dim), or packed (total_q, num_heads, head_dim) with
+            `cu_seqlens_q`. float16, bfloat16, float32, or, on the torch backend, float64; head_dim
+            at most 256. Any strides; a last dimension that is not contiguous is copied.
+        k, v: (batch, seqlen_k, num_kv_heads, head_dim), or packed (total_k, ...), of q's dtype;
+            num_kv_heads divides num_heads.
         causal: no query sees past its own place.
         sliding_window: how many keys a query sees, its own included; None for no window.
         window_size: the same as inclusive distances (left, right), -1 for no bound.
-        softmax_scale: head_dim^-0.5 if None.
+        softmax_scale: positive; head_dim^-0.5 if None.
         softcap: scores s become softcap * tanh(s / softcap); 0 for none.
-        alibi_slopes: (num_heads,) or (batch, num_heads); slope * |distance| is subtracted.
-        return_lse: also return the log-sum-exp of the scores, float32 (batch, num_heads, seqlen_q),
-            through which no gradient flows.
+        alibi_slopes: (num_heads,) or (batch, num_heads); slope * |distance| is subtracted
+            (arXiv:2108.12409).
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on q's device, where each packed sequence
+            begins and the last ends; from 0, never decreasing. cu_seqlens_k is cu_seqlens_q if
+            None. Sequences may be empty.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence; the number of tokens if None,
+            which is right but may launch programs that find nothing to do.
+        return_lse: also return the log-sum-exp of the scores, float32 (batch, num_heads, seqlen_q)
+            or packed (num_heads, total_q), through which no gradient flows.
 
     Returns:
         out of q's shape and dtype, or (out, lse). A query that sees no key gives 0 and -inf.
 
     Raises:
         ValueError: naming the argument that does not fit.
-        TypeError: q, k or v is not floating point, or a window is not of integers.
+        TypeError: q, k or v is not floating point, or a window or length is not of integers.
     """
-    require_torch_backend("attention")
-    _check_qkv(q, k, v, ndim=4)
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"k must have q's batch of {q.shape[0]}, got {k.shape[0]}")
-    batch, _, num_heads, head_dim = q.shape
-    if alibi_slopes is not None and alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):
-        raise ValueError(
-            f"alibi_slopes must be ({num_heads},) or ({batch}, {num_heads}), "
-            f"got {tuple(alibi_slopes.shape)}"
-        )
+    packed = cu_seqlens_q is not None
+    _check_qkv(q, k, v, ndim=3 if packed else 4)
+    if not packed:
+        for name, value in (
+            ("cu_seqlens_k", cu_seqlens_k),
+            ("max_seqlen_q", max_seqlen_q),
+            ("max_seqlen_k", max_seqlen_k),
+        ):
+            if value is not None:
+                raise ValueError(f"{name} is for packed batches and needs cu_seqlens_q too")
+        if k.shape[0] != q.shape[0]:
+            raise ValueError(f"k must have q's batch of {q.shape[0]}, got {k.shape[0]}")
+        batch, max_seqlen_q, max_seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+    else:
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
+        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
+        batch = cu_seqlens_q.shape[0] - 1
+        if cu_seqlens_k.shape[0] - 1 != batch:
+            raise ValueError(
+                f"cu_seqlens_k must be of {batch} sequences like cu_seqlens_q, "
+                f"got {cu_seqlens_k.shape[0] - 1}"
+            )
+        max_seqlen_q = _as_length("max_seqlen_q", max_seqlen_q, q.shape[0])
+        max_seqlen_k = _as_length("max_seqlen_k", max_seqlen_k, k.shape[0])
+    num_heads, head_dim = q.shape[-2:]
+    if alibi_slopes is not None:
+        if alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):
+            raise ValueError(
+                f"alibi_slopes must be ({num_heads},) or ({batch}, {num_heads}), "
+                f"got {tuple(alibi_slopes.shape)}"
+            )
+        if not alibi_slopes.is_floating_point() or alibi_slopes.device != q.device:
+            raise ValueError(
+                f"alibi_slopes must be floating point on {q.device}, "
+                f"got {alibi_slopes.dtype} on {alibi_slopes.device}"
+            )
     if softcap < 0:
         raise ValueError(f"softcap must be >= 0, got {softcap}")
-    out, lse = banded_attention(
-        q,
-        k,
-        v,
+    if softmax_scale is None:
+        softmax_scale = 1 / math.sqrt(head_dim)
+    elif softmax_scale <= 0:
+        raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
+    out, lse = attend(
+        *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)),
         window=resolve_window(causal, window_size, sliding_window),
-        softmax_scale=head_dim**-0.5 if softmax_scale is None else softmax_scale,
-        softcap=softcap,
+        softmax_scale=softmax_scale,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        softcap=float(softcap),
         alibi_slopes=alibi_slopes,
         return_lse=return_lse,
     )
-    return out if lse is None else (out, lse)
+    return (out, lse) if return_lse else out
 
 
 def rolling_cache_attention(
@@ -157,6 +211,10 @@ def _check_qkv(
             )
     if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if not 0 < q.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"{names[0]}'s head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}"
+        )
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{names[1]} must have q's head_dim {q.shape[-1]}, got {k.shape[-1]}")
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
@@ -164,6 +222,28 @@ def _check_qkv(
             f"{names[1]}'s {k.shape[-2]} heads must divide q's {q.shape[-2]} "
             "(grouped-query attention)"
         )
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
+    """What can be told without reading the values, which `packed.check` does."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise ValueError(f"{name} must be a tensor of torch.int32, got {got}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{name} must be (batch + 1,), got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"{name} must be on {q.device} like q, got {cu_seqlens.device}")
+
+
+def _as_length(name: str, value: Any, default: int) -> int:
+    if value is None:
+        return default
+    if isinstance(value, torch.SymInt):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
 
 
 __all__ = ["attention", "rolling_cache_attention"]

@@ -7,14 +7,15 @@ does the work. It knows no softcap and returns no log-sum-exp; bands that need o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from mistral_kernels.ops.attention.packed import Offsets
 from mistral_kernels.ops.attention.window import (
     Window,
     distances,
@@ -31,7 +32,7 @@ _TRIANGLE_ROWS = 2048
 
 
 @dataclass(frozen=True)
-class _Scoring:
+class Scoring:
     """How scores are formed from q and k: the arguments that all bands share."""
 
     window: Window
@@ -59,78 +60,99 @@ class _Band:
         return self.rows.stop - self.rows.start, self.keys.stop - self.keys.start
 
 
-def banded_attention(
+def banded_forward(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Offsets | None, scoring: Scoring
+) -> tuple[Tensor, Tensor | None]:
+    """The output, and the log-sum-exp if `scoring` wants it."""
+    if offsets is None:
+        return _forward(q, k, v, scoring)
+    # Tokens of no sequence keep these values.
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = None
+    if scoring.return_lse:
+        lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=_wide(q.dtype))
+    for rows, keys, sequence in _sequences(offsets, scoring):
+        part, part_lse = _forward(*(x[None] for x in (q[rows], k[keys], v[keys])), sequence)
+        out[rows] = part[0]
+        if lse is not None and part_lse is not None:
+            lse[:, rows] = part_lse[0]
+    return out, lse
+
+
+def banded_backward(
+    dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    window: Window,
-    softmax_scale: float,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """`reference.attention` for q (b, sq, h, d), k and v (b, sk, g, d), with a resolved window.
-
-    Differentiable in q, k and v; the log-sum-exp (b, h, sq) comes back only when asked for.
-    """
-    scoring = _Scoring(window, softmax_scale, softcap, alibi_slopes, return_lse)
-    # PyTorch forms all scores at once for heads that are not contiguous.
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _BandedAttention.apply(q, k, v, scoring)
-    return _forward(q, k, v, scoring)
-
-
-class _BandedAttention(torch.autograd.Function):
-    """Recomputes each band in the backward pass.
-
-    Recording the forward instead would pad every band's key gradient to the whole sequence, which
-    costs O(seqlen^2 / rows) where the window promises O(seqlen).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scoring: _Scoring
-    ) -> tuple[Tensor, Tensor | None]:
-        ctx.save_for_backward(q, k, v)
-        ctx.scoring = scoring
-        out, lse = _forward(q, k, v, scoring)
-        if lse is not None:
-            ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        biases = _Biases(inputs[0], inputs[1], ctx.scoring)
-        # A key is in many bands, and many rows of one: its gradient is summed in float32, which
-        # PyTorch's kernel for the CPU, unlike those for GPUs, does for float32 inputs only.
-        grads = [
-            torch.zeros_like(x, dtype=biases.dtype) if need else None
-            for x, need in zip(inputs, needed)
-        ]
-        dtype = biases.dtype if dout.device.type == "cpu" else dout.dtype
-        for band in _bands(inputs[0].shape[1], inputs[1].shape[1], ctx.scoring):
-            slices = (band.rows, band.keys, band.keys)
-            with torch.enable_grad():
-                parts = [
-                    x[:, s].detach().to(dtype).requires_grad_(need)
-                    for x, s, need in zip(inputs, slices, needed)
-                ]
-                q, k, v = parts
-                out, _ = _attend(q, k, v, band, biases, ctx.scoring)
-            wanted = [part for part in parts if part.requires_grad]
-            computed = iter(torch.autograd.grad(out, wanted, dout[:, band.rows].to(dtype)))
-            for grad, s in zip(grads, slices):
-                if grad is not None:
-                    grad[:, s] += next(computed)
-        return *(None if grad is None else grad.to(dout.dtype) for grad in grads), None
+    offsets: Offsets | None,
+    scoring: Scoring,
+    needed: list[bool],
+) -> list[Tensor | None]:
+    """The gradients of q, k and v that are `needed`. Recomputes each band's probabilities."""
+    # A key is in many bands, and many rows of one: its gradient is summed in float32 at least.
+    grads = [
+        torch.zeros(x.shape, dtype=_wide(x.dtype), device=x.device) if need else None
+        for x, need in zip((q, k, v), needed)
+    ]
+    if offsets is None:
+        _backward(dout, q, k, v, scoring, grads)
+    else:
+        for rows, keys, sequence in _sequences(offsets, scoring):
+            slices = (rows, keys, keys)
+            parts = [None if grad is None else grad[s][None] for grad, s in zip(grads, slices)]
+            inputs = (x[s][None] for x, s in zip((dout, q, k, v), (rows, *slices)))
+            _backward(*inputs, sequence, parts)
+    return [None if grad is None else grad.to(q.dtype) for grad in grads]
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, scoring: _Scoring) -> tuple[Tensor, Tensor | None]:
+def _sequences(offsets: Offsets, scoring: Scoring) -> Iterator[Any]:
+    """Each sequence of a packed batch: its rows, its keys, and how it is scored."""
+    ends_q, ends_k = offsets.q.tolist(), offsets.k.tolist()
+    for i in range(len(ends_q) - 1):
+        slopes = scoring.alibi_slopes
+        if slopes is not None and slopes.ndim == 2:
+            slopes = slopes[i : i + 1]
+        yield (
+            slice(ends_q[i], ends_q[i + 1]),
+            slice(ends_k[i], ends_k[i + 1]),
+            replace(scoring, alibi_slopes=slopes),
+        )
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scoring: Scoring,
+    grads: list[Tensor | None],
+) -> None:
+    """Adds to `grads`. p = softmax(s), dp = dout v^T, ds = p * (dp - rowsum(dp * p))."""
+    dq, dk, dv = grads
+    biases = _Biases(q, k, scoring)
+    groups, dtype = biases.groups, biases.dtype
+    for band in _bands(q.shape[1], k.shape[1], replace(scoring, return_lse=True)):
+        rows = band.shape[0]
+        queries, douts = (_stack(x[:, band.rows].to(dtype), groups) for x in (q, dout))
+        keys, values = (x[:, band.keys].transpose(1, 2).to(dtype) for x in (k, v))
+        scores, cap_slope = _scores(queries, keys, biases.of(band), scoring)
+        p = scores.softmax(-1)
+        if dv is not None:
+            dv[:, band.keys] += (p.mT @ douts).transpose(1, 2)
+        if dq is None and dk is None:
+            continue
+        dp = douts @ values.mT
+        ds = p.mul_(dp.sub_((dp * p).sum(-1, keepdim=True)))
+        if cap_slope is not None:
+            ds *= cap_slope
+        ds *= scoring.scale
+        if dk is not None:
+            dk[:, band.keys] += (ds.mT @ queries).transpose(1, 2)
+        if dq is not None:
+            dq[:, band.rows] = _unstack(ds @ keys, rows)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
     batch, seqlen_q, num_heads, _ = q.shape
     bands = _bands(seqlen_q, k.shape[1], scoring)
     biases = _Biases(q, k, scoring)
@@ -140,8 +162,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scoring: _Scoring) -> tuple[Tensor
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = None
     if scoring.return_lse:
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        lse = q.new_full((batch, num_heads, seqlen_q), -torch.inf, dtype=dtype)
+        lse = q.new_full((batch, num_heads, seqlen_q), -torch.inf, dtype=_wide(q.dtype))
     for band in bands:
         keys = band.keys
         part, part_lse = _attend(q[:, band.rows], k[:, keys], v[:, keys], band, biases, scoring)
@@ -151,7 +172,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scoring: _Scoring) -> tuple[Tensor
     return out, lse
 
 
-def _bands(seqlen_q: int, seqlen_k: int, scoring: _Scoring) -> list[_Band]:
+def _bands(seqlen_q: int, seqlen_k: int, scoring: Scoring) -> list[_Band]:
     window = scoring.window
     rows = rows_with_keys(seqlen_q, seqlen_k, window)
     offset = seqlen_k - seqlen_q
@@ -184,12 +205,12 @@ class _Biases:
     `_bands` gives first, and the narrower ones see its right end.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, scoring: _Scoring) -> None:
+    def __init__(self, q: Tensor, k: Tensor, scoring: Scoring) -> None:
         self.scoring = scoring
         self.device = q.device
         self.groups = k.shape[2]
         self.group_size = q.shape[2] // k.shape[2]
-        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.dtype = _wide(q.dtype)
         self.key: tuple[int, int] | None = None
         self.width = 0
         self.bias: Tensor | None = None
@@ -230,7 +251,7 @@ def _unstack(out: Tensor, rows: int) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, band: _Band, biases: _Biases, scoring: _Scoring
+    q: Tensor, k: Tensor, v: Tensor, band: _Band, biases: _Biases, scoring: Scoring
 ) -> tuple[Tensor, Tensor | None]:
     """One band: q (b, rows, h, d) over k and v (b, keys, g, d)."""
     rows = q.shape[1]
@@ -245,90 +266,23 @@ def _attend(
         out = F.scaled_dot_product_attention(stacked, k, v, attn_mask=bias, scale=scoring.scale)
         return _unstack(out, rows), None
     stacked, k, v = (x.to(biases.dtype) for x in (stacked, k, v))
-    scores = stacked @ k.mT * scoring.scale  # (b, g, n * rows, keys)
-    if scoring.softcap:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    if bias is not None:
-        scores = scores + bias
+    scores, _ = _scores(stacked, k, bias, scoring)
     lse = scores.logsumexp(dim=-1, keepdim=True)
     out = _unstack((scores - lse).exp() @ v, rows).to(q.dtype)
     return out, lse.reshape(*q.shape[:3:2], rows) if scoring.return_lse else None
 
 
-def ring_attention(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    window: Window,
-    softmax_scale: float,
-) -> Tensor:
-    """`reference.rolling_cache_attention`; without k and v, the ring already holds q's own keys."""
-    if k is None or v is None:
-        return _ring_decode(q, k_cache, v_cache, lengths, window, softmax_scale)
-    outs = []
-    offsets = cu_seqlens.tolist()
-    for sequence, length in enumerate(lengths.tolist()):
-        new = slice(offsets[sequence], offsets[sequence + 1])
-        keys = _with_history(k_cache[sequence], k[new], length, window)
-        values = _with_history(v_cache[sequence], v[new], length, window)
-        out, _ = banded_attention(
-            q[new].unsqueeze(0),
-            keys.unsqueeze(0),
-            values.unsqueeze(0),
-            window=window,
-            softmax_scale=softmax_scale,
-        )
-        outs.append(out.squeeze(0))
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+def _scores(
+    q: Tensor, k: Tensor, bias: Tensor | None, scoring: Scoring
+) -> tuple[Tensor, Tensor | None]:
+    """(b, g, n * rows, keys), and the derivative of the softcap where there is one."""
+    scores = q @ k.mT * scoring.scale
+    cap_slope = None
+    if scoring.softcap:
+        capped = torch.tanh(scores / scoring.softcap)
+        scores, cap_slope = scoring.softcap * capped, 1 - capped.square()
+    return scores if bias is None else scores + bias, cap_slope
 
 
-def _with_history(ring: Tensor, new: Tensor, length: int, window: Window) -> Tensor:
-    """The keys in position order: what the first new token still sees of the ring, then `new`."""
-    capacity, held = ring.shape[0], min(length, ring.shape[0])
-    seen = held - keys_of_rows(range(1), len(new), held + len(new), window).start
-    if seen == 0 or len(new) == 0:
-        return new
-    start, end = (length - seen) % capacity, (length - 1) % capacity + 1
-    history = (ring[start:end],) if start < end else (ring[start:], ring[:end])
-    return torch.cat((*history, new))
-
-
-def _ring_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    window: Window,
-    softmax_scale: float,
-) -> Tensor:
-    """One token a sequence. Softmax does not mind the order of keys: the ring is read as is."""
-    batch, capacity, groups, head_dim = k_cache.shape
-    counts = (lengths + 1).clamp(max=capacity)
-    narrow = 0 <= window.left < capacity - 1  # the ring keeps more than the window shows
-    bias = None
-    if k_cache.device.type == "cpu":
-        smallest, longest = counts.min().item(), counts.max().item()
-        k_cache, v_cache = k_cache[:, :longest], v_cache[:, :longest]
-        ragged = smallest != longest
-    else:
-        ragged = True  # the counts stay on the device
-    if ragged or narrow:
-        slots = torch.arange(k_cache.shape[1], device=q.device)
-        mask = slots < counts[:, None]
-        if narrow:
-            mask &= visible(-((lengths[:, None] - slots) % capacity), window)
-        bias = mask[:, None, None]
-    # The query heads of a kv head become the rows of one product, so its keys are read once.
-    out = F.scaled_dot_product_attention(
-        q.reshape(batch, groups, -1, head_dim),
-        k_cache.transpose(1, 2),
-        v_cache.transpose(1, 2),
-        attn_mask=bias,
-        scale=softmax_scale,
-    )
-    return out.reshape(batch, -1, head_dim)
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mistral_kernels.ops.lazy_triton import jit
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 
 class Window(NamedTuple):
@@ -103,3 +108,59 @@ def visible(distance: Tensor, window: Window) -> Tensor:
     if window.right >= 0:
         mask &= distance <= window.right
     return mask
+
+
+# How far an open side of a window reaches, for kernels: past any sequence, and within int32 when a
+# position is added.
+UNBOUNDED = 1 << 30
+
+
+@jit
+def key_range(place, length, left, right):
+    """The keys [begin, end) that the query standing on key `place` sees, of `length` keys.
+
+    Turned round it gives the queries that see a key: stand on the key's place among the queries,
+    and swap left and right.
+    """
+    return max(place - left, 0), min(place + right + 1, length)
+
+
+@jit
+def block_ranges(
+    first_place, last_place, length, left, right, BLOCK: tl.constexpr, NARROW: tl.constexpr
+):
+    """`lo, full_lo, full_hi, hi` of the key blocks that a tile of neighbouring queries needs.
+
+    Blocks are counted from `lo`, so they are the fewest that hold what the tile sees. Every query
+    sees all of the blocks in [full_lo, full_hi). Those in [lo, full_lo) cross only left edges and
+    those in [full_hi, hi) only right ones; in a `NARROW` window all may cross both, and all are in
+    [full_hi, hi).
+    """
+    lo, full_hi = key_range(first_place, length, left, right)
+    full_lo, hi = key_range(last_place, length, left, right)
+    hi = max(hi, lo)
+    if NARROW:
+        return lo, lo, lo, hi
+    full_lo = min(lo + tl.cdiv(full_lo - lo, BLOCK) * BLOCK, hi)
+    full_hi = max(lo + max(full_hi - lo, 0) // BLOCK * BLOCK, full_lo)
+    return lo, full_lo, full_hi, hi
+
+
+@jit
+def visible_block(place, key, length, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Does the query on `place` see `key`? Checks the edges named, of a block crossing no other."""
+    if not RIGHT:
+        return key >= place - left
+    before_right = key < tl.minimum(place + right + 1, length)
+    if LEFT:
+        return before_right & (key >= place - left)
+    return before_right
+
+
+def is_narrow(left: int, right: int, places: int, block: int) -> bool:
+    """Can a block of `block` keys cross both edges of what some of `places` queries in a row see?
+
+    The end of the keys is no edge here: whoever asks keeps keys past it out of left-edge blocks,
+    or makes them harmless.
+    """
+    return left + right + 2 < places + block

@@ -1,0 +1,241 @@
+"""flash-attn 2's functions: the same names, argument order, defaults and returns.
+
+    from mistral_kernels.flash_attn import flash_attn_func  # was: from flash_attn import ...
+
+Every function here is `mistral_kernels.attention` under another name; see there for shapes and
+dtypes. What differs from flash-attn: any of float16, bfloat16 and float32 and any GPU that Triton
+compiles for, or none; the backward pass is always deterministic; ALiBi biases count into the
+log-sum-exp as slope * |distance|. `dropout_p` above 0, `block_table` and tensors in the places where
+flash-attn 3 and 4 take other arguments raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mistral_kernels.ops.attention import attention
+
+Window = Sequence[int] | Tensor
+Result = Tensor | tuple[Tensor, Tensor, Tensor]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """Attention of a rectangular batch.
+
+    Args:
+        q: (batch, seqlen_q, num_heads, head_dim).
+        k, v: (batch, seqlen_k, num_kv_heads, head_dim).
+        dropout_p: must be 0.
+        softmax_scale: head_dim^-0.5 if None.
+        causal: no query sees past its place; the last query stands on the last key.
+        window_size: inclusive distances (left, right) that a query sees, -1 for no bound.
+        softcap: scores s become softcap * tanh(s / softcap); 0 for none.
+        alibi_slopes: (num_heads,) or (batch, num_heads).
+        deterministic: the backward pass always is.
+        return_attn_probs: also return the log-sum-exp and, in the place of the probabilities that
+            dropout would have drawn, an empty tensor.
+
+    Returns:
+        out, of q's shape, or (out, softmax_lse (batch, num_heads, seqlen_q) float32, empty).
+
+    Raises:
+        NotImplementedError: dropout_p is above 0.
+        TypeError: a tensor came where dropout_p belongs.
+        ValueError: naming the argument that does not fit.
+    """
+    _check_dropout(dropout_p)
+    return _attend(
+        q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
+    )
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_func` with k and v in one tensor, kv: (batch, seqlen_k, 2, num_kv_heads, d)."""
+    _check_dropout(dropout_p)
+    k, v = _unpack("kv", kv, 2, ndim=5)
+    return _attend(
+        q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
+    )
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_func` with all in one tensor, qkv: (batch, seqlen, 3, num_heads, head_dim)."""
+    _check_dropout(dropout_p)
+    q, k, v = _unpack("qkv", qkv, 3, ndim=5)
+    return _attend(
+        q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
+    )
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Result:
+    """Attention of a packed batch; arguments that `flash_attn_func` has mean the same here.
+
+    Args:
+        q: (total_q, num_heads, head_dim).
+        k, v: (total_k, num_kv_heads, head_dim).
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, where each sequence begins and the last ends.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence.
+        block_table: must be None.
+
+    Returns:
+        out, of q's shape, or (out, softmax_lse (num_heads, total_q) float32, empty).
+    """
+    _check_dropout(dropout_p)
+    if block_table is not None:
+        raise NotImplementedError(
+            "block_table: paged keys and values are not supported; gather them first"
+        )
+    lengths = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+    }
+    return _attend(
+        *(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs),
+        **lengths,
+    )
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_varlen_func` with k and v in one tensor, kv: (total_k, 2, num_kv_heads, d)."""
+    k, v = _unpack("kv", kv, 2, ndim=4)
+    return flash_attn_varlen_func(
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p),
+        *(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
+        return_attn_probs,
+    )
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """`flash_attn_varlen_func` with all in one tensor, qkv: (total, 3, num_heads, head_dim)."""
+    q, k, v = _unpack("qkv", qkv, 3, ndim=4)
+    return flash_attn_varlen_func(
+        *(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p),
+        *(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
+        return_attn_probs,
+    )
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Window,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_attn_probs: bool,
+    **lengths: Any,
+) -> Result:
+    result = attention(
+        *(q, k, v),
+        causal=causal,
+        window_size=window_size,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_lse=return_attn_probs,
+        **lengths,
+    )
+    return (*result, q.new_empty(0)) if isinstance(result, tuple) else result
+
+
+def _check_dropout(dropout_p: Any) -> None:
+    if isinstance(dropout_p, Tensor):
+        raise TypeError(
+            "dropout_p is a tensor: the order of arguments is flash-attn 2's, where dropout_p and "
+            "softmax_scale follow v (and the lengths); pass what comes after by keyword"
+        )
+    if dropout_p is not None and dropout_p != 0:
+        raise NotImplementedError(f"dropout_p must be 0, got {dropout_p}: no dropout here")
+
+
+def _unpack(name: str, packed: Tensor, parts: int, ndim: int) -> tuple[Tensor, ...]:
+    if packed.ndim != ndim or packed.shape[-3] != parts:
+        raise ValueError(
+            f"{name} must have {ndim} dimensions and {parts} at the third from last, "
+            f"got {tuple(packed.shape)}"
+        )
+    return packed.unbind(-3)

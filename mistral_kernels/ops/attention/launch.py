@@ -1,0 +1,170 @@
+"""What the launches of the forward and the backward kernels share: one attention problem."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.ops import launch_configs, tuning
+from mistral_kernels.ops.attention.packed import Offsets
+from mistral_kernels.ops.attention.window import UNBOUNDED, Window, is_narrow
+from mistral_kernels.ops.dispatch import (
+    DeviceProperties,
+    device_guard,
+    device_properties,
+    float32_precision,
+    with_workspace,
+)
+from mistral_kernels.ops.launch_configs import Config, cdiv, next_power_of_2
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def softmax_factors(softmax_scale: float, softcap: float) -> tuple[float, float]:
+    """`tanh_scale` and `exp_scale` of the kernels, where 2^(exp_scale * s) weighs a score s.
+
+    s is the product q k, or, with a softcap, tanh(tanh_scale * q k).
+    """
+    if softcap:
+        return softmax_scale / softcap, softcap * math.log2(math.e)
+    return 1.0, softmax_scale * math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Shapes and bounds of one call, rectangular or packed, as kernels take them."""
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    lse_shape: tuple[int, ...]
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    left: int
+    right: int
+    slopes: Tensor | None
+    precision: str
+    device: DeviceProperties
+    like: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        offsets: Offsets | None,
+        window: Window,
+        alibi_slopes: Tensor | None,
+    ) -> Problem:
+        if q.dtype not in DTYPES:
+            raise TypeError(
+                f"attention: q is {q.dtype}; the triton backend takes float16, bfloat16 and "
+                "float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
+            )
+        *batch, tokens, num_heads, head_dim = q.shape
+        return cls(
+            batch=batch[0] if offsets is None else offsets.q.numel() - 1,
+            num_heads=num_heads,
+            num_kv_heads=k.shape[-2],
+            head_dim=head_dim,
+            lse_shape=(*batch, num_heads, tokens),
+            cu_seqlens_q=None if offsets is None else offsets.q.contiguous(),
+            cu_seqlens_k=None if offsets is None else offsets.k.contiguous(),
+            left=window.left if window.left >= 0 else UNBOUNDED,
+            right=window.right if window.right >= 0 else UNBOUNDED,
+            slopes=None if alibi_slopes is None else alibi_slopes.float().contiguous(),
+            precision=float32_precision(q),
+            device=device_properties(q),
+            like=q,
+        )
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def block_d(self) -> int:
+        return max(16, next_power_of_2(self.head_dim))
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def slopes_stride(self) -> int:
+        return self.num_heads if self.slopes is not None and self.slopes.ndim == 2 else 0
+
+    def strides(self, *tensors: Tensor) -> list[int]:
+        """Between sequences, tokens and heads, of each tensor; packed sequences have no first."""
+        strides: list[int] = []
+        for x in tensors:
+            strides += (0, *x.stride()[:2]) if self.packed else x.stride()[:3]
+        return strides
+
+    def lse_strides(self, lse: Tensor) -> tuple[int, int]:
+        """Between sequences and heads."""
+        return (0, lse.stride(0)) if self.packed else (lse.stride(0), lse.stride(1))
+
+    def narrow_for_queries(self, config: Config) -> bool:
+        """Must every key block of a tile of queries check both edges?"""
+        places = cdiv(config["BLOCK_M"], self.group) + 1
+        block = config["BLOCK_N"]
+        return self.left < block or is_narrow(self.left, self.right, places, block)
+
+    def narrow_for_keys(self, config: Config) -> bool:
+        """Must every query block of a tile of keys check both edges?"""
+        return is_narrow(self.left, self.right, config["BLOCK_N"], config["BLOCK_M"])
+
+    def launch(self, kernel: str, descriptors: bool, run: Callable[[Config], None]) -> None:
+        """Runs `kernel` as the table says, or as measured; `descriptors`: its tensors allow them."""
+        x = self.like
+        size = self.block_d, x.element_size()
+        arguments = (kernel, *size, self.device, descriptors)
+
+        def run_config(config: Config) -> None:
+            if config["DESCRIPTORS"]:
+                with_workspace(x, lambda: run(config))
+            else:
+                run(config)
+
+        with device_guard(x):
+            if tuning.enabled():
+                key = (kernel, self.head_dim, str(x.dtype)[6:], f"group {self.group}")
+                edges = (self.left < UNBOUNDED, self.right < UNBOUNDED)
+                candidates = launch_configs.attention_candidates(*arguments)
+                run_config(tuning.fastest((*key, *edges), self.device, candidates, run_config))
+            else:
+                run_first_that_fits(arguments, run_config)
+
+
+def fits_descriptors(*tensors: Tensor) -> bool:
+    """Can the tensor memory accelerator read them? Its addresses come in steps of 16 bytes."""
+    return all(
+        x.data_ptr() % 16 == 0
+        and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+# How many of the configurations for some arguments, from the first, do not fit.
+_misfits: dict[tuple[Any, ...], int] = {}
+
+
+def run_first_that_fits(arguments: tuple[Any, ...], run: Callable[[Config], None]) -> None:
+    """Triton refuses a configuration that needs more shared memory than there is; then the next."""
+    from triton.runtime.errors import OutOfResources
+
+    configs = launch_configs.attention(*arguments)
+    for i in range(_misfits.get(arguments, 0), len(configs)):
+        try:
+            return run(configs[i])
+        except OutOfResources:
+            if i == len(configs) - 1:
+                raise
+            _misfits[arguments] = i + 1

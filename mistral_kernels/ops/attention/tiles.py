@@ -1,0 +1,101 @@
+"""What the forward and the backward kernels share: how tiles are placed, loaded and scored.
+
+A program owns a tile of rows. A row of a query tile is a query and one of the `GROUP` query heads
+that read the same kv head, heads fastest: the keys and values of a block are then loaded once for
+all of them, and a tile spans `GROUP` times fewer positions, so fewer of its blocks straddle an edge
+of the window.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mistral_kernels.ops.lazy_triton import jit
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+@jit
+def sequence_bounds(cu_seqlens_ptr, batch, seqlen, VARLEN: tl.constexpr):
+    """Where sequence `batch` begins in a packed tensor, and its length."""
+    if VARLEN:
+        start = tl.load(cu_seqlens_ptr + batch)
+        return start, tl.load(cu_seqlens_ptr + batch + 1) - start
+    return 0, seqlen
+
+
+@jit
+def sequence_pointer(ptr, batch, start, batch_stride, token_stride, VARLEN: tl.constexpr):
+    """The first token of a sequence. Sequences may lie further apart than int32 counts."""
+    if VARLEN:
+        return ptr + start.to(tl.int64) * token_stride
+    return ptr + batch.to(tl.int64) * batch_stride
+
+
+@jit
+def load_block(
+    ptr,
+    desc,
+    first,
+    length,
+    stride,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASK: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Rows `first` to `first + ROWS` as [ROWS, BLOCK_D]; 0 beyond HEAD_DIM.
+
+    Beyond `length` a descriptor gives 0, and so do pointers with `MASK`; without, all rows must be
+    there.
+    """
+    if DESCRIPTOR:
+        return desc.load([first, 0])
+    row = tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK_D)[None, :]
+    if WIDE:
+        # One 64-bit product a block; what differs between the elements is 32 bits wide, and kept.
+        pointers = ptr + first.to(tl.int64) * stride + (row * stride + col)
+    else:
+        pointers = ptr + ((first + row) * stride + col)
+    if MASK and HEAD_DIM != BLOCK_D:
+        return tl.load(pointers, mask=(first + row < length) & (col < HEAD_DIM), other=0.0)
+    if MASK:
+        return tl.load(pointers, mask=first + row < length, other=0.0)
+    if HEAD_DIM != BLOCK_D:
+        return tl.load(pointers, mask=col < HEAD_DIM, other=0.0)
+    return tl.load(pointers)
+
+
+@jit
+def load_rows(ptr, query, head, seqlen, token_stride, head_stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D]: for each row, the vector of its query and head; 0 outside."""
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    offset = query.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
+    mask = (query[:, None] < seqlen) & (dim < HEAD_DIM)
+    return tl.load(ptr + offset[:, None] + dim, mask=mask, other=0.0)
+
+
+@jit
+def store_rows(
+    ptr, x, query, head, seqlen, token_stride, head_stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The inverse of `load_rows`, rounded to the tensor's dtype."""
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    offset = query.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
+    mask = (query[:, None] < seqlen) & (dim < HEAD_DIM)
+    tl.store(ptr + offset[:, None] + dim, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def tanh(x):
+    """Odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel."""
+    square = x * x
+    near = x + x * square * (
+        -0.33333147 + square * (0.13315317 + square * (-0.052303962 + square * 0.0157394409))
+    )
+    far = 1.0 - 2.0 / (tl.exp2(2.8853900817779268 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.55, near, tl.where(x < 0, -far, far))
