@@ -11,11 +11,24 @@ import pytest
 import torch
 
 Pair = Callable[[str, Callable[[], object], Callable[[], object], int], None]
-_rows: list[tuple[str, str, float, float, float]] = []
+Report = Callable[[str, str], None]
+_sections: dict[str, list[str]] = {}
+
+
+@pytest.fixture(scope="session")
+def report() -> Report:
+    """`report(title, line)`: a line, once, below a title at the end of the run."""
+
+    def add(title: str, line: str) -> None:
+        lines = _sections.setdefault(title, [])
+        if line not in lines:
+            lines.append(line)
+
+    return add
 
 
 @pytest.fixture
-def against(benchmark, request: pytest.FixtureRequest) -> Pair:
+def against(benchmark, request: pytest.FixtureRequest, report: Report) -> Pair:
     """`against(peer, ours, theirs, rounds)`: times the two in turn, so that both meet the same
     machine, and keeps medians and the median of the pairwise ratios."""
 
@@ -38,13 +51,19 @@ def against(benchmark, request: pytest.FixtureRequest) -> Pair:
             {"peer": peer, "peer_seconds": timed, "peer_over_ours": ratio, **environment()}
         )
         median, peer_median = statistics.median(own), statistics.median(timed)
-        _rows.append((request.node.name, peer, median, peer_median, ratio))
+        report(
+            "medians of interleaved rounds",
+            f"{request.node.name:55} ours {median * 1e3:10.2f} ms   "
+            f"{peer} {peer_median * 1e3:10.2f} ms   {peer} / ours {ratio:5.2f}",
+        )
 
     return run
 
 
 def environment() -> dict[str, object]:
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
+        **gpu,
         "machine": platform.processor() or platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -53,12 +72,8 @@ def environment() -> dict[str, object]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not _rows:
-        return
     described = ", ".join(f"{key} {value}" for key, value in environment().items())
-    terminalreporter.section(f"medians of interleaved rounds; {described}")
-    for name, peer, ours, theirs, ratio in _rows:
-        terminalreporter.write_line(
-            f"{name:55} ours {ours * 1e3:10.2f} ms   {peer} {theirs * 1e3:10.2f} ms   "
-            f"{peer} / ours {ratio:5.2f}"
-        )
+    for title, lines in _sections.items():
+        terminalreporter.section(f"{title}; {described}")
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -3,10 +3,10 @@
     from mistral_kernels.flash_attn import flash_attn_func  # was: from flash_attn import ...
 
 Every function here is `mistral_kernels.attention` under another name; see there for shapes and
-dtypes. What differs from flash-attn: any of float16, bfloat16 and float32 and any GPU that Triton
-compiles for, or none; the backward pass is always deterministic; ALiBi biases count into the
-log-sum-exp as slope * |distance|. `dropout_p` above 0, `block_table` and tensors in the places where
-flash-attn 3 and 4 take other arguments raise.
+dtypes. What differs from flash-attn: float32 too; any GPU that Triton compiles for, or none; the
+backward pass is always deterministic; ALiBi biases count into the log-sum-exp as
+slope * |distance|, causal or not. Dropout and paged keys raise, and so do arguments in the order of
+flash-attn 3 or 4.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def flash_attn_varlen_func(
     Args:
         q: (total_q, num_heads, head_dim).
         k, v: (total_k, num_kv_heads, head_dim).
-        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, where each sequence begins and the last ends.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, where each sequence begins, and the last
+            ends.
         max_seqlen_q, max_seqlen_k: at least the longest sequence.
         block_table: must be None.
 
@@ -138,7 +139,7 @@ def flash_attn_varlen_func(
         raise NotImplementedError(
             "block_table: paged keys and values are not supported; gather them first"
         )
-    lengths = {
+    lengths: dict[str, Any] = {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
         "max_seqlen_q": max_seqlen_q,

@@ -28,8 +28,12 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"random inputs: --seed={config.option.seed}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not INTERPRETING:
+        for item in items:
+            if item.get_closest_marker("interpreted"):
+                item.add_marker(pytest.mark.slow)
         return
     # Triton's interpreter truncates to bf16 and multiplies bf16 bit patterns: no judge of bf16.
     unfit = [

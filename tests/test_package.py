@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "command": (),
     "generate": ("command", "chat", "streaming", *BELOW),
     "convert": ("command", *BELOW),
+    "flash_attn": ("ops",),
     "train": ("command", *BELOW),
 }
 # Only inside functions: not needed before there is something to load.
@@ -147,7 +148,8 @@ OPERATORS = {
     "apply_rotary": "q, k, cos, sin, positions, interleaved=False",
     "attention": (
         "q, k, v, *, causal=True, sliding_window=None, window_size=None, softmax_scale=None, "
-        "softcap=0.0, alibi_slopes=None, return_lse=False"
+        "softcap=0.0, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, "
+        "max_seqlen_k=None, return_lse=False"
     ),
     "linear_cross_entropy": "hidden, weight, targets, ignore_index=-100, reduction='mean'",
     "rms_norm": "x, weight, eps=1e-05, residual=None",

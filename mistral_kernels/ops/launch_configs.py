@@ -77,10 +77,12 @@ class _Tile(NamedTuple):
     descriptors: bool = False
 
 
-# By kernel, architecture, bytes of an element and padded head_dim. An architecture without an entry
-# takes that of the nearest one before it.
-_Tiles = dict[str, dict[str, dict[tuple[int, int], _Tile]]]
-_ATTENTION: _Tiles = {
+# By kernel, architecture, bytes of an element and padded head_dim. An architecture takes what its
+# own entry leaves out from those before it; without descriptors, also where its entry wants them.
+# Chosen from machine code: no spill in the main loop, then the least of everything that is not a
+# matrix product. Triton has no matrix instructions for Turing; there the products are
+# multiply-adds, and tiles as small as they go.
+_ATTENTION: dict[str, dict[str, dict[tuple[int, int], _Tile]]] = {
     "attention_forward": {
         "sm_75": {
             (2, 64): _Tile(32, 16, 4, 1),
@@ -99,27 +101,32 @@ _ATTENTION: _Tiles = {
             (4, 256): _Tile(16, 16, 8, 1),
         },
         "sm_90": {
-            (2, 64): _Tile(128, 128, 8, 2, True),
+            (2, 64): _Tile(128, 64, 4, 3, True),
             (2, 128): _Tile(128, 128, 8, 2, True),
             (2, 256): _Tile(128, 64, 8, 2, True),
         },
-        "sm_100": {
-            (2, 64): _Tile(128, 64, 4, 3, True),
-            (2, 128): _Tile(128, 64, 4, 2, True),
-        },
-        "sm_120": {},
-        "hip": {
+        "sm_100": {(2, 128): _Tile(128, 64, 4, 2, True)},
+        "sm_120": {(2, 64): _Tile(128, 32, 4, 3)},
+        "cdna": {
             (2, 64): _Tile(128, 64, 4, 1),
             (2, 128): _Tile(128, 32, 4, 1),
-            (2, 256): _Tile(64, 32, 4, 1),
+            (2, 256): _Tile(64, 32, 8, 1),
             (4, 64): _Tile(64, 32, 4, 1),
             (4, 128): _Tile(32, 32, 4, 1),
             (4, 256): _Tile(32, 16, 4, 1),
         },
+        "rdna": {
+            (2, 64): _Tile(64, 64, 4, 1),
+            (2, 128): _Tile(64, 32, 8, 1),
+            (2, 256): _Tile(32, 16, 8, 1),
+            (4, 64): _Tile(32, 16, 4, 1),
+            (4, 128): _Tile(16, 16, 4, 1),
+            (4, 256): _Tile(16, 16, 8, 1),
+        },
     },
     "attention_dkdv": {
         "sm_75": {
-            (2, 64): _Tile(16, 16, 4, 1),
+            (2, 64): _Tile(32, 16, 4, 1),
             (2, 128): _Tile(16, 16, 4, 1),
             (2, 256): _Tile(16, 16, 8, 1),
             (4, 64): _Tile(16, 16, 4, 1),
@@ -138,14 +145,30 @@ _ATTENTION: _Tiles = {
         "sm_90": {
             (2, 64): _Tile(64, 128, 8, 2, True),
             (2, 128): _Tile(64, 128, 8, 2, True),
+            (2, 256): _Tile(32, 32, 8, 1),
         },
-        "sm_100": {},
-        "sm_120": {},
-        "hip": {},
+        "sm_100": {(2, 128): _Tile(64, 128, 4, 2, True)},
+        "sm_120": {(2, 256): _Tile(16, 64, 8, 1)},
+        "cdna": {
+            (2, 64): _Tile(64, 64, 4, 1),
+            (2, 128): _Tile(32, 64, 4, 1),
+            (2, 256): _Tile(16, 32, 4, 1),
+            (4, 64): _Tile(32, 32, 4, 1),
+            (4, 128): _Tile(16, 32, 4, 1),
+            (4, 256): _Tile(16, 16, 8, 1),
+        },
+        "rdna": {
+            (2, 64): _Tile(32, 64, 8, 1),
+            (2, 128): _Tile(32, 32, 8, 1),
+            (2, 256): _Tile(16, 16, 8, 1),
+            (4, 64): _Tile(16, 16, 4, 1),
+            (4, 128): _Tile(16, 16, 4, 1),
+            (4, 256): _Tile(16, 16, 8, 1),
+        },
     },
     "attention_dq": {
         "sm_75": {
-            (2, 64): _Tile(16, 16, 4, 1),
+            (2, 64): _Tile(32, 16, 4, 1),
             (2, 128): _Tile(16, 16, 4, 1),
             (2, 256): _Tile(16, 16, 8, 1),
             (4, 64): _Tile(16, 16, 4, 1),
@@ -163,10 +186,26 @@ _ATTENTION: _Tiles = {
         "sm_90": {
             (2, 64): _Tile(128, 64, 8, 2, True),
             (2, 128): _Tile(128, 64, 8, 2, True),
+            (2, 256): _Tile(64, 32, 4, 1, True),
         },
         "sm_100": {},
         "sm_120": {},
-        "hip": {},
+        "cdna": {
+            (2, 64): _Tile(64, 64, 4, 1),
+            (2, 128): _Tile(64, 32, 4, 1),
+            (2, 256): _Tile(32, 32, 4, 1),
+            (4, 64): _Tile(32, 32, 4, 1),
+            (4, 128): _Tile(32, 16, 4, 1),
+            (4, 256): _Tile(16, 16, 8, 1),
+        },
+        "rdna": {
+            (2, 64): _Tile(64, 32, 8, 1),
+            (2, 128): _Tile(32, 32, 8, 1),
+            (2, 256): _Tile(16, 16, 8, 1),
+            (4, 64): _Tile(16, 16, 4, 1),
+            (4, 128): _Tile(16, 16, 4, 1),
+            (4, 256): _Tile(16, 16, 8, 1),
+        },
     },
 }
 
@@ -229,9 +268,9 @@ def _look_up(
 
 def _serves(name: str, device: DeviceProperties) -> bool:
     """Is the architecture the device's own, or one before it?"""
-    if name == "hip" or device.platform == "hip":
-        return name == device.platform
-    return name == "sm_75" or int(name[3:]) <= int(device.arch)
+    if device.platform == "hip":
+        return name == ("cdna" if str(device.arch).startswith("gfx9") else "rdna")
+    return name == "sm_75" or (name[:3] == "sm_" and int(name[3:]) <= int(device.arch))
 
 
 def _has_descriptors(device: DeviceProperties) -> bool:

@@ -106,7 +106,6 @@ def test_as_rows():
 @pytest.mark.parametrize(
     ("op", "shapes"),
     [
-        (mk.attention, [(1, 3, 2, 8)] * 3),
         (mk.rolling_cache_attention, [(3, 2, 8)] * 8),
         (mk.rolling_cache_update_, [(3, 2, 8)] * 7),
         (mk.apply_rotary, [(3, 2, 8)] * 5),

@@ -74,47 +74,37 @@ def attention(
         ValueError: naming the argument that does not fit.
         TypeError: q, k or v is not floating point, or a window or length is not of integers.
     """
-    packed = cu_seqlens_q is not None
-    _check_qkv(q, k, v, ndim=3 if packed else 4)
-    if not packed:
-        for name, value in (
-            ("cu_seqlens_k", cu_seqlens_k),
-            ("max_seqlen_q", max_seqlen_q),
-            ("max_seqlen_k", max_seqlen_k),
-        ):
+    if cu_seqlens_q is None:
+        _check_qkv(q, k, v, ndim=4)
+        given = {
+            "cu_seqlens_k": cu_seqlens_k,
+            "max_seqlen_q": max_seqlen_q,
+            "max_seqlen_k": max_seqlen_k,
+        }
+        for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} is for packed batches and needs cu_seqlens_q too")
         if k.shape[0] != q.shape[0]:
             raise ValueError(f"k must have q's batch of {q.shape[0]}, got {k.shape[0]}")
         batch, max_seqlen_q, max_seqlen_k = q.shape[0], q.shape[1], k.shape[1]
     else:
-        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
-        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
-        batch = cu_seqlens_q.shape[0] - 1
-        if cu_seqlens_k.shape[0] - 1 != batch:
+        _check_qkv(q, k, v, ndim=3)
+        if cu_seqlens_k is None:
+            cu_seqlens_k = cu_seqlens_q
+        batch = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
+        if _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q) != batch:
             raise ValueError(
                 f"cu_seqlens_k must be of {batch} sequences like cu_seqlens_q, "
                 f"got {cu_seqlens_k.shape[0] - 1}"
             )
         max_seqlen_q = _as_length("max_seqlen_q", max_seqlen_q, q.shape[0])
         max_seqlen_k = _as_length("max_seqlen_k", max_seqlen_k, k.shape[0])
-    num_heads, head_dim = q.shape[-2:]
     if alibi_slopes is not None:
-        if alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):
-            raise ValueError(
-                f"alibi_slopes must be ({num_heads},) or ({batch}, {num_heads}), "
-                f"got {tuple(alibi_slopes.shape)}"
-            )
-        if not alibi_slopes.is_floating_point() or alibi_slopes.device != q.device:
-            raise ValueError(
-                f"alibi_slopes must be floating point on {q.device}, "
-                f"got {alibi_slopes.dtype} on {alibi_slopes.device}"
-            )
+        _check_slopes(alibi_slopes, q, batch)
     if softcap < 0:
         raise ValueError(f"softcap must be >= 0, got {softcap}")
     if softmax_scale is None:
-        softmax_scale = 1 / math.sqrt(head_dim)
+        softmax_scale = 1 / math.sqrt(q.shape[-1])
     elif softmax_scale <= 0:
         raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
     out, lse = attend(
@@ -129,7 +119,10 @@ def attention(
         alibi_slopes=alibi_slopes,
         return_lse=return_lse,
     )
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 def rolling_cache_attention(
@@ -212,9 +205,7 @@ def _check_qkv(
     if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
     if not 0 < q.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"{names[0]}'s head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}"
-        )
+        raise ValueError(f"{names[0]}'s head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}")
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"{names[1]} must have q's head_dim {q.shape[-1]}, got {k.shape[-1]}")
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
@@ -224,8 +215,11 @@ def _check_qkv(
         )
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
-    """What can be told without reading the values, which `packed.check` does."""
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> int:
+    """The number of sequences. Checks what needs no look at the values; `packed.check` does those.
+
+    (On a GPU to look is to wait, and in code being compiled there is nothing to see yet.)
+    """
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
         got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise ValueError(f"{name} must be a tensor of torch.int32, got {got}")
@@ -233,13 +227,26 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name} must be (batch + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != q.device:
         raise ValueError(f"{name} must be on {q.device} like q, got {cu_seqlens.device}")
+    return cu_seqlens.shape[0] - 1
+
+
+def _check_slopes(alibi_slopes: Tensor, q: Tensor, batch: int) -> None:
+    num_heads = q.shape[-2]
+    if alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):
+        raise ValueError(
+            f"alibi_slopes must be ({num_heads},) or ({batch}, {num_heads}), "
+            f"got {tuple(alibi_slopes.shape)}"
+        )
+    if not alibi_slopes.is_floating_point() or alibi_slopes.device != q.device:
+        raise ValueError(
+            f"alibi_slopes must be floating point on {q.device}, "
+            f"got {alibi_slopes.dtype} on {alibi_slopes.device}"
+        )
 
 
 def _as_length(name: str, value: Any, default: int) -> int:
     if value is None:
         return default
-    if isinstance(value, torch.SymInt):
-        return value
     try:
         return operator.index(value)
     except TypeError:

@@ -72,7 +72,7 @@ def banded_forward(
     if scoring.return_lse:
         lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=_wide(q.dtype))
     for rows, keys, sequence in _sequences(offsets, scoring):
-        part, part_lse = _forward(*(x[None] for x in (q[rows], k[keys], v[keys])), sequence)
+        part, part_lse = _forward(q[None, rows], k[None, keys], v[None, keys], sequence)
         out[rows] = part[0]
         if lse is not None and part_lse is not None:
             lse[:, rows] = part_lse[0]
@@ -98,9 +98,11 @@ def banded_backward(
         _backward(dout, q, k, v, scoring, grads)
     else:
         for rows, keys, sequence in _sequences(offsets, scoring):
-            slices = (rows, keys, keys)
-            parts = [None if grad is None else grad[s][None] for grad, s in zip(grads, slices)]
-            inputs = (x[s][None] for x, s in zip((dout, q, k, v), (rows, *slices)))
+            parts = [
+                None if grad is None else grad[None, s]
+                for grad, s in zip(grads, (rows, keys, keys))
+            ]
+            inputs = dout[None, rows], q[None, rows], k[None, keys], v[None, keys]
             _backward(*inputs, sequence, parts)
     return [None if grad is None else grad.to(q.dtype) for grad in grads]
 

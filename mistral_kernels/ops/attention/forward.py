@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.attention.launch import Problem, fits_descriptors, softmax_factors
+from mistral_kernels.ops.attention.launch import (
+    Problem,
+    fits_descriptors,
+    offsets_within,
+    same_strides,
+    softmax_factors,
+)
 from mistral_kernels.ops.attention.packed import Offsets
 from mistral_kernels.ops.attention.tiles import (
     load_block,
@@ -27,7 +33,7 @@ from mistral_kernels.ops.attention.tiles import (
     store_rows,
     tanh,
 )
-from mistral_kernels.ops.attention.window import Window, block_ranges, visible_block
+from mistral_kernels.ops.attention.window import Window, block_ranges, hide
 from mistral_kernels.ops.launch_configs import Config, cdiv
 from mistral_kernels.ops.lazy_triton import jit
 
@@ -36,119 +42,19 @@ if TYPE_CHECKING:
 
 
 @jit
-def _attend_blocks(
-    acc,
-    row_sum,
-    row_max,
-    ahead,
-    q,
-    k_ptr,
-    v_ptr,
-    k_desc,
-    v_desc,
-    begin,
-    end,
-    place,
-    seqlen_k,
-    window_left,
-    window_right,
-    slopes,
-    tanh_scale,
-    exp_scale,
-    k_stride,
-    v_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr,
-    PRECISION: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
-    for first in tl.range(begin, end, BLOCK_N, num_stages=NUM_STAGES):
-        if DESCRIPTORS:
-            s = ahead
-        else:
-            k = load_block(
-                k_ptr, None, first, seqlen_k, k_stride, BLOCK_N, HEAD_DIM, BLOCK_D, RIGHT, False, True
-            )
-            s = tl.dot(q, k.T, input_precision=PRECISION)
-        key = first + tl.arange(0, BLOCK_N)[None, :]
-        if SOFTCAP:
-            s = tanh(s * tanh_scale)
-        if ALIBI:
-            s -= slopes * tl.abs(key - place).to(tl.float32)
-        if LEFT or RIGHT:
-            seen = visible_block(place, key, seqlen_k, window_left, window_right, LEFT, RIGHT)
-            s = tl.where(seen, s, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(s, 1) * exp_scale)
-        p = tl.exp2(s * exp_scale - new_max[:, None])
-        rescale = tl.exp2(row_max - new_max)
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-        p = p.to(q.dtype)  # before v is waited for: half the registers
-        if DESCRIPTORS:
-            k = k_desc.load([first + BLOCK_N, 0])
-            ahead = tl.dot(q, k.T, input_precision=PRECISION)
-        acc = acc * rescale[:, None]
-        v = load_block(
-            v_ptr, v_desc, first, seqlen_k, v_stride, BLOCK_N, HEAD_DIM, BLOCK_D, RIGHT, DESCRIPTORS, True
-        )
-        acc = tl.dot(p, v, acc, input_precision=PRECISION)
-        row_max = new_max
-    return acc, row_sum, row_max, ahead
-
-
-@jit
 def _forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    slopes_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    q_stride_b,
-    q_stride_s,
-    q_stride_h,
-    k_stride_b,
-    k_stride_s,
-    k_stride_h,
-    v_stride_b,
-    v_stride_s,
-    v_stride_h,
-    out_stride_b,
-    out_stride_s,
-    out_stride_h,
-    lse_stride_b,
-    lse_stride_h,
-    slopes_stride_b,
-    seqlen_q,
-    seqlen_k,
-    tiles,
-    num_kv_heads,
-    window_left,
-    window_right,
-    tanh_scale,
-    exp_scale,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VARLEN: tl.constexpr,
-    LEFT_EDGE: tl.constexpr,
-    NARROW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ALIBI: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SAME_STRIDES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-):
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, slopes_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    q_stride_b, q_stride_s, q_stride_h,
+    k_stride_b, k_stride_s, k_stride_h,
+    v_stride_b, v_stride_s, v_stride_h,
+    out_stride_b, out_stride_s, out_stride_h,
+    lse_stride_b, lse_stride_h, slopes_stride_b,
+    seqlen_q, seqlen_k, tiles, num_kv_heads, window_left, window_right, tanh_scale, exp_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VARLEN: tl.constexpr, LEFT_EDGE: tl.constexpr,
+    NARROW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, PRECISION: tl.constexpr,
+    SAME_STRIDES: tl.constexpr, OFFSETS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
     # Neighbours share a kv head and most of their keys; the tiles with most keys begin first.
     tile = tiles - 1 - tl.program_id(0) % tiles
     kv_head = tl.program_id(0) // tiles % num_kv_heads
@@ -164,10 +70,11 @@ def _forward_kernel(
     place = (query + seqlen_k - seqlen_q)[:, None]
     q_ptr = sequence_pointer(q_ptr, batch, start_q, q_stride_b, q_stride_s, VARLEN)
     q = load_rows(q_ptr, query, head, seqlen_q, q_stride_s, q_stride_h, HEAD_DIM, BLOCK_D)
-    slopes = 0.0
     if ALIBI:
         slopes = tl.load(slopes_ptr + batch * slopes_stride_b + head)
         slopes = (slopes * (1.4426950408889634 / exp_scale))[:, None]
+    lse_ptr = sequence_pointer(lse_ptr, batch, start_q, lse_stride_b, 1, VARLEN)
+    lse_offset = head.to(tl.int64) * lse_stride_h + query
 
     if SAME_STRIDES:
         v_stride_s = k_stride_s
@@ -184,48 +91,63 @@ def _forward_kernel(
         v_desc = tl.make_tensor_descriptor(
             v_ptr, [seqlen_k, HEAD_DIM], [v_stride_s, 1], [BLOCK_N, BLOCK_D]
         )
-
     first_place = tile * BLOCK_M // GROUP + seqlen_k - seqlen_q
     last_place = min((tile * BLOCK_M + BLOCK_M - 1) // GROUP, seqlen_q - 1) + seqlen_k - seqlen_q
-    lo, full_lo, full_hi, hi = block_ranges(
+    bounds = block_ranges(
         first_place, last_place, seqlen_k, window_left, window_right, BLOCK_N, NARROW
     )
 
     row_max = tl.full([BLOCK_M], -1.0e38, tl.float32)  # finite: -inf - -inf is not a number
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    ahead = 0.0
     if DESCRIPTORS:
-        ahead = tl.dot(q, k_desc.load([lo, 0]).T, input_precision=PRECISION)
-    if LEFT_EDGE and not NARROW:
-        acc, row_sum, row_max, ahead = _attend_blocks(
-            acc, row_sum, row_max, ahead, q, k_ptr, v_ptr, k_desc, v_desc, lo, full_lo, place,
-            seqlen_k, window_left, window_right, slopes, tanh_scale, exp_scale, k_stride_s,
-            v_stride_s, HEAD_DIM, BLOCK_N, BLOCK_D, True, False, DESCRIPTORS, SOFTCAP, ALIBI, PRECISION,
-            NUM_STAGES,
-        )  # fmt: skip
-    acc, row_sum, row_max, ahead = _attend_blocks(
-        acc, row_sum, row_max, ahead, q, k_ptr, v_ptr, k_desc, v_desc, full_lo, full_hi, place,
-        seqlen_k, window_left, window_right, slopes, tanh_scale, exp_scale, k_stride_s,
-        v_stride_s, HEAD_DIM, BLOCK_N, BLOCK_D, False, False, DESCRIPTORS, SOFTCAP, ALIBI, PRECISION,
-        NUM_STAGES,
-    )  # fmt: skip
-    acc, row_sum, row_max, ahead = _attend_blocks(
-        acc, row_sum, row_max, ahead, q, k_ptr, v_ptr, k_desc, v_desc, full_hi, hi, place,
-        seqlen_k, window_left, window_right, slopes, tanh_scale, exp_scale, k_stride_s,
-        v_stride_s, HEAD_DIM, BLOCK_N, BLOCK_D, NARROW, True, DESCRIPTORS, SOFTCAP, ALIBI, PRECISION,
-        NUM_STAGES,
-    )  # fmt: skip
+        ahead = tl.dot(q, k_desc.load([bounds[0], 0]).T, input_precision=PRECISION)
+    # The blocks that cross left edges, those that cross none, those that cross right ones.
+    for PART in tl.static_range(3):
+        if PART == 2 or (not NARROW and (PART == 1 or LEFT_EDGE)):
+            for first in tl.range(bounds[PART], bounds[PART + 1], BLOCK_N, num_stages=NUM_STAGES):
+                if DESCRIPTORS:
+                    s = ahead
+                else:
+                    k = load_block(
+                        k_ptr, k_desc, first, seqlen_k, k_stride_s, BLOCK_N, HEAD_DIM, BLOCK_D,
+                        PART == 2, DESCRIPTORS, OFFSETS,
+                    )  # fmt: skip
+                    s = tl.dot(q, k.T, input_precision=PRECISION)
+                key = first + tl.arange(0, BLOCK_N)[None, :]
+                if SOFTCAP:
+                    s = tanh(s * tanh_scale)
+                if ALIBI:
+                    s -= slopes * tl.abs(key - place).to(tl.float32)
+                if PART != 1:  # ptxas for sm_90 spills unless right-edge blocks check both
+                    s = hide(
+                        s, place, key, seqlen_k, window_left, window_right,
+                        PART == 0 or NARROW or DESCRIPTORS, PART == 2,
+                    )  # fmt: skip
+                new_max = tl.maximum(row_max, tl.max(s, 1) * exp_scale)
+                p = tl.exp2(s * exp_scale - new_max[:, None])
+                rescale = tl.exp2(row_max - new_max)
+                row_sum = row_sum * rescale + tl.sum(p, 1)
+                row_max = new_max
+                p = p.to(q.dtype)  # before v is waited for: half the registers
+                if DESCRIPTORS:
+                    # The product of the next block comes after the exponentials of this one, which
+                    # the product p v of the last block, still on its way, hides.
+                    k = k_desc.load([first + BLOCK_N, 0])
+                    ahead = tl.dot(q, k.T, input_precision=PRECISION)
+                acc = acc * rescale[:, None]
+                v = load_block(
+                    v_ptr, v_desc, first, seqlen_k, v_stride_s, BLOCK_N, HEAD_DIM, BLOCK_D,
+                    PART == 2, DESCRIPTORS, OFFSETS,
+                )  # fmt: skip
+                acc = tl.dot(p, v, acc, input_precision=PRECISION)
 
     # A row that saw no key has the sum 0: its output is 0 and its log-sum-exp -inf.
     out = acc * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
     out_ptr = sequence_pointer(out_ptr, batch, start_q, out_stride_b, out_stride_s, VARLEN)
-    store_rows(
-        out_ptr, out, query, head, seqlen_q, out_stride_s, out_stride_h, HEAD_DIM, BLOCK_D
-    )
+    store_rows(out_ptr, out, query, head, seqlen_q, out_stride_s, out_stride_h, HEAD_DIM, BLOCK_D)
     lse = tl.where(row_sum == 0.0, float("-inf"), (row_max + tl.log2(row_sum)) * 0.6931471805599453)
-    lse_ptr = sequence_pointer(lse_ptr, batch, start_q, lse_stride_b, 1, VARLEN)
-    tl.store(lse_ptr + head.to(tl.int64) * lse_stride_h + query, lse, mask=query < seqlen_q)
+    tl.store(lse_ptr + lse_offset, lse, mask=query < seqlen_q)
 
 
 def launch(
@@ -269,7 +191,8 @@ def launch(
             SOFTCAP=softcap > 0,
             ALIBI=alibi_slopes is not None,
             PRECISION=problem.precision,
-            SAME_STRIDES=k.stride(-3) == v.stride(-3),
+            SAME_STRIDES=same_strides(config, k, v),
+            OFFSETS=offsets_within("block", config["BLOCK_N"], k, v),
             **config,
         )
 

@@ -100,11 +100,12 @@ class Problem:
     def slopes_stride(self) -> int:
         return self.num_heads if self.slopes is not None and self.slopes.ndim == 2 else 0
 
-    def strides(self, *tensors: Tensor) -> list[int]:
+    def strides(self, *tensors: Tensor | None) -> list[int]:
         """Between sequences, tokens and heads, of each tensor; packed sequences have no first."""
         strides: list[int] = []
         for x in tensors:
-            strides += (0, *x.stride()[:2]) if self.packed else x.stride()[:3]
+            if x is not None:
+                strides += (0, *x.stride()[:2]) if self.packed else x.stride()[:3]
         return strides
 
     def lse_strides(self, lse: Tensor) -> tuple[int, int]:
@@ -122,7 +123,7 @@ class Problem:
         return is_narrow(self.left, self.right, config["BLOCK_N"], config["BLOCK_M"])
 
     def launch(self, kernel: str, descriptors: bool, run: Callable[[Config], None]) -> None:
-        """Runs `kernel` as the table says, or as measured; `descriptors`: its tensors allow them."""
+        """Runs `kernel` as the table says, or as measured; may its tensors have `descriptors`?"""
         x = self.like
         size = self.block_d, x.element_size()
         arguments = (kernel, *size, self.device, descriptors)
@@ -150,6 +151,16 @@ def fits_descriptors(*tensors: Tensor) -> bool:
         and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
         for x in tensors
     )
+
+
+def offsets_within(reach: str, tokens: int, *tensors: Tensor) -> str:
+    """`reach` if 32 bits hold the offset of any of so many tokens, "element" if not."""
+    return reach if all(x.stride(-3) * tokens < 2**31 for x in tensors) else "element"
+
+
+def same_strides(config: Config, x: Tensor, y: Tensor) -> bool:
+    """May a kernel that walks along both by pointers keep one set of offsets?"""
+    return not config["DESCRIPTORS"] and x.stride(-3) == y.stride(-3)
 
 
 # How many of the configurations for some arguments, from the first, do not fit.

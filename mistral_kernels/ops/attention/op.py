@@ -93,7 +93,8 @@ def _backward(
             *(softmax_scale, window, softcap, alibi_slopes, output_mask),
         )
     scoring = Scoring(window, softmax_scale, softcap, alibi_slopes, return_lse=False)
-    return cpu.banded_backward(dout, q, k, v, offsets, scoring, output_mask)
+    dq, dk, dv = cpu.banded_backward(dout, q, k, v, offsets, scoring, output_mask)
+    return dq, dk, dv
 
 
 def _backward_fake(

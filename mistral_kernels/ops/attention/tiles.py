@@ -45,7 +45,7 @@ def load_block(
     BLOCK_D: tl.constexpr,
     MASK: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
-    WIDE: tl.constexpr,
+    OFFSETS: tl.constexpr,
 ):
     """Rows `first` to `first + ROWS` as [ROWS, BLOCK_D]; 0 beyond HEAD_DIM.
 
@@ -56,11 +56,12 @@ def load_block(
         return desc.load([first, 0])
     row = tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK_D)[None, :]
-    if WIDE:
-        # One 64-bit product a block; what differs between the elements is 32 bits wide, and kept.
-        pointers = ptr + first.to(tl.int64) * stride + (row * stride + col)
-    else:
+    if OFFSETS == "block":  # one 64-bit product a block; in a block 32 bits do, and are kept
+        pointers = ptr + tl.cast(first, tl.int64) * stride + (row * stride + col)
+    elif OFFSETS == "tensor":  # 32 bits do in the whole tensor
         pointers = ptr + ((first + row) * stride + col)
+    else:
+        pointers = ptr + (tl.cast(first + row, tl.int64) * stride + col)
     if MASK and HEAD_DIM != BLOCK_D:
         return tl.load(pointers, mask=(first + row < length) & (col < HEAD_DIM), other=0.0)
     if MASK:
@@ -71,7 +72,16 @@ def load_block(
 
 
 @jit
-def load_rows(ptr, query, head, seqlen, token_stride, head_stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(
+    ptr,
+    query,
+    head,
+    seqlen,
+    token_stride,
+    head_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """[rows, BLOCK_D]: for each row, the vector of its query and head; 0 outside."""
     dim = tl.arange(0, BLOCK_D)[None, :]
     offset = query.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
@@ -81,7 +91,15 @@ def load_rows(ptr, query, head, seqlen, token_stride, head_stride, HEAD_DIM: tl.
 
 @jit
 def store_rows(
-    ptr, x, query, head, seqlen, token_stride, head_stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+    ptr,
+    x,
+    query,
+    head,
+    seqlen,
+    token_stride,
+    head_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """The inverse of `load_rows`, rounded to the tensor's dtype."""
     dim = tl.arange(0, BLOCK_D)[None, :]

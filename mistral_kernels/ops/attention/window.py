@@ -147,14 +147,16 @@ def block_ranges(
 
 
 @jit
-def visible_block(place, key, length, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Does the query on `place` see `key`? Checks the edges named, of a block crossing no other."""
-    if not RIGHT:
-        return key >= place - left
-    before_right = key < tl.minimum(place + right + 1, length)
+def hide(s, place, key, length, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """The scores `s` of queries on `place`, -inf where they do not see `key`.
+
+    Checks the edges named, for blocks that cross no other.
+    """
     if LEFT:
-        return before_right & (key >= place - left)
-    return before_right
+        s = tl.where(key >= place - left, s, float("-inf"))
+    if RIGHT:
+        s = tl.where(key < tl.minimum(place + right + 1, length), s, float("-inf"))
+    return s
 
 
 def is_narrow(left: int, right: int, places: int, block: int) -> bool:

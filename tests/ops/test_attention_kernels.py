@@ -1,0 +1,444 @@
+"""attention on Triton: values and gradients, windows, packed batches, work, memory."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from allocations import Allocations
+from helpers import assert_matches_reference, values_and_gradients
+
+from mistral_kernels.ops import launch_configs, reference
+from mistral_kernels.ops.attention import attention
+from mistral_kernels.ops.attention.window import resolve_window
+from mistral_kernels.ops.launch_configs import cdiv
+
+eager = reference.eager_arithmetic()(reference.attention)
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+WINDOW = 70  # no multiple of a tile
+
+
+def make_qkv(seqlen_q, seqlen_k, heads, head_dim, dtype, device, batch=1):
+    num_heads, num_kv_heads = heads
+    shapes = {
+        "q": (batch, seqlen_q, num_heads, head_dim),
+        "k": (batch, seqlen_k, num_kv_heads, head_dim),
+        "v": (batch, seqlen_k, num_kv_heads, head_dim),
+    }
+    if seqlen_q is None:  # one shape for packed tokens
+        shapes = {name: shape[2:] for name, shape in shapes.items()}
+    return {
+        name: torch.randn(shape, device=device).to(dtype).requires_grad_()
+        for name, shape in shapes.items()
+    }
+
+
+def definition_of(options):
+    """The reference's words for the options of `attention`."""
+    definition = {"causal": True, **options}
+    if (count := definition.pop("sliding_window", None)) is not None:
+        definition["window_size"] = (count - 1, 0)
+    return definition
+
+
+def assert_matches(inputs, strided_gradients=False, **options):
+    """Output, log-sum-exp and all gradients are as accurate as plain PyTorch's."""
+    definition = definition_of(options)
+
+    def plain(q, k, v):
+        with torch.no_grad():  # in float32: the log-sum-exp of a kernel never is in half precision
+            lse = reference.attention(q, k, v, **definition)[1]
+        return eager(q, k, v, **definition)[0], torch.where(lse.isneginf(), 99.0, lse)
+
+    def ours(q, k, v):
+        out, lse = attention(q, k, v, **options, return_lse=True)
+        return out, torch.where(lse.isneginf(), 99.0, lse)
+
+    assert_matches_reference(ours, plain, inputs, strided_gradients)
+
+
+OPTIONS = {
+    "causal": {},
+    "window": {"sliding_window": WINDOW},
+    "full": {"causal": False},
+    "softcap": {"sliding_window": WINDOW, "softcap": 0.8},
+    "both-sides": {"causal": False, "window_size": (WINDOW, 9), "softmax_scale": 0.3},
+    "right-only": {"causal": False, "window_size": (-1, 5)},
+    "left-only": {"causal": False, "window_size": (40, -1)},
+    "narrow": {"causal": False, "window_size": (3, 2)},
+}
+
+# What runs compiled too: each takes minutes less than the compilers do.
+COMPILED = [
+    ((130, 130), "window", (8, 2), 64, BF16),
+    ((65, 111), "causal", (4, 1), 128, BF16),
+    ((200, 70), "narrow", (6, 2), 40, F16),
+    ((100, 100), "softcap", (2, 2), 64, F16),
+    ((70, 130), "left-only", (4, 2), 32, F32),
+]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("seqlens", "options", "heads", "head_dim", "dtype"), COMPILED, ids=str)
+def test_values_and_gradients(seqlens, options, heads, head_dim, dtype, triton_backend, device):
+    inputs = make_qkv(*seqlens, heads, head_dim, dtype, device)
+    assert_matches(inputs, **OPTIONS[options])
+
+
+LENGTHS = [1, 63, 64, 65, 111, 128, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3, 1000]
+UNEQUAL = [(1, 65), (64, 200), (200, 64), (65, 1), (7, 0), (0, 7), (130, 129)]
+HEADS = [(4, 2), (3, 3), (4, 1), (6, 2)]
+HEAD_DIMS = [64, 16, 128, 24, 80, 1]
+MANY = [
+    pytest.param(seqlens, options, HEADS[(i + j) % 4], HEAD_DIMS[(2 * i + j) % 6], dtype)
+    for i, seqlens in enumerate([(n, n) for n in LENGTHS] + UNEQUAL)
+    for j, options in enumerate(OPTIONS)
+    if options == "window" or ((i + j) % 3 == 0 and max(seqlens) < 500)
+    for dtype in (F32, F16)[(i + j) % 2 :][:1]
+]
+
+
+@pytest.mark.kernels
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("seqlens", "options", "heads", "head_dim", "dtype"), MANY, ids=str)
+def test_lengths_and_options(seqlens, options, heads, head_dim, dtype, triton_backend, device):
+    inputs = make_qkv(*seqlens, heads, head_dim, dtype, device)
+    if seqlens[1] == 1:  # with one key, gradients of 0 have errors without a scale
+        for name in "qk":
+            inputs[name].requires_grad_(False)
+    assert_matches(inputs, **OPTIONS[options])
+
+
+@pytest.mark.kernels
+@pytest.mark.interpreted
+@pytest.mark.parametrize("head_dim", [96, 160, 192, 256])
+def test_long_heads(head_dim, triton_backend, device):
+    assert_matches(make_qkv(90, 90, (2, 1), head_dim, F16, device), sliding_window=WINDOW)
+
+
+@pytest.mark.kernels
+@pytest.mark.interpreted
+@pytest.mark.parametrize("options", ["causal", "softcap", "both-sides", "narrow"])
+@pytest.mark.parametrize("per_batch", [False, True], ids=["shared", "per-batch"])
+def test_alibi(options, per_batch, triton_backend, device):
+    inputs = make_qkv(130, 150, (4, 2), 32, F16, device, batch=2)
+    slopes = torch.rand((2, 4) if per_batch else (4,), device=device)
+    assert_matches(inputs, alibi_slopes=slopes, **OPTIONS[options])
+
+
+def packed_case(heads, head_dim, dtype, device, pairs):
+    """Inputs of `pairs` of lengths one after the other, and what tells where each begins."""
+    lengths_q, lengths_k = (torch.tensor([0, *x]) for x in zip(*pairs))
+    total_q, total_k = int(lengths_q.sum()), int(lengths_k.sum())
+    rectangular = make_qkv(max(total_q, total_k), total_k, heads, head_dim, dtype, device)
+    sizes = {"q": total_q, "k": total_k, "v": total_k}
+    inputs = {
+        name: x.detach()[0, : sizes[name]].clone().requires_grad_()
+        for name, x in rectangular.items()
+    }
+    lengths = {
+        "cu_seqlens_q": lengths_q.cumsum(0).int().to(device),
+        "cu_seqlens_k": lengths_k.cumsum(0).int().to(device),
+        "max_seqlen_q": int(lengths_q.max()),
+        "max_seqlen_k": int(lengths_k.max()),
+    }
+    return inputs, lengths
+
+
+def one_by_one(pairs, slopes, definition):
+    """The definition, sequence after sequence, in plain PyTorch."""
+
+    def plain(q, k, v):
+        outs, lses, begin_q, begin_k = [], [], 0, 0
+        for i, (length_q, length_k) in enumerate(pairs):
+            rows, keys = slice(begin_q, begin_q + length_q), slice(begin_k, begin_k + length_k)
+            begin_q, begin_k = rows.stop, keys.stop
+            own = None if slopes is None else slopes if slopes.ndim == 1 else slopes[i : i + 1]
+            part = q[None, rows], k[None, keys], v[None, keys]
+            outs.append(eager(*part, **definition, alibi_slopes=own)[0][0])
+            with torch.no_grad():
+                lses.append(reference.attention(*part, **definition, alibi_slopes=own)[1][0])
+        lse = torch.cat(lses, 1)
+        return torch.cat(outs), torch.where(lse.isneginf(), 99.0, lse)
+
+    return plain
+
+
+PAIRS = {
+    "same": [(0, 0), (33, 33), (1, 1), (100, 100), (0, 0), (64, 64)],
+    "cross": [(5, 70), (0, 9), (80, 20), (7, 0), (1, 64)],
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize("options", ["causal", "window", "softcap", "both-sides", "narrow"])
+@pytest.mark.parametrize("alibi", [None, "shared", "per-sequence"])
+def test_packed_on_the_torch_backend(alibi, options, pairs, dtype, device, monkeypatch):
+    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
+    check_packed(alibi, options, PAIRS[pairs], dtype, device)
+
+
+@pytest.mark.kernels
+@pytest.mark.interpreted
+@pytest.mark.parametrize("pairs", PAIRS)
+@pytest.mark.parametrize("options", ["causal", "window", "both-sides"])
+@pytest.mark.parametrize("alibi", [None, "per-sequence"])
+def test_packed(alibi, options, pairs, triton_backend, device):
+    check_packed(alibi, options, PAIRS[pairs], F16, device)
+
+
+@pytest.mark.kernels
+def test_packed_compiled(triton_backend, device):
+    for pairs in PAIRS.values():
+        check_packed(None, "window", pairs, F16, device)
+
+
+def check_packed(alibi, options, pairs, dtype, device):
+    inputs, lengths = packed_case((4, 2), 32, dtype, device, pairs)
+    shape = {"shared": (4,), "per-sequence": (len(pairs), 4)}.get(alibi)
+    slopes = None if shape is None else torch.rand(shape, device=device)
+
+    def ours(q, k, v):
+        out, lse = attention(
+            *(q, k, v), **lengths, **OPTIONS[options], alibi_slopes=slopes, return_lse=True
+        )
+        return out, torch.where(lse.isneginf(), 99.0, lse)
+
+    definition = definition_of(OPTIONS[options])
+    assert_matches_reference(ours, one_by_one(pairs, slopes, definition), inputs)
+
+
+def test_tokens_of_no_sequence(backend, device):
+    """cu_seqlens may end before the tokens do: what is left over gives 0, and gets no gradient."""
+    inputs, _ = packed_case((2, 1), 16, F32, device, [(40, 40)])
+    lengths = torch.tensor([0, 10, 33], dtype=torch.int32, device=device)
+    out, lse = attention(**inputs, cu_seqlens_q=lengths, return_lse=True)
+    assert (out[33:] == 0).all() and lse[:, 33:].isneginf().all() and (out[:33] != 0).any(-1).all()
+    for grad in torch.autograd.grad(out.sum(), list(inputs.values())):
+        assert (grad[33:] == 0).all() and (grad[:33] != 0).any()
+
+
+@contextlib.contextmanager
+def checked(device):
+    """Every address and every race, where ptxrun executes."""
+    if device.type == "cpu" and not pytest.importorskip("triton").knobs.runtime.interpret:
+        ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which finds races, is absent")
+        with ptxrun.options(racecheck=True):
+            yield
+    else:
+        yield
+
+
+def test_mistral_in_bfloat16(triton_backend, device):
+    """The shape of Mistral-7B: 32 query heads on 8 of keys and values, head_dim 128."""
+    inputs = make_qkv(512, 512, (32, 8), 128, BF16, device)
+    with checked(device):
+        assert_matches(inputs, sliding_window=200)
+
+
+@pytest.fixture
+def with_descriptors(monkeypatch):
+    """The kernels that sm_90 and later run: compiled for whatever is here, they do the same."""
+    smaller = {
+        "attention_forward": launch_configs._Tile(64, 32, 4, 2, True),
+        "attention_dkdv": launch_configs._Tile(32, 64, 4, 2, True),
+        "attention_dq": launch_configs._Tile(64, 32, 4, 2, True),
+    }
+    monkeypatch.setattr(launch_configs, "_look_up", lambda kernel, *_: smaller[kernel])
+    launch_configs.attention.cache_clear()
+    yield
+    launch_configs.attention.cache_clear()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_descriptors(layout, triton_backend, with_descriptors, device):
+    inputs = make_qkv(150, 150, (4, 2), 64, F16, device, batch=2)
+    if layout == "bhsd":
+        inputs = {
+            name: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+            for name, x in inputs.items()
+        }
+    with checked(device):
+        assert_matches(inputs, sliding_window=WINDOW)
+
+
+@pytest.mark.kernels
+def test_descriptors_of_packed_batches(triton_backend, with_descriptors, device):
+    for pairs in PAIRS.values():
+        check_packed(None, "window", pairs, F16, device)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda fused: fused.split((4, 2, 2), dim=2),
+        lambda fused: [x[..., ::2] for x in fused.split((4, 2, 2), dim=2)],
+        lambda fused: [x[:1].expand(3, -1, -1, -1) for x in fused.split((4, 2, 2), dim=2)],
+    ],
+    ids=["fused", "strided-heads", "expanded"],
+)
+def test_strides(view, triton_backend, device):
+    q, k, v = (x.requires_grad_() for x in view(torch.randn(2, 90, 8, 32, device=device).half()))
+    assert_matches({"q": q, "k": k, "v": v}, strided_gradients=True, sliding_window=30)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("frozen", ["q", "k", "v", "kv", "qk"])
+def test_frozen_inputs(frozen, triton_backend, device):
+    inputs = make_qkv(70, 70, (4, 2), 16, F16, device)
+    for name in frozen:
+        inputs[name].requires_grad_(False)
+    assert_matches(inputs, sliding_window=30)
+
+
+def test_frozen_inputs_cost_nothing(triton_backend, device):
+    """No launch for a gradient nobody needs."""
+    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts launches, is absent")
+    for wanted, kernels in (
+        ("q", {"_delta_kernel", "dq_kernel"}),
+        ("kv", {"_delta_kernel", "dkdv_kernel"}),
+    ):
+        inputs = make_qkv(70, 70, (4, 2), 16, F16, device)
+        for name in set(inputs) - set(wanted):
+            inputs[name].requires_grad_(False)
+        out = attention(**inputs, sliding_window=30)
+        with ptxrun.options(profile=True):
+            ptxrun.reset_profile()
+            out.backward(torch.ones_like(out))
+            assert {profile.name for profile in ptxrun.profiles()} == kernels
+
+
+@pytest.mark.kernels
+def test_rows_that_see_nothing(triton_backend, device):
+    inputs = make_qkv(200, 70, (4, 2), 16, F16, device)
+    out, lse = attention(**inputs, return_lse=True)
+    assert (out[:, :130] == 0).all() and (out[:, 130:] != 0).any(-1).all()
+    assert lse[:, :, :130].isneginf().all() and lse[:, :, 130:].isfinite().all()
+    (dq,) = torch.autograd.grad(out.sum(), inputs["q"])
+    assert (dq[:, :130] == 0).all() and (dq[:, 131:] != 0).any()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("window", [1, 7, 64, 100])
+def test_exactly_the_window_is_seen(window, triton_backend, device):
+    """Another key j changes the rows j .. j + W - 1, each of them, and no bit of any other."""
+    seqlen = 230
+    q, k, v = make_qkv(seqlen, seqlen, (2, 1), 16, F16, device).values()
+
+    def run(k, v):
+        return attention(q, k, v, sliding_window=window)
+
+    out = run(k, v)
+    for j in (0, 63, 130, seqlen - 1):
+        other_k, other_v = k.detach().clone(), v.detach().clone()
+        other_k[:, j] = -other_k[:, j]
+        other_v[:, j] += 1000
+        changed = (run(other_k, other_v) != out).any(-1).any(-1)[0]
+        assert changed.nonzero().flatten().tolist() == list(range(j, min(j + window, seqlen)))
+        row = min(j + window - 1, seqlen - 1)
+        dk, dv = torch.autograd.grad(out[:, row].float().sum(), (k, v), retain_graph=True)
+        seen = list(range(max(0, row - window + 1), row + 1))
+        # A weight may round to 0: none outside the window may be anything else.
+        for grad in (dk, dv):
+            reached = grad.any(-1).any(-1)[0].nonzero().flatten().tolist()
+            assert set(reached) <= set(seen)
+        assert len(reached) >= 0.9 * len(seen)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_backward_is_bitwise_repeatable(dtype, triton_backend, device):
+    inputs = make_qkv(300, 300, (4, 2), 64, dtype, device)
+    out = attention(**inputs, sliding_window=100)
+    dout = torch.randn_like(out)
+
+    def gradients():
+        return torch.autograd.grad(out, list(inputs.values()), dout, retain_graph=True)
+
+    first = gradients()
+    for _ in range(19):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("far", ["batches", "tokens", "heads"])
+def test_offsets_past_int32(far, triton_backend, device):
+    """Strides that carry past element 2^31; pages that are not touched cost nothing."""
+    shape = {"batches": (3, 5, 4, 16), "tokens": (1, 20, 4, 16), "heads": (1, 5, 4, 16)}[far]
+    stride = {"batches": 2**30, "tokens": 2**27, "heads": 2**30}[far] + 8
+    strides = {
+        "batches": (stride, 64, 16, 1),
+        "tokens": (0, stride, 16, 1),
+        "heads": (0, 16, stride, 1),
+    }[far]
+    size = sum((n - 1) * s for n, s in zip(shape, strides)) + 1
+    inputs = {}
+    for name in "qkv":
+        memory = torch.UntypedStorage(size * 2, device=device)
+        x = torch.empty(0, dtype=F16, device=device).set_(memory, 0, shape, strides)
+        x.copy_(torch.randn(shape))
+        inputs[name] = x.requires_grad_()
+    assert max((n - 1) * s for n, s in zip(shape, strides)) >= 2**31
+    exact = {name: x.detach().contiguous().requires_grad_() for name, x in inputs.items()}
+    cotangents = [torch.randn(shape, device=device).half()]
+    far_off = values_and_gradients(attention, inputs, cotangents)
+    near = values_and_gradients(attention, exact, cotangents)
+    for what in near:
+        torch.testing.assert_close(far_off[what], near[what], rtol=0.02, atol=0.01)
+
+
+def blocks_needed(seqlen, window, group, tile_m, tile_n):
+    """Of tiles of rows: whole blocks that the keys they see fill, counted from the first."""
+    left = resolve_window(True, None, window).left
+    rows = [
+        (max(0, m // group - left), min(seqlen, (m + tile_m - 1) // group + 1))
+        for m in range(0, seqlen * group, tile_m)
+    ]
+    return sum(cdiv(end - begin, tile_n) for begin, end in rows)
+
+
+def test_work_follows_the_window(triton_backend, device):
+    """Only blocks that hold a visible key are visited; past the window, cost grows linearly."""
+    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts work, is absent")
+    if device.type != "cpu":
+        pytest.skip("ptxrun counts on CPU tensors")
+    window, head_dim = 1024, 128
+    visited = {}
+    for seqlen in (2048, 4096, 8192):
+        inputs = make_qkv(seqlen, seqlen, (4, 1), head_dim, BF16, device)
+        with torch.no_grad(), ptxrun.options(profile=True):
+            ptxrun.reset_profile()
+            attention(**inputs, sliding_window=window)
+            (profile,) = ptxrun.profiles()
+        visited[seqlen] = profile.mma_flop
+    tile = launch_configs._ATTENTION["attention_forward"]["sm_80"][2, 128]
+    needed = blocks_needed(8192, window, 4, tile.m, tile.n) * tile.m * tile.n * 4 * head_dim
+    assert needed <= visited[8192] <= 1.1 * needed
+    pairs = 4 * (8192 * window - window * (window - 1) // 2)
+    assert visited[8192] <= 1.1 * pairs * 4 * head_dim  # and edges add little
+    assert visited[8192] - visited[4096] == 2 * (visited[4096] - visited[2048])
+
+
+@pytest.mark.kernels
+def test_memory(triton_backend, device):
+    """Forward allocates the output and the log-sum-exp, backward the gradients and two such."""
+    inputs = make_qkv(500, 500, (4, 2), 16, F16, device)
+    q, k, _ = inputs.values()
+    size, kv_size, lse_size = q.numel() * 2, k.numel() * 2, 4 * 500 * 4
+    with Allocations() as forward:
+        out = attention(**inputs, sliding_window=WINDOW)
+    assert forward.total_new == size + lse_size
+    dout = torch.ones_like(out)
+    with Allocations() as backward:
+        torch.autograd.grad(out, list(inputs.values()), dout)
+    assert backward.total_new <= size + 2 * kv_size + 2 * lse_size
+
+
+@pytest.mark.kernels
+def test_float64_on_triton(triton_backend, device):
+    inputs = make_qkv(3, 3, (2, 1), 16, torch.float64, device)
+    with pytest.raises(TypeError, match="q is torch.float64; the triton backend takes float16"):
+        attention(**inputs)
