@@ -5,6 +5,14 @@ Operators take and return plain tensors and are differentiable; `MistralForCausa
 package touches no GPU and imports neither triton nor transformers.
 """
 
+from mistral_kernels.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 from mistral_kernels.model.cache import RollingCache
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.sampling import Sampler
@@ -27,6 +35,12 @@ __all__ = [
     "Sampler",
     "apply_rotary",
     "attention",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "linear_cross_entropy",
     "rms_norm",
     "rolling_cache_attention",

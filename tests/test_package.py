@@ -144,7 +144,19 @@ def test_public_names_are_documented():
             assert ast.get_docstring(ast.parse(path.read_text())), module
 
 
+# What flash-attn 2 has after the tensors; in its order.
+FLASH_ATTN = (
+    "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
+    "alibi_slopes=None, deterministic=False, return_attn_probs=False"
+)
+LENGTHS = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
 OPERATORS = {
+    "flash_attn_func": f"q, k, v, {FLASH_ATTN}",
+    "flash_attn_kvpacked_func": f"q, kv, {FLASH_ATTN}",
+    "flash_attn_qkvpacked_func": f"qkv, {FLASH_ATTN}",
+    "flash_attn_varlen_func": f"q, k, v, {LENGTHS}, {FLASH_ATTN}, block_table=None",
+    "flash_attn_varlen_kvpacked_func": f"q, kv, {LENGTHS}, {FLASH_ATTN}",
+    "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {FLASH_ATTN}",
     "apply_rotary": "q, k, cos, sin, positions, interleaved=False",
     "attention": (
         "q, k, v, *, causal=True, sliding_window=None, window_size=None, softmax_scale=None, "

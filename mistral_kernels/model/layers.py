@@ -112,17 +112,18 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(-2))
 
     def _attend_alone(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-        """Whole sequences. Equal lengths are one call, others one call each."""
+        """Whole sequences. Equal lengths are a rectangular batch, others a packed one."""
+        lengths: dict[str, Any] = {}
         if packing.rectangular:
             q, k, v = (x.unflatten(0, (len(packing.seqlens), -1)) for x in (q, k, v))
-            out: Any = attention(q, k, v, sliding_window=self.sliding_window)
-            return out.flatten(0, 1)
-        sequences = zip(*(x.split(packing.seqlens) for x in (q, k, v)))
-        outs: Any = [
-            attention(*(x.unsqueeze(0) for x in qkv), sliding_window=self.sliding_window)
-            for qkv in sequences
-        ]
-        return torch.cat(outs, dim=1).squeeze(0)
+        else:
+            lengths = {
+                "cu_seqlens_q": packing.cu_seqlens,
+                "max_seqlen_q": packing.max_seqlen,
+                "max_seqlen_k": packing.max_seqlen,
+            }
+        out: Any = attention(q, k, v, sliding_window=self.sliding_window, **lengths)
+        return out.flatten(0, 1) if packing.rectangular else out
 
     def _attend_cached(
         self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, cache: RollingCache
