@@ -88,9 +88,9 @@ def test_compile_options(options, target):
         assert_healthy(kernels, 128, BF16)
 
 
-# Of the main loop, causal with a window, bf16, head_dim 128. At most: instructions beside the matrix
-# products, per HMMA-equivalent. At least: the share of the tensor cores' time, with perfect overlap
-# (a) and as estimated (m).
+# Of the main loop, causal with a window, bf16, head_dim 128. At most: instructions beside the
+# matrix products, per HMMA-equivalent. At least: the share of the tensor cores' time, with perfect
+# overlap (a) and as estimated (m).
 COSTS = [
     ("sm_80", "_forward_kernel", 3.4, 1.00, 0.87),
     ("sm_90", "_forward_kernel", 2.1, 1.00, 0.95),

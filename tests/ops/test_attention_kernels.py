@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import pytest
 import torch
+import torch._dynamo.testing
 from allocations import Allocations
 from helpers import assert_matches_reference, values_and_gradients
 
@@ -442,3 +444,52 @@ def test_float64_on_triton(triton_backend, device):
     inputs = make_qkv(3, 3, (2, 1), 16, torch.float64, device)
     with pytest.raises(TypeError, match="q is torch.float64; the triton backend takes float16"):
         attention(**inputs)
+
+
+def compile_case(packed, rows, device):
+    if packed:
+        return packed_case((4, 2), 16, F32, device, [(rows, rows), (2, 2)])
+    return make_qkv(rows, rows, (4, 2), 16, F32, device), {}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rectangular", "packed"])
+def test_torch_compile(packed, backend, device):
+    """One graph, compiled at the first call alone, for every length; the same numbers as without.
+
+    (PyTorch begins that compilation anew when it finds that it need not keep `softcap` open.)
+    """
+    torch._dynamo.reset()
+    counts = []
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def compiled(q, k, v, **lengths):
+        return attention(q, k, v, sliding_window=20, **lengths)
+
+    for rows in (30, 41, 65):
+        inputs, lengths = compile_case(packed, rows, device)
+        cotangents = [torch.randn_like(inputs["q"])]
+        uncompiled = functools.partial(attention, sliding_window=20, **lengths)
+        ours = values_and_gradients(functools.partial(compiled, **lengths), inputs, cotangents)
+        plain = values_and_gradients(uncompiled, inputs, cotangents)
+        for what in plain:
+            torch.testing.assert_close(ours[what], plain[what])
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rectangular", "packed"])
+def test_opcheck(packed, backend, device):
+    """Schemas and fakes, strides of the outputs included, agree with what the operators do."""
+    ops = torch.ops.mistral_kernels
+    inputs, lengths = compile_case(packed, 40, device)
+    q, k, v = (x.detach().transpose(-2, -3).contiguous().transpose(-2, -3) for x in inputs.values())
+    names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
+    lengths = tuple(lengths.get(x, 40 if "max" in x else None) for x in names)
+    options = (*lengths, 0.25, 19, 0, 0.0, None)
+    for return_lse in (False, True):
+        torch.library.opcheck(ops.attention_forward.default, (q, k, v, *options, return_lse))
+    out, lse = ops.attention_forward(q, k, v, *options, True)
+    for mask in ([True] * 3, [True, False, False], [False, False, True]):
+        arguments = (out, q, k, v, out, lse, *options, mask)
+        torch.library.opcheck(ops.attention_backward.default, arguments)

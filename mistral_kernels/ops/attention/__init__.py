@@ -8,7 +8,6 @@ last query stands on the last key. Windows are interpreted in `window.py` and no
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -103,9 +102,7 @@ def attention(
         _check_slopes(alibi_slopes, q, batch)
     if softcap < 0:
         raise ValueError(f"softcap must be >= 0, got {softcap}")
-    if softmax_scale is None:
-        softmax_scale = 1 / math.sqrt(q.shape[-1])
-    elif softmax_scale <= 0:
+    if softmax_scale is not None and softmax_scale <= 0:
         raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
     out, lse = attend(
         *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)),
@@ -115,7 +112,7 @@ def attention(
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
-        softcap=float(softcap),
+        softcap=softcap,
         alibi_slopes=alibi_slopes,
         return_lse=return_lse,
     )
@@ -185,7 +182,7 @@ def rolling_cache_attention(
         lengths,
         cu_seqlens,
         window=resolve_window(True, None, sliding_window),
-        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        softmax_scale=softmax_scale,
     )
 
 
@@ -247,6 +244,8 @@ def _check_slopes(alibi_slopes: Tensor, q: Tensor, batch: int) -> None:
 def _as_length(name: str, value: Any, default: int) -> int:
     if value is None:
         return default
+    if isinstance(value, int):  # or one that torch.compile keeps open, which `index` would fix
+        return value
     try:
         return operator.index(value)
     except TypeError:

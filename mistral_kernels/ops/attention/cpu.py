@@ -159,7 +159,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor,
     bands = _bands(seqlen_q, k.shape[1], scoring)
     biases = _Biases(q, k, scoring)
     if len(bands) == 1 and bands[0].shape[0] == seqlen_q:
-        return _attend(q, k[:, bands[0].keys], v[:, bands[0].keys], bands[0], biases, scoring)
+        keys = bands[0].keys
+        out, lse = _attend(q, k[:, keys], v[:, keys], bands[0], biases, scoring)
+        return out.contiguous(), lse
     # Rows in no band see no key: they keep these values.
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = None

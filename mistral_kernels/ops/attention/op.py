@@ -19,7 +19,7 @@ from mistral_kernels.ops.dispatch import uses_triton
 # What the schemas below name between v and the flags, and autograd hands on unread.
 _OPTIONS = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "float softmax_scale, SymInt window_left, SymInt window_right, float softcap, "
+    "float? softmax_scale, SymInt window_left, SymInt window_right, float softcap, "
     "Tensor? alibi_slopes"
 )
 
@@ -32,7 +32,7 @@ def _forward(
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    softmax_scale: float,
+    softmax_scale: float | None,
     window_left: int,
     window_right: int,
     softcap: float,
@@ -41,12 +41,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     offsets = packed.check(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     window = Window(window_left, window_right)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if uses_triton(q):
         return forward.launch(
             *(q, k, v, offsets, max_seqlen_q, max_seqlen_k),
-            *(softmax_scale, window, softcap, alibi_slopes),
+            *(scale, window, softcap, alibi_slopes),
         )
-    scoring = Scoring(window, softmax_scale, softcap, alibi_slopes, return_lse)
+    scoring = Scoring(window, scale, softcap, alibi_slopes, return_lse)
     return cpu.banded_forward(q, k, v, offsets, scoring)
 
 
@@ -77,7 +78,7 @@ def _backward(
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    softmax_scale: float,
+    softmax_scale: float | None,
     window_left: int,
     window_right: int,
     softcap: float,
@@ -86,13 +87,14 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     offsets = packed.check(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     window = Window(window_left, window_right)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if uses_triton(q):
         assert lse is not None
         return backward.launch(
             *(dout, q, k, v, out, lse, offsets, max_seqlen_q, max_seqlen_k),
-            *(softmax_scale, window, softcap, alibi_slopes, output_mask),
+            *(scale, window, softcap, alibi_slopes, output_mask),
         )
-    scoring = Scoring(window, softmax_scale, softcap, alibi_slopes, return_lse=False)
+    scoring = Scoring(window, scale, softcap, alibi_slopes, return_lse=False)
     dq, dk, dv = cpu.banded_backward(dout, q, k, v, offsets, scoring, output_mask)
     return dq, dk, dv
 
@@ -160,7 +162,7 @@ def attend(
     v: Tensor,
     *,
     window: Window,
-    softmax_scale: float,
+    softmax_scale: float | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,

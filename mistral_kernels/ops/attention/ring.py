@@ -20,7 +20,7 @@ def ring_attention(
     cu_seqlens: Tensor,
     *,
     window: Window,
-    softmax_scale: float,
+    softmax_scale: float | None,
 ) -> Tensor:
     """`reference.rolling_cache_attention`; without k and v, the ring already holds q's own keys."""
     if k is None or v is None:
@@ -59,7 +59,7 @@ def _ring_decode(
     v_cache: Tensor,
     lengths: Tensor,
     window: Window,
-    softmax_scale: float,
+    softmax_scale: float | None,
 ) -> Tensor:
     """One token a sequence. Softmax does not mind the order of keys: the ring is read as is."""
     batch, capacity, groups, head_dim = k_cache.shape
