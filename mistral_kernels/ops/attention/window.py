@@ -21,11 +21,22 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 
+# How far an open side of a window reaches, for kernels: past any sequence, and within int32 when a
+# position is added.
+UNBOUNDED = 1 << 30
+
+
 class Window(NamedTuple):
     """Inclusive distances a query sees to either side of its place; -1 is no bound."""
 
     left: int
     right: int
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """The distances as numbers to count with: `UNBOUNDED` for no bound."""
+        left, right = (x if 0 <= x < UNBOUNDED else UNBOUNDED for x in self)
+        return left, right
 
 
 def resolve_window(
@@ -64,6 +75,16 @@ def _as_int(name: str, value: Any) -> int:
         raise TypeError(f"{name} must hold integers, got {type(value).__name__}") from None
 
 
+@jit
+def key_range(place, length, left, right):
+    """The keys [begin, end) that the query standing on key `place` sees, of `length` keys.
+
+    Turned round it gives the queries that see a key: stand on the key's place among the queries,
+    and swap left and right.
+    """
+    return max(place - left, 0), min(place + right + 1, length)
+
+
 def rows_with_keys(seqlen_q: int, seqlen_k: int, window: Window) -> range:
     """The queries that see at least one key; bottom-right alignment makes them one range."""
     if seqlen_k == 0:
@@ -77,9 +98,9 @@ def rows_with_keys(seqlen_q: int, seqlen_k: int, window: Window) -> range:
 def keys_of_rows(rows: range, seqlen_q: int, seqlen_k: int, window: Window) -> range:
     """The keys that some query in `rows` sees."""
     offset = seqlen_k - seqlen_q
-    first = 0 if window.left < 0 else max(0, rows.start + offset - window.left)
-    last = seqlen_k if window.right < 0 else min(seqlen_k, rows.stop + offset + window.right)
-    return range(first, max(first, last))
+    begin, _ = key_range.fn(rows.start + offset, seqlen_k, *window.reach)
+    _, end = key_range.fn(rows.stop - 1 + offset, seqlen_k, *window.reach)
+    return range(begin, max(begin, end))
 
 
 def triangle_rows(seqlen_q: int, seqlen_k: int, window: Window) -> int:
@@ -108,21 +129,6 @@ def visible(distance: Tensor, window: Window) -> Tensor:
     if window.right >= 0:
         mask &= distance <= window.right
     return mask
-
-
-# How far an open side of a window reaches, for kernels: past any sequence, and within int32 when a
-# position is added.
-UNBOUNDED = 1 << 30
-
-
-@jit
-def key_range(place, length, left, right):
-    """The keys [begin, end) that the query standing on key `place` sees, of `length` keys.
-
-    Turned round it gives the queries that see a key: stand on the key's place among the queries,
-    and swap left and right.
-    """
-    return max(place - left, 0), min(place + right + 1, length)
 
 
 @jit
