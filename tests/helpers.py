@@ -136,11 +136,11 @@ class CompiledKernel(NamedTuple):
     target: Target
     files: dict[str, Path]
 
-    def assert_healthy(self, edge_spills: int = 0) -> None:
-        """No spill in the main loop, and not the 32 registers that ptxas falls back to.
+    def assert_healthy(self, edge_spills: int = 0, main_spills: int = 0) -> None:
+        """No spill inside a loop, and not the 32 registers that ptxas falls back to.
 
-        Loops that are not the main one, which does most of the matrix products, may have so many
-        spills. Shared memory needs no look: Triton itself raises OutOfResources above the limit.
+        Or at most so many: in the main loop, which does most of the matrix products, and in others.
+        Shared memory needs no look: Triton itself raises OutOfResources above the limit.
         Tensor memory does: above 512 columns it compiles a kernel that only traps.
         """
         if self.target.backend == "hip":
@@ -152,12 +152,10 @@ class CompiledKernel(NamedTuple):
         metadata = json.loads(self.files["json"].read_text())
         assert (metadata.get("tmem_size") or 0) <= 512, f"{self.name}, {arch}: tensor memory"
         for kernel in sasscost.analyse(self.files["cubin"].read_bytes(), arch=arch):
-            spilling = {x["name"]: x["spills"] for x in kernel["loops"] if x["spills"]}
-            main = (sasscost.main_loop(kernel) or {}).get("name") if edge_spills else None
-            assert main not in spilling, f"{self.name}, {arch}: spills in loops {spilling}"
-            assert max(spilling.values(), default=0) <= edge_spills, (
-                f"{self.name}, {arch}: spills in loops {spilling}"
-            )
+            main = (sasscost.main_loop(kernel) or {}).get("name")
+            for loop in kernel["loops"]:
+                allowed = main_spills if loop["name"] == main else edge_spills
+                assert loop["spills"] <= allowed, f"{self.name}, {arch}: {loop['spills']} spills"
             assert not (kernel["regs"] == 32 and kernel["stack"]), f"{self.name}: unallocated"
 
     def main_loop(self) -> dict[str, Any]:

@@ -116,12 +116,17 @@ _ATTENTION: dict[str, dict[str, dict[tuple[int, int], _Tile]]] = {
             (4, 256): _Tile(32, 16, 4, 1),
         },
         "rdna": {
+            (2, 64): _Tile(64, 32, 4, 1),
+            (2, 128): _Tile(64, 16, 8, 1),
+            (2, 256): _Tile(16, 16, 8, 1),
+            (4, 64): _Tile(16, 16, 4, 1),
+            (4, 128): _Tile(16, 16, 8, 1),
+            (4, 256): _Tile(16, 16, 8, 1),
+        },
+        "rdna4": {
             (2, 64): _Tile(64, 64, 4, 1),
             (2, 128): _Tile(64, 32, 8, 1),
             (2, 256): _Tile(32, 16, 8, 1),
-            (4, 64): _Tile(32, 16, 4, 1),
-            (4, 128): _Tile(16, 16, 4, 1),
-            (4, 256): _Tile(16, 16, 8, 1),
         },
     },
     "attention_dkdv": {
@@ -151,19 +156,23 @@ _ATTENTION: dict[str, dict[str, dict[tuple[int, int], _Tile]]] = {
         "sm_120": {(2, 256): _Tile(16, 64, 8, 1)},
         "cdna": {
             (2, 64): _Tile(64, 64, 4, 1),
-            (2, 128): _Tile(32, 64, 4, 1),
+            (2, 128): _Tile(32, 32, 4, 1),
             (2, 256): _Tile(16, 32, 4, 1),
             (4, 64): _Tile(32, 32, 4, 1),
             (4, 128): _Tile(16, 32, 4, 1),
             (4, 256): _Tile(16, 16, 8, 1),
         },
         "rdna": {
-            (2, 64): _Tile(32, 64, 8, 1),
-            (2, 128): _Tile(32, 32, 8, 1),
+            (2, 64): _Tile(16, 32, 4, 1),
+            (2, 128): _Tile(16, 16, 8, 2),
             (2, 256): _Tile(16, 16, 8, 1),
             (4, 64): _Tile(16, 16, 4, 1),
-            (4, 128): _Tile(16, 16, 4, 1),
+            (4, 128): _Tile(16, 16, 8, 1),
             (4, 256): _Tile(16, 16, 8, 1),
+        },
+        "rdna4": {
+            (2, 64): _Tile(32, 64, 8, 1),
+            (2, 128): _Tile(16, 64, 8, 1),
         },
     },
     "attention_dq": {
@@ -200,12 +209,13 @@ _ATTENTION: dict[str, dict[str, dict[tuple[int, int], _Tile]]] = {
         },
         "rdna": {
             (2, 64): _Tile(64, 32, 8, 1),
-            (2, 128): _Tile(32, 32, 8, 1),
+            (2, 128): _Tile(16, 16, 8, 1),
             (2, 256): _Tile(16, 16, 8, 1),
             (4, 64): _Tile(16, 16, 4, 1),
-            (4, 128): _Tile(16, 16, 4, 1),
+            (4, 128): _Tile(16, 16, 8, 1),
             (4, 256): _Tile(16, 16, 8, 1),
         },
+        "rdna4": {(2, 128): _Tile(32, 32, 8, 2)},
     },
 }
 
@@ -269,7 +279,8 @@ def _look_up(
 def _serves(name: str, device: DeviceProperties) -> bool:
     """Is the architecture the device's own, or one before it?"""
     if device.platform == "hip":
-        return name == ("cdna" if str(device.arch).startswith("gfx9") else "rdna")
+        generation = str(device.arch)[:-2]  # gfx942, gfx1100, gfx1201
+        return name in {"gfx9": ("cdna",), "gfx12": ("rdna", "rdna4")}.get(generation, ("rdna",))
     return name == "sm_75" or (name[:3] == "sm_" and int(name[3:]) <= int(device.arch))
 
 

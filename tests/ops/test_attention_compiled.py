@@ -26,14 +26,25 @@ def compiled(target, dtype, head_dim, packed=False, frozen=(), **options):
     return {kernel.name: kernel for kernel in kernels}
 
 
+def known_to_spill(kernel, head_dim, dtype):
+    """Slow paths: the multiply-adds of Turing, float32 in three tf32 products, RDNA 3's operands,
+    which each half of a wave holds in full. Forward is spared but for head_dim 256.
+    """
+    arch = kernel.target.arch
+    rdna = str(arch).startswith("gfx1")
+    if kernel.name == "_forward_kernel":
+        return rdna and head_dim > 128
+    return (
+        (arch == 75 and head_dim >= 128)
+        or (arch == "gfx1100" and head_dim >= 64)
+        or ((dtype == F32 or rdna) and head_dim > 128)
+    )
+
+
 def assert_healthy(kernels, head_dim, dtype):
     for kernel in kernels.values():
-        arch = kernel.target.arch
-        slow = arch == 75 and head_dim >= 128 or (dtype == F32 and head_dim > 128)
-        if kernel.target.backend == "cuda" and slow and kernel.name != "_forward_kernel":
-            # Turing's multiply-adds, and float32 in three tf32 products: known to spill.
-            continue
-        kernel.assert_healthy(EDGE_SPILLS)
+        if not known_to_spill(kernel, head_dim, dtype):
+            kernel.assert_healthy(EDGE_SPILLS)
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +96,8 @@ def test_compile_options(options, target):
     kernels = compiled(target, BF16, 128, **options)
     assert kernels.keys() == KERNELS - ({"dq_kernel"} if "frozen" in options else set())
     if not {"softcap", "alibi_slopes"} & options.keys():
-        assert_healthy(kernels, 128, BF16)
+        for kernel in kernels.values():  # the only loop of a narrow window has every check in it
+            kernel.assert_healthy(EDGE_SPILLS, EDGE_SPILLS)
 
 
 # Of the main loop, causal with a window, bf16, head_dim 128. At most: instructions beside the
