@@ -28,19 +28,18 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"random inputs: --seed={config.option.seed}"
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not INTERPRETING:
-        for item in items:
-            if item.get_closest_marker("interpreted"):
-                item.add_marker(pytest.mark.slow)
+    if INTERPRETING:
+        # Triton's interpreter truncates to bf16 and multiplies bf16 bit patterns: no judge of it.
+        unfit = [
+            item
+            for item in items
+            if any(x is torch.bfloat16 for x in getattr(item, "callspec", _NONE).params.values())
+        ]
+    elif torch.cuda.is_available():
         return
-    # Triton's interpreter truncates to bf16 and multiplies bf16 bit patterns: no judge of bf16.
-    unfit = [
-        item
-        for item in items
-        if any(x is torch.bfloat16 for x in getattr(item, "callspec", _NONE).params.values())
-    ]
+    else:
+        unfit = [item for item in items if item.get_closest_marker("interpreted")]
     config.hook.pytest_deselected(items=unfit)
     items[:] = [item for item in items if item not in unfit]
 

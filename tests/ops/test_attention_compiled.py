@@ -38,6 +38,7 @@ def known_to_spill(kernel, head_dim, dtype):
         (arch == 75 and head_dim >= 128)
         or (arch == "gfx1100" and head_dim >= 64)
         or ((dtype == F32 or rdna) and head_dim > 128)
+        or (dtype == F32 and rdna)
     )
 
 
