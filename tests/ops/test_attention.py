@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from allocations import Allocations
+from attention_cases import OPTIONS, WINDOW, definition_of, eager, freeze, make_qkv
 from helpers import assert_matches_reference, values_and_gradients
 
 from mistral_kernels.ops import reference
@@ -15,33 +16,11 @@ from mistral_kernels.ops.attention import attention, cpu
 
 HALF = torch.bfloat16, torch.float16
 DTYPES = (torch.float32, *HALF, torch.float64)
-eager = reference.eager_arithmetic()(reference.attention)
-
-
-def make_qkv(seqlen_q, seqlen_k, heads, head_dim, dtype, device, batch=2):
-    num_heads, num_kv_heads = heads
-    shapes = {
-        "q": (batch, seqlen_q, num_heads, head_dim),
-        "k": (batch, seqlen_k, num_kv_heads, head_dim),
-        "v": (batch, seqlen_k, num_kv_heads, head_dim),
-    }
-    return {
-        name: torch.randn(shape, device=device).to(dtype).requires_grad_()
-        for name, shape in shapes.items()
-    }
-
-
-def freeze(inputs, names):
-    """Also for q and k of rows with one key: with an exact gradient of 0, errors have no scale."""
-    for name in names:
-        inputs[name].requires_grad_(False)
 
 
 def assert_matches(inputs, strided_gradients=False, with_lse=False, **options):
     """`attention` is as accurate as plain PyTorch, alone and with the log-sum-exp beside it."""
-    definition = {"causal": True, **options}
-    if (count := definition.pop("sliding_window", None)) is not None:
-        definition["window_size"] = (count - 1, 0)
+    definition = definition_of(options)
 
     def plain(q, k, v):
         return eager(q, k, v, **definition)[0]
@@ -69,16 +48,6 @@ LENGTHS = [(0, 0), (1, 1), (63, 63), (64, 64), (65, 65), (111, 111), (128, 128),
 UNEQUAL = [(1, 65), (64, 200), (65, 1000), (200, 64), (65, 1), (7, 0), (0, 7), (130, 129)]
 HEADS = [(8, 2), (8, 8), (4, 1)]
 HEAD_DIMS = [64, 16, 128, 1, 40, 256]
-WINDOW = 70  # neither a multiple nor a divisor of a band
-OPTIONS = {
-    "causal": {},
-    "full": {"causal": False},
-    "window": {"sliding_window": WINDOW},
-    "softcap": {"sliding_window": WINDOW, "softcap": 0.8},
-    "both-sides": {"causal": False, "window_size": (WINDOW, 9), "softmax_scale": 0.3},
-    "right-only": {"causal": False, "window_size": (-1, 5)},
-    "left-only": {"causal": False, "window_size": (5, -1)},
-}
 
 # Lengths meet every option; heads, head_dims and dtypes take turns.
 CASES = [
@@ -103,7 +72,7 @@ def test_values_and_gradients(seqlens, options, heads, head_dim, dtype, device):
 @pytest.mark.parametrize("seqlen", [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lengths_about_the_window(seqlen, dtype, device):
-    inputs = make_qkv(seqlen, seqlen, (4, 2), 32, dtype, device)
+    inputs = make_qkv(seqlen, seqlen, (4, 2), 32, dtype, device, batch=2)
     assert_matches(inputs, sliding_window=WINDOW)
 
 
@@ -138,7 +107,7 @@ def test_a_single_key_has_weight_one(dtype, device):
 @pytest.mark.parametrize("per_batch", [False, True], ids=["shared", "per-batch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_alibi(options, per_batch, dtype, device):
-    inputs = make_qkv(130, 150, (4, 2), 32, dtype, device)
+    inputs = make_qkv(130, 150, (4, 2), 32, dtype, device, batch=2)
     slopes = torch.rand((2, 4) if per_batch else (4,), device=device)
     assert_matches(inputs, alibi_slopes=slopes, **OPTIONS[options])
 
@@ -305,7 +274,7 @@ print(peak() - before)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_backward_is_bitwise_repeatable(dtype, device):
-    inputs = make_qkv(300, 300, (4, 2), 32, dtype, device)
+    inputs = make_qkv(300, 300, (4, 2), 32, dtype, device, batch=2)
 
     def gradients():
         out = attention(**inputs, sliding_window=100)

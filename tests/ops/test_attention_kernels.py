@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from allocations import Allocations
+from attention_cases import OPTIONS, WINDOW, definition_of, eager, freeze, make_qkv
 from helpers import assert_matches_reference, values_and_gradients
 
 from mistral_kernels.ops import launch_configs, reference
@@ -16,32 +17,7 @@ from mistral_kernels.ops.attention import attention
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.launch_configs import cdiv
 
-eager = reference.eager_arithmetic()(reference.attention)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-WINDOW = 70  # no multiple of a tile
-
-
-def make_qkv(seqlen_q, seqlen_k, heads, head_dim, dtype, device, batch=1):
-    num_heads, num_kv_heads = heads
-    shapes = {
-        "q": (batch, seqlen_q, num_heads, head_dim),
-        "k": (batch, seqlen_k, num_kv_heads, head_dim),
-        "v": (batch, seqlen_k, num_kv_heads, head_dim),
-    }
-    if seqlen_q is None:  # one shape for packed tokens
-        shapes = {name: shape[2:] for name, shape in shapes.items()}
-    return {
-        name: torch.randn(shape, device=device).to(dtype).requires_grad_()
-        for name, shape in shapes.items()
-    }
-
-
-def definition_of(options):
-    """The reference's words for the options of `attention`."""
-    definition = {"causal": True, **options}
-    if (count := definition.pop("sliding_window", None)) is not None:
-        definition["window_size"] = (count - 1, 0)
-    return definition
 
 
 def assert_matches(inputs, strided_gradients=False, **options):
@@ -59,17 +35,6 @@ def assert_matches(inputs, strided_gradients=False, **options):
 
     assert_matches_reference(ours, plain, inputs, strided_gradients)
 
-
-OPTIONS = {
-    "causal": {},
-    "window": {"sliding_window": WINDOW},
-    "full": {"causal": False},
-    "softcap": {"sliding_window": WINDOW, "softcap": 0.8},
-    "both-sides": {"causal": False, "window_size": (WINDOW, 9), "softmax_scale": 0.3},
-    "right-only": {"causal": False, "window_size": (-1, 5)},
-    "left-only": {"causal": False, "window_size": (40, -1)},
-    "narrow": {"causal": False, "window_size": (3, 2)},
-}
 
 # What runs compiled too: a few, for most of the time goes into compiling.
 COMPILED = [
@@ -105,9 +70,8 @@ MANY = [
 @pytest.mark.parametrize(("seqlens", "options", "heads", "head_dim", "dtype"), MANY, ids=str)
 def test_lengths_and_options(seqlens, options, heads, head_dim, dtype, triton_backend, device):
     inputs = make_qkv(*seqlens, heads, head_dim, dtype, device)
-    if seqlens[1] == 1:  # with one key, gradients of 0 have errors without a scale
-        for name in "qk":
-            inputs[name].requires_grad_(False)
+    if seqlens[1] == 1:
+        freeze(inputs, "qk")
     assert_matches(inputs, **OPTIONS[options])
 
 
@@ -237,8 +201,7 @@ def test_lengths_in_bfloat16(triton_backend, device):
     for seqlens in [(n, n) for n in LENGTHS] + UNEQUAL:
         inputs = make_qkv(*seqlens, (8, 2), 64, BF16, device)
         if seqlens[1] == 1:
-            for name in "qk":
-                inputs[name].requires_grad_(False)
+            freeze(inputs, "qk")
         assert_matches(inputs, sliding_window=WINDOW)
 
 
@@ -301,8 +264,7 @@ def test_strides(view, triton_backend, device):
 @pytest.mark.parametrize("frozen", ["q", "k", "v", "kv", "qk"])
 def test_frozen_inputs(frozen, triton_backend, device):
     inputs = make_qkv(70, 70, (4, 2), 16, F16, device)
-    for name in frozen:
-        inputs[name].requires_grad_(False)
+    freeze(inputs, frozen)
     assert_matches(inputs, sliding_window=30)
 
 
@@ -314,8 +276,7 @@ def test_frozen_inputs_cost_nothing(triton_backend, device):
         ("kv", {"_delta_kernel", "dkdv_kernel"}),
     ):
         inputs = make_qkv(70, 70, (4, 2), 16, F16, device)
-        for name in set(inputs) - set(wanted):
-            inputs[name].requires_grad_(False)
+        freeze(inputs, set(inputs) - set(wanted))
         out = attention(**inputs, sliding_window=30)
         with ptxrun.options(profile=True):
             ptxrun.reset_profile()
