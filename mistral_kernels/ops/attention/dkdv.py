@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mistral_kernels.ops.attention.tiles import (
     load_block,
     load_rows,
+    program_place,
     sequence_bounds,
     sequence_pointer,
     store_rows,
@@ -42,9 +43,7 @@ def dkdv_kernel(
     OFFSETS: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0) % tiles
-    kv_head = tl.program_id(0) // tiles % num_kv_heads
-    batch = tl.program_id(0) // tiles // num_kv_heads
+    tile, kv_head, batch = program_place(tiles, num_kv_heads)
     start_q, seqlen_q = sequence_bounds(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
     start_k, seqlen_k = sequence_bounds(cu_seqlens_k_ptr, batch, seqlen_k, VARLEN)
     if tile * BLOCK_N >= seqlen_k:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from mistral_kernels.ops.attention.tiles import (
     load_block,
     load_rows,
+    program_place,
+    rows_of_tile,
     sequence_bounds,
     sequence_pointer,
     store_rows,
@@ -36,17 +38,14 @@ def dq_kernel(
     SAME_STRIDES: tl.constexpr, OFFSETS: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    tile = tiles - 1 - tl.program_id(0) % tiles
-    kv_head = tl.program_id(0) // tiles % num_kv_heads
-    batch = tl.program_id(0) // tiles // num_kv_heads
+    tile, kv_head, batch = program_place(tiles, num_kv_heads)
+    tile = tiles - 1 - tile  # those with most keys begin first
     start_q, seqlen_q = sequence_bounds(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
     start_k, seqlen_k = sequence_bounds(cu_seqlens_k_ptr, batch, seqlen_k, VARLEN)
     if tile * BLOCK_M >= seqlen_q * GROUP:
         return
 
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    query = row // GROUP
-    head = kv_head * GROUP + row % GROUP
+    query, head, first_query, last_query = rows_of_tile(tile, kv_head, GROUP, BLOCK_M)
     place = (query + seqlen_k - seqlen_q)[:, None]
     q_ptr = sequence_pointer(q_ptr, batch, start_q, q_stride_b, q_stride_s, VARLEN)
     dout_ptr = sequence_pointer(dout_ptr, batch, start_q, dout_stride_b, dout_stride_s, VARLEN)
@@ -78,8 +77,8 @@ def dq_kernel(
         v_desc = tl.make_tensor_descriptor(
             v_ptr, [seqlen_k, HEAD_DIM], [v_stride_s, 1], [BLOCK_N, BLOCK_D]
         )
-    first_place = tile * BLOCK_M // GROUP + seqlen_k - seqlen_q
-    last_place = min((tile * BLOCK_M + BLOCK_M - 1) // GROUP, seqlen_q - 1) + seqlen_k - seqlen_q
+    first_place = first_query + seqlen_k - seqlen_q
+    last_place = min(last_query, seqlen_q - 1) + seqlen_k - seqlen_q
     bounds = block_ranges(
         first_place, last_place, seqlen_k, window_left, window_right, BLOCK_N, NARROW
     )

@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 
 
 @jit
+def program_place(tiles, num_kv_heads):
+    """The tile, kv head and sequence of a program; neighbours share a kv head and most keys."""
+    program = tl.program_id(0)
+    return program % tiles, program // tiles % num_kv_heads, program // tiles // num_kv_heads
+
+
+@jit
+def rows_of_tile(tile, kv_head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The query and the query head of each row, and the first and the last query."""
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first, last = tile * BLOCK_M // GROUP, (tile * BLOCK_M + BLOCK_M - 1) // GROUP
+    return row // GROUP, kv_head * GROUP + row % GROUP, first, last
+
+
+@jit
 def sequence_bounds(cu_seqlens_ptr, batch, seqlen, VARLEN: tl.constexpr):
     """Where sequence `batch` begins in a packed tensor, and its length."""
     if VARLEN:
