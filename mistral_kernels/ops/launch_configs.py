@@ -67,6 +67,16 @@ def rms_norm_sum_partials() -> Config:
     return config(BLOCK_ROWS=32, BLOCK_COLS=32, num_warps=4)
 
 
+@functools.cache
+def swiglu(cols: int) -> Config:
+    """2048 elements a program, 16 of each tensor a thread; short rows share a program.
+
+    Wider blocks would leave lanes idle: 14336 columns are 7 times 2048.
+    """
+    block_cols = min(2048, next_power_of_2(cols))
+    return config(BLOCK_ROWS=2048 // block_cols, BLOCK_COLS=block_cols, num_warps=4)
+
+
 class _Tile(NamedTuple):
     """BLOCK_M queries (times heads of a group) by BLOCK_N keys, and how they are worked on."""
 
