@@ -77,6 +77,15 @@ def swiglu(cols: int) -> Config:
     return config(BLOCK_ROWS=2048 // block_cols, BLOCK_COLS=block_cols, num_warps=4)
 
 
+@functools.cache
+def rotary(half: int) -> Config:
+    """2048 pairs of channels a turn of the loop over heads, 16 a thread."""
+    block_i = next_power_of_2(half)
+    block_h = 8
+    block_t = max(1, 2048 // (block_h * block_i))
+    return config(BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_I=block_i, num_warps=4)
+
+
 class _Tile(NamedTuple):
     """BLOCK_M queries (times heads of a group) by BLOCK_N keys, and how they are worked on."""
 

@@ -1,7 +1,7 @@
 """Rotary position embedding of queries and keys (arXiv:2104.09864).
 
     angle_i(p) = p * theta^(-2i / d)            i = 0 .. d/2 - 1, p the token's absolute position
-    (a, b) -> (a cos - b sin, b cos + a sin)
+    (a, b) -> (a cos - b sin, b cos + a sin)      backward: the same with -sin
 
 A pair (a, b) is channels (i, i + d/2) in Hugging Face checkpoints (half-split), (2i, 2i + 1) in raw
 Mistral checkpoints (interleaved). Angles are formed in float64, tables and arithmetic are float32:
@@ -10,11 +10,200 @@ in bfloat16 position 4095 itself would become 4096, a whole radian off.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops import reference
-from mistral_kernels.ops.dispatch import require_torch_backend
+from mistral_kernels.ops import launch_configs
+from mistral_kernels.ops.dispatch import device_guard, uses_triton
+from mistral_kernels.ops.launch_configs import cdiv
+from mistral_kernels.ops.lazy_triton import jit
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+@jit
+def _turn(
+    x_ptr, out_ptr, token, in_tokens, cos, sin, x_stride_s, x_stride_h,
+    HEADS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """Turns all heads of a tile of tokens; token and in_tokens are [BLOCK_T, 1, 1]."""
+    for first_head in tl.range(0, HEADS, BLOCK_H):
+        head = first_head + tl.arange(0, BLOCK_H)[None, :, None]
+        x_row = x_ptr + token * x_stride_s + tl.cast(head, tl.int64) * x_stride_h
+        out_row = out_ptr + (token * HEADS + head) * (2 * HALF)
+        in_rows = in_tokens & (head < HEADS)
+        if INTERLEAVED:  # one wide access; pairs lie side by side
+            channel = tl.arange(0, 2 * BLOCK_I)[None, None, :]
+            mask = in_rows & (channel < 2 * HALF)
+            x = tl.load(x_row + channel, mask=mask, other=0.0).to(tl.float32)
+            a, b = tl.split(tl.reshape(x, (x.shape[0], BLOCK_H, BLOCK_I, 2)))
+            turned = tl.join(a * cos - b * sin, b * cos + a * sin)
+            turned = tl.reshape(turned, (x.shape[0], BLOCK_H, 2 * BLOCK_I))
+            tl.store(out_row + channel, turned.to(out_ptr.dtype.element_ty), mask=mask)
+        else:
+            channel = tl.arange(0, BLOCK_I)[None, None, :]
+            mask = in_rows & (channel < HALF)
+            a = tl.load(x_row + channel, mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(x_row + HALF + channel, mask=mask, other=0.0).to(tl.float32)
+            out_type = out_ptr.dtype.element_ty
+            tl.store(out_row + channel, (a * cos - b * sin).to(out_type), mask=mask)
+            tl.store(out_row + HALF + channel, (b * cos + a * sin).to(out_type), mask=mask)
+
+
+@jit
+def _rotary_kernel(
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, positions_ptr,
+    q_stride_s, q_stride_h, k_stride_s, k_stride_h, cos_stride, sin_stride, tokens,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BACKWARDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
+    in_tokens = token < tokens
+    position = tl.load(positions_ptr + token, mask=in_tokens, other=0).to(tl.int64)
+    pair = tl.arange(0, BLOCK_I)[None, None, :]
+    mask = in_tokens & (pair < HALF)
+    cos = tl.load(cos_ptr + position * cos_stride + pair, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + position * sin_stride + pair, mask=mask, other=0.0)
+    if BACKWARDS:
+        sin = -sin
+    if Q_HEADS:
+        _turn(
+            q_ptr, q_out_ptr, token, in_tokens, cos, sin, q_stride_s, q_stride_h,
+            Q_HEADS, HALF, INTERLEAVED, BLOCK_H, BLOCK_I,
+        )  # fmt: skip
+    if K_HEADS:
+        _turn(
+            k_ptr, k_out_ptr, token, in_tokens, cos, sin, k_stride_s, k_stride_h,
+            K_HEADS, HALF, INTERLEAVED, BLOCK_H, BLOCK_I,
+        )  # fmt: skip
+
+
+Pair = tuple[Tensor | None, Tensor | None]
+
+
+def _empty_outputs(q: Tensor | None, k: Tensor | None, *_: Any) -> Pair:
+    q_out, k_out = (
+        None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)
+    )
+    return q_out, k_out
+
+
+def _rotate_triton(
+    q: Tensor | None,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    interleaved: bool,
+    backwards: bool,
+) -> Pair:
+    if any(x is not None and x.dtype == torch.float64 for x in (q, k)):
+        raise TypeError(
+            "apply_rotary: q is torch.float64; the triton backend takes float16, bfloat16 and "
+            "float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
+        )
+    q_out, k_out = _empty_outputs(q, k)
+    half = cos.shape[-1]
+    tokens = positions.numel()
+    q, k = (None if x is None or x.numel() == 0 else _by_token(x) for x in (q, k))
+    if q is None and k is None:
+        return q_out, k_out
+    cos, sin = (x.float() if x.stride(-1) == 1 else x.float().contiguous() for x in (cos, sin))
+    config = launch_configs.rotary(half)
+    with device_guard(positions):
+        _rotary_kernel[(cdiv(tokens, config["BLOCK_T"]),)](
+            *(q, k, q_out, k_out, cos, sin, positions.contiguous()),
+            *((0, 0) if q is None else q.stride()[:2]),
+            *((0, 0) if k is None else k.stride()[:2]),
+            *(cos.stride(0), sin.stride(0), tokens),
+            Q_HEADS=0 if q is None else q.shape[1],
+            K_HEADS=0 if k is None else k.shape[1],
+            HALF=half,
+            INTERLEAVED=interleaved,
+            BACKWARDS=backwards,
+            **config,
+        )
+    return q_out, k_out
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """(tokens, heads, head_dim) with a contiguous last dimension; a copy only where views end."""
+    x = x.reshape(-1, *x.shape[-2:])
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rotate_torch(
+    q: Tensor | None,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    interleaved: bool,
+    backwards: bool,
+) -> Pair:
+    (x,) = [x for x in (q, k) if x is not None][:1]
+    dtype = torch.promote_types(x.dtype, cos.dtype)
+    cos, sin = (table[positions].unsqueeze(-2).to(dtype) for table in (cos, sin))
+    sin = -sin if backwards else sin
+    q_out, k_out = (None if x is None else _turn_torch(x, cos, sin, interleaved) for x in (q, k))
+    return q_out, k_out
+
+
+def _turn_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The definition in fewer passes over memory, some of them in place."""
+    wide = x.to(cos.dtype)  # mixed products would be far slower
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (a, b), (out_a, out_b) = (
+        (y[..., 0::2], y[..., 1::2]) if interleaved else y.chunk(2, dim=-1) for y in (wide, out)
+    )
+    out_a.copy_((a * cos).addcmul_(b, sin, value=-1))
+    out_b.copy_((b * cos).addcmul_(a, sin))
+    return out
+
+
+def _rotate(q: Tensor | None, k: Tensor | None, cos: Tensor, *args: Any) -> Pair:
+    return (_rotate_triton if uses_triton(cos) else _rotate_torch)(q, k, cos, *args)
+
+
+torch.library.define(
+    "mistral_kernels::rotary",
+    "(Tensor? q, Tensor? k, Tensor cos, Tensor sin, Tensor positions, bool interleaved,"
+    " bool backwards) -> (Tensor? q_out, Tensor? k_out)",
+)
+torch.library.impl("mistral_kernels::rotary", ("cpu", "cuda"), _rotate)
+torch.library.register_fake("mistral_kernels::rotary", _empty_outputs)
+
+_rotary_op = torch.ops.mistral_kernels.rotary.default
+
+
+class RotaryFunction(torch.autograd.Function):
+    """Its own derivative, turned the other way; so it can be differentiated again and again."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor | None, k: Tensor | None, *args: Any) -> Pair:
+        *tables, interleaved, backwards = args
+        ctx.save_for_backward(*tables)
+        ctx.interleaved, ctx.backwards = interleaved, backwards
+        ctx.set_materialize_grads(False)
+        return _rotary_op(q, k, *args)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs_dq, needs_dk, *_ = ctx.needs_input_grad
+        dq, dk = dq if needs_dq else None, dk if needs_dk else None
+        if dq is not None or dk is not None:
+            dq, dk = _turned(dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.backwards)
+        return dq, dk, None, None, None, None, None
+
+
+def _turned(q: Tensor | None, k: Tensor | None, *args: Any) -> Pair:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k)):
+        return RotaryFunction.apply(q, k, *args)
+    return _rotary_op(q, k, *args)
 
 
 def rotary_tables(
@@ -42,8 +231,11 @@ def apply_rotary(
 ) -> tuple[Tensor, Tensor]:
     """Rotate q and k to their tokens' positions. Differentiable; the inputs are left as they are.
 
+    One launch for both, forward and backward.
+
     Args:
-        q: (..., num_heads, head_dim), float16, bfloat16, float32 or float64.
+        q: (..., num_heads, head_dim), float16, bfloat16, float32 or, on the torch backend,
+            float64. Any strides; heads and tokens that are evenly spaced are read in place.
         k: (..., num_kv_heads, head_dim), of q's dtype.
         cos, sin: (num_positions, head_dim / 2), from `rotary_tables`.
         positions: (...), int32 or int64 in [0, num_positions): each token's index in its own
@@ -58,7 +250,6 @@ def apply_rotary(
             a position outside the tables.
         TypeError: q is not floating point.
     """
-    require_torch_backend("apply_rotary")
     if q.ndim < 2:
         raise ValueError(f"q must be (..., num_heads, head_dim), got {tuple(q.shape)}")
     if not q.is_floating_point():
@@ -93,20 +284,6 @@ def apply_rotary(
             raise ValueError(
                 f"positions must lie in the tables' [0, {len(cos)}), got {lowest} to {highest}"
             )
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        return reference.apply_rotary(q, k, cos, sin, positions, interleaved)
-    dtype = torch.promote_types(q.dtype, cos.dtype)
-    cos, sin = (table[positions].unsqueeze(-2).to(dtype) for table in (cos, sin))
-    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """The definition in fewer passes over memory, some of them in place: not differentiable."""
-    wide = x.to(cos.dtype)  # mixed products would be far slower
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    (a, b), (out_a, out_b) = (
-        (y[..., 0::2], y[..., 1::2]) if interleaved else y.chunk(2, dim=-1) for y in (wide, out)
-    )
-    out_a.copy_((a * cos).addcmul_(b, sin, value=-1))
-    out_b.copy_((b * cos).addcmul_(a, sin))
-    return out
+    q_out, k_out = _turned(q, k, cos, sin, positions, interleaved, False)
+    assert q_out is not None and k_out is not None
+    return q_out, k_out
