@@ -292,7 +292,8 @@ def test_second_derivative_raises(device):
         dq.sum().backward()
 
 
-Q, K = torch.ones(2, 5, 4, 8), torch.ones(2, 5, 2, 8)
+Q, K, BIG = torch.ones(2, 5, 4, 8), torch.ones(2, 5, 2, 8), torch.ones(1, 1, 1, 257)
+CU = torch.tensor([0, 5], dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +311,27 @@ Q, K = torch.ones(2, 5, 4, 8), torch.ones(2, 5, 2, 8)
         ((Q, K[:, :, :0], K[:, :, :0]), {}, ValueError, "k's 0 heads must divide q's 4"),
         ((Q, K[:1], K[:1]), {}, ValueError, "k must have q's batch of 2, got 1"),
         ((Q, K, K), {"softcap": -1.0}, ValueError, "softcap must be >= 0, got -1.0"),
+        ((Q, K, K), {"softmax_scale": 0.0}, ValueError, "softmax_scale must be positive, got 0.0"),
+        ((BIG, BIG, BIG), {}, ValueError, "q's head_dim must be at most 256, got 257"),
+        ((Q, K, K), {"cu_seqlens_k": CU}, ValueError, "cu_seqlens_k is for packed batches"),
+        (
+            (Q, K, K),
+            {"max_seqlen_q": 5},
+            ValueError,
+            "max_seqlen_q is for packed batches and needs",
+        ),
+        (
+            (Q, K, K),
+            {"cu_seqlens_q": CU},
+            ValueError,
+            r"q must be \(tokens, heads, head_dim\), got",
+        ),
+        (
+            (Q, K, K),
+            {"alibi_slopes": torch.ones(4, dtype=torch.int32)},
+            ValueError,
+            "alibi_slopes must be floating point on cpu, got torch.int32 on cpu",
+        ),
         (
             (Q, K, K),
             {"alibi_slopes": torch.ones(2)},
