@@ -22,7 +22,7 @@ from mistral_kernels.ops import reference
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE, choose_backend
 
 # Operators that have a Triton kernel; the others run PyTorch's operators on every device.
-_TRITON_OPS = ("apply_rotary", "attention", "rms_norm", "swiglu")
+_TRITON_OPS = ("apply_rotary", "attention", "linear_cross_entropy", "rms_norm", "swiglu")
 _EXTRAS = {"chat": ("mistral_common",), "hf": ("huggingface_hub", "tokenizers", "transformers")}
 
 

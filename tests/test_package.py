@@ -163,7 +163,10 @@ OPERATORS = {
         "softcap=0.0, alibi_slopes=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, "
         "max_seqlen_k=None, return_lse=False"
     ),
-    "linear_cross_entropy": "hidden, weight, targets, ignore_index=-100, reduction='mean'",
+    "linear_cross_entropy": (
+        "hidden, weight, targets, ignore_index=-100, reduction='mean', label_smoothing=0.0, "
+        "z_loss=0.0, softcap=0.0"
+    ),
     "rms_norm": "x, weight, eps=1e-05, residual=None",
     "rolling_cache_attention": (
         "q, k, v, k_cache, v_cache, lengths, cu_seqlens, max_seqlen, *, sliding_window, "

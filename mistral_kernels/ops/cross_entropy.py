@@ -1,24 +1,224 @@
 """Linear + cross entropy without the logits of all tokens.
 
-    loss = mean or sum over tokens of  logsumexp(W h) - (W h)[target]        in nats
+    z = softcap * tanh(W h / softcap), or W h
+    loss of a token = logsumexp(z) - (1 - e) z[target] - e mean(z) + z_loss * logsumexp(z)^2
+    d loss / dz = softmax(z) (1 + 2 z_loss logsumexp(z)) - (1 - e) onehot(target) - e / vocab
 
-The logits of 7B-class training (tokens x vocabulary) dwarf everything else in memory. Here they
-exist for one chunk of tokens at a time, and since d loss / d logits = softmax - onehot is known as
-soon as they are, both gradients are formed in the forward pass (as in arXiv:2410.10989).
+with label smoothing e; the mean or the sum over tokens, in nats. The logits of 7B-class training
+(tokens x vocabulary) dwarf everything else in memory. Here they exist for one chunk of tokens at a
+time, and since their gradient is known as soon as they are, both gradients are formed in the
+forward pass (as in arXiv:2410.10989): the products by PyTorch, what lies between them in place, on
+Triton in one kernel that reads a row of logits twice and writes it once.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mistral_kernels.ops.dispatch import require_torch_backend
+from mistral_kernels.ops import launch_configs
+from mistral_kernels.ops.device_functions import tanh
+from mistral_kernels.ops.dispatch import device_guard, uses_triton
+from mistral_kernels.ops.lazy_triton import jit
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 # Logits alive at a time, in elements: 32 MiB of float32.
 _CHUNK_ELEMENTS = 1 << 23
+
+
+@jit
+def _softmax_kernel(
+    logits_ptr, targets_ptr, scale_ptr, losses_ptr, logits_stride,
+    vocab, ignore_index, label_smoothing, z_loss, softcap,
+    SOFTCAP: tl.constexpr, NEEDS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The loss of one row of logits, and its gradient, times `scale`, in their place."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    counted = target != ignore_index
+    target = tl.where(counted, target, 0)
+    logits_ptr += row * logits_stride
+
+    lane_max = tl.full([BLOCK], -1.0e38, tl.float32)
+    lane_sum = tl.zeros([BLOCK], tl.float32)
+    lane_total = tl.zeros([BLOCK], tl.float32)
+    lane_target = tl.zeros([BLOCK], tl.float32)
+    for first in tl.range(0, vocab, BLOCK):
+        col = first + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + col, mask=col < vocab, other=0.0).to(tl.float32)
+        if SOFTCAP:
+            z = softcap * tanh(z / softcap)
+        lane_total += z  # tanh(0) is 0, and so is what is loaded past the end
+        lane_target += tl.where(col == target, z, 0.0)
+        z = tl.where(col < vocab, z, float("-inf"))
+        new_max = tl.maximum(lane_max, z)
+        lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.exp(z - new_max)
+        lane_max = new_max
+    row_max = tl.max(lane_max, 0)
+    lse = row_max + tl.log(tl.sum(lane_sum * tl.exp(lane_max - row_max), 0))
+    smooth = label_smoothing / vocab
+    loss = lse - (1.0 - label_smoothing) * tl.sum(lane_target, 0) - smooth * tl.sum(lane_total, 0)
+    loss += z_loss * lse * lse
+    tl.store(losses_ptr + row, tl.where(counted, loss, 0.0))
+
+    if NEEDS_GRADIENT:
+        scale = tl.where(counted, tl.load(scale_ptr), 0.0)
+        slope = 1.0 + 2.0 * z_loss * lse
+        for first in tl.range(0, vocab, BLOCK):
+            col = first + tl.arange(0, BLOCK)
+            z = tl.load(logits_ptr + col, mask=col < vocab, other=0.0).to(tl.float32)
+            if SOFTCAP:
+                capped = tanh(z / softcap)
+                z = softcap * capped
+            dz = tl.exp(z - lse) * slope - smooth
+            dz -= tl.where(col == target, 1.0 - label_smoothing, 0.0)
+            if SOFTCAP:
+                dz *= 1.0 - capped * capped
+            dz = (dz * scale).to(logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + col, dz, mask=col < vocab)
+
+
+class _Options(NamedTuple):
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+
+
+def _softmax_triton(
+    logits: Tensor, targets: Tensor, scale: Tensor, options: _Options, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    config = launch_configs.cross_entropy(logits.shape[1])
+    with device_guard(logits):
+        _softmax_kernel[(len(logits),)](
+            *(logits, targets.contiguous(), scale, losses, logits.stride(0), logits.shape[1]),
+            *options,
+            SOFTCAP=options.softcap > 0,
+            NEEDS_GRADIENT=needs_gradient,
+            **config,
+        )
+    return losses, logits
+
+
+def _softmax_torch(
+    logits: Tensor, targets: Tensor, scale: Tensor, options: _Options, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The losses of a chunk, and the gradient of its logits."""
+    ignore_index, smoothing, z_loss, softcap = options
+    counted = targets != ignore_index
+    target = targets.masked_fill(~counted, 0).unsqueeze(1)
+    z = logits.to(scale.dtype)
+    cap_slope = None
+    if softcap:
+        capped = torch.tanh(z / softcap)
+        z, cap_slope = softcap * capped, 1 - capped.square_()
+    lse = z.logsumexp(dim=1, keepdim=True)
+    losses = lse - (1 - smoothing) * z.gather(1, target) + z_loss * lse.square()
+    if smoothing:
+        losses -= smoothing * z.mean(1, keepdim=True)
+    losses = losses.squeeze(1).masked_fill(~counted, 0)
+    if not needs_gradient:
+        return losses, logits
+    # In place, the logits become their own gradient.
+    dz = z.sub_(lse).exp_()
+    if z_loss:
+        dz *= 1 + 2 * z_loss * lse
+    if smoothing:
+        dz -= smoothing / dz.shape[1]
+    dz.scatter_add_(1, target, dz.new_full(target.shape, smoothing - 1))
+    if cap_slope is not None:
+        dz *= cap_slope
+    dz *= torch.where(counted, scale, 0).unsqueeze(1)
+    return losses, dz.to(logits.dtype)
+
+
+Outputs = tuple[Tensor, Tensor | None, Tensor | None]  # loss, dhidden, dweight
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    mean: bool,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    output_mask: list[bool],
+) -> Outputs:
+    softmax = _softmax_triton if uses_triton(hidden) else _softmax_torch
+    if hidden.dtype == torch.float64 and softmax is _softmax_triton:
+        raise TypeError(
+            "linear_cross_entropy: hidden is torch.float64; the triton backend takes float16, "
+            "bfloat16 and float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
+        )
+    options = _Options(ignore_index, label_smoothing, z_loss, softcap)
+    loss, dhidden, dweight_out = _empty_outputs(hidden, weight, *[None] * 6, output_mask)
+    scale = loss.fill_(1.0)
+    if mean:
+        scale = scale / (targets != ignore_index).sum()
+    total = torch.zeros_like(loss)
+    dweight = None if dweight_out is None else torch.zeros_like(weight, dtype=loss.dtype)
+    rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+    for start in range(0, hidden.shape[0], rows):
+        chunk = slice(start, start + rows)
+        inputs = hidden[chunk]
+        losses, dlogits = softmax(
+            inputs @ weight.mT, targets[chunk], scale, options, any(output_mask)
+        )
+        total += losses.sum()
+        if dhidden is not None:
+            torch.mm(dlogits, weight, out=dhidden[chunk])
+        if dweight is not None:
+            dweight += dlogits.mT @ inputs
+    if dweight_out is not None and dweight is not None:
+        dweight_out.copy_(dweight)
+    return total * scale, dhidden, dweight_out
+
+
+def _empty_outputs(hidden: Tensor, weight: Tensor, *args: Any) -> Outputs:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    loss = torch.empty((), dtype=wide, device=hidden.device)
+    dhidden, dweight = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
+        for x, need in zip((hidden, weight), args[-1])
+    )
+    return loss, dhidden, dweight
+
+
+torch.library.define(
+    "mistral_kernels::linear_cross_entropy",
+    "(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool mean,"
+    " float label_smoothing, float z_loss, float softcap, bool[2] output_mask)"
+    " -> (Tensor loss, Tensor? dhidden, Tensor? dweight)",
+)
+torch.library.impl("mistral_kernels::linear_cross_entropy", ("cpu", "cuda"), _forward)
+torch.library.register_fake("mistral_kernels::linear_cross_entropy", _empty_outputs)
+
+_forward_op = torch.ops.mistral_kernels.linear_cross_entropy.default
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        mask = list(ctx.needs_input_grad[:2])
+        loss, dhidden, dweight = _forward_op(hidden, weight, *args, mask)
+        ctx.save_for_backward(dhidden, dweight)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        dhidden, dweight = (
+            None if grad is None else (grad * dloss).to(grad.dtype) for grad in ctx.saved_tensors
+        )
+        return dhidden, dweight, None, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -27,15 +227,22 @@ def linear_cross_entropy(
     targets: Tensor,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
 ) -> Tensor:
-    """Cross entropy, in nats, of the logits hidden @ weight^T. Differentiable in both.
+    """Cross entropy, in nats, of the logits hidden @ weight^T. Differentiable once, in both.
 
     Args:
-        hidden: (num_tokens, hidden_size).
-        weight: (vocab_size, hidden_size), of hidden's dtype.
+        hidden: (num_tokens, hidden_size), float16, bfloat16, float32 or, on the torch backend,
+            float64.
+        weight: (vocab_size, hidden_size), of hidden's dtype. Frozen, it costs no product.
         targets: (num_tokens,) int64 in [0, vocab_size), or `ignore_index`: such a token counts
             neither in the sum nor in the mean.
         reduction: "mean" or "sum".
+        label_smoothing: in [0, 1], the share of the target spread over all classes.
+        z_loss: >= 0; adds z_loss * logsumexp^2 to the loss of each token.
+        softcap: logits z become softcap * tanh(z / softcap); 0 for none.
 
     Returns:
         A float32 scalar (float64 for float64 inputs); NaN for the mean of no token, as PyTorch's.
@@ -44,7 +251,6 @@ def linear_cross_entropy(
         ValueError: naming the argument that does not fit; targets are looked at on the CPU only.
         TypeError: hidden is not floating point.
     """
-    require_torch_backend("linear_cross_entropy")
     if not hidden.is_floating_point():
         raise TypeError(f"hidden must be floating point, got {hidden.dtype}")
     if (
@@ -73,54 +279,12 @@ def linear_cross_entropy(
             )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    if not torch.is_grad_enabled():  # forward forms the gradients of all that requires one
-        hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, reduction)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        ignore_index: int,
-        reduction: str,
-    ) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        counted = targets != ignore_index
-        scale = 1.0 / counted.sum().to(wide) if reduction == "mean" else 1.0
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        dhidden = torch.empty_like(hidden) if need_hidden else None
-        dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        loss = hidden.new_zeros((), dtype=wide)
-        rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
-        for start in range(0, hidden.shape[0], rows):
-            chunk = slice(start, start + rows)
-            inputs, valid = hidden[chunk], counted[chunk]
-            target = targets[chunk].masked_fill(~valid, 0).unsqueeze(1)
-            logits = (inputs @ weight.mT).to(wide)
-            lse = logits.logsumexp(dim=1, keepdim=True)
-            loss += ((lse - logits.gather(1, target)).squeeze(1) * valid).sum()
-            if dhidden is None and dweight is None:
-                continue
-            # In place, the logits become their own gradient.
-            dlogits = logits.sub_(lse).exp_()
-            dlogits.scatter_add_(1, target, dlogits.new_full(target.shape, -1.0))
-            dlogits = dlogits.mul_((valid * scale).masked_fill(~valid, 0).unsqueeze(1))
-            dlogits = dlogits.to(hidden.dtype)
-            if dhidden is not None:
-                torch.mm(dlogits, weight, out=dhidden[chunk])
-            if dweight is not None:
-                dweight += dlogits.mT @ inputs
-        ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
-        return loss * scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (
-            None if grad is None else (grad * dloss).to(grad.dtype) for grad in ctx.saved_tensors
-        )
-        return *grads, None, None, None
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    for name, value in (("z_loss", z_loss), ("softcap", softcap)):
+        if value < 0:
+            raise ValueError(f"{name} must be >= 0, got {value}")
+    args = (targets, ignore_index, reduction == "mean", label_smoothing, z_loss, softcap)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        return LinearCrossEntropyFunction.apply(hidden, weight, *args)
+    return _forward_op(hidden, weight, *args, [False, False])[0]

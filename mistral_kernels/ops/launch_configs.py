@@ -86,6 +86,13 @@ def rotary(half: int) -> Config:
     return config(BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_I=block_i, num_warps=4)
 
 
+@functools.cache
+def cross_entropy(vocab: int) -> Config:
+    """One program a row of logits, 16 of them a thread at a time."""
+    block = min(4096, max(64, next_power_of_2(vocab)))
+    return config(BLOCK=block, num_warps=max(1, block // 512))
+
+
 class _Tile(NamedTuple):
     """BLOCK_M queries (times heads of a group) by BLOCK_N keys, and how they are worked on."""
 

@@ -217,11 +217,28 @@ def linear_cross_entropy(
     targets: Tensor,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Cross entropy, in nats, of the next-token logits hidden @ weight^T.
 
     hidden (t, hidden_size), weight (vocab_size, hidden_size), targets (t,) int64. Tokens whose
-    target is `ignore_index` count neither in the sum nor in the mean.
+    target is `ignore_index` count neither in the sum nor in the mean. `softcap` c turns a logit z
+    into c * tanh(z / c); `label_smoothing` e gives the target 1 - e and every class e / vocab_size
+    (arXiv:1512.00567); `z_loss` adds z_loss * logsumexp^2 to each token's loss (arXiv:2204.02311).
     """
     logits = _wide(hidden) @ _wide(weight).mT
-    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    losses = F.cross_entropy(
+        logits,
+        targets,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    counted = targets != ignore_index
+    if z_loss:
+        losses = losses + z_loss * logits.logsumexp(-1).square() * counted
+    return losses.sum() if reduction == "sum" else losses.sum() / counted.sum()

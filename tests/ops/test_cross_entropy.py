@@ -1,4 +1,4 @@
-"""linear_cross_entropy: values, gradients, chunks, memory, bad input."""
+"""linear_cross_entropy: values and gradients on every backend, chunks, memory, bad input."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from allocations import Allocations
-from helpers import FLOATS, assert_as_accurate, values_and_gradients
+from helpers import FLOATS, TARGETS, assert_as_accurate, compile_only, values_and_gradients
 
 from mistral_kernels.ops import cross_entropy, reference
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
@@ -51,12 +52,38 @@ def assert_matches(inputs, targets, **options):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(3, 3, 7), (65, 64, 1000), (111, 7, 63)], ids=str)
-def test_values_and_gradients(shape, dtype, reduction, device):
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 3, 7), (65, 64, 1000), (111, 7, 63), (5, 9, 9001)], ids=str)
+def test_values_and_gradients(shape, dtype, reduction, backend, device):
     inputs = make_inputs(*shape, dtype, device)
     targets = some_targets(shape[0] + 1, shape[2], device)[1:]
     assert_matches(inputs, targets, reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": 0.1},
+        {"z_loss": 0.01},
+        {"softcap": 3.0},
+        {"label_smoothing": 1.0, "z_loss": 0.1, "softcap": 20.0, "reduction": "sum"},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_options(dtype, options, backend, device):
+    inputs = make_inputs(65, 64, 1000, dtype, device)
+    assert_matches(inputs, some_targets(65, 1000, device), **options)
+
+
+def test_float64_on_the_torch_backend(device, monkeypatch):
+    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
+    inputs = tuple(make_inputs(6, 5, 7, torch.float64, device).values())
+    targets = some_targets(6, 7, device)
+    for options in ({}, {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0}):
+        assert torch.autograd.gradcheck(
+            lambda h, w, options=options: linear_cross_entropy(h, w, targets, **options), inputs
+        )
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 10, 11, 20, 33])
@@ -75,14 +102,14 @@ def test_a_vocabulary_larger_than_a_chunk(device, monkeypatch):
 
 
 @pytest.mark.parametrize("ignore_index", [-1, 0, 49, 1000])
-def test_ignore_index(ignore_index, device):
+def test_ignore_index(ignore_index, backend, device):
     inputs = make_inputs(20, 16, 50, torch.float32, device)
     targets = some_targets(20, 50, device, ignore_index)
     assert_matches(inputs, targets, ignore_index=ignore_index)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 4])
-def test_no_token_counts(num_tokens, device):
+def test_no_token_counts(num_tokens, backend, device):
     """As in PyTorch: 0 in sum and NaN in the mean, and no gradient in either."""
     inputs = make_inputs(num_tokens, 16, 50, torch.float32, device)
     targets = torch.full((num_tokens,), -100, device=device)
@@ -101,7 +128,7 @@ def test_a_vocabulary_of_one(device):
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_frozen_inputs(frozen, device):
+def test_frozen_inputs(frozen, backend, device):
     inputs = make_inputs(20, 16, 50, torch.float32, device)
     inputs[frozen].requires_grad_(False)
     assert_matches(inputs, some_targets(20, 50, device))
@@ -156,8 +183,88 @@ H, W, T = torch.ones(3, 4), torch.ones(5, 4), torch.zeros(3, dtype=torch.int64)
         ((H, W, T, -100, "none"), ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
         ((H, W, T + 5), ValueError, r"targets must lie in \[0, 5\) or be -100, got 5"),
         ((H, W, T - 1), ValueError, r"targets must lie in \[0, 5\) or be -100, got -1"),
+        ((H, W, T, -100, "sum", 1.5), ValueError, r"label_smoothing must lie in \[0, 1\], got 1.5"),
+        ((H, W, T, -100, "sum", 0.0, -1.0), ValueError, "z_loss must be >= 0, got -1.0"),
+        ((H, W, T, -100, "sum", 0.0, 0.0, -1.0), ValueError, "softcap must be >= 0, got -1.0"),
     ],
 )
 def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):
         linear_cross_entropy(*arguments)
+
+
+def test_torch_compile(backend, device):
+    """One graph, and one compilation, for every number of tokens; the same numbers as without."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def compiled(hidden, weight, targets):
+        return linear_cross_entropy(hidden, weight, targets, -100, "mean", 0.0, 0.0, 0.0)
+
+    for tokens in (3, 8, 65):
+        inputs = make_inputs(tokens, 16, 50, torch.float32, device)
+        targets = some_targets(tokens, 50, device)
+        losses = [f(*inputs.values(), targets) for f in (compiled, linear_cross_entropy)]
+        grads = [torch.autograd.grad(loss, list(inputs.values())) for loss in losses]
+        for a, b in zip((losses[0], *grads[0]), (losses[1], *grads[1])):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
+
+
+def test_opcheck(backend, device):
+    """Schemas and fakes, strides of the outputs included, agree with what the operator does."""
+    hidden, weight = (x.detach() for x in make_inputs(9, 16, 50, torch.float32, device).values())
+    targets = some_targets(9, 50, device)
+    for mask in ([True, True], [False, True], [False, False]):
+        arguments = (hidden, weight, targets, -100, True, 0.1, 0.1, 9.0, mask)
+        torch.library.opcheck(torch.ops.mistral_kernels.linear_cross_entropy.default, arguments)
+
+
+def test_bytes_moved(triton_backend, device):
+    """A row of logits is read twice and written once, in full-width accesses."""
+    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts bytes, is absent")
+    if device.type != "cpu":
+        pytest.skip("ptxrun counts on CPU tensors")
+    tokens, vocab = 64, 32000
+    inputs = make_inputs(tokens, 8, vocab, torch.bfloat16, device)
+    with ptxrun.options(profile=True):
+        ptxrun.reset_profile()
+        linear_cross_entropy(**inputs, targets=some_targets(tokens, vocab, device))
+        (profile,) = ptxrun.profiles()
+    useful = profile.global_read_bytes + profile.global_write_bytes
+    assert useful <= 1.02 * 3 * tokens * vocab * 2
+    assert useful / profile.global_requests >= 490  # of 512
+
+
+def test_no_races(triton_backend, device):
+    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which finds races, is absent")
+    if device.type != "cpu":
+        pytest.skip("ptxrun checks on CPU tensors")
+    with ptxrun.options(racecheck=True):
+        inputs = make_inputs(9, 16, 9001, torch.float32, device)
+        assert_matches(inputs, some_targets(9, 9001, device))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("vocab", [111, 32000])
+def test_compile_matrix(vocab, target, monkeypatch):
+    """Within the target's registers, with the launch parameters chosen for it."""
+    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    for dtype in TARGETS[target].dtypes():
+        for softcap in (0.0, 30.0):
+            with compile_only(target) as kernels:
+                inputs = make_inputs(3, 8, vocab, dtype, torch.device("cpu"))
+                targets = some_targets(3, vocab, torch.device("cpu"))
+                linear_cross_entropy(**inputs, targets=targets, softcap=softcap)
+            assert {kernel.name for kernel in kernels} == {"_softmax_kernel"}
+            for kernel in kernels:
+                kernel.assert_healthy()
+
+
+@pytest.mark.kernels
+def test_float64_on_triton(triton_backend, device):
+    inputs = make_inputs(3, 4, 5, torch.float64, device)
+    with pytest.raises(TypeError, match="hidden is torch.float64; the triton backend takes"):
+        linear_cross_entropy(**inputs, targets=some_targets(3, 5, device))

@@ -16,9 +16,9 @@ from mistral_kernels.ops.attention.tiles import (
     sequence_bounds,
     sequence_pointer,
     store_rows,
-    tanh,
 )
 from mistral_kernels.ops.attention.window import block_ranges, hide
+from mistral_kernels.ops.device_functions import tanh
 from mistral_kernels.ops.lazy_triton import jit
 
 if TYPE_CHECKING:

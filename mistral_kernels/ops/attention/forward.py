@@ -33,9 +33,9 @@ from mistral_kernels.ops.attention.tiles import (
     sequence_bounds,
     sequence_pointer,
     store_rows,
-    tanh,
 )
 from mistral_kernels.ops.attention.window import Window, block_ranges, hide
+from mistral_kernels.ops.device_functions import tanh
 from mistral_kernels.ops.launch_configs import Config, cdiv
 from mistral_kernels.ops.lazy_triton import jit
 

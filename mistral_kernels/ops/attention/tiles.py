@@ -121,14 +121,3 @@ def store_rows(
     offset = query.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
     mask = (query[:, None] < seqlen) & (dim < HEAD_DIM)
     tl.store(ptr + offset[:, None] + dim, x.to(ptr.dtype.element_ty), mask=mask)
-
-
-@jit
-def tanh(x):
-    """Odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel."""
-    square = x * x
-    near = x + x * square * (
-        -0.33333147 + square * (0.13315317 + square * (-0.052303962 + square * 0.0157394409))
-    )
-    far = 1.0 - 2.0 / (tl.exp2(2.8853900817779268 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.55, near, tl.where(x < 0, -far, far))
