@@ -34,8 +34,8 @@ _CHUNK_ELEMENTS = 1 << 23
 @jit
 def _softmax_kernel(
     logits_ptr, targets_ptr, scale_ptr, losses_ptr, logits_stride,
-    vocab, ignore_index, label_smoothing, z_loss, softcap,
-    SOFTCAP: tl.constexpr, NEEDS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    ignore_index, label_smoothing, z_loss, softcap,
+    VOCAB: tl.constexpr, SOFTCAP: tl.constexpr, NEEDS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss of one row of logits, and its gradient, times `scale`, in their place."""
     row = tl.program_id(0).to(tl.int64)
@@ -48,20 +48,20 @@ def _softmax_kernel(
     lane_sum = tl.zeros([BLOCK], tl.float32)
     lane_total = tl.zeros([BLOCK], tl.float32)
     lane_target = tl.zeros([BLOCK], tl.float32)
-    for first in tl.range(0, vocab, BLOCK):
+    for first in tl.range(0, VOCAB, BLOCK):
         col = first + tl.arange(0, BLOCK)
-        z = tl.load(logits_ptr + col, mask=col < vocab, other=0.0).to(tl.float32)
+        z = tl.load(logits_ptr + col, mask=col < VOCAB, other=0.0).to(tl.float32)
         if SOFTCAP:
             z = softcap * tanh(z / softcap)
         lane_total += z  # tanh(0) is 0, and so is what is loaded past the end
         lane_target += tl.where(col == target, z, 0.0)
-        z = tl.where(col < vocab, z, float("-inf"))
+        z = tl.where(col < VOCAB, z, float("-inf"))
         new_max = tl.maximum(lane_max, z)
         lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.exp(z - new_max)
         lane_max = new_max
     row_max = tl.max(lane_max, 0)
     lse = row_max + tl.log(tl.sum(lane_sum * tl.exp(lane_max - row_max), 0))
-    smooth = label_smoothing / vocab
+    smooth = label_smoothing / VOCAB
     loss = lse - (1.0 - label_smoothing) * tl.sum(lane_target, 0) - smooth * tl.sum(lane_total, 0)
     loss += z_loss * lse * lse
     tl.store(losses_ptr + row, tl.where(counted, loss, 0.0))
@@ -69,9 +69,9 @@ def _softmax_kernel(
     if NEEDS_GRADIENT:
         scale = tl.where(counted, tl.load(scale_ptr), 0.0)
         slope = 1.0 + 2.0 * z_loss * lse
-        for first in tl.range(0, vocab, BLOCK):
+        for first in tl.range(0, VOCAB, BLOCK):
             col = first + tl.arange(0, BLOCK)
-            z = tl.load(logits_ptr + col, mask=col < vocab, other=0.0).to(tl.float32)
+            z = tl.load(logits_ptr + col, mask=col < VOCAB, other=0.0).to(tl.float32)
             if SOFTCAP:
                 capped = tanh(z / softcap)
                 z = softcap * capped
@@ -80,7 +80,7 @@ def _softmax_kernel(
             if SOFTCAP:
                 dz *= 1.0 - capped * capped
             dz = (dz * scale).to(logits_ptr.dtype.element_ty)
-            tl.store(logits_ptr + col, dz, mask=col < vocab)
+            tl.store(logits_ptr + col, dz, mask=col < VOCAB)
 
 
 class _Options(NamedTuple):
@@ -97,8 +97,9 @@ def _softmax_triton(
     config = launch_configs.cross_entropy(logits.shape[1])
     with device_guard(logits):
         _softmax_kernel[(len(logits),)](
-            *(logits, targets.contiguous(), scale, losses, logits.stride(0), logits.shape[1]),
+            *(logits, targets.contiguous(), scale, losses, logits.stride(0)),
             *options,
+            VOCAB=logits.shape[1],  # fixed: lanes are then masked by vectors of 16 bytes
             SOFTCAP=options.softcap > 0,
             NEEDS_GRADIENT=needs_gradient,
             **config,
