@@ -8,6 +8,12 @@ from helpers import TARGETS, compile_only
 
 from mistral_kernels.ops.attention import attention
 
+triton_version = pytest.importorskip("triton").__version__
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, triton_version.split(".")[:2])) < (3, 9),
+    reason=f"tiles are chosen for the ptxas of Triton 3.9; with {triton_version}'s some spill",
+)
+
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 KERNELS = {"_forward_kernel", "_delta_kernel", "dkdv_kernel", "dq_kernel"}
 # Column indices that ptxas keeps on the stack for the few blocks that cross an edge.
