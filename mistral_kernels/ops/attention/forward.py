@@ -99,7 +99,9 @@ def _forward_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if DESCRIPTORS:
-        ahead = tl.dot(q, k_desc.load([bounds[0], 0]).T, input_precision=PRECISION)
+        ahead = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if seqlen_k > 0:  # a descriptor of no rows must not be read
+            ahead = tl.dot(q, k_desc.load([bounds[0], 0]).T, input_precision=PRECISION)
     # The blocks that cross left edges, those that cross none, those that cross right ones.
     for PART in tl.static_range(3):
         if PART == 2 or (not NARROW and (PART == 1 or LEFT_EDGE)):
