@@ -60,7 +60,8 @@ class MistralModel(nn.Module):
         tables = self._tables
         if tables is None or len(tables[0]) < num_positions or tables[0].device != device:
             size = max(2048, 1 << (num_positions - 1).bit_length())
-            tables = rotary_tables(size, self.config.head_dim, self.config.rope_theta, device)
+            with torch.inference_mode(False):  # training may want them next
+                tables = rotary_tables(size, self.config.head_dim, self.config.rope_theta, device)
             self._tables = tables
         return tables
 
