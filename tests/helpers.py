@@ -159,7 +159,7 @@ class CompiledKernel(NamedTuple):
             assert not (kernel["regs"] == 32 and kernel["stack"]), f"{self.name}: unallocated"
 
     def main_loop(self) -> dict[str, Any]:
-        """What sasscost says of the loop with most matrix products; of the kernel, "ctas" too."""
+        """What sasscost says of the loop with most matrix products."""
         sasscost = pytest.importorskip("sasscost", reason="sasscost, which reads cubins, is absent")
         shared = json.loads(self.files["json"].read_text())["shared"]
         arch = f"sm_{self.target.arch}"

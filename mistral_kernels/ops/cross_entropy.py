@@ -160,12 +160,12 @@ def _forward(
             "bfloat16 and float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
         )
     options = _Options(ignore_index, label_smoothing, z_loss, softcap)
-    loss, dhidden, dweight_out = _empty_outputs(hidden, weight, *[None] * 6, output_mask)
-    scale = loss.fill_(1.0)
+    total, dhidden, dweight_out = _empty_outputs(hidden, weight, output_mask)
+    total.zero_()
+    scale = torch.ones_like(total)
     if mean:
-        scale = scale / (targets != ignore_index).sum()
-    total = torch.zeros_like(loss)
-    dweight = None if dweight_out is None else torch.zeros_like(weight, dtype=loss.dtype)
+        scale /= (targets != ignore_index).sum()
+    dweight = None if dweight_out is None else torch.zeros_like(weight, dtype=total.dtype)
     rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
     for start in range(0, hidden.shape[0], rows):
         chunk = slice(start, start + rows)

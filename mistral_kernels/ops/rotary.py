@@ -145,8 +145,7 @@ def _rotate_torch(
     interleaved: bool,
     backwards: bool,
 ) -> Pair:
-    (x,) = [x for x in (q, k) if x is not None][:1]
-    dtype = torch.promote_types(x.dtype, cos.dtype)
+    dtype = next(torch.promote_types(x.dtype, cos.dtype) for x in (q, k) if x is not None)
     cos, sin = (table[positions].unsqueeze(-2).to(dtype) for table in (cos, sin))
     sin = -sin if backwards else sin
     q_out, k_out = (None if x is None else _turn_torch(x, cos, sin, interleaved) for x in (q, k))

@@ -271,6 +271,8 @@ def test_frozen_inputs(frozen, triton_backend, device):
 def test_frozen_inputs_cost_nothing(triton_backend, device):
     """No launch for a gradient nobody needs."""
     ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts launches, is absent")
+    if device.type != "cpu":
+        pytest.skip("ptxrun counts on CPU tensors")
     for wanted, kernels in (
         ("q", {"_delta_kernel", "dq_kernel"}),
         ("kv", {"_delta_kernel", "dkdv_kernel"}),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mistral_kernels.ops.attention import backward, cpu, forward, packed
 from mistral_kernels.ops.attention.cpu import Scoring
+from mistral_kernels.ops.attention.packed import Offsets
 from mistral_kernels.ops.attention.window import Window
 from mistral_kernels.ops.dispatch import uses_triton
 
@@ -24,10 +25,9 @@ _OPTIONS = (
 )
 
 
-def _forward(
+def _resolve(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
@@ -37,17 +37,21 @@ def _forward(
     window_right: int,
     softcap: float,
     alibi_slopes: Tensor | None,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Offsets | None, int, int, float, Window, float, Tensor | None]:
+    """What `_OPTIONS` mean for these tensors, in the order in which both backends take them."""
     offsets = packed.check(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    window = Window(window_left, window_right)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    window = Window(window_left, window_right)
+    return offsets, max_seqlen_q, max_seqlen_k, scale, window, softcap, alibi_slopes
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
+    *options, return_lse = args
+    resolved = _resolve(q, k, *options)
     if uses_triton(q):
-        return forward.launch(
-            *(q, k, v, offsets, max_seqlen_q, max_seqlen_k),
-            *(scale, window, softcap, alibi_slopes),
-        )
-    scoring = Scoring(window, scale, softcap, alibi_slopes, return_lse)
+        return forward.launch(q, k, v, *resolved)
+    offsets, _, _, scale, window, softcap, slopes = resolved
+    scoring = Scoring(window, scale, softcap, slopes, return_lse)
     return cpu.banded_forward(q, k, v, offsets, scoring)
 
 
@@ -55,7 +59,6 @@ def _forward_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     return_lse = options[-1]
@@ -74,27 +77,15 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float | None,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    output_mask: list[bool],
+    *args: Any,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    offsets = packed.check(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    window = Window(window_left, window_right)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    *options, output_mask = args
+    resolved = _resolve(q, k, *options)
     if uses_triton(q):
         assert lse is not None
-        return backward.launch(
-            *(dout, q, k, v, out, lse, offsets, max_seqlen_q, max_seqlen_k),
-            *(scale, window, softcap, alibi_slopes, output_mask),
-        )
-    scoring = Scoring(window, scale, softcap, alibi_slopes, return_lse=False)
+        return backward.launch(dout, q, k, v, out, lse, *resolved, output_mask)
+    offsets, _, _, scale, window, softcap, slopes = resolved
+    scoring = Scoring(window, scale, softcap, slopes, return_lse=False)
     dq, dk, dv = cpu.banded_backward(dout, q, k, v, offsets, scoring, output_mask)
     return dq, dk, dv
 

@@ -14,8 +14,8 @@ class Offsets(NamedTuple):
 
     q: Tensor
     k: Tensor
-    covers_q: bool  # every query, and every key, is in some sequence
-    covers_k: bool
+    covers_q: bool  # every query is known to be in some sequence
+    covers_k: bool  # and every key
 
 
 class _Seen(NamedTuple):

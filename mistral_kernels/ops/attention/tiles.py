@@ -87,37 +87,35 @@ def load_block(
 
 
 @jit
-def load_rows(
-    ptr,
-    query,
-    head,
-    seqlen,
-    token_stride,
-    head_stride,
-    HEAD_DIM: tl.constexpr,
+def _row_pointers(
+    ptr, query, head, seqlen, token_stride, head_stride, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
-    """[rows, BLOCK_D]: for each row, the vector of its query and head; 0 outside."""
+):  # fmt: skip
+    """For each row the vector of its query and head, [rows, BLOCK_D], and which of it exist."""
     dim = tl.arange(0, BLOCK_D)[None, :]
     offset = query.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
-    mask = (query[:, None] < seqlen) & (dim < HEAD_DIM)
-    return tl.load(ptr + offset[:, None] + dim, mask=mask, other=0.0)
+    return ptr + offset[:, None] + dim, (query[:, None] < seqlen) & (dim < HEAD_DIM)
+
+
+@jit
+def load_rows(
+    ptr, query, head, seqlen, token_stride, head_stride, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """[rows, BLOCK_D]: for each row, the vector of its query and head; 0 outside."""
+    pointers, mask = _row_pointers(
+        ptr, query, head, seqlen, token_stride, head_stride, HEAD_DIM, BLOCK_D
+    )
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @jit
 def store_rows(
-    ptr,
-    x,
-    query,
-    head,
-    seqlen,
-    token_stride,
-    head_stride,
-    HEAD_DIM: tl.constexpr,
+    ptr, x, query, head, seqlen, token_stride, head_stride, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     """The inverse of `load_rows`, rounded to the tensor's dtype."""
-    dim = tl.arange(0, BLOCK_D)[None, :]
-    offset = query.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
-    mask = (query[:, None] < seqlen) & (dim < HEAD_DIM)
-    tl.store(ptr + offset[:, None] + dim, x.to(ptr.dtype.element_ty), mask=mask)
+    pointers, mask = _row_pointers(
+        ptr, query, head, seqlen, token_stride, head_stride, HEAD_DIM, BLOCK_D
+    )
+    tl.store(pointers, x.to(ptr.dtype.element_ty), mask=mask)
