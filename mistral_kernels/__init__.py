@@ -12,6 +12,7 @@ from mistral_kernels.flash_attn import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
 )
 from mistral_kernels.model.cache import RollingCache
 from mistral_kernels.model.config import MistralConfig
@@ -41,6 +42,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "linear_cross_entropy",
     "rms_norm",
     "rolling_cache_attention",

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 import mistral_kernels as mk
-from mistral_kernels.ops import reference
-from mistral_kernels.ops.dispatch import BACKEND_VARIABLE, choose_backend
+from mistral_kernels.ops import extension, reference
+from mistral_kernels.ops.dispatch import choose_backend
 
-# Operators that have a Triton kernel; the others run PyTorch's operators on every device.
-_TRITON_OPS = ("apply_rotary", "attention", "linear_cross_entropy", "rms_norm", "swiglu")
 _EXTRAS = {"chat": ("mistral_common",), "hf": ("huggingface_hub", "tokenizers", "transformers")}
 
 
@@ -60,11 +58,8 @@ def report() -> Iterator[str]:
             yield f"backend         {device}: none, {error}"
             continue
         yield f"backend         {device}: {backend.name} ({backend.reason})"
-        if backend.name == "triton":
-            yield (
-                f"                Triton kernels: {', '.join(_TRITON_OPS)}; the other operators "
-                f"have none yet and run PyTorch's, or refuse if {BACKEND_VARIABLE}=triton"
-            )
+    for device in extension.DEVICE_TYPES:
+        yield f"csrc            {device}: {extension.status(device)}"
 
 
 def _installed(package: str) -> str | None:

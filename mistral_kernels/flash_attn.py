@@ -2,11 +2,11 @@
 
     from mistral_kernels.flash_attn import flash_attn_func  # was: from flash_attn import ...
 
-Every function here is `mistral_kernels.attention` under another name; see there for shapes and
-dtypes. What differs from flash-attn: float32 too; any GPU that Triton compiles for, or none; the
-backward pass is always deterministic; ALiBi biases count into the log-sum-exp as
-slope * |distance|, causal or not. Dropout and paged keys raise, and so do arguments in the order of
-flash-attn 3 or 4.
+Every function written here is `mistral_kernels.attention` under another name; see there for shapes
+and dtypes. What differs from flash-attn: float32 too; any GPU that Triton compiles for, or none;
+the backward pass is always deterministic; ALiBi biases count into the log-sum-exp as
+slope * |distance|, causal or not. Dropout raises, and so do paged keys outside a cache and
+arguments in the order of flash-attn 3 or 4. `flash_attn_with_kvcache` stands in `kvcache.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ from typing import Any
 
 from torch import Tensor
 
+from mistral_kernels.kvcache import flash_attn_with_kvcache
 from mistral_kernels.ops.attention import attention
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
 
 Window = Sequence[int] | Tensor
 Result = Tensor | tuple[Tensor, Tensor, Tensor]

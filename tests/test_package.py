@@ -43,7 +43,8 @@ MAY_IMPORT = {
     "command": (),
     "generate": ("command", "chat", "streaming", *BELOW),
     "convert": ("command", *BELOW),
-    "flash_attn": ("ops",),
+    "flash_attn": ("ops", "kvcache"),
+    "kvcache": ("ops",),
     "train": ("command", *BELOW),
 }
 # Only inside functions: not needed before there is something to load.
@@ -157,6 +158,12 @@ OPERATORS = {
     "flash_attn_varlen_func": f"q, k, v, {LENGTHS}, {FLASH_ATTN}, block_table=None",
     "flash_attn_varlen_kvpacked_func": f"q, kv, {LENGTHS}, {FLASH_ATTN}",
     "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {FLASH_ATTN}",
+    "flash_attn_with_kvcache": (
+        "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, "
+        "cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, block_table=None, "
+        "softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
+        "rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False"
+    ),
     "apply_rotary": "q, k, cos, sin, positions, interleaved=False",
     "attention": (
         "q, k, v, *, causal=True, sliding_window=None, window_size=None, softmax_scale=None, "
@@ -170,9 +177,12 @@ OPERATORS = {
     "rms_norm": "x, weight, eps=1e-05, residual=None",
     "rolling_cache_attention": (
         "q, k, v, k_cache, v_cache, lengths, cu_seqlens, max_seqlen, *, sliding_window, "
-        "softmax_scale=None"
+        "softmax_scale=None, counters=None"
     ),
-    "rolling_cache_update_": "k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen",
+    "rolling_cache_update_": (
+        "k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, *, q=None, cos=None, sin=None, "
+        "interleaved=False"
+    ),
     "rotary_tables": "num_positions, head_dim, theta, device='cpu'",
     "swiglu": "gate, up",
 }

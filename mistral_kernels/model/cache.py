@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from mistral_kernels.model.config import MistralConfig
 class Packing:
     """How the tokens of a packed batch belong to sequences.
 
-    `cu_seqlens` (batch + 1,) int32 and `positions` (total_tokens,) int64 lie on the model's device;
+    `cu_seqlens` (batch + 1,) int32 and `positions` (total_tokens,) lie on the model's device;
     `seqlens` is their host copy, and all positions are below `end`. A batch of equal lengths is
     `rectangular`.
     """
@@ -37,6 +38,11 @@ class Packing:
         return max(self.seqlens)
 
     @property
+    def one_each(self) -> bool:
+        """A decode step: one token for each sequence."""
+        return set(self.seqlens) == {1}
+
+    @property
     def rectangular(self) -> bool:
         return len(set(self.seqlens)) == 1
 
@@ -44,6 +50,11 @@ class Packing:
     def last_tokens(self) -> Tensor:
         """(batch,) index of each sequence's last token."""
         return self.cu_seqlens[1:].long() - 1
+
+
+def cache_layout(config: MistralConfig) -> tuple[tuple[int | None, ...], int, int]:
+    """What of a model its cache depends on."""
+    return config.layer_windows, config.num_key_value_heads, config.head_dim
 
 
 class RollingCache:
@@ -70,6 +81,7 @@ class RollingCache:
     ) -> None:
         if batch <= 0 or max_length <= 0:
             raise ValueError(f"batch and max_length must be positive, got {batch} and {max_length}")
+        self.config = config
         windows = config.layer_windows
         self.endless = all(window is not None and window <= max_length for window in windows)
         self.max_length = max_length
@@ -84,6 +96,10 @@ class RollingCache:
         self.torn = False
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.host_lengths = [0] * batch
+        self._one_each = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        # For `rolling_cache_attention`, whose calls over this cache never overlap.
+        counters = 4 * batch * config.num_key_value_heads
+        self.counters = torch.zeros(counters, dtype=torch.int32, device=device)
 
     @property
     def batch(self) -> int:
@@ -94,8 +110,15 @@ class RollingCache:
         """Bytes of all rings: constant from construction on."""
         return sum(ring.nbytes for ring in (*self.keys, *self.values))
 
+    @property
+    def empty(self) -> bool:
+        """Has no sequence seen a token yet?"""
+        return not any(self.host_lengths)
+
     def packing(self, seqlens: list[int]) -> Packing:
         """Place `seqlens` new tokens behind what each sequence has seen.
+
+        One token each is placed by tensors that stay where they are, as a CUDA graph needs it.
 
         Raises `ValueError` if they do not fit: too many sequences, or, without a window, too long.
         """
@@ -103,13 +126,38 @@ class RollingCache:
             raise ValueError("a pass over this cache was interrupted half-way; make a new one")
         if len(seqlens) != self.batch:
             raise ValueError(f"the cache holds {self.batch} sequences, got {len(seqlens)}")
-        packing = Packing.of(seqlens, self.host_lengths, self.lengths.device)
-        if packing.end > self.max_length and not self.endless:
+        end = max(length + new for length, new in zip(self.host_lengths, seqlens))
+        if end > self.max_length and not self.endless:
             raise ValueError(
-                f"a sequence of {packing.end} tokens does not fit a cache of max_length "
+                f"a sequence of {end} tokens does not fit a cache of max_length "
                 f"{self.max_length}; make the cache longer"
             )
-        return packing
+        if set(seqlens) == {1}:
+            return Packing(tuple(seqlens), end, self._one_each, self.lengths)
+        return Packing.of(seqlens, self.host_lengths, self.lengths.device)
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self.lengths.zero_()
+        self.host_lengths = [0] * self.batch
+        self.torn = False
+
+    def reorder(self, sequences: Sequence[int]) -> None:
+        """Sequence i becomes what sequence `sequences[i]` was, as in a beam search. Copies rings.
+
+        Raises `ValueError` unless there are `batch` indices, each in [0, batch).
+        """
+        if len(sequences) != self.batch or not all(0 <= i < self.batch for i in sequences):
+            raise ValueError(f"need {self.batch} indices below {self.batch}, got {sequences}")
+        index = torch.tensor(sequences, device=self.lengths.device)
+        for ring in (*self.keys, *self.values, self.lengths):
+            ring.copy_(ring[index])
+        self.host_lengths = [self.host_lengths[i] for i in sequences]
+
+    def take_back(self) -> None:
+        """Uncount each sequence's newest token, whose slot held only a key out of its sight."""
+        self.lengths -= 1
+        self.host_lengths = [length - 1 for length in self.host_lengths]
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens of each sequence.
@@ -128,5 +176,5 @@ class RollingCache:
     def advance(self, packing: Packing) -> None:
         """Count the tokens that every layer has written."""
         self.torn = False
-        self.lengths += packing.cu_seqlens.diff()
+        self.lengths += 1 if packing.one_each else packing.cu_seqlens.diff()
         self.host_lengths = [a + b for a, b in zip(self.host_lengths, packing.seqlens)]

@@ -104,11 +104,14 @@ class Attention(nn.Module):
         self, x: Tensor, tables: tuple[Tensor, Tensor], packing: Packing, cache: RollingCache | None
     ) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv_proj(x))
-        q, k = apply_rotary(q, k, *tables, packing.positions)
-        if cache is None:
-            out = self._attend_alone(q, k, v, packing)
+        if cache is not None and packing.one_each:
+            out = self._decode(q, k, v, tables, packing, cache)
         else:
-            out = self._attend_cached(q, k, v, packing, cache)
+            q, k = apply_rotary(q, k, *tables, packing.positions)
+            if cache is None:
+                out = self._attend_alone(q, k, v, packing)
+            else:
+                out = self._extend(q, k, v, packing, cache)
         return self.o_proj(out.flatten(-2))
 
     def _attend_alone(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
@@ -125,23 +128,46 @@ class Attention(nn.Module):
         out: Any = attention(q, k, v, sliding_window=self.sliding_window, **lengths)
         return out.flatten(0, 1) if packing.rectangular else out
 
-    def _attend_cached(
-        self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, cache: RollingCache
-    ) -> Tensor:
-        ring: dict[str, Any] = {
+    def _ring(self, cache: RollingCache, packing: Packing) -> dict[str, Any]:
+        return {
             "k_cache": cache.keys[self.layer],
             "v_cache": cache.values[self.layer],
             "lengths": cache.lengths,
             "cu_seqlens": packing.cu_seqlens,
             "max_seqlen": packing.max_seqlen,
         }
-        window = self.sliding_window
-        if set(packing.seqlens) == {1}:
-            # One token overwrites only the key that has just left its window.
-            rolling_cache_update_(k=k, v=v, **ring)
-            return rolling_cache_attention(q, None, None, **ring, sliding_window=window)
-        out = rolling_cache_attention(q, k, v, **ring, sliding_window=window)
-        rolling_cache_update_(k=k, v=v, **ring)
+
+    def _decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tables: tuple[Tensor, Tensor],
+        packing: Packing,
+        cache: RollingCache,
+    ) -> Tensor:
+        """One token a sequence: it overwrites only the key that has just left its window."""
+        ring, (cos, sin) = self._ring(cache, packing), tables
+        turned: Any = rolling_cache_update_(**ring, k=k, v=v, q=q, cos=cos, sin=sin)
+        return rolling_cache_attention(
+            *(turned, None, None),
+            **ring,
+            sliding_window=self.sliding_window,
+            counters=cache.counters,
+        )
+
+    def _extend(
+        self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, cache: RollingCache
+    ) -> Tensor:
+        """Chunks of any lengths, of which the first has no older keys to see."""
+        ring = self._ring(cache, packing)
+        if cache.empty:
+            out = self._attend_alone(q, k, v, packing)
+        else:
+            out = rolling_cache_attention(
+                q, k, v, **ring, sliding_window=self.sliding_window, counters=cache.counters
+            )
+        rolling_cache_update_(**ring, k=k, v=v)
         return out
 
 

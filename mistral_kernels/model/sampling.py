@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,26 +46,37 @@ class Sampler:
             raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
 
     def __call__(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
-        """(batch,) token ids for logits (batch, vocab_size).
+        """(batch,) token ids for logits (batch, vocab_size), without a look at the host.
 
         `seen`, (batch, vocab_size) booleans, marks the tokens of each text so far; it is needed
         when there is a repetition penalty.
         """
-        logits = logits.float()
-        if self.repetition_penalty != 1.0:
-            if seen is None:
-                raise ValueError("seen is needed for a repetition_penalty")
-            penalised = torch.where(
-                logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty
-            )
-            logits = torch.where(seen, penalised, logits)
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
+            return self._penalise(logits, seen).argmax(dim=-1)
+        probabilities = self.probabilities(logits, seen)
+        # As torch.multinomial draws, less its checks on the host: of exponential clocks, each as
+        # fast as its token is likely, the first to ring.
+        clocks = torch.empty_like(probabilities).exponential_(generator=self.generator)
+        return probabilities.div_(clocks).argmax(dim=-1)
+
+    def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """What is drawn from, float32 (batch, vocab_size), at a temperature above 0."""
+        logits = self._penalise(logits, seen)
         # From the largest down, so that no temperature, however small, overflows.
         logits = logits - logits.amax(dim=-1, keepdim=True)
         temperature = max(self.temperature, torch.finfo(torch.float32).tiny)
-        probabilities = self._truncate(logits / temperature).softmax(dim=-1)
-        return torch.multinomial(probabilities, 1, generator=self.generator).squeeze(-1)
+        return self._truncate(logits / temperature).softmax(dim=-1)
+
+    def _penalise(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        logits = logits.float()
+        if self.repetition_penalty == 1.0:
+            return logits
+        if seen is None:
+            raise ValueError("seen is needed for a repetition_penalty")
+        penalised = torch.where(
+            logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty
+        )
+        return torch.where(seen, penalised, logits)
 
     def _truncate(self, logits: Tensor) -> Tensor:
         if 0 < self.top_k < logits.shape[-1]:
@@ -78,6 +90,6 @@ class Sampler:
             logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
         if self.min_p > 0:
             # p >= min_p * p_max, with the normalisation cancelled.
-            bound = logits.amax(dim=-1, keepdim=True) + torch.tensor(self.min_p).log().item()
+            bound = logits.amax(dim=-1, keepdim=True) + math.log(self.min_p)
             logits = logits.masked_fill(logits < bound, -torch.inf)
         return logits

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mistral_kernels import checkpoint
-from mistral_kernels.model.cache import Packing, RollingCache
+from mistral_kernels.model.cache import Packing, RollingCache, cache_layout
 from mistral_kernels.model.config import MistralConfig
+from mistral_kernels.model.decoding import DecodeStep
 from mistral_kernels.model.layers import DecoderLayer, Linear, RMSNorm
 from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.ops.rotary import rotary_tables
@@ -45,7 +46,12 @@ class MistralModel(nn.Module):
     def forward(
         self, input_ids: Tensor, packing: Packing, cache: RollingCache | None = None
     ) -> Tensor:
-        """(total_tokens, hidden_size) for packed ids (total_tokens,); appends to `cache`."""
+        """(total_tokens, hidden_size) for packed ids (total_tokens,); appends to `cache`.
+
+        Raises `ValueError` for a cache that was made for another model, dtype or device.
+        """
+        if cache is not None:
+            self._check(cache)
         tables = self._rotary_tables(packing.end, input_ids.device)
         delta, residual = self.embed_tokens(input_ids), None
         if cache is not None:
@@ -55,6 +61,26 @@ class MistralModel(nn.Module):
         if cache is not None:
             cache.advance(packing)
         return self.norm(delta, residual)[0]
+
+    def _check(self, cache: RollingCache) -> None:
+        ring, weight = cache.keys[0], self.norm.weight
+        if cache.config is not self.config and cache_layout(cache.config) != cache_layout(
+            self.config
+        ):
+            raise ValueError(
+                "the cache was made for another model; its windows, kv heads and head_dim are "
+                f"{cache_layout(cache.config)}, this model's {cache_layout(self.config)}"
+            )
+        if ring.dtype != weight.dtype or ring.device != weight.device:
+            raise ValueError(
+                f"the cache must be {weight.dtype} on {weight.device} like the model, got "
+                f"{ring.dtype} on {ring.device}"
+            )
+
+    @property
+    def num_positions(self) -> int:
+        """How many positions the rotary tables hold now; they grow, and move, when more come."""
+        return 0 if self._tables is None else len(self._tables[0])
 
     def _rotary_tables(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
         tables = self._tables
@@ -212,9 +238,11 @@ class MistralForCausalLM(nn.Module):
         """Generate token by token: yields one id a prompt, None for a text that has ended.
 
         Each text ends after its first token of `eos_token_ids` (which is yielded), all end after
-        `max_new_tokens`. With a `cache` that has seen earlier text, the prompts continue it;
-        afterwards it holds everything but the last token yielded. `context`, that text's tokens,
-        serves a repetition penalty alone.
+        `max_new_tokens`. A text that has ended stays a row of the batch until all have, so that the
+        others' bits are what they would be. With a `cache` that has seen earlier text, the prompts
+        continue it; afterwards it holds everything but the last token yielded (of a text that ended
+        before the others, also what nobody saw). `context`, that text's tokens, serves a repetition
+        penalty alone.
         """
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
@@ -238,18 +266,28 @@ class MistralForCausalLM(nn.Module):
             for texts in (prompts, context or ()):
                 for row, text in zip(seen, texts):
                     row[torch.tensor(text, dtype=torch.long, device=self.device)] = True
+        step = DecodeStep(self, cache, sampler, seen)
+        step.choose(self.prefill(prompts, cache, chunk_size))
         ended = [False] * batch
-        logits = self.prefill(prompts, cache, chunk_size)
         for remaining in reversed(range(max_new_tokens)):
-            token_ids = sampler(logits, seen)
-            if seen is not None:
-                seen.scatter_(1, token_ids.unsqueeze(1), True)
-            tokens = token_ids.tolist()
-            yield [None if done else token for token, done in zip(tokens, ended)]
-            ended = [done or token in eos_token_ids for token, done in zip(tokens, ended)]
-            if all(ended) or not remaining:
+            step.begin_read()
+            # Where steps are queued, the next one runs while this one's tokens are looked at.
+            ahead = step.captures and remaining > 0
+            if ahead:
+                step()
+            wanted = False
+            try:
+                tokens = step.finish_read()
+                yield [None if done else token for token, done in zip(tokens, ended)]
+                ended = [done or token in eos_token_ids for token, done in zip(tokens, ended)]
+                wanted = remaining > 0 and not all(ended)
+            finally:
+                if ahead and not wanted:
+                    cache.take_back()
+            if not wanted:
                 return
-            logits = self.decode(token_ids, cache)
+            if not ahead:
+                step()
 
     def generate(
         self,

@@ -52,18 +52,6 @@ def uses_triton(x: torch.Tensor) -> bool:
     return choose_backend(x.device).name == "triton"
 
 
-def require_torch_backend(op: str) -> None:
-    """For an operator that has no Triton kernel: on whatever device, PyTorch's operators serve it.
-
-    Raises:
-        NotImplementedError: ``MISTRAL_KERNELS_BACKEND=triton`` asks for a kernel that is not there.
-    """
-    if os.environ.get(BACKEND_VARIABLE) == "triton":
-        raise NotImplementedError(
-            f"{op} has no Triton kernel yet; set {BACKEND_VARIABLE}=auto to use those there are"
-        )
-
-
 @functools.cache  # exceptions are not cached: a remedy takes effect at the next call
 def _choose(device_type: str, setting: str) -> Backend:
     if setting not in ("auto", "triton", "torch"):

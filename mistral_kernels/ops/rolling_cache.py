@@ -1,16 +1,357 @@
-"""Writing new keys and values into the rolling cache.
+"""Writing new keys and values into the rolling cache, turned to their positions on the way.
 
 The cache of a layer is a ring of `capacity` slots a sequence: the token at absolute position p
 lives in slot p % capacity, so that a window of `capacity` tokens is kept in constant memory and
-nothing is ever moved. `lengths` counts the tokens each sequence has seen.
+nothing is ever moved. `lengths` counts the tokens each sequence has seen, so new token i of a
+sequence stands at position lengths + i. A cache that never wraps, paged or not, is the same ring.
+
+Four implementations give the same bits: csrc for the CPU and for CUDA, Triton, and PyTorch.
 """
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.dispatch import require_torch_backend
+from mistral_kernels.ops import extension, launch_configs
+from mistral_kernels.ops.cache_arguments import check_ring, check_rotary
+from mistral_kernels.ops.dispatch import BACKEND_VARIABLE, device_guard, uses_triton
+from mistral_kernels.ops.launch_configs import cdiv
+from mistral_kernels.ops.lazy_triton import jit
+from mistral_kernels.ops.rotary import load_angles, rotate, turn_heads
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+@jit
+def slot_row(table_ptr, table_stride, slot, exists, page_size, PAGED: tl.constexpr):
+    """Which row of the cache, from the sequence's first or, `PAGED`, the cache's, holds a slot."""
+    if PAGED:
+        page = tl.load(table_ptr + slot // page_size * table_stride, mask=exists, other=0)
+        return page.to(tl.int64), slot % page_size
+    return tl.zeros_like(slot).to(tl.int64), slot
+
+
+@jit
+def _copy_heads(
+    x_row, out_row, exists, head, x_stride_h, out_stride_h, HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """`turn_heads` without the turn."""
+    channel = tl.arange(0, 2 * BLOCK_I)[None, None, :]
+    mask = exists & (head < HEADS) & (channel < HEAD_DIM)
+    head = tl.cast(head, tl.int64)
+    x = tl.load(x_row + head * x_stride_h + channel, mask=mask)
+    tl.store(out_row + head * out_stride_h + channel, x, mask=mask)
+
+
+@jit
+def _update_kernel(
+    q_ptr, k_ptr, v_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, lengths_ptr,
+    cu_seqlens_ptr, rows_ptr, table_ptr,
+    q_stride_s, q_stride_h, k_stride_s, k_stride_h, v_stride_s, v_stride_h,
+    k_cache_stride_b, k_cache_stride_s, k_cache_stride_h,
+    v_cache_stride_b, v_cache_stride_s, v_cache_stride_h,
+    cos_stride, sin_stride, table_stride_b, table_stride, tiles, capacity, page_size,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, PAGED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    tile, sequence = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    start = tl.load(cu_seqlens_ptr + sequence)
+    count = tl.load(cu_seqlens_ptr + sequence + 1) - start
+    if tile * BLOCK_T >= count:
+        return
+    index = tile * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
+    token = (start + index).to(tl.int64)
+    position = tl.load(lengths_ptr + sequence).to(tl.int64) + index
+    exists = index < count
+    if ROTARY:
+        cos, sin = load_angles(
+            cos_ptr, sin_ptr, position, exists, cos_stride, sin_stride, HEAD_DIM // 2, BLOCK_I
+        )
+
+    # A program's heads are some of q's, of k's or of v's.
+    block = tl.program_id(1)
+    head = tl.arange(0, BLOCK_H)[None, :, None]
+    if ROTARY:
+        if block * BLOCK_H < Q_HEADS:
+            turn_heads(
+                q_ptr + token * q_stride_s, q_out_ptr + token * (Q_HEADS * HEAD_DIM), exists,
+                block * BLOCK_H + head, cos, sin, q_stride_h, HEAD_DIM,
+                Q_HEADS, HEAD_DIM // 2, INTERLEAVED, BLOCK_I,
+            )  # fmt: skip
+            return
+        block -= tl.cdiv(Q_HEADS, BLOCK_H)
+    row = sequence.to(tl.int64)
+    if ROWS:
+        row = tl.load(rows_ptr + sequence).to(tl.int64)
+    kept = exists & (index >= count - capacity)  # of a chunk longer than the ring, the end
+    slot = position % capacity
+    if PAGED:
+        table_ptr += sequence * table_stride_b
+    page, slot = slot_row(table_ptr, table_stride, slot, kept, page_size, PAGED)
+    if not PAGED:
+        page += row
+    if block * BLOCK_H < KV_HEADS:
+        k_row = k_ptr + token * k_stride_s
+        k_cache_row = k_cache_ptr + page * k_cache_stride_b + slot * k_cache_stride_s
+        head += block * BLOCK_H
+        if ROTARY:
+            turn_heads(
+                k_row, k_cache_row, kept, head, cos, sin, k_stride_h, k_cache_stride_h,
+                KV_HEADS, HEAD_DIM // 2, INTERLEAVED, BLOCK_I,
+            )  # fmt: skip
+        else:
+            _copy_heads(
+                k_row, k_cache_row, kept, head, k_stride_h, k_cache_stride_h, KV_HEADS, HEAD_DIM,
+                BLOCK_I,
+            )  # fmt: skip
+    else:
+        _copy_heads(
+            v_ptr + token * v_stride_s,
+            v_cache_ptr + page * v_cache_stride_b + slot * v_cache_stride_s,
+            kept, head + (block - tl.cdiv(KV_HEADS, BLOCK_H)) * BLOCK_H,
+            v_stride_h, v_cache_stride_h, KV_HEADS, HEAD_DIM, BLOCK_I,
+        )  # fmt: skip
+
+
+def _update_triton(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    rows: Tensor | None,
+    block_table: Tensor | None,
+    q: Tensor | None,
+    q_out: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+) -> None:
+    if cos is not None and k.dtype == torch.float64:
+        raise TypeError(
+            "rolling_cache_update_: k is torch.float64; the triton backend turns float16, bfloat16 "
+            "and float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
+        )
+    batch, num_kv_heads, head_dim = lengths.numel(), *k.shape[1:]
+    num_heads = 0 if q is None else q.shape[1]
+    config = launch_configs.rolling_cache_update(head_dim, max_seqlen)
+    tiles, block_h = cdiv(max_seqlen, config["BLOCK_T"]), config["BLOCK_H"]
+    with device_guard(k_cache):
+        _update_kernel[(tiles * batch, cdiv(num_heads, block_h) + 2 * cdiv(num_kv_heads, block_h))](
+            *(q, k, v, q_out, k_cache, v_cache, cos, sin, lengths, cu_seqlens, rows, block_table),
+            *((0, 0) if q is None else q.stride()[:2]),
+            *(*k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3]),
+            *(0 if table is None else table.stride(0) for table in (cos, sin)),
+            *((0, 0) if block_table is None else block_table.stride()),
+            *(tiles, capacity_of(k_cache, block_table), k_cache.shape[1]),
+            Q_HEADS=num_heads,
+            KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            ROTARY=cos is not None,
+            INTERLEAVED=interleaved,
+            ROWS=rows is not None,
+            PAGED=block_table is not None,
+            **config,
+        )
+
+
+def capacity_of(k_cache: Tensor, block_table: Tensor | None) -> int:
+    """Slots of a sequence: those of its row, or of all its pages."""
+    return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+
+
+def places_of_tokens(
+    lengths: Tensor, cu_seqlens: Tensor, total: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each packed token its sequence, its index among the new ones, and its position."""
+    batch = torch.arange(lengths.numel(), device=lengths.device)
+    sequence = torch.repeat_interleave(batch, cu_seqlens.diff(), output_size=total)
+    index = torch.arange(total, device=lengths.device) - cu_seqlens.long()[sequence]
+    return sequence, index, lengths[sequence] + index
+
+
+def _slots_of_tokens(
+    k_cache: Tensor,
+    lengths: Tensor,
+    cu_seqlens: Tensor,
+    total: int,
+    rows: Tensor | None,
+    block_table: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens that are kept, and where in the cache each is: row (or page), and slot in it."""
+    capacity = capacity_of(k_cache, block_table)
+    sequence, index, position = places_of_tokens(lengths, cu_seqlens, total)
+    kept = (index >= cu_seqlens.diff()[sequence] - capacity).nonzero().squeeze(1)
+    sequence, slot = sequence[kept], position[kept] % capacity
+    if block_table is not None:
+        page_size = k_cache.shape[1]
+        return kept, block_table[sequence, slot // page_size].long(), slot % page_size
+    return kept, sequence if rows is None else rows.long()[sequence], slot
+
+
+def _update_torch(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    rows: Tensor | None,
+    block_table: Tensor | None,
+    q: Tensor | None,
+    q_out: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+) -> None:
+    total = k.shape[0]
+    if q is not None and q_out is not None and cos is not None:
+        *_, position = places_of_tokens(lengths, cu_seqlens, total)
+        turned_q, turned_k = rotate(q, k, cos, sin, position, interleaved, False)
+        assert turned_q is not None and turned_k is not None
+        q_out.copy_(turned_q)
+        k = turned_k
+    if k_cache.device.type == "cpu" and max_seqlen > 1 and block_table is None:
+        _append_(k_cache, k, lengths, cu_seqlens, rows)
+        _append_(v_cache, v, lengths, cu_seqlens, rows)
+        return
+    kept, row, slot = _slots_of_tokens(k_cache, lengths, cu_seqlens, total, rows, block_table)
+    k_cache[row, slot] = k[kept]
+    v_cache[row, slot] = v[kept]
+
+
+def _append_(
+    cache: Tensor, new: Tensor, lengths: Tensor, cu_seqlens: Tensor, rows: Tensor | None
+) -> None:
+    """The update by slices, at most two a sequence: on the CPU far faster than by index."""
+    capacity = cache.shape[1]
+    seen, offsets = lengths.tolist(), cu_seqlens.tolist()
+    for sequence, row in enumerate(range(len(seen)) if rows is None else rows.tolist()):
+        start, end = offsets[sequence : sequence + 2]
+        kept = new[max(start, end - capacity) : end]
+        slot = (seen[sequence] + end - start - len(kept)) % capacity
+        ahead = min(len(kept), capacity - slot)
+        cache[row, slot : slot + ahead] = kept[:ahead]
+        cache[row, : len(kept) - ahead] = kept[ahead:]
+
+
+_IN_EXTENSION = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _implementation(k_cache: Tensor) -> Any:
+    """csrc where it can be had; Triton, and nothing else, where it was asked for by name."""
+    setting = os.environ.get(BACKEND_VARIABLE, "auto")
+    wanted = setting == "auto" or (setting == "torch" and k_cache.device.type == "cpu")
+    if wanted and k_cache.dtype in _IN_EXTENSION and k_cache.shape[-1] % 8 == 0:
+        library = extension.load(k_cache.device.type)
+        if library is not None:
+            return library.rolling_cache_update
+    return _update_triton if uses_triton(k_cache) else _update_torch
+
+
+def _update(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *args: Any) -> None:
+    """The operator without a rotation; args: lengths, cu_seqlens, max_seqlen, rows, block_table."""
+    if k.numel():
+        _implementation(k_cache)(k_cache, v_cache, k, v, *args, None, None, None, None, False)
+
+
+def _rotary_update(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    q: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if q.numel():
+        packed = k, v, lengths, cu_seqlens, max_seqlen, None, None
+        _implementation(k_cache)(k_cache, v_cache, *packed, q, q_out, cos, sin, interleaved)
+    return q_out
+
+
+def _rotary_update_fake(*args: Any) -> Tensor:
+    q = args[7]
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+_CACHES = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v"
+_LENGTHS = "Tensor lengths, Tensor cu_seqlens, SymInt max_seqlen"
+torch.library.define(
+    "mistral_kernels::rolling_cache_update",
+    f"({_CACHES}, {_LENGTHS}, Tensor? rows, Tensor? block_table) -> ()",
+)
+torch.library.impl("mistral_kernels::rolling_cache_update", ("cpu", "cuda"), _update)
+torch.library.register_fake("mistral_kernels::rolling_cache_update", lambda *args: None)
+torch.library.define(
+    "mistral_kernels::rotary_rolling_cache_update",
+    f"({_CACHES}, {_LENGTHS}, Tensor q, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
+)
+torch.library.impl("mistral_kernels::rotary_rolling_cache_update", ("cpu", "cuda"), _rotary_update)
+torch.library.register_fake("mistral_kernels::rotary_rolling_cache_update", _rotary_update_fake)
+
+update_op = torch.ops.mistral_kernels.rolling_cache_update.default
+_rotary_update_op = torch.ops.mistral_kernels.rotary_rolling_cache_update.default
+
+
+class RollingCacheUpdateFunction(torch.autograd.Function):
+    """A token's gradient is that of the slot it was written to; what it overwrote gets none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *args: Any
+    ) -> tuple[Tensor | None, ...]:
+        lengths, cu_seqlens, max_seqlen, q, cos, sin, interleaved = args
+        q_out = None
+        if q is None:
+            update_op(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, None, None)
+        else:
+            q_out = _rotary_update_op(k_cache, v_cache, k, v, *args)
+        ctx.save_for_backward(lengths, cu_seqlens, cos, sin)
+        ctx.mark_dirty(k_cache, v_cache)
+        ctx.total, ctx.interleaved = k.shape[0], interleaved
+        ctx.set_materialize_grads(False)
+        return k_cache, v_cache, q_out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        lengths, cu_seqlens, cos, sin = ctx.saved_tensors
+        dk_cache, dv_cache, dq = grads
+        dk, dk_cache = _split_gradient(dk_cache, lengths, cu_seqlens, ctx.total)
+        dv, dv_cache = _split_gradient(dv_cache, lengths, cu_seqlens, ctx.total)
+        if cos is not None and not (dq is None and dk is None):
+            *_, position = places_of_tokens(lengths, cu_seqlens, ctx.total)
+            dq, dk = rotate(dq, dk, cos, sin, position, ctx.interleaved, True)
+        return dk_cache, dv_cache, dk, dv, None, None, None, dq, None, None, None
+
+
+def _split_gradient(
+    dcache: Tensor | None, lengths: Tensor, cu_seqlens: Tensor, total: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the new tokens, and of what the cache held before."""
+    if dcache is None:
+        return None, None
+    kept, row, slot = _slots_of_tokens(dcache, lengths, cu_seqlens, total, None, None)
+    dnew = dcache.new_zeros(total, *dcache.shape[2:])
+    dnew[kept] = dcache[row, slot]
+    dcache = dcache.clone()
+    dcache[row, slot] = 0
+    return dnew, dcache
 
 
 def rolling_cache_update_(
@@ -21,114 +362,49 @@ def rolling_cache_update_(
     lengths: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-) -> None:
+    *,
+    q: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+) -> Tensor | None:
     """Append new tokens to each sequence's ring, in place. `lengths` is left as it was.
 
+    With q, cos and sin, q and k are first turned to their positions, in the same launch.
+    Differentiable, in k, v, q and what the rings held.
+
     Args:
-        k_cache, v_cache: (batch, capacity, num_kv_heads, head_dim), contiguous.
+        k_cache, v_cache: (batch, capacity, num_kv_heads, head_dim), of any strides but a contiguous
+            last dimension.
         k, v: (total_tokens, num_kv_heads, head_dim), packed, of the caches' dtype, any strides.
             Of more than `capacity` new tokens the last ones are kept.
         lengths: (batch,) int32, tokens that each sequence had seen before.
         cu_seqlens: (batch + 1,) int32, where each sequence begins in k and v.
         max_seqlen: the most new tokens of any sequence.
+        q: (total_tokens, num_heads, head_dim), packed like k.
+        cos, sin: (num_positions, head_dim / 2) float32, from `rotary_tables`, long enough for the
+            new tokens' positions.
+        interleaved: pair channels (2i, 2i + 1) in place of (i, i + head_dim / 2).
+
+    Returns:
+        q turned, a new tensor; None without q.
 
     Raises:
         ValueError: naming the argument that does not fit; the caches are untouched.
     """
-    require_torch_backend("rolling_cache_update_")
     check_ring(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, k.shape[0])
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if not cache.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {cache.stride()}")
-    batch, capacity = k_cache.shape[:2]
-    total = k.shape[0]
-    if k.device.type == "cpu" and max_seqlen > 1:
-        seen, offsets = lengths.tolist(), cu_seqlens.tolist()
-        _append_(k_cache, k, seen, offsets)
-        _append_(v_cache, v, seen, offsets)
-        return
-    if max_seqlen == 1 and total == batch:
-        slots = torch.arange(batch, device=k.device) * capacity + lengths % capacity
-    else:
-        starts, counts = cu_seqlens[:-1].long(), cu_seqlens.diff()
-        sequence = torch.repeat_interleave(
-            torch.arange(batch, device=k.device), counts, output_size=total
-        )
-        index = torch.arange(total, device=k.device) - starts[sequence]
-        slots = sequence * capacity + (lengths[sequence] + index) % capacity
-        if max_seqlen > capacity:
-            kept = (index >= counts[sequence] - capacity).nonzero().squeeze(1)
-            k, v, slots = k[kept], v[kept], slots[kept]
-    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k)
-    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v)
-
-
-def _append_(ring: Tensor, new: Tensor, lengths: list[int], offsets: list[int]) -> None:
-    """The update by slices, at most two a sequence: on the CPU far faster than by index."""
-    capacity = ring.shape[1]
-    for sequence, (start, end) in enumerate(zip(offsets, offsets[1:])):
-        kept = new[max(start, end - capacity) : end]
-        slot = (lengths[sequence] + end - start - len(kept)) % capacity
-        ahead = min(len(kept), capacity - slot)
-        ring[sequence, slot : slot + ahead] = kept[:ahead]
-        ring[sequence, : len(kept) - ahead] = kept[ahead:]
-
-
-def check_ring(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    lengths: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    total: int,
-) -> None:
-    """Raise `ValueError` unless the arguments describe one cache and `total` new tokens for it.
-
-    What `lengths` and `cu_seqlens` hold is looked at on the CPU only, where that does not wait.
-    """
-    if k_cache.ndim != 4 or 0 in k_cache.shape[:2]:
-        raise ValueError(
-            "k_cache must be (batch, capacity, num_kv_heads, head_dim) with batch and capacity "
-            f"> 0, got {tuple(k_cache.shape)}"
-        )
-    if v_cache.shape != k_cache.shape or v_cache.dtype != k_cache.dtype:
-        raise ValueError(
-            f"v_cache must be like k_cache, {tuple(k_cache.shape)} of {k_cache.dtype}, "
-            f"got {tuple(v_cache.shape)} of {v_cache.dtype}"
-        )
-    batch, _, num_kv_heads, head_dim = k_cache.shape
-    for name, x in (("k", k), ("v", v)):
-        if x is None:
-            continue
-        if x.ndim != 3 or x.shape[1:] != (num_kv_heads, head_dim):
-            raise ValueError(
-                f"{name} must be (total_tokens, {num_kv_heads}, {head_dim}) to fit the cache, "
-                f"got {tuple(x.shape)}"
-            )
-        if x.dtype != k_cache.dtype:
-            raise ValueError(f"{name} must have the cache's dtype {k_cache.dtype}, got {x.dtype}")
-        if x.shape[0] != total:
-            raise ValueError(f"{name} must hold {total} tokens, got {x.shape[0]}")
-    for name, x, count in (("lengths", lengths, batch), ("cu_seqlens", cu_seqlens, batch + 1)):
-        if x.shape != (count,) or x.dtype != torch.int32:
-            raise ValueError(
-                f"{name} must be ({count},) of torch.int32 for a cache of {batch} sequences, "
-                f"got {tuple(x.shape)} of {x.dtype}"
-            )
-    others = {"v_cache": v_cache, "k": k, "v": v, "lengths": lengths, "cu_seqlens": cu_seqlens}
-    for name, other in others.items():
-        if other is not None and other.device != k_cache.device:
-            raise ValueError(f"{name} must be on {k_cache.device} like k_cache, got {other.device}")
-    if k_cache.device.type != "cpu":
-        return
-    if min(lengths.tolist()) < 0:
-        raise ValueError(f"lengths must be >= 0, got {lengths.tolist()}")
-    offsets = cu_seqlens.tolist()
-    counts = [end - start for start, end in zip(offsets, offsets[1:])]
-    if offsets[0] != 0 or offsets[-1] != total or not 0 <= min(counts) <= max(counts) <= max_seqlen:
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to the {total} new tokens in steps of at most "
-            f"max_seqlen {max_seqlen}, got {offsets}"
-        )
+    if q is not None:
+        check_rotary(q, cos, sin, k, lengths, cu_seqlens)
+    elif cos is not None or sin is not None:
+        raise ValueError("cos and sin turn q and k: give q too")
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    q = q if q is None or q.stride(-1) == 1 else q.contiguous()
+    args = lengths.contiguous(), cu_seqlens.contiguous(), max_seqlen
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (k_cache, v_cache, k, v, q)
+    ):
+        tables = q, cos, sin, interleaved
+        return RollingCacheUpdateFunction.apply(k_cache, v_cache, k, v, *args, *tables)[2]
+    if q is None:
+        return update_op(k_cache, v_cache, k, v, *args, None, None)
+    return _rotary_update_op(k_cache, v_cache, k, v, *args, q, cos, sin, interleaved)

@@ -5,7 +5,8 @@
 
 A pair (a, b) is channels (i, i + d/2) in Hugging Face checkpoints (half-split), (2i, 2i + 1) in raw
 Mistral checkpoints (interleaved). Angles are formed in float64, tables and arithmetic are float32:
-in bfloat16 position 4095 itself would become 4096, a whole radian off.
+in bfloat16 position 4095 itself would become 4096, a whole radian off. Both products are rounded
+before they are added (no fused multiply-add), so that every backend gives the same bits.
 """
 
 from __future__ import annotations
@@ -25,33 +26,45 @@ if TYPE_CHECKING:
 
 
 @jit
-def _turn(
-    x_ptr, out_ptr, token, in_tokens, cos, sin, x_stride_s, x_stride_h,
-    HEADS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr,
+def turn_heads(
+    x_row, out_row, exists, head, cos, sin, x_stride_h, out_stride_h,
+    HEADS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """Turns a block of heads of a tile of tokens, from rows `x_row` on to rows `out_row` on.
+
+    x_row, out_row, exists: [BLOCK_T, 1, 1]; head: [1, BLOCK_H, 1]; cos, sin: [BLOCK_T, 1, BLOCK_I].
+    """
+    exists = exists & (head < HEADS)
+    x_head = x_row + tl.cast(head, tl.int64) * x_stride_h
+    out_head = out_row + tl.cast(head, tl.int64) * out_stride_h
+    out_type = out_row.dtype.element_ty
+    if INTERLEAVED:  # one wide access; pairs lie side by side
+        channel = tl.arange(0, 2 * BLOCK_I)[None, None, :]
+        mask = exists & (channel < 2 * HALF)
+        x = tl.load(x_head + channel, mask=mask, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], BLOCK_I, 2)))
+        turned = tl.join(a * cos - b * sin, b * cos + a * sin)
+        turned = tl.reshape(turned, (x.shape[0], x.shape[1], 2 * BLOCK_I))
+        tl.store(out_head + channel, turned.to(out_type), mask=mask)
+    else:
+        channel = tl.arange(0, BLOCK_I)[None, None, :]
+        mask = exists & (channel < HALF)
+        a = tl.load(x_head + channel, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x_head + HALF + channel, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_head + channel, (a * cos - b * sin).to(out_type), mask=mask)
+        tl.store(out_head + HALF + channel, (b * cos + a * sin).to(out_type), mask=mask)
+
+
+@jit
+def load_angles(
+    cos_ptr, sin_ptr, position, exists, cos_stride, sin_stride, HALF: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Turns all heads of a tile of tokens; token and in_tokens are [BLOCK_T, 1, 1]."""
-    for first_head in tl.range(0, HEADS, BLOCK_H):
-        head = first_head + tl.arange(0, BLOCK_H)[None, :, None]
-        x_row = x_ptr + token * x_stride_s + tl.cast(head, tl.int64) * x_stride_h
-        out_row = out_ptr + (token * HEADS + head) * (2 * HALF)
-        in_rows = in_tokens & (head < HEADS)
-        if INTERLEAVED:  # one wide access; pairs lie side by side
-            channel = tl.arange(0, 2 * BLOCK_I)[None, None, :]
-            mask = in_rows & (channel < 2 * HALF)
-            x = tl.load(x_row + channel, mask=mask, other=0.0).to(tl.float32)
-            a, b = tl.split(tl.reshape(x, (x.shape[0], BLOCK_H, BLOCK_I, 2)))
-            turned = tl.join(a * cos - b * sin, b * cos + a * sin)
-            turned = tl.reshape(turned, (x.shape[0], BLOCK_H, 2 * BLOCK_I))
-            tl.store(out_row + channel, turned.to(out_ptr.dtype.element_ty), mask=mask)
-        else:
-            channel = tl.arange(0, BLOCK_I)[None, None, :]
-            mask = in_rows & (channel < HALF)
-            a = tl.load(x_row + channel, mask=mask, other=0.0).to(tl.float32)
-            b = tl.load(x_row + HALF + channel, mask=mask, other=0.0).to(tl.float32)
-            out_type = out_ptr.dtype.element_ty
-            tl.store(out_row + channel, (a * cos - b * sin).to(out_type), mask=mask)
-            tl.store(out_row + HALF + channel, (b * cos + a * sin).to(out_type), mask=mask)
+    """Cosines and sines of the tokens' positions [BLOCK_T, 1, 1]: each [BLOCK_T, 1, BLOCK_I]."""
+    pair = tl.arange(0, BLOCK_I)[None, None, :]
+    mask = exists & (pair < HALF)
+    cos = tl.load(cos_ptr + position * cos_stride + pair, mask=mask, other=0.0)
+    return cos, tl.load(sin_ptr + position * sin_stride + pair, mask=mask, other=0.0)
 
 
 @jit
@@ -62,24 +75,30 @@ def _rotary_kernel(
     BACKWARDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
-    in_tokens = token < tokens
-    position = tl.load(positions_ptr + token, mask=in_tokens, other=0).to(tl.int64)
-    pair = tl.arange(0, BLOCK_I)[None, None, :]
-    mask = in_tokens & (pair < HALF)
-    cos = tl.load(cos_ptr + position * cos_stride + pair, mask=mask, other=0.0)
-    sin = tl.load(sin_ptr + position * sin_stride + pair, mask=mask, other=0.0)
+    exists = token < tokens
+    position = tl.load(positions_ptr + token, mask=exists, other=0).to(tl.int64)
+    cos, sin = load_angles(
+        cos_ptr, sin_ptr, position, exists, cos_stride, sin_stride, HALF, BLOCK_I
+    )
     if BACKWARDS:
         sin = -sin
+    head = tl.arange(0, BLOCK_H)[None, :, None]
     if Q_HEADS:
-        _turn(
-            q_ptr, q_out_ptr, token, in_tokens, cos, sin, q_stride_s, q_stride_h,
-            Q_HEADS, HALF, INTERLEAVED, BLOCK_H, BLOCK_I,
-        )  # fmt: skip
+        q_row = q_ptr + token * q_stride_s
+        q_out_row = q_out_ptr + token * (Q_HEADS * 2 * HALF)
+        for first_head in tl.range(0, Q_HEADS, BLOCK_H):
+            turn_heads(
+                q_row, q_out_row, exists, first_head + head, cos, sin, q_stride_h, 2 * HALF,
+                Q_HEADS, HALF, INTERLEAVED, BLOCK_I,
+            )  # fmt: skip
     if K_HEADS:
-        _turn(
-            k_ptr, k_out_ptr, token, in_tokens, cos, sin, k_stride_s, k_stride_h,
-            K_HEADS, HALF, INTERLEAVED, BLOCK_H, BLOCK_I,
-        )  # fmt: skip
+        k_row = k_ptr + token * k_stride_s
+        k_out_row = k_out_ptr + token * (K_HEADS * 2 * HALF)
+        for first_head in tl.range(0, K_HEADS, BLOCK_H):
+            turn_heads(
+                k_row, k_out_row, exists, first_head + head, cos, sin, k_stride_h, 2 * HALF,
+                K_HEADS, HALF, INTERLEAVED, BLOCK_I,
+            )  # fmt: skip
 
 
 Pair = tuple[Tensor | None, Tensor | None]
@@ -153,18 +172,19 @@ def _rotate_torch(
 
 
 def _turn_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """The definition in fewer passes over memory, some of them in place."""
+    """The definition in fewer passes over memory, some of them in place; never a fused one."""
     wide = x.to(cos.dtype)  # mixed products would be far slower
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     (a, b), (out_a, out_b) = (
         (y[..., 0::2], y[..., 1::2]) if interleaved else y.chunk(2, dim=-1) for y in (wide, out)
     )
-    out_a.copy_((a * cos).addcmul_(b, sin, value=-1))
-    out_b.copy_((b * cos).addcmul_(a, sin))
+    out_a.copy_((a * cos).sub_(b * sin))
+    out_b.copy_((b * cos).add_(a * sin))
     return out
 
 
-def _rotate(q: Tensor | None, k: Tensor | None, cos: Tensor, *args: Any) -> Pair:
+def rotate(q: Tensor | None, k: Tensor | None, cos: Tensor, *args: Any) -> Pair:
+    """`apply_rotary` of arguments that have been checked, as its backend computes it."""
     return (_rotate_triton if uses_triton(cos) else _rotate_torch)(q, k, cos, *args)
 
 
@@ -173,7 +193,7 @@ torch.library.define(
     "(Tensor? q, Tensor? k, Tensor cos, Tensor sin, Tensor positions, bool interleaved,"
     " bool backwards) -> (Tensor? q_out, Tensor? k_out)",
 )
-torch.library.impl("mistral_kernels::rotary", ("cpu", "cuda"), _rotate)
+torch.library.impl("mistral_kernels::rotary", ("cpu", "cuda"), rotate)
 torch.library.register_fake("mistral_kernels::rotary", _empty_outputs)
 
 _rotary_op = torch.ops.mistral_kernels.rotary.default

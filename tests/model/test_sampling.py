@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -14,15 +13,8 @@ from mistral_kernels import Sampler
 transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is absent")
 
 
-def distribution(sampler: Sampler, logits: Tensor, seen: Tensor | None = None) -> Tensor:
-    """The probabilities that `sampler` draws from, as it hands them to torch.multinomial."""
-    with mock.patch.object(torch, "multinomial", wraps=torch.multinomial) as draw:
-        sampler(logits, seen)
-    return draw.call_args.args[0]
-
-
 def oracle(logits: Tensor, **settings: Any) -> Tensor:
-    """The same by transformers' warpers, in float64 and in transformers' order."""
+    """`Sampler.probabilities` by transformers' warpers, in float64 and in transformers' order."""
     warpers = {
         "temperature": transformers.TemperatureLogitsWarper,
         "top_k": transformers.TopKLogitsWarper,
@@ -55,7 +47,7 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_distribution_is_that_of_transformers(settings: dict[str, Any]) -> None:
     logits = torch.randn(40, 97) * 3
-    actual, expected = distribution(Sampler(**settings), logits), oracle(logits, **settings)
+    actual, expected = Sampler(**settings).probabilities(logits), oracle(logits, **settings)
     # Where a cumulated or relative probability is within rounding of its threshold, either side is
     # right: those rows are known by an oracle that moves with the threshold.
     clear = torch.ones(len(logits), dtype=torch.bool)
@@ -73,7 +65,7 @@ def test_distribution_is_that_of_transformers(settings: dict[str, Any]) -> None:
 def test_ties(settings: dict[str, Any]) -> None:
     """Of equal tokens top-p may keep any, but as many as transformers keeps; top-k keeps all."""
     logits = torch.randint(-3, 4, (40, 97)) / 2.0 + 0.1 * torch.arange(40)[:, None]
-    actual, expected = distribution(Sampler(**settings), logits), oracle(logits, **settings)
+    actual, expected = Sampler(**settings).probabilities(logits), oracle(logits, **settings)
     if "top_p" in settings:
         actual, expected = actual.sort().values, expected.sort().values
     kept, wanted = (actual > 0).sum(dim=-1), (expected > 0).sum(dim=-1)
@@ -117,7 +109,7 @@ def test_repetition_penalty(penalty: float) -> None:
             torch.tensor([text]), logits[row : row + 1].double()
         )
         torch.testing.assert_close(theirs[0], expected[row])
-    actual = distribution(Sampler(repetition_penalty=penalty), logits, seen)
+    actual = Sampler(repetition_penalty=penalty).probabilities(logits, seen)
     torch.testing.assert_close(actual.double(), expected.softmax(dim=-1), rtol=1e-5, atol=1e-7)
     greedy = Sampler(temperature=0, repetition_penalty=penalty)(logits, seen)
     assert torch.equal(greedy, expected.argmax(dim=-1))

@@ -12,8 +12,8 @@ from allocations import Allocations
 from attention_cases import OPTIONS, WINDOW, definition_of, eager, freeze, make_qkv
 from helpers import assert_matches_reference, values_and_gradients
 
-from mistral_kernels.ops import launch_configs, reference
-from mistral_kernels.ops.attention import attention
+from mistral_kernels.ops import reference
+from mistral_kernels.ops.attention import attention, tile_table
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.launch_configs import cdiv
 
@@ -216,14 +216,14 @@ def test_mistral_in_bfloat16(triton_backend, device):
 def with_descriptors(monkeypatch):
     """The kernels that sm_90 and later run: compiled for whatever is here, they do the same."""
     smaller = {
-        "attention_forward": launch_configs._Tile(64, 32, 4, 2, True),
-        "attention_dkdv": launch_configs._Tile(32, 64, 4, 2, True),
-        "attention_dq": launch_configs._Tile(64, 32, 4, 2, True),
+        "attention_forward": tile_table.Tile(64, 32, 4, 2, True),
+        "attention_dkdv": tile_table.Tile(32, 64, 4, 2, True),
+        "attention_dq": tile_table.Tile(64, 32, 4, 2, True),
     }
-    monkeypatch.setattr(launch_configs, "_look_up", lambda kernel, *_: smaller[kernel])
-    launch_configs.attention.cache_clear()
+    monkeypatch.setattr(tile_table, "_look_up", lambda kernel, *_: smaller[kernel])
+    tile_table.configs.cache_clear()
     yield
-    launch_configs.attention.cache_clear()
+    tile_table.configs.cache_clear()
 
 
 @pytest.mark.kernels
@@ -388,7 +388,7 @@ def test_work_follows_the_window(triton_backend, device):
             attention(**inputs, sliding_window=window)
             (profile,) = ptxrun.profiles()
         visited[seqlen] = profile.mma_flop
-    tile = launch_configs._ATTENTION["attention_forward"]["sm_80"][2, 128]
+    tile = tile_table.TILES["attention_forward"]["sm_80"][2, 128]
     needed = blocks_needed(8192, window, 4, tile.m, tile.n) * tile.m * tile.n * 4 * head_dim
     assert needed <= visited[8192] <= 1.1 * needed
     pairs = 4 * (8192 * window - window * (window - 1) // 2)

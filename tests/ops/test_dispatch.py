@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers import TARGETS, compile_only
 
-import mistral_kernels as mk
 from mistral_kernels.ops import dispatch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -101,18 +100,3 @@ def test_as_rows():
         assert (rows.data_ptr() != view.data_ptr(), row_stride) == (copied, stride)
         flat = rows.as_strided((view.numel() // view.shape[-1], view.shape[-1]), (row_stride, 1))
         assert torch.equal(flat, view.reshape(-1, view.shape[-1]))
-
-
-@pytest.mark.parametrize(
-    ("op", "shapes"),
-    [
-        (mk.rolling_cache_attention, [(3, 2, 8)] * 8),
-        (mk.rolling_cache_update_, [(3, 2, 8)] * 7),
-    ],
-    ids=lambda x: getattr(x, "__name__", ""),
-)
-def test_forcing_a_kernel_that_is_not_there(op, shapes, monkeypatch):
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
-    options = {"sliding_window": 3} if op is mk.rolling_cache_attention else {}
-    with pytest.raises(NotImplementedError, match=f"^{op.__name__} has no Triton kernel yet; set"):
-        op(*(torch.zeros(shape) for shape in shapes), **options)

@@ -9,7 +9,7 @@ import torch
 from helpers import TARGETS, compile_only
 
 from mistral_kernels.ops import launch_configs, tuning
-from mistral_kernels.ops.attention import attention
+from mistral_kernels.ops.attention import attention, tile_table
 from mistral_kernels.ops.attention import launch as attention_launch
 from mistral_kernels.ops.dispatch import DeviceProperties
 
@@ -87,9 +87,9 @@ def test_a_setting_that_means_nothing(monkeypatch):
 def test_attention_tuned(timed, triton_backend, device, monkeypatch):
     """Each kernel is measured on the call itself, and the result is right with what was chosen."""
     monkeypatch.setattr(
-        launch_configs,
-        "attention_candidates",
-        lambda *arguments: launch_configs.attention(*arguments)[-2:],
+        tile_table,
+        "candidates",
+        lambda *arguments: tile_table.configs(*arguments)[-2:],
     )
     monkeypatch.setenv(tuning.VARIABLE, "1")
     q, k, v = (torch.randn(1, 40, h, 16, device=device).half() for h in (2, 1, 1))
@@ -119,7 +119,7 @@ def test_the_next_smaller_configuration_where_the_first_does_not_fit(monkeypatch
     assert [misfits] == list(attention_launch._misfits.values())
 
 
-@pytest.mark.parametrize("kernel", launch_configs._ATTENTION)
+@pytest.mark.parametrize("kernel", tile_table.TILES)
 def test_every_device_has_a_tile_for_every_size(kernel):
     devices = [DeviceProperties(t.backend, t.arch, 100, t.shared_memory) for t in TARGETS.values()]
     for device in (*devices, DEVICE._replace(arch=87), DEVICE._replace(arch=103)):
@@ -127,8 +127,8 @@ def test_every_device_has_a_tile_for_every_size(kernel):
             for element_bytes in (2, 4):
                 for descriptors in (False, True):
                     arguments = kernel, size, element_bytes, device, descriptors
-                    configs = launch_configs.attention(*arguments)
+                    configs = tile_table.configs(*arguments)
                     assert configs[-1]["BLOCK_M"] == configs[-1]["BLOCK_N"] == 16
                     has_them = device.platform == "cuda" and 90 <= device.arch < 120
                     assert not configs[0]["DESCRIPTORS"] or (descriptors and has_them)
-                    assert configs[0] in launch_configs.attention_candidates(*arguments)
+                    assert configs[0] in tile_table.candidates(*arguments)

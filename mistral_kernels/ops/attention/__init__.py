@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mistral_kernels.ops.attention.cached import attend_cached
 from mistral_kernels.ops.attention.op import attend
-from mistral_kernels.ops.attention.ring import ring_attention
 from mistral_kernels.ops.attention.window import resolve_window
-from mistral_kernels.ops.dispatch import require_torch_backend
-from mistral_kernels.ops.rolling_cache import check_ring
+from mistral_kernels.ops.cache_arguments import check_ring
 
 MAX_HEAD_DIM = 256
 
@@ -74,7 +73,7 @@ def attention(
         TypeError: q, k or v is not floating point, or a window or length is not of integers.
     """
     if cu_seqlens_q is None:
-        _check_qkv(q, k, v, ndim=4)
+        check_qkv(q, k, v, ndim=4)
         given = {
             "cu_seqlens_k": cu_seqlens_k,
             "max_seqlen_q": max_seqlen_q,
@@ -87,7 +86,7 @@ def attention(
             raise ValueError(f"k must have q's batch of {q.shape[0]}, got {k.shape[0]}")
         batch, max_seqlen_q, max_seqlen_k = q.shape[0], q.shape[1], k.shape[1]
     else:
-        _check_qkv(q, k, v, ndim=3)
+        check_qkv(q, k, v, ndim=3)
         if cu_seqlens_k is None:
             cu_seqlens_k = cu_seqlens_q
         batch = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
@@ -99,7 +98,7 @@ def attention(
         max_seqlen_q = _as_length("max_seqlen_q", max_seqlen_q, q.shape[0])
         max_seqlen_k = _as_length("max_seqlen_k", max_seqlen_k, k.shape[0])
     if alibi_slopes is not None:
-        _check_slopes(alibi_slopes, q, batch)
+        check_slopes(alibi_slopes, q, batch)
     if softcap < 0:
         raise ValueError(f"softcap must be >= 0, got {softcap}")
     if softmax_scale is not None and softmax_scale <= 0:
@@ -134,8 +133,12 @@ def rolling_cache_attention(
     *,
     sliding_window: int | None,
     softmax_scale: float | None = None,
+    counters: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of new tokens over the rolling cache and over themselves.
+
+    Differentiable; without a gradient, keys are read from the ring where they lie, each once, and
+    nothing is read from the device.
 
     With k and v, the ring is read as it was before the new tokens: call this first, then
     `rolling_cache_update_`. A single new token overwrites only the key that has just left its
@@ -146,12 +149,15 @@ def rolling_cache_attention(
         q: (total_tokens, num_heads, head_dim), packed.
         k, v: (total_tokens, num_kv_heads, head_dim), packed; None: already in the ring.
         k_cache, v_cache: (batch, capacity, num_kv_heads, head_dim), finite throughout: begin with
-            zeros, for slots not yet written are masked, and NaN would pass a mask.
+            zeros, for on the torch backend slots not yet written are masked, and NaN would pass.
         lengths: (batch,) int32, tokens each sequence had seen before the new ones.
         cu_seqlens: (batch + 1,) int32, where each sequence begins in q.
         max_seqlen: the most new tokens of any sequence.
         sliding_window: how many keys a token sees, its own included; at most `capacity` are kept.
         softmax_scale: head_dim^-0.5 if None.
+        counters: (at least 4 * batch * num_kv_heads,) int32 on the device, zeros, and zeros again
+            afterwards: where programs that share a sequence's keys count one another. Give calls
+            that may overlap in time their own. None: cleared for the call, with a launch more.
 
     Returns:
         (total_tokens, num_heads, head_dim), of q's dtype.
@@ -160,35 +166,45 @@ def rolling_cache_attention(
         ValueError: naming the argument that does not fit.
         TypeError: q, k or v is not floating point, or a window is not of integers.
     """
-    require_torch_backend("rolling_cache_attention")
     if (k is None) != (v is None):
         raise ValueError("k and v must both be given, or both be None")
     check_ring(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, q.shape[0])
     if k is not None and v is not None:
-        _check_qkv(q, k, v, ndim=3)
+        check_qkv(q, k, v, ndim=3)
     else:
-        _check_qkv(q, k_cache[0], v_cache[0], ndim=3, names=("q", "k_cache", "v_cache"))
+        check_qkv(q, k_cache[0], v_cache[0], ndim=3, names=("q", "k_cache", "v_cache"))
         if max_seqlen != 1 or q.shape[0] != lengths.shape[0]:
             raise ValueError(
                 "k and v may be None only for one new token a sequence, got "
                 f"{q.shape[0]} tokens for {lengths.shape[0]} sequences, max_seqlen {max_seqlen}"
             )
-    return ring_attention(
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        lengths,
-        cu_seqlens,
+    if counters is not None and (
+        counters.numel() < 4 * k_cache.shape[0] * k_cache.shape[2]
+        or counters.dtype != torch.int32
+        or counters.device != q.device
+    ):
+        raise ValueError(
+            f"counters must hold {4 * k_cache.shape[0] * k_cache.shape[2]} zeros of torch.int32 on "
+            f"{q.device}, got {counters.numel()} of {counters.dtype} on {counters.device}"
+        )
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    if k is not None and v is not None:
+        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    out, _ = attend_cached(
+        *(q, k, v, k_cache, v_cache, lengths.contiguous()),
         window=resolve_window(True, None, sliding_window),
+        max_seqlen_q=max_seqlen,
+        cu_seqlens=cu_seqlens.contiguous(),
+        counters=counters,
         softmax_scale=softmax_scale,
     )
+    return out
 
 
-def _check_qkv(
+def check_qkv(
     q: Tensor, k: Tensor, v: Tensor, ndim: int, names: tuple[str, ...] = ("q", "k", "v")
 ) -> None:
+    """Raises unless q, k and v, by whatever names, are one attention's: see `attention`."""
     layout = "(batch, seqlen, heads, head_dim)" if ndim == 4 else "(tokens, heads, head_dim)"
     for name, x in zip(names, (q, k, v)):
         if x.ndim != ndim:
@@ -200,7 +216,9 @@ def _check_qkv(
                 f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}"
             )
     if v.shape != k.shape:
-        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+        raise ValueError(
+            f"{names[2]} must have {names[1]}'s shape {tuple(k.shape)}, got {tuple(v.shape)}"
+        )
     if not 0 < q.shape[-1] <= MAX_HEAD_DIM:
         raise ValueError(f"{names[0]}'s head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}")
     if k.shape[-1] != q.shape[-1]:
@@ -227,7 +245,8 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> int:
     return cu_seqlens.shape[0] - 1
 
 
-def _check_slopes(alibi_slopes: Tensor, q: Tensor, batch: int) -> None:
+def check_slopes(alibi_slopes: Tensor, q: Tensor, batch: int) -> None:
+    """Raises `ValueError` unless the slopes fit q's heads and the batch."""
     num_heads = q.shape[-2]
     if alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):
         raise ValueError(

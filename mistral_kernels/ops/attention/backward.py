@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops import launch_configs
+from mistral_kernels.ops.attention import tile_table
 from mistral_kernels.ops.attention.dkdv import dkdv_kernel
 from mistral_kernels.ops.attention.dq import dq_kernel
 from mistral_kernels.ops.attention.launch import (
@@ -156,7 +156,7 @@ def launch(
         )
 
     if lse.numel():
-        config = launch_configs.attention_delta(problem.block_d)
+        config = tile_table.delta(problem.block_d)
         tiles = cdiv(max_seqlen_q * num_heads, config["BLOCK_M"])
         with device_guard(q):
             _delta_kernel[(tiles * problem.batch,)](

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops import launch_configs, tuning
+from mistral_kernels.ops import tuning
+from mistral_kernels.ops.attention import tile_table
 from mistral_kernels.ops.attention.packed import Offsets
 from mistral_kernels.ops.attention.window import UNBOUNDED, Window, is_narrow
 from mistral_kernels.ops.dispatch import (
@@ -138,7 +139,7 @@ class Problem:
             if tuning.enabled():
                 key = (kernel, self.head_dim, str(x.dtype)[6:], f"group {self.group}")
                 edges = (self.left < UNBOUNDED, self.right < UNBOUNDED)
-                candidates = launch_configs.attention_candidates(*arguments)
+                candidates = tile_table.candidates(*arguments)
                 run_config(tuning.fastest((*key, *edges), self.device, candidates, run_config))
             else:
                 run_first_that_fits(arguments, run_config)
@@ -171,7 +172,7 @@ def run_first_that_fits(arguments: tuple[Any, ...], run: Callable[[Config], None
     """Triton refuses a configuration that needs more shared memory than there is; then the next."""
     from triton.runtime.errors import OutOfResources
 
-    configs = launch_configs.attention(*arguments)
+    configs = tile_table.configs(*arguments)
     for i in range(_misfits.get(arguments, 0), len(configs)):
         try:
             return run(configs[i])

@@ -1,0 +1,235 @@
+"""flash-attn 2's `flash_attn_with_kvcache`: append to a cache, and attend over it, for inference.
+
+The cache is flat, (batch, seqlen, heads, head_dim), or paged. What differs from flash-attn: float32
+too; pages of any size; the query heads of a kv head share its keys, each read once, with a window
+as without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.ops.attention import check_qkv, check_slopes
+from mistral_kernels.ops.attention.cached import attend_cached
+from mistral_kernels.ops.attention.window import resolve_window
+from mistral_kernels.ops.rolling_cache import capacity_of, update_op
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] | Tensor = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Append k and v to the caches, in place, and attend to all that these then hold.
+
+    Not differentiable. The last query stands on the last key.
+
+    Args:
+        q: (batch, seqlen_q, num_heads, head_dim).
+        k_cache, v_cache: (batch_of_cache, seqlen_cache, num_kv_heads, head_dim), or, with
+            `block_table`, (num_pages, page_size, ...). A contiguous last dimension.
+        k, v: (batch, seqlen_new, num_kv_heads, head_dim), written from position `cache_seqlens` on.
+        rotary_cos, rotary_sin: (num_positions, rotary_dim / 2): the first rotary_dim channels of q
+            and k are turned to the positions from `cache_seqlens` on; q's all to `cache_seqlens`
+            itself if there is neither a causal mask nor a window. Needs k and v.
+        cache_seqlens: tokens in the cache before k and v; (batch,) int32 or one number. None: all
+            of seqlen_cache.
+        cache_batch_idx: (batch,) int32, which row of the caches is each sequence's.
+        cache_leftpad: (batch,) int32, the first position of the cache that counts.
+        block_table: (batch, max_pages) int32, the pages of each sequence.
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
+        rotary_interleaved: channels (2i, 2i + 1) form a pair, as in raw Mistral checkpoints, not
+            (i, i + rotary_dim / 2), as in Hugging Face ones.
+        num_splits: programs that share a sequence's keys; 0: as many as pay.
+        return_softmax_lse: also return the log-sum-exp.
+
+    Returns:
+        out, of q's shape, or (out, softmax_lse (batch, num_heads, seqlen_q) float32).
+
+    Raises:
+        ValueError: naming the argument that does not fit; on the CPU also a value of
+            `cache_seqlens`, `cache_batch_idx`, `cache_leftpad` or `block_table` outside its range,
+            where on a GPU a look would wait. The caches are then untouched.
+        NotImplementedError: something here requires a gradient.
+    """
+    tensors = q, k_cache, v_cache, k, v
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise NotImplementedError(
+            "flash_attn_with_kvcache has no backward pass; call it under torch.no_grad(), or train "
+            "with flash_attn_func"
+        )
+    check_qkv(q, k_cache, v_cache, ndim=4, names=("q", "k_cache", "v_cache"))
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.stride(-1) != 1:
+            raise ValueError(f"{name}'s last dimension must be contiguous, got {cache.stride()}")
+    batch, seqlen_q = q.shape[:2]
+    capacity = capacity_of(k_cache, block_table)
+    new = _check_new(q, k_cache, k, v)
+    lengths = _lengths(cache_seqlens, q, capacity, new)
+    _check_places(k_cache, lengths, cache_batch_idx, cache_leftpad, block_table, batch, new)
+    if alibi_slopes is not None:
+        check_slopes(alibi_slopes, q, batch)
+    if num_splits < 0 or softcap < 0 or (softmax_scale is not None and softmax_scale <= 0):
+        raise ValueError(
+            "num_splits and softcap must be >= 0 and softmax_scale positive, got "
+            f"{num_splits}, {softcap} and {softmax_scale}"
+        )
+    if block_table is not None:
+        block_table = block_table.contiguous()
+    window = resolve_window(causal, window_size, None)
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    if rotary_cos is not None or rotary_sin is not None:
+        if rotary_cos is None or rotary_sin is None or k is None:
+            raise ValueError("rotary_cos and rotary_sin go together, with k and v")
+        together = tuple(window) == (-1, -1)
+        _check_tables(rotary_cos, rotary_sin, q, lengths, max(new, 1 if together else seqlen_q))
+        tables = rotary_cos.float(), rotary_sin.float()
+        q = _turned(q, tables, lengths, 0 if together else 1, rotary_interleaved)
+        k = _turned(k, tables, lengths, 1, rotary_interleaved)
+    if k is not None and v is not None:
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * new
+        packed = ((x if x.stride(-1) == 1 else x.contiguous()).flatten(0, 1) for x in (k, v))
+        update_op(k_cache, v_cache, *packed, lengths, cu_seqlens, new, cache_batch_idx, block_table)
+    out, lse = attend_cached(
+        *(q, None, None, k_cache, v_cache, lengths),
+        window=window,
+        max_seqlen_q=seqlen_q,
+        seqlen_new=new,
+        rows=cache_batch_idx,
+        leftpad=cache_leftpad,
+        block_table=block_table,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        num_splits=num_splits,
+        return_lse=return_softmax_lse,
+    )
+    if not return_softmax_lse:
+        return out
+    assert lse is not None
+    return out, lse
+
+
+def _check_new(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None) -> int:
+    """The number of new tokens of a sequence."""
+    if (k is None) != (v is None):
+        raise ValueError("k and v must both be given, or both be None")
+    for name, x in (("k", k), ("v", v)):
+        if x is None:
+            continue
+        heads = k_cache.shape[2:]
+        if x.ndim != 4 or x.shape[0] != q.shape[0] or x.shape[2:] != heads:
+            raise ValueError(
+                f"{name} must be ({q.shape[0]}, seqlen_new, {heads[0]}, {heads[1]}), "
+                f"got {tuple(x.shape)}"
+            )
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}"
+            )
+    if k is None or v is None:
+        return 0
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    return k.shape[1]
+
+
+def _lengths(cache_seqlens: int | Tensor | None, q: Tensor, capacity: int, new: int) -> Tensor:
+    if cache_seqlens is None:
+        if new:
+            raise ValueError("cache_seqlens is needed to append k and v: where do they go?")
+        cache_seqlens = capacity
+    batch = q.shape[0]
+    if not isinstance(cache_seqlens, Tensor):
+        if not 0 <= cache_seqlens <= capacity - new:
+            raise ValueError(
+                f"cache_seqlens must be in [0, {capacity - new}] for {new} new tokens in "
+                f"{capacity} places, got {cache_seqlens}"
+            )
+        return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    return cache_seqlens.contiguous()
+
+
+def _check_places(
+    k_cache: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    leftpad: Tensor | None,
+    block_table: Tensor | None,
+    batch: int,
+    new: int,
+) -> None:
+    capacity, rows_there = capacity_of(k_cache, block_table), k_cache.shape[0]
+    if rows is None and block_table is None and rows_there != batch:
+        raise ValueError(
+            f"k_cache must have q's batch of {batch}, or cache_batch_idx say which of its "
+            f"{rows_there} rows are meant"
+        )
+    if rows is not None and block_table is not None:
+        raise ValueError("cache_batch_idx and block_table both say where a sequence is: give one")
+    bounds = {
+        "cache_seqlens": (lengths, (batch,), capacity - new),
+        "cache_batch_idx": (rows, (batch,), rows_there - 1),
+        "cache_leftpad": (leftpad, (batch,), capacity),
+        "block_table": (block_table, (batch, capacity // k_cache.shape[1]), rows_there - 1),
+    }
+    for name, (x, shape, highest) in bounds.items():
+        if x is None:
+            continue
+        if x.dtype != torch.int32 or x.shape != shape or x.device != k_cache.device:
+            raise ValueError(
+                f"{name} must be {shape} of torch.int32 on {k_cache.device}, "
+                f"got {tuple(x.shape)} of {x.dtype} on {x.device}"
+            )
+        if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in x.aminmax())
+            if low < 0 or high > highest:
+                raise ValueError(f"{name} must be in [0, {highest}], got {low} to {high}")
+
+
+def _check_tables(cos: Tensor, sin: Tensor, q: Tensor, lengths: Tensor, new: int) -> None:
+    rotary_dim = cos.shape[-1] * 2
+    if cos.ndim != 2 or not 0 < rotary_dim <= q.shape[-1] or sin.shape != cos.shape:
+        raise ValueError(
+            "rotary_cos and rotary_sin must be (num_positions, rotary_dim / 2) with rotary_dim at "
+            f"most {q.shape[-1]}, got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        if not table.is_floating_point() or table.device != q.device:
+            raise ValueError(
+                f"{name} must be floating point on {q.device}, got {table.dtype} on {table.device}"
+            )
+    if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
+        end = int(lengths.max()) + new
+        if end > len(cos):
+            raise ValueError(f"rotary_cos ends at position {len(cos)}, but {end} are needed")
+
+
+def _turned(
+    x: Tensor, tables: tuple[Tensor, Tensor], lengths: Tensor, step: int, interleaved: bool
+) -> Tensor:
+    """x turned to positions `lengths`, `lengths + step`, ...; channels past the tables' stay."""
+    rotary_dim = tables[0].shape[1] * 2
+    positions = lengths.long()[:, None] + step * torch.arange(x.shape[1], device=x.device)
+    rotary = torch.ops.mistral_kernels.rotary
+    turned, _ = rotary(x[..., :rotary_dim], None, *tables, positions, interleaved, False)
+    return turned if rotary_dim == x.shape[-1] else torch.cat((turned, x[..., rotary_dim:]), -1)

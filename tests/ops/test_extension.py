@@ -1,0 +1,309 @@
+"""The CPU library's operator, and how libraries are found, built, loaded, or honestly missing."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import FLOATS
+from rolling_cache_cases import CASES, assert_same_bits, expected, make_arguments
+
+from mistral_kernels.ops import extension
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
+)
+
+STATUS = """
+from mistral_kernels.ops import extension
+print(extension.load("cpu") is not None, extension.status("cpu"), sep="\\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def cpu_update():
+    operators = extension.load("cpu")
+    if operators is None:
+        pytest.skip(extension.status("cpu"))
+    yield operators.rolling_cache_update
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("rotary", [None, "half-split", "interleaved"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_same_bits(case, dtype, rotary, cpu_update):
+    arguments = make_arguments(dtype, rotary, **CASES[case])
+    after = expected(arguments)
+    k, v = arguments["k"].clone(), arguments["v"].clone()
+    cpu_update(*arguments.values())
+    assert_same_bits(arguments, {**after, "k": k, "v": v})
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("rotary", [None, "interleaved"])
+def test_any_number_of_threads(rotary, threads, cpu_update):
+    """Enough tokens for all threads; their shares end within sequences."""
+    torch.set_num_threads(threads)
+    arguments = make_arguments(
+        torch.bfloat16,
+        rotary,
+        counts=[0, 301, 2, 0, 150, 1],
+        capacity=256,
+        head_dim=128,
+        heads=(8, 2),
+        num_positions=1000,
+    )
+    after = expected(arguments)
+    cpu_update(*arguments.values())
+    torch.set_num_threads(1)
+    assert_same_bits(arguments, after)
+
+
+def test_nothing_new(cpu_update):
+    arguments = make_arguments(torch.float32, "half-split", counts=[0, 0])
+    after = expected(arguments)
+    cpu_update(*arguments.values())
+    assert_same_bits(arguments, after)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": lambda a: a["k"].half()}, "k has the wrong dtype"),
+        ({"v": lambda a: a["v"][:-1]}, "the shape of v does not fit"),
+        ({"v_cache": lambda a: a["v_cache"][:, :-1]}, "the shape of v_cache does not fit"),
+        ({"k": lambda a: a["k"].mT.contiguous().mT}, "last dimension of k must be contiguous"),
+        ({"lengths": lambda a: a["lengths"].long()}, "lengths has the wrong dtype"),
+        ({"lengths": lambda a: a["lengths"][:-1]}, "the shape of cu_seqlens does not fit"),
+        ({"sin": lambda a: a["sin"][:-1]}, "the shape of sin does not fit"),
+        ({"cos": lambda a: a["cos"].double()}, "cos has the wrong dtype"),
+        ({"sin": lambda a: None}, "q, q_out, cos and sin go together"),
+        ({"q_out": lambda a: a["q_out"][:, :-1]}, "the shape of q_out does not fit"),
+        ({"k_cache": lambda a: a["k_cache"][0]}, "k_cache must have 4 dimensions, got 3"),
+        ({"k_cache": lambda a: a["k_cache"][:1]}, "the shape of v_cache does not fit"),
+        ({"rows": lambda a: a["lengths"], "block_table": lambda a: a["lengths"]}, "exclude each"),
+    ],
+)
+def test_bad_arguments(change, message, cpu_update):
+    arguments = make_arguments(torch.float32, "half-split")
+    after = {name: x.clone() for name, x in arguments.items() if name.endswith("_cache")}
+    changed = {**arguments, **{name: make(arguments) for name, make in change.items()}}
+    with pytest.raises(RuntimeError, match=message):
+        cpu_update(*changed.values())
+    assert_same_bits(arguments, after)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "message"),
+    [
+        (12, torch.float32, "head_dim must be a multiple of 8, got 12"),
+        (16, torch.float64, "k_cache must be float32, float16 or bfloat16"),
+    ],
+)
+def test_unsupported(head_dim, dtype, message, cpu_update):
+    arguments = make_arguments(dtype, None, head_dim=head_dim)
+    with pytest.raises(RuntimeError, match=message):
+        cpu_update(*arguments.values())
+
+
+def start(cache: Path, code: str = STATUS, **environment: str) -> subprocess.Popen[str]:
+    settings = {"TORCH_EXTENSIONS_DIR": str(cache), extension.BUILD_VARIABLE: "auto", **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[bool, str, str]:
+    """Whether the library was loaded, its status, stderr."""
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    loaded, status = out.splitlines()
+    return loaded == "True", status, error
+
+
+def compiler(folder: Path, *commands: str) -> str:
+    """A compiler that does what the shell commands say, for CXX."""
+    path = folder / "compiler"
+    path.write_text("\n".join(("#!/bin/sh", *commands)))
+    path.chmod(0o755)
+    return str(path)
+
+
+def libraries(cache: Path) -> list[Path]:
+    return list(cache.rglob("*.so"))
+
+
+@needs_compiler
+def test_built_once(tmp_path):
+    """The first process says so and builds; the second finds it, also if it may not build."""
+    loaded, status, error = finish(start(tmp_path))
+    (library,) = libraries(tmp_path)
+    assert loaded and status == f"loaded from {library}"
+    assert error.splitlines() == [
+        f"mistral_kernels: compiling the cpu operators, this once, into {library.parent}"
+    ]
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
+    for setting in ("never", "always", "auto"):
+        again = finish(start(tmp_path, MISTRAL_KERNELS_BUILD=setting))
+        assert again == (True, status, "")
+
+
+@needs_compiler
+def test_a_corrupt_library(tmp_path):
+    """Where nothing may be built, it is the reason; else it is built again."""
+    finish(start(tmp_path))
+    (library,) = libraries(tmp_path)
+    whole = library.read_bytes()
+    for corrupt in (b"", b"text", whole[:1000], whole[: random.randrange(len(whole))]):
+        library.write_bytes(corrupt)
+        with pytest.raises(extension.BuildError, match="does not load: "):
+            extension._open("cpu", library)
+    loaded, status, error = finish(start(tmp_path, MISTRAL_KERNELS_BUILD="never"))
+    assert not loaded and error == ""
+    assert f"{library} does not load: " in status and "MISTRAL_KERNELS_BUILD=never" in status
+    loaded, status, error = finish(start(tmp_path))
+    assert loaded and status == f"loaded from {library}" and "compiling" in error
+
+
+@needs_compiler
+def test_two_at_once(tmp_path):
+    processes = [start(tmp_path), start(tmp_path)]
+    results = [finish(process)[:2] for process in processes]
+    (library,) = libraries(tmp_path)
+    assert results == 2 * [(True, f"loaded from {library}")]
+
+
+@needs_compiler
+def test_killed_while_building(tmp_path):
+    """What it leaves stops nobody."""
+    wrapper = compiler(
+        tmp_path,
+        f"if [ ! -e {tmp_path}/begun ]; then touch {tmp_path}/begun; sleep 100; fi",
+        'exec c++ "$@"',
+    )
+    cache = tmp_path / "cache"
+    killed = subprocess.Popen(
+        [sys.executable, "-c", STATUS],
+        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(cache), "CXX": wrapper},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists():
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert libraries(cache) == []
+    loaded, status, _ = finish(start(cache, CXX=wrapper))
+    assert loaded and status == f"loaded from {libraries(cache)[0]}"
+
+
+def test_no_compiler(tmp_path):
+    loaded, status, error = finish(start(tmp_path, PATH="", CXX=""))
+    assert not loaded and status == "not loaded: no compiler: c++ is not on PATH"
+    assert error == ""
+
+
+def test_a_broken_compiler(tmp_path):
+    """The reason is the line that names the error; it is said where it was tried."""
+    broken = compiler(
+        tmp_path, "echo in file x", "echo x.h:3: fatal error: no such header", "exit 4"
+    )
+    loaded, status, error = finish(start(tmp_path, CXX=broken))
+    reason = "x.h:3: fatal error: no such header"
+    assert not loaded and status == f"not loaded: {reason}"
+    compiling, failed = error.splitlines()
+    assert "compiling" in compiling and reason in failed
+    assert "MISTRAL_KERNELS_BUILD=never" in failed
+    assert libraries(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    loaded, status, _ = finish(start(tmp_path / "file"))
+    assert not loaded and "Not a directory" in status
+
+
+def test_build_never(tmp_path):
+    loaded, status, error = finish(start(tmp_path, MISTRAL_KERNELS_BUILD="never"))
+    assert not loaded and error == ""
+    assert status == "not loaded: not compiled, since MISTRAL_KERNELS_BUILD=never"
+
+
+RAISES = """
+from mistral_kernels.ops import extension
+try:
+    extension.load("cpu")
+except (RuntimeError, ValueError) as error:
+    print(type(error).__name__, str(error).replace("\\n", "|"))
+print(extension.status("cpu"))
+"""
+
+
+def test_build_always(tmp_path):
+    """Raises, with all that the compiler said."""
+    broken = compiler(tmp_path, "echo one", "echo error: two", "echo three", "exit 1")
+    process = start(tmp_path, RAISES, MISTRAL_KERNELS_BUILD="always", CXX=broken)
+    raised, status = process.communicate(timeout=120)[0].splitlines()
+    assert raised.startswith("RuntimeError no library for cpu, and MISTRAL_KERNELS_BUILD=always")
+    assert "one|error: two|three" in raised
+    assert status == "not loaded: error: two"
+
+
+def test_a_bad_setting(tmp_path):
+    process = start(tmp_path, RAISES, MISTRAL_KERNELS_BUILD="yes")
+    raised, status = process.communicate(timeout=120)[0].splitlines()
+    words = "MISTRAL_KERNELS_BUILD is 'yes'; expected 'auto', 'never' or 'always'"
+    assert raised == f"ValueError {words}" and status == f"not loaded: {words}"
+
+
+def test_devices_without_a_library(monkeypatch):
+    monkeypatch.setattr(extension, "_libraries", {})
+    assert extension.load("mps") is None
+    assert extension.status("mps") == "not loaded: csrc has nothing for mps tensors"
+    if torch.version.cuda is None and torch.version.hip is None:
+        assert extension.load("cuda") is None
+        assert extension.status("cuda") == "not loaded: this PyTorch is a CPU build"
+
+
+def test_an_installed_library_comes_first(tmp_path, monkeypatch):
+    """One that does not load is named, and the next is taken; one for a GPU is left alone."""
+    monkeypatch.setattr(extension, "_libraries", {})
+    monkeypatch.setattr(extension, "INSTALLED", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    opened = []
+    monkeypatch.setattr(
+        extension, "_open", lambda *x: opened.append(x) or extension._Library(1, "")
+    )
+    for device_type in extension.DEVICE_TYPES:
+        (tmp_path / extension.library_name(device_type)).write_text("")
+        extension.load(device_type)
+    assert opened == [("cpu", tmp_path / extension.library_name("cpu"))]
+    assert "was built at installation and is left alone" in extension.status("cuda")
+
+
+@pytest.mark.parametrize(
+    ("listed", "codes"),
+    [
+        ("8.0", ["80,code=sm_80"]),
+        ("7.5;9.0a 12.1", ["75,code=sm_75", "90a,code=sm_90a", "121,code=sm_121"]),
+        ("10.0+PTX;", ["100,code=sm_100", "100,code=compute_100"]),
+    ],
+)
+def test_architectures(listed, codes):
+    assert extension._gencode(listed) == [f"-gencode=arch=compute_{code}" for code in codes]

@@ -1,0 +1,189 @@
+"""csrc/rolling_cache.cu: compiled by nvcc, and its PTX executed on CPU tensors, bit for bit."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers import FLOATS, TARGETS
+from rolling_cache_cases import CASES, assert_same_bits, expected, make_arguments
+
+from mistral_kernels.ops import extension
+
+ROTARY = [None, "half-split", "interleaved"]
+KERNELS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
+
+# In the place of a launch: what the bindings made of their arguments, and how to launch it.
+CAPTURE = """
+#include "rolling_cache.h"
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+namespace rolling_cache {
+Update captured;
+const char* update(const Update& u, void*) { captured = u; return nullptr; }
+EXPORTED int size() { return sizeof(Update); }
+EXPORTED const Update* arguments() { return &captured; }
+EXPORTED int bytes() { return access_bytes(captured); }
+EXPORTED void shape(uint32_t* to) {
+  const Launch launch = launch_shape(captured);
+  to[0] = launch.grid_x, to[1] = launch.grid_y, to[2] = kBlock;
+}
+}
+"""
+
+
+def tensors_of(arguments: dict[str, Any]) -> list[torch.Tensor]:
+    return [x for x in arguments.values() if isinstance(x, torch.Tensor)]
+
+
+class Launch(NamedTuple):
+    grid: tuple[int, int]
+    block: int
+    access_bytes: int
+
+
+class CudaUpdate:
+    """The operator, its kernel run by ptxrun on CPU tensors."""
+
+    def __init__(self, ptxrun: Any, folder: Any) -> None:
+        self.ptxrun = ptxrun
+        self.module = ptxrun.compile_cuda(
+            extension.SOURCES / "rolling_cache.cu", options=["-std=c++17"]
+        )
+        source, library = folder / "capture.cpp", folder / "rolling_cache_capture.so"
+        source.write_text(CAPTURE)
+        replaced = {
+            "cpu/rolling_cache.cpp": str(source),
+            "-DKERNELS_NAMESPACE=mistral_kernels_cpu": f"-DKERNELS_NAMESPACE={library.stem}",
+        }
+        command = [replaced.get(word, word) for word in extension._command("cpu", "")]
+        subprocess.run([*command, "-I.", "-o", library], cwd=extension.SOURCES, check=True)
+        torch.ops.load_library(str(library))
+        self.fill = torch.ops.rolling_cache_capture.rolling_cache_update
+        self.header = ctypes.CDLL(str(library))
+        self.header.arguments.restype = ctypes.c_void_p
+
+    def __call__(self, arguments: dict[str, Any]) -> Launch:
+        self.fill(*arguments.values())
+        for x in tensors_of(arguments):
+            self.ptxrun.register(x)
+        shape = (ctypes.c_uint32 * 3)()
+        self.header.shape(shape)
+        launch = Launch((shape[0], shape[1]), shape[2], self.header.bytes())
+        name = f"update_kernel<{KERNELS[arguments['k'].dtype]}, {launch.access_bytes}>"
+        struct = ctypes.string_at(self.header.arguments(), self.header.size())
+        self.module.kernel(name).launch(launch.grid, launch.block, [struct])
+        return launch
+
+
+@pytest.fixture(scope="module")
+def cuda_update(tmp_path_factory: pytest.TempPathFactory) -> CudaUpdate:
+    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which runs PTX, is absent")
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc, which compiles CUDA, is absent")
+    return CudaUpdate(ptxrun, tmp_path_factory.mktemp("capture"))
+
+
+@pytest.mark.parametrize("rotary", ROTARY)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_same_bits(case, dtype, rotary, cuda_update):
+    arguments = make_arguments(dtype, rotary, **CASES[case])
+    after = expected(arguments)
+    cuda_update(arguments)
+    assert_same_bits(arguments, after)
+
+
+@pytest.mark.parametrize("rotary", ROTARY)
+@pytest.mark.parametrize("case", ["longer-than-the-ring", "fused-qkv", "paged", "misaligned"])
+def test_no_races(case, rotary, cuda_update):
+    """No two blocks touch the same byte, one of them writing."""
+    arguments = make_arguments(torch.bfloat16, rotary, **CASES[case])
+    after = expected(arguments)
+    with cuda_update.ptxrun.options(racecheck=True):
+        cuda_update(arguments)
+    assert_same_bits(arguments, after)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_width_of_accesses(dtype, cuda_update):
+    """As wide as pointers, strides and half a head allow."""
+    element = dtype.itemsize
+    widths = {
+        "decode": 16,
+        "head-dim-8": 16 if element == 4 else 8,
+        "head-dim-24": 16 if element == 4 else 8,
+        "fused-qkv": 16,
+        "half-aligned": 8,
+        "misaligned": element,
+        "padded": element,
+        "paged": 16,
+    }
+    for case, width in widths.items():
+        arguments = make_arguments(dtype, "half-split", **CASES[case])
+        assert cuda_update(arguments).access_bytes == width, case
+    arguments = make_arguments(dtype, "half-split", capacity=1, counts=[1])
+    arguments["sin"] = torch.randn(200, 33)[:, 1:]  # its angles alone are off
+    assert cuda_update(arguments).access_bytes == element
+
+
+@pytest.mark.parametrize("rotary", ROTARY)
+@pytest.mark.parametrize("tokens", [1, 512])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_bytes_moved(batch, tokens, rotary, cuda_update):
+    """At Mistral-7B's size, nothing twice, 16 bytes a thread; cos and sin once a position."""
+    arguments = make_arguments(
+        torch.bfloat16,
+        rotary,
+        counts=[tokens] * batch,
+        capacity=600,
+        head_dim=128,
+        heads=(32, 8),
+        lengths=[100 + 600 * i for i in range(batch)],  # no two at one position
+        num_positions=100 + 600 * batch,
+    )
+    # ptxrun counts by allocation those that it meets through pointers in memory: here one.
+    room, start = (
+        torch.empty(sum(x.nbytes + 64 for x in tensors_of(arguments)), dtype=torch.int8),
+        0,
+    )
+    for name, x in arguments.items():
+        if isinstance(x, torch.Tensor):
+            place = room[start : start + x.nbytes].view(x.dtype).view(x.shape)
+            arguments[name] = place.copy_(x)
+            start += -(-x.nbytes // 64) * 64
+    ptxrun = cuda_update.ptxrun
+    with ptxrun.options(profile=True):
+        ptxrun.reset_profile()
+        cuda_update(arguments)
+        (profile,) = ptxrun.profiles()
+    heads = 48 if rotary else 16
+    minimum = batch * tokens * (2 * heads * 128 * 2 + (2 * 64 * 4 if rotary else 0))
+    assert profile.dram_bytes <= 1.02 * minimum
+    # Of each thread 2 vectors read and written and at most 4 of angles; 3 requests are scalars.
+    warps = batch * tokens * heads * 8 / 32
+    assert profile.global_requests <= (11 if rotary else 7) * warps
+
+
+def test_more_than_a_grid(cuda_update):
+    """Loops of the kernel do what a smaller grid leaves."""
+    arguments = make_arguments(torch.bfloat16, "half-split", counts=[40, 3, 17], capacity=30)
+    after = expected(arguments)
+    arguments["max_seqlen"] = 1
+    assert cuda_update(arguments).grid[0] == 1
+    assert_same_bits(arguments, after)
+
+
+@pytest.mark.slow
+def test_whole_library(tmp_path):
+    """Bindings and kernels compile and link for every architecture, beside any PyTorch."""
+    if extension.nvcc() is None:
+        pytest.skip("nvcc, which compiles CUDA, is absent")
+    numbers = [str(target.arch) for target in TARGETS.values() if target.backend == "cuda"]
+    library = tmp_path / extension.library_name("cuda")
+    extension.build("cuda", library, ";".join(f"{n[:-1]}.{n[-1]}" for n in numbers))
+    listed = subprocess.run(["cuobjdump", "-lelf", library], capture_output=True, text=True).stdout
+    assert all(f"sm_{number}.cubin" in listed for number in numbers), listed

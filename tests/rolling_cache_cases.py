@@ -1,0 +1,161 @@
+"""Arguments of rolling_cache_update, and what it must leave, for each of its compiled versions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HEADS, KV_HEADS = 4, 2
+FAR = 2**31 - 1
+
+# Each names what differs from `make_arguments`'s defaults.
+CASES: dict[str, dict[str, Any]] = {
+    "decode": {"counts": [1, 1, 1]},
+    "wrap": {"counts": [5, 2, 4], "lengths": [4, 6, 13]},
+    "longer-than-the-ring": {"counts": [20, 1, 8], "lengths": [3, 0, 7]},
+    "empty-sequences": {"counts": [0, 3, 0, 0, 2, 0], "lengths": [1, 2, 3, 4, 5, 6]},
+    "one-slot": {"counts": [3, 1], "capacity": 1},
+    "far": {"counts": [6, 1], "lengths": [FAR - 3, FAR], "num_positions": 2**31 + 8},
+    "head-dim-8": {"head_dim": 8},
+    "head-dim-24": {"head_dim": 24},
+    "head-dim-128": {"head_dim": 128},
+    "fused-qkv": {"head_dim": 128, "fused": True},
+    "misaligned": {"offset": 1},
+    "half-aligned": {"offset": 8},
+    "padded": {"padding": 1},
+    "slots-inside-heads": {"transposed": True},
+    "rows": {"counts": [3, 1, 2], "rows": [4, 0, 3]},
+    "paged": {"counts": [7, 1, 12], "page_size": 4},
+}
+
+
+def make_arguments(
+    dtype: torch.dtype,
+    rotary: str | None,
+    counts: list[int] | tuple[int, ...] = (3, 0, 1, 9),
+    lengths: list[int] | None = None,
+    capacity: int = 8,
+    head_dim: int = 64,
+    heads: tuple[int, int] = (HEADS, KV_HEADS),
+    num_positions: int = 200,
+    fused: bool = False,
+    offset: int = 0,
+    padding: int = 0,
+    transposed: bool = False,
+    rows: list[int] | None = None,
+    page_size: int | None = None,
+) -> dict[str, Any]:
+    """Random arguments, in the schema's order.
+
+    Args:
+        rotary: None, "half-split" or "interleaved".
+        fused: q, k and v are slices of one tensor.
+        offset: bytes by which the data of all tensors are off the alignment of an allocation.
+        padding: elements between the heads of q, k and v and between the rows of the tables.
+        transposed: the caches lie in memory as (batch, heads, capacity, head_dim).
+    """
+    (num_heads, num_kv_heads), total, batch = heads, sum(counts), len(counts)
+
+    def numbers(*shape: int) -> Tensor:
+        # Over many binades: rounding to nearest, also of subnormal numbers, and overflow.
+        scale = torch.randint(-24, 13, shape).double().exp2()
+        x = torch.randn(shape, dtype=torch.float64).mul(scale).to(dtype)
+        if not offset:
+            return x
+        room = torch.empty(x.numel() + 8, dtype=dtype)
+        start = max(offset // x.element_size(), 1)
+        return room[start : start + x.numel()].view(shape).copy_(x)
+
+    if fused:
+        qkv = numbers(total, num_heads + 2 * num_kv_heads, head_dim)
+        q, k, v = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    else:
+        q, k, v = (
+            numbers(total, n, head_dim + padding)[..., :head_dim]
+            for n in (num_heads, num_kv_heads, num_kv_heads)
+        )
+    block_table, slots, cache_rows = None, capacity, batch if rows is None else max(rows) + 2
+    if page_size is not None:
+        pages = -(-capacity // page_size)
+        cache_rows, slots = batch * pages + 3, page_size
+        order = torch.randperm(cache_rows)[: batch * pages]
+        block_table = order.view(batch, pages).int()
+    if transposed:
+        k_cache, v_cache = (
+            numbers(cache_rows, num_kv_heads, slots, head_dim).transpose(1, 2) for _ in range(2)
+        )
+    else:
+        k_cache, v_cache = (numbers(cache_rows, slots, num_kv_heads, head_dim) for _ in range(2))
+    if lengths is None:
+        lengths = torch.randint(num_positions - max(counts), (batch,)).tolist()
+    q_out = cos = sin = None
+    if rotary:
+        q_out = numbers(total, num_heads, head_dim)
+        half = head_dim // 2
+        tables = torch.randn(2, min(num_positions, 10_000), half + padding).clamp(-1, 1)[..., :half]
+        if num_positions > 10_000:  # more than memory holds: one row serves all
+            tables = tables[:, :1].expand(2, num_positions, half)
+        cos, sin = tables
+    return {
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "k": k,
+        "v": v,
+        "lengths": torch.tensor(lengths, dtype=torch.int32),
+        "cu_seqlens": torch.tensor([0, *counts]).cumsum(0).int(),
+        "max_seqlen": max(counts),
+        "rows": None if rows is None else torch.tensor(rows, dtype=torch.int32),
+        "block_table": block_table,
+        "q": q if rotary else None,
+        "q_out": q_out,
+        "cos": cos,
+        "sin": sin,
+        "interleaved": rotary == "interleaved",
+    }
+
+
+def expected(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """What k_cache, v_cache and, if there is one, q_out hold afterwards: token by token."""
+    a = arguments
+    after = {
+        name: a[name].clone() for name in ("k_cache", "v_cache", "q_out") if a[name] is not None
+    }
+    slots = a["k_cache"].shape[1] * (1 if a["block_table"] is None else a["block_table"].shape[1])
+    offsets = a["cu_seqlens"].tolist()
+    for sequence, (start, end) in enumerate(zip(offsets, offsets[1:])):
+        for token in range(start, end):
+            position = a["lengths"][sequence].item() + token - start
+            key = a["k"][token]
+            if a["q"] is not None:
+                angles = a["cos"][position], a["sin"][position]
+                after["q_out"][token] = rotated(a["q"][token], *angles, a["interleaved"])
+                key = rotated(key, *angles, a["interleaved"])
+            if token < end - slots:
+                continue
+            row, slot = sequence, position % slots
+            if a["rows"] is not None:
+                row = a["rows"][sequence]
+            if a["block_table"] is not None:
+                page, slot = divmod(slot, a["k_cache"].shape[1])
+                row = a["block_table"][sequence, page]
+            after["k_cache"][row, slot] = key
+            after["v_cache"][row, slot] = a["v"][token]
+    return after
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """In float32, each product and each sum rounded; then rounded to the dtype of x."""
+    wide = x.float()
+    a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, -1)
+    pairs = (a * cos - b * sin, b * cos + a * sin)
+    return (torch.stack(pairs, -1).flatten(-2) if interleaved else torch.cat(pairs, -1)).to(x.dtype)
+
+
+def assert_same_bits(arguments: dict[str, Any], after: dict[str, Tensor]) -> None:
+    """What the tensors of `arguments` hold now is what `expected` said, bit for bit."""
+    for name, wanted in after.items():
+        integers = {2: torch.int16, 4: torch.int32}[wanted.element_size()]
+        wrong = arguments[name].contiguous().view(integers) != wanted.contiguous().view(integers)
+        assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.numel()} elements differ"
