@@ -29,12 +29,12 @@ struct Heads {
 // The arguments of one update. The new token i of sequence b is token cu_seqlens[b] + i of q, k and
 // v, has position lengths[b] + i, and its key and value belong into slot position % capacity.
 struct Update {
-  Heads q, k, v, q_out, k_cache, v_cache;    // without q nothing is rotated
-  const float *cos, *sin;                    // (num_positions, head_dim / 2)
-  int64_t cos_stride, sin_stride;            // of a position, in elements
-  const int32_t *lengths, *cu_seqlens;       // (batch,), (batch + 1,)
-  const int32_t *rows;                       // (batch,): the row of the caches; null: b itself
-  const int32_t *block_table;                // (batch, pages): the slots' pages; null: one row
+  Heads q, k, v, q_out, k_cache, v_cache;     // without q nothing is rotated
+  const float *cos, *sin;                     // (num_positions, head_dim / 2)
+  int64_t cos_stride, sin_stride;             // of a position, in elements
+  const int32_t *lengths, *cu_seqlens;        // (batch,), (batch + 1,)
+  const int32_t *rows;                        // (batch,): the row of the caches; null: b itself
+  const int32_t *block_table;                 // (batch, pages): the slots' pages; null: one row
   int64_t block_table_stride, batch, max_seqlen;
   uint32_t capacity, page_size;               // slots of a sequence, and of a page
   int32_t num_heads, num_kv_heads, head_dim;  // num_heads is 0 without q

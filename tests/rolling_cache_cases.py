@@ -80,8 +80,9 @@ def make_arguments(
     if page_size is not None:
         pages = -(-capacity // page_size)
         cache_rows, slots = batch * pages + 3, page_size
-        order = torch.randperm(cache_rows)[: batch * pages]
-        block_table = order.view(batch, pages).int()
+        wider = torch.full((batch, pages + 1), -1, dtype=torch.int32)  # rows of it need not join
+        block_table = wider[:, :pages]
+        block_table.copy_(torch.randperm(cache_rows)[: batch * pages].view(batch, pages))
     if transposed:
         k_cache, v_cache = (
             numbers(cache_rows, num_kv_heads, slots, head_dim).transpose(1, 2) for _ in range(2)

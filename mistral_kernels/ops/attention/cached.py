@@ -60,7 +60,7 @@ torch.library.define(
     "mistral_kernels::cached_attention",
     "(Tensor q, Tensor? k, Tensor? v, Tensor k_cache, Tensor v_cache, Tensor lengths, "
     "Tensor? cu_seqlens, Tensor? rows, Tensor? leftpad, Tensor? block_table, "
-    "Tensor(a!)? counters, SymInt max_seqlen_q, SymInt seqlen_new, float? softmax_scale, "
+    "Tensor? counters, SymInt max_seqlen_q, SymInt seqlen_new, float? softmax_scale, "
     "SymInt window_left, SymInt window_right, float softcap, Tensor? alibi_slopes, "
     "SymInt num_splits, bool return_lse) -> (Tensor out, Tensor? lse)",
 )

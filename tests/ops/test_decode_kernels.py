@@ -1,0 +1,394 @@
+"""rolling_cache_attention and rolling_cache_update_ on Triton: values, bits, traffic, launches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import TARGETS, assert_as_accurate, compile_only
+from rolling_cache_cases import CASES, assert_same_bits, expected, make_arguments
+
+from mistral_kernels.ops import reference
+from mistral_kernels.ops.attention import rolling_cache_attention
+from mistral_kernels.ops.rolling_cache import (
+    _update_torch,
+    _update_triton,
+    rolling_cache_update_,
+)
+from mistral_kernels.ops.rotary import apply_rotary, rotary_tables
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+ROTARY = [None, "half-split", "interleaved"]
+eager = reference.eager_arithmetic()(reference.rolling_cache_attention)
+
+
+def int32(values, device):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def make_inputs(lengths, counts, capacity, heads, head_dim, dtype, device):
+    """New tokens and full rings, by the names of `rolling_cache_attention`."""
+    num_heads, num_kv_heads = heads
+    total, batch = sum(counts), len(counts)
+    tokens = {
+        name: torch.randn(total, n, head_dim, device=device).to(dtype)
+        for name, n in zip("qkv", (num_heads, num_kv_heads, num_kv_heads))
+    }
+    shape = (batch, capacity, num_kv_heads, head_dim)
+    rings = {x: torch.randn(shape, device=device).to(dtype) for x in ("k_cache", "v_cache")}
+    where = {
+        "lengths": int32(lengths, device),
+        "cu_seqlens": int32([0, *counts], device).cumsum(0, dtype=torch.int32),
+    }
+    return {**tokens, **rings, **where}
+
+
+def assert_matches(inputs, counts, window):
+    """With fresh keys, and, for single tokens, with all in the ring."""
+    definition = {"sliding_window": window}
+    exact = reference.rolling_cache_attention(
+        **{n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}, **definition
+    )
+    options = {"sliding_window": window, "max_seqlen": max(counts)}
+    out = rolling_cache_attention(**inputs, **options)
+    assert_as_accurate(out, eager(**inputs, **definition), exact, "out")
+    if set(counts) == {1} and window <= inputs["k_cache"].shape[1]:
+        q = inputs.pop("q")
+        rolling_cache_update_(**inputs, max_seqlen=1)
+        out = rolling_cache_attention(q, **{**inputs, "k": None, "v": None}, **options)
+        assert_as_accurate(out, eager_like(out, exact), exact, "out, from the ring alone")
+
+
+def eager_like(out, exact):
+    """No worse than rounding the exact result twice."""
+    return (exact.float() * (1 + torch.finfo(out.dtype).eps)).to(out.dtype)
+
+
+# Lengths, new tokens, capacity, window; the last without a window that bites.
+COMPILED = [
+    ([500, 3], [1, 1], 300, 300, (8, 2), 64, BF16),
+    ([500, 3, 0], [50, 4, 0], 300, 200, (8, 2), 64, BF16),
+]
+SPANS = [
+    ([0, 7, 29, 30, 31, 1000], [1] * 6, 30, 30),
+    ([700, 2], [1, 1], 640, 640),
+    ([640, 639], [1, 1], 640, 100),
+    ([5, 0], [3, 0], 600, 600),
+    ([900, 100], [2, 3], 600, 600),
+    ([900, 100], [16, 1], 600, 300),
+    ([0, 300, 10], [70, 200, 1], 128, 128),
+    ([50], [400], 128, 30),
+    ([1000, 20], [130, 31], 999, 5000),
+    ([2**31 - 40], [1], 33, 33),
+]
+HEADS = [(4, 2), (3, 3), (8, 1), (40, 2)]
+MANY = [
+    (*span, HEADS[(i + j) % 4], head_dim, (F32, F16)[(i + j) % 2])
+    for i, span in enumerate(SPANS)
+    for j, head_dim in enumerate([64, 24, 128, 256][: 4 if i == 0 else 2])
+]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("lengths", "counts", "capacity", "window", "heads", "head_dim", "dtype"),
+    [*COMPILED, *(pytest.param(*case, marks=pytest.mark.interpreted) for case in MANY)],
+    ids=str,
+)
+def test_values(lengths, counts, capacity, window, heads, head_dim, dtype, triton_backend, device):
+    inputs = make_inputs(lengths, counts, capacity, heads, head_dim, dtype, device)
+    assert_matches(inputs, counts, window)
+
+
+@pytest.mark.kernels
+@pytest.mark.interpreted
+def test_gradients(triton_backend, device):
+    """In pieces, through the forward and backward kernels: as on the torch backend."""
+    names = ("q", "k", "v", "k_cache", "v_cache")
+    counts = [3, 40]
+    inputs = make_inputs([500, 9], counts, 30, (4, 2), 16, F32, device)
+    for name in names:
+        inputs[name].requires_grad_()
+    out = rolling_cache_attention(**inputs, max_seqlen=40, sliding_window=25)
+    cotangent = torch.randn_like(out)
+    actual = torch.autograd.grad(out, [inputs[name] for name in names], cotangent)
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    exact = reference.rolling_cache_attention(**wide, sliding_window=25)
+    wanted = torch.autograd.grad(exact, [wide[name] for name in names], cotangent.double())
+    for a, b in zip(actual, wanted):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("fresh", [False, True], ids=["ring", "fresh"])
+def test_unseen_slots_may_hold_anything(fresh, triton_backend, device):
+    """NaN where nothing was written, and outside the window, does not get through."""
+    lengths, window = [40, 700], 100
+    inputs = make_inputs(lengths, [1, 1], 300, (8, 2), 64, F16, device)
+    if not fresh:
+        inputs["k"] = inputs["v"] = None
+    wanted = rolling_cache_attention(**inputs, max_seqlen=1, sliding_window=window)
+    for sequence, length in enumerate(lengths):
+        end = length if fresh else length + 1
+        seen = {p % 300 for p in range(max(0, length + 1 - window), end)}
+        unseen = [slot for slot in range(300) if slot not in seen]
+        for name in ("k_cache", "v_cache"):
+            inputs[name][sequence, unseen] = math.nan
+    out = rolling_cache_attention(**inputs, max_seqlen=1, sliding_window=window)
+    assert torch.equal(out, wanted) and not out.isnan().any()
+
+
+@pytest.mark.kernels
+def test_bits_do_not_depend_on_batch_mates(triton_backend, device):
+    """Alone or in a batch, whatever the others' lengths; and at every call."""
+    inputs = make_inputs([500, 3, 299], [1, 1, 1], 300, (8, 2), 64, F16, device)
+    inputs["k"] = inputs["v"] = None
+    options = {"max_seqlen": 1, "sliding_window": 300}
+    together = rolling_cache_attention(**inputs, **options)
+    assert torch.equal(rolling_cache_attention(**inputs, **options), together)
+    for i in range(3):
+        alone = {name: inputs[name][i : i + 1] for name in ("q", "k_cache", "v_cache", "lengths")}
+        alone = {**inputs, **alone, "cu_seqlens": int32([0, 1], device)}
+        assert torch.equal(rolling_cache_attention(**alone, **options), together[i : i + 1])
+
+
+@pytest.mark.kernels
+def test_counters(triton_backend, device):
+    """The caller's are used in place of fresh ones, and left as they were found."""
+    inputs = make_inputs([500, 3], [1, 1], 300, (8, 2), 64, F16, device)
+    inputs["k"] = inputs["v"] = None
+    options = {"max_seqlen": 1, "sliding_window": 300}
+    wanted = rolling_cache_attention(**inputs, **options)
+    counters = torch.zeros(16, dtype=torch.int32, device=device)
+    for _ in range(2):
+        out = rolling_cache_attention(**inputs, **options, counters=counters)
+        assert torch.equal(out, wanted) and not counters.any()
+    counters += 1  # programs that count from elsewhere never find that they are the last
+    assert not torch.equal(rolling_cache_attention(**inputs, **options, counters=counters), wanted)
+    for bad in (counters[:15], counters.long(), counters.to("meta")):
+        with pytest.raises(ValueError, match="counters must hold 16 zeros of torch.int32 on "):
+            rolling_cache_attention(**inputs, **options, counters=bad)
+
+
+# Every case is interpreted; compiled run a few of each kind, in bf16, which is not.
+UPDATES = [
+    pytest.param(case, dtype, rotary, marks=() if compiled else pytest.mark.interpreted)
+    for case in CASES
+    for dtype in (F32, F16, BF16)
+    for rotary in ROTARY
+    for compiled in [dtype == BF16 and case in ("wrap", "longer-than-the-ring", "rows", "paged")]
+    if dtype != BF16 or compiled
+]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(("case", "dtype", "rotary"), UPDATES, ids=str)
+def test_update_has_the_same_bits(case, dtype, rotary, triton_backend):
+    """On these cases csrc's versions are tested too; PyTorch's beside Triton's."""
+    for update in (_update_triton, _update_torch):
+        arguments = make_arguments(dtype, rotary, **CASES[case])
+        after = expected(arguments)
+        update(*arguments.values())
+        assert_same_bits(arguments, after)
+
+
+def test_rotation_has_the_same_bits(backend, device):
+    """In the update and before it."""
+    cos, sin = rotary_tables(1000, 64, 1e4, device)
+    inputs = make_inputs([500, 3], [5, 4], 300, (8, 2), 64, F16, device)
+    q = inputs.pop("q")
+    rings = {name: inputs[name].clone() for name in ("k_cache", "v_cache")}
+    positions = torch.cat([torch.arange(500, 505), torch.arange(3, 7)]).to(device)
+    q_turned, k_turned = apply_rotary(q, inputs["k"], cos, sin, positions)
+    turned = rolling_cache_update_(**inputs, max_seqlen=5, q=q, cos=cos, sin=sin)
+    rolling_cache_update_(**{**inputs, **rings, "k": k_turned}, max_seqlen=5)
+    assert torch.equal(turned, q_turned)
+    assert all(torch.equal(inputs[name], ring) for name, ring in rings.items())
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+def test_gradients_of_the_fused_update(interleaved, backend, device):
+    """Through the rotation and the ring, as through the definitions."""
+    tables = rotary_tables(1000, 16, 1e4, device)
+    inputs = make_inputs([4, 0, 11], [9, 0, 3], 5, (4, 2), 16, F32, device)
+    names = ("q", "k", "v", "k_cache", "v_cache")
+    leaves = [inputs[name].requires_grad_() for name in names]
+    where = {name: inputs[name] for name in ("lengths", "cu_seqlens")}
+    q, k, v, *rings = leaves
+    rings = [ring.clone() for ring in rings]
+    options = {"cos": tables[0], "sin": tables[1], "interleaved": interleaved}
+    turned = rolling_cache_update_(*rings, k, v, **where, max_seqlen=9, q=q, **options)
+    positions = torch.tensor([*range(4, 13), *range(11, 14)], device=device)
+    definition = reference.apply_rotary(q, k, *tables, positions, interleaved)
+    wanted = reference.rolling_cache_update(*leaves[3:], definition[1], v, **where)
+    cotangents = [torch.randn_like(x) for x in (turned, *rings)]
+    actual = torch.autograd.grad((turned, *rings), leaves, cotangents)
+    exact = torch.autograd.grad((definition[0], *wanted), leaves, cotangents)
+    for name, a, b in zip(names, actual, exact):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def profiled(function):
+    """The kernels that a call launches, as ptxrun counts them."""
+    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts traffic, is absent")
+    if not ptxrun.installed():
+        pytest.skip("traffic is counted by ptxrun, not by a GPU or the interpreter")
+    with ptxrun.options(profile=True):
+        ptxrun.reset_profile()
+        function()
+        return list(ptxrun.profiles())
+
+
+def attend_profiled(lengths, capacity, window):
+    """One decode step at Mistral-7B's heads."""
+    batch = len(lengths)
+    inputs = make_inputs(lengths, [1] * batch, capacity, (32, 8), 128, BF16, "cpu")
+    inputs["k"] = inputs["v"] = None
+    counters = torch.zeros(32 * batch, dtype=torch.int32)
+    options = {"max_seqlen": 1, "sliding_window": window, "counters": counters}
+    (profile,) = profiled(lambda: rolling_cache_attention(**inputs, **options))
+    return profile
+
+
+@pytest.mark.parametrize("lengths", [[5000], [5000, 4095, 100_000, 17]], ids=str)
+def test_each_key_is_read_once(lengths, triton_backend):
+    """One launch; in-window bytes of k and v once, 16 at a time, in full sectors."""
+    profile = attend_profiled(lengths, 4096, 4096)
+    needed = sum(min(length + 1, 4096) for length in lengths) * 8 * 128 * 2 * 2
+    read = {name: counts["read"] for name, counts in profile.tensors.items()}
+    assert read["k_cache_ptr"] + read["v_cache_ptr"] == needed
+    # By asynchronous copies come k, v and the parts of the softmax, and none of them twice.
+    assert profile.cp_async_bytes <= 1.001 * (needed + read["parts_ptr"])
+    assert profile.dram_read <= 1.035 * needed  # the parts, which a GPU keeps in its L2, included
+    assert profile.global_read_sectors * 32 <= 1.09 * needed  # q and scalars, once a program
+
+
+def test_windowed_is_never_slower_than_full(triton_backend):
+    """At equal length a window reads no more, and only what it shows."""
+    for length in (500, 1023, 3000):
+        full = attend_profiled([length], 4096, None)
+        windowed = attend_profiled([length], 4096, 1024)
+        shown = min(length + 1, 1024)
+        assert windowed.cp_async_bytes <= full.cp_async_bytes
+        assert windowed.instructions <= 1.01 * full.instructions
+        assert windowed.tensors["k_cache_ptr"]["read"] == shown * 8 * 128 * 2
+        assert full.tensors["k_cache_ptr"]["read"] == (length + 1) * 8 * 128 * 2
+
+
+@pytest.mark.parametrize("rotary", [None, "half-split", "interleaved"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_bytes_moved_by_the_update(batch, rotary, triton_backend):
+    """At most 1.05 of the minimum, in 16-byte accesses."""
+    arguments = make_arguments(
+        BF16,
+        rotary,
+        counts=[1] * batch,
+        capacity=600,
+        head_dim=128,
+        heads=(32, 8),
+        lengths=[100 + 600 * i for i in range(batch)],
+        num_positions=100 + 600 * batch,
+    )
+    (profile,) = profiled(lambda: _update_triton(*arguments.values()))
+    heads = 48 if rotary else 16
+    minimum = batch * (2 * heads * 128 * 2 + (2 * 64 * 4 if rotary else 0))
+    assert profile.dram_bytes <= 1.05 * minimum
+    # Of the rest, each program's scalars, one request is 4 to 128 bytes.
+    wide = 2 * heads * 128 * 2 * batch / 512
+    programs = math.prod(profile.grid)
+    assert profile.global_requests <= wide + programs * (5 + 4 * bool(rotary))
+
+
+@pytest.mark.parametrize("op", ["cached_attention", "rolling_cache_update", "rotary_update"])
+def test_operators_are_well_formed(op, backend, device):
+    inputs = make_inputs([500, 3], [1, 1], 300, (8, 2), 64, F16, device)
+    q, k, v, k_cache, v_cache, *where = inputs.values()
+    ops = torch.ops.mistral_kernels
+    if op == "cached_attention":
+        counters = torch.zeros(16, dtype=torch.int32, device=device)
+        rest = (None, None, None, counters, 1, 0, None, 299, 0, 0.0, None, 0, False)
+        arguments = (q, None, None, k_cache, v_cache, *where, *rest)
+        torch.library.opcheck(ops.cached_attention.default, arguments)
+    elif op == "rolling_cache_update":
+        arguments = (k_cache, v_cache, k, v, *where, 1, None, None)
+        torch.library.opcheck(ops.rolling_cache_update.default, arguments)
+    else:
+        tables = rotary_tables(1000, 64, 1e4, device)
+        arguments = (k_cache, v_cache, k, v, *where, 1, q, *tables, False)
+        torch.library.opcheck(ops.rotary_rolling_cache_update.default, arguments)
+
+
+def test_one_graph(backend, device):
+    """A decode step compiles whole, whatever the batch."""
+
+    def step(q, k, v, k_cache, v_cache, lengths, cu_seqlens, cos, sin):
+        ring = (k_cache, v_cache), (lengths, cu_seqlens, 1)
+        q = rolling_cache_update_(*ring[0], k, v, *ring[1], q=q, cos=cos, sin=sin)
+        return rolling_cache_attention(q, None, None, *ring[0], *ring[1], sliding_window=300)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    tables = rotary_tables(1000, 64, 1e4, device)
+    for lengths in ([500, 3], [7, 8, 900]):
+        inputs = make_inputs(lengths, [1] * len(lengths), 300, (8, 2), 64, F16, device)
+        copies = {name: x.clone() for name, x in inputs.items()}
+        with torch.no_grad():
+            wanted = step(*inputs.values(), *tables)
+            assert torch.equal(compiled(*copies.values(), *tables), wanted)
+        assert all(torch.equal(copies[name], inputs[name]) for name in ("k_cache", "v_cache"))
+
+
+def launched(target, dtype, head_dim, count):
+    """What a decode step, or a chunk, at Mistral's head counts compiles for `target`."""
+    with compile_only(target) as kernels:
+        inputs = make_inputs([5000], [count], 4096, (32, 8), head_dim, dtype, "cpu")
+        tables = rotary_tables(6000, head_dim, 1e4)
+        options = {"max_seqlen": count, "sliding_window": 4096}
+        q = inputs.pop("q")
+        if count > 1:
+            rolling_cache_attention(q, **inputs, **options)
+        rolling_cache_update_(**inputs, max_seqlen=count, q=q, cos=tables[0], sin=tables[1])
+        if count == 1:
+            inputs["k"] = inputs["v"] = None
+            rolling_cache_attention(q, **inputs, **options)
+    return {kernel.name: kernel for kernel in kernels}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 1000])
+@pytest.mark.parametrize(
+    ("target", "dtype", "head_dim"),
+    [
+        (name, dtype, head_dim)
+        for name, target in TARGETS.items()
+        for head_dim in (64, 128, 256)
+        for dtype in ((F16, BF16, F32) if head_dim == 128 else (F16,))
+        if dtype in target.dtypes()
+    ],
+    ids=str,
+)
+def test_compile_matrix(target, dtype, head_dim, count, monkeypatch):
+    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    kernels = launched(target, dtype, head_dim, count)
+    assert kernels.keys() == {"_decode_kernel", "_update_kernel"}
+    kernels["_update_kernel"].assert_healthy()
+    if not (target == "gfx1100" and head_dim == 256):  # RDNA 3's operands, as in attention
+        kernels["_decode_kernel"].assert_healthy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "clocks"), [("sm_80", 2447), ("sm_90", 2266)])
+def test_memory_decides(target, clocks, monkeypatch):
+    """Of the clocks in which 32 KiB of k and v arrive, no pipe is busy in more than 0.4.
+
+    And 128 KiB or more are on their way into each multiprocessor.
+    """
+    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    kernel = launched(target, BF16, 128, 1)["_decode_kernel"]
+    loop = kernel.main_loop()  # 64 keys of 128 numbers: 32 KiB
+    assert loop["spills"] == 0
+    assert max(loop["bounds"]["cycles"].values()) <= 0.4 * clocks, loop["bounds"]["cycles"]
+    blocks = loop["bounds"]["units"]
+    in_flight = 2 * 32 * blocks  # of three stages, two are being filled
+    print(target, loop["bounds"]["cycles"], blocks, in_flight)
+    assert min(blocks, 256 / kernel.target.multiprocessors) * 64 >= 2 * 0.95 * 64
