@@ -160,8 +160,6 @@ def _decode_kernel(
                 end = tl.where(split == parts - 1, end, begin)
         # The blocks that cross left edges, those that cross none, those that cross right ones.
         for PART in tl.static_range(3):
-            # Those of the cache end where the fresh ones begin, which may be amid left edges.
-            END: tl.constexpr = PART == 2 or (PART == 0 and FRESH and SOURCE == 0)
             if PART == 2 or (not NARROW and (PART == 1 or LEFT_EDGE)):
                 first, last = max(bounds[PART], begin), min(bounds[PART + 1], end)
                 for block in tl.range(first, last, BLOCK_N, num_stages=NUM_STAGES):
@@ -169,12 +167,12 @@ def _decode_kernel(
                         k = _load_cached(
                             k_cache_ptr, table_ptr, block, first_slot, length, capacity, page_size,
                             table_stride, k_cache_stride_b, k_cache_stride_s,
-                            BLOCK_N, HEAD_DIM, BLOCK_D, END, PAGED,
+                            BLOCK_N, HEAD_DIM, BLOCK_D, PART != 1, PAGED,
                         )  # fmt: skip
                     else:
                         k = load_block(
                             k_ptr, None, block, length, k_stride_s, BLOCK_N, HEAD_DIM, BLOCK_D,
-                            END, False, OFFSETS,
+                            PART != 1, False, OFFSETS,
                         )  # fmt: skip
                     s = tl.dot(q, k.T, input_precision=PRECISION)
                     key = block + tl.arange(0, BLOCK_N)[None, :]
@@ -182,10 +180,10 @@ def _decode_kernel(
                         s = tanh(s * tanh_scale)
                     if ALIBI:
                         s -= slopes * tl.abs(key - place).to(tl.float32)
-                    if PART != 1:
+                    if PART != 1:  # the cache may end, before the fresh keys, amid left edges
                         s = hide(
                             s, place, key, length, window_left, window_right,
-                            PART == 0 or NARROW, END,
+                            PART == 0 or NARROW, True,
                         )  # fmt: skip
                     new_max = tl.maximum(row_max, tl.max(s, 1) * exp_scale)
                     p = tl.exp2(s * exp_scale - new_max[:, None])
@@ -196,12 +194,12 @@ def _decode_kernel(
                         v = _load_cached(
                             v_cache_ptr, table_ptr, block, first_slot, length, capacity, page_size,
                             table_stride, v_cache_stride_b, v_cache_stride_s,
-                            BLOCK_N, HEAD_DIM, BLOCK_D, END, PAGED,
+                            BLOCK_N, HEAD_DIM, BLOCK_D, PART != 1, PAGED,
                         )  # fmt: skip
                     else:
                         v = load_block(
                             v_ptr, None, block, length, v_stride_s, BLOCK_N, HEAD_DIM, BLOCK_D,
-                            END, False, OFFSETS,
+                            PART != 1, False, OFFSETS,
                         )  # fmt: skip
                     acc = acc * rescale[:, None]
                     acc = tl.dot(p.to(q.dtype), v, acc, input_precision=PRECISION)
