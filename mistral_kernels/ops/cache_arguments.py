@@ -19,8 +19,11 @@ def check_ring(
     cu_seqlens: Tensor,
     max_seqlen: int,
     total: int,
-) -> None:
-    """Do the arguments describe one cache and `total` new tokens for it?"""
+) -> int:
+    """Do the arguments describe one cache and `total` new tokens for it?
+
+    Returns the position behind the last new token, or 0 where values are not looked at.
+    """
     if k_cache.ndim != 4 or 0 in k_cache.shape[:2]:
         raise ValueError(
             "k_cache must be (batch, capacity, num_kv_heads, head_dim) with batch and capacity "
@@ -60,7 +63,7 @@ def check_ring(
         if other is not None and other.device != k_cache.device:
             raise ValueError(f"{name} must be on {k_cache.device} like k_cache, got {other.device}")
     if k_cache.device.type != "cpu" or torch.compiler.is_compiling():
-        return
+        return 0
     seen = lengths.tolist()
     if min(seen) < 0:
         raise ValueError(f"lengths must be >= 0, got {seen}")
@@ -71,6 +74,7 @@ def check_ring(
             f"cu_seqlens must rise from 0 to the {total} new tokens in steps of at most "
             f"max_seqlen {max_seqlen}, got {offsets}"
         )
+    return max((length + count for length, count in zip(seen, counts) if count), default=0)
 
 
 def check_rotary(
@@ -78,10 +82,9 @@ def check_rotary(
     cos: Tensor | None,
     sin: Tensor | None,
     k: Tensor,
-    lengths: Tensor,
-    cu_seqlens: Tensor,
+    end: int,
 ) -> None:
-    """Can q, and k, which `check_ring` has seen, be turned by these tables?"""
+    """Can q, and k, which `check_ring` has seen, be turned by these tables, as far as `end`?"""
     total, _, head_dim = k.shape
     if q.ndim != 3 or q.shape[0] != total or q.shape[-1] != head_dim:
         raise ValueError(f"q must be ({total}, num_heads, {head_dim}) like k, got {tuple(q.shape)}")
@@ -99,10 +102,5 @@ def check_rotary(
                 f"{name} must be torch.float32 on {k.device} with a contiguous last dimension, got "
                 f"{table.dtype} on {table.device} with strides {table.stride()}"
             )
-    if k.device.type == "cpu" and total and not torch.compiler.is_compiling():
-        counts = cu_seqlens.diff()
-        end = int((lengths + counts)[counts > 0].max())
-        if end > len(cos):
-            raise ValueError(
-                f"cos and sin end at position {len(cos)}, but the new tokens reach {end}"
-            )
+    if end > len(cos):
+        raise ValueError(f"cos and sin end at position {len(cos)}, but the new tokens reach {end}")

@@ -392,9 +392,9 @@ def rolling_cache_update_(
     Raises:
         ValueError: naming the argument that does not fit; the caches are untouched.
     """
-    check_ring(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, k.shape[0])
+    end = check_ring(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, k.shape[0])
     if q is not None:
-        check_rotary(q, cos, sin, k, lengths, cu_seqlens)
+        check_rotary(q, cos, sin, k, end)
     elif cos is not None or sin is not None:
         raise ValueError("cos and sin turn q and k: give q too")
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))

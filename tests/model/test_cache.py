@@ -154,3 +154,52 @@ def test_an_interrupted_pass_leaves_no_usable_cache(monkeypatch: pytest.MonkeyPa
         model.prefill([[4]], cache)
     with pytest.raises(ValueError, match="a pass over this cache was interrupted half-way"):
         model.decode(torch.tensor([5]), cache)
+
+
+def test_reset_and_reorder() -> None:
+    """Afterwards the cache is a new one, or its sequences stand where they were asked to."""
+    model = make_model()
+    prompts = [random_ids(5), random_ids(W + 6)]
+    cache, fresh = model.new_cache(2, 64), model.new_cache(2, 64)
+    with torch.inference_mode():
+        first = model.prefill(prompts, cache)
+        cache.reorder([1, 1])
+        assert cache.host_lengths == cache.lengths.tolist() == [W + 6] * 2
+        both = model.decode(torch.tensor([3, 3]), cache)
+        model.prefill(prompts, fresh)
+        alone = model.decode(torch.tensor([3, 3]), fresh)
+        torch.testing.assert_close(both, alone[[1, 1]], rtol=1e-5, atol=1e-5)
+        cache.torn = True
+        cache.reset()
+        torch.testing.assert_close(model.prefill(prompts, cache), first)
+
+
+@pytest.mark.parametrize("sequences", [[0], [0, 1, 1], [0, 2], [-1, 0]])
+def test_reorder_wants_every_sequence(sequences: list[int]) -> None:
+    cache = empty_cache()
+    with pytest.raises(ValueError, match="need 2 indices below 2, got "):
+        cache.reorder(sequences)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "device", "message"),
+    [
+        ({"sliding_window": 8}, torch.float32, "cpu", "made for another model; its windows, kv"),
+        ({"num_key_value_heads": 4}, torch.float32, "cpu", "made for another model; its windows"),
+        ({"head_dim": 8}, torch.float32, "cpu", "made for another model; its windows, kv heads"),
+        ({"num_hidden_layers": 2}, torch.float32, "cpu", "made for another model; its windows"),
+        ({}, torch.bfloat16, "cpu", "must be torch.float32 on cpu like the model, got torch.bf"),
+        ({}, torch.float32, "meta", "must be torch.float32 on cpu like the model, .* on meta"),
+    ],
+    ids=str,
+)
+def test_a_cache_of_another_model(
+    changes: dict[str, int], dtype: torch.dtype, device: str, message: str
+) -> None:
+    """Is refused, and as it was."""
+    config = dataclasses.replace(SMALL, **changes)  # type: ignore[arg-type]
+    cache = RollingCache(config, 1, 64, dtype, device)
+    with pytest.raises(ValueError, match=message):
+        make_model().prefill([random_ids(3)], cache)
+    assert cache.host_lengths == [0] and not cache.torn
+    assert cache.keys[0].is_meta or not any(ring.any() for ring in cache.keys)

@@ -172,7 +172,8 @@ def rolling_cache_attention(
     if k is not None and v is not None:
         check_qkv(q, k, v, ndim=3)
     else:
-        check_qkv(q, k_cache[0], v_cache[0], ndim=3, names=("q", "k_cache", "v_cache"))
+        rows = k_cache.select(0, 0), v_cache.select(0, 0)
+        check_qkv(q, *rows, ndim=3, names=("q", "k_cache", "v_cache"))
         if max_seqlen != 1 or q.shape[0] != lengths.shape[0]:
             raise ValueError(
                 "k and v may be None only for one new token a sequence, got "

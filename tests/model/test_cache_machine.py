@@ -1,0 +1,137 @@
+"""Any sequence of appends, steps, resets and reorders, against a cache that only grows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from small_checkpoints import SMALL
+from torch import Tensor
+
+from mistral_kernels import RollingCache, rolling_cache_attention, rolling_cache_update_
+from mistral_kernels.ops import reference
+from mistral_kernels.ops.rotary import rotary_tables
+
+BATCH, HEADS, KV_HEADS, HEAD_DIM = 3, 4, 2, 16
+WINDOWS = (5, 2, None)  # of the three layers; the last one's ring must hold everything
+LENGTH = 60
+TABLES = rotary_tables(LENGTH, HEAD_DIM, 1e4)
+
+
+class Machine(RuleBasedStateMachine):
+    @initialize(endless=st.booleans())
+    def begin(self, endless: bool) -> None:
+        windows = WINDOWS[:2] + WINDOWS[:1] if endless else WINDOWS
+        config = dataclasses.replace(SMALL, sliding_window=windows)
+        self.windows = windows
+        self.cache = RollingCache(config, BATCH, LENGTH, torch.float32)
+        empty = torch.empty(0, KV_HEADS, HEAD_DIM)
+        self.texts: list[list[tuple[Tensor, Tensor]]] = [[(empty, empty)] * BATCH for _ in windows]
+
+    def room(self) -> int:
+        return LENGTH - max(self.cache.host_lengths)
+
+    def tokens(self, total: int) -> list[Tensor]:
+        return [torch.randn(total, n, HEAD_DIM) for n in (HEADS, KV_HEADS, KV_HEADS)]
+
+    def grow(self, layer: int, q: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> Tensor:
+        """What the new tokens see of everything there ever was."""
+        outs, window = [], self.windows[layer]
+        for i, new in enumerate(zip(*(x.split(counts) for x in (q, k, v)))):
+            keys, values = (torch.cat(pair) for pair in zip(self.texts[layer][i], new[1:]))
+            self.texts[layer][i] = keys, values
+            out, _ = reference.attention(
+                *(x.double()[None] for x in (new[0], keys, values)),
+                causal=True,
+                window_size=(-1 if window is None else window - 1, 0),
+            )
+            outs.append(out[0].float())
+        return torch.cat(outs)
+
+    @rule(counts=st.lists(st.integers(0, 13), min_size=BATCH, max_size=BATCH))
+    def append(self, counts: list[int]) -> None:
+        """Chunks of any lengths, over the capacity too: attention first, then the update."""
+        counts = [min(n, self.room()) for n in counts]
+        packing = self.cache.packing(counts)
+        for layer in range(len(self.windows)):
+            q, k, v = self.tokens(sum(counts))
+            expected = self.grow(layer, q, k, v, counts)
+            ring = self.ring(layer, packing.cu_seqlens, max(counts))
+            out = rolling_cache_attention(
+                q, k, v, **ring, sliding_window=self.windows[layer], counters=self.cache.counters
+            )
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+            rolling_cache_update_(**ring, k=k, v=v)
+        self.cache.advance(packing)
+
+    @rule(rotary=st.booleans())
+    def step(self, rotary: bool) -> None:
+        """One token each: the update, turned on the way or not, then attention over the ring."""
+        if self.room() == 0:
+            return
+        packing = self.cache.packing([1] * BATCH)
+        for layer, window in enumerate(self.windows):
+            q, k, v = self.tokens(BATCH)
+            ring = self.ring(layer, packing.cu_seqlens, 1)
+            if rotary:
+                places = self.cache.lengths
+                turned = reference.apply_rotary(q, k, *TABLES, places)
+                expected = self.grow(layer, *turned, v, [1] * BATCH)
+                options = {"q": q, "cos": TABLES[0], "sin": TABLES[1]}
+                q = rolling_cache_update_(**ring, k=k, v=v, **options)
+            else:
+                expected = self.grow(layer, q, k, v, [1] * BATCH)
+                rolling_cache_update_(**ring, k=k, v=v)
+            out = rolling_cache_attention(
+                q, None, None, **ring, sliding_window=window, counters=self.cache.counters
+            )
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        self.cache.advance(packing)
+
+    @rule()
+    def reset(self) -> None:
+        self.cache.reset()
+        empty = torch.empty(0, KV_HEADS, HEAD_DIM)
+        self.texts = [[(empty, empty)] * BATCH for _ in self.windows]
+
+    @rule(order=st.lists(st.integers(0, BATCH - 1), min_size=BATCH, max_size=BATCH))
+    def reorder(self, order: list[int]) -> None:
+        self.cache.reorder(order)
+        self.texts = [[layer[i] for i in order] for layer in self.texts]
+
+    def ring(self, layer: int, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, object]:
+        return {
+            "k_cache": self.cache.keys[layer],
+            "v_cache": self.cache.values[layer],
+            "lengths": self.cache.lengths,
+            "cu_seqlens": cu_seqlens,
+            "max_seqlen": max_seqlen,
+        }
+
+    @invariant()
+    def holds_the_newest(self) -> None:
+        """Each slot the newest key that belongs in it, and no memory more than at first."""
+        if not hasattr(self, "cache"):
+            return
+        assert self.cache.lengths.tolist() == self.cache.host_lengths
+        assert not self.cache.counters.any()
+        for layer, window in enumerate(self.windows):
+            for i, (keys, _) in enumerate(self.texts[layer]):
+                ring = self.cache.keys[layer][i]
+                assert len(ring) == min(window or LENGTH, LENGTH)
+                assert len(keys) == self.cache.host_lengths[i]
+                for p in range(max(0, len(keys) - len(ring)), len(keys)):
+                    torch.testing.assert_close(ring[p % len(ring)], keys[p], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.kernels
+def test_any_sequence_of_operations(backend: str) -> None:
+    examples = 25 if backend == "torch" else 6
+    Machine.TestCase.settings = settings(
+        max_examples=examples, stateful_step_count=12, deadline=None
+    )
+    Machine.TestCase("runTest").runTest()
