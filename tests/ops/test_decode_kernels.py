@@ -240,6 +240,25 @@ def profiled(function):
         return list(ptxrun.profiles())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [[1, 1], [3, 40]], ids=str)
+def test_no_races(counts, triton_backend):
+    """The last program to arrive sees what the others wrote; nobody else touches it."""
+    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which sees races, is absent")
+    if not ptxrun.installed():
+        pytest.skip("races are seen by ptxrun, not by a GPU or the interpreter")
+    inputs = make_inputs([700, 3], counts, 300, (8, 2), 64, F16, "cpu")
+    tables = rotary_tables(1000, 64, 1e4)
+    options = {"max_seqlen": max(counts), "sliding_window": 300}
+    with ptxrun.options(racecheck=True):
+        rolling_cache_attention(**inputs, **options)
+        q = inputs.pop("q")
+        rotary = {"q": q, "cos": tables[0], "sin": tables[1]}
+        rolling_cache_update_(**inputs, max_seqlen=max(counts), **rotary)
+        if set(counts) == {1}:
+            rolling_cache_attention(q, **{**inputs, "k": None, "v": None}, **options)
+
+
 def attend_profiled(lengths, capacity, window):
     """One decode step at Mistral-7B's heads."""
     batch = len(lengths)

@@ -84,16 +84,16 @@ def _decode_kernel(
     k_cache_stride_b, k_cache_stride_s, k_cache_stride_h,
     v_cache_stride_b, v_cache_stride_s, v_cache_stride_h,
     lse_stride_b, lse_stride_h, slopes_stride_b, table_stride_b, table_stride, part_stride,
-    seqlen_q, seqlen_new, tiles, split_keys, num_kv_heads, capacity, page_size,
+    seqlen_q, seqlen_new, tiles, splits, split_keys, num_kv_heads, capacity, page_size,
     window_left, window_right, tanh_scale, exp_scale,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, VARLEN: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLIT: tl.constexpr, VARLEN: tl.constexpr,
     FRESH: tl.constexpr, ROWS: tl.constexpr, LEFTPAD: tl.constexpr, PAGED: tl.constexpr,
     LEFT_EDGE: tl.constexpr, NARROW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     PRECISION: tl.constexpr, OFFSETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    part, kv_head, batch = program_place(tiles * SPLITS, num_kv_heads)
-    tile, split = part % tiles, part // tiles
+    program, kv_head, batch = program_place(tiles * splits, num_kv_heads)
+    tile, split = program % tiles, program // tiles
     start, seqlen_q = sequence_bounds(cu_seqlens_ptr, batch, seqlen_q, VARLEN)
     if tile * BLOCK_M >= seqlen_q * GROUP:
         return
@@ -119,7 +119,7 @@ def _decode_kernel(
     bounds = block_ranges(first_place, last_place, held, window_left, window_right, BLOCK_N, NARROW)
     begin, end = bounds[0], bounds[3]
     parts = 1
-    if SPLITS > 1:
+    if SPLIT:
         parts = max(tl.cdiv(end - begin, split_keys), 1)
         begin += split * split_keys
         end = min(begin + split_keys, end)
@@ -131,15 +131,17 @@ def _decode_kernel(
     if ALIBI:
         slopes = tl.load(slopes_ptr + batch * slopes_stride_b + head)
         slopes = (slopes * (1.4426950408889634 / exp_scale))[:, None]
-    row = batch.to(tl.int64)
-    if ROWS:
-        row = tl.load(rows_ptr + batch).to(tl.int64)
-    if PAGED:
-        row *= 0  # pages are counted from the cache's first
-        table_ptr += batch * table_stride_b
     kv_head = kv_head.to(tl.int64)
-    k_cache_ptr += row * k_cache_stride_b + kv_head * k_cache_stride_h
-    v_cache_ptr += row * v_cache_stride_b + kv_head * v_cache_stride_h
+    k_cache_ptr += kv_head * k_cache_stride_h
+    v_cache_ptr += kv_head * v_cache_stride_h
+    if PAGED:
+        table_ptr += batch * table_stride_b
+    else:
+        row = batch
+        if ROWS:
+            row = tl.load(rows_ptr + batch)
+        k_cache_ptr += row.to(tl.int64) * k_cache_stride_b
+        v_cache_ptr += row.to(tl.int64) * v_cache_stride_b
     if FRESH:
         k_ptr += start.to(tl.int64) * k_stride_s + kv_head * k_stride_h
         v_ptr += start.to(tl.int64) * v_stride_s + kv_head * v_stride_h
@@ -156,7 +158,7 @@ def _decode_kernel(
                 NARROW,
             )  # fmt: skip
             begin, end = bounds[0], bounds[3]
-            if SPLITS > 1:
+            if SPLIT:
                 end = tl.where(split == parts - 1, end, begin)
         # The blocks that cross left edges, those that cross none, those that cross right ones.
         for PART in tl.static_range(3):
@@ -204,9 +206,9 @@ def _decode_kernel(
                     acc = acc * rescale[:, None]
                     acc = tl.dot(p.to(q.dtype), v, acc, input_precision=PRECISION)
 
-    if SPLITS > 1:
+    if SPLIT:
         if parts > 1:
-            # Parts lie as (SPLITS, tokens, heads, HEAD_DIM), normalised, their sums in base 2.
+            # Parts lie as (splits, tokens, heads, HEAD_DIM), normalised, their sums in base 2.
             heads = num_kv_heads * GROUP
             first_token = start if VARLEN else batch * seqlen_q
             first_row = tl.cast(first_token, tl.int64) * heads
@@ -316,12 +318,12 @@ def launch(
             problem.slopes_stride,
             *((0, 0) if block_table is None else block_table.stride()),
             part_stride,
-            *(max_seqlen_q, seqlen_new, tiles, split_keys, problem.num_kv_heads),
+            *(max_seqlen_q, seqlen_new, tiles, splits, split_keys, problem.num_kv_heads),
             *(capacity, k_cache.shape[1], problem.left, problem.right),
             *softmax_factors(softmax_scale, softcap),
             GROUP=problem.group,
             HEAD_DIM=head_dim,
-            SPLITS=splits,
+            SPLIT=splits > 1,
             VARLEN=cu_seqlens is not None,
             FRESH=bool(fresh),
             ROWS=rows is not None,
