@@ -7,6 +7,7 @@ as without.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -63,12 +64,14 @@ def flash_attn_with_kvcache(
         return_softmax_lse: also return the log-sum-exp.
 
     Returns:
-        out, of q's shape, or (out, softmax_lse (batch, num_heads, seqlen_q) float32).
+        out, of q's shape, or (out, softmax_lse (batch, num_heads, seqlen_q)), float32, or float64
+        like q.
 
     Raises:
         ValueError: naming the argument that does not fit; on the CPU also a value of
             `cache_seqlens`, `cache_batch_idx`, `cache_leftpad` or `block_table` outside its range,
             where on a GPU a look would wait. The caches are then untouched.
+        TypeError: `cache_seqlens` is neither an integer nor a tensor.
         NotImplementedError: something here requires a gradient.
     """
     tensors = q, k_cache, v_cache, k, v
@@ -81,6 +84,10 @@ def flash_attn_with_kvcache(
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.stride(-1) != 1:
             raise ValueError(f"{name}'s last dimension must be contiguous, got {cache.stride()}")
+    if block_table is not None and (block_table.ndim != 2 or 0 in block_table.shape[1:]):
+        raise ValueError(f"block_table must be (batch, pages), got {tuple(block_table.shape)}")
+    if k_cache.shape[1] == 0:
+        raise ValueError(f"k_cache has no place for a key: its shape is {tuple(k_cache.shape)}")
     batch, seqlen_q = q.shape[:2]
     capacity = capacity_of(k_cache, block_table)
     new = _check_new(q, k_cache, k, v)
@@ -88,13 +95,14 @@ def flash_attn_with_kvcache(
     _check_places(k_cache, lengths, cache_batch_idx, cache_leftpad, block_table, batch, new)
     if alibi_slopes is not None:
         check_slopes(alibi_slopes, q, batch)
-    if num_splits < 0 or softcap < 0 or (softmax_scale is not None and softmax_scale <= 0):
+    if num_splits < 0 or softcap < 0 or not (softmax_scale is None or softmax_scale > 0):
         raise ValueError(
             "num_splits and softcap must be >= 0 and softmax_scale positive, got "
             f"{num_splits}, {softcap} and {softmax_scale}"
         )
-    if block_table is not None:
-        block_table = block_table.contiguous()
+    cache_batch_idx, cache_leftpad, block_table = (
+        x if x is None else x.contiguous() for x in (cache_batch_idx, cache_leftpad, block_table)
+    )
     window = resolve_window(causal, window_size, None)
     q = q if q.stride(-1) == 1 else q.contiguous()
     if rotary_cos is not None or rotary_sin is not None:
@@ -102,7 +110,8 @@ def flash_attn_with_kvcache(
             raise ValueError("rotary_cos and rotary_sin go together, with k and v")
         together = tuple(window) == (-1, -1)
         _check_tables(rotary_cos, rotary_sin, q, lengths, max(new, 1 if together else seqlen_q))
-        tables = rotary_cos.float(), rotary_sin.float()
+        dtype = torch.promote_types(rotary_cos.dtype, torch.float32)
+        tables = rotary_cos.to(dtype), rotary_sin.to(dtype)
         q = _turned(q, tables, lengths, 0 if together else 1, rotary_interleaved)
         k = _turned(k, tables, lengths, 1, rotary_interleaved)
     if k is not None and v is not None:
@@ -160,6 +169,7 @@ def _lengths(cache_seqlens: int | Tensor | None, q: Tensor, capacity: int, new: 
         cache_seqlens = capacity
     batch = q.shape[0]
     if not isinstance(cache_seqlens, Tensor):
+        cache_seqlens = operator.index(cache_seqlens)
         if not 0 <= cache_seqlens <= capacity - new:
             raise ValueError(
                 f"cache_seqlens must be in [0, {capacity - new}] for {new} new tokens in "
@@ -207,8 +217,8 @@ def _check_places(
 
 
 def _check_tables(cos: Tensor, sin: Tensor, q: Tensor, lengths: Tensor, new: int) -> None:
-    rotary_dim = cos.shape[-1] * 2
-    if cos.ndim != 2 or not 0 < rotary_dim <= q.shape[-1] or sin.shape != cos.shape:
+    rotary_dim = cos.shape[-1] * 2 if cos.ndim == 2 else 0
+    if not 0 < rotary_dim <= q.shape[-1] or sin.shape != cos.shape:
         raise ValueError(
             "rotary_cos and rotary_sin must be (num_positions, rotary_dim / 2) with rotary_dim at "
             f"most {q.shape[-1]}, got {tuple(cos.shape)} and {tuple(sin.shape)}"

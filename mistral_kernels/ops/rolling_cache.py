@@ -136,9 +136,9 @@ def _update_triton(
     sin: Tensor | None,
     interleaved: bool,
 ) -> None:
-    if cos is not None and k.dtype == torch.float64:
+    if k.dtype == torch.float64:
         raise TypeError(
-            "rolling_cache_update_: k is torch.float64; the triton backend turns float16, bfloat16 "
+            "rolling_cache_update_: k is torch.float64; the triton backend takes float16, bfloat16 "
             "and float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
         )
     batch, num_kv_heads, head_dim = lengths.numel(), *k.shape[1:]

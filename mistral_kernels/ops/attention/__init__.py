@@ -249,6 +249,8 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> int:
 def check_slopes(alibi_slopes: Tensor, q: Tensor, batch: int) -> None:
     """Raises `ValueError` unless the slopes fit q's heads and the batch."""
     num_heads = q.shape[-2]
+    if not isinstance(alibi_slopes, Tensor):
+        raise ValueError(f"alibi_slopes must be a tensor, got {type(alibi_slopes).__name__}")
     if alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):
         raise ValueError(
             f"alibi_slopes must be ({num_heads},) or ({batch}, {num_heads}), "

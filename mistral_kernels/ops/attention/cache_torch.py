@@ -37,6 +37,11 @@ def attend_in_pieces(
     single = max_seqlen_q == 1 and len(q) == lengths.numel() and k is None and not return_lse
     if plain and single and cu_seqlens is not None and rows is None:
         return _ring_decode(q, k_cache, v_cache, lengths, window, softmax_scale), None
+    if not lengths.numel():
+        *batch, seqlen, heads, _ = q.shape
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        lse = torch.empty(*batch, heads, seqlen, dtype=dtype, device=q.device)
+        return torch.empty_like(q), lse if return_lse else None
     capacity = capacity_of(k_cache, block_table)
     offsets = None if cu_seqlens is None else cu_seqlens.tolist()
     outs, sums = [], []
