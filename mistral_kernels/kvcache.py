@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops.attention import check_qkv, check_slopes
+from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.cached import attend_cached
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.rolling_cache import capacity_of, update_op
@@ -118,19 +119,16 @@ def flash_attn_with_kvcache(
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * new
         packed = ((x if x.stride(-1) == 1 else x.contiguous()).flatten(0, 1) for x in (k, v))
         update_op(k_cache, v_cache, *packed, lengths, cu_seqlens, new, cache_batch_idx, block_table)
+    places = lengths, None, new, cache_batch_idx, cache_leftpad, block_table
     out, lse = attend_cached(
-        *(q, None, None, k_cache, v_cache, lengths),
+        *(q, None, None, CacheView(k_cache, v_cache, *places)),
         window=window,
         max_seqlen_q=seqlen_q,
-        seqlen_new=new,
-        rows=cache_batch_idx,
-        leftpad=cache_leftpad,
-        block_table=block_table,
         softmax_scale=softmax_scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
-        num_splits=num_splits,
         return_lse=return_softmax_lse,
+        num_splits=num_splits,
     )
     if not return_softmax_lse:
         return out

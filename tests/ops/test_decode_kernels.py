@@ -326,7 +326,7 @@ def test_operators_are_well_formed(op, backend, device):
     ops = torch.ops.mistral_kernels
     if op == "cached_attention":
         counters = torch.zeros(16, dtype=torch.int32, device=device)
-        rest = (None, None, None, counters, 1, 0, None, 299, 0, 0.0, None, 0, False)
+        rest = (0, None, None, None, 1, 299, 0, 0.125, 0.0, None, False, 0, counters)
         arguments = (q, None, None, k_cache, v_cache, *where, *rest)
         torch.library.opcheck(ops.cached_attention.default, arguments)
     elif op == "rolling_cache_update":

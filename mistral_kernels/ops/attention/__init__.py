@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.cached import attend_cached
 from mistral_kernels.ops.attention.op import attend
 from mistral_kernels.ops.attention.window import resolve_window
@@ -192,10 +193,10 @@ def rolling_cache_attention(
     if k is not None and v is not None:
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     out, _ = attend_cached(
-        *(q, k, v, k_cache, v_cache, lengths.contiguous()),
+        *(q, k, v),
+        CacheView(k_cache, v_cache, lengths.contiguous(), cu_seqlens.contiguous()),
         window=resolve_window(True, None, sliding_window),
         max_seqlen_q=max_seqlen,
-        cu_seqlens=cu_seqlens.contiguous(),
         counters=counters,
         softmax_scale=softmax_scale,
     )

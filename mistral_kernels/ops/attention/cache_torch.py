@@ -1,5 +1,7 @@
-"""Attention of new tokens over a cache in PyTorch's operators: on the torch backend, and where a
-gradient is wanted, on any."""
+"""Attention of new tokens over a cache in PyTorch's operators.
+
+It serves the torch backend, and, where a gradient is wanted, all of them.
+"""
 
 from __future__ import annotations
 
@@ -7,104 +9,85 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mistral_kernels.ops.attention.cache_view import CacheView
+from mistral_kernels.ops.attention.cpu import Scoring
 from mistral_kernels.ops.attention.op import attend
-from mistral_kernels.ops.attention.window import Window, keys_of_rows, visible
-from mistral_kernels.ops.rolling_cache import capacity_of
+from mistral_kernels.ops.attention.window import keys_of_rows, visible
 
 
 def attend_in_pieces(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    cu_seqlens: Tensor | None,
-    rows: Tensor | None,
-    leftpad: Tensor | None,
-    block_table: Tensor | None,
+    cache: CacheView,
+    scoring: Scoring,
     max_seqlen_q: int,
-    seqlen_new: int,
-    softmax_scale: float | None,
-    window: Window,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """`cached.py`'s operator, sequence by sequence, with each one's keys put in order. Reads
-    `lengths` on the host."""
-    plain = leftpad is None and block_table is None and not softcap and alibi_slopes is None
-    single = max_seqlen_q == 1 and len(q) == lengths.numel() and k is None and not return_lse
-    if plain and single and cu_seqlens is not None and rows is None:
-        return _ring_decode(q, k_cache, v_cache, lengths, window, softmax_scale), None
-    if not lengths.numel():
+    """`cached.py`'s operator, sequence by sequence, with each one's keys put in order.
+
+    Reads `lengths` on the host.
+    """
+    return_lse = scoring.return_lse
+    if _is_decode_step(q, k, cache, scoring, max_seqlen_q):
+        return _ring_decode(q, cache, scoring), None
+    if not cache.lengths.numel():
         *batch, seqlen, heads, _ = q.shape
         dtype = torch.promote_types(q.dtype, torch.float32)
-        lse = torch.empty(*batch, heads, seqlen, dtype=dtype, device=q.device)
-        return torch.empty_like(q), lse if return_lse else None
-    capacity = capacity_of(k_cache, block_table)
-    offsets = None if cu_seqlens is None else cu_seqlens.tolist()
+        no_sums = torch.empty(*batch, heads, seqlen, dtype=dtype, device=q.device)
+        return torch.empty_like(q), no_sums if return_lse else None
+    packed = cache.cu_seqlens is not None
+    offsets = cache.cu_seqlens.tolist() if cache.cu_seqlens is not None else []
     outs, sums = [], []
-    for sequence, length in enumerate(lengths.tolist()):
-        new = slice(sequence, sequence + 1)
-        if offsets is None:
-            queries = q[sequence]
-        else:
-            new = slice(*offsets[sequence : sequence + 2])
-            queries = q[new]
-        total = length + (seqlen_new if offsets is None else len(queries))
+    for sequence, length in enumerate(cache.lengths.tolist()):
+        new = slice(*offsets[sequence : sequence + 2]) if packed else slice(None)
+        queries = q[new] if packed else q[sequence]
+        total = length + (len(queries) if packed else cache.seqlen_new)
         cached = total if k is None else length
-        oldest = max(cached - capacity, 0)
-        if leftpad is not None:
-            oldest = min(max(oldest, int(leftpad[sequence])), total)
+        oldest = max(cached - cache.capacity, 0)
+        if cache.leftpad is not None:
+            oldest = min(max(oldest, int(cache.leftpad[sequence])), total)
         if len(queries):  # only what the first query, which reaches furthest back, still sees
-            first = keys_of_rows(range(1), len(queries), total - oldest, window).start
+            first = keys_of_rows(range(1), len(queries), total - oldest, scoring.window).start
             oldest += min(first, cached - oldest)
-        row = sequence if rows is None else int(rows[sequence])
-        table = None if block_table is None else block_table[sequence]
         keys, values = (
-            _in_order(cache, row, table, oldest, cached, capacity, x if x is None else x[new])
-            for cache, x in ((k_cache, k), (v_cache, v))
+            _in_order(cache, x, sequence, oldest, cached, None if fresh is None else fresh[new])
+            for x, fresh in ((cache.k_cache, k), (cache.v_cache, v))
         )
-        slopes = alibi_slopes
+        slopes = scoring.alibi_slopes
         if slopes is not None and slopes.ndim == 2:
             slopes = slopes[sequence]
         out, lse = attend(
             *(x.unsqueeze(0) for x in (queries, keys, values)),
-            window=window,
-            softmax_scale=softmax_scale,
-            softcap=softcap,
+            window=scoring.window,
+            softmax_scale=scoring.scale,
+            softcap=scoring.softcap,
             alibi_slopes=slopes,
             return_lse=return_lse,
         )
         outs.append(out.squeeze(0))
         sums.append(lse)
-    join = torch.stack if offsets is None else torch.cat
-    out = join(outs) if len(outs) > 1 or offsets is None else outs[0]
+    if packed:
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    else:
+        out = torch.stack(outs)
     if not return_lse:
         return out, None
-    together = torch.cat([x for x in sums if x is not None], 0 if offsets is None else -1)
-    return out, together if offsets is None else together.squeeze(0)
+    together = torch.cat([x for x in sums if x is not None], -1 if packed else 0)
+    return out, together.squeeze(0) if packed else together
 
 
 def _in_order(
-    cache: Tensor,
-    row: int,
-    table: Tensor | None,
-    start: int,
-    end: int,
-    capacity: int,
-    fresh: Tensor | None,
+    cache: CacheView, x: Tensor, sequence: int, start: int, end: int, fresh: Tensor | None
 ) -> Tensor:
-    """A sequence's keys (or values) at positions `start` to `end`, then the fresh ones."""
-    if table is None:
-        ring = cache[row]
+    """Of x, the keys or the values, a sequence's at positions `start` to `end`, then `fresh`."""
+    if cache.block_table is None:
+        ring = x[sequence if cache.rows is None else int(cache.rows[sequence])]
     else:
-        page_size = cache.shape[1]
-        pages = table[start // page_size : -(-end // page_size)].long()
+        page_size = x.shape[1]
+        pages = cache.block_table[sequence, start // page_size : -(-end // page_size)].long()
         first = start // page_size * page_size
-        ring, start, end = cache[pages].flatten(0, 1), start - first, end - first
-    first, last = start % capacity, (end - 1) % capacity + 1
+        ring, start, end = x[pages].flatten(0, 1), start - first, end - first
+    first, last = start % cache.capacity, (end - 1) % cache.capacity + 1
     if start == end:
         held = [] if fresh is not None else [ring[:0]]
     else:
@@ -113,15 +96,19 @@ def _in_order(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _ring_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    window: Window,
-    softmax_scale: float | None,
-) -> Tensor:
+def _is_decode_step(
+    q: Tensor, k: Tensor | None, cache: CacheView, scoring: Scoring, max_seqlen_q: int
+) -> bool:
+    """One token for each ring, already in it, and nothing that only the formula knows?"""
+    plain = cache.rows is None and cache.leftpad is None and cache.block_table is None
+    plain = plain and scoring.alibi_slopes is None and not scoring.needs_formula
+    single = max_seqlen_q == 1 and len(q) == cache.lengths.numel()
+    return plain and single and k is None and cache.cu_seqlens is not None
+
+
+def _ring_decode(q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
     """One token a sequence. Softmax does not mind the order of keys: the ring is read as is."""
+    k_cache, v_cache, lengths, window = *cache[:3], scoring.window
     batch, capacity, groups, head_dim = k_cache.shape
     counts = (lengths + 1).clamp(max=capacity)
     narrow = 0 <= window.left < capacity - 1  # the ring keeps more than the window shows
@@ -144,6 +131,6 @@ def _ring_decode(
         k_cache.transpose(1, 2),
         v_cache.transpose(1, 2),
         attn_mask=bias,
-        scale=softmax_scale,
+        scale=scoring.scale,
     )
     return out.reshape(batch, -1, head_dim)

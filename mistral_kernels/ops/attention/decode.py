@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mistral_kernels.ops.attention.cache_view import CacheView
+from mistral_kernels.ops.attention.cpu import Scoring
 from mistral_kernels.ops.attention.launch import Problem, offsets_within, softmax_factors
 from mistral_kernels.ops.attention.packed import Offsets
 from mistral_kernels.ops.attention.tiles import (
@@ -32,11 +34,11 @@ from mistral_kernels.ops.attention.tiles import (
     sequence_pointer,
     store_rows,
 )
-from mistral_kernels.ops.attention.window import Window, block_ranges, hide
+from mistral_kernels.ops.attention.window import block_ranges, hide
 from mistral_kernels.ops.device_functions import tanh
 from mistral_kernels.ops.launch_configs import Config, cdiv
 from mistral_kernels.ops.lazy_triton import jit
-from mistral_kernels.ops.rolling_cache import capacity_of, slot_row
+from mistral_kernels.ops.rolling_cache import slot_row
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -264,34 +266,23 @@ def launch(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    cu_seqlens: Tensor | None,
-    rows: Tensor | None,
-    leftpad: Tensor | None,
-    block_table: Tensor | None,
-    counters: Tensor | None,
+    cache: CacheView,
+    scoring: Scoring,
     max_seqlen_q: int,
-    seqlen_new: int,
-    softmax_scale: float,
-    window: Window,
-    softcap: float,
-    alibi_slopes: Tensor | None,
     num_splits: int,
+    counters: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`cached.py`'s operator: the output and the log-sum-exp."""
+    cu_seqlens, window = cache.cu_seqlens, scoring.window
     offsets = None if cu_seqlens is None else Offsets(cu_seqlens, cu_seqlens, True, True)
-    problem = Problem.of(q, k_cache, offsets, window, alibi_slopes)
-    head_dim = q.shape[-1]
+    problem = Problem.of(q, cache.k_cache, offsets, window, scoring.alibi_slopes)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    capacity = capacity_of(k_cache, block_table)
     query_rows = max_seqlen_q * problem.group
     fresh = [x for x in (k, v) if x is not None]
-    keys = capacity + (max_seqlen_q if fresh else 0)
+    keys = cache.capacity + (max_seqlen_q if fresh else 0)
 
     def run(config: Config) -> None:
         tiles = cdiv(query_rows, config["BLOCK_M"])
@@ -299,7 +290,6 @@ def launch(
         seen = min(keys, problem.left + problem.right + places)
         splits, split_keys = _split(seen, query_rows, config["BLOCK_N"], num_splits)
         parts = part_lse = arrived = None
-        part_stride = q.shape[:-1].numel()
         if splits > 1:
             parts = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
             part_lse = torch.empty((splits, *q.shape[:-1]), dtype=torch.float32, device=q.device)
@@ -308,31 +298,32 @@ def launch(
                 programs = problem.batch * problem.num_kv_heads * tiles
                 arrived = torch.zeros(programs, dtype=torch.int32, device=q.device)
         _decode_kernel[(tiles * splits * problem.num_kv_heads * problem.batch,)](
-            *(q, k, v, k_cache, v_cache, out, lse, parts, part_lse, arrived, problem.slopes),
-            *(lengths, problem.cu_seqlens_q, rows, leftpad, block_table),
+            *(q, k, v, cache.k_cache, cache.v_cache, out, lse, parts, part_lse, arrived),
+            *(problem.slopes, cache.lengths, problem.cu_seqlens_q),
+            *(cache.rows, cache.leftpad, cache.block_table),
             *problem.strides(q, out),
             *(stride for x in fresh for stride in x.stride()[:2]),
             *([0] * (4 - 2 * len(fresh))),
-            *(*k_cache.stride()[:3], *v_cache.stride()[:3]),
+            *(*cache.k_cache.stride()[:3], *cache.v_cache.stride()[:3]),
             *problem.lse_strides(lse),
             problem.slopes_stride,
-            *((0, 0) if block_table is None else block_table.stride()),
-            part_stride,
-            *(max_seqlen_q, seqlen_new, tiles, splits, split_keys, problem.num_kv_heads),
-            *(capacity, k_cache.shape[1], problem.left, problem.right),
-            *softmax_factors(softmax_scale, softcap),
+            *((0, 0) if cache.block_table is None else cache.block_table.stride()),
+            q.shape[:-1].numel(),
+            *(max_seqlen_q, cache.seqlen_new, tiles, splits, split_keys, problem.num_kv_heads),
+            *(cache.capacity, cache.k_cache.shape[1], problem.left, problem.right),
+            *softmax_factors(scoring.scale, scoring.softcap),
             GROUP=problem.group,
-            HEAD_DIM=head_dim,
+            HEAD_DIM=problem.head_dim,
             SPLIT=splits > 1,
             VARLEN=cu_seqlens is not None,
             FRESH=bool(fresh),
-            ROWS=rows is not None,
-            LEFTPAD=leftpad is not None,
-            PAGED=block_table is not None,
+            ROWS=cache.rows is not None,
+            LEFTPAD=cache.leftpad is not None,
+            PAGED=cache.block_table is not None,
             LEFT_EDGE=window.left >= 0 and max_seqlen_q > 1,
             NARROW=problem.narrow_for_queries(config),
-            SOFTCAP=softcap > 0,
-            ALIBI=alibi_slopes is not None,
+            SOFTCAP=scoring.softcap > 0,
+            ALIBI=problem.slopes is not None,
             PRECISION=problem.precision,
             OFFSETS=offsets_within("block", config["BLOCK_N"], *fresh),
             **{x: y for x, y in config.items() if x != "DESCRIPTORS"},
