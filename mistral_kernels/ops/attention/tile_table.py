@@ -92,6 +92,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
             (4, 256): Tile(16, 16, 4, 3),
         },
         "sm_90": {(4, 256): Tile(16, 16, 8, 3)},
+        "sm_100": {(2, 128): Tile(16, 64, 2, 3)},  # memory so fast that shared memory is next
         "cdna": {
             (2, 64): Tile(16, 64, 4, 2),
             (2, 128): Tile(16, 64, 4, 2),
