@@ -1,9 +1,10 @@
-"""What the package's commands share: one-line errors, and their exit codes."""
+"""What the package's commands share: names of dtypes and devices, one-line errors, exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -25,6 +26,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `--device` means; `ValueError` if there is none of that name here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; "
+            "use --device cpu, or install a PyTorch built for your GPU"
+        )
+    return device
 
 
 def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import secrets
 import sys
 import time
@@ -22,7 +21,7 @@ import torch
 
 from mistral_kernels.chat import Conversation
 from mistral_kernels.checkpoint import resolve
-from mistral_kernels.command import DTYPES, Parser, run
+from mistral_kernels.command import DTYPES, Parser, device_of, run
 from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE, choose_backend
@@ -163,7 +162,7 @@ def _run(args: argparse.Namespace) -> None:
     seed = secrets.randbelow(1 << 31) if args.seed is None else args.seed
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"--seed must be in [0, 2**64), got {seed}")
-    device = _device(args.device)
+    device = device_of(args.device)
     try:
         choose_backend(device)
     except RuntimeError as error:  # it cannot run here
@@ -221,20 +220,6 @@ def _run(args: argparse.Namespace) -> None:
     finally:
         if figures:
             print("", *stats.lines(model), f"seed      {seed}", sep="\n", file=sys.stderr)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; "
-            "use --device cpu, or install a PyTorch built for your GPU"
-        )
-    return device
 
 
 def _window(text: str) -> int | None:

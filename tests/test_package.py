@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "convert": ("command", *BELOW),
     "flash_attn": ("ops", "kvcache"),
     "kvcache": ("ops",),
-    "train": ("command", *BELOW),
+    "training": BELOW,
+    "train": ("command", "training", *BELOW),
 }
 # Only inside functions: not needed before there is something to load.
 LAZILY = {

@@ -1,12 +1,15 @@
-"""Training: what a run leaves behind, that it learns, and that it can be repeated."""
+"""Training: what a run leaves behind, that it learns, is repeatable and goes on if interrupted."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
+import os
 import random
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,13 @@ import pytest
 import torch
 from small_checkpoints import SMALL
 
-from mistral_kernels import MistralForCausalLM, MistralTokenizer, train
-from mistral_kernels.train import Corpus, Recipe, held_out_loss, main
+from mistral_kernels import MistralForCausalLM, MistralTokenizer, train, training
+from mistral_kernels.checkpoint import open_checkpoint, resolve
+from mistral_kernels.train import Corpus, held_out_loss, main
+from mistral_kernels.training import packed_loss
 
 QUICK = ("--steps", "6", "--batch-size", "2", "--seqlen", "24", "--eval-every", "3")
+CONFIG = dataclasses.replace(SMALL, vocab_size=300, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +37,21 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "words.txt"
     path.write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def start(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random checkpoint with a tokenizer for the text."""
+    tokenizer = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train.train_tokenizer(train.read_text([text]), CONFIG.vocab_size, tokenizer)
+    folder = tokenizer.parent / "start"
+    MistralForCausalLM(CONFIG).save_pretrained(folder, extra_files=[tokenizer])
+    return folder
+
+
+def command(text: Path, start: Path, out: Path, *options: str) -> list[str]:
+    quick = "--held-out-chars 900 --steps 9 --batch-size 2 --seqlen 24 --eval-every 4".split()
+    return [str(text), "--from", str(start), "--output", str(out), *quick, *options]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -77,58 +98,6 @@ def test_a_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert all(equal) == same
 
 
-def small_corpus(tmp_path: Path, text: str) -> Corpus:
-    """With a vocabulary that the small text is enough for."""
-    train.train_tokenizer(text, 300, tmp_path / "tokenizer.model")
-    return Corpus(text, tmp_path / "tokenizer.model")
-
-
-def test_the_loss_falls_and_the_best_weights_stay(tmp_path: Path) -> None:
-    text = "the cat sat on the mat and the dog ran to the cat again.\n" * 40
-    corpus = small_corpus(tmp_path, text)
-    config = dataclasses.replace(SMALL, vocab_size=300, tie_word_embeddings=True)
-    model = MistralForCausalLM(config).to(torch.bfloat16)
-    held_out = corpus.encode("the dog sat on the cat.\n")
-    before = held_out_loss(model, corpus, held_out)
-    assert before == pytest.approx(math.log(300), abs=0.5), "a new model knows nothing"
-    recipe = Recipe(
-        steps=60, batch_size=4, seqlen=16, learning_rate=1e-2, warmup_steps=5, eval_every=10
-    )
-    log = io.StringIO()
-    curve = train.train(model, corpus, held_out, recipe, log)
-    assert [step for step, _, _ in curve] == [10, 20, 30, 40, 50, 60]
-    losses = [loss for _, loss, _ in curve]
-    assert losses[-1] < 0.5 * losses[0]
-    best = min(loss for _, _, loss in curve)
-    assert best < before - 1
-    assert held_out_loss(model, corpus, held_out) == best
-    assert log.getvalue().count("\n") == 6 and f"held-out {curve[-1][2]:.4f}" in log.getvalue()
-
-
-def test_windows_begin_where_paragraphs_do(tmp_path: Path) -> None:
-    lines = [f"paragraph {word} is this" for word in ("one", "two", "three", "four", "five")]
-    corpus = small_corpus(tmp_path, "\n".join(lines * 3) + "\n")
-    starts = {tuple(corpus.encode(line + "\n")[:4].tolist()) for line in lines}
-    sampled = corpus.sample(64, 4, torch.Generator().manual_seed(0))
-    assert sampled.shape == (64, 4)
-    assert {tuple(row) for row in sampled.tolist()} == starts
-    inputs = corpus.with_bos(sampled)
-    assert (inputs[:, 0] == 1).all() and torch.equal(inputs[:, 1:], sampled[:, :-1])
-    tokenizer = MistralTokenizer.from_pretrained(tmp_path / "tokenizer.model")
-    joined = tokenizer.decode(corpus.tokens.tolist()).replace("\n ", "\n")
-    assert joined == "\n".join(lines * 3) + "\n"
-
-
-def test_learning_rate() -> None:
-    recipe = Recipe(steps=1100, warmup_steps=100, learning_rate=0.5)
-    for step, expected in ((0, 0.005), (49, 0.25), (99, 0.5), (100, 0.5), (600, 0.275)):
-        assert recipe.learning_rate_at(step) == pytest.approx(expected)
-    assert recipe.learning_rate_at(1100) == pytest.approx(0.05)
-    rates = [recipe.learning_rate_at(step) for step in range(1100)]
-    assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
-    assert Recipe(steps=1, warmup_steps=0).learning_rate_at(0) == pytest.approx(2e-3)
-
-
 ENOUGH = "\n\n".join(f"paragraph {i} of a text that is too short" for i in range(40))
 BAD: dict[str, tuple[bytes | None, tuple[str, ...], str]] = {
     "missing file": (None, (), "No such file or directory"),
@@ -141,6 +110,43 @@ BAD: dict[str, tuple[bytes | None, tuple[str, ...], str]] = {
     "no steps": (ENOUGH.encode(), ("--steps", "0"), "steps must be positive, got 0"),
     "no batch": (ENOUGH.encode(), ("--batch-size", "-2"), "batch_size must be positive, got -2"),
     "no evaluation": (ENOUGH.encode(), ("--eval-every", "0"), "eval_every must be positive, got 0"),
+    "no batch to accumulate": (
+        ENOUGH.encode(),
+        ("--accumulate", "0"),
+        "error: accumulate must be positive, got 0\n",
+    ),
+    "not a number": (
+        ENOUGH.encode(),
+        ("--accumulate", "x"),
+        "error: argument --accumulate: invalid int value: 'x'; "
+        "see python -m mistral_kernels.train --help\n",
+    ),
+    "a flag with a value": (
+        ENOUGH.encode(),
+        ("--pack=yes",),
+        "error: argument --pack: ignored explicit argument 'yes'; "
+        "see python -m mistral_kernels.train --help\n",
+    ),
+    "another dtype": (
+        ENOUGH.encode(),
+        ("--dtype", "fp16"),
+        "error: dtype must be bf16 or fp32, got 'fp16'\n",
+    ),
+    "saved too often": (
+        ENOUGH.encode(),
+        ("--save-every", "-1"),
+        "error: save_every must be >= 0, got -1\n",
+    ),
+    "no such device": (
+        ENOUGH.encode(),
+        ("--device", "tpu"),
+        "error: --device must be auto, cpu, cuda or cuda:N, got 'tpu'\n",
+    ),
+    "from nowhere": (
+        ENOUGH.encode(),
+        ("--held-out-chars", "99", "--from", "nowhere"),
+        "error: no such folder: 'nowhere' (nor is it a hub id, which has the form 'owner/model')\n",
+    ),
 }
 
 
@@ -151,7 +157,11 @@ def test_bad_input(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     if contents is not None:
         source.write_bytes(contents)
     before = list(tmp_path.iterdir())
-    assert main([str(source), "--output", str(out), *options]) == 2
+    try:
+        code: Any = main([str(source), "--output", str(out), *options])
+    except SystemExit as exit:  # the parser's
+        code = exit.code
+    assert code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
@@ -171,7 +181,271 @@ def test_bad_output(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (full / "keep").read_text() == "me" and file.read_text() == "keep me"
 
 
-def test_too_long_a_window(tmp_path: Path) -> None:
-    corpus: Any = small_corpus(tmp_path, "a few words only, but a few of them.\n" * 8)
-    with pytest.raises(ValueError, match=r"the text has \d+ tokens, too few for seqlen 1000"):
-        corpus.sample(2, 1000, torch.Generator())
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+def test_dtype(name: str, text: Path, start: Path, tmp_path: Path) -> None:
+    """Of the weights, while they are trained and in the result."""
+    assert main(command(text, start, tmp_path / "out", "--dtype", name, "--warmup-steps", "1")) == 0
+    expected = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    assert set(open_checkpoint(tmp_path / "out").dtypes.values()) == {expected}
+    report = json.loads((tmp_path / "out/training.json").read_text())
+    assert report["recipe"]["dtype"] == name
+    assert report["curve"][-1]["loss"] < report["curve"][0]["loss"]
+
+
+def test_further_training(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bundled model's own configuration and tokenizer, and it goes on from what it knows."""
+    out = tmp_path / "out"
+    options = ("--learning-rate", "1e-4", "--warmup-steps", "0", "--pack", "--accumulate", "2")
+    assert main(command(text, Path("tiny"), out, *options)) == 0
+    assert "2,755,008 parameters" in capsys.readouterr().err
+    assert (out / "tokenizer.model").read_bytes() == (
+        resolve("tiny") / "tokenizer.model"
+    ).read_bytes()
+    assert not (out / "README.md").exists()
+    trained, before = (MistralForCausalLM.from_pretrained(path) for path in (out, "tiny"))
+    assert trained.config == before.config
+    assert len(MistralTokenizer.from_pretrained(out)) == 2048
+    held_out = (out / "held_out.txt").read_text()
+    corpus = Corpus(held_out, out)
+    report = json.loads((out / "training.json").read_text())
+    assert report["from"] == "tiny" and report["held_out_loss"] < held_out_loss(
+        before, corpus, corpus.tokens
+    )
+    # What it learnt before is not lost.
+    old = (resolve("tiny") / "held_out.txt").read_text()[:4000]
+    losses = [held_out_loss(m, corpus, corpus.encode(old)) for m in (trained, before)]
+    assert losses[0] < losses[1] + 0.5
+
+
+def test_all_of_a_tokenizer_comes_along(text: Path, start: Path, tmp_path: Path) -> None:
+    """Its other files too, nothing else, and no folder that is only named like one."""
+    given = tmp_path / "given"
+    shutil.copytree(start, given)
+    (given / "tokenizer_old").mkdir()
+    beside = {"special_tokens_map.json": b"{}", "chat_template.jinja": b"{{ messages }} [INST]"}
+    for name, data in (beside | {"notes.txt": b"mine"}).items():
+        (given / name).write_bytes(data)
+    assert main(command(text, given, tmp_path / "out")) == 0
+    own = {"config.json", "generation_config.json", "model.safetensors"}
+    own |= {"held_out.txt", "training.json"}
+    made = files_of(tmp_path / "out")
+    assert made.keys() == own | {"tokenizer.model", *beside}
+    assert {name: made[name] for name in beside} == beside
+
+
+class Interruption:
+    """Lets a function work so many times, then raises once."""
+
+    def __init__(self, function: Callable[..., Any], times: int, error: BaseException) -> None:
+        self.function, self.times, self.error = function, times, error
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.times -= 1
+        if self.times == -1:
+            raise self.error
+        return self.function(*args, **kwargs)
+
+
+ALL = ("--pack", "--accumulate", "2", "--checkpoint-activations", "--dtype", "fp32")
+
+
+@pytest.mark.parametrize("options", [(), ALL], ids=["default", "all options"])
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_an_interrupted_run_goes_on_exactly(
+    every: int, options: tuple[str, ...], text: Path, start: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Interrupted everywhere, time and again, it ends with the files of one that never was."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    partial = tmp_path / "out.partial"
+    assert main(command(text, start, whole, *options)) == 0
+    saved = command(text, start, out, *options, "--save-every", str(every))
+    real = packed_loss
+    error = KeyboardInterrupt()
+    for times in (0, 1, 2, 5, 7, 9, 11, 13):
+        monkeypatch.setattr(training, "packed_loss", Interruption(real, times, error))
+        code = main(saved)
+        if code == 0:
+            break
+        said = capsys.readouterr().err
+        assert code == 130 and said.endswith("\ninterrupted\n")
+        if partial.exists():
+            assert f"the same command again goes on from the state in {partial}\n" in said
+        else:
+            assert "nothing was saved to go on from: --save-every does\n" in said
+        assert not out.exists()
+        assert {path.name for path in tmp_path.iterdir()} <= {"whole", "out.partial"}
+    monkeypatch.setattr(training, "packed_loss", real)
+    if code:
+        assert main(saved) == 0
+    assert files_of(out) == files_of(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}, "the state is removed"
+
+
+# torch.save passes on the error of its 21st piece, but covers that of its second.
+@pytest.mark.parametrize("moment", [1, 20, "syncing", "renaming"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_interrupted_while_saving(
+    error: BaseException, moment: int | str, text: Path, start: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The state before stays whole, and the run goes on from it."""
+    whole, out, partial = (tmp_path / name for name in ("whole", "out", "out.partial"))
+    assert main(command(text, start, whole)) == 0
+    saved = command(text, start, out, "--save-every", "2")
+    real, saves = torch.save, 0
+
+    def save(state: Any, file: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves < 3:
+            return real(state, file)
+        if isinstance(moment, int):
+            file.write = Interruption(file.write, moment, error)
+            return real(state, file)
+        real(state, file)
+        owner, name = (os, "fsync") if moment == "syncing" else (Path, "replace")
+        patch.setattr(owner, name, Interruption(getattr(owner, name), 0, error))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        code = main(saved)
+    said = capsys.readouterr().err
+    if isinstance(error, OSError):
+        assert code == 2
+        assert f"error: cannot save to {partial}: [Errno 28] No space left on device\n" in said
+    else:
+        assert code == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out.partial"}
+    assert torch.load(partial, weights_only=True)["step"] == 4
+    assert main(saved) == 0
+    assert f"going on from step 4, saved in {partial}\n" in capsys.readouterr().err
+    assert files_of(out) == files_of(whole)
+
+
+def interrupted(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "packed_loss", Interruption(packed_loss, 5, KeyboardInterrupt()))
+        assert main([*arguments, "--save-every", "2"]) == 130
+
+
+def test_a_state_is_only_for_its_own_run(
+    text: Path, start: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    interrupted(command(text, start, out), monkeypatch)
+    state = partial.read_bytes()
+    other_text = tmp_path / "other.txt"
+    other_text.write_text(text.read_text().replace("a", "e"))
+    other_start = tmp_path / "start"
+    MistralForCausalLM(dataclasses.replace(CONFIG, num_hidden_layers=2)).save_pretrained(
+        other_start, extra_files=[start / "tokenizer.model"]
+    )
+    capsys.readouterr()
+    cases = [
+        (command(text, start, out, "--steps", "8"), "steps was 9, is 8"),
+        (
+            command(text, start, out, "--seed", "1", "--pack"),
+            "seed was 0, is 1; pack was False, is True",
+        ),
+        (command(text, start, out, "--dtype", "fp32"), "dtype was bf16, is fp32"),
+        (command(text, start, out, "--accumulate", "2"), "accumulate was 1, is 2"),
+        (command(other_text, start, out), "texts was "),
+        (command(text, other_start, out), f"from was {start}, is {other_start}; model was "),
+        (command(text, start, out, "--held-out-chars", "700"), "texts was "),
+    ]
+    for arguments, message in cases:
+        assert main(arguments) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {partial} is the state of another run ({message}"), error
+        assert error.endswith("run that again, remove the file, or name another output")
+        assert partial.read_bytes() == state and not out.exists()
+    # How often states are saved is no part of the run.
+    assert main(command(text, start, out, "--save-every", "0")) == 0
+    assert not partial.exists()
+
+
+class Harmful:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "something else": lambda data: b"a note to myself\n",
+    "one bit": lambda data: (
+        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "code", "no state", "parts are missing"])
+def test_a_damaged_state_is_named(
+    damage: str, text: Path, start: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, partial, harm = (tmp_path / name for name in ("out", "out.partial", "harm"))
+    interrupted(command(text, start, out), monkeypatch)
+    if damage == "code":
+        torch.save(Harmful(harm), partial)
+    elif damage == "no state":
+        torch.save([1, 2], partial)
+    elif damage == "parts are missing":
+        state = torch.load(partial, weights_only=True)
+        del state["optimizer"]
+        torch.save(state, partial)
+    else:
+        partial.write_bytes(DAMAGES[damage](partial.read_bytes()))
+    before = partial.read_bytes()
+    capsys.readouterr()
+    assert main(command(text, start, out)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    reasons = {
+        "one bit": r"archive/data/\d+ is damaged",
+        "code": "it holds more than plain tensors",
+        "no state": "it lacks parts of one",
+        "parts are missing": "it lacks parts of one",
+    }
+    reason = reasons.get(damage, "File is not a zip file")
+    expected = rf"{partial} is not the whole state of a run \({reason}\); remove it to begin anew"
+    assert re.fullmatch(f"error: {expected}", error), error
+    assert partial.read_bytes() == before and not harm.exists() and not out.exists()
+
+
+def test_a_finished_run_whose_result_could_not_be_written(
+    text: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is not trained again."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(command(text, start, whole)) == 0
+    saved = command(text, start, out, "--save-every", "100")
+    with monkeypatch.context() as patch:
+        full = OSError(28, "No space left on device")
+        patch.setattr(MistralForCausalLM, "save_pretrained", Interruption(print, 0, full))
+        assert main(saved) == 2
+    monkeypatch.setattr(training._Run, "advance", Interruption(print, 0, AssertionError()))
+    assert main(saved) == 0
+    assert files_of(out) == files_of(whole)
+
+
+def test_bad_starting_points(
+    text: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint without a tokenizer; one with another's."""
+    bare, foreign, out = (tmp_path / name for name in ("bare", "foreign", "out"))
+    MistralForCausalLM(CONFIG).save_pretrained(bare)
+    tokenizer = resolve("tiny") / "tokenizer.model"
+    MistralForCausalLM(CONFIG).save_pretrained(foreign, extra_files=[tokenizer])
+    for source, message in (
+        (bare, f"error: {bare}: no tokenizer found; looked for tekken.json, tokenizer.model"),
+        (foreign, f"error: {foreign / 'tokenizer.model'} gives token "),
+    ):
+        assert main(command(text, source, out)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(message) and error.count("\n") == 1
+    assert error.endswith("beyond the model's vocabulary of 300: is this its tokenizer?\n")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 from mistral_kernels import checkpoint
@@ -40,6 +41,8 @@ class MistralModel(nn.Module):
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # In training: keep each layer's input alone, and compute the layer again going backwards.
+        self.checkpoint_activations = False
         # Plain attributes: neither a state dict nor .to(torch.bfloat16) may touch them.
         self._tables: tuple[Tensor, Tensor] | None = None
 
@@ -56,8 +59,14 @@ class MistralModel(nn.Module):
         delta, residual = self.embed_tokens(input_ids), None
         if cache is not None:
             cache.torn = True
+        recomputes = self.checkpoint_activations and cache is None and torch.is_grad_enabled()
         for layer in self.layers:
-            delta, residual = layer(delta, residual, tables, packing, cache)
+            if recomputes:
+                delta, residual = recomputed(
+                    *(layer, delta, residual, tables, packing, cache), use_reentrant=False
+                )
+            else:
+                delta, residual = layer(delta, residual, tables, packing, cache)
         if cache is not None:
             cache.advance(packing)
         return self.norm(delta, residual)[0]

@@ -1,0 +1,366 @@
+"""The training loop: batches of a text, the optimisation, and states from which a run goes on."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mistral_kernels.checkpoint import CheckpointError
+from mistral_kernels.checkpoint.writing import _sync_folder
+from mistral_kernels.model.cache import Packing
+from mistral_kernels.model.transformer import MistralForCausalLM
+from mistral_kernels.ops.cross_entropy import linear_cross_entropy
+from mistral_kernels.tokenizer import MistralTokenizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _described(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about the optimisation: AdamW, linear warm-up, cosine decay to a tenth.
+
+    A step sees `accumulate` batches of `batch_size * seqlen` tokens, one after the other.
+
+    Raises `ValueError` naming the field that is out of range.
+    """
+
+    steps: int = 1400
+    batch_size: int = 16
+    seqlen: int = 256
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.5
+    max_grad_norm: float = 1.0
+    eval_every: int = 100
+    seed: int = 0
+    accumulate: int = _described(1, "batches a step, whose gradients are added up in float32")
+    pack: bool = _described(
+        False,
+        "fill a batch's batch-size * seqlen tokens with whole paragraphs, each a sequence of its "
+        "own (one longer than seqlen in stretches of seqlen), the last one cut",
+    )
+    checkpoint_activations: bool = _described(
+        False, "keep each layer's input alone and compute the layer again going backwards"
+    )
+    dtype: str = _described("bf16", "of the weights, bf16 or fp32; their masters are float32")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seqlen", "eval_every", "accumulate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {self.dtype!r}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.accumulate * self.batch_size * self.seqlen
+
+    def learning_rate_at(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+class Corpus:
+    """A text's tokens, a line of it a paragraph, in sequences that begin, behind BOS, where a
+    paragraph begins, as prompts do.
+
+    `tokens` (n,) int64; `starts` (paragraphs,) where each paragraph begins in them.
+
+    Raises `TokenizerError` for a `tokenizer_path` that is none, `ValueError` for one without BOS.
+    """
+
+    def __init__(self, text: str, tokenizer_path: Path) -> None:
+        self.tokenizer = MistralTokenizer.from_pretrained(tokenizer_path)
+        bos = self.tokenizer.bos_token_id
+        if bos is None:
+            raise ValueError(f"{self.tokenizer.path} has no BOS token for sequences to begin with")
+        self.bos = bos
+        self.tokens, self.starts = self._encode(text)
+
+    def _encode(self, text: str) -> tuple[Tensor, Tensor]:
+        """The text's tokens, and where its paragraphs begin."""
+        encode = self.tokenizer.encode
+        paragraphs = [encode(line + "\n", bos=False) for line in text.splitlines()]
+        lengths = torch.tensor([len(paragraph) for paragraph in paragraphs], dtype=torch.int64)
+        tokens = [token for paragraph in paragraphs for token in paragraph]
+        return torch.tensor(tokens, dtype=torch.int64), lengths.cumsum(0) - lengths
+
+    def encode(self, text: str) -> Tensor:
+        """Tokens of another text, without BOS."""
+        return self._encode(text)[0]
+
+    def with_bos(self, targets: Tensor) -> Tensor:
+        """Inputs for `targets` (..., seqlen): BOS, then all but the last."""
+        bos = targets.new_full((*targets.shape[:-1], 1), self.bos)
+        return torch.cat((bos, targets[..., :-1]), dim=-1)
+
+    def sample(self, batch_size: int, seqlen: int, generator: torch.Generator) -> Tensor:
+        """Targets (batch_size, seqlen)."""
+        starts = self.starts[self.starts <= len(self.tokens) - seqlen]
+        if not len(starts):
+            raise ValueError(f"the text has {len(self.tokens)} tokens, too few for seqlen {seqlen}")
+        chosen = starts[torch.randint(len(starts), (batch_size,), generator=generator)]
+        return self.tokens[chosen[:, None] + torch.arange(seqlen)]
+
+    def batches(self, recipe: Recipe, generator: torch.Generator) -> Iterator[Sequence[Tensor]]:
+        """Batches without end: the targets of each sequence, batch_size * seqlen tokens in all.
+
+        Nothing is drawn from `generator` before it is asked for.
+        """
+        while not recipe.pack:
+            yield list(self.sample(recipe.batch_size, recipe.seqlen, generator))
+        paragraphs = self.tokens.tensor_split(self.starts[1:])
+        whole = [part for paragraph in paragraphs for part in paragraph.split(recipe.seqlen)]
+        whole = [part for part in whole if len(part)]  # a tokenizer may drop a line
+        while True:
+            batch, room = [], recipe.batch_size * recipe.seqlen
+            while room:
+                chosen = int(torch.randint(len(whole), (), generator=generator))
+                batch.append(whole[chosen][:room])
+                room -= len(batch[-1])
+            yield batch
+
+
+def packed_loss(model: MistralForCausalLM, corpus: Corpus, targets: Sequence[Tensor]) -> Tensor:
+    """Mean loss, in nats a token, of sequences of any lengths, given by their targets (seqlen,)."""
+    seqlens = [len(sequence) for sequence in targets]
+    packing = Packing.of(seqlens, [0] * len(seqlens), model.device)
+    inputs = torch.cat([corpus.with_bos(sequence) for sequence in targets]).to(model.device)
+    hidden = model.model(inputs, packing)
+    flat = torch.cat(list(targets)).to(model.device)
+    return linear_cross_entropy(hidden, model.lm_head.weight, flat)
+
+
+@torch.inference_mode()
+def held_out_loss(model: MistralForCausalLM, corpus: Corpus, tokens: Tensor) -> float:
+    """Mean loss, in nats a token, of `tokens` read as one sequence behind BOS."""
+    return packed_loss(model, corpus, [tokens]).item()
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where a run keeps the state to go on from, and after how many steps (0: never).
+
+    `identity`: what two runs must have in common for one to go on where the other was.
+    """
+
+    path: Path
+    every: int
+    identity: Mapping[str, Any]
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the file at once: whatever happens, it holds this state or the one before."""
+        fresh = self.path.with_name(f"{self.path.name}.new")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with fresh.open("wb") as file:
+                torch.save({"identity": dict(self.identity), **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(self.path)
+            _sync_folder(self.path.parent)
+        except (OSError, RuntimeError) as error:
+            # torch.save covers what stopped it, a full disk or Ctrl-C, with an error of its own.
+            reason = error.__context__ or error
+            if isinstance(reason, KeyboardInterrupt):
+                raise reason from None
+            raise CheckpointError(f"cannot save to {self.path}: {reason}") from error
+        finally:
+            fresh.unlink(missing_ok=True)
+
+    def load(self, parts: Iterable[str]) -> dict[str, Any] | None:
+        """The state in the file, None if there is none; no code in it is ever run.
+
+        `parts` are what it has to have.
+
+        Raises `CheckpointError`, naming the file, for one that is damaged or of another run.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with zipfile.ZipFile(self.path) as file:
+                if damaged := file.testzip():  # torch.load does not look at the checksums
+                    raise ValueError(f"{damaged} is damaged")
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or not state.keys() >= {"identity", *parts}:
+                raise ValueError("it lacks parts of one")
+        except OSError:
+            raise  # it names the file itself
+        except Exception as error:  # out of a damaged file comes anything
+            plain = not isinstance(error, UnpicklingError)
+            reason = str(error).partition("\n")[0] if plain else "it holds more than plain tensors"
+            raise CheckpointError(
+                f"{self.path} is not the whole state of a run ({reason}); remove it to begin anew"
+            ) from None
+        saved = state["identity"]
+        differences = [
+            f"{name} was {saved.get(name)}, is {value}"
+            for name, value in self.identity.items()
+            if saved.get(name) != value
+        ]
+        if differences:
+            raise CheckpointError(
+                f"{self.path} is the state of another run ({'; '.join(differences)}); run that "
+                "again, remove the file, or name another output"
+            )
+        return state
+
+
+class _Run:
+    """A model on its way. All that a later step depends on is in `state` between two steps.
+
+    The model computes in its own dtype; AdamW works on float32 masters of its weights.
+    """
+
+    def __init__(self, model: MistralForCausalLM, recipe: Recipe) -> None:
+        self.model, self.recipe = model, recipe
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.weights: list[Tensor] = list(model.parameters())
+        self.masters = [weight.detach().float().clone() for weight in self.weights]
+        groups: list[dict[str, Any]] = [
+            {
+                "params": [m for m in self.masters if m.ndim > 1],
+                "weight_decay": recipe.weight_decay,
+            },
+            {"params": [m for m in self.masters if m.ndim == 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+        self.step, self.running = 0, 0.0  # steps made; the sum of the losses since an evaluation
+        self.curve: list[tuple[int, float, float]] = []
+        self.best: dict[str, Tensor] = {}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "running": self.running,
+            "curve": self.curve,
+            "best": self.best,
+            "masters": self.masters,
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def restore(self, saving: Saving) -> bool:
+        """Go on from the state that was saved, if one was."""
+        if (state := saving.load(self.state)) is None:
+            return False
+        self.step, self.running = state["step"], state["running"]
+        self.curve, self.best = state["curve"], state["best"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        with torch.no_grad():
+            torch._foreach_copy_(self.masters, state["masters"])
+            torch._foreach_copy_(self.weights, self.masters)
+        return True
+
+    def advance(self, corpus: Corpus, batches: Iterator[Sequence[Tensor]]) -> float:
+        """One step; its mean loss."""
+        recipe = self.recipe
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate_at(self.step)
+        total = 0.0
+        for _ in range(recipe.accumulate):
+            loss = packed_loss(self.model, corpus, next(batches))
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"the loss is {loss.item()} at step {self.step}: lower --learning-rate"
+                )
+            loss.backward()
+            self._collect_gradients()
+            total += loss.item()
+        if recipe.accumulate > 1:
+            # All batches have as many tokens: the mean over them is the mean over all tokens.
+            torch._foreach_div_(
+                [m.grad for m in self.masters if m.grad is not None], recipe.accumulate
+            )
+        torch.nn.utils.clip_grad_norm_(self.masters, recipe.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_copy_(self.weights, self.masters)
+        self.step += 1
+        self.running += total / recipe.accumulate
+        return total / recipe.accumulate
+
+    def _collect_gradients(self) -> None:
+        """Move the weights' gradients to the masters', in float32."""
+        for master, weight in zip(self.masters, self.weights):
+            if weight.grad is not None:
+                grad = weight.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+            weight.grad = None
+
+    def evaluate(self, corpus: Corpus, held_out: Tensor) -> None:
+        """Add a point to the curve; keep the weights if they are the best so far."""
+        since = self.step - (self.curve[-1][0] if self.curve else 0)
+        loss = held_out_loss(self.model, corpus, held_out)
+        self.curve.append((self.step, self.running / since, loss))
+        self.running = 0.0
+        if loss == min(point[2] for point in self.curve):
+            self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+
+def train(
+    model: MistralForCausalLM,
+    corpus: Corpus,
+    held_out: Tensor,
+    recipe: Recipe,
+    log: TextIO | None = None,
+    saving: Saving | None = None,
+) -> list[tuple[int, float, float]]:
+    """Optimise `model` in place; leaves it with the weights of the lowest held-out loss.
+
+    With `saving`, goes on from the state that its file holds, if there is one. `log` (default:
+    stderr) gets a line an evaluation, and where it is a terminal a progress bar.
+    Returns (step, training loss, held-out loss) at every evaluation.
+
+    Raises `ValueError` for a loss that is not finite, `CheckpointError` as `Saving` does.
+    """
+    log = log or sys.stderr
+    run = _Run(model, recipe)
+    if saving is not None and run.restore(saving):
+        print(f"going on from step {run.step}, saved in {saving.path}", file=log, flush=True)
+    model.model.checkpoint_activations = recipe.checkpoint_activations
+    batches = corpus.batches(recipe, run.generator)
+    first, started = run.step, time.perf_counter()
+    with tqdm(
+        total=recipe.steps, initial=first, unit="step", file=log, disable=not log.isatty()
+    ) as bar:
+        while run.step < recipe.steps:
+            loss = run.advance(corpus, batches)
+            last = run.step == recipe.steps
+            evaluates = last or run.step % recipe.eval_every == 0
+            if evaluates:
+                run.evaluate(corpus, held_out)
+            if saving is not None and saving.every and (last or run.step % saving.every == 0):
+                saving.save(run.state)
+            seconds = time.perf_counter() - started
+            rate = f"{(run.step - first) * recipe.tokens_per_step / seconds:,.0f} tokens/s"
+            bar.set_postfix_str(f"loss {loss:.4f}, {rate}", refresh=False)
+            bar.update()
+            if evaluates:
+                with tqdm.external_write_mode(file=log):
+                    _, mean, held_out_mean = run.curve[-1]
+                    line = f"step {run.step:5d}  loss {mean:.4f}  held-out {held_out_mean:.4f}"
+                    print(f"{line}  {rate}", file=log, flush=True)
+    model.load_state_dict(run.best)
+    return run.curve
