@@ -27,8 +27,9 @@ from mistral_kernels.ops.lazy_triton import jit
 if TYPE_CHECKING:
     import triton.language as tl
 
-# Logits alive at a time, in elements: 32 MiB of float32.
-_CHUNK_ELEMENTS = 1 << 23
+# Logits alive at a time, in elements: 16 MiB of float32 on a CPU. A GPU's products want more rows,
+# for each chunk reads the whole weight.
+_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
 
 
 @jit
@@ -119,7 +120,8 @@ def _softmax_torch(
     if softcap:
         capped = torch.tanh(z / softcap)
         z, cap_slope = softcap * capped, 1 - capped.square_()
-    lse = z.logsumexp(dim=1, keepdim=True)
+    # A few rows at a time: logsumexp makes a copy of what it is given.
+    lse = torch.cat([x.logsumexp(dim=1, keepdim=True) for x in z.split(16)])
     losses = lse - (1 - smoothing) * z.gather(1, target) + z_loss * lse.square()
     if smoothing:
         losses -= smoothing * z.mean(1, keepdim=True)
@@ -165,8 +167,11 @@ def _forward(
     scale = torch.ones_like(total)
     if mean:
         scale /= (targets != ignore_index).sum()
-    dweight = None if dweight_out is None else torch.zeros_like(weight, dtype=total.dtype)
-    rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+    dweight = dweight_out  # summed in place, unless its dtype is too narrow for that
+    if dweight is not None:
+        wide = dweight.dtype == total.dtype
+        dweight = dweight.zero_() if wide else torch.zeros_like(weight, dtype=total.dtype)
+    rows = max(1, _CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0])
     for start in range(0, hidden.shape[0], rows):
         chunk = slice(start, start + rows)
         inputs = hidden[chunk]
@@ -176,9 +181,12 @@ def _forward(
         total += losses.sum()
         if dhidden is not None:
             torch.mm(dlogits, weight, out=dhidden[chunk])
-        if dweight is not None:
+        if dweight is not None and dweight is dweight_out:
+            dweight.addmm_(dlogits.mT, inputs)
+        elif dweight is not None:
             dweight += dlogits.mT @ inputs
-    if dweight_out is not None and dweight is not None:
+        del losses, dlogits  # before the next chunk's are there
+    if dweight_out is not None and dweight is not None and dweight is not dweight_out:
         dweight_out.copy_(dweight)
     return total * scale, dhidden, dweight_out
 

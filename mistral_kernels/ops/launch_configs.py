@@ -43,15 +43,21 @@ def rms_norm_forward(hidden: int) -> Config:
 def rms_norm_backward(hidden: int, element_bytes: int, device: DeviceProperties) -> Config:
     """As forward, with the next rows on their way to shared memory while there is room for them.
 
-    ``element_bytes``: one element of every input that is read by rows.
+    ``element_bytes``: one element of every input that is read by rows. Wide rows are cut into
+    chunks, of which each program owns one: the fp32 state of more columns would not fit its
+    registers.
     """
-    forward = rms_norm_forward(hidden)
+    widest = 16384 if device.platform == "hip" else 8192
+    chunks = cdiv(hidden, widest)
+    forward = rms_norm_forward(min(hidden, widest))
     stage_bytes = forward["BLOCK_ROWS"] * forward["BLOCK_COLS"] * element_bytes
+    # Of other chunks dy, h and weight are read, of at least two inputs: half as much again.
+    stage_bytes += (chunks - 1) * stage_bytes * 3 // 2
     num_stages = max(1, min(3, device.shared_memory // stage_bytes))
     # Fewer elements a thread where registers run out: long float32 rows, and any on AMD.
     crowded = device.platform == "hip" or (element_bytes >= 8 and forward["BLOCK_ROWS"] == 1)
     num_warps = min(16, forward["num_warps"] * (2 if crowded else 1))
-    return config(**{**forward, "num_warps": num_warps}, NUM_STAGES=num_stages)
+    return config(**{**forward, "num_warps": num_warps}, CHUNKS=chunks, NUM_STAGES=num_stages)
 
 
 def rms_norm_partial_sums(rows: int, device: DeviceProperties) -> int:

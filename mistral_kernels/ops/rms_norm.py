@@ -12,6 +12,10 @@ Backward, with g = weight * dy and n = h * rstd, all in fp32:
 x, residual, y, h: (..., hidden). weight: (hidden,). rstd: (...). Each element is read and written
 once, forward and backward. dweight is summed without atomics: each program leaves one row of
 partial sums, and a second kernel adds those up in a fixed order.
+
+Where a row has too many columns for the registers of backward, programs share it: each reads the
+other columns too, but for the mean alone and at the same time as their owner, so that they come
+from L2.
 """
 
 from __future__ import annotations
@@ -89,16 +93,19 @@ def _backward_kernel(
     HAS_DH: tl.constexpr,
     NEEDS_DX: tl.constexpr,
     NEEDS_DWEIGHT: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    col = tl.arange(0, BLOCK_COLS)[None, :]
+    chunk, program = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
+    lane = tl.arange(0, BLOCK_COLS)[None, :]
+    col = chunk * BLOCK_COLS + lane
     weight = tl.load(weight_ptr + col, mask=col < HIDDEN, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
 
-    first = tl.program_id(0) * BLOCK_ROWS
-    for start in tl.range(first, rows, tl.num_programs(0) * BLOCK_ROWS, num_stages=NUM_STAGES):
+    stride = tl.num_programs(0) // CHUNKS * BLOCK_ROWS
+    for start in tl.range(program * BLOCK_ROWS, rows, stride, num_stages=NUM_STAGES):
         row = start + tl.arange(0, BLOCK_ROWS)[:, None].to(tl.int64)
         mask = (row < rows) & (col < HIDDEN)
         dy = tl.load(dy_ptr + row * dy_stride + col, mask=mask, other=0.0).to(tl.float32)
@@ -109,7 +116,16 @@ def _backward_kernel(
             dweight += dy * normed.to(h.dtype).to(tl.float32)
         if NEEDS_DX:
             g = dy * weight
-            mean = tl.sum(g * normed, axis=1, keep_dims=True) / HIDDEN
+            products = g * normed
+            for i in tl.static_range(1, CHUNKS):
+                far = (chunk + i) % CHUNKS * BLOCK_COLS + lane
+                far_mask = (row < rows) & (far < HIDDEN)
+                far_dy = tl.load(dy_ptr + row * dy_stride + far, mask=far_mask, other=0.0)
+                far_h = tl.load(h_ptr + row * h_stride + far, mask=far_mask, other=0.0)
+                far_weight = tl.load(weight_ptr + far, mask=far < HIDDEN, other=0.0)
+                far_g = far_dy.to(tl.float32) * far_weight.to(tl.float32)
+                products += far_g * (far_h.to(tl.float32) * rstd)
+            mean = tl.sum(products, axis=1, keep_dims=True) / HIDDEN
             dx = (g - normed * mean) * rstd
             if HAS_DH:
                 dx += tl.load(dh_ptr + row * dh_stride + col, mask=mask, other=0.0).to(tl.float32)
@@ -117,7 +133,7 @@ def _backward_kernel(
 
     if NEEDS_DWEIGHT:
         partial = tl.sum(dweight, axis=0)[None, :]
-        partial_row = tl.program_id(0).to(tl.int64) * HIDDEN
+        partial_row = program.to(tl.int64) * HIDDEN
         tl.store(partial_ptr + partial_row + col, partial, mask=col < HIDDEN)
 
 
@@ -216,7 +232,7 @@ def _backward_triton(
     dh, dh_stride = (None, 0) if dh is None else as_rows(dh)
     h, h_stride = as_rows(h)
     with device_guard(h):
-        _backward_kernel[(programs,)](
+        _backward_kernel[(programs * config["CHUNKS"],)](
             *(dy, dh, h, weight, rstd, dx, partial, dy_stride, dh_stride, h_stride, rows),
             HIDDEN=hidden,
             HAS_DH=dh is not None,

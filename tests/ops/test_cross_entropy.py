@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from helpers import FLOATS, TARGETS, assert_as_accurate, compile_only, values_an
 
 from mistral_kernels.ops import cross_entropy, reference
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
+
+FULL_SIZE = 4096, 1024, 32000  # tokens, hidden size, vocabulary: logits of half a gigabyte
 
 
 def make_inputs(num_tokens, hidden_size, vocab_size, dtype, device):
@@ -90,13 +94,13 @@ def test_float64_on_the_torch_backend(device, monkeypatch):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_chunks(tokens, dtype, device, monkeypatch):
     """Chunks of 10 tokens, whole and in part."""
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 10 * 50 + 49)
+    monkeypatch.setitem(cross_entropy._CHUNK_ELEMENTS, device.type, 10 * 50 + 49)
     inputs = make_inputs(tokens, 16, 50, dtype, device)
     assert_matches(inputs, some_targets(tokens + 1, 50, device)[1:])
 
 
 def test_a_vocabulary_larger_than_a_chunk(device, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 7)
+    monkeypatch.setitem(cross_entropy._CHUNK_ELEMENTS, device.type, 7)
     inputs = make_inputs(5, 16, 50, torch.float32, device)
     assert_matches(inputs, some_targets(5, 50, device))
 
@@ -149,6 +153,45 @@ def test_the_logits_never_exist(device):
     with Allocations() as seen:
         linear_cross_entropy(**inputs, targets=targets).backward()
     assert seen.largest_new < logits / 10
+
+
+@pytest.mark.slow
+def test_as_accurate_as_eager_at_full_size(device):
+    inputs = make_inputs(*FULL_SIZE, torch.float32, device)
+    with torch.no_grad():
+        inputs["weight"] /= 32  # logits of unit size, as a model's
+    assert_matches(inputs, torch.randint(FULL_SIZE[2], FULL_SIZE[:1], device=device))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("backward", [False, True], ids=["evaluation", "training"])
+def test_peak_memory(backward):
+    """Of the process, beyond inputs and gradients: less than a tenth of the logits.
+
+    The gradients are there when the loss is; scaling them by the loss's own makes a copy of each.
+    """
+    code = f"""
+import re, torch
+from pathlib import Path
+from mistral_kernels.ops.cross_entropy import linear_cross_entropy
+torch.set_num_threads(1)
+def peak():  # not ru_maxrss, which begins with the size of the process that started this one
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\\s*(\\d+)", status)[1]) << 10
+def make(tokens, hidden_size, vocab_size):
+    hidden = torch.randn(tokens, hidden_size, requires_grad={backward})
+    weight = torch.randn(vocab_size, hidden_size, requires_grad={backward})
+    return hidden, weight, torch.randint(vocab_size, (tokens,))
+linear_cross_entropy(*make(8, 16, 64))
+inputs = make(*{FULL_SIZE})
+before = peak()
+loss = linear_cross_entropy(*inputs)
+print(peak() - before - sum(4 * x.numel() for x in inputs if x.requires_grad))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    tokens, _, vocab_size = FULL_SIZE
+    assert int(done.stdout) < tokens * vocab_size * 4 / 10
 
 
 def test_evaluation_forms_no_gradient(device):
