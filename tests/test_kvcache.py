@@ -20,11 +20,10 @@ F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float6
 TENSORS = ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin")
 DEFINED = ("softmax_scale", "causal", "window_size", "softcap")
 
-# Each case has kernels of its own: compiled, that takes too long.
+# Each case has kernels of its own: compiled, that takes too long, and interpreted, minutes.
+KERNELS = [pytest.mark.kernels, pytest.mark.interpreted, pytest.mark.slow]
 on_both_backends = pytest.mark.parametrize(
-    "backend",
-    ["torch", pytest.param("triton", marks=[pytest.mark.kernels, pytest.mark.interpreted])],
-    indirect=True,
+    "backend", ["torch", pytest.param("triton", marks=KERNELS)], indirect=True
 )
 
 

@@ -162,6 +162,7 @@ def test_built_once(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_corrupt_library(tmp_path):
     """Where nothing may be built, it is the reason; else it is built again."""
     finish(start(tmp_path))
@@ -179,6 +180,7 @@ def test_a_corrupt_library(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_two_at_once(tmp_path):
     processes = [start(tmp_path), start(tmp_path)]
     results = [finish(process)[:2] for process in processes]
@@ -187,6 +189,7 @@ def test_two_at_once(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_killed_while_building(tmp_path):
     """What it leaves stops nobody."""
     wrapper = compiler(
@@ -232,6 +235,7 @@ def test_a_broken_compiler(tmp_path):
     assert libraries(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     loaded, status, _ = finish(start(tmp_path / "file"))
@@ -254,6 +258,7 @@ print(extension.status("cpu"))
 """
 
 
+@pytest.mark.slow
 def test_build_always(tmp_path):
     """Raises, with all that the compiler said."""
     broken = compiler(tmp_path, "echo one", "echo error: two", "echo three", "exit 1")

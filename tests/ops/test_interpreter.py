@@ -7,6 +7,7 @@ that several cores share them.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,20 +15,27 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent.parent
-# Those that mention a backend; not all of them have kernels to run.
+KERNELS = re.compile(r"mark\.kernels|def test_\w+\([^)]*\bbackend\b")
 FILES = [
     str(path.relative_to(TESTS))
     for path in sorted(TESTS.rglob("test_*.py"))
-    if "backend" in path.read_text() and path != Path(__file__)
+    if KERNELS.search(path.read_text())
+    and path.name not in ("test_training.py", Path(__file__).name)  # training: compiled, at once
 ]
-NO_TESTS = 5
+NO_TESTS = 5  # as if all of a file's kernels are slow
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already interpreting")
-@pytest.mark.parametrize("file", FILES)
-def test_kernels_in_the_interpreter(file, request):
+@pytest.mark.parametrize(
+    ("file", "which"),
+    [
+        *((file, "not slow") for file in FILES),
+        pytest.param("test_kvcache.py", "slow", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_in_the_interpreter(file, which, request):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", "kernels and not slow"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", f"kernels and {which}"]
     command += [str(TESTS / file), f"--seed={request.config.option.seed}"]
     result = subprocess.run(
         command,
@@ -40,6 +48,6 @@ def test_kernels_in_the_interpreter(file, request):
 
 
 def test_there_are_kernels_to_interpret():
-    """Files with kernels are found by a word in them: these are among them."""
+    """Files with kernels are found by what they say: these are among them."""
     names = {Path(file).name for file in FILES}
     assert {"test_attention_kernels.py", "test_decode_kernels.py", "test_kvcache.py"} <= names

@@ -184,7 +184,7 @@ def test_opcheck(residual, transposed, backend, device):
         torch.library.opcheck(backward_op, args)
 
 
-@pytest.mark.parametrize("hidden", [4096, 16384])
+@pytest.mark.parametrize("hidden", [4096, pytest.param(16384, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_bytes_moved(residual, hidden, triton_backend, device):
     """At most 1.02 of the minimum forward, 1.05 backward, in full-width accesses."""
@@ -218,7 +218,7 @@ def test_no_races(triton_backend, device):
     if device.type != "cpu":
         pytest.skip("ptxrun checks on CPU tensors")
     with ptxrun.options(racecheck=True):
-        for shape in ((300, 64), (70, 2100), (70, 9001)):
+        for shape in ((300, 64), (70, 2100)):
             inputs = make_inputs(shape, torch.float32, device, residual=True)
             assert_matches_reference(rms_norm, reference.rms_norm, inputs)
 
@@ -250,9 +250,9 @@ def test_compiles_for(target, monkeypatch):
         (name, dtype, hidden)
         for name, target in TARGETS.items()
         for dtype in target.dtypes()
-        for hidden in (64, 111, 4096, 5120, 12288, 16384)
-        # Wide rows, which programs share: where registers are fewest, and one kin of each.
-        if hidden < 8192 or (name in ("sm_80", "sm_90", "sm_120") and dtype != torch.float16)
+        for hidden in (64, 111, 4096, 5120, 16384)
+        # Rows that programs share: of each kind of architecture one.
+        if hidden < 8192 or (name in ("sm_80", "sm_90", "sm_120") and dtype == torch.float32)
     ],
     ids=str,
 )

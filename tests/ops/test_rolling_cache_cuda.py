@@ -88,7 +88,14 @@ def cuda_update(tmp_path_factory: pytest.TempPathFactory) -> CudaUpdate:
 
 
 @pytest.mark.parametrize("rotary", ROTARY)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(dtype, marks=() if dtype == torch.bfloat16 else pytest.mark.slow)
+        for dtype in FLOATS
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("case", CASES)
 def test_same_bits(case, dtype, rotary, cuda_update):
     arguments = make_arguments(dtype, rotary, **CASES[case])
