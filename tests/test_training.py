@@ -321,6 +321,7 @@ def test_a_recipe_is_plain_adamw(corpus: Corpus) -> None:
         assert relative_error(weight.detach(), theirs.get_parameter(name).detach()) < 1e-3, name
 
 
+@pytest.mark.slow
 def test_kernels_train_as_torch_does(
     corpus: Corpus, triton_runs: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

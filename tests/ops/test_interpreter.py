@@ -19,8 +19,9 @@ KERNELS = re.compile(r"mark\.kernels|def test_\w+\([^)]*\bbackend\b")
 FILES = [
     str(path.relative_to(TESTS))
     for path in sorted(TESTS.rglob("test_*.py"))
-    if KERNELS.search(path.read_text())
-    and path.name not in ("test_training.py", Path(__file__).name)  # training: compiled, at once
+    if path != Path(__file__)
+    and KERNELS.search(path.read_text())
+    and path.parent == Path(__file__).parent  # elsewhere they are run compiled, or are slow
 ]
 NO_TESTS = 5  # as if all of a file's kernels are slow
 
@@ -29,13 +30,13 @@ NO_TESTS = 5  # as if all of a file's kernels are slow
 @pytest.mark.parametrize(
     ("file", "which"),
     [
-        *((file, "not slow") for file in FILES),
-        pytest.param("test_kvcache.py", "slow", marks=pytest.mark.slow),
+        *((file, "kernels and not slow") for file in FILES),
+        pytest.param("test_kvcache.py", "kernels", marks=pytest.mark.slow),
     ],
 )
 def test_kernels_in_the_interpreter(file, which, request):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", f"kernels and {which}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", which]
     command += [str(TESTS / file), f"--seed={request.config.option.seed}"]
     result = subprocess.run(
         command,
@@ -50,4 +51,4 @@ def test_kernels_in_the_interpreter(file, which, request):
 def test_there_are_kernels_to_interpret():
     """Files with kernels are found by what they say: these are among them."""
     names = {Path(file).name for file in FILES}
-    assert {"test_attention_kernels.py", "test_decode_kernels.py", "test_kvcache.py"} <= names
+    assert {"test_attention_kernels.py", "test_decode_kernels.py", "test_rms_norm.py"} <= names
