@@ -30,7 +30,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # The longest first, so that workers end together.
-    items.sort(key=lambda item: "test_kernels_in_the_interpreter" not in item.nodeid)
+    longest = ("test_a_text_of_50_000_tokens", "test_kernels_in_the_interpreter")
+    items.sort(key=lambda item: not any(name in item.nodeid for name in longest))
     if INTERPRETING:
         # Triton's interpreter truncates to bf16 and multiplies bf16 bit patterns: no judge of it.
         unfit = [
