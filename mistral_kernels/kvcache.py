@@ -17,6 +17,7 @@ from mistral_kernels.ops.attention import check_qkv, check_slopes
 from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.cached import attend_cached
 from mistral_kernels.ops.attention.window import resolve_window
+from mistral_kernels.ops.dispatch import with_unit_stride
 from mistral_kernels.ops.rolling_cache import capacity_of, update_op
 
 
@@ -105,7 +106,7 @@ def flash_attn_with_kvcache(
         x if x is None else x.contiguous() for x in (cache_batch_idx, cache_leftpad, block_table)
     )
     window = resolve_window(causal, window_size, None)
-    q = q if q.stride(-1) == 1 else q.contiguous()
+    q = with_unit_stride(q)
     if rotary_cos is not None or rotary_sin is not None:
         if rotary_cos is None or rotary_sin is None or k is None:
             raise ValueError("rotary_cos and rotary_sin go together, with k and v")
@@ -117,7 +118,7 @@ def flash_attn_with_kvcache(
         k = _turned(k, tables, lengths, 1, rotary_interleaved)
     if k is not None and v is not None:
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * new
-        packed = ((x if x.stride(-1) == 1 else x.contiguous()).flatten(0, 1) for x in (k, v))
+        packed = (with_unit_stride(x).flatten(0, 1) for x in (k, v))
         update_op(k_cache, v_cache, *packed, lengths, cu_seqlens, new, cache_batch_idx, block_table)
     places = lengths, None, new, cache_batch_idx, cache_leftpad, block_table
     out, lse = attend_cached(

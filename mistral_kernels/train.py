@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.checkpoint import resolve
-from mistral_kernels.checkpoint.hub import _TOKENIZER_PATTERNS
+from mistral_kernels.checkpoint.hub import TOKENIZER_PATTERNS
 from mistral_kernels.checkpoint.writing import check_target
 from mistral_kernels.command import Parser, device_of, run
 from mistral_kernels.model.config import MistralConfig
@@ -176,7 +176,7 @@ def train_on_texts(
         files = [Path(scratch, name) for name in (HELD_OUT, "training.json")]
         files[0].write_text(held_out, encoding="utf-8")
         files[1].write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        found = (file for pattern in _TOKENIZER_PATTERNS for file in folder.glob(pattern))
+        found = (file for pattern in TOKENIZER_PATTERNS for file in folder.glob(pattern))
         files += {corpus.tokenizer.path, *filter(Path.is_file, found)}
         model.cpu().save_pretrained(output, extra_files=files)
     partial.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mistral_kernels.checkpoint import CheckpointError
-from mistral_kernels.checkpoint.writing import _sync_folder
+from mistral_kernels.checkpoint.writing import sync_folder
 from mistral_kernels.model.cache import Packing
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
@@ -176,7 +176,7 @@ class Saving:
                 file.flush()
                 os.fsync(file.fileno())
             fresh.replace(self.path)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         except (OSError, RuntimeError) as error:
             # torch.save covers what stopped it, a full disk or Ctrl-C, with an error of its own.
             reason = error.__context__ or error

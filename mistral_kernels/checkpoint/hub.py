@@ -8,7 +8,7 @@ from pathlib import Path
 from mistral_kernels.checkpoint.reading import CheckpointError
 
 _TINY = Path(__file__).parent.parent / "tiny"
-_TOKENIZER_PATTERNS = [
+TOKENIZER_PATTERNS = [
     "tokenizer*",
     "tekken.json",
     "special_tokens_map.json",
@@ -80,7 +80,7 @@ def _download(repo_id: str) -> Path:
     if (patterns := next(known, None)) is None:
         raise CheckpointError(f"hub model {repo_id!r} has no weights in a format known here")
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns + _TOKENIZER_PATTERNS))
+        return Path(snapshot_download(repo_id, allow_patterns=patterns + TOKENIZER_PATTERNS))
     except Exception as error:
         raise CheckpointError(f"download of {repo_id!r} failed: {_one_line(error)}") from None
 

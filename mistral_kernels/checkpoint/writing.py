@@ -158,9 +158,9 @@ def new_folder(
         for extra in extra_files:
             shutil.copyfile(extra, partial / extra.name)
         yield partial
-        _sync_folder(partial)
+        sync_folder(partial)
         partial.replace(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}, nothing was kept: {error}") from error
     finally:
@@ -178,7 +178,8 @@ def check_target(target: Path) -> None:
         raise CheckpointError(f"{target} is a file; name a new folder")
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Make what was renamed in a folder outlast a power cut, where the system can."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:

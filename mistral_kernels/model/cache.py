@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.model.config import MistralConfig
+from mistral_kernels.ops.attention.decode import num_counters
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class RollingCache:
         self.host_lengths = [0] * batch
         self._one_each = torch.arange(batch + 1, dtype=torch.int32, device=device)
         # For `rolling_cache_attention`, whose calls over this cache never overlap.
-        counters = 4 * batch * config.num_key_value_heads
+        counters = num_counters(batch, config.num_key_value_heads)
         self.counters = torch.zeros(counters, dtype=torch.int32, device=device)
 
     @property

@@ -148,6 +148,11 @@ def float32_precision(x: torch.Tensor) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
+def with_unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a copy if its last dimension is not contiguous: all other strides kernels take."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """``x`` as rows of its last dimension, and the stride between rows in elements.
 

@@ -18,7 +18,12 @@ from torch import Tensor
 
 from mistral_kernels.ops import extension, launch_configs
 from mistral_kernels.ops.cache_arguments import check_ring, check_rotary
-from mistral_kernels.ops.dispatch import BACKEND_VARIABLE, device_guard, uses_triton
+from mistral_kernels.ops.dispatch import (
+    BACKEND_VARIABLE,
+    device_guard,
+    uses_triton,
+    with_unit_stride,
+)
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
 from mistral_kernels.ops.rotary import load_angles, rotate, turn_heads
@@ -87,16 +92,13 @@ def _update_kernel(
             )  # fmt: skip
             return
         block -= tl.cdiv(Q_HEADS, BLOCK_H)
-    row = sequence.to(tl.int64)
-    if ROWS:
-        row = tl.load(rows_ptr + sequence).to(tl.int64)
     kept = exists & (index >= count - capacity)  # of a chunk longer than the ring, the end
     slot = position % capacity
     if PAGED:
         table_ptr += sequence * table_stride_b
     page, slot = slot_row(table_ptr, table_stride, slot, kept, page_size, PAGED)
     if not PAGED:
-        page += row
+        page += tl.load(rows_ptr + sequence) if ROWS else sequence
     if block * BLOCK_H < KV_HEADS:
         k_row = k_ptr + token * k_stride_s
         k_cache_row = k_cache_ptr + page * k_cache_stride_b + slot * k_cache_stride_s
@@ -397,8 +399,8 @@ def rolling_cache_update_(
         check_rotary(q, cos, sin, k, end)
     elif cos is not None or sin is not None:
         raise ValueError("cos and sin turn q and k: give q too")
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    q = q if q is None or q.stride(-1) == 1 else q.contiguous()
+    k, v = with_unit_stride(k), with_unit_stride(v)
+    q = q if q is None else with_unit_stride(q)
     args = lengths.contiguous(), cu_seqlens.contiguous(), max_seqlen
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (k_cache, v_cache, k, v, q)

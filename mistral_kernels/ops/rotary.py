@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops import launch_configs
-from mistral_kernels.ops.dispatch import device_guard, uses_triton
+from mistral_kernels.ops.dispatch import device_guard, uses_triton, with_unit_stride
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
 
@@ -131,7 +131,7 @@ def _rotate_triton(
     q, k = (None if x is None or x.numel() == 0 else _by_token(x) for x in (q, k))
     if q is None and k is None:
         return q_out, k_out
-    cos, sin = (x.float() if x.stride(-1) == 1 else x.float().contiguous() for x in (cos, sin))
+    cos, sin = with_unit_stride(cos.float()), with_unit_stride(sin.float())
     config = launch_configs.rotary(half)
     with device_guard(positions):
         _rotary_kernel[(cdiv(tokens, config["BLOCK_T"]),)](
@@ -152,7 +152,7 @@ def _rotate_triton(
 def _by_token(x: Tensor) -> Tensor:
     """(tokens, heads, head_dim) with a contiguous last dimension; a copy only where views end."""
     x = x.reshape(-1, *x.shape[-2:])
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return with_unit_stride(x)
 
 
 def _rotate_torch(

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.cached import attend_cached
+from mistral_kernels.ops.attention.decode import num_counters
 from mistral_kernels.ops.attention.op import attend
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.cache_arguments import check_ring
+from mistral_kernels.ops.dispatch import with_unit_stride
 
 MAX_HEAD_DIM = 256
 
@@ -105,7 +107,7 @@ def attention(
     if softmax_scale is not None and softmax_scale <= 0:
         raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
     out, lse = attend(
-        *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)),
+        *(with_unit_stride(x) for x in (q, k, v)),
         window=resolve_window(causal, window_size, sliding_window),
         softmax_scale=softmax_scale,
         cu_seqlens_q=cu_seqlens_q,
@@ -180,20 +182,18 @@ def rolling_cache_attention(
                 "k and v may be None only for one new token a sequence, got "
                 f"{q.shape[0]} tokens for {lengths.shape[0]} sequences, max_seqlen {max_seqlen}"
             )
+    needed = num_counters(k_cache.shape[0], k_cache.shape[2])
     if counters is not None and (
-        counters.numel() < 4 * k_cache.shape[0] * k_cache.shape[2]
-        or counters.dtype != torch.int32
-        or counters.device != q.device
+        counters.numel() < needed or counters.dtype != torch.int32 or counters.device != q.device
     ):
         raise ValueError(
-            f"counters must hold {4 * k_cache.shape[0] * k_cache.shape[2]} zeros of torch.int32 on "
-            f"{q.device}, got {counters.numel()} of {counters.dtype} on {counters.device}"
+            f"counters must hold {needed} zeros of torch.int32 on {q.device}, "
+            f"got {counters.numel()} of {counters.dtype} on {counters.device}"
         )
-    q = q if q.stride(-1) == 1 else q.contiguous()
     if k is not None and v is not None:
-        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+        k, v = with_unit_stride(k), with_unit_stride(v)
     out, _ = attend_cached(
-        *(q, k, v),
+        *(with_unit_stride(q), k, v),
         CacheView(k_cache, v_cache, lengths.contiguous(), cu_seqlens.contiguous()),
         window=resolve_window(True, None, sliding_window),
         max_seqlen_q=max_seqlen,

@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 
 # Programs that share the keys of a sequence: one for so many keys, but at most so many programs.
 _SPLIT_KEYS, _MOST_SPLITS = 128, 64
-# Up to so many rows a tile is "decode": the matrix products have room, memory decides.
-_DECODE_ROWS = 16
+# Up to so many rows a tile is "decode": the matrix products have room, memory decides. No tile has
+# fewer. Keys are split where a call has at most so many tiles of them.
+_DECODE_ROWS, _SPLIT_TILES = 16, 4
 
 
 @jit
@@ -257,9 +258,16 @@ def _decode_kernel(
 def _split(keys: int, rows: int, block: int, num_splits: int) -> tuple[int, int]:
     """Over how many programs at most to split `keys`, and how many keys each takes."""
     if num_splits == 0:
-        num_splits = min(cdiv(keys, _SPLIT_KEYS), _MOST_SPLITS) if rows <= 4 * _DECODE_ROWS else 1
+        num_splits = (
+            min(cdiv(keys, _SPLIT_KEYS), _MOST_SPLITS) if rows <= _SPLIT_TILES * _DECODE_ROWS else 1
+        )
     split_keys = cdiv(cdiv(keys, num_splits), block) * block
     return cdiv(keys, split_keys), split_keys
+
+
+def num_counters(batch: int, num_kv_heads: int) -> int:
+    """How many counters the split of its keys may need for each call over such a cache."""
+    return _SPLIT_TILES * batch * num_kv_heads
 
 
 def launch(
