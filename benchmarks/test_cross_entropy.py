@@ -24,9 +24,7 @@ from conftest import Pair  # noqa: E402  # beside this file, which is no package
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 TOKENS, HIDDEN, VOCAB, ROUNDS = (8192, 4096, 32000, 20) if ON_GPU else (1024, 1024, 32000, 5)
-# On a CPU, chunks of logits and of the weight's gradient go from bfloat16 to float32 and back.
-SLOWER = pytest.param(torch.bfloat16, marks=pytest.mark.xfail(reason="copies: 0.7", strict=False))
-DTYPES = (torch.bfloat16,) if ON_GPU else (torch.float32, SLOWER)
+DTYPES = (torch.bfloat16,) if ON_GPU else (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

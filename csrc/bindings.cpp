@@ -1,11 +1,10 @@
 // The operator as PyTorch sees it, on its stable ABI. Compiled into either library, which gives the
 // namespace of its operators, KERNELS_NAMESPACE, and their device, KERNELS_DEVICE: CPU or CUDA.
+#include "bindings.h"
 #include "rolling_cache.h"
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <initializer_list>
 #include <optional>
@@ -17,7 +16,6 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, voi
 
 namespace {
 
-using rolling_cache::DType;
 using rolling_cache::Heads;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -49,15 +47,6 @@ Heads heads(const char* name, const Tensor& x, const Tensor& cache,
   const int64_t bytes = x.element_size(), dim = x.dim();
   return {start, dim == 4 ? x.stride(0) * bytes : 0, x.stride(dim - 3) * bytes,
           x.stride(dim - 2) * bytes};
-}
-
-DType dtype_of(const Tensor& cache) {
-  switch (cache.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    default: STD_TORCH_CHECK(false, "k_cache must be float32, float16 or bfloat16");
-  }
 }
 
 void rolling_cache_update(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
@@ -117,7 +106,7 @@ void rolling_cache_update(const Tensor& k_cache, const Tensor& v_cache, const Te
   u.max_seqlen = max_seqlen;
   u.num_kv_heads = static_cast<int32_t>(kv_heads);
   u.head_dim = static_cast<int32_t>(head_dim);
-  u.dtype = dtype_of(k_cache);
+  u.dtype = dtype_of("k_cache", k_cache);
   u.interleaved = interleaved;
   if (total == 0) return;
 
@@ -132,10 +121,6 @@ void rolling_cache_update(const Tensor& k_cache, const Tensor& v_cache, const Te
 }
 
 }  // namespace
-
-// One more level of macros, so that their arguments are expanded.
-#define LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
-#define LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 
 LIBRARY(KERNELS_NAMESPACE, m) {
   m.def(

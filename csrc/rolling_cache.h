@@ -2,6 +2,8 @@
 // and the CPU kernel share. No torch headers here, so that the arithmetic can be run by itself.
 #pragma once
 
+#include "dtype.h"
+
 #include <algorithm>
 #include <cstdint>
 
@@ -12,8 +14,6 @@
 #endif
 
 namespace rolling_cache {
-
-enum class DType : int32_t { float32, float16, bfloat16 };
 
 // (outer, token, head, head_dim), strides in bytes and the last dimension contiguous. Outer is the
 // row or page of a cache; packed tensors have none. data is null where there is no tensor.

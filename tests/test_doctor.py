@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 
 import mistral_kernels
 from mistral_kernels import __main__ as doctor
-from mistral_kernels.ops import reference
+from mistral_kernels.ops import extension, reference
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
 
 
@@ -24,6 +25,7 @@ def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert re.search(r"^backend +cpu: torch \(cpu tensors: PyTorch's own operators\)$", out, re.M)
     gpu = r"^cuda:0 +.+, compute capability \d+\.\d+" if torch.cuda.is_available() else "^gpu +none"
     assert re.search(gpu, out, re.M)
+    assert re.search(r"^csrc +cpu: (loaded from .+, kernels for \w+|not loaded: .+)$", out, re.M)
 
 
 def test_forced_backends(
@@ -38,6 +40,23 @@ def test_forced_backends(
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
     assert f"cpu: none, {BACKEND_VARIABLE} is 'fast'; expected 'auto', 'triton' or 'torch'" in out
+
+
+def test_forced_instruction_set(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operators = extension.load("cpu")
+    if operators is None:
+        pytest.skip(extension.status("cpu"))
+    usual = os.environ.get(extension.CPU_VARIABLE, operators.instruction_sets().split()[0])
+    try:
+        for setting, words in (("plain", "kernels for plain"), ("fast", "'fast'; expected ")):
+            monkeypatch.setattr(extension, "_libraries", {})
+            monkeypatch.setenv(extension.CPU_VARIABLE, setting)
+            assert doctor.main([]) == 0
+            assert words in capsys.readouterr().out
+    finally:
+        operators.use_instruction_set(usual)
 
 
 def test_missing_extras_name_their_remedy(

@@ -7,8 +7,8 @@
 with label smoothing e; the mean or the sum over tokens, in nats. The logits of 7B-class training
 (tokens x vocabulary) dwarf everything else in memory. Here they exist for one chunk of tokens at a
 time, and since their gradient is known as soon as they are, both gradients are formed in the
-forward pass (as in arXiv:2410.10989): the products by PyTorch, what lies between them in place, on
-Triton in one kernel that reads a row of logits twice and writes it once.
+forward pass (as in arXiv:2410.10989): the products by PyTorch, what lies between them in place, in
+one kernel, Triton's or csrc's, that reads a row of logits twice and writes it once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mistral_kernels.ops import launch_configs
+from mistral_kernels.ops import extension, launch_configs
 from mistral_kernels.ops.device_functions import tanh
 from mistral_kernels.ops.dispatch import device_guard, uses_triton
 from mistral_kernels.ops.lazy_triton import jit
@@ -27,9 +27,12 @@ from mistral_kernels.ops.lazy_triton import jit
 if TYPE_CHECKING:
     import triton.language as tl
 
-# Logits alive at a time, in elements: 16 MiB of float32 on a CPU. A GPU's products want more rows,
+# Logits alive at a time, in elements: 32 MiB of float32 on a CPU. A GPU's products want more rows,
 # for each chunk reads the whole weight.
-_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
+_CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 25}
+# Of a chunk's share in the weight's gradient, where it is added to others in float32: on a CPU what
+# stays in a cache until it is.
+_SHARE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
 @jit
@@ -108,6 +111,23 @@ def _softmax_triton(
     return losses, logits
 
 
+def _csrc(x: Tensor) -> Any | None:
+    """csrc's operators, where they serve `x`."""
+    if uses_triton(x) or x.device.type != "cpu" or x.dtype == torch.float64:
+        return None
+    return extension.load("cpu")
+
+
+def _softmax_csrc(
+    logits: Tensor, targets: Tensor, scale: Tensor, options: _Options, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    losses = torch.empty(len(logits), dtype=torch.float32)
+    torch.ops.mistral_kernels_cpu.softmax(
+        logits, targets.contiguous(), scale, losses, *options, needs_gradient
+    )
+    return losses, logits
+
+
 def _softmax_torch(
     logits: Tensor, targets: Tensor, scale: Tensor, options: _Options, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
@@ -155,12 +175,15 @@ def _forward(
     softcap: float,
     output_mask: list[bool],
 ) -> Outputs:
-    softmax = _softmax_triton if uses_triton(hidden) else _softmax_torch
-    if hidden.dtype == torch.float64 and softmax is _softmax_triton:
-        raise TypeError(
-            "linear_cross_entropy: hidden is torch.float64; the triton backend takes float16, "
-            "bfloat16 and float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
-        )
+    operators = _csrc(hidden)
+    softmax = _softmax_torch if operators is None else _softmax_csrc
+    if uses_triton(hidden):
+        softmax = _softmax_triton
+        if hidden.dtype == torch.float64:
+            raise TypeError(
+                "linear_cross_entropy: hidden is torch.float64; the triton backend takes float16, "
+                "bfloat16 and float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
+            )
     options = _Options(ignore_index, label_smoothing, z_loss, softcap)
     total, dhidden, dweight_out = _empty_outputs(hidden, weight, output_mask)
     total.zero_()
@@ -171,24 +194,36 @@ def _forward(
     if dweight is not None:
         wide = dweight.dtype == total.dtype
         dweight = dweight.zero_() if wide else torch.zeros_like(weight, dtype=total.dtype)
-    rows = max(1, _CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0])
-    for start in range(0, hidden.shape[0], rows):
+    num_tokens, vocab_size = len(hidden), len(weight)
+    rows = max(1, _CHUNK_ELEMENTS[hidden.device.type] // vocab_size)
+    rows -= rows % min(rows, 64)  # whole tiles for the products
+    logits = hidden.new_empty(min(rows, num_tokens), vocab_size)
+    for start in range(0, num_tokens, rows):
         chunk = slice(start, start + rows)
         inputs = hidden[chunk]
-        losses, dlogits = softmax(
-            inputs @ weight.mT, targets[chunk], scale, options, any(output_mask)
-        )
+        z = torch.mm(inputs, weight.mT, out=logits[: len(inputs)])
+        losses, dlogits = softmax(z, targets[chunk], scale, options, any(output_mask))
         total += losses.sum()
         if dhidden is not None:
             torch.mm(dlogits, weight, out=dhidden[chunk])
         if dweight is not None and dweight is dweight_out:
             dweight.addmm_(dlogits.mT, inputs)
         elif dweight is not None:
-            dweight += dlogits.mT @ inputs
+            _add_product(dweight, dlogits.mT, inputs, operators)
         del losses, dlogits  # before the next chunk's are there
     if dweight_out is not None and dweight is not None and dweight is not dweight_out:
         dweight_out.copy_(dweight)
     return total * scale, dhidden, dweight_out
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, operators: Any | None) -> None:
+    """total += a @ b, total of a wider dtype."""
+    add = Tensor.add_ if operators is None else operators.accumulate
+    rows = max(1, _SHARE_ELEMENTS[total.device.type] // max(1, total.shape[1]))
+    share = b.new_empty(min(rows, len(total)), total.shape[1])
+    for start in range(0, len(total), rows):
+        part = total[start : start + rows]
+        add(part, torch.mm(a[start : start + rows], b, out=share[: len(part)]))
 
 
 def _empty_outputs(hidden: Tensor, weight: Tensor, *args: Any) -> Outputs:
@@ -213,6 +248,16 @@ torch.library.register_fake("mistral_kernels::linear_cross_entropy", _empty_outp
 _forward_op = torch.ops.mistral_kernels.linear_cross_entropy.default
 
 
+def _scaled(gradients: tuple[Tensor | None, ...], dloss: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients times dloss; in their own memory where no further backward pass needs them."""
+    # Whether the engine was asked to retain the graph; true outside of it.
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return tuple(None if grad is None else grad * dloss for grad in gradients)
+    if dloss.device.type == "cpu" and dloss == 1:  # on a GPU a look would wait for it
+        return gradients
+    return tuple(None if grad is None else grad.mul_(dloss) for grad in gradients)
+
+
 class LinearCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, *args: Any) -> Tensor:
@@ -224,9 +269,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight = (
-            None if grad is None else (grad * dloss).to(grad.dtype) for grad in ctx.saved_tensors
-        )
+        dhidden, dweight = _scaled(ctx.saved_tensors, dloss)
         return dhidden, dweight, None, None, None, None, None, None
 
 

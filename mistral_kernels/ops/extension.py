@@ -3,7 +3,8 @@
 A library is taken from the package, where `setup.py` puts what it could build; else from PyTorch's
 cache of extensions; else it is compiled into that cache. Nothing here is needed: without a library
 other backends serve, and `status` says why there is none. MISTRAL_KERNELS_BUILD=never compiles
-nothing; MISTRAL_KERNELS_BUILD=always raises where a library can neither be found nor built. CXX,
+nothing; MISTRAL_KERNELS_BUILD=always raises where a library can neither be found nor built.
+MISTRAL_KERNELS_CPU names the instruction set of the kernels for the CPU, otherwise the best. CXX,
 CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS and TORCH_EXTENSIONS_DIR mean what they mean to
 torch.utils.cpp_extension, which itself is of no use here: its lock outlives a killed build and
 stops everybody else, and it compiles no CUDA beside a CPU build of PyTorch, as `setup.py` does.
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ import torch
 import torch._appdirs
 
 BUILD_VARIABLE = "MISTRAL_KERNELS_BUILD"
+CPU_VARIABLE = "MISTRAL_KERNELS_CPU"
 DEVICE_TYPES = ("cpu", "cuda")
 
 _PACKAGE = Path(__file__).parent.parent
@@ -40,7 +43,6 @@ SOURCES = INSTALLED if INSTALLED.is_dir() else _PACKAGE.parent / "csrc"
 _FLAGS = [
     "-O3",
     "-std=c++17",
-    "-shared",
     # One binary for this PyTorch and all later ones; what is newer does not compile.
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
@@ -49,6 +51,18 @@ _HOST_FLAGS = [
     "-ffp-contract=off",  # products are rounded before they are added, as on the GPU
     "-fvisibility=hidden",  # both libraries define the same names, and PyTorch loads them globally
 ]
+
+# The sources in cpu/kernels are compiled for each of these; csrc/cpu/dispatch.cpp asks the
+# processor for what the flags name.
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+_INSTRUCTION_SETS: dict[str, list[str]] = {"plain": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    _INSTRUCTION_SETS |= {
+        "avx2": _AVX2,
+        "avx512": _AVX512,
+        "avx512_bf16": [*_AVX512, "-mavx512bf16"],
+    }
 
 
 class BuildError(RuntimeError):
@@ -70,7 +84,8 @@ def load(device_type: str) -> Any | None:
     The first call may compile, and says so on stderr; the answer stays for the process.
 
     Raises:
-        ValueError: MISTRAL_KERNELS_BUILD is none of auto, never, always.
+        ValueError: MISTRAL_KERNELS_BUILD is none of auto, never, always, or MISTRAL_KERNELS_CPU no
+            instruction set of this processor.
         RuntimeError: there is no library though MISTRAL_KERNELS_BUILD=always.
     """
     library = _libraries.get(device_type)
@@ -114,9 +129,10 @@ def build(device_type: str, library: Path, architectures: str = "") -> None:
         BuildError: there is no compiler, or it failed.
         OSError: `library` cannot be written.
     """
-    command = _command(device_type, architectures)
-    if shutil.which(command[0]) is None:
-        raise BuildError(f"no compiler: {command[0]} is not on PATH")
+    compiler = _compiler(device_type)
+    if shutil.which(compiler[0]) is None:
+        raise BuildError(f"no compiler: {compiler[0]} is not on PATH")
+    compilations = _compilations(device_type, architectures)
     library = library.absolute()
     library.parent.mkdir(parents=True, exist_ok=True)
     print(
@@ -124,21 +140,32 @@ def build(device_type: str, library: Path, architectures: str = "") -> None:
         file=sys.stderr,
     )
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".building-") as folder:
+        objects = [os.path.join(folder, f"{i}.o") for i in range(len(compilations))]
+        commands = [[*compiler, "-c", *x, "-o", path] for x, path in zip(compilations, objects)]
         unfinished = os.path.join(folder, library.name)
-        done = subprocess.run(
-            [*command, "-o", unfinished],
-            cwd=SOURCES,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-        )
-        if done.returncode:
-            failure = BuildError(f"{command[0]} ended with {done.returncode}\n{done.stdout}")
+        jobs = os.environ.get("MAX_JOBS", "")
+        try:
+            with ThreadPoolExecutor(int(jobs) if jobs.isdigit() else os.cpu_count()) as pool:
+                list(pool.map(_run, commands))
+            _run([*compiler, "-shared", *objects, *_link_flags(device_type), "-o", unfinished])
+        except BuildError as failure:
             remedy = f"{BUILD_VARIABLE}=never stops further attempts"
             print(f"mistral_kernels: {_one_line(failure)}; {remedy}", file=sys.stderr)
-            raise failure
+            raise
         os.replace(unfinished, library)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(
+        command,
+        cwd=SOURCES,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
+    if done.returncode:
+        raise BuildError(f"{command[0]} ended with {done.returncode}\n{done.stdout}")
 
 
 def nvcc() -> str | None:
@@ -150,38 +177,50 @@ def nvcc() -> str | None:
     )
 
 
-def _command(device_type: str, architectures: str) -> list[str]:
-    """How to compile a library, in the folder of the sources, but for its name."""
-    torch_folder = Path(torch.__file__).parent
+def _compiler(device_type: str) -> list[str]:
+    cxx = shlex.split(os.environ.get("CXX", ""))
+    if device_type == "cpu":
+        return cxx or ["c++"]
+    compiler = nvcc()
+    if compiler is None:
+        raise BuildError("no nvcc: neither on PATH nor in CUDA_HOME; install the CUDA toolkit")
+    _check_cuda_version(compiler)
+    return [compiler, *(f"-ccbin={word}" for word in cxx[-1:])]  # the first may be ccache
+
+
+def _compilations(device_type: str, architectures: str) -> list[list[str]]:
+    """The arguments that compile each object of a library, in the folder of the sources."""
     flags = [
         *_FLAGS,
         f"-DKERNELS_NAMESPACE={library_name(device_type).removesuffix('.so')}",
         f"-DKERNELS_DEVICE={device_type.upper()}",
         "-isystem",
-        str(torch_folder / "include"),
-        "bindings.cpp",
+        str(Path(torch.__file__).parent / "include"),
     ]
-    link = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu"]
-    cxx = shlex.split(os.environ.get("CXX", ""))
-    if device_type == "cpu":
-        return [*(cxx or ["c++"]), *flags, *_HOST_FLAGS, "cpu/rolling_cache.cpp", *link]
-    compiler = nvcc()
-    if compiler is None:
-        raise BuildError("no nvcc: neither on PATH nor in CUDA_HOME; install the CUDA toolkit")
-    _check_cuda_version(compiler)
-    return [
-        compiler,
-        *(f"-ccbin={word}" for word in cxx[-1:]),  # the first may be ccache
-        *flags,
-        "-DKERNELS_FOR_CUDA",
-        f"-Xcompiler={','.join(_HOST_FLAGS)}",
-        *_gencode(architectures),
-        f"--threads={os.environ.get('MAX_JOBS') or 0}",  # 0: as many as there are processors
-        "--cudart=shared",  # the one that PyTorch has loaded
-        "rolling_cache.cu",
-        "-Xlinker=--no-as-needed",  # nothing is used of libtorch but that it brings libtorch_cuda
-        *link,
+    if device_type == "cuda":
+        flags += ["-DKERNELS_FOR_CUDA", f"-Xcompiler={','.join(_HOST_FLAGS)}"]
+        flags += _gencode(architectures)
+        threads = f"--threads={os.environ.get('MAX_JOBS') or 0}"  # 0: one for each processor
+        return [[*flags, "bindings.cpp"], [*flags, threads, "rolling_cache.cu"]]
+    flags += _HOST_FLAGS
+    kernels = [
+        [*flags, *options, f"-DINSTRUCTION_SET={name}", source]
+        for name, options in _INSTRUCTION_SETS.items()
+        for source in _sources("cpu/kernels")
     ]
+    return [*([*flags, source] for source in ("bindings.cpp", *_sources("cpu"))), *kernels]
+
+
+def _sources(folder: str) -> list[str]:
+    return [f"{folder}/{source.name}" for source in sorted((SOURCES / folder).glob("*.cpp"))]
+
+
+def _link_flags(device_type: str) -> list[str]:
+    flags = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu"]
+    if device_type == "cuda":
+        # PyTorch's own runtime; and nothing is used of libtorch but that it brings libtorch_cuda.
+        flags = ["--cudart=shared", "-Xlinker=--no-as-needed", *flags]
+    return flags
 
 
 def _gencode(architectures: str) -> list[str]:
@@ -257,7 +296,20 @@ def _open(device_type: str, library: Path) -> _Library:
     except OSError as error:
         raise BuildError(f"{library} does not load: {error.__cause__ or error}") from error
     operators = getattr(torch.ops, library_name(device_type).removesuffix(".so"))
-    return _Library(operators, f"loaded from {library}")
+    status = f"loaded from {library}"
+    if device_type == "cpu":
+        status += f", kernels for {_choose_instruction_set(operators)}"
+    return _Library(operators, status)
+
+
+def _choose_instruction_set(operators: Any) -> str:
+    supported = operators.instruction_sets().split()
+    setting = os.environ.get(CPU_VARIABLE, supported[0])
+    if setting not in supported:
+        names = " or ".join(map(repr, supported))
+        raise ValueError(f"{CPU_VARIABLE} is {setting!r}; expected {names} on this processor")
+    operators.use_instruction_set(setting)
+    return setting
 
 
 def _ends_too_soon(library: Path) -> bool:
@@ -302,7 +354,7 @@ def _cached(device_type: str, architectures: str) -> Path:
     for source in sorted(SOURCES.rglob("*")):
         if source.suffix in (".h", ".cpp", ".cu"):
             digest.update(source.read_bytes())
-    compiler = (_FLAGS, _HOST_FLAGS, os.environ.get("CXX"), platform.machine())
+    compiler = (_FLAGS, _HOST_FLAGS, _INSTRUCTION_SETS, os.environ.get("CXX"), platform.machine())
     cuda = (_cuda_major(), architectures) if device_type == "cuda" else None
     digest.update(repr((compiler, cuda)).encode())
     root = os.environ.get("TORCH_EXTENSIONS_DIR")

@@ -12,10 +12,24 @@ import torch._dynamo.testing
 from allocations import Allocations
 from helpers import FLOATS, TARGETS, assert_as_accurate, compile_only, values_and_gradients
 
-from mistral_kernels.ops import cross_entropy, reference
+from mistral_kernels.ops import cross_entropy, extension, reference
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 
 FULL_SIZE = 4096, 1024, 32000  # tokens, hidden size, vocabulary: logits of half a gigabyte
+
+
+@pytest.fixture(params=["torch", "csrc", pytest.param("triton", marks=pytest.mark.kernels)])
+def backend(request, device, monkeypatch):
+    """The torch backend with csrc and, as where nothing can be compiled, without it; Triton."""
+    if request.param == "triton":
+        request.getfixturevalue("triton_runs")
+    elif request.param == "torch":
+        monkeypatch.setattr(cross_entropy, "_csrc", lambda x: None)
+    elif device.type != "cpu" or extension.load("cpu") is None:
+        pytest.skip(f"csrc for {device.type} tensors: {extension.status(device.type)}")
+    setting = "triton" if request.param == "triton" else "torch"
+    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", setting)
+    return request.param
 
 
 def make_inputs(num_tokens, hidden_size, vocab_size, dtype, device):
@@ -167,10 +181,7 @@ def test_as_accurate_as_eager_at_full_size(device):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("backward", [False, True], ids=["evaluation", "training"])
 def test_peak_memory(backward):
-    """Of the process, beyond inputs and gradients: less than a tenth of the logits.
-
-    The gradients are there when the loss is; scaling them by the loss's own makes a copy of each.
-    """
+    """Of the process, beyond inputs and gradients: less than a tenth of the logits."""
     code = f"""
 import re, torch
 from pathlib import Path
@@ -187,6 +198,8 @@ linear_cross_entropy(*make(8, 16, 64))
 inputs = make(*{FULL_SIZE})
 before = peak()
 loss = linear_cross_entropy(*inputs)
+if loss.requires_grad:
+    (3 * loss).backward()
 print(peak() - before - sum(4 * x.numel() for x in inputs if x.requires_grad))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -208,6 +221,62 @@ def test_gradients_scale_with_the_loss(device):
     assert torch.autograd.gradcheck(
         lambda h, w: 7 * linear_cross_entropy(h, w, targets), tuple(inputs.values())
     )
+
+
+def test_backward_twice(device):
+    """A graph that is retained gives each time what a fresh one does, and spoils no earlier one."""
+    inputs = make_inputs(4, 3, 5, torch.float32, device)
+    targets = some_targets(4, 5, device)
+    leaves = list(inputs.values())
+
+    def fresh(factor):
+        return torch.autograd.grad(factor * linear_cross_entropy(**inputs, targets=targets), leaves)
+
+    loss = linear_cross_entropy(**inputs, targets=targets)
+    factors = (3.0, 1.0, 0.0, 1.0, 2.0)
+    results = [torch.autograd.grad(x * loss, leaves, retain_graph=True) for x in factors]
+    results[1][0].zero_()
+    results.append(torch.autograd.grad(5 * loss, leaves))
+    for i, (factor, gradients) in enumerate(zip((*factors, 5.0), results)):
+        for gradient, expected in zip(gradients, fresh(factor)):
+            assert (i == 1 and gradient is results[1][0]) or torch.equal(gradient, expected)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_copies_nothing(dtype, factor, device):
+    inputs = make_inputs(20, 16, 50, dtype, device)
+    loss = factor * linear_cross_entropy(**inputs, targets=some_targets(20, 50, device))
+    with Allocations() as seen:
+        loss.backward()
+    assert seen.largest_new == 1
+
+
+def test_accumulated_gradients(device):
+    """In leaves that have one already, from two losses at once."""
+    inputs = make_inputs(20, 16, 50, torch.float32, device)
+    halves = [some_targets(20, 50, device) for _ in range(2)]
+    for _ in range(2):
+        sum(linear_cross_entropy(**inputs, targets=half) for half in halves).backward()
+    expected = [
+        torch.autograd.grad(linear_cross_entropy(**inputs, targets=half), list(inputs.values()))
+        for half in halves
+    ]
+    for x, *gradients in zip(inputs.values(), *expected):
+        torch.testing.assert_close(x.grad, 2 * sum(gradients))
+
+
+def test_a_stray_target_in_compiled_code(device):
+    """Where the look at the targets is not traced, the kernel still never leaves a row."""
+    if device.type != "cpu":
+        pytest.skip("a GPU's kernel finds no element that is the target, and writes none")
+    inputs = [x.detach() for x in make_inputs(3, 4, 5, torch.float32, device).values()]
+    for stray in (5, -1, 2**40):
+        with pytest.raises((RuntimeError, IndexError), match="must lie in|out of bounds"):
+            arguments = (torch.tensor([0, stray, 1]), -100, True, 0.0, 0.0, 0.0, [True, True])
+            torch.ops.mistral_kernels.linear_cross_entropy(*inputs, *arguments)
 
 
 H, W, T = torch.ones(3, 4), torch.ones(5, 4), torch.zeros(3, dtype=torch.int64)

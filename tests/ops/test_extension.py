@@ -127,10 +127,12 @@ def start(cache: Path, code: str = STATUS, **environment: str) -> subprocess.Pop
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[bool, str, str]:
-    """Whether the library was loaded, its status, stderr."""
+    """Whether the library was loaded, its status but for the instruction set, stderr."""
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     loaded, status = out.splitlines()
+    status, kernels, _ = status.partition(", kernels for ")
+    assert bool(kernels) == (loaded == "True")
     return loaded == "True", status, error
 
 

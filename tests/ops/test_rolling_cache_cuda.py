@@ -55,12 +55,13 @@ class CudaUpdate:
         )
         source, library = folder / "capture.cpp", folder / "rolling_cache_capture.so"
         source.write_text(CAPTURE)
-        replaced = {
-            "cpu/rolling_cache.cpp": str(source),
-            "-DKERNELS_NAMESPACE=mistral_kernels_cpu": f"-DKERNELS_NAMESPACE={library.stem}",
-        }
-        command = [replaced.get(word, word) for word in extension._command("cpu", "")]
-        subprocess.run([*command, "-I.", "-o", library], cwd=extension.SOURCES, check=True)
+        bindings = extension._compilations("cpu", "")[0]
+        bindings[bindings.index("-DKERNELS_NAMESPACE=mistral_kernels_cpu")] = (
+            f"-DKERNELS_NAMESPACE={library.stem}"
+        )
+        command = [*extension._compiler("cpu"), "-shared", "-I.", *bindings, str(source)]
+        command += [*extension._link_flags("cpu"), "-o", str(library)]
+        subprocess.run(command, cwd=extension.SOURCES, check=True)
         torch.ops.load_library(str(library))
         self.fill = torch.ops.rolling_cache_capture.rolling_cache_update
         self.header = ctypes.CDLL(str(library))

@@ -1,0 +1,23 @@
+// What the bindings share.
+#pragma once
+
+#include "dtype.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+// One more level of macros, so that their arguments are expanded.
+#define LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define LIBRARY_FRAGMENT(name, m) STABLE_TORCH_LIBRARY_FRAGMENT(name, m)
+#define LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+
+inline DType dtype_of(const char* name, const torch::stable::Tensor& x) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+  }
+}

@@ -1,0 +1,40 @@
+#include "dispatch.h"
+
+namespace kernels {
+namespace {
+
+// In the order of KERNEL; each has all that those before it have.
+const char* const kNames[] = {"plain", "avx2", "avx512", "avx512_bf16"};
+
+int best() {
+#if defined(__x86_64__)
+  // A feature is supported where the operating system saves its registers, too.
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return 1;
+  }
+  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+
+int chosen = best();
+
+std::string instruction_sets() {
+  std::string names;
+  for (int i = best(); i >= 0; --i) names += (names.empty() ? "" : " ") + std::string(kNames[i]);
+  return names;
+}
+
+void use_instruction_set(std::string name) {
+  for (int i = best(); i >= 0; --i) {
+    if (name == kNames[i]) chosen = i;
+  }
+}
+
+}  // namespace kernels

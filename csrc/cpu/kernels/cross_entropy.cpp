@@ -1,0 +1,113 @@
+// A row of logits is read from memory once for its loss, and once more, now most likely out of a
+// cache, to become its gradient.
+#include "cross_entropy.h"
+
+#include "vector.h"
+
+namespace kernels::INSTRUCTION_SET {
+namespace {
+
+constexpr int kBlock = 512;  // logits, as float32 in the first of caches
+constexpr float kLargest = 3.4028235e38f, kInfinity = __builtin_inff();
+
+// Of a row: logsumexp is max + log(exps). The two are not added, lest a large one round the other.
+struct Sums {
+  float max, exps, total;
+};
+
+INLINE Vec capped(Vec z, float softcap) {
+  return softcap > 0 ? softcap * tanh(z / softcap) : z;
+}
+
+template <typename T>
+Sums sums(const Softmax& s, const T* logits) {
+  float row_max = -kLargest;
+  Vec exps = {}, total = {};  // sums of sums of blocks: errors grow with the root of a root
+  for (int64_t begin = 0; begin < s.vocab; begin += kBlock) {
+    const int count = s.vocab - begin < kBlock ? static_cast<int>(s.vocab - begin) : kBlock;
+    float block[kBlock];
+    Vec block_max = splat(-kInfinity), block_exps = {}, block_total = {};
+    for_each_vector(count, [&](int64_t i, int lanes) {
+      Vec z = capped(load(logits + begin + i, lanes), s.softcap);
+      block_total += z;  // 0 past the end
+      for (int lane = lanes; lane < kLanes; ++lane) z[lane] = -kInfinity;
+      block_max = max(block_max, z);
+      store(block + i, z);
+    });
+    if (const float largest = max(block_max); largest > row_max) {
+      exps *= exp(splat(row_max - largest));
+      row_max = largest;
+    }
+    for (int i = 0; i < count; i += kLanes) block_exps += exp(load(block + i) - row_max);
+    exps += block_exps;
+    total += block_total;
+  }
+  return {row_max, sum(exps), sum(total)};
+}
+
+template <typename T>
+void softmax_row(const Softmax& s, T* logits, int64_t target, float* loss) {
+  if (target == s.ignore_index) {
+    *loss = 0;
+    if (s.needs_gradient) __builtin_memset(logits, 0, s.vocab * sizeof(T));
+    return;
+  }
+  const Sums row = sums(s, logits);
+  const float log_exps = __builtin_logf(row.exps), lse = row.max + log_exps;
+  const float smooth = s.label_smoothing / s.vocab, target_share = 1 - s.label_smoothing;
+  const Vec target_logit = load(logits + target, 1);
+  *loss = log_exps + target_share * (row.max - capped(target_logit, s.softcap)[0]);
+  if (smooth > 0) *loss += s.label_smoothing * (row.max - row.total / s.vocab);  // total may be inf
+  *loss += s.z_loss * lse * lse;
+  if (!s.needs_gradient) return;
+
+  const float slope = (1 + 2 * s.z_loss * lse) / row.exps;
+  const auto gradient = [&](Vec z, float share) {
+    Vec cap_slope = splat(*s.scale);
+    if (s.softcap > 0) {
+      const Vec t = tanh(z / s.softcap);
+      z = s.softcap * t;
+      cap_slope *= 1.0f - t * t;
+    }
+    return (exp(z - row.max) * slope - share) * cap_slope;
+  };
+  for_each_vector(s.vocab, [&](int64_t i, int lanes) {
+    store(logits + i, gradient(load(logits + i, lanes), smooth), lanes);
+  });
+  store(logits + target, gradient(target_logit, smooth + target_share), 1);
+}
+
+template <typename T>
+void softmax_rows(const Softmax& s, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    T* logits = static_cast<T*>(s.logits) + row * s.stride;
+    softmax_row(s, logits, s.targets[row], s.losses + row);
+  }
+}
+
+template <typename T>
+void accumulate_all(float* sum, const T* x, int64_t size) {
+  for_each_vector(size, [&](int64_t i, int lanes) {
+    store(sum + i, load(sum + i, lanes) + load(x + i, lanes), lanes);
+  });
+}
+
+}  // namespace
+
+void softmax(const Softmax& s, int64_t begin, int64_t end) {
+  switch (s.dtype) {
+    case DType::float32: return softmax_rows<float>(s, begin, end);
+    case DType::float16: return softmax_rows<Half>(s, begin, end);
+    case DType::bfloat16: return softmax_rows<BFloat16>(s, begin, end);
+  }
+}
+
+void accumulate(float* sum, const void* x, DType dtype, int64_t size) {
+  switch (dtype) {
+    case DType::float32: return accumulate_all(sum, static_cast<const float*>(x), size);
+    case DType::float16: return accumulate_all(sum, static_cast<const Half*>(x), size);
+    case DType::bfloat16: return accumulate_all(sum, static_cast<const BFloat16*>(x), size);
+  }
+}
+
+}  // namespace kernels::INSTRUCTION_SET

@@ -1,0 +1,204 @@
+// Vectors of float32 in one instruction set: that of the compiler's flags.
+//
+// extension.py compiles every kernel once for each instruction set, with INSTRUCTION_SET its name;
+// dispatch.h chooses among them at run time. So that the linker never takes one's code for
+// another's, all here has internal linkage, and kernels include nothing of the standard library
+// but types: an inline function compiled for AVX-512 must not end up being called everywhere.
+//
+// Nothing is contracted: a product is rounded before it is added, but in fma where there is one.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace kernels::INSTRUCTION_SET {
+namespace {
+
+#define INLINE __attribute__((always_inline)) inline
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;  // SSE2, NEON
+#endif
+
+// Arithmetic, comparisons and a ? b : c work on these as on numbers, and casts keep the bits.
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UintVec __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t ShortVec __attribute__((vector_size(2 * kLanes)));
+
+struct Half {
+  uint16_t bits;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+INLINE Vec splat(float x) { return x - Vec{}; }
+
+INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+// Of two numbers; NaN where b is.
+INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+INLINE Vec abs(Vec x) { return (Vec)((UintVec)x & 0x7fffffffu); }
+
+INLINE float sum(Vec x) {
+  float total = x[0];
+  for (int i = 1; i < kLanes; ++i) total += x[i];
+  return total;
+}
+
+INLINE float max(Vec x) {
+  float largest = x[0];
+  for (int i = 1; i < kLanes; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
+// 2^n, n in [-126, 127].
+INLINE Vec power_of_2(IntVec n) { return (Vec)((UintVec)(n + 127) << 23); }
+
+// To about one unit in the last place over all float32: 0 and infinity beyond, NaN of NaN.
+INLINE Vec exp(Vec x) {
+  x = min(splat(89.0f), max(splat(-104.0f), x));
+  // 2^n e^r with |r| <= ln(2) / 2. Adding this number rounds to an integer, kept in its low bits.
+  const Vec rounder = splat(0x1.8p23f);
+  const Vec shifted = x * 0x1.715476p0f + rounder;
+  const Vec n = shifted - rounder;
+  Vec r = fma(n, splat(-0.693359375f), x);  // exact, with or without fma
+  r = fma(n, splat(2.12194440e-4f), r);
+  Vec p = fma(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p * r, r, r) + 1.0f;
+  // In two steps, for the ends of the range: 2^128 overflows by itself, 2^-149 vanishes.
+  const IntVec exponent = (IntVec)shifted - (IntVec)rounder, half = exponent >> 1;
+  return p * power_of_2(half) * power_of_2(exponent - half);
+}
+
+// Near 0, where 1 - 2 / (e^2x + 1) cancels, a polynomial fitted to a relative error of 4e-8.
+INLINE Vec tanh(Vec x) {
+  const Vec square = x * x;
+  Vec p = fma(splat(0.0164375f), square, splat(-0.05267176f));
+  p = fma(p, square, splat(0.13320724f));
+  p = fma(p, square, splat(-0.33332947f));
+  const Vec near = fma(p * square, x, x);
+  const Vec far = 1.0f - 2.0f / (exp(2.0f * abs(x)) + 1.0f);
+  return abs(x) < 0.55f ? near : x < 0.0f ? -far : far;
+}
+
+template <typename To, typename From>
+INLINE To load_as(const From* x) {
+  To to;
+  __builtin_memcpy(&to, x, sizeof to);
+  return to;
+}
+
+INLINE Vec load(const float* x) { return load_as<Vec>(x); }
+INLINE void store(float* to, Vec x) { __builtin_memcpy(to, &x, sizeof x); }
+
+INLINE Vec load(const BFloat16* x) {
+  return (Vec)(__builtin_convertvector(load_as<ShortVec>(x), UintVec) << 16);
+}
+
+// Rounded to the nearest, ties to even. (The processor's own instruction makes subnormals zero.)
+INLINE void store(BFloat16* to, Vec x) {
+#if defined(__AVX512BF16__)
+  const auto rounded = _mm512_cvtneps_pbh(x);
+#else
+  const UintVec bits = (UintVec)x;
+  const UintVec nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const UintVec nan = UintVec{} + 0x7fc0u;
+  const auto rounded = __builtin_convertvector(x == x ? nearest : nan, ShortVec);
+#endif
+  __builtin_memcpy(to, &rounded, sizeof rounded);
+}
+
+INLINE Vec load(const Half* x) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(load_as<__m256i>(x));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(load_as<__m128i>(x));
+#elif defined(__aarch64__)
+  return vcvt_f32_f16(load_as<float16x4_t>(x));
+#else
+  const UintVec bits = __builtin_convertvector(load_as<ShortVec>(x), UintVec);
+  const UintVec magnitude = bits & 0x7fffu;
+  // The exponent of a normal number, of infinity and NaN is moved; 0.5 aligns a subnormal's bits.
+  const Vec normal = (Vec)((magnitude << 13) + (0xe0u << 23)) * 0x1.0p-112f;
+  const Vec subnormal = (Vec)(magnitude | (126u << 23)) - 0.5f;
+  const Vec x_abs = magnitude < 0x400u ? subnormal : normal;
+  return (Vec)((UintVec)x_abs | ((bits & 0x8000u) << 16));
+#endif
+}
+
+INLINE void store(Half* to, Vec x) {
+#if defined(__AVX512F__)
+  const auto rounded = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  const auto rounded = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+  const auto rounded = vcvt_f16_f32(x);
+#else
+  // Past the largest number, infinity. Adding 2^(e + 13), or 2^-1 for the subnormal, rounds to the
+  // bits that Half has and leaves them lowest.
+  const UintVec bits = (UintVec)x, magnitude = bits & 0x7fffffffu;
+  const Vec scaled = abs(x) * 0x1.0p112f * 0x1.0p-110f;
+  UintVec exponent = (bits << 1) & 0xff000000u;
+  exponent = exponent < 0x71000000u ? UintVec{} + 0x71000000u : exponent;
+  const UintVec sum = (UintVec)((Vec)((exponent >> 1) + 0x07800000u) + scaled);
+  const UintVec number = ((sum >> 13) & 0x7c00u) + (sum & 0xfffu);
+  const UintVec half = magnitude > 0x7f800000u ? UintVec{} + 0x7e00u : number;
+  const auto rounded = __builtin_convertvector(half | ((bits >> 16) & 0x8000u), ShortVec);
+#endif
+  __builtin_memcpy(to, &rounded, sizeof rounded);
+}
+
+// The first `count` numbers, and zeros.
+template <typename T>
+INLINE Vec load(const T* x, int count) {
+  if (count == kLanes) return load(x);
+  T whole[kLanes] = {};
+  __builtin_memcpy(whole, x, count * sizeof(T));
+  return load(whole);
+}
+
+template <typename T>
+INLINE void store(T* to, Vec x, int count) {
+  if (count == kLanes) return store(to, x);
+  T whole[kLanes];
+  store(whole, x);
+  __builtin_memcpy(to, whole, count * sizeof(T));
+}
+
+// body(first, count) for vectors of kLanes numbers, and for what is left.
+template <typename Body>
+INLINE void for_each_vector(int64_t size, Body body) {
+  int64_t first = 0;
+  for (; first + kLanes <= size; first += kLanes) body(first, kLanes);
+  if (first < size) body(first, static_cast<int>(size - first));
+}
+
+}  // namespace
+}  // namespace kernels::INSTRUCTION_SET

@@ -1,0 +1,252 @@
+"""csrc's kernels for the CPU, in each instruction set that this processor has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import FLOATS, assert_as_accurate
+
+from mistral_kernels.ops import extension
+from mistral_kernels.ops.cross_entropy import _Options, _softmax_torch
+
+CASES = {
+    "plain": _Options(-100, 0.0, 0.0, 0.0),
+    "smoothed": _Options(-100, 0.1, 0.01, 0.0),
+    "capped": _Options(-1, 1.0, 0.1, 3.0),
+}
+
+
+@pytest.fixture(params=extension._INSTRUCTION_SETS)
+def operators(request, monkeypatch):
+    """The library with its kernels for one instruction set."""
+    library = extension.load("cpu")
+    if library is None:
+        pytest.skip(extension.status("cpu"))
+    best, *others = library.instruction_sets().split()
+    if request.param not in (best, *others):
+        pytest.skip(f"this processor has no {request.param}")
+    usual = os.environ.get(extension.CPU_VARIABLE, best)
+    monkeypatch.setenv(extension.CPU_VARIABLE, request.param)
+    monkeypatch.setattr(extension, "_libraries", {})
+    assert extension.status("cpu").endswith(f", kernels for {request.param}")
+    yield extension.load("cpu")
+    library.use_instruction_set(usual)
+    torch.set_num_threads(1)
+
+
+def make_rows(rows, vocab, dtype, spread=5.0, ignore_index=-100):
+    """Logits, targets, and the scale of the gradient."""
+    targets = torch.randint(vocab, (rows,))
+    targets[2::3] = ignore_index
+    return (torch.randn(rows, vocab) * spread).to(dtype), targets, torch.tensor(0.7)
+
+
+def run(operators, logits, targets, scale, options, needs_gradient=True):
+    """The losses, and the gradient in the memory of the logits."""
+    losses = torch.empty(len(logits))
+    operators.softmax(logits, targets, scale, losses, *options, needs_gradient)
+    return losses, logits
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(0, 7), (1, 1), (5, 2), (7, 63), (4, 513), (3, 9001)], ids=str)
+def test_softmax(shape, dtype, case, operators):
+    options = CASES[case]
+    logits, *rest = make_rows(*shape, dtype, ignore_index=options.ignore_index)
+    exact = _softmax_torch(logits.double(), rest[0], rest[1].double(), options, True)
+    plain = _softmax_torch(logits.clone(), *rest, options, True)
+    losses, untouched = run(operators, logits.clone(), *rest, options, needs_gradient=False)
+    assert torch.equal(untouched, logits)
+    actual = run(operators, logits, *rest, options)
+    assert torch.equal(actual[0], losses)
+    for name, *results in zip(("losses", "gradient"), actual, plain, exact):
+        assert_as_accurate(*results, name)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+def test_half_precision_is_rounded_float32(dtype, operators):
+    """To the nearest and the last bit, over all sizes: subnormal, normal, infinite."""
+    logits, targets, _ = make_rows(64, 1003, dtype)
+    scale = torch.tensor(1e6 if dtype == torch.float16 else 0.7)
+    wide = run(operators, logits.float(), targets, scale, CASES["smoothed"])
+    narrow = run(operators, logits, targets, scale, CASES["smoothed"])
+    assert torch.equal(wide[0], narrow[0])
+    assert torch.equal(wide[1].to(dtype), narrow[1])
+    logits, targets, scale = make_rows(64, 1003, dtype)
+    wide = run(operators, logits.float(), targets, scale, CASES["plain"])
+    narrow = run(operators, logits, targets, scale, CASES["plain"])
+    assert torch.equal(wide[1].to(dtype), narrow[1])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_views(dtype, operators):
+    """Rows apart from one another and aligned to nothing; what lies between stays."""
+    logits, *rest = make_rows(5, 777, dtype)
+    expected = run(operators, logits.clone(), *rest, CASES["smoothed"])
+    memory = torch.full((5 * 800 + 1,), 9.0, dtype=dtype)
+    view = memory[1:].view(5, 800)[:, :777]
+    actual = run(operators, view.copy_(logits), *rest, CASES["smoothed"])
+    assert all(map(torch.equal, actual, expected))
+    view.fill_(9.0)
+    assert (memory == 9.0).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_any_number_of_threads(dtype, operators):
+    logits, *rest = make_rows(41, 9001, dtype)
+    results = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        results.append(run(operators, logits.clone(), *rest, CASES["smoothed"]))
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+def test_extreme_logits(operators):
+    """What PyTorch makes of them in float64, NaN where that is."""
+    inf, nan, vocab = float("inf"), float("nan"), 600
+    logits = torch.randn(11, vocab)
+    logits[0] = -3e38
+    logits[1, :513] = -inf
+    logits[2] *= 1e4
+    logits[3, 5] = 3e38
+    logits[4] -= 1e30
+    logits[5] = -inf
+    logits[6, 300] = inf
+    logits[7, 599] = nan
+    logits[8, ::2] -= 95  # their exponentials are subnormal
+    logits[9, 1] = logits[10, 2] = nan
+    targets = torch.full((11,), vocab - 1)
+    targets[9:] = -100  # rows that do not count: nothing of them is seen
+    exact = logits.double().requires_grad_()
+    exact_losses = F.cross_entropy(exact, targets, reduction="none")
+    exact_losses.sum().backward()
+    losses, gradient = run(operators, logits, targets, torch.tensor(1.0), CASES["plain"])
+    torch.testing.assert_close(losses, exact_losses.float(), equal_nan=True)
+    torch.testing.assert_close(gradient[:9], exact.grad[:9].float(), equal_nan=True)
+    assert not losses[9:].any() and not gradient[9:].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+def test_accumulate(dtype, operators):
+    """Every bit pattern is read as what it means."""
+    x = torch.arange(2**16).to(torch.uint16).view(dtype)
+    for part in (x, x[:0], x[1:2], x[3:20]):
+        total = torch.zeros(len(part))
+        operators.accumulate(total, part)
+        torch.testing.assert_close(total, part.float(), rtol=0, atol=0, equal_nan=True)
+    for finite in (x[x.isfinite()], torch.randn(40_000)):
+        total = torch.randn(len(finite))
+        expected = total + finite
+        torch.set_num_threads(3)
+        operators.accumulate(total, finite)
+        assert torch.equal(total, expected)
+
+
+def test_each_set_has_its_own_kernels(operators):
+    """Vectors of other lengths add in another order."""
+    arguments = *make_rows(64, 9001, torch.float32), CASES["plain"]
+    usual = run(operators, arguments[0].clone(), *arguments[1:])[1]
+    widths = {"plain": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
+    chosen = os.environ[extension.CPU_VARIABLE]
+    for name in operators.instruction_sets().split():
+        operators.use_instruction_set(name)
+        gradient = run(operators, arguments[0].clone(), *arguments[1:])[1]
+        assert torch.equal(gradient, usual) == (widths[name] == widths[chosen])
+
+
+LOGITS, TARGETS, SCALE, LOSSES = make_rows(3, 5, torch.float32) + (torch.empty(3),)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: LOGITS.double()}, "logits must be float32, float16 or bfloat16"),
+        ({0: LOGITS.T}, r"logits must be \(rows, vocab\), contiguous in vocab"),
+        ({0: LOGITS[:, :0]}, r"logits must be \(rows, vocab\), contiguous in vocab"),
+        ({1: TARGETS[:2]}, "targets must be contiguous, of 3"),
+        ({1: TARGETS.int()}, "targets has the wrong device or dtype"),
+        ({1: torch.tensor([0, 5, 1])}, r"targets must lie in \[0, 5\) or be -100, got 5"),
+        ({1: torch.tensor([0, 1, -1])}, r"targets must lie in \[0, 5\) or be -100, got -1"),
+        ({2: SCALE.double()}, "scale has the wrong device or dtype"),
+        ({3: LOSSES[:1]}, "losses must be contiguous, of 3"),
+    ],
+)
+def test_bad_arguments(change, message):
+    operators = extension.load("cpu")
+    if operators is None:
+        pytest.skip(extension.status("cpu"))
+    arguments = dict(enumerate((LOGITS, TARGETS, SCALE, LOSSES))) | change
+    with pytest.raises(RuntimeError, match=message):
+        operators.softmax(*arguments.values(), *CASES["plain"], True)
+
+
+@pytest.mark.parametrize("setting", ["", "avx", "AVX2"])
+def test_an_unknown_instruction_set(setting, monkeypatch):
+    if extension.load("cpu") is None:
+        pytest.skip(extension.status("cpu"))
+    monkeypatch.setenv(extension.CPU_VARIABLE, setting)
+    monkeypatch.setattr(extension, "_libraries", {})
+    words = f"MISTRAL_KERNELS_CPU is {setting!r}; expected .*'plain' on this processor"
+    with pytest.raises(ValueError, match=words):
+        extension.load("cpu")
+    assert extension.status("cpu").startswith(f"not loaded: MISTRAL_KERNELS_CPU is {setting!r}; ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+@pytest.mark.parametrize("name", extension._INSTRUCTION_SETS)
+def test_kernels_share_no_code(name, tmp_path):
+    """The linker could take such code, compiled for one processor, for that of another."""
+    commands = [x for x in extension._compilations("cpu", "") if f"-DINSTRUCTION_SET={name}" in x]
+    assert commands
+    for command in commands:
+        built = tmp_path / "kernel.o"
+        compiling = [*extension._compiler("cpu"), *command, "-c", "-o", str(built)]
+        subprocess.run(compiling, cwd=extension.SOURCES, check=True)
+        listed = subprocess.check_output(
+            ["nm", "-C", "--defined-only", "--extern-only", str(built)], text=True
+        )
+        symbols = [line.split(maxsplit=2)[1:] for line in listed.splitlines()]
+        assert symbols
+        for kind, symbol in symbols:
+            assert kind == "T" and symbol.startswith(f"kernels::{name}::"), symbol
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="preloads GCC's sanitizer")
+def test_with_sanitizers(tmp_path):
+    """All of the above and the rolling cache with every access and every operation checked."""
+    compiler = os.environ.get("CXX", "c++")
+    preloaded = []
+    for name in ("libasan.so", "libstdc++.so"):  # it intercepts what the second throws
+        command = [compiler, f"-print-file-name={name}"]
+        preloaded.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+        if not Path(preloaded[-1]).is_absolute():
+            pytest.skip(f"{compiler} has no {name}")
+    environment = {
+        **os.environ,
+        "CXX": f"{compiler} -fsanitize=address,undefined -fno-sanitize-recover=all -g1",
+        "LD_PRELOAD": " ".join(preloaded),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path),
+        extension.BUILD_VARIABLE: "always",
+    }
+    here = Path(__file__)
+    tests = [str(here), f"{here.with_name('test_extension.py')}::test_same_bits"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " skipped" not in done.stdout.splitlines()[-1] or "has no avx" in done.stdout
