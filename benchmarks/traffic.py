@@ -238,6 +238,21 @@ class Gate(Operator):
         return executed(lambda: swiglu_forward(gate, up))
 
 
+class FusedGate(Gate):
+    """Gate and up as a projection makes them, in one tensor. Elsewhere they are views of it."""
+
+    def inputs(self, device: str) -> tuple[Tensor, ...]:
+        return (normal(TOKENS, 2 * INTERMEDIATE, device=device),)
+
+    def liger(self, backward: bool) -> Traffic:
+        separate = Gate().liger(backward)
+        if not backward:
+            return separate
+        # PyTorch reads the gradients of the two views and writes them as one tensor.
+        together = 2 * size(*self.inputs("meta"))
+        return separate._replace(dram=separate.dram + together, sectors=separate.sectors + together)
+
+
 ROWS = {
     "RMSNorm": (Norm(False), False),
     "RMSNorm, backward": (Norm(False), True),
@@ -247,6 +262,7 @@ ROWS = {
     "rotary, backward": (Rotary(), True),
     "SwiGLU": (Gate(), False),
     "SwiGLU, backward": (Gate(), True),
+    "SwiGLU, fused projection, backward": (FusedGate(), True),
 }
 
 

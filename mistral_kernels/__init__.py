@@ -22,7 +22,7 @@ from mistral_kernels.ops.attention import attention, rolling_cache_attention
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 from mistral_kernels.ops.rms_norm import rms_norm
 from mistral_kernels.ops.rolling_cache import rolling_cache_update_
-from mistral_kernels.ops.rotary import apply_rotary, rotary_tables
+from mistral_kernels.ops.rotary import apply_rotary, apply_rotary_, rotary_tables
 from mistral_kernels.ops.swiglu import swiglu
 from mistral_kernels.tokenizer import MistralTokenizer
 
@@ -35,6 +35,7 @@ __all__ = [
     "RollingCache",
     "Sampler",
     "apply_rotary",
+    "apply_rotary_",
     "attention",
     "flash_attn_func",
     "flash_attn_kvpacked_func",

@@ -13,7 +13,7 @@ from mistral_kernels.ops.attention import attention, rolling_cache_attention
 from mistral_kernels.ops.linear import linear
 from mistral_kernels.ops.rms_norm import rms_norm
 from mistral_kernels.ops.rolling_cache import rolling_cache_update_
-from mistral_kernels.ops.rotary import apply_rotary
+from mistral_kernels.ops.rotary import apply_rotary, apply_rotary_
 from mistral_kernels.ops.swiglu import swiglu
 
 
@@ -49,9 +49,6 @@ class FusedLinear(Linear):
     def __init__(self, in_features: int, parts: dict[str, int]) -> None:
         super().__init__(in_features, sum(parts.values()))
         self.parts = parts
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return super().forward(x).split(tuple(self.parts.values()), dim=-1)
 
     def parts_in_state_dict(self, prefix: str) -> dict[str, Tensor]:
         """Each projection's key and weight, where this module's own keys would have `prefix`."""
@@ -93,21 +90,23 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.sliding_window = config.layer_windows[layer]
-        q_size = config.num_attention_heads * config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
-        sizes = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.heads = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
+        sizes = {name: heads * config.head_dim for name, heads in self.heads.items()}
         self.qkv_proj = FusedLinear(config.hidden_size, sizes)
-        self.o_proj = Linear(q_size, config.hidden_size)
+        self.o_proj = Linear(sizes["q_proj"], config.hidden_size)
         self.register_load_state_dict_pre_hook(_fuse_parts)
 
     def forward(
         self, x: Tensor, tables: tuple[Tensor, Tensor], packing: Packing, cache: RollingCache | None
     ) -> Tensor:
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv_proj(x))
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split(tuple(self.heads.values()), dim=-2)
         if cache is not None and packing.one_each:
             out = self._decode(q, k, v, tables, packing, cache)
         else:
-            q, k = apply_rotary(q, k, *tables, packing.positions)
+            rotate = apply_rotary if torch.is_grad_enabled() else apply_rotary_
+            q, k = rotate(q, k, *tables, packing.positions)
             if cache is None:
                 out = self._attend_alone(q, k, v, packing)
             else:
@@ -182,7 +181,7 @@ class MLP(nn.Module):
         self.register_load_state_dict_pre_hook(_fuse_parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(*self.gate_up_proj(x)))
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class DecoderLayer(nn.Module):

@@ -13,7 +13,8 @@ name for the kernel by what ``triton.jit`` makes of it, so that later launches c
 Device functions are decorated in the same way and imported by name where other modules need them.
 
 Parameters are named ``*_ptr`` and ``*_stride*``; Triton compiles a kernel for each alignment of
-these. Any other number (rows, lengths) may change at every step and is not specialised on.
+these. Any other number (rows, lengths) may change at every step and is not specialised on; nor is
+``lse_stride*``, for what lies between two heads' log-sum-exps is a length.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _unspecialised(fn: Callable[..., Any]) -> list[str]:
         name
         for name, parameter in inspect.signature(fn).parameters.items()
         if not name.endswith("_ptr")
-        and "_stride" not in name
+        and ("_stride" not in name or name.startswith("lse_stride"))
         and "constexpr" not in str(parameter.annotation)
     ]
 

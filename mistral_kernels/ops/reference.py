@@ -84,8 +84,10 @@ def apply_rotary(
     return rotate(q), rotate(k)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (arXiv:2002.05202)."""
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up (arXiv:2002.05202). Without up, gate has both, one behind the other."""
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
     return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
 
 

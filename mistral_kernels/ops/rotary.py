@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 def turn_heads(
     x_row, out_row, exists, head, cos, sin, x_stride_h, out_stride_h,
     HEADS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_I: tl.constexpr,
+    IN_PLACE: tl.constexpr = False,
 ):  # fmt: skip
     """Turns a block of heads of a tile of tokens, from rows `x_row` on to rows `out_row` on.
 
@@ -45,12 +46,16 @@ def turn_heads(
         a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], BLOCK_I, 2)))
         turned = tl.join(a * cos - b * sin, b * cos + a * sin)
         turned = tl.reshape(turned, (x.shape[0], x.shape[1], 2 * BLOCK_I))
+        if IN_PLACE:  # a thread may store what another one has yet to load
+            tl.debug_barrier()
         tl.store(out_head + channel, turned.to(out_type), mask=mask)
     else:
         channel = tl.arange(0, BLOCK_I)[None, None, :]
         mask = exists & (channel < HALF)
         a = tl.load(x_head + channel, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(x_head + HALF + channel, mask=mask, other=0.0).to(tl.float32)
+        if IN_PLACE:
+            tl.debug_barrier()
         tl.store(out_head + channel, (a * cos - b * sin).to(out_type), mask=mask)
         tl.store(out_head + HALF + channel, (b * cos + a * sin).to(out_type), mask=mask)
 
@@ -72,7 +77,8 @@ def _rotary_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, positions_ptr,
     q_stride_s, q_stride_h, k_stride_s, k_stride_h, cos_stride, sin_stride, tokens,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BACKWARDS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
+    BACKWARDS: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
     exists = token < tokens
@@ -85,19 +91,21 @@ def _rotary_kernel(
     head = tl.arange(0, BLOCK_H)[None, :, None]
     if Q_HEADS:
         q_row = q_ptr + token * q_stride_s
-        q_out_row = q_out_ptr + token * (Q_HEADS * 2 * HALF)
+        q_out_row = q_row if IN_PLACE else q_out_ptr + token * (Q_HEADS * 2 * HALF)
+        q_out_stride_h = q_stride_h if IN_PLACE else 2 * HALF
         for first_head in tl.range(0, Q_HEADS, BLOCK_H):
             turn_heads(
-                q_row, q_out_row, exists, first_head + head, cos, sin, q_stride_h, 2 * HALF,
-                Q_HEADS, HALF, INTERLEAVED, BLOCK_I,
+                q_row, q_out_row, exists, first_head + head, cos, sin, q_stride_h,
+                q_out_stride_h, Q_HEADS, HALF, INTERLEAVED, BLOCK_I, IN_PLACE,
             )  # fmt: skip
     if K_HEADS:
         k_row = k_ptr + token * k_stride_s
-        k_out_row = k_out_ptr + token * (K_HEADS * 2 * HALF)
+        k_out_row = k_row if IN_PLACE else k_out_ptr + token * (K_HEADS * 2 * HALF)
+        k_out_stride_h = k_stride_h if IN_PLACE else 2 * HALF
         for first_head in tl.range(0, K_HEADS, BLOCK_H):
             turn_heads(
-                k_row, k_out_row, exists, first_head + head, cos, sin, k_stride_h, 2 * HALF,
-                K_HEADS, HALF, INTERLEAVED, BLOCK_I,
+                k_row, k_out_row, exists, first_head + head, cos, sin, k_stride_h,
+                k_out_stride_h, K_HEADS, HALF, INTERLEAVED, BLOCK_I, IN_PLACE,
             )  # fmt: skip
 
 
@@ -114,23 +122,25 @@ def _empty_outputs(q: Tensor | None, k: Tensor | None, *_: Any) -> Pair:
 def _rotate_triton(
     q: Tensor | None,
     k: Tensor | None,
+    q_out: Tensor | None,
+    k_out: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor,
     interleaved: bool,
     backwards: bool,
-) -> Pair:
+) -> None:
     if any(x is not None and x.dtype == torch.float64 for x in (q, k)):
         raise TypeError(
             "apply_rotary: q is torch.float64; the triton backend takes float16, bfloat16 and "
             "float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
         )
-    q_out, k_out = _empty_outputs(q, k)
+    in_place = q is q_out and k is k_out
     half = cos.shape[-1]
     tokens = positions.numel()
     q, k = (None if x is None or x.numel() == 0 else _by_token(x) for x in (q, k))
     if q is None and k is None:
-        return q_out, k_out
+        return
     cos, sin = with_unit_stride(cos.float()), with_unit_stride(sin.float())
     config = launch_configs.rotary(half)
     with device_guard(positions):
@@ -144,9 +154,9 @@ def _rotate_triton(
             HALF=half,
             INTERLEAVED=interleaved,
             BACKWARDS=backwards,
+            IN_PLACE=in_place,
             **config,
         )
-    return q_out, k_out
 
 
 def _by_token(x: Tensor) -> Tensor:
@@ -158,34 +168,85 @@ def _by_token(x: Tensor) -> Tensor:
 def _rotate_torch(
     q: Tensor | None,
     k: Tensor | None,
+    q_out: Tensor | None,
+    k_out: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor,
     interleaved: bool,
     backwards: bool,
-) -> Pair:
+) -> None:
     dtype = next(torch.promote_types(x.dtype, cos.dtype) for x in (q, k) if x is not None)
     cos, sin = (table[positions].unsqueeze(-2).to(dtype) for table in (cos, sin))
     sin = -sin if backwards else sin
-    q_out, k_out = (None if x is None else _turn_torch(x, cos, sin, interleaved) for x in (q, k))
-    return q_out, k_out
+    for x, out in ((q, q_out), (k, k_out)):
+        if x is not None and out is not None:
+            _turn_torch(x, out, cos, sin, interleaved)
 
 
-def _turn_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """The definition in fewer passes over memory, some of them in place; never a fused one."""
-    wide = x.to(cos.dtype)  # mixed products would be far slower
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    (a, b), (out_a, out_b) = (
-        (y[..., 0::2], y[..., 1::2]) if interleaved else y.chunk(2, dim=-1) for y in (wide, out)
+def _turn_torch(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    """The definition in fewer passes over memory, in place where it can; never a fused one."""
+    # Mixed products would be far slower.
+    wide = out if out.dtype == cos.dtype else torch.empty(x.shape, dtype=cos.dtype, device=x.device)
+    if wide is not x:
+        wide.copy_(x)
+    half = x.shape[-1] // 2
+    a, b = (
+        (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
     )
-    out_a.copy_((a * cos).sub_(b * sin))
-    out_b.copy_((b * cos).add_(a * sin))
-    return out
+    from_a = a * sin
+    a.mul_(cos).sub_(b * sin)
+    b.mul_(cos).add_(from_a)
+    if wide is not out:
+        out.copy_(wide)
 
 
-def rotate(q: Tensor | None, k: Tensor | None, cos: Tensor, *args: Any) -> Pair:
+def _rotate_into(
+    q: Tensor | None, k: Tensor | None, outputs: Pair, cos: Tensor, *args: Any
+) -> None:
+    (_rotate_triton if uses_triton(cos) else _rotate_torch)(q, k, *outputs, cos, *args)
+
+
+def rotate(q: Tensor | None, k: Tensor | None, *args: Any) -> Pair:
     """`apply_rotary` of arguments that have been checked, as its backend computes it."""
-    return (_rotate_triton if uses_triton(cos) else _rotate_torch)(q, k, cos, *args)
+    outputs = _empty_outputs(q, k)
+    _rotate_into(q, k, outputs, *args)
+    return outputs
+
+
+def _rotate_in_place(q: Tensor, k: Tensor, *args: Any) -> None:
+    _check_memory(q, k)
+    _rotate_into(q, k, (q, k), *args, False)
+
+
+def _check_memory(q: Tensor, k: Tensor) -> None:
+    """The kernel's strides must reach all that is turned in place, and nothing twice."""
+    q_stride, q_row, q_end = _memory_of("q", q)
+    k_stride, k_row, k_end = _memory_of("k", k)
+    ahead = (k.data_ptr() - q.data_ptr()) // q.element_size()
+    # In a fused projection the two take turns, token by token.
+    in_turns = q_stride == k_stride > 0 and q_row <= ahead % q_stride <= q_stride - k_row
+    if q_end and k_end and not (ahead >= q_end or ahead <= -k_end or in_turns):
+        raise ValueError("apply_rotary_: q and k must not share memory; use apply_rotary")
+
+
+def _memory_of(name: str, x: Tensor) -> tuple[int, int, int]:
+    """How many elements from one token to the next, in a token's row, and in all."""
+    if x.numel() == 0:
+        return 0, 0, 0
+    rows = _by_token(x)
+    tokens, heads, end = rows.shape
+    row = (heads - 1) * rows.stride(1) + end
+    apart = rows.data_ptr() == x.data_ptr()  # else it was copied
+    for stride, size in sorted(zip(rows.stride()[:2], (tokens, heads))):
+        apart &= size == 1 or stride >= end
+        end += (size - 1) * stride
+    if not apart:
+        raise ValueError(
+            f"apply_rotary_: {name} must have tokens evenly spaced, channels side by side and no "
+            f"element twice, got {tuple(x.shape)} with strides {x.stride()}; use apply_rotary"
+        )
+    return rows.stride(0), row, end
 
 
 torch.library.define(
@@ -196,7 +257,16 @@ torch.library.define(
 torch.library.impl("mistral_kernels::rotary", ("cpu", "cuda"), rotate)
 torch.library.register_fake("mistral_kernels::rotary", _empty_outputs)
 
+torch.library.define(
+    "mistral_kernels::rotary_",
+    "(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor positions, bool interleaved)"
+    " -> ()",
+)
+torch.library.impl("mistral_kernels::rotary_", ("cpu", "cuda"), _rotate_in_place)
+torch.library.register_fake("mistral_kernels::rotary_", lambda *args: None)
+
 _rotary_op = torch.ops.mistral_kernels.rotary.default
+_rotary_in_place_op = torch.ops.mistral_kernels.rotary_.default
 
 
 class RotaryFunction(torch.autograd.Function):
@@ -217,6 +287,25 @@ class RotaryFunction(torch.autograd.Function):
         if dq is not None or dk is not None:
             dq, dk = _turned(dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.backwards)
         return dq, dk, None, None, None, None, None
+
+
+class RotaryInPlaceFunction(torch.autograd.Function):
+    """The history alone, so that what may not be overwritten is refused before it has been.
+
+    Of one tensor, and backward one launch each: PyTorch lets no more be returned if they are views.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        *tables, ctx.interleaved = args
+        ctx.save_for_backward(*tables)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        turned, _ = _turned(dx, None, *ctx.saved_tensors, ctx.interleaved, True)
+        return turned, None, None, None, None
 
 
 def _turned(q: Tensor | None, k: Tensor | None, *args: Any) -> Pair:
@@ -240,35 +329,7 @@ def rotary_tables(
     return angles.cos().float(), angles.sin().float()
 
 
-def apply_rotary(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    interleaved: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Rotate q and k to their tokens' positions. Differentiable; the inputs are left as they are.
-
-    One launch for both, forward and backward.
-
-    Args:
-        q: (..., num_heads, head_dim), float16, bfloat16, float32 or, on the torch backend,
-            float64. Any strides; heads and tokens that are evenly spaced are read in place.
-        k: (..., num_kv_heads, head_dim), of q's dtype.
-        cos, sin: (num_positions, head_dim / 2), from `rotary_tables`.
-        positions: (...), int32 or int64 in [0, num_positions): each token's index in its own
-            sequence.
-        interleaved: pair channels (2i, 2i + 1) in place of (i, i + head_dim / 2).
-
-    Returns:
-        The rotated q and k, new tensors of the same shapes and dtype.
-
-    Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit, or, on the CPU,
-            a position outside the tables.
-        TypeError: q is not floating point.
-    """
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
     if q.ndim < 2:
         raise ValueError(f"q must be (..., num_heads, head_dim), got {tuple(q.shape)}")
     if not q.is_floating_point():
@@ -303,6 +364,73 @@ def apply_rotary(
             raise ValueError(
                 f"positions must lie in the tables' [0, {len(cos)}), got {lowest} to {highest}"
             )
+
+
+def apply_rotary(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Rotate q and k to their tokens' positions. Differentiable; the inputs are left as they are.
+
+    One launch for both, forward and backward.
+
+    Args:
+        q: (..., num_heads, head_dim), float16, bfloat16, float32 or, on the torch backend,
+            float64. Any strides; heads and tokens that are evenly spaced are read in place.
+        k: (..., num_kv_heads, head_dim), of q's dtype.
+        cos, sin: (num_positions, head_dim / 2), from `rotary_tables`.
+        positions: (...), int32 or int64 in [0, num_positions): each token's index in its own
+            sequence.
+        interleaved: pair channels (2i, 2i + 1) in place of (i, i + head_dim / 2).
+
+    Returns:
+        The rotated q and k, new tensors of the same shapes and dtype.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype or device does not fit, or, on the CPU,
+            a position outside the tables.
+        TypeError: q is not floating point.
+    """
+    _check(q, k, cos, sin, positions)
     q_out, k_out = _turned(q, k, cos, sin, positions, interleaved, False)
     assert q_out is not None and k_out is not None
     return q_out, k_out
+
+
+def apply_rotary_(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`apply_rotary` in place, to the same bits: q and k are turned where they lie, and returned.
+
+    Takes what `apply_rotary` does, if its tokens are evenly spaced and channels side by side: the
+    parts of a fused projection do, transposed heads of more than one sequence do not.
+
+    Differentiable where PyTorch lets a tensor be overwritten: not a leaf that requires gradients,
+    nor an output of `split` or `chunk` that has a history (slice instead). PyTorch then raises its
+    own RuntimeError, and q and k keep their values.
+
+    Raises:
+        ValueError: as `apply_rotary`; or tokens or channels are not so; or elements share memory,
+            as in an expanded tensor, or where q and k overlap.
+        TypeError: q is not floating point.
+    """
+    _check(q, k, cos, sin, positions)
+    if torch.is_grad_enabled():
+        q, k = (
+            RotaryInPlaceFunction.apply(x, cos, sin, positions, interleaved)
+            if x.requires_grad
+            else x
+            for x in (q, k)
+        )
+    with torch.no_grad():
+        _rotary_in_place_op(q, k, cos, sin, positions, interleaved)
+    return q, k

@@ -6,8 +6,9 @@ Backward, from gate and up alone (nothing else is saved):
 
     dgate = dy * up * s * (1 + g * (1 - s)),    dup = dy * silu(g)
 
-gate, up, y: equal shapes (..., intermediate). Arithmetic in fp32; each element is read and written
-once.
+gate, up, y: equal shapes (..., intermediate). Or gate and up are the halves of one tensor, the
+output of a fused projection, and so are their gradients. Arithmetic in fp32; each element is read
+and written once.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def _backward_kernel(
     dy_stride,
     gate_stride,
     up_stride,
+    gradient_stride,
     rows,
     COLS: tl.constexpr,
     NEEDS_DGATE: tl.constexpr,
@@ -74,10 +76,11 @@ def _backward_kernel(
     if NEEDS_DGATE:
         up = tl.load(up_ptr + row * up_stride + col, mask=mask, other=0.0).to(tl.float32)
         dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-        tl.store(dgate_ptr + row * COLS + col, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+        dgate = dgate.to(dgate_ptr.dtype.element_ty)
+        tl.store(dgate_ptr + row * gradient_stride + col, dgate, mask=mask)
     if NEEDS_DUP:
-        dup = dy * gate * sigmoid
-        tl.store(dup_ptr + row * COLS + col, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+        dup = (dy * gate * sigmoid).to(dup_ptr.dtype.element_ty)
+        tl.store(dup_ptr + row * gradient_stride + col, dup, mask=mask)
 
 
 @jit
@@ -92,16 +95,30 @@ def _tile(COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
 Gradients = tuple[Tensor | None, Tensor | None]
 
 
-def _empty_output(gate: Tensor, up: Tensor) -> Tensor:
+def _parts(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """gate and up; without up, the halves of the fused gate."""
+    if up is None:
+        size = gate.shape[-1] // 2
+        return gate[..., :size], gate[..., size:]
+    return gate, up
+
+
+def _empty_output(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    gate, _ = _parts(gate, up)
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
-def _empty_gradients(dy: Tensor, gate: Tensor, up: Tensor, output_mask: list[bool]) -> Gradients:
-    dgate, dup = (_empty_output(gate, up) if need else None for need in output_mask)
+def _empty_gradients(
+    dy: Tensor, gate: Tensor, up: Tensor | None, output_mask: list[bool]
+) -> Gradients:
+    dgate, dup = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need and x is not None else None
+        for x, need in zip((gate, up), output_mask)
+    )
     return dgate, dup
 
 
-def _forward_triton(gate: Tensor, up: Tensor) -> Tensor:
+def _forward_triton(gate: Tensor, up: Tensor | None) -> Tensor:
     if gate.dtype == torch.float64:
         raise TypeError(
             "swiglu: gate is torch.float64; the triton backend takes float16, bfloat16 and "
@@ -110,72 +127,88 @@ def _forward_triton(gate: Tensor, up: Tensor) -> Tensor:
     y = _empty_output(gate, up)
     if y.numel() == 0:
         return y
-    gate, gate_stride = as_rows(torch.atleast_1d(gate))
-    up, up_stride = as_rows(torch.atleast_1d(up))
-    cols = gate.shape[-1]
+    cols = torch.atleast_1d(y).shape[-1]
     rows = y.numel() // cols
     config = launch_configs.swiglu(cols)
+    gate, up, *strides = _rows(gate, up)
     with device_guard(y):
         _forward_kernel[_grid(rows, cols, config)](
-            *(gate, up, y, gate_stride, up_stride, rows), COLS=cols, **config
+            *(gate, up, y, *strides, rows), COLS=cols, **config
         )
     return y
 
 
-def _backward_triton(dy: Tensor, gate: Tensor, up: Tensor, output_mask: list[bool]) -> Gradients:
-    dgate, dup = _empty_gradients(dy, gate, up, output_mask)
-    if gate.numel() == 0:
-        return dgate, dup
+def _backward_triton(
+    dy: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor | None, dup: Tensor | None
+) -> None:
     dy, dy_stride = as_rows(torch.atleast_1d(dy))
-    gate, gate_stride = as_rows(torch.atleast_1d(gate))
-    up, up_stride = as_rows(torch.atleast_1d(up))
-    cols = gate.shape[-1]
-    rows = gate.numel() // cols
+    cols = dy.shape[-1]
+    rows = dy.numel() // cols
+    gradient_stride = torch.atleast_1d(gate).shape[-1]
     config = launch_configs.swiglu(cols)
-    with device_guard(gate):
+    gate, up, *strides = _rows(gate, up)
+    with device_guard(dy):
         _backward_kernel[_grid(rows, cols, config)](
-            *(dy, gate, up, dgate, dup, dy_stride, gate_stride, up_stride, rows),
+            *(dy, gate, up, dgate, dup, dy_stride, *strides, gradient_stride, rows),
             COLS=cols,
             NEEDS_DGATE=dgate is not None,
             NEEDS_DUP=dup is not None,
             **config,
         )
-    return dgate, dup
+
+
+def _rows(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor, int, int]:
+    """The two as rows, and the strides between these."""
+    gate, gate_stride = as_rows(torch.atleast_1d(gate))
+    if up is None:
+        return *_parts(gate, None), gate_stride, gate_stride
+    up, up_stride = as_rows(torch.atleast_1d(up))
+    return gate, up, gate_stride, up_stride
 
 
 def _grid(rows: int, cols: int, config: launch_configs.Config) -> tuple[int]:
     return (cdiv(rows, config["BLOCK_ROWS"]) * cdiv(cols, config["BLOCK_COLS"]),)
 
 
-def _forward_torch(gate: Tensor, up: Tensor) -> Tensor:
+def _forward_torch(gate: Tensor, up: Tensor | None) -> Tensor:
+    gate, up = _parts(gate, up)
     return F.silu(gate).mul_(up).contiguous()
 
 
-def _backward_torch(dy: Tensor, gate: Tensor, up: Tensor, output_mask: list[bool]) -> Gradients:
-    needs_dgate, needs_dup = output_mask
-    dgate = torch.ops.aten.silu_backward(dy * up, gate).contiguous() if needs_dgate else None
-    return dgate, F.silu(gate).mul_(dy).contiguous() if needs_dup else None
+def _backward_torch(
+    dy: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor | None, dup: Tensor | None
+) -> None:
+    gate, up = _parts(gate, up)
+    if dgate is not None:
+        torch.ops.aten.silu_backward(dy * up, gate, grad_input=dgate)
+    if dup is not None:
+        torch.mul(F.silu(gate), dy, out=dup)
 
 
-def _forward(gate: Tensor, up: Tensor) -> Tensor:
+def _forward(gate: Tensor, up: Tensor | None = None) -> Tensor:
     return (_forward_triton if uses_triton(gate) else _forward_torch)(gate, up)
 
 
-def _backward(dy: Tensor, *args: Any) -> Gradients:
-    return (_backward_triton if uses_triton(dy) else _backward_torch)(dy, *args)
+def _backward(dy: Tensor, gate: Tensor, up: Tensor | None, output_mask: list[bool]) -> Gradients:
+    gradients = dgate, dup = _empty_gradients(dy, gate, up, output_mask)
+    if up is None and dgate is not None:  # one tensor, whose halves are written
+        dgate, dup = _parts(dgate, None)
+    if dy.numel():
+        (_backward_triton if uses_triton(dy) else _backward_torch)(dy, gate, up, dgate, dup)
+    return gradients
 
 
 def _backward_twice(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("swiglu can be differentiated only once; its gradients have no gradients")
 
 
-torch.library.define("mistral_kernels::swiglu_forward", "(Tensor gate, Tensor up) -> Tensor")
+torch.library.define("mistral_kernels::swiglu_forward", "(Tensor gate, Tensor? up=None) -> Tensor")
 torch.library.impl("mistral_kernels::swiglu_forward", ("cpu", "cuda"), _forward)
 torch.library.register_fake("mistral_kernels::swiglu_forward", _empty_output)
 
 torch.library.define(
     "mistral_kernels::swiglu_backward",
-    "(Tensor dy, Tensor gate, Tensor up, bool[2] output_mask) -> (Tensor? dgate, Tensor? dup)",
+    "(Tensor dy, Tensor gate, Tensor? up, bool[2] output_mask) -> (Tensor? dgate, Tensor? dup)",
 )
 torch.library.impl("mistral_kernels::swiglu_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("mistral_kernels::swiglu_backward", _empty_gradients)
@@ -187,39 +220,46 @@ _backward_op = torch.ops.mistral_kernels.swiglu_backward.default
 
 class SwiGLUFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up)
         return _forward_op(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         dgate, dup = _backward_op(dy, *ctx.saved_tensors, list(ctx.needs_input_grad))
         return dgate, dup
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) * up. Differentiable once, in both.
 
     Args:
         gate, up: (..., intermediate), equal shapes; float16, bfloat16, float32 or, on the torch
-            backend, float64. Any strides: the two halves of a fused projection go in as views,
-            and are read where they are.
+            backend, float64. Any strides.
+        gate, alone: (..., 2 * intermediate), the output of a fused projection: gate, then up. Its
+            gradient is written as one tensor too; those of two views would have to be put together.
 
     Returns:
         (..., intermediate), contiguous, of gate's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices differ.
+        ValueError: shapes, dtypes or devices differ, or a fused gate has an odd last dimension.
         TypeError: gate's dtype is not supported.
     """
     if gate.dtype not in DTYPES:
         raise TypeError(f"gate must be floating point, got {gate.dtype}")
-    if gate.shape != up.shape:
+    if up is None:
+        if gate.ndim == 0 or gate.shape[-1] % 2:
+            raise ValueError(
+                "gate without up must be (..., 2 * intermediate), an even last dimension, "
+                f"got {tuple(gate.shape)}"
+            )
+    elif gate.shape != up.shape:
         raise ValueError(f"up must have gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
-    if gate.dtype != up.dtype:
+    elif gate.dtype != up.dtype:
         raise ValueError(f"up must have gate's dtype {gate.dtype}, got {up.dtype}")
-    if gate.device != up.device:
+    elif gate.device != up.device:
         raise ValueError(f"up must be on {gate.device} like gate, got {up.device}")
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gate, up)):
         return SwiGLUFunction.apply(gate, up)
     return _forward_op(gate, up)

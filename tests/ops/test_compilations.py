@@ -12,7 +12,7 @@ from mistral_kernels.ops.attention import attention, rolling_cache_attention
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 from mistral_kernels.ops.rms_norm import rms_norm
 from mistral_kernels.ops.rolling_cache import rolling_cache_update_
-from mistral_kernels.ops.rotary import apply_rotary, rotary_tables
+from mistral_kernels.ops.rotary import apply_rotary, apply_rotary_, rotary_tables
 from mistral_kernels.ops.swiglu import swiglu
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -52,8 +52,18 @@ def run_rotary(tokens):
     backward(*apply_rotary(q, k, *rotary_tables(tokens, HEAD_DIM, 1e4), torch.arange(tokens)))
 
 
+@torch.no_grad()
+def run_rotary_in_place(tokens):
+    q, k, _ = heads(tokens)
+    apply_rotary_(q, k, *rotary_tables(tokens, HEAD_DIM, 1e4), torch.arange(tokens))
+
+
 def run_swiglu(tokens):
     backward(swiglu(normal(tokens, 96), normal(tokens, 96)))
+
+
+def run_swiglu_fused(tokens):
+    backward(swiglu(normal(tokens, 192)))
 
 
 def run_cross_entropy(tokens):
@@ -102,19 +112,10 @@ def run_decode_fresh(tokens):
 OPERATORS = {
     name.removeprefix("run_"): value for name, value in globals().items() if name.startswith("run_")
 }
-# The stride between the heads of the log-sum-exp is a length, and specialised on like any stride:
-# 1, a multiple of 16, or neither.
-THREE = ("attention", "attention_packed", "decode", "decode_fresh")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.xfail(strict=True)] if name in THREE else [])
-        for name in OPERATORS
-    ],
-)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_at_most_two(name, monkeypatch):
     """Forward and backward: two configurations, or aligned and not, but none for a length."""
     monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")

@@ -249,8 +249,8 @@ def test_compiles_for(target, monkeypatch):
     [
         (name, dtype, hidden)
         for name, target in TARGETS.items()
-        for dtype in target.dtypes()
-        for hidden in (64, 111, 4096, 5120, 16384)
+        for dtype in (torch.float32, target.dtypes()[-1])  # of the short ones one: equal registers
+        for hidden in (111, 4096, 5120, 16384)
         # Rows that programs share: of each kind of architecture one.
         if hidden < 8192 or (name in ("sm_80", "sm_90", "sm_120") and dtype == torch.float32)
     ],
@@ -259,7 +259,9 @@ def test_compiles_for(target, monkeypatch):
 def test_compile_matrix(target, dtype, hidden, monkeypatch):
     monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
     for residual in (False, True):
-        for frozen in ((), ("weight",), ("x", "residual")):
+        assert_compiles(target, dtype, hidden, residual)
+        # Less to do is fewer registers: a look where they are fewest.
+        for frozen in (("weight",), ("x", "residual")) if hidden == 5120 else ():
             assert_compiles(target, dtype, hidden, residual, frozen)
 
 

@@ -1,4 +1,4 @@
-"""rotary_tables and apply_rotary: exact angles, both layouts, every backend, traffic, bad input."""
+"""rotary_tables and apply_rotary, in place too: exact angles, both layouts, traffic, bad input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch._dynamo.testing
 from helpers import FLOATS, TARGETS, assert_as_accurate, compile_only
 
 from mistral_kernels.ops import reference
-from mistral_kernels.ops.rotary import apply_rotary, rotary_tables
+from mistral_kernels.ops.rotary import apply_rotary, apply_rotary_, rotary_tables
 
 
 @pytest.mark.parametrize("theta", [1e4, 1e6])
@@ -121,6 +121,117 @@ def test_inputs_stay_and_may_be_views(backend, device):
     assert [x.shape for x in none] == [(2, 0, 4, 20), (2, 0, 2, 20)]
 
 
+# The shape of some memory, and where in it q and k lie.
+IN_MEMORY = {
+    "apart": ((2, 2, 7, 4, 20), lambda x: (x[0], x[1, :, :, :2])),
+    "fused": ((2, 7, 8, 20), lambda x: (x[:, :, :4], x[:, :, 4:6])),
+    "packed, k first": ((7, 6, 20), lambda x: (x[:, 2:], x[:, :2])),
+    "heads first": ((1, 6, 7, 20), lambda x: (x[:, :4].transpose(1, 2), x[:, 4:].transpose(1, 2))),
+    "no queries": ((2, 7, 6, 20), lambda x: (x[:, :, 3:3], x)),
+    "no tokens": ((2, 0, 6, 20), lambda x: (x[:, :, :4], x[:, :, 4:])),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "interleaved"), [(torch.float32, True), (torch.bfloat16, False)], ids=str
+)
+@pytest.mark.parametrize("where", IN_MEMORY)
+def test_in_place(where, dtype, interleaved, backend, device):
+    """The bits of `apply_rotary`, of gradients too; what lies between q and k is left alone."""
+    shape, places = IN_MEMORY[where]
+    memory, dout = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    cos, sin = rotary_tables(5000, 20, 1e4, device)
+    positions = torch.randint(5000, places(memory)[0].shape[:-2], device=device)
+    rest = cos, sin, positions, interleaved
+
+    leaves = [x.clone().requires_grad_() for x in places(memory)]
+    outs = apply_rotary(*leaves, *rest)
+    gradients = torch.autograd.grad(outs, leaves, places(dout))
+    expected, dexpected = memory.clone(), dout.clone()
+    for whole, values in ((expected, outs), (dexpected, gradients)):
+        for place, value in zip(places(whole), values):
+            place.copy_(value.detach())
+
+    leaf = memory.clone().requires_grad_()
+    out = leaf.clone()
+    apply_rotary_(*places(out), *rest)
+    (dx,) = torch.autograd.grad(out, leaf, dout)
+    assert torch.equal(out, expected) and torch.equal(dx, dexpected)
+
+    q, k = places(memory)
+    turned = apply_rotary_(q, k, *rest)
+    assert turned[0] is q and turned[1] is k
+    assert torch.equal(memory, expected)
+
+
+def make_fused(device):
+    memory = torch.randn(2, 7, 6, 20, device=device)
+    cos, sin = rotary_tables(5000, 20, 1e4, device)
+    return memory, cos, sin, torch.randint(5000, (2, 7), device=device)
+
+
+def test_in_place_with_one_frozen(backend, device):
+    leaf, k, *rest = make_inputs(torch.float32, device)
+    q, k = leaf.clone(), k.detach().clone()
+    apply_rotary_(q, k, *rest)
+    assert q.requires_grad and not k.requires_grad
+    (grad,) = torch.autograd.grad(q.square().sum(), leaf)
+    torch.testing.assert_close(grad, 2 * leaf)
+
+
+def test_what_autograd_needs_is_not_overwritten(backend, device):
+    """PyTorch refuses, in its own words, before anything is written."""
+    memory, *rest = make_fused(device)
+    leaf, plain = memory.clone().requires_grad_(), memory[..., 4:, :].clone()
+    for q, k, message in (
+        (leaf, plain, "a leaf Variable that requires grad"),
+        (leaf[..., :4, :], plain, "a view of a leaf Variable that requires grad"),
+        (*leaf.clone().split((4, 2), dim=-2), "the output of a function that returns multiple"),
+    ):
+        before = q.detach().clone(), k.detach().clone()
+        with pytest.raises(RuntimeError, match=message):
+            apply_rotary_(q, k, *rest)
+        assert torch.equal(q, before[0]) and torch.equal(k, before[1])
+    saved = leaf.clone()
+    square = saved.square()
+    apply_rotary_(saved, plain, *rest)
+    with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+        square.sum().backward()
+    q, k = memory.split((4, 2), dim=-2)  # which have no history
+    expected = apply_rotary(q, k, *rest)
+    assert all(torch.equal(x, y) for x, y in zip(apply_rotary_(q, k, *rest), expected))
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (
+            lambda x, y: (x[:, :, :1].expand_as(x), y),
+            "q must have .* twice, got .* 0, 1",
+        ),
+        (lambda x, y: (y, x[:1].expand_as(x)), r"k must have .* got .* strides \(0, 32, 8, 1"),
+        (lambda x, y: (y, x[:, :1].expand_as(x)), r"k must have .* strides \(256, 0, 8, 1"),
+        (lambda x, y: (x.as_strided((2, 8, 2, 8), (256, 32, 4, 1)), y), "q must have .* twice"),
+        (lambda x, y: (x.transpose(1, 2), y[:, :4]), "q must have tokens evenly spaced.*_rotary$"),
+        (
+            lambda x, y: (torch.stack((x, x), -1)[..., 0], y),
+            "q must have .*channels side by",
+        ),
+        (lambda x, y: (x, x), "q and k must not share memory; use apply_rotary"),
+        (lambda x, y: (x, x[:, :, 3:]), "q and k must not share memory"),
+        (lambda x, y: (x[:, :, :3], x[:, :, 2:]), "q and k must not share memory"),
+        (lambda x, y: (x[:, :, 1:], x[:, :, :2]), "q and k must not share memory"),
+    ],
+)
+def test_in_place_each_element_has_its_own_place(places, message, backend, device):
+    x, y = torch.zeros(2, 2, 8, 4, 8, device=device)
+    q, k = places(x, y)
+    cos, sin = rotary_tables(10, 8, 1e4, device)
+    positions = torch.zeros(q.shape[:2], dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match=f"^apply_rotary_: {message}"):
+        apply_rotary_(q, k, cos, sin, positions)
+
+
 Q, K, P = torch.ones(3, 4, 8), torch.ones(3, 2, 8), torch.arange(3)
 COS, SIN = torch.ones(10, 4), torch.ones(10, 4)
 
@@ -145,8 +256,9 @@ COS, SIN = torch.ones(10, 4), torch.ones(10, 4)
     ],
 )
 def test_bad_input(arguments, error, message):
-    with pytest.raises(error, match=message):
-        apply_rotary(*arguments)
+    for function in (apply_rotary, apply_rotary_):
+        with pytest.raises(error, match=message):
+            function(*arguments)
 
 
 def test_odd_head_dim():
@@ -179,6 +291,8 @@ def test_offsets_past_int32(triton_backend, device):
         far, _ = apply_rotary(q, q[:, :1], cos, sin, positions)
         near, _ = apply_rotary(q.clone().contiguous(), q[:, :1].clone(), cos, sin, positions)
         assert torch.equal(far, near)
+        apply_rotary_(q, near[:, :1].clone(), cos, sin, positions)
+        assert torch.equal(q, near)
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
@@ -207,6 +321,30 @@ def test_torch_compile(interleaved, backend, device):
     assert counter.frame_count == 1
 
 
+def test_torch_compile_in_place(backend, device):
+    """The same, where q and k are parts of an argument, and where they are made inside."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def compiled(memory, leaf, cos, sin, positions):
+        inside = leaf * 1
+        for x in (memory, inside):
+            apply_rotary_(x[..., :4, :], x[..., 4:, :], cos, sin, positions)
+        return inside
+
+    for tokens in (3, 8, 65):
+        memory, cos, sin, positions = make_fused(device)
+        memory, positions = (x[:, :1].repeat_interleave(tokens, 1) for x in (memory, positions))
+        leaf = memory.clone().requires_grad_()
+        outs = apply_rotary(memory[..., :4, :], memory[..., 4:, :], cos, sin, positions)
+        inside = compiled(memory, leaf, cos, sin, positions)
+        assert torch.equal(memory, torch.cat(outs, dim=-2)) and torch.equal(inside, memory)
+        (grad,) = torch.autograd.grad(inside.square().sum(), leaf)
+        torch.testing.assert_close(grad, 2 * leaf)
+    assert counter.frame_count == 1
+
+
 def test_opcheck(backend, device):
     """Schemas and fakes, strides of the outputs included, agree with what the operator does."""
     q, k, *rest = make_inputs(torch.float32, device)
@@ -214,10 +352,14 @@ def test_opcheck(backend, device):
     for pair in ((q, k), (q, None), (None, k)):
         for flags in ((False, False), (True, False), (False, True)):
             torch.library.opcheck(torch.ops.mistral_kernels.rotary.default, (*pair, *rest, *flags))
+    memory, *rest = make_fused(device)
+    arguments = memory[..., :4, :], memory[..., 4:, :], *rest, False
+    torch.library.opcheck(torch.ops.mistral_kernels.rotary_.default, arguments)
 
 
+@pytest.mark.parametrize("function", [apply_rotary, apply_rotary_])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
-def test_bytes_moved(interleaved, triton_backend, device):
+def test_bytes_moved(interleaved, function, triton_backend, device):
     """At Mistral-7B's size, at most 1.02 of the minimum, in full-width accesses."""
     ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts bytes, is absent")
     if device.type != "cpu":
@@ -228,12 +370,27 @@ def test_bytes_moved(interleaved, triton_backend, device):
     cos, sin = rotary_tables(tokens, head_dim, 1e4, device)
     with ptxrun.options(profile=True):
         ptxrun.reset_profile()
-        apply_rotary(q, k, cos, sin, torch.arange(tokens, device=device), interleaved)
+        function(q, k, cos, sin, torch.arange(tokens, device=device), interleaved)
         (profile,) = ptxrun.profiles()
     minimum = 2 * tokens * 40 * head_dim * 2 + 2 * tokens * head_dim // 2 * 4 + tokens * 8
     assert profile.dram_bytes <= 1.02 * minimum
     useful = profile.global_read_bytes + profile.global_write_bytes
     assert useful / profile.global_requests >= 400  # of 512, 16 bytes a lane; positions are scalar
+
+
+@pytest.mark.parametrize(("head_dim", "interleaved"), [(2, False), (36, False), (36, True)])
+def test_in_place_without_races(head_dim, interleaved, triton_backend, device):
+    """No thread stores where another one has yet to load, however wide their accesses are."""
+    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which finds races, is absent")
+    if device.type != "cpu":
+        pytest.skip("ptxrun checks on CPU tensors")
+    memory = torch.randn(9, 12, head_dim).half()
+    q, k = memory[:, :10], memory[:, 10:]
+    rest = *rotary_tables(20, head_dim, 1e4), torch.randint(20, (9,)), interleaved
+    expected = torch.cat(apply_rotary(q, k, *rest), dim=1)
+    with ptxrun.options(racecheck=True):
+        apply_rotary_(q, k, *rest)
+    assert torch.equal(memory, expected)
 
 
 @pytest.mark.slow
@@ -244,8 +401,10 @@ def test_compile_matrix(interleaved, target, monkeypatch):
     monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
     for dtype in TARGETS[target].dtypes():
         with compile_only(target) as kernels:
-            outs = apply_rotary(*make_inputs(dtype, torch.device("cpu"), 128), interleaved)
+            q, k, *rest = make_inputs(dtype, torch.device("cpu"), 128)
+            outs = apply_rotary(q, k, *rest, interleaved)
             sum(x.sum() for x in outs).backward()
+            apply_rotary_(q.detach(), k.detach(), *rest, interleaved)
         assert {kernel.name for kernel in kernels} == {"_rotary_kernel"}
         for kernel in kernels:
             kernel.assert_healthy()
