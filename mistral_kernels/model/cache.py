@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,9 +54,16 @@ class Packing:
         return self.cu_seqlens[1:].long() - 1
 
 
-def cache_layout(config: MistralConfig) -> tuple[tuple[int | None, ...], int, int]:
+class CacheLayout(NamedTuple):
     """What of a model its cache depends on."""
-    return config.layer_windows, config.num_key_value_heads, config.head_dim
+
+    layer_windows: tuple[int | None, ...]
+    num_key_value_heads: int
+    head_dim: int
+
+
+def cache_layout(config: MistralConfig | CacheLayout) -> CacheLayout:
+    return CacheLayout(config.layer_windows, config.num_key_value_heads, config.head_dim)
 
 
 class RollingCache:
@@ -74,7 +82,7 @@ class RollingCache:
 
     def __init__(
         self,
-        config: MistralConfig,
+        config: MistralConfig | CacheLayout,
         batch: int,
         max_length: int,
         dtype: torch.dtype,
@@ -155,21 +163,49 @@ class RollingCache:
             ring.copy_(ring[index])
         self.host_lengths = [self.host_lengths[i] for i in sequences]
 
-    def take_back(self) -> None:
-        """Uncount each sequence's newest token, whose slot held only a key out of its sight."""
-        self.lengths -= 1
-        self.host_lengths = [length - 1 for length in self.host_lengths]
+    def select(self, sequences: Sequence[int]) -> RollingCache:
+        """Another cache, whose sequence i is this one's `sequences[i]`."""
+        like = self.keys[0]
+        chosen = RollingCache(self.config, len(sequences), self.max_length, like.dtype, like.device)
+        index = torch.tensor(sequences, device=like.device)
+        for mine, theirs in zip(
+            (*chosen.keys, *chosen.values, chosen.lengths),
+            (*self.keys, *self.values, self.lengths),
+        ):
+            mine.copy_(theirs[index])
+        chosen.host_lengths = [self.host_lengths[i] for i in sequences]
+        chosen.torn = self.torn
+        return chosen
+
+    @property
+    def smallest(self) -> int:
+        """Slots of the smallest ring: it is the first to overwrite what it holds."""
+        return min(ring.shape[1] for ring in self.keys)
+
+    def take_back(self, count: int = 1) -> None:
+        """Uncount each sequence's newest `count` tokens.
+
+        One can always go: its slot held a key out of its sight. Raises `ValueError` where more
+        would bring keys back into sight that a ring has overwritten.
+        """
+        wrapped = count > 1 and max(self.host_lengths) > self.smallest
+        if wrapped or not 0 <= count <= min(self.host_lengths):
+            raise ValueError(
+                f"cannot take {count} tokens back from sequences of {self.host_lengths} tokens in "
+                f"rings of {self.smallest} slots"
+            )
+        self.lengths -= count
+        self.host_lengths = [length - count for length in self.host_lengths]
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens of each sequence.
 
         Raises `ValueError` if a ring has wrapped round: what it overwrote is lost.
         """
-        smallest = min(ring.shape[1] for ring in self.keys)
-        if max(self.host_lengths) > smallest or length > min(self.host_lengths):
+        if max(self.host_lengths) > self.smallest or length > min(self.host_lengths):
             raise ValueError(
-                f"cannot rewind sequences of {self.host_lengths} tokens in rings of {smallest} "
-                f"slots to {length} tokens"
+                f"cannot rewind sequences of {self.host_lengths} tokens in rings of "
+                f"{self.smallest} slots to {length} tokens"
             )
         self.lengths.fill_(length)
         self.host_lengths = [length] * self.batch

@@ -1,0 +1,70 @@
+"""The operators: functions for models, and below them what PyTorch knows as `torch.ops`.
+
+A model calls the functions (`rms_norm`, `apply_rotary`, `attention`, ...): they check what they are
+given, are differentiable, and compile. Below each function are operators with a schema,
+`torch.ops.mistral_kernels.*`, for whatever must name an operator: an exported graph, a compiler's
+pass, a function compiled ahead of time. They have fakes with true strides; they check little, have
+no defaults, and no gradient flows through them: a backward pass is an operator of its own.
+
+    >>> import torch
+    >>> import mistral_kernels
+    >>> ops = torch.ops.mistral_kernels
+    >>> batch, seqlen, hidden, heads, kv_heads, head_dim = 2, 50, 64, 4, 2, 16
+
+RMSNorm over the last dimension, of x and, if there is one, of x + residual, which is then the
+second output. The third, for a backward pass, is there if `save_rstd`.
+
+    >>> x, weight = torch.randn(batch, seqlen, hidden), torch.ones(hidden)
+    >>> y, _, _ = ops.rms_norm_forward(x, weight, residual=None, eps=1e-5, save_rstd=False)
+    >>> y.shape
+    torch.Size([2, 50, 64])
+
+Rotary embedding, of q and k in one launch, by tables of (num_positions, head_dim / 2) in float32.
+`interleaved` pairs channels as raw Mistral checkpoints do, False as Hugging Face's.
+
+    >>> q = torch.randn(batch, seqlen, heads, head_dim)
+    >>> k, v = torch.randn(2, batch, seqlen, kv_heads, head_dim)
+    >>> cos, sin = mistral_kernels.rotary_tables(seqlen, head_dim, theta=1e4)
+    >>> positions = torch.arange(seqlen).expand(batch, seqlen)
+    >>> q, k = ops.rotary(q, k, cos, sin, positions, interleaved=False, backwards=False)
+    >>> q.shape, k.shape
+    (torch.Size([2, 50, 4, 16]), torch.Size([2, 50, 2, 16]))
+
+Attention. The window is a pair of distances: W keys, a query's own included, are W - 1 to its left
+and 0 to its right; -1 is no bound. `softmax_scale` is head_dim^-0.5 if None, and a softcap of 0.0
+none. A packed batch is (tokens, heads, head_dim) with `cu_seqlens`, as in flash-attn.
+
+    >>> def attend(q, k, v, window):
+    ...     out, _ = ops.attention_forward(
+    ...         *(q, k, v),
+    ...         cu_seqlens_q=None,
+    ...         cu_seqlens_k=None,
+    ...         max_seqlen_q=q.shape[1],
+    ...         max_seqlen_k=k.shape[1],
+    ...         softmax_scale=None,
+    ...         window_left=window - 1,
+    ...         window_right=0,
+    ...         softcap=0.0,
+    ...         alibi_slopes=None,
+    ...         return_lse=False,
+    ...     )
+    ...     return out
+    >>> attend(q, k, v, window=20).shape
+    torch.Size([2, 50, 4, 16])
+
+All three, as half of a decoder layer:
+
+    >>> def attention_block(x, norm_weight, qkv_weight, o_weight, cos, sin, positions):
+    ...     y, _, _ = ops.rms_norm_forward(x, norm_weight, None, 1e-5, False)
+    ...     qkv = torch.nn.functional.linear(y, qkv_weight).unflatten(-1, (-1, head_dim))
+    ...     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=-2)  # views: nothing is copied
+    ...     q, k = ops.rotary(q, k, cos, sin, positions, False, False)
+    ...     out = attend(q, k, v, window=20)
+    ...     return x + torch.nn.functional.linear(out.flatten(-2), o_weight)
+    >>> qkv_weight = torch.randn((heads + 2 * kv_heads) * head_dim, hidden) / 8
+    >>> o_weight = torch.randn(hidden, heads * head_dim) / 8
+    >>> inputs = x, weight, qkv_weight, o_weight, cos, sin, positions
+    >>> attention_block(*inputs).shape
+    torch.Size([2, 50, 64])
+    >>> compiled = torch.compile(attention_block, fullgraph=True)
+"""

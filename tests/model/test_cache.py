@@ -141,6 +141,42 @@ def test_rewind_refuses_what_is_lost() -> None:
     assert cache.host_lengths == cache.lengths.tolist() == [W, W + 1], "a refusal changes nothing"
 
 
+@torch.inference_mode()
+def test_take_back_forgets() -> None:
+    """As long as a ring has overwritten nothing; after that one token, which costs nothing."""
+    model, ids = make_model(), random_ids(W + 5)
+    cache = model.new_cache(2, 64)
+    model.prefill([ids[:5], ids[:W]], cache)
+    cache.take_back(3)
+    assert cache.host_lengths == cache.lengths.tolist() == [2, W - 3]
+    model.prefill([ids[2:], ids[W - 3 :]], cache)
+    cache.take_back(0)
+    cache.take_back()
+    actual = model.decode(torch.tensor([ids[-1]] * 2), cache)
+    expected = model.prefill([ids] * 2, model.new_cache(2, 64))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="cannot take 2 tokens back .* of .12, 12. .* of 7 slots"):
+        cache.take_back(2)
+    cache.reset()
+    cache.advance(cache.packing([1, 3]))
+    with pytest.raises(
+        ValueError, match="cannot take 2 tokens back from sequences of .1, 3. token"
+    ):
+        cache.take_back(2)
+
+
+@torch.inference_mode()
+def test_select_is_another_cache() -> None:
+    model = make_model(sliding_window=(W, None, W))
+    prompts = [random_ids(5), random_ids(W + 6)]
+    cache = model.new_cache(2, 32)
+    model.prefill(prompts, cache)
+    chosen = cache.select([1, 0, 1])
+    assert chosen.host_lengths == chosen.lengths.tolist() == [W + 6, 5, W + 6]
+    three, two = (model.decode(torch.tensor([3] * c.batch), c) for c in (chosen, cache))
+    torch.testing.assert_close(three, two[[1, 0, 1]], rtol=1e-5, atol=1e-5)
+
+
 def test_an_interrupted_pass_leaves_no_usable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     cache = model.new_cache(1, 32)

@@ -12,7 +12,7 @@ from attention_cases import OPTIONS, WINDOW, definition_of, eager, freeze, make_
 from helpers import assert_matches_reference, values_and_gradients
 
 from mistral_kernels.ops import reference
-from mistral_kernels.ops.attention import attention, cpu
+from mistral_kernels.ops.attention import attention, cpu, packed
 
 HALF = torch.bfloat16, torch.float16
 DTYPES = (torch.float32, *HALF, torch.float64)
@@ -358,3 +358,19 @@ CU = torch.tensor([0, 5], dtype=torch.int32)
 def test_bad_input(qkv, options, error, message):
     with pytest.raises(error, match=message):
         attention(*qkv, **options)
+
+
+def test_what_is_known_of_packed_lengths():
+    """No work for empty sequences at the end, nor for a maximum that is not tight."""
+    q = torch.empty(9, 1, 16)
+    cu_seqlens = torch.tensor([0, 4, 4, 9, 9, 9], dtype=torch.int32)
+    offsets, longest_q, longest_k = packed.check(q, q, cu_seqlens, None, 9, 9)
+    assert offsets.q.tolist() == offsets.k.tolist() == [0, 4, 4, 9]
+    assert offsets.covers_q and offsets.covers_k
+    assert (longest_q, longest_k) == (5, 5)
+    made = packed.make_cu_seqlens([4, 0, 5, 0, 0], q.device)
+    assert torch.equal(made, cu_seqlens)
+    longer = packed.make_cu_seqlens([1, 2, 3, 1, 0], q.device)  # of keys: what has keys stays
+    offsets, *longest = packed.check(q, q, made, longer, 5, 3)
+    assert offsets.q.tolist() == [0, 4, 4, 9, 9] and offsets.k.tolist() == [0, 1, 3, 6, 7]
+    assert not offsets.covers_k and longest == [5, 3]

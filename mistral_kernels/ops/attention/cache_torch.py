@@ -29,7 +29,7 @@ def attend_in_pieces(
     """
     return_lse = scoring.return_lse
     if _is_decode_step(q, k, cache, scoring, max_seqlen_q):
-        return _ring_decode(q, cache, scoring), None
+        return _decode(q, cache, scoring), None
     if not cache.lengths.numel():
         *batch, seqlen, heads, _ = q.shape
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -99,31 +99,36 @@ def _in_order(
 def _is_decode_step(
     q: Tensor, k: Tensor | None, cache: CacheView, scoring: Scoring, max_seqlen_q: int
 ) -> bool:
-    """One token for each ring, already in it, and nothing that only the formula knows?"""
-    plain = cache.rows is None and cache.leftpad is None and cache.block_table is None
+    """One token a sequence, already in the cache, and nothing that only the formula knows?"""
+    plain = cache.rows is None and cache.block_table is None
     plain = plain and scoring.alibi_slopes is None and not scoring.needs_formula
-    single = max_seqlen_q == 1 and len(q) == cache.lengths.numel()
-    return plain and single and k is None and cache.cu_seqlens is not None
+    return plain and k is None and max_seqlen_q == 1 and len(q) == cache.lengths.numel()
 
 
-def _ring_decode(q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
+def _decode(q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
     """One token a sequence. Softmax does not mind the order of keys: the ring is read as is."""
-    k_cache, v_cache, lengths, window = *cache[:3], scoring.window
+    k_cache, v_cache, window = cache.k_cache, cache.v_cache, scoring.window
     batch, capacity, groups, head_dim = k_cache.shape
-    counts = (lengths + 1).clamp(max=capacity)
-    narrow = 0 <= window.left < capacity - 1  # the ring keeps more than the window shows
-    bias = None
+    totals = cache.lengths + (cache.seqlen_new if cache.cu_seqlens is None else 1)
+    counts = totals.clamp(max=capacity)
+    narrow = 0 <= window.left < capacity - 1  # the cache keeps more than the window shows
+    begin = 0
     if k_cache.device.type == "cpu":
         smallest, longest = counts.min().item(), counts.max().item()
-        k_cache, v_cache = k_cache[:, :longest], v_cache[:, :longest]
-        ragged = smallest != longest
+        ragged = smallest != longest or (cache.leftpad is not None and bool(cache.leftpad.any()))
+        if narrow and not ragged and totals.max() <= capacity:  # in order: the window is a slice
+            begin, narrow = max(int(longest) - window.left - 1, 0), False
+        k_cache, v_cache = k_cache[:, begin:longest], v_cache[:, begin:longest]
     else:
         ragged = True  # the counts stay on the device
+    bias = None
     if ragged or narrow:
         slots = torch.arange(k_cache.shape[1], device=q.device)
         mask = slots < counts[:, None]
+        if cache.leftpad is not None:  # of a flat cache, whose slots are positions
+            mask &= slots >= cache.leftpad[:, None]
         if narrow:
-            mask &= visible(-((lengths[:, None] - slots) % capacity), window)
+            mask &= visible(-((totals[:, None] - 1 - slots) % capacity), window)
         bias = mask[:, None, None]
     # The query heads of a kv head become the rows of one product, so its keys are read once.
     out = F.scaled_dot_product_attention(
@@ -133,4 +138,4 @@ def _ring_decode(q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
         attn_mask=bias,
         scale=scoring.scale,
     )
-    return out.reshape(batch, -1, head_dim)
+    return out.reshape(q.shape)

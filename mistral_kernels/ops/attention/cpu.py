@@ -27,8 +27,10 @@ from mistral_kernels.ops.attention.window import (
 
 # Rows of a band. A taller band wastes more masked keys, a shorter one pays more calls.
 _BAND_ROWS = 64
-# From how many rows on PyTorch's own causal mask is faster than bands; so it is for a single band.
+# From how many rows on PyTorch's own causal mask is faster than bands; so it is for a single band,
+# and where all products together (rows^2 * heads * head_dim) take less than making the bands.
 _TRIANGLE_ROWS = 2048
+_TRIANGLE_WORK = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _backward(
     dq, dk, dv = grads
     biases = _Biases(q, k, scoring)
     groups, dtype = biases.groups, biases.dtype
-    for band in _bands(q.shape[1], k.shape[1], replace(scoring, return_lse=True)):
+    for band in _bands(q, k, replace(scoring, return_lse=True)):
         rows = band.shape[0]
         queries, douts = (_stack(x[:, band.rows].to(dtype), groups) for x in (q, dout))
         keys, values = (x[:, band.keys].transpose(1, 2).to(dtype) for x in (k, v))
@@ -156,7 +158,7 @@ def _backward(
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
     batch, seqlen_q, num_heads, _ = q.shape
-    bands = _bands(seqlen_q, k.shape[1], scoring)
+    bands = _bands(q, k, scoring)
     biases = _Biases(q, k, scoring)
     if len(bands) == 1 and bands[0].shape[0] == seqlen_q:
         keys = bands[0].keys
@@ -176,15 +178,17 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor,
     return out, lse
 
 
-def _bands(seqlen_q: int, seqlen_k: int, scoring: Scoring) -> list[_Band]:
-    window = scoring.window
+def _bands(q: Tensor, k: Tensor, scoring: Scoring) -> list[_Band]:
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    seqlen_k, window = k.shape[1], scoring.window
     rows = rows_with_keys(seqlen_q, seqlen_k, window)
     offset = seqlen_k - seqlen_q
     bands = []
     start = rows.start
     size = triangle_rows(seqlen_q, seqlen_k, window)
     plain = not scoring.needs_formula and scoring.alibi_slopes is None
-    if plain and (0 < size <= _BAND_ROWS or size >= _TRIANGLE_ROWS):
+    little = size**2 * batch * num_heads * head_dim <= _TRIANGLE_WORK
+    if plain and size and (size <= _BAND_ROWS or little or size >= _TRIANGLE_ROWS):
         bands.append(_Band(slice(0, size), slice(0, size), 0, triangle=True))
         start = size
     while start < rows.stop:

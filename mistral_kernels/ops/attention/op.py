@@ -39,7 +39,9 @@ def _resolve(
     alibi_slopes: Tensor | None,
 ) -> tuple[Offsets | None, int, int, float, Window, float, Tensor | None]:
     """What `_OPTIONS` mean for these tensors, in the order in which both backends take them."""
-    offsets = packed.check(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    offsets, max_seqlen_q, max_seqlen_k = packed.check(
+        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    )
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     window = Window(window_left, window_right)
     return offsets, max_seqlen_q, max_seqlen_k, scale, window, softcap, alibi_slopes
@@ -163,6 +165,8 @@ def attend(
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`attention` of arguments that have been checked. The log-sum-exp may come unasked."""
+    if cu_seqlens_k is cu_seqlens_q:  # torch.compile takes no tensor twice
+        cu_seqlens_k = None
     options = (
         cu_seqlens_q,
         cu_seqlens_k,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -20,11 +22,20 @@ class Offsets(NamedTuple):
 
 class _Seen(NamedTuple):
     version: int
+    sequences: int  # how many, without empty ones at the end
     longest: int
     end: int
 
 
 _seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def make_cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """(len(lengths) + 1,) int32, of sequences of these lengths: `check` need not look at it."""
+    offsets = [0, *accumulate(lengths)]
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
+    _remember(cu_seqlens, lengths, offsets[-1])
+    return cu_seqlens
 
 
 def check(
@@ -34,36 +45,46 @@ def check(
     cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
-) -> Offsets | None:
-    """The offsets of a packed batch, checked; None for a rectangular one.
+) -> tuple[Offsets | None, int, int]:
+    """The offsets of a packed batch, checked, and its longest sequences; no offsets if rectangular.
 
-    Values are read once per tensor, not at every call: on a GPU that waits for the device. While a
-    CUDA graph is captured nothing may wait, and tensors not seen before are taken on trust.
+    cu_seqlens_k is cu_seqlens_q if None. Values are read once per tensor, not at every call: on a
+    GPU that waits for the device. What is then known is used: empty sequences at the end are left
+    away, and max_seqlen need not be tight. While a CUDA graph is captured nothing may wait, and
+    tensors not seen before are taken on trust.
 
     Raises:
         ValueError: sequences overlap, begin before 0, end past the tokens, or are longer than
             max_seqlen says.
     """
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        return None
-    covers_q = _check("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    covers_k = _check("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    return Offsets(cu_seqlens_q, cu_seqlens_k, covers_q, covers_k)
+    if cu_seqlens_q is None:
+        return None, max_seqlen_q, max_seqlen_k
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    seen_q = _check("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    seen_k = _check("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    if seen_q is None or seen_k is None:
+        return Offsets(cu_seqlens_q, cu_seqlens_k, False, False), max_seqlen_q, max_seqlen_k
+    entries = max(seen_q.sequences, seen_k.sequences) + 1
+    offsets = Offsets(
+        *(cu_seqlens_q[:entries], cu_seqlens_k[:entries]),
+        *(seen_q.end == q.shape[0], seen_k.end == k.shape[0]),
+    )
+    return offsets, seen_q.longest, seen_k.longest
 
 
-def _check(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> bool:
-    version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
+def _check(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> _Seen | None:
     seen = _seen.get(cu_seqlens)
-    if seen is None or seen.version != version:
+    if seen is None or seen.version != _version(cu_seqlens):
         if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
+            return None
         offsets = cu_seqlens.tolist()
         lengths = [end - begin for begin, end in zip(offsets, offsets[1:])]
         if offsets[0] != 0 or min(lengths, default=0) < 0:
             raise ValueError(
                 f"cu_seqlens_{name} must begin with 0 and never decrease, got {offsets}"
             )
-        seen = _seen[cu_seqlens] = _Seen(version, max(lengths, default=0), offsets[-1])
+        seen = _remember(cu_seqlens, lengths, offsets[-1])
     if seen.end > tokens:
         raise ValueError(
             f"cu_seqlens_{name} ends at {seen.end}, past the {tokens} tokens of {name}"
@@ -73,4 +94,17 @@ def _check(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> bool:
             f"max_seqlen_{name} is {max_seqlen}, but a sequence of cu_seqlens_{name} has "
             f"{seen.longest} tokens"
         )
-    return seen.end == tokens
+    return seen
+
+
+def _remember(cu_seqlens: Tensor, lengths: Sequence[int], end: int) -> _Seen:
+    sequences = len(lengths)
+    while sequences and not lengths[sequences - 1]:
+        sequences -= 1
+    longest = max(lengths, default=0)
+    seen = _seen[cu_seqlens] = _Seen(_version(cu_seqlens), sequences, longest, end)
+    return seen
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
