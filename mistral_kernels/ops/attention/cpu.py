@@ -178,17 +178,27 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor,
     return out, lse
 
 
+def is_one_triangle(q: Tensor, k: Tensor, window: Window) -> bool:
+    """Is all of this attention best left to PyTorch's own causal mask?"""
+    rows = triangle_rows(q.shape[1], k.shape[1], window)
+    return rows == q.shape[1] and _suits_triangle(rows, q)
+
+
+def _suits_triangle(rows: int, q: Tensor) -> bool:
+    batch, _, num_heads, head_dim = q.shape
+    little = rows**2 * batch * num_heads * head_dim <= _TRIANGLE_WORK
+    return 0 < rows <= _BAND_ROWS or little or rows >= _TRIANGLE_ROWS
+
+
 def _bands(q: Tensor, k: Tensor, scoring: Scoring) -> list[_Band]:
-    batch, seqlen_q, num_heads, head_dim = q.shape
-    seqlen_k, window = k.shape[1], scoring.window
+    seqlen_q, seqlen_k, window = q.shape[1], k.shape[1], scoring.window
     rows = rows_with_keys(seqlen_q, seqlen_k, window)
     offset = seqlen_k - seqlen_q
     bands = []
     start = rows.start
     size = triangle_rows(seqlen_q, seqlen_k, window)
     plain = not scoring.needs_formula and scoring.alibi_slopes is None
-    little = size**2 * batch * num_heads * head_dim <= _TRIANGLE_WORK
-    if plain and size and (size <= _BAND_ROWS or little or size >= _TRIANGLE_ROWS):
+    if plain and size and _suits_triangle(size, q):
         bands.append(_Band(slice(0, size), slice(0, size), 0, triangle=True))
         start = size
     while start < rows.stop:
