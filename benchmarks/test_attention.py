@@ -1,9 +1,4 @@
-"""Attention, forward and backward, beside everything else that computes it here.
-
-    python -m pytest benchmarks/test_attention.py
-
-On a GPU with the shapes of Mistral-7B, elsewhere with small ones. A provider is timed only once its
-values and gradients are as accurate as plain PyTorch's; who is not, and why, is printed.
+"""Causal grouped-query attention in a sliding window, forward and backward.
 
 On a CPU with other work, set OMP_NUM_THREADS to the cores that are free: with a thread too many,
 every parallel region waits for the scheduler, and who has most of them (we do) looks 30 times
@@ -13,83 +8,208 @@ slower than it is.
 from __future__ import annotations
 
 import functools
-import gc
-import random
-import re
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import NamedTuple
+import inspect
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from conftest import Report
-from providers import OURS, PROVIDERS, Provider, flash_window
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from benchmarks.registry import Case, Inputs, TensorOperator, cases, normal
+from mistral_kernels import attention
 from mistral_kernels.ops import reference
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from helpers import assert_matches_reference  # noqa: E402  # the tolerance rule of the tests
-
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
-HEAD_DIM = 128
-HEADS = (32, 8) if ON_GPU else (8, 2)
-DTYPES = (torch.bfloat16,) if ON_GPU else (torch.float32, torch.bfloat16)
-LENGTHS_AND_WINDOWS = (
-    [(seqlen, window) for seqlen in (2048, 8192, 32768) for window in (4096, None)]
-    if ON_GPU
-    else [(1024, 256), (2048, 256), (1024, None)]
-)
-COPIES = 3 if ON_GPU else 1  # of the inputs, in rotation
-SECONDS = 4.0  # for the rounds of one shape, but for the bounds below
-MIN_ROUNDS, MAX_ROUNDS = 5, 100
-
-# Dense bf16 TFLOP/s by the vendors' data sheets, for names that say which board it is.
-VENDOR_PEAKS = {
-    r"A100[- \w]*$": 312,
-    r"H100 80GB HBM3$": 989,  # SXM
-    r"H200$": 989,
-    r"B200$": 2250,
-    r"L4$": 121,
-    r"RTX 4090$": 165,
-    r"MI300X$": 1307,
-}
-GEMM = 1024  # rows, columns and depth of what stands for a CPU's peak
-
-plain = reference.eager_arithmetic()(reference.attention)
+HEADS = 32, 8
+SMALL_HEADS = 8, 2
 
 
-class Shape(NamedTuple):
-    seqlen: int
-    window: int | None
-    dtype: torch.dtype
+def window_size(window: int | None) -> tuple[int, int]:
+    """flash-attn's inclusive distances to the left and right."""
+    return (-1 if window is None else window - 1, 0)
 
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"S{self.seqlen}-{f'W{self.window}' if self.window else 'causal'}-{dtype}"
 
-    def inputs(self, needs_grad: bool) -> dict[str, Tensor]:
-        heads = zip("qkv", (HEADS[0], HEADS[1], HEADS[1]))
+# One shape is timed at a time, and at 32768 tokens a mask fills a gigabyte.
+@functools.lru_cache(maxsize=1)
+def mask(seqlen: int, window: int | None, device: torch.device) -> Tensor:
+    return reference.visible(seqlen, seqlen, True, window_size(window), device)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """What models have inline: the reference's formula, less the log-sum-exp nobody asks for.
+
+    That would be half of the time: `reference.attention` itself is no fair peer.
+    """
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+# Shapes are few: each may have code of its own, which is the fastest.
+compiled_plain = torch.compile(plain, dynamic=False)
+compiled_flex = torch.compile(flex_attention, dynamic=False)
+
+
+def ours(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return attention(q, k, v, sliding_window=case["W"])
+
+
+def eager(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return plain(q, k, v, mask(case["S"], case["W"], q.device))
+
+
+def compiled(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return compiled_plain(q, k, v, mask(case["S"], case["W"], q.device))
+
+
+def heads_first(*tensors: Tensor) -> Iterator[Tensor]:
+    return (x.transpose(1, 2) for x in tensors)
+
+
+def sdpa(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    cut = case["W"] is not None and case["W"] < case["S"]
+    return F.scaled_dot_product_attention(
+        *heads_first(q, k, v),
+        attn_mask=mask(case["S"], case["W"], q.device) if cut else None,
+        is_causal=not cut,
+        enable_gqa=True,
+    ).transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=1)
+def block_mask(seqlen: int, window: int | None, device: torch.device) -> BlockMask:
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = key <= query
+        return seen if window is None else seen & (key > query - window)
+
+    return create_block_mask(sees, None, None, seqlen, seqlen, device=device)
+
+
+def flex(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    blocks = block_mask(case["S"], case["W"], q.device)
+    out = compiled_flex(*heads_first(q, k, v), block_mask=blocks, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=1)
+def offsets(batch: int, seqlen: int, device: torch.device) -> Tensor:
+    return torch.arange(0, (batch + 1) * seqlen, seqlen, dtype=torch.int32, device=device)
+
+
+def varlen(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    missing = {"window_size", "enable_gqa"} - set(inspect.signature(varlen_attn).parameters)
+    if missing:
+        raise NotImplementedError(f"torch {torch.__version__} has no {sorted(missing)[0]}")
+    batch, seqlen = q.shape[:2]
+    starts = offsets(batch, seqlen, q.device)
+    out = varlen_attn(
+        *(x.flatten(0, 1) for x in (q, k, v)),
+        *(starts, starts, seqlen, seqlen),
+        window_size=window_size(case["W"]),
+        enable_gqa=True,
+    )
+    return out.unflatten(0, (batch, seqlen))
+
+
+def flash_attn_2(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v, causal=True, window_size=window_size(case["W"]))
+
+
+def flash_attn_3(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(q, k, v, causal=True, window_size=window_size(case["W"]))
+    return out[0] if isinstance(out, tuple) else out
+
+
+def flash_attn_4(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn.cute import flash_attn_func
+
+    window = None if case["W"] is None else case["W"] - 1
+    out = flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+    return out[0] if isinstance(out, tuple) else out
+
+
+def xformers(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha import attn_bias
+
+    bias = attn_bias.LowerTriangularFromBottomRightMask()
+    if case["W"] is not None:
+        bias = bias.make_local_attention(case["W"])
+    groups, size = k.shape[2], q.shape[2] // k.shape[2]
+    q = q.unflatten(2, (groups, size))
+    k, v = (x.unsqueeze(3).expand(-1, -1, -1, size, -1) for x in (k, v))
+    return memory_efficient_attention(q, k, v, attn_bias=bias).flatten(2, 3)
+
+
+class Attention(TensorOperator):
+    name = "attention"
+    bound = "FLOP"
+    runs = {
+        "ours": ours,
+        "eager": eager,
+        "compiled eager": compiled,
+        "SDPA": sdpa,
+        "flex_attention": flex,
+        "varlen_attn": varlen,
+        "flash-attn 2": flash_attn_2,
+        "flash-attn 3": flash_attn_3,
+        "flash-attn 4": flash_attn_4,
+        "xformers": xformers,
+    }
+    small = tuple((("B", 1), ("S", 257), ("W", window), ("H", 4)) for window in (64, None))
+
+    def inputs(self, case: Case, device: torch.device) -> Inputs:
+        heads = case["H"]
         return {
-            name: torch.randn(1, self.seqlen, count, HEAD_DIM, device=DEVICE)
-            .to(self.dtype)
-            .requires_grad_(needs_grad)
-            for name, count in heads
+            name: normal(case["B"], case["S"], count, 128, case=case, device=device)
+            for name, count in (("q", heads), ("k", heads // 4), ("v", heads // 4))
         }
 
-    def flops(self, backward: bool) -> float:
+    def definition(self, case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, _ = reference.attention(q, k, v, causal=True, window_size=window_size(case["W"]))
+        return out
+
+    def flops(self, case: Case) -> float:
         """Of the products that visible pairs need: 2 in the forward pass, 5 in the backward."""
-        seen = self.seqlen if self.window is None else min(self.window, self.seqlen)
-        pairs = seen * (seen + 1) // 2 + (self.seqlen - seen) * seen
-        return 4 * HEAD_DIM * HEADS[0] * pairs * (2.5 if backward else 1)
+        seqlen, window = case["S"], case["W"]
+        seen = seqlen if window is None else min(window, seqlen)
+        pairs = case["B"] * (seen * (seen + 1) // 2 + (seqlen - seen) * seen)
+        return 4 * 128 * case["H"] * pairs * (2.5 if case.direction == "backward" else 1)
+
+    def bytes(self, case: Case) -> float:
+        """q, k, v and out; backward, their gradients besides."""
+        elements = case["B"] * case["S"] * 128 * case["H"] * 2.5
+        return elements * case.dtype.itemsize * (2 if case.direction == "backward" else 1)
 
 
-SHAPES = [Shape(*case, dtype) for dtype in DTYPES for case in LENGTHS_AND_WINDOWS]
-PASSES = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def sizes(batch: int, seqlen: int, window: int | None, heads: int) -> dict[str, Any]:
+    return {"B": batch, "S": seqlen, "W": window, "H": heads}
+
+
+OPERATOR = Attention(
+    cpu=cases(
+        [sizes(1, *x, 8) for x in ((512, 256), (1024, 256), (2048, 256), (1024, None))],
+        (torch.bfloat16,),
+    )
+    + cases([sizes(1, 2048, 256, 8)], (torch.float32,)),
+    gpu=cases(
+        [
+            *(sizes(1, 1 << n, 4096, 32) for n in range(9, 18)),
+            *(sizes(1, 1 << n, None, 32) for n in range(9, 16)),
+            *(sizes(n, 4096, 4096, 32) for n in (4, 16, 64)),
+        ],
+        (torch.bfloat16,),
+    ),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -100,155 +220,5 @@ def compile_afresh() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def unfit(provider: Provider, dtype: torch.dtype, backward: bool) -> str | None:
-    """Why it is not timed: it cannot run, or errs more than twice as much as plain PyTorch."""
-    if reason := provider.available(DEVICE, dtype):
-        return reason
-    torch.manual_seed(0)
-    try:
-        for window in (64, None):
-            check(provider, Shape(257, window, dtype), backward)
-    except Exception as error:
-        if provider is OURS:
-            raise
-        return in_a_line(error)
-    return None
-
-
-def check(provider: Provider, shape: Shape, backward: bool) -> None:
-    window_size = flash_window(shape.window)
-    assert_matches_reference(
-        functools.partial(provider.run, window=shape.window),
-        lambda q, k, v: plain(q, k, v, causal=True, window_size=window_size)[0],
-        shape.inputs(backward),
-    )
-
-
-def in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-
-
-@PASSES
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: provider.name)
-def test_as_accurate_as_plain_pytorch(
-    provider: Provider, dtype: torch.dtype, backward: bool
-) -> None:
-    if reason := unfit(provider, dtype, backward):
-        pytest.skip(f"{provider.name} {reason}")
-
-
-@PASSES
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_speed(shape: Shape, backward: bool, report: Report) -> None:
-    copies = [shape.inputs(backward) for _ in range(COPIES)]
-    d_outs = [torch.randn_like(copy["q"]) for copy in copies]
-    calls: dict[str, Callable[[int], float]] = {}
-    skipped: list[str] = []
-    direction = "backward" if backward else "forward"
-    for provider in PROVIDERS:
-        if reason := unfit(provider, shape.dtype, backward):
-            skipped.append(f"{provider.name}, {direction}, {shape.dtype}: {reason}")
-            continue
-
-        def call(turn: int, provider: Provider = provider) -> float:
-            inputs = copies[turn % COPIES]
-            return seconds(provider, inputs, shape.window, d_outs[turn % COPIES], backward)
-
-        try:
-            call(0)
-            calls[provider.name] = call
-        except Exception as error:
-            if provider is OURS:
-                raise
-            skipped.append(f"{provider.name}, {direction}, {shape}: {in_a_line(error)}")
-        if provider.name not in calls:  # out of memory, perhaps, and its traceback held tensors
-            gc.collect()
-            torch.cuda.empty_cache()
-    if not ON_GPU:
-        square = torch.randn(2, GEMM, GEMM, dtype=shape.dtype)
-        calls["GEMM"] = lambda _: timed(lambda: square[0] @ square[1])
-
-    times = in_turn(calls)
-    flops = {name: shape.flops(backward) for name in times} | {"GEMM": 2 * GEMM**3}
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    rates = {name: flops[name] / median / 1e12 for name, median in medians.items()}
-    peak = rates.get("GEMM") or vendor_peak()
-    title = f"attention, heads {HEADS[0]}/{HEADS[1]} of {HEAD_DIM}, medians of interleaved rounds"
-    columns = f"{'ms':>10}{'TFLOP/s':>10}{'of peak':>10}{'/ ours':>10}{'rounds':>10}"
-    report(title, f"{'shape':24}{'pass':10}{'provider':16}{columns}")
-    for name, values in times.items():
-        ratios = [theirs / ours for ours, theirs in zip(times[OURS.name], values)]
-        ratio = "-" if name == "GEMM" else f"{statistics.median(ratios):.2f}"
-        fraction = f"{rates[name] / peak:.1%}" if peak else "-"
-        report(
-            title,
-            f"{shape!s:24}{direction:10}{name:16}{medians[name] * 1e3:10.3f}{rates[name]:10.3f}"
-            f"{fraction:>10}{ratio:>10}{len(values):10}",
-        )
-    for line in skipped:
-        report("attention, not timed", line)
-
-
-def seconds(
-    provider: Provider,
-    inputs: dict[str, Tensor],
-    window: int | None,
-    d_out: Tensor,
-    backward: bool,
-) -> float:
-    """Of the forward pass, or of the backward pass alone, after a forward pass of its own."""
-    if not backward:
-        with torch.no_grad():
-            return timed(lambda: provider.run(**inputs, window=window))
-    out = provider.run(**inputs, window=window)
-    # Without retain_graph, as in training; compiled code may then reuse what it saved.
-    return timed(lambda: torch.autograd.grad(out, list(inputs.values()), d_out))
-
-
-def timed(call: Callable[[], object]) -> float:
-    if not ON_GPU:
-        start = time.perf_counter()
-        result = call()
-        elapsed = time.perf_counter() - start
-        del result  # freeing it is not the call's work
-        return elapsed
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # Cold L2, as after another layer. And while this is written, the call's launches queue up, so
-    # that their cost to the CPU is not in the measure.
-    for _ in range(4):
-        flush_buffer().zero_()
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
-@functools.cache
-def flush_buffer() -> Tensor:
-    return torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
-
-
-def in_turn(calls: dict[str, Callable[[int], float]]) -> dict[str, list[float]]:
-    """Times of every call, round by round, so that all meet the same machine.
-
-    Each round has an order of its own, so that no call always follows the same one.
-    """
-    start = time.perf_counter()
-    for call in calls.values():
-        call(1)
-    rounds = int(SECONDS / (time.perf_counter() - start))
-    order, times = list(calls), {name: [] for name in calls}
-    for turn in range(max(MIN_ROUNDS, min(rounds, MAX_ROUNDS))):
-        random.shuffle(order)
-        for name in order:
-            times[name].append(calls[name](turn))
-    return times
-
-
-def vendor_peak() -> float | None:
-    name = torch.cuda.get_device_name()
-    peaks = (peak for model, peak in VENDOR_PEAKS.items() if re.search(rf"\b{model}", name))
-    return next(peaks, None)
+def test_speed(case: Case, provider: str, speed: Any) -> None:
+    speed(OPERATOR, case, provider)

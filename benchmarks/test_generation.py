@@ -1,79 +1,95 @@
-"""Prefill and decoding on the CPU, beside transformers with its fastest attention there (sdpa).
+"""Prompts and decode steps of a whole model, with random weights and Mistral's head layout.
 
-    python -m pytest benchmarks/test_generation.py
-
-A random checkpoint of 160 M parameters with Mistral's head layout and a window of 1024 tokens. Both
-models hold the same weights, and nothing is timed before their logits agree.
+On a CPU of 160 million parameters and, far into a text, of 10 million; on a GPU Mistral-7B. Whole
+models are timed as they are used, tensors from the last step still in the cache.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
-import pytest
 import torch
-import transformers
 
-from mistral_kernels import MistralForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parent))
-from conftest import Pair  # noqa: E402  # beside this file, which is no package
-from make_checkpoint import CONFIGS, random_tensors  # noqa: E402
-
-Models = tuple[MistralForCausalLM, transformers.MistralForCausalLM]
+from benchmarks import models
+from benchmarks.make_checkpoint import CONFIGS
+from benchmarks.registry import Case, Operator, Prepared, cases
+from benchmarks.timing import MAX_ROUNDS
+from mistral_kernels.checkpoint.names import expected_shapes
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
-def models(request: pytest.FixtureRequest) -> Iterator[Models]:
-    dtype = getattr(torch, request.param)
-    config = CONFIGS["160M"]
-    weights = dict(random_tensors(config, dtype))
-    ours = MistralForCausalLM(config).to(dtype).eval()
-    ours.load_state_dict(weights)
-    fields = config.to_hf(request.param)
-    theirs = transformers.MistralForCausalLM(
-        transformers.MistralConfig(**fields, attn_implementation="sdpa")
-    )
-    theirs = theirs.to(dtype).eval()
-    theirs.load_state_dict(weights)
-    with torch.inference_mode():
-        ids = torch.randint(config.vocab_size, (1, 64))
-        difference = (ours(ids) - theirs(ids).logits).norm() / ours(ids).norm()
-        assert difference < (1e-4 if dtype == torch.float32 else 5e-2), "the logits differ"
-        yield ours, theirs
+class Generation(Operator):
+    """`prefill` of a prompt, or one `decode` step after `position` tokens."""
+
+    name = "generation"
+    bound = "byte"
+    patience = 2.0
+    providers = tuple(models.ENGINES)
+    measures_memory = True
+
+    def check(self, provider: str, case: Case, device: torch.device) -> None:
+        models.check(provider, case.dtype, device, "logits", *self.checked(case)[1:])
+
+    def checked(self, case: Case) -> Any:
+        return case.dtype, self._passes_window(case), case["B"]
+
+    def _passes_window(self, case: Case) -> bool:
+        window = CONFIGS[case["model"]].sliding_window
+        return window is not None and case["tokens"] + MAX_ROUNDS + 8 > window
+
+    def prepare(self, provider: str, case: Case, device: torch.device) -> Prepared:
+        self._keep(case)
+        model = models.engine(provider, case["model"], case.dtype, device)
+        vocab = CONFIGS[case["model"]].vocab_size
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        ids = torch.randint(vocab, (case["B"], case["tokens"]), generator=generator).to(device)
+        if case.direction == "prefill":
+            return lambda turn: lambda: model.prefill(ids)
+        step = model.decoder(ids, MAX_ROUNDS + 8)
+        return lambda turn: lambda: step(ids[:, turn % case["tokens"]])
+
+    def _keep(self, case: Case) -> None:
+        """Models stay from one case to the next that wants the same."""
+        wanted = case["model"], case.dtype
+        if getattr(self, "kept", wanted) != wanted:
+            models.release()
+        self.kept = wanted
+
+    def flops(self, case: Case) -> float:
+        """Of the products with weights; attention's are few beside them."""
+        tokens = case["tokens"] if case.direction == "prefill" else 1
+        return 2.0 * case["B"] * tokens * self.parameters(case)
+
+    def bytes(self, case: Case) -> float:
+        """Weights, read once, and the keys and values in the window."""
+        config = CONFIGS[case["model"]]
+        seen = min(case["tokens"], config.sliding_window or case["tokens"])
+        kv = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+        elements = self.parameters(case) + case["B"] * seen * kv
+        return float(elements * case.dtype.itemsize)
+
+    def parameters(self, case: Case) -> int:
+        """All but the embedding, of which a token reads one row."""
+        shapes = expected_shapes(CONFIGS[case["model"]])
+        return sum(
+            torch.Size(shape).numel() for name, shape in shapes.items() if "embed" not in name
+        )
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-@torch.inference_mode()
-def test_decode_step(models: Models, against: Pair, batch: int) -> None:
-    """One token for each sequence, 512 tokens into the text."""
-    ours, theirs = models
-    ids = torch.randint(ours.config.vocab_size, (batch, 512))
-    cache = ours.new_cache(batch, 1024)
-    ours.prefill(ids.tolist(), cache)
-    past = transformers.DynamicCache(config=theirs.config)
-    theirs(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-    tokens = ids[:, 0]
-    against(
-        "transformers",
-        lambda: ours.decode(tokens, cache),
-        lambda: theirs(tokens[:, None], past_key_values=past, use_cache=True),
-        rounds=40,
-    )
+def sizes(model: str, tokens: int, batch: int = 1) -> dict[str, Any]:
+    return {"model": model, "B": batch, "tokens": tokens}
 
 
-@pytest.mark.parametrize("tokens", [512, 4096])
-@torch.inference_mode()
-def test_prefill(models: Models, against: Pair, tokens: int) -> None:
-    """A prompt into an empty cache, and the logits after it."""
-    ours, theirs = models
-    ids = torch.randint(ours.config.vocab_size, (1, tokens))
-    prompt = ids.tolist()
-    against(
-        "transformers",
-        lambda: ours.prefill(prompt, ours.new_cache(1, tokens)),
-        lambda: theirs(ids, use_cache=True, logits_to_keep=1),
-        rounds=10 if tokens == 512 else 3,
-    )
+PREFILL, DECODE = ("prefill",), ("decode",)
+HALF = (torch.bfloat16,)
+OPERATOR = Generation(
+    cpu=cases([sizes("10M", n) for n in (512, 20_000)], HALF, DECODE)
+    + cases([sizes("160M", 512), sizes("160M", 512, 8)], HALF, DECODE)
+    + cases([sizes("160M", n) for n in (512, 2048)], HALF, PREFILL),
+    gpu=cases([sizes("7B", 1 << n) for n in range(10, 18)], HALF, DECODE)
+    + cases([sizes("7B", 4096, n) for n in (8, 64)], HALF, DECODE)
+    + cases([sizes("7B", 1 << n) for n in range(9, 16)], HALF, PREFILL),
+)
+
+
+def test_speed(case: Case, provider: str, speed: Any) -> None:
+    speed(OPERATOR, case, provider)

@@ -1,0 +1,258 @@
+"""One model, with the same random weights, as each provider runs it."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gguf_file import write_gguf
+from benchmarks.make_checkpoint import CONFIGS, random_tensors
+from mistral_kernels import MistralConfig, MistralForCausalLM
+from mistral_kernels.model.cache import Packing
+from mistral_kernels.ops.cross_entropy import linear_cross_entropy
+
+CHUNK = 512  # of a prompt that transformers is given a cache for
+Step = Callable[[Tensor], Tensor]
+
+
+class Engine:
+    """A model of somebody's. Token ids are (batch, seqlen)."""
+
+    def __init__(self, config: MistralConfig, dtype: torch.dtype, device: torch.device) -> None:
+        raise NotImplementedError
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Logits (batch, vocab_size) after a prompt, written to a new cache."""
+        raise NotImplementedError
+
+    def decoder(self, ids: Tensor, steps: int) -> Step:
+        """After `ids`: from a token of each sequence (batch,) to logits, for so many steps."""
+        raise NotImplementedError
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """Of predicting each token but the first, with gradients for every weight."""
+        raise NotImplementedError
+
+
+class Ours(Engine):
+    def __init__(self, config: MistralConfig, dtype: torch.dtype, device: torch.device) -> None:
+        with device:
+            self.model = MistralForCausalLM(config).to(dtype)
+        load(self.model, config, dtype, device)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor) -> Tensor:
+        self.model.eval()
+        return self.model.prefill(_lists(ids), self.model.new_cache(*ids.shape))
+
+    @torch.inference_mode()
+    def decoder(self, ids: Tensor, steps: int) -> Step:
+        self.model.eval()
+        cache = self.model.new_cache(ids.shape[0], ids.shape[1] + steps)
+        self.model.prefill(_lists(ids), cache)
+        decode = torch.inference_mode()(self.model.decode)
+        return lambda tokens: decode(tokens, cache)
+
+    def loss(self, ids: Tensor) -> Tensor:
+        self.model.train()
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        seqlens = [inputs.shape[1]] * len(inputs)
+        packing = Packing.of(seqlens, [0] * len(inputs), ids.device)
+        hidden = self.model.model(inputs.flatten(), packing)
+        return linear_cross_entropy(hidden, self.model.lm_head.weight, targets.flatten())
+
+
+def _lists(ids: Tensor) -> list[list[int]]:
+    return torch.zeros_like(ids, device="cpu").tolist() if ids.is_meta else ids.tolist()
+
+
+class Transformers(Engine):
+    def __init__(
+        self,
+        config: MistralConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: str,
+        patched: bool = False,
+    ) -> None:
+        import transformers
+
+        if attention == "mistral_kernels":
+            from mistral_kernels.integrations.transformers import register
+
+            register()
+        fields = config.to_hf(str(dtype).removeprefix("torch."))
+        with device:
+            self.model = transformers.MistralForCausalLM(
+                transformers.MistralConfig(**fields, attn_implementation=attention)
+            ).to(dtype)
+        load(self.model, config, dtype, device)
+        self.rolling = patched
+        if patched:
+            from mistral_kernels.integrations.transformers import apply_mistral_kernels
+
+            apply_mistral_kernels(self.model)
+
+    def _cache(self, ids: Tensor, steps: int) -> Any:
+        if self.rolling:
+            from mistral_kernels.integrations.transformers import RollingCache
+
+            return RollingCache(self.model.config, max_length=ids.shape[1] + steps)
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor) -> Tensor:
+        self.model.eval()
+        cache = self._cache(ids, 0)
+        return self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
+            :, -1
+        ]
+
+    @torch.inference_mode()
+    def decoder(self, ids: Tensor, steps: int) -> Step:
+        self.model.eval()
+        cache = self._cache(ids, steps)
+        for chunk in ids.split(ids.shape[1] if ids.is_meta else CHUNK, dim=1):
+            self.model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+        @torch.inference_mode()
+        def step(tokens: Tensor) -> Tensor:
+            return self.model(tokens[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+
+        return step
+
+    def loss(self, ids: Tensor) -> Tensor:
+        self.model.train()
+        return self.model(ids, labels=ids, use_cache=False).loss
+
+
+class LlamaCpp(Engine):
+    """Reads a GGUF file of the same weights. Its Llama knows no window and one sequence."""
+
+    def __init__(self, config: MistralConfig, dtype: torch.dtype, device: torch.device) -> None:
+        import llama_cpp
+
+        if device.type != "cpu":
+            raise NotImplementedError("is only set up for CPUs here")
+        self.window = config.sliding_window
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.gguf")
+            write_gguf(path, config, weights(config, dtype, device))
+            self.model = llama_cpp.Llama(
+                str(path),
+                n_ctx=self.window or 4096,
+                n_threads=torch.get_num_threads(),
+                n_threads_batch=torch.get_num_threads(),
+                use_mmap=False,
+                verbose=False,
+            )
+
+    def _eval(self, tokens: Tensor) -> Tensor:
+        if self.window is not None and self.model.n_tokens + len(tokens) > self.window:
+            raise NotImplementedError(f"knows no window, and the text passes {self.window} tokens")
+        self.model.eval(tokens.tolist())
+        logits = self.model._ctx.get_logits()
+        return torch.tensor(logits[: self.model.n_vocab()])[None]
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        if len(ids) > 1:
+            raise NotImplementedError("is set up for one sequence here")
+        self.model.reset()
+        return self._eval(ids[0])
+
+    def decoder(self, ids: Tensor, steps: int) -> Step:
+        self.prefill(ids)
+        return self._eval
+
+
+@functools.lru_cache(maxsize=1)
+def weights(config: MistralConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    return {name: x.to(device) for name, x in random_tensors(config, dtype)}
+
+
+def load(
+    model: torch.nn.Module, config: MistralConfig, dtype: torch.dtype, device: torch.device
+) -> None:
+    if device.type != "meta":
+        model.load_state_dict(weights(config, dtype, device))
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {
+    "ours": Ours,
+    "transformers eager": functools.partial(Transformers, attention="eager"),
+    "transformers sdpa": functools.partial(Transformers, attention="sdpa"),
+    "transformers flash-attn 2": functools.partial(Transformers, attention="flash_attention_2"),
+    "transformers with our attention": functools.partial(Transformers, attention="mistral_kernels"),
+    "transformers with all of ours": functools.partial(
+        Transformers, attention="mistral_kernels", patched=True
+    ),
+    "llama.cpp": LlamaCpp,
+}
+
+
+@functools.lru_cache(maxsize=len(ENGINES))
+def engine(provider: str, model: str, dtype: torch.dtype, device: torch.device) -> Engine:
+    config = CONFIGS[model]
+    if device.type == "meta":  # two layers say what all of them would
+        config = replace(config, num_hidden_layers=2)
+    return ENGINES[provider](config, dtype, device)
+
+
+def release() -> None:
+    engine.cache_clear()
+    weights.cache_clear()
+    gc.collect()
+
+
+# What an engine is checked with: as large models are, but for the sizes. Texts pass the window.
+SMALL = replace(
+    CONFIGS["10M"],
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=16,
+    sliding_window=16,
+)
+
+
+def check(
+    provider: str, dtype: torch.dtype, device: torch.device, what: str, windowed: bool, batch: int
+) -> None:
+    """Raises unless logits, or gradients, are those of plain PyTorch in float32.
+
+    Where the cases timed stay within their window, so does this.
+    """
+    config = SMALL if windowed else replace(SMALL, sliding_window=64)
+    theirs = ENGINES[provider](config, dtype, device)
+    exact = ENGINES["transformers eager"](config, torch.float32, device)
+    exact.model.load_state_dict(  # type: ignore[attr-defined]
+        {name: x.float() for name, x in weights(config, dtype, device).items()}
+    )
+    ids = torch.randint(config.vocab_size, (min(batch, 2), 41), device=device)
+    results = []
+    for model in (theirs, exact):
+        if what == "loss":
+            loss = model.loss(ids)
+            loss.backward()
+            embedding = model.model.model.embed_tokens  # type: ignore[attr-defined]
+            results.append(torch.cat((loss.detach()[None], embedding.weight.grad.flatten())))
+        else:
+            prompt = model.prefill(ids[:, :30])
+            step = model.decoder(ids[:, :30], 11)
+            results.append(torch.stack((prompt, *(step(tokens) for tokens in ids[:, 30:].T))))
+    error = (results[0].float() - results[1]).norm() / results[1].norm()
+    if not error < (1e-4 if dtype == torch.float32 else 5e-2):
+        raise AssertionError(f"{what} are {error:.2g} from those of plain PyTorch in float32")

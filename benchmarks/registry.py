@@ -1,0 +1,266 @@
+"""Who is compared, on what, and what has to be right before anything is timed.
+
+A `Provider` is somebody who computes; an `Operator` says what is computed: its cases, how each
+provider does it, its definition in plain PyTorch, and how much work it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.ops import reference
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+import helpers  # noqa: E402  # the tolerance rule of the tests
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+class Provider(NamedTuple):
+    """Somebody who computes. The colour is theirs in every plot."""
+
+    name: str
+    colour: str
+    modules: tuple[str, ...] = ()  # any of which must be importable
+    needs_gpu: bool = False
+    dtypes: tuple[torch.dtype, ...] | None = None
+
+    def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot run there; None if nothing is known against it."""
+        if self.modules and not any(map(_importable, self.modules)):
+            return f"{self.modules[0]} is not installed"
+        if self.needs_gpu and device.type == "cpu":
+            return "needs a GPU"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"knows no {dtype}"
+        return None
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
+# Colours that the colour-blind can tell apart (Okabe and Ito; Tol's muted for the last).
+OURS = Provider("ours", "#D55E00")
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        OURS,
+        Provider("eager", "#000000"),
+        Provider("compiled eager", "#999999"),
+        Provider("SDPA", "#0072B2"),
+        Provider("flex_attention", "#56B4E9"),
+        Provider("varlen_attn", "#009E73", needs_gpu=True, dtypes=HALVES),
+        Provider("flash-attn 2", "#CC79A7", ("flash_attn",), True, HALVES),
+        Provider("flash-attn 3", "#882255", ("flash_attn_interface",), True, HALVES),
+        Provider("flash-attn 4", "#332288", ("flash_attn.cute",), True, HALVES),
+        Provider("xformers", "#F0E442", ("xformers",), True, HALVES),
+        Provider("Liger", "#E69F00", ("liger_kernel",), True),
+        Provider("transformers eager", "#000000", ("transformers",)),
+        Provider("transformers sdpa", "#0072B2", ("transformers",)),
+        Provider("transformers flash-attn 2", "#CC79A7", ("flash_attn",), True, HALVES),
+        Provider("transformers with our attention", "#E69F00", ("transformers",)),
+        Provider("transformers with all of ours", "#56B4E9", ("transformers",)),
+        Provider("llama.cpp", "#009E73", ("llama_cpp",)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time: sizes by name (a window of None is none), dtype, direction."""
+
+    sizes: tuple[tuple[str, Any], ...]
+    dtype: torch.dtype
+    direction: str = "forward"
+
+    def __getitem__(self, name: str) -> Any:
+        return dict(self.sizes)[name]
+
+    def __str__(self) -> str:
+        sizes = "-".join(f"{name}{value}" for name, value in self.sizes)
+        return f"{sizes}-{str(self.dtype).removeprefix('torch.')}-{self.direction}"
+
+
+# Given a turn, what is to be timed: what only has to be ready is made before it is returned.
+Prepared = Callable[[int], Callable[[], object]]
+
+
+class Operator:
+    """Something that several providers compute.
+
+    Subclasses say what `check` and `prepare` of a provider mean.
+    """
+
+    name: str
+    bound: str  # what limits it, "FLOP" or "byte"
+    patience = 1.0  # times the seconds that a case may take
+    measures_memory = False  # the peak of a call, too
+    providers: tuple[str, ...]
+
+    def __init__(self, cpu: Iterable[Case], gpu: Iterable[Case]) -> None:
+        self.cases = {"cpu": tuple(cpu), "gpu": tuple(gpu)}
+
+    def flops(self, case: Case) -> float:
+        """Of the products that the result needs."""
+        raise NotImplementedError
+
+    def bytes(self, case: Case) -> float:
+        """Each input read once, each output written once."""
+        raise NotImplementedError
+
+    def check(self, provider: str, case: Case, device: torch.device) -> None:
+        """Raises unless the provider computes what it should, accurately."""
+        raise NotImplementedError
+
+    def prepare(self, provider: str, case: Case, device: torch.device) -> Prepared:
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """After a case: whatever was kept for it."""
+
+    @functools.cached_property
+    def _verdicts(self) -> dict[Any, str | None]:
+        return {}
+
+    def unfit(self, provider: str, case: Case, device: torch.device) -> str | None:
+        """Why a provider is not to be timed: it cannot run, or does not compute the same thing."""
+        if reason := PROVIDERS[provider].missing(device, case.dtype):
+            return reason
+        if device.type == "meta":
+            return None
+        key = provider, self.checked(case)
+        if key not in self._verdicts:
+            try:
+                self.check(provider, case, device)
+                self._verdicts[key] = None
+            except Exception as error:
+                self._verdicts[key] = in_a_line(error)
+        return self._verdicts[key]
+
+    def checked(self, case: Case) -> Any:
+        """What cases have in common that one check does for."""
+        return case.dtype, case.direction
+
+
+def in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+Inputs = dict[str, Tensor]
+
+
+class TensorOperator(Operator):
+    """A function of tensors, which `runs` holds by provider, forward and backward.
+
+    `runs[provider](inputs, case)` and `definition(inputs, case)`, for whose accuracy
+    `reference.py`'s float64 is the measure and plain PyTorch's in the same dtype the yardstick.
+    """
+
+    runs: Mapping[str, Callable[..., Any]]
+    small: tuple[tuple[tuple[str, Any], ...], ...]  # sizes to check at
+
+    @property
+    def providers(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(self.runs)
+
+    def inputs(self, case: Case, device: torch.device) -> Inputs:
+        """Fresh and random; those that have a gradient require it if the case goes backward."""
+        raise NotImplementedError
+
+    def definition(self, case: Case, **inputs: Tensor) -> Any:
+        raise NotImplementedError
+
+    def check(self, provider: str, case: Case, device: torch.device) -> None:
+        for sizes in self.small:
+            small = replace(case, sizes=sizes)
+            inputs = self.inputs(small, device)
+            whole = {name: x for name, x in inputs.items() if not x.is_floating_point()}
+            with reference.eager_arithmetic():
+                helpers.assert_matches_reference(
+                    functools.partial(self.runs[provider], small, **whole),
+                    functools.partial(self.definition, small, **whole),
+                    {name: x for name, x in inputs.items() if name not in whole},
+                )
+
+    def prepare(self, provider: str, case: Case, device: torch.device) -> Prepared:
+        run = functools.partial(self.runs[provider], case)
+        copies = self._copies(case, device)
+        if case.direction == "forward":
+
+            @torch.no_grad()
+            def forward(inputs: Inputs) -> object:
+                return run(**inputs)
+
+            return lambda turn: functools.partial(forward, copies[turn % len(copies)])
+
+        def backward(turn: int) -> Callable[[], object]:
+            inputs = copies[turn % len(copies)]
+            outputs = run(**inputs)
+            outputs = [y for y in _as_tuple(outputs) if y.requires_grad]
+            leaves = [x for x in inputs.values() if x.requires_grad]
+            cotangents = [torch.ones_like(y) if y.ndim == 0 else _like(y) for y in outputs]
+            # Without retain_graph, as in training; compiled code may then reuse what it saved.
+            return lambda: torch.autograd.grad(outputs, leaves, cotangents)
+
+        return backward
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019  # operators live as long as the process
+    def _copies(self, case: Case, device: torch.device) -> list[Inputs]:
+        """As many as caches cannot hold, in rotation, so that nobody is timed from cache."""
+        first = self.inputs(case, device)
+        if device.type != "cpu":  # there the L2 cache is flushed
+            return [first, self.inputs(case, device)]
+        size = sum(x.numel() * x.element_size() for x in first.values())
+        count = min(max(2, -(-COLD_BYTES // size)), 16)
+        return [first, *(self.inputs(case, device) for _ in range(count - 1))]
+
+    def release(self) -> None:
+        self._copies.cache_clear()
+
+
+COLD_BYTES = 128 << 20  # more than a core's share of any cache
+
+
+def _as_tuple(x: Any) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+@functools.lru_cache(maxsize=4)
+def _cotangent(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def _like(x: Tensor) -> Tensor:
+    return _cotangent(x.shape, x.dtype, x.device)
+
+
+def normal(*shape: int, case: Case, device: torch.device, grad: bool = True) -> Tensor:
+    x = torch.randn(shape, device=device).to(case.dtype)
+    return x.requires_grad_(grad and case.direction == "backward")
+
+
+def cases(
+    shapes: Iterable[Mapping[str, Any]],
+    dtypes: Iterable[torch.dtype],
+    directions: Iterable[str] = ("forward", "backward"),
+) -> list[Case]:
+    directions = tuple(directions)
+    return [
+        Case(tuple(shape.items()), dtype, direction)
+        for shape in shapes
+        for dtype in dtypes
+        for direction in directions
+    ]

@@ -1,0 +1,56 @@
+"""Loss and gradients of a whole model at growing lengths: time, and peak memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import models
+from benchmarks.make_checkpoint import CONFIGS
+from benchmarks.registry import Case, Operator, Prepared, cases
+from mistral_kernels.checkpoint.names import expected_shapes
+
+
+class TrainingStep(Operator):
+    name = "training_step"
+    bound = "FLOP"
+    patience = 0.5
+    providers = tuple(models.ENGINES)
+    measures_memory = True
+
+    def check(self, provider: str, case: Case, device: torch.device) -> None:
+        models.check(provider, case.dtype, device, "loss", windowed=True, batch=2)
+
+    def prepare(self, provider: str, case: Case, device: torch.device) -> Prepared:
+        config = CONFIGS[case["model"]]
+        model = models.engine(provider, case["model"], case.dtype, device)
+        ids = torch.randint(config.vocab_size, (1, case["S"]), device=device)
+
+        def ready(turn: int) -> Callable[[], object]:
+            model.model.zero_grad(set_to_none=True)  # type: ignore[attr-defined]
+            return lambda: model.loss(ids).backward()
+
+        return ready
+
+    def flops(self, case: Case) -> float:
+        """Of the products with weights, forward and twice that backward."""
+        shapes = expected_shapes(CONFIGS[case["model"]])
+        count = sum(torch.Size(s).numel() for name, s in shapes.items() if "embed" not in name)
+        return 6.0 * case["S"] * count
+
+    def bytes(self, case: Case) -> float:
+        return self.flops(case) / 3 / case["S"] * case.dtype.itemsize
+
+
+OPERATOR = TrainingStep(
+    cpu=cases([{"model": "10M", "S": n} for n in (512, 1024, 2048)], (torch.bfloat16,), ("step",)),
+    gpu=cases(
+        [{"model": "1.2B", "S": 1 << n} for n in range(10, 16)], (torch.bfloat16,), ("step",)
+    ),
+)
+
+
+def test_speed(case: Case, provider: str, speed: Any) -> None:
+    speed(OPERATOR, case, provider)

@@ -1,0 +1,149 @@
+"""The benchmark suite: who is wrong is not timed, the GPU's cases hold, reports tell changes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import report, test_attention, timing
+from benchmarks.conftest import measure
+from benchmarks.registry import PROVIDERS
+from mistral_kernels import attention
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+Options = tuple[str, ...]
+
+
+def bench(folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
+    """What `python -m pytest benchmarks` prints, and the results it writes."""
+    results = folder / "results.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-rs", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "--benchmark-json", str(results), *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(results.read_text())
+
+
+def test_who_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window that is off by one, in our kernel or in a peer's: no time, but the reason."""
+    case = test_attention.cases([test_attention.sizes(1, 64, 16, 4)], (torch.float32,))[0]
+
+    def off_by_one(case: Any, q: Any, k: Any, v: Any) -> Any:
+        window = case["W"]
+        return attention(q, k, v, sliding_window=window and window + 1)
+
+    def broken(case: Any, q: Any, k: Any, v: Any) -> Any:
+        raise RuntimeError("no kernel image\nis available")
+
+    runs = {"ours": off_by_one, "SDPA": test_attention.sdpa, "eager": broken}
+    monkeypatch.setattr(test_attention.Attention, "runs", runs)
+    operator = test_attention.Attention([case], [])
+    outcome = measure(operator, case, [*runs, "flash-attn 2"], CPU, seconds=0.01)
+    assert isinstance(outcome["ours"], str) and "error" in outcome["ours"]
+    assert outcome["eager"] == "RuntimeError: no kernel image"
+    assert outcome["flash-attn 2"] == PROVIDERS["flash-attn 2"].missing(CPU, torch.float32)
+    assert len(outcome["SDPA"]) >= timing.MIN_ROUNDS
+
+
+def test_a_run_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed, results = bench(
+        *(tmp_path, "--op", "rms_norm", "--providers", "ours,eager,Liger", "--seconds", "0.1")
+    )
+    assert "Liger: " in printed
+    rows = report.rows_of(results)
+    assert {row.provider for row in rows} == {"ours", "eager"}
+    assert all(0 < row.of_peak < 2 and row.noise >= 0 for row in rows)
+    assert all(row.over_ours == 1 for row in rows if row.provider == "ours")
+    file = str(tmp_path / "results.json")
+    assert report.main([file]) == 0
+    table = capsys.readouterr().out
+    for row in rows:
+        assert f"| {row.case} | {row.provider} | {row.median * 1e3:.3f} |" in table
+        assert row.case in printed
+    assert torch.__version__ in table
+
+    slower = copy.deepcopy(results)
+    entry = slower["benchmarks"][0]
+    entry["stats"]["median"] *= 1.04 + entry["stats"]["iqr"] / entry["stats"]["median"]
+    entry["stats"]["iqr"] = 0.0
+    (tmp_path / "slower.json").write_text(json.dumps(slower))
+    assert report.main([str(tmp_path / "slower.json"), "--base", file]) == 1
+    assert capsys.readouterr().out.rstrip().endswith("1 slower")
+    assert report.main([file, "--base", file]) == 0
+    assert report.main([str(tmp_path / "absent.json")]) == 2
+
+
+def synthetic() -> list[report.Row]:
+    """Rows of every kind, as a machine with a GPU and everything installed might give."""
+    rows = []
+    for operator, direction, sizes in (
+        ("attention", "forward", [{"B": 1, "S": n, "W": 4096, "H": 32} for n in (1024, 4096)]),
+        ("attention", "backward", [{"B": 1, "S": n, "W": None, "H": 32} for n in (1024, 4096)]),
+        ("generation", "decode", [{"model": "7B", "B": 1, "tokens": n} for n in (1024, 4096)]),
+        ("training_step", "step", [{"model": "7B", "S": n} for n in (1024, 4096)]),
+    ):
+        for i, size in enumerate(sizes):
+            for j, provider in enumerate(("ours", "eager", "flash-attn 2")):
+                info = {
+                    **{"op": operator, "sizes": size, "dtype": "bfloat16", "direction": direction},
+                    **{"provider": provider, "bound": "FLOP", "flops": 1e9, "bytes": 1e6},
+                    **{"peak_flops": 1e12, "peak_memory": 10_000_000 * (i + j + 1)},
+                }
+                stats = {"median": 0.01 * (i + 1) * (j + 1), "iqr": 0.001}
+                rows.append(report.row_of(info, stats))
+    return rows
+
+
+def test_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws, is not installed")
+    from benchmarks import plots
+
+    names = {path.stem for path in plots.draw_all(synthetic(), tmp_path)}
+    expected = "attention_over_eager attention_over_flash_attn decode memory of_peak"
+    assert names == set(expected.split())
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in names)
+    assert plots.draw_all([], tmp_path) == []
+
+
+def test_a_provider_has_one_colour() -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws, is not installed")
+    from benchmarks.plots import MARKERS
+
+    looks = [(provider.colour, MARKERS[name]) for name, provider in PROVIDERS.items()]
+    assert len(set(looks)) == len(looks) == len(MARKERS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--providers", "oars"), "--providers knows no 'oars', but ours, "),
+        (("--op", "attraction"), "--op knows no 'attraction', but attention, "),
+    ],
+)
+def test_bad_options(options: Options, message: str) -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stderr + done.stdout
+
+
+@pytest.mark.slow
+def test_rehearsal_of_what_a_gpu_would_run(tmp_path: Path) -> None:
+    """Every case of the GPU's lists, shapes and providers, on tensors without memory."""
+    _, results = bench(tmp_path, "--device", "meta")
+    ours = [x for x in results["benchmarks"] if x["extra_info"]["provider"] == "ours"]
+    operators = {x["extra_info"]["op"] for x in ours}
+    assert len(operators) == len(list((ROOT / "benchmarks").glob("test_*.py")))
+    lengths = {x["extra_info"]["sizes"].get("S", 0) for x in ours}
+    assert max(lengths) == 131072
