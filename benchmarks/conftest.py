@@ -51,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     chosen = config.option.device or ("cuda" if torch.cuda.is_available() else "cpu")
     index = torch.cuda.current_device() if chosen == "cuda" else None
     config.benchmark_device = torch.device(chosen, index)  # type: ignore[attr-defined]
+    if chosen == "meta":
+        torch.compiler.set_stance("force_eager")  # there is nothing to make code for
     config.option.benchmark_quiet = True  # `report`'s table says all of it
     if config.option.shapes is None:
         config.option.shapes = "cpu" if chosen == "cpu" else "gpu"

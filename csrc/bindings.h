@@ -12,6 +12,15 @@
 #define LIBRARY_FRAGMENT(name, m) STABLE_TORCH_LIBRARY_FRAGMENT(name, m)
 #define LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 
+// Of a contiguous tensor on the CPU, of any shape.
+template <typename T>
+T* vector_data(const char* name, const torch::stable::Tensor& x,
+               torch::headeronly::ScalarType dtype, int64_t size) {
+  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == dtype, name, " has the wrong device or dtype");
+  STD_TORCH_CHECK(x.numel() == size && x.is_contiguous(), name, " must be contiguous, of ", size);
+  return static_cast<T*>(x.data_ptr());
+}
+
 inline DType dtype_of(const char* name, const torch::stable::Tensor& x) {
   using torch::headeronly::ScalarType;
   switch (x.scalar_type()) {

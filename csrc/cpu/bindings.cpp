@@ -14,13 +14,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 1 << 15;  // elements, worth a thread
 
-template <typename T>
-T* vector_data(const char* name, const Tensor& x, ScalarType dtype, int64_t size) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == dtype, name, " has the wrong device or dtype");
-  STD_TORCH_CHECK(x.numel() == size && x.is_contiguous(), name, " must be contiguous, of ", size);
-  return static_cast<T*>(x.data_ptr());
-}
-
 void softmax(const Tensor& logits, const Tensor& targets, const Tensor& scale,
              const Tensor& losses, int64_t ignore_index, double label_smoothing, double z_loss,
              double softcap, bool needs_gradient) {

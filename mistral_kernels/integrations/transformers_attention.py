@@ -22,6 +22,8 @@ NAME = "mistral_kernels"
 # So few queries keep a GPU busy only if their keys are split over it, as those of a cache are.
 _FEW_QUERIES = 16
 
+_SHORT = 32  # tokens
+
 _UNSAID: Any = object()  # a layer that does not name its window
 
 
@@ -104,6 +106,10 @@ def attend(
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     in_place = not grad and q.shape[1] <= _FEW_QUERIES
     if attention_mask is None:
+        if on_torch and not softcap and _is_short(q, k, sliding_window):
+            how: dict[str, Any] = {"is_causal": True, "scale": scaling, "enable_gqa": True}
+            out = F.scaled_dot_product_attention(query, key, value, **how)
+            return out.transpose(1, 2), None
         if on_torch or not in_place:
             return _attention(q, k, v, **scoring), None
         held = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
@@ -117,6 +123,13 @@ def attend(
 def serves_directly(q: Tensor) -> bool:
     """On the torch backend PyTorch's attention may be called without an operator around it."""
     return not (torch.compiler.is_compiling() or uses_triton(q))
+
+
+def _is_short(q: Tensor, k: Tensor, sliding_window: int | None) -> bool:
+    """Plainly causal, and so short that an operator around PyTorch's attention would show."""
+    seqlen = q.shape[1]
+    in_sight = sliding_window is None or seqlen <= sliding_window
+    return seqlen == k.shape[1] and seqlen <= _SHORT and in_sight
 
 
 def attend_single(

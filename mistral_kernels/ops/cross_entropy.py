@@ -111,13 +111,6 @@ def _softmax_triton(
     return losses, logits
 
 
-def _csrc(x: Tensor) -> Any | None:
-    """csrc's operators, where they serve `x`."""
-    if uses_triton(x) or x.device.type != "cpu" or x.dtype == torch.float64:
-        return None
-    return extension.load("cpu")
-
-
 def _softmax_csrc(
     logits: Tensor, targets: Tensor, scale: Tensor, options: _Options, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
@@ -175,7 +168,7 @@ def _forward(
     softcap: float,
     output_mask: list[bool],
 ) -> Outputs:
-    operators = _csrc(hidden)
+    operators = None if uses_triton(hidden) else extension.cpu_operators(hidden)
     softmax = _softmax_torch if operators is None else _softmax_csrc
     if uses_triton(hidden):
         softmax = _softmax_triton

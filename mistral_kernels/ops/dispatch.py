@@ -49,7 +49,8 @@ def choose_backend(device: torch.device) -> Backend:
 
 def uses_triton(x: torch.Tensor) -> bool:
     """True when the Triton backend serves ``x``."""
-    return choose_backend(x.device).name == "triton"
+    device_type = "cpu" if x.is_cpu else x.device.type  # the first is the quicker to ask for
+    return _choose(device_type, os.environ.get(BACKEND_VARIABLE, "auto")).name == "triton"
 
 
 @functools.cache  # exceptions are not cached: a remedy takes effect at the next call
@@ -166,3 +167,8 @@ def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     return rows, rows.stride(0)
+
+
+def evenly_spaced(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Each as csrc takes it: contiguous in any shape, or the rows that `as_rows` makes of it."""
+    return [x if x is None or x.is_contiguous() else as_rows(x)[0] for x in tensors]

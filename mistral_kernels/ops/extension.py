@@ -97,6 +97,13 @@ def load(device_type: str) -> Any | None:
     return library.operators
 
 
+def cpu_operators(x: torch.Tensor) -> Any | None:
+    """The operators for the CPU where they serve `x` on the torch backend; float64 they do not."""
+    if not x.is_cpu or x.dtype == torch.float64:
+        return None
+    return load("cpu")
+
+
 def status(device_type: str) -> str:
     """One line: where the library for `device_type` was loaded from, or why there is none."""
     try:

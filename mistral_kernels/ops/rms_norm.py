@@ -10,8 +10,8 @@ Backward, with g = weight * dy and n = h * rstd, all in fp32:
     dweight = sum over rows of dy * n
 
 x, residual, y, h: (..., hidden). weight: (hidden,). rstd: (...). Each element is read and written
-once, forward and backward. dweight is summed without atomics: each program leaves one row of
-partial sums, and a second kernel adds those up in a fixed order.
+once, forward and backward. dweight is summed without atomics: each program (of csrc, each block of
+rows) leaves one row of partial sums, and a second kernel adds those up in a fixed order.
 
 Where a row has too many columns for the registers of backward, programs share it: each reads the
 other columns too, but for the mean alone and at the same time as their owner, so that they come
@@ -25,8 +25,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops import launch_configs
-from mistral_kernels.ops.dispatch import as_rows, device_guard, device_properties, uses_triton
+from mistral_kernels.ops import extension, launch_configs
+from mistral_kernels.ops.dispatch import (
+    as_rows,
+    device_guard,
+    device_properties,
+    evenly_spaced,
+    uses_triton,
+)
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
 
@@ -165,12 +171,12 @@ Gradients = tuple[Tensor | None, Tensor | None]  # dx, dweight
 def _empty_outputs(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, save_rstd: bool
 ) -> Outputs:
-    rstd_dtype = torch.promote_types(x.dtype, torch.float32)
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(x.shape[:-1], dtype=rstd_dtype, device=x.device) if save_rstd else None,
-    )
+    rstd = None
+    if save_rstd:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rstd = torch.empty(x.shape[:-1], dtype=dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, None if residual is None else torch.empty_like(y), rstd
 
 
 def _empty_gradients(
@@ -248,6 +254,30 @@ def _backward_triton(
     return dx, dweight
 
 
+def _forward_csrc(
+    operators: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, save_rstd: bool
+) -> Outputs:
+    y, h, rstd = _empty_outputs(x, weight, residual, eps, save_rstd)
+    operators.rms_norm.default(*evenly_spaced(x, residual), weight.contiguous(), eps, y, h, rstd)
+    return y, h, rstd
+
+
+def _backward_csrc(
+    operators: Any,
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    output_mask: list[bool],
+) -> Gradients:
+    dx, dweight = _empty_gradients(dy, dh, h, weight, rstd, output_mask)
+    operators.rms_norm_backward.default(
+        *evenly_spaced(dy, dh, h), weight.contiguous(), rstd.contiguous(), dx, dweight
+    )
+    return dx, dweight
+
+
 def _forward_torch(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, save_rstd: bool
 ) -> Outputs:
@@ -279,11 +309,17 @@ def _backward_torch(
 
 
 def _forward(x: Tensor, *args: Any) -> Outputs:
-    return (_forward_triton if uses_triton(x) else _forward_torch)(x, *args)
+    if uses_triton(x):
+        return _forward_triton(x, *args)
+    operators = extension.cpu_operators(x)
+    return _forward_csrc(operators, x, *args) if operators else _forward_torch(x, *args)
 
 
 def _backward(dy: Tensor, *args: Any) -> Gradients:
-    return (_backward_triton if uses_triton(dy) else _backward_torch)(dy, *args)
+    if uses_triton(dy):
+        return _backward_triton(dy, *args)
+    operators = extension.cpu_operators(dy)
+    return _backward_csrc(operators, dy, *args) if operators else _backward_torch(dy, *args)
 
 
 def _backward_twice(ctx: Any, *grads: Tensor) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops import launch_configs
+from mistral_kernels.ops import extension, launch_configs
 from mistral_kernels.ops.dispatch import device_guard, uses_triton, with_unit_stride
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
@@ -114,7 +114,8 @@ Pair = tuple[Tensor | None, Tensor | None]
 
 def _empty_outputs(q: Tensor | None, k: Tensor | None, *_: Any) -> Pair:
     q_out, k_out = (
-        None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)
+        None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (q, k)
     )
     return q_out, k_out
 
@@ -161,8 +162,30 @@ def _rotate_triton(
 
 def _by_token(x: Tensor) -> Tensor:
     """(tokens, heads, head_dim) with a contiguous last dimension; a copy only where views end."""
-    x = x.reshape(-1, *x.shape[-2:])
+    x = x.flatten(0, -3) if x.ndim > 2 else x.unsqueeze(0)
     return with_unit_stride(x)
+
+
+def _rotate_csrc(
+    operators: Any,
+    q: Tensor | None,
+    k: Tensor | None,
+    q_out: Tensor | None,
+    k_out: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    interleaved: bool,
+    backwards: bool,
+) -> None:
+    in_place = q is q_out and k is k_out
+    q, k = (x if x is None or x.is_contiguous() else _by_token(x) for x in (q, k))
+    if in_place:
+        q_out, k_out = q, k
+    operators.rotary.default(
+        *(q, k, q_out, k_out, with_unit_stride(cos.float()), with_unit_stride(sin.float())),
+        *(positions.contiguous(), interleaved, backwards),
+    )
 
 
 def _rotate_torch(
@@ -204,7 +227,14 @@ def _turn_torch(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, interleaved: b
 def _rotate_into(
     q: Tensor | None, k: Tensor | None, outputs: Pair, cos: Tensor, *args: Any
 ) -> None:
-    (_rotate_triton if uses_triton(cos) else _rotate_torch)(q, k, *outputs, cos, *args)
+    like = k if q is None else q
+    assert like is not None
+    if uses_triton(cos):
+        _rotate_triton(q, k, *outputs, cos, *args)
+    elif operators := extension.cpu_operators(like):
+        _rotate_csrc(operators, q, k, *outputs, cos, *args)
+    else:
+        _rotate_torch(q, k, *outputs, cos, *args)
 
 
 def rotate(q: Tensor | None, k: Tensor | None, *args: Any) -> Pair:
@@ -334,35 +364,36 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) ->
         raise ValueError(f"q must be (..., num_heads, head_dim), got {tuple(q.shape)}")
     if not q.is_floating_point():
         raise TypeError(f"q must be floating point, got {q.dtype}")
-    head_dim = q.shape[-1]
-    if k.shape[-1] != head_dim or k.shape[:-2] != q.shape[:-2]:
+    tokens, head_dim, num_positions = q.shape[:-2], q.shape[-1], cos.shape[0] if cos.ndim else 0
+    if k.shape[-1] != head_dim or k.shape[:-2] != tokens:
         raise ValueError(
             f"k must be (..., num_kv_heads, head_dim) with the leading dimensions and head_dim of "
             f"q {tuple(q.shape)}, got {tuple(k.shape)}"
         )
     if k.dtype != q.dtype:
         raise ValueError(f"k must have q's dtype {q.dtype}, got {k.dtype}")
-    if positions.shape != q.shape[:-2]:
+    if positions.shape != tokens:
         raise ValueError(
-            f"positions must be {tuple(q.shape[:-2])}, one for each token of q, "
+            f"positions must be {tuple(tokens)}, one for each token of q, "
             f"got {tuple(positions.shape)}"
         )
     if positions.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"positions must be torch.int32 or torch.int64, got {positions.dtype}")
     for name, table in (("cos", cos), ("sin", sin)):
-        if table.ndim != 2 or table.shape[-1] * 2 != head_dim or len(table) != len(cos):
+        if table.shape != (num_positions, head_dim / 2):
             raise ValueError(
                 f"{name} must be (num_positions, {head_dim / 2:g}), got {tuple(table.shape)}"
             )
+    device = q.device
     for name, x in (("k", k), ("cos", cos), ("sin", sin), ("positions", positions)):
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on {q.device} like q, got {x.device}")
+        if x.device != device:
+            raise ValueError(f"{name} must be on {device} like q, got {x.device}")
     # On a GPU the look would wait for it; tracing cannot branch on it.
-    if positions.device.type == "cpu" and positions.numel() and not torch.compiler.is_compiling():
+    if positions.is_cpu and positions.numel() and not torch.compiler.is_compiling():
         lowest, highest = (x.item() for x in positions.aminmax())
-        if lowest < 0 or highest >= len(cos):
+        if lowest < 0 or highest >= num_positions:
             raise ValueError(
-                f"positions must lie in the tables' [0, {len(cos)}), got {lowest} to {highest}"
+                f"positions must lie in the tables' [0, {num_positions}), got {lowest} to {highest}"
             )
 
 

@@ -19,14 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_kernels.ops import launch_configs
-from mistral_kernels.ops.dispatch import as_rows, device_guard, uses_triton
+from mistral_kernels.ops import extension, launch_configs
+from mistral_kernels.ops.dispatch import as_rows, device_guard, evenly_spaced, uses_triton
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
 
 if TYPE_CHECKING:
     import triton.language as tl
 
+_CONTIGUOUS = torch.contiguous_format
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -104,15 +105,16 @@ def _parts(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _empty_output(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    gate, _ = _parts(gate, up)
-    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if up is None:
+        return gate.new_empty(*gate.shape[:-1], gate.shape[-1] // 2)
+    return torch.empty_like(gate, memory_format=_CONTIGUOUS)
 
 
 def _empty_gradients(
     dy: Tensor, gate: Tensor, up: Tensor | None, output_mask: list[bool]
 ) -> Gradients:
     dgate, dup = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need and x is not None else None
+        None if x is None or not need else torch.empty_like(x, memory_format=_CONTIGUOUS)
         for x, need in zip((gate, up), output_mask)
     )
     return dgate, dup
@@ -170,6 +172,12 @@ def _grid(rows: int, cols: int, config: launch_configs.Config) -> tuple[int]:
     return (cdiv(rows, config["BLOCK_ROWS"]) * cdiv(cols, config["BLOCK_COLS"]),)
 
 
+def _forward_csrc(operators: Any, gate: Tensor, up: Tensor | None) -> Tensor:
+    y = _empty_output(gate, up)
+    operators.swiglu.default(*evenly_spaced(gate, up), y)
+    return y
+
+
 def _forward_torch(gate: Tensor, up: Tensor | None) -> Tensor:
     gate, up = _parts(gate, up)
     return F.silu(gate).mul_(up).contiguous()
@@ -186,15 +194,22 @@ def _backward_torch(
 
 
 def _forward(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    return (_forward_triton if uses_triton(gate) else _forward_torch)(gate, up)
+    if uses_triton(gate):
+        return _forward_triton(gate, up)
+    operators = extension.cpu_operators(gate)
+    return _forward_csrc(operators, gate, up) if operators else _forward_torch(gate, up)
 
 
 def _backward(dy: Tensor, gate: Tensor, up: Tensor | None, output_mask: list[bool]) -> Gradients:
     gradients = dgate, dup = _empty_gradients(dy, gate, up, output_mask)
+    triton = uses_triton(dy)
+    if not triton and (operators := extension.cpu_operators(dy)):
+        operators.swiglu_backward.default(*evenly_spaced(dy, gate, up), dgate, dup)
+        return gradients
     if up is None and dgate is not None:  # one tensor, whose halves are written
         dgate, dup = _parts(dgate, None)
     if dy.numel():
-        (_backward_triton if uses_triton(dy) else _backward_torch)(dy, gate, up, dgate, dup)
+        (_backward_triton if triton else _backward_torch)(dy, gate, up, dgate, dup)
     return gradients
 
 

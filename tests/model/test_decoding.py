@@ -101,9 +101,9 @@ def test_a_step_on_a_gpu_never_changes(sampler: Sampler) -> None:
 
 # What only makes views, or memory (which the tests fill), or looks at CPU tensors on the host.
 FREE = """
-    alias as_strided atleast_1d contiguous detach empty expand fill_ flatten permute promote_types
-    reshape resolve_conj resolve_neg select slice split_with_sizes squeeze transpose unflatten
-    unsqueeze view item split is_inference
+    alias as_strided atleast_1d contiguous detach empty empty_like expand fill_ flatten new_empty
+    permute promote_types reshape resolve_conj resolve_neg select slice split_with_sizes squeeze
+    transpose unflatten unsqueeze view item split is_inference
 """.split()
 
 

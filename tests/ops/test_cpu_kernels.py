@@ -23,24 +23,6 @@ CASES = {
 }
 
 
-@pytest.fixture(params=extension._INSTRUCTION_SETS)
-def operators(request, monkeypatch):
-    """The library with its kernels for one instruction set."""
-    library = extension.load("cpu")
-    if library is None:
-        pytest.skip(extension.status("cpu"))
-    best, *others = library.instruction_sets().split()
-    if request.param not in (best, *others):
-        pytest.skip(f"this processor has no {request.param}")
-    usual = os.environ.get(extension.CPU_VARIABLE, best)
-    monkeypatch.setenv(extension.CPU_VARIABLE, request.param)
-    monkeypatch.setattr(extension, "_libraries", {})
-    assert extension.status("cpu").endswith(f", kernels for {request.param}")
-    yield extension.load("cpu")
-    library.use_instruction_set(usual)
-    torch.set_num_threads(1)
-
-
 def make_rows(rows, vocab, dtype, spread=5.0, ignore_index=-100):
     """Logits, targets, and the scale of the gradient."""
     targets = torch.randint(vocab, (rows,))
@@ -241,7 +223,8 @@ def test_with_sanitizers(tmp_path):
         extension.BUILD_VARIABLE: "always",
     }
     here = Path(__file__)
-    tests = [str(here), f"{here.with_name('test_extension.py')}::test_same_bits"]
+    tests = [*map(str, here.parent.glob("test_cpu_*.py"))]
+    tests.append(f"{here.with_name('test_extension.py')}::test_same_bits")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env=environment,

@@ -1,12 +1,14 @@
-"""The product of a few rows, which is split over the threads, is that of many."""
+"""The product of a few rows, by csrc's kernel or split over the threads, is that of many."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers import FLOATS, assert_matches_reference
+import torch.nn.functional as F
+from helpers import FLOATS, assert_as_accurate, assert_matches_reference
 
-from mistral_kernels.ops.linear import linear
+from mistral_kernels.ops import extension
+from mistral_kernels.ops.linear import _KERNEL_ROWS, linear
 
 
 @pytest.fixture
@@ -26,12 +28,65 @@ def test_values_and_gradients(rows, out_features, in_features, dtype, device):
         "x": torch.randn(rows, in_features, device=device).to(dtype).requires_grad_(),
         "weight": torch.randn(out_features, in_features, device=device).to(dtype).requires_grad_(),
     }
-    assert_matches_reference(
-        linear, lambda x, weight: torch.nn.functional.linear(x, weight), inputs
-    )
+    assert_matches_reference(linear, lambda x, weight: F.linear(x, weight), inputs)
 
 
 @pytest.mark.usefixtures("two_threads")
 def test_any_strides():
     x, weight = torch.randn(3, 40)[:, ::2], torch.randn(20, 16).T
     assert torch.allclose(linear(x, weight), x @ weight.T, atol=1e-5)
+
+
+@pytest.fixture
+def kernel_rows(monkeypatch):
+    """How many rows each call of csrc's kernel had."""
+    operators = extension.load("cpu")
+    if operators is None:
+        pytest.skip(extension.status("cpu"))
+    seen = []
+
+    class Watched:
+        class linear:
+            @staticmethod
+            def default(x, weight, y):
+                seen.append(len(x))
+                operators.linear.default(x, weight, y)
+
+    monkeypatch.setattr(extension, "cpu_operators", lambda x: Watched)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_few_rows_without_gradients(dtype, kernel_rows):
+    """One kernel for 1 to `_KERNEL_ROWS` rows, so that a row's bits are the same in any batch."""
+    x = torch.randn(_KERNEL_ROWS + 1, 48).to(dtype)
+    weight = torch.nn.Parameter(torch.randn(67, 48).to(dtype))
+    with torch.no_grad():
+        few = linear(x[:_KERNEL_ROWS], weight)
+        for i in range(_KERNEL_ROWS):
+            assert torch.equal(linear(x[i : i + 1], weight), few[i : i + 1])
+        assert kernel_rows == [_KERNEL_ROWS] + [1] * _KERNEL_ROWS
+        many = linear(x, weight)
+    assert len(kernel_rows) == _KERNEL_ROWS + 1
+    exact = F.linear(x.double(), weight.double())
+    for y in (few, many):
+        assert_as_accurate(y, F.linear(x, weight)[: len(y)], exact[: len(y)], "y")
+
+
+def test_what_the_kernel_leaves_to_pytorch(kernel_rows):
+    x, weight = torch.randn(3, 16), torch.randn(20, 16)
+    assert linear(x, weight.clone().requires_grad_()).requires_grad
+    assert linear(x.clone().requires_grad_(), weight).requires_grad
+    assert linear(x, torch.randn(16, 20).T).shape == (3, 20)
+    assert linear(x.as_subclass(_Subclass), weight).__class__ is _Subclass
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(x, weight.bfloat16())
+    compiled = torch.compile(linear, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, weight), F.linear(x, weight))
+    assert not kernel_rows
+
+
+class _Subclass(torch.Tensor):
+    pass

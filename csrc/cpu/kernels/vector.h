@@ -43,6 +43,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+struct ExactBFloat16 : BFloat16 {};  // subnormal numbers stay what they are
+
 INLINE Vec splat(float x) { return x - Vec{}; }
 
 INLINE Vec fma(Vec a, Vec b, Vec c) {
@@ -58,32 +60,64 @@ INLINE Vec fma(Vec a, Vec b, Vec c) {
 }
 
 // Of two numbers; NaN where b is.
-INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
-INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+INLINE Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+INLINE Vec min(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 INLINE Vec abs(Vec x) { return (Vec)((UintVec)x & 0x7fffffffu); }
 
 INLINE float sum(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(x);
+#else
   float total = x[0];
   for (int i = 1; i < kLanes; ++i) total += x[i];
   return total;
+#endif
 }
 
 INLINE float max(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(x);
+#else
   float largest = x[0];
   for (int i = 1; i < kLanes; ++i) largest = x[i] > largest ? x[i] : largest;
   return largest;
+#endif
 }
 
 // 2^n, n in [-126, 127].
 INLINE Vec power_of_2(IntVec n) { return (Vec)((UintVec)(n + 127) << 23); }
 
+// n: whole numbers in [-252, 254].
+INLINE Vec times_power_of_2(Vec x, Vec n) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(x, n);
+#else
+  // In two steps, for the ends of the range: 2^128 overflows by itself, 2^-149 vanishes.
+  const IntVec whole = __builtin_convertvector(n, IntVec), half = whole >> 1;
+  return x * power_of_2(half) * power_of_2(whole - half);
+#endif
+}
+
 // To about one unit in the last place over all float32: 0 and infinity beyond, NaN of NaN.
 INLINE Vec exp(Vec x) {
   x = min(splat(89.0f), max(splat(-104.0f), x));
-  // 2^n e^r with |r| <= ln(2) / 2. Adding this number rounds to an integer, kept in its low bits.
+  // 2^n e^r with |r| <= ln(2) / 2. Adding this number rounds to an integer.
   const Vec rounder = splat(0x1.8p23f);
-  const Vec shifted = x * 0x1.715476p0f + rounder;
-  const Vec n = shifted - rounder;
+  const Vec n = x * 0x1.715476p0f + rounder - rounder;
   Vec r = fma(n, splat(-0.693359375f), x);  // exact, with or without fma
   r = fma(n, splat(2.12194440e-4f), r);
   Vec p = fma(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
@@ -92,9 +126,19 @@ INLINE Vec exp(Vec x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = fma(p * r, r, r) + 1.0f;
-  // In two steps, for the ends of the range: 2^128 overflows by itself, 2^-149 vanishes.
-  const IntVec exponent = (IntVec)shifted - (IntVec)rounder, half = exponent >> 1;
-  return p * power_of_2(half) * power_of_2(exponent - half);
+  return times_power_of_2(p, n);
+}
+
+// For what is rounded to 16 bits: to 2^-18 or, where |x| is large, x 2^-24.
+INLINE Vec rough_exp(Vec x) {
+  x = min(splat(89.0f), max(splat(-104.0f), x));
+  const Vec rounder = splat(0x1.8p23f), power = x * 0x1.715476p0f;
+  const Vec n = power + rounder - rounder, f = power - n;
+  Vec p = fma(splat(0.00957010034f), f, splat(0.0559178591f));
+  p = fma(p, f, splat(0.240247443f));
+  p = fma(p, f, splat(0.693121791f));
+  p = fma(p, f, splat(0.999999285f));
+  return times_power_of_2(p, n);
 }
 
 // Near 0, where 1 - 2 / (e^2x + 1) cancels, a polynomial fitted to a relative error of 4e-8.
@@ -118,21 +162,42 @@ INLINE To load_as(const From* x) {
 INLINE Vec load(const float* x) { return load_as<Vec>(x); }
 INLINE void store(float* to, Vec x) { __builtin_memcpy(to, &x, sizeof x); }
 
-INLINE Vec load(const BFloat16* x) {
-  return (Vec)(__builtin_convertvector(load_as<ShortVec>(x), UintVec) << 16);
+// GCC would widen and narrow 16 numbers half by half.
+INLINE UintVec widened(ShortVec x) {
+#if defined(__AVX512F__)
+  return (UintVec)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+  return __builtin_convertvector(x, UintVec);
+#endif
 }
 
-// Rounded to the nearest, ties to even. (The processor's own instruction makes subnormals zero.)
-INLINE void store(BFloat16* to, Vec x) {
-#if defined(__AVX512BF16__)
-  const auto rounded = _mm512_cvtneps_pbh(x);
+INLINE ShortVec narrowed(UintVec x) {
+#if defined(__AVX512F__)
+  return (ShortVec)_mm512_cvtepi32_epi16((__m512i)x);
 #else
+  return __builtin_convertvector(x, ShortVec);
+#endif
+}
+
+INLINE Vec load(const BFloat16* x) { return (Vec)(widened(load_as<ShortVec>(x)) << 16); }
+
+// Rounded to the nearest, ties to even.
+INLINE void store(ExactBFloat16* to, Vec x) {
   const UintVec bits = (UintVec)x;
   const UintVec nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const UintVec nan = UintVec{} + 0x7fc0u;
-  const auto rounded = __builtin_convertvector(x == x ? nearest : nan, ShortVec);
-#endif
+  const ShortVec rounded = narrowed(x == x ? nearest : nan);
   __builtin_memcpy(to, &rounded, sizeof rounded);
+}
+
+// The processor's own instruction makes subnormals zero.
+INLINE void store(BFloat16* to, Vec x) {
+#if defined(__AVX512BF16__)
+  const auto rounded = _mm512_cvtneps_pbh(x);
+  __builtin_memcpy(to, &rounded, sizeof rounded);
+#else
+  store(static_cast<ExactBFloat16*>(to), x);
+#endif
 }
 
 INLINE Vec load(const Half* x) {
@@ -173,6 +238,14 @@ INLINE void store(Half* to, Vec x) {
   const auto rounded = __builtin_convertvector(half | ((bits >> 16) & 0x8000u), ShortVec);
 #endif
   __builtin_memcpy(to, &rounded, sizeof rounded);
+}
+
+// To what T can hold.
+template <typename T>
+INLINE Vec rounded(Vec x) {
+  T whole[kLanes];
+  store(whole, x);
+  return load(whole);
 }
 
 // The first `count` numbers, and zeros.

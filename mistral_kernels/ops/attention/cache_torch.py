@@ -28,7 +28,8 @@ def attend_in_pieces(
     Reads `lengths` on the host.
     """
     return_lse = scoring.return_lse
-    if _is_decode_step(q, k, cache, scoring, max_seqlen_q):
+    whole_rows = cache.rows is None and cache.block_table is None
+    if whole_rows and is_decode_step(q, k, cache, scoring, max_seqlen_q):
         return _decode(q, cache, scoring), None
     if not cache.lengths.numel():
         *batch, seqlen, heads, _ = q.shape
@@ -96,12 +97,11 @@ def _in_order(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _is_decode_step(
+def is_decode_step(
     q: Tensor, k: Tensor | None, cache: CacheView, scoring: Scoring, max_seqlen_q: int
 ) -> bool:
     """One token a sequence, already in the cache, and nothing that only the formula knows?"""
-    plain = cache.rows is None and cache.block_table is None
-    plain = plain and scoring.alibi_slopes is None and not scoring.needs_formula
+    plain = scoring.alibi_slopes is None and not scoring.needs_formula
     return plain and k is None and max_seqlen_q == 1 and len(q) == cache.lengths.numel()
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mistral_kernels.ops import extension
 from mistral_kernels.ops.attention import decode
-from mistral_kernels.ops.attention.cache_torch import attend_in_pieces
+from mistral_kernels.ops.attention.cache_torch import attend_in_pieces, is_decode_step
 from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.cpu import Scoring
 from mistral_kernels.ops.attention.window import Window
-from mistral_kernels.ops.dispatch import uses_triton
+from mistral_kernels.ops.dispatch import uses_triton, with_unit_stride
 
 
 def _cached_attention(
@@ -30,7 +31,26 @@ def _cached_attention(
     )
     if uses_triton(q):
         return decode.launch(q, k, v, view, scoring, max_seqlen_q, splits, counters)
+    operators = extension.cpu_operators(q)
+    if operators is not None and is_decode_step(q, k, view, scoring, max_seqlen_q):
+        return _decode_csrc(operators, q, view, scoring), None
     return attend_in_pieces(q, k, v, view, scoring, max_seqlen_q)
+
+
+def _decode_csrc(operators: Any, q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
+    """One new token a sequence, whose key is in the cache."""
+    queries = with_unit_stride(q if q.ndim == 3 else q.squeeze(1))
+    out = torch.empty(queries.shape, dtype=q.dtype)
+    new_tokens = cache.seqlen_new if cache.cu_seqlens is None else 1
+    places = [
+        None if x is None else x.contiguous()
+        for x in (cache.rows, cache.leftpad, cache.block_table)
+    ]
+    operators.decode_attention.default(
+        *(queries, cache.k_cache, cache.v_cache, cache.lengths.contiguous(), new_tokens),
+        *(*places, scoring.window.left, scoring.scale, out),
+    )
+    return out if q.ndim == 3 else out.unsqueeze(1)
 
 
 def _cached_attention_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:

@@ -3,6 +3,8 @@
 A band of rows meets one slice of keys, so cost and memory follow the window; neither the scores nor
 the mask of the whole sequence ever exists. Inside a band PyTorch's `scaled_dot_product_attention`
 does the work. It knows no softcap and returns no log-sum-exp; bands that need one use the formula.
+
+Where csrc is there, it serves the forward pass on CPUs but for ALiBi: blocks, too, in one call.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from mistral_kernels.ops.attention.window import (
     triangle_rows,
     visible,
 )
+from mistral_kernels.ops.dispatch import with_unit_stride
+from mistral_kernels.ops.extension import cpu_operators
 
 # Rows of a band. A taller band wastes more masked keys, a shorter one pays more calls.
 _BAND_ROWS = 64
@@ -157,6 +161,9 @@ def _backward(
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
+    operators = cpu_operators(q) if scoring.alibi_slopes is None else None
+    if operators is not None:
+        return _forward_csrc(q, k, v, scoring, operators)
     batch, seqlen_q, num_heads, _ = q.shape
     bands = _bands(q, k, scoring)
     biases = _Biases(q, k, scoring)
@@ -178,27 +185,30 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor,
     return out, lse
 
 
-def is_one_triangle(q: Tensor, k: Tensor, window: Window) -> bool:
-    """Is all of this attention best left to PyTorch's own causal mask?"""
-    rows = triangle_rows(q.shape[1], k.shape[1], window)
-    return rows == q.shape[1] and _suits_triangle(rows, q)
-
-
-def _suits_triangle(rows: int, q: Tensor) -> bool:
-    batch, _, num_heads, head_dim = q.shape
-    little = rows**2 * batch * num_heads * head_dim <= _TRIANGLE_WORK
-    return 0 < rows <= _BAND_ROWS or little or rows >= _TRIANGLE_ROWS
+def _forward_csrc(
+    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, operators: Any
+) -> tuple[Tensor, Tensor | None]:
+    batch, seqlen_q, num_heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(batch, num_heads, seqlen_q) if scoring.return_lse else None
+    operators.attention(
+        *(with_unit_stride(x) for x in (q, k, v)),
+        *(out, lse, *scoring.window.reach, scoring.scale, scoring.softcap),
+    )
+    return out, lse
 
 
 def _bands(q: Tensor, k: Tensor, scoring: Scoring) -> list[_Band]:
-    seqlen_q, seqlen_k, window = q.shape[1], k.shape[1], scoring.window
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    seqlen_k, window = k.shape[1], scoring.window
     rows = rows_with_keys(seqlen_q, seqlen_k, window)
     offset = seqlen_k - seqlen_q
     bands = []
     start = rows.start
     size = triangle_rows(seqlen_q, seqlen_k, window)
     plain = not scoring.needs_formula and scoring.alibi_slopes is None
-    if plain and size and _suits_triangle(size, q):
+    little = size**2 * batch * num_heads * head_dim <= _TRIANGLE_WORK
+    if plain and size and (size <= _BAND_ROWS or little or size >= _TRIANGLE_ROWS):
         bands.append(_Band(slice(0, size), slice(0, size), 0, triangle=True))
         start = size
     while start < rows.stop:

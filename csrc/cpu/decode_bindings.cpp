@@ -1,0 +1,140 @@
+// The operators of a decode step that the CPU library alone has.
+#include "../bindings.h"
+#include "dispatch.h"
+#include "kernels/decode.h"
+#include "kernels/linear.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kGrain = 1 << 17;  // bytes of memory to read, worth a thread
+
+void linear(const Tensor& x, const Tensor& weight, const Tensor& y) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1),
+                  "x and weight must be (rows, in_features) and (out_features, in_features)");
+  STD_TORCH_CHECK(x.stride(1) == 1 && weight.stride(1) == 1,
+                  "x and weight must be contiguous in in_features");
+  STD_TORCH_CHECK(y.dim() == 2 && y.size(0) == x.size(0) && y.size(1) == weight.size(0) &&
+                      y.is_contiguous(),
+                  "y must be (rows, out_features), contiguous");
+  for (const Tensor* other : {&weight, &y}) {
+    STD_TORCH_CHECK(x.is_cpu() && other->is_cpu() && other->scalar_type() == x.scalar_type(),
+                    "x, weight and y must be on the CPU, of one dtype");
+  }
+  kernels::Linear l{};
+  l.x = x.data_ptr();
+  l.weight = weight.data_ptr();
+  l.y = y.data_ptr();
+  l.x_stride = x.stride(0);
+  l.weight_stride = weight.stride(0);
+  l.rows = x.size(0);
+  l.in_features = x.size(1);
+  l.out_features = weight.size(0);
+  l.dtype = dtype_of("x", x);
+  const auto kernel = KERNEL(linear);
+  const int64_t outputs = kGrain / (l.in_features * x.element_size() + 1) + 1;
+  torch::stable::parallel_for(0, l.rows ? l.out_features : 0, outputs,
+                              [&](int64_t begin, int64_t end) { kernel(l, begin, end); });
+}
+
+const int32_t* int32s(const char* name, const OptionalTensor& x, int64_t size) {
+  return x ? vector_data<int32_t>(name, *x, ScalarType::Int, size) : nullptr;
+}
+
+void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                      const Tensor& lengths, int64_t new_tokens, const OptionalTensor& rows,
+                      const OptionalTensor& leftpad, const OptionalTensor& block_table,
+                      int64_t window_left, double scale, const Tensor& out) {
+  STD_TORCH_CHECK(k_cache.dim() == 4 && v_cache.dim() == 4 && q.dim() == 3,
+                  "q must have 3 dimensions, k_cache and v_cache 4");
+  kernels::Decode d{};
+  d.batch = q.size(0);
+  d.num_heads = q.size(1);
+  d.head_dim = q.size(2);
+  d.num_kv_heads = k_cache.size(2);
+  for (const Tensor* x : {&q, &k_cache, &v_cache, &out}) {
+    STD_TORCH_CHECK(x->is_cpu() && x->scalar_type() == q.scalar_type() &&
+                        x->stride(x->dim() - 1) == 1 && x->size(x->dim() - 1) == d.head_dim,
+                    "q, k_cache, v_cache and out must be on the CPU, of one dtype and head_dim, "
+                    "contiguous in it");
+  }
+  for (int i = 0; i < 3; ++i) {
+    STD_TORCH_CHECK(v_cache.size(i) == k_cache.size(i), "v_cache must have k_cache's shape");
+    d.k_strides[i] = k_cache.stride(i);
+    d.v_strides[i] = v_cache.stride(i);
+  }
+  STD_TORCH_CHECK(d.num_kv_heads > 0 && d.num_heads % d.num_kv_heads == 0,
+                  "k_cache's heads must divide q's");
+  STD_TORCH_CHECK(out.numel() == q.numel() && out.is_contiguous(), "out must be q's, contiguous");
+  d.q = q.data_ptr();
+  d.k_cache = k_cache.data_ptr();
+  d.v_cache = v_cache.data_ptr();
+  d.out = out.data_ptr();
+  d.q_strides[0] = q.stride(0);
+  d.q_strides[1] = q.stride(1);
+  d.lengths = int32s("lengths", lengths, d.batch);
+  d.rows = int32s("rows", rows, d.batch);
+  d.leftpad = int32s("leftpad", leftpad, d.batch);
+  d.new_tokens = new_tokens;
+  d.capacity = d.page_size = k_cache.size(1);
+  if (block_table) {
+    STD_TORCH_CHECK(block_table->dim() == 2, "block_table must be (batch, max_pages)");
+    d.max_pages = block_table->size(1);
+    d.block_table = int32s("block_table", block_table, d.batch * d.max_pages);
+    d.capacity *= d.max_pages;
+  }
+  STD_TORCH_CHECK(d.capacity > 0, "the caches have no slots");
+  d.window_left = window_left;
+  d.scale = static_cast<float>(scale);
+  d.dtype = dtype_of("q", q);
+  for (int64_t sequence = 0; sequence < d.batch; ++sequence) {
+    STD_TORCH_CHECK(d.lengths[sequence] >= 0, "lengths must be >= 0, got ", d.lengths[sequence]);
+    const kernels::Span span = kernels::visible(d, sequence);
+    const int64_t keys = span.end - span.begin;
+    d.splits = std::max(d.splits, (keys + kernels::kSplit - 1) / kernels::kSplit);
+    const auto check = [&](const char* name, int64_t outer) {
+      STD_TORCH_CHECK(outer >= 0 && outer < k_cache.size(0), name, " must lie in [0, ",
+                      k_cache.size(0), "), got ", outer);
+    };
+    if (!block_table) check("rows", rows ? d.rows[sequence] : sequence);
+    for (int64_t position = span.begin; block_table && position < span.end;) {
+      const int64_t page = position % d.capacity / d.page_size;
+      check("block_table", d.block_table[sequence * d.max_pages + page]);
+      position += d.page_size - position % d.page_size;
+    }
+  }
+  const auto attend = KERNEL(attend_splits), combine = KERNEL(combine_splits);
+  const int64_t heads = d.batch * d.num_heads;
+  const std::unique_ptr<float[]> partials(new float[heads * d.splits * (2 + d.head_dim)]);
+  d.partials = partials.get();
+  const int64_t split_bytes = 2 * kernels::kSplit * d.head_dim * q.element_size();
+  torch::stable::parallel_for(0, d.batch * d.splits * d.num_kv_heads, kGrain / split_bytes + 1,
+                              [&](int64_t begin, int64_t end) { attend(d, begin, end); });
+  const int64_t head_bytes = d.splits * d.head_dim * static_cast<int64_t>(sizeof(float));
+  torch::stable::parallel_for(0, heads, kGrain / (head_bytes + 1) + 1,
+                              [&](int64_t begin, int64_t end) { combine(d, begin, end); });
+}
+
+}  // namespace
+
+LIBRARY_FRAGMENT(KERNELS_NAMESPACE, m) {
+  m.def("linear(Tensor x, Tensor weight, Tensor(a!) y) -> ()");
+  m.def(
+      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, int new_tokens, "
+      "Tensor? rows, Tensor? leftpad, Tensor? block_table, int window_left, float scale, "
+      "Tensor(a!) out) -> ()");
+}
+
+LIBRARY_IMPL(KERNELS_NAMESPACE, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
+}

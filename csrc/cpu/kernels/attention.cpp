@@ -1,0 +1,309 @@
+// Flash attention (arXiv:2205.14135) for a CPU: the query heads of a kv head are rows of one block,
+// a block of keys and values serves all of them out of a cache, and blocks that the window hides
+// are never visited.
+//
+// Products run over units of 32 bits, which one instruction multiplies with a whole vector of
+// others: a float32, or, with AVX-512 BF16, a pair of bfloat16. The left factor lies in rows, the
+// right one in tiles of kCols units, one step of the inner dimension after the other.
+#include "attention.h"
+
+#include "vector.h"
+
+namespace kernels::INSTRUCTION_SET {
+namespace {
+
+// Of sums in registers: rows, and vectors in each.
+constexpr int kRows = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kVecs = 4;
+#else
+constexpr int kVecs = 2;
+#endif
+constexpr int kCols = kVecs * kLanes;
+constexpr int kBlockRows = 8 * kRows;  // or as many as a kv head has query heads
+constexpr int kMaxHeadDim = 256;
+constexpr float kInfinity = __builtin_inff();
+
+static_assert(kKeyBlock % kCols == 0, "a block of keys is whole tiles");
+
+struct Singles {
+  using Number = float;
+  static constexpr int kWidth = 1;  // numbers in a unit
+
+  static INLINE Vec multiply_add(const Number* a, Vec b, Vec sum) { return fma(splat(*a), b, sum); }
+  static INLINE Vec exponential(Vec x) { return exp(x); }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+  using Number = BFloat16;
+  static constexpr int kWidth = 2;
+
+  static INLINE Vec multiply_add(const Number* a, Vec b, Vec sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(load_as<int32_t>(a)), (__m512bh)b);
+  }
+  static INLINE Vec exponential(Vec x) { return rough_exp(x); }
+};
+#else
+using Pairs = Singles;
+#endif
+
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// What follows from the sizes of a call. Numbers, but for what says bytes.
+template <typename Unit>
+struct Layout {
+  using Number = typename Unit::Number;
+  static constexpr int kSteps = kKeyBlock / Unit::kWidth;  // of keys, in the second product
+
+  int group, queries, rows;  // of a block of queries
+  int depth;                 // head_dim, whole units
+  int width;                 // head_dim, whole tiles
+  int64_t key_blocks, query_blocks;
+
+  explicit Layout(const Attention& a)
+      : group(a.heads / a.kv_heads),
+        queries(group < kBlockRows ? kBlockRows / group : 1),
+        rows(queries * group),
+        depth(ceil_div(a.head_dim, Unit::kWidth) * Unit::kWidth),
+        width(ceil_div(a.head_dim, kCols) * kCols),
+        key_blocks(ceil_div(a.seqlen_k, kKeyBlock)),
+        query_blocks(ceil_div(a.seqlen_q, queries)) {}
+
+  int64_t block() const { return int64_t{kKeyBlock} * (depth + width); }
+
+  Sizes sizes(const Attention& a) const {
+    const int64_t of_a_row = (depth + kKeyBlock) * sizeof(Number) + (kKeyBlock + width) * 4 +
+                             sizeof(Vec) + 4;
+    return {a.batch * a.kv_heads * key_blocks * block() * int64_t{sizeof(Number)}, rows * of_a_row,
+            key_blocks, query_blocks};
+  }
+};
+
+// c (+)= a b, for kR rows and one tile.
+template <int kR, typename Unit, typename Number = typename Unit::Number>
+void multiply_rows(const Number* a, int64_t a_stride, const Number* b, int steps, float* c,
+                   int64_t c_stride, bool accumulate) {
+  Vec sums[kR][kVecs];
+  for (int r = 0; r < kR; ++r) {
+    for (int i = 0; i < kVecs; ++i) {
+      sums[r][i] = accumulate ? load(c + r * c_stride + i * kLanes) : Vec{};
+    }
+  }
+  for (int step = 0; step < steps; ++step) {
+    Vec factors[kVecs];
+    for (int i = 0; i < kVecs; ++i) factors[i] = load_as<Vec>(b + i * kLanes * Unit::kWidth);
+    for (int r = 0; r < kR; ++r) {
+      for (int i = 0; i < kVecs; ++i) {
+        sums[r][i] = Unit::multiply_add(a + r * a_stride, factors[i], sums[r][i]);
+      }
+    }
+    a += Unit::kWidth;
+    b += kCols * Unit::kWidth;
+  }
+  for (int r = 0; r < kR; ++r) {
+    for (int i = 0; i < kVecs; ++i) store(c + r * c_stride + i * kLanes, sums[r][i]);
+  }
+}
+
+template <typename Unit, typename Number = typename Unit::Number>
+void multiply(const Number* a, int64_t a_stride, int rows, const Number* b, int steps, float* c,
+              int64_t c_stride, bool accumulate) {
+  for (; rows >= kRows; rows -= kRows) {
+    multiply_rows<kRows, Unit>(a, a_stride, b, steps, c, c_stride, accumulate);
+    a += kRows * a_stride;
+    c += kRows * c_stride;
+  }
+  const auto rest = rows == 5   ? multiply_rows<5, Unit>
+                    : rows == 4 ? multiply_rows<4, Unit>
+                    : rows == 3 ? multiply_rows<3, Unit>
+                    : rows == 2 ? multiply_rows<2, Unit>
+                                : multiply_rows<1, Unit>;
+  if (rows) rest(a, a_stride, b, steps, c, c_stride, accumulate);
+}
+
+// One token's head, zeros behind it up to `size`.
+template <typename T, typename Number>
+INLINE void convert(const T* from, int head_dim, Number* to, int size) {
+  for_each_vector(head_dim, [&](int64_t i, int count) {
+    store(to + i, load(from + i, count), count);
+  });
+  for (int i = head_dim; i < size; ++i) to[i] = Number{};
+}
+
+template <typename T>
+INLINE T* head_of(const Heads& x, int64_t batch, int64_t token, int64_t head) {
+  return reinterpret_cast<T*>(x.data) + batch * x.batch_stride + token * x.token_stride +
+         head * x.head_stride;
+}
+
+// Keys as [tile][step of head_dim][key], then values as [tile][step of keys][channel], in units.
+template <typename T, typename Unit>
+void pack_block(const Attention& a, const Layout<Unit>& layout, int64_t index) {
+  using Number = typename Unit::Number;
+  const int64_t block = index % layout.key_blocks, head = index / layout.key_blocks % a.kv_heads;
+  const int64_t batch = index / layout.key_blocks / a.kv_heads, first = block * kKeyBlock;
+  auto* const keys = reinterpret_cast<Number*>(a.packed) + index * layout.block();
+  auto* const values = keys + int64_t{kKeyBlock} * layout.depth;
+  const int steps = layout.depth / Unit::kWidth;
+  Number row[kMaxHeadDim + kCols];
+  for (int key = 0; key < kKeyBlock; ++key) {
+    const bool exists = first + key < a.seqlen_k;
+    const int head_dim = exists ? a.head_dim : 0;
+    const int64_t token = exists ? first + key : 0;
+    convert(head_of<const T>(a.k, batch, token, head), head_dim, row, layout.depth);
+    Number* to = keys + (int64_t{key / kCols} * steps * kCols + key % kCols) * Unit::kWidth;
+    for (int step = 0; step < steps; ++step) {
+      __builtin_memcpy(to, row + step * Unit::kWidth, sizeof(Number) * Unit::kWidth);
+      to += kCols * Unit::kWidth;
+    }
+    convert(head_of<const T>(a.v, batch, token, head), head_dim, row, layout.width);
+    for (int channel = 0; channel < layout.width; ++channel) {
+      const int64_t unit =
+          (int64_t{channel / kCols} * layout.kSteps + key / Unit::kWidth) * kCols + channel % kCols;
+      values[unit * Unit::kWidth + key % Unit::kWidth] = row[channel];
+    }
+  }
+}
+
+// Scores of a row and a block become weights, of which only keys [begin, end) have any. Returns
+// what earlier weights are to be multiplied by.
+template <typename Unit>
+INLINE float softmax(const Attention& a, float* scores, typename Unit::Number* weights, int begin,
+                     int end, float& row_max, Vec& row_sum) {
+  Vec z[kKeyBlock / kLanes], largest = splat(-kInfinity);
+  IntVec key;
+  for (int i = 0; i < kLanes; ++i) key[i] = i;
+  for (int i = 0; i < kKeyBlock / kLanes; ++i, key += kLanes) {
+    z[i] = load(scores + i * kLanes) * a.scale;
+    if (a.softcap > 0) z[i] = a.softcap * tanh(z[i] / a.softcap);
+    if (begin > 0 || end < kKeyBlock) {
+      z[i] = (key >= begin) & (key < end) ? z[i] : splat(-kInfinity);
+    }
+    largest = max(largest, z[i]);
+  }
+  const float before = row_max, found = max(largest);
+  if (found > row_max) row_max = found;
+  const float base = row_max == -kInfinity ? 0 : row_max;  // no key seen yet
+  Vec sum = {};
+  for (int i = 0; i < kKeyBlock / kLanes; ++i) {
+    const Vec weight = Unit::exponential(z[i] - base);
+    sum += weight;
+    store(weights + i * kLanes, weight);
+  }
+  if (row_max == before) {
+    row_sum += sum;
+    return 1;
+  }
+  const Vec rest = exp(splat(before - base));
+  row_sum = row_sum * rest + sum;
+  return rest[0];
+}
+
+template <typename T, typename Unit>
+void attend_block(const Attention& a, const Layout<Unit>& layout, char* scratch, int64_t index) {
+  using Number = typename Unit::Number;
+  const int64_t block = index % layout.query_blocks, head = index / layout.query_blocks;
+  const int64_t kv_head = head % a.kv_heads, batch = head / a.kv_heads;
+  const int64_t first = block * layout.queries;
+  const int rows = clamp(a.seqlen_q - first, 0, layout.queries) * layout.group;
+
+  Vec* const row_sum = reinterpret_cast<Vec*>(scratch);
+  float* const out = reinterpret_cast<float*>(row_sum + layout.rows);
+  float* const scores = out + layout.rows * layout.width;
+  float* const row_max = scores + layout.rows * kKeyBlock;
+  Number* const queries = reinterpret_cast<Number*>(row_max + layout.rows);
+  Number* const weights = queries + layout.rows * layout.depth;
+
+  // Row r is query first + r / group of head kv_head * group + r % group.
+  const auto query = [&](int row) { return first + row / layout.group; };
+  const auto query_head = [&](int row) { return kv_head * layout.group + row % layout.group; };
+  const int64_t offset = a.seqlen_k - a.seqlen_q;
+  const auto begin_of = [&](int row) {
+    return clamp(query(row) + offset - a.left, 0, a.seqlen_k);
+  };
+  const auto end_of = [&](int row) {
+    return clamp(query(row) + offset + a.right + 1, 0, a.seqlen_k);
+  };
+  for (int row = 0; row < rows; ++row) {
+    convert(head_of<const T>(a.q, batch, query(row), query_head(row)), a.head_dim,
+            queries + row * layout.depth, layout.depth);
+    row_max[row] = -kInfinity;
+    row_sum[row] = Vec{};
+  }
+  __builtin_memset(out, 0, sizeof(float) * rows * layout.width);
+
+  const auto* packed = reinterpret_cast<const Number*>(a.packed);
+  packed += head * layout.key_blocks * layout.block();
+  const int64_t last_block = ceil_div(end_of(rows - 1), kKeyBlock);
+  for (int64_t key_block = begin_of(0) / kKeyBlock; key_block < last_block; ++key_block) {
+    const Number* keys = packed + key_block * layout.block();
+    const Number* values = keys + int64_t{kKeyBlock} * layout.depth;
+    const int64_t first_key = key_block * kKeyBlock;
+    for (int tile = 0; tile < kKeyBlock; tile += kCols) {
+      multiply<Unit>(queries, layout.depth, rows, keys + tile * layout.depth,
+                     layout.depth / Unit::kWidth, scores + tile, kKeyBlock, false);
+    }
+    for (int row = 0; row < rows; ++row) {
+      const int begin = clamp(begin_of(row) - first_key, 0, kKeyBlock);
+      const int end = clamp(end_of(row) - first_key, 0, kKeyBlock);
+      const float rest = softmax<Unit>(a, scores + row * kKeyBlock, weights + row * kKeyBlock,
+                                       begin, end, row_max[row], row_sum[row]);
+      if (rest == 1) continue;
+      float* const sums = out + row * layout.width;
+      for (int i = 0; i < layout.width; i += kLanes) store(sums + i, load(sums + i) * rest);
+    }
+    for (int tile = 0; tile < layout.width; tile += kCols) {
+      multiply<Unit>(weights, kKeyBlock, rows, values + int64_t{tile} * kKeyBlock, layout.kSteps,
+                     out + tile, layout.width, true);
+    }
+  }
+
+  for (int row = 0; row < rows; ++row) {
+    const float total = sum(row_sum[row]), inverse = total > 0 ? 1 / total : 0;
+    T* const to = head_of<T>(a.out, batch, query(row), query_head(row));
+    const float* const from = out + row * layout.width;
+    for_each_vector(a.head_dim, [&](int64_t i, int count) {
+      store(to + i, load(from + i, count) * inverse, count);
+    });
+    if (a.lse) {
+      a.lse[(batch * a.heads + query_head(row)) * a.seqlen_q + query(row)] =
+          row_max[row] + __builtin_logf(total);
+    }
+  }
+}
+
+// body(T, Unit), of each dtype.
+template <typename Body>
+INLINE auto with_types(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::float16: return body(Half{}, Singles{});
+    case DType::bfloat16: return body(BFloat16{}, Pairs{});
+    default: return body(float{}, Singles{});
+  }
+}
+
+}  // namespace
+
+Sizes sizes(const Attention& a) {
+  return with_types(a.dtype, [&](auto, auto unit) { return Layout<decltype(unit)>(a).sizes(a); });
+}
+
+void pack_keys(const Attention& a, int64_t begin, int64_t end) {
+  with_types(a.dtype, [&](auto number, auto unit) {
+    const Layout<decltype(unit)> layout(a);
+    for (int64_t i = begin; i < end; ++i) pack_block<decltype(number)>(a, layout, i);
+  });
+}
+
+void attend(const Attention& a, char* scratch, int64_t begin, int64_t end) {
+  with_types(a.dtype, [&](auto number, auto unit) {
+    const Layout<decltype(unit)> layout(a);
+    for (int64_t i = begin; i < end; ++i) attend_block<decltype(number)>(a, layout, scratch, i);
+  });
+}
+
+}  // namespace kernels::INSTRUCTION_SET

@@ -1,0 +1,88 @@
+// Dot products of a few rows with a few others, which is what decoding consists of.
+//
+// Each is summed in the lanes of one vector of float32, in the order of memory, and does not depend
+// on what else its tile holds.
+#pragma once
+
+#include "vector.h"
+
+namespace kernels::INSTRUCTION_SET {
+namespace {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
+// What one instruction multiplies: numbers become float32, but for pairs of bfloat16 where an
+// instruction adds both products (it takes subnormal numbers for zero, and so do eager's products).
+template <typename T>
+struct Factor {
+  static constexpr int kSize = kLanes;
+  Vec x;
+};
+
+template <typename T>
+INLINE void multiply_add(Factor<T> a, Factor<T> b, Vec& sum) {
+  sum = fma(a.x, b.x, sum);
+}
+
+template <typename T>
+INLINE Factor<T> load_factor(const T* x, int count) {
+  return {load(x, count)};
+}
+
+#if defined(__AVX512BF16__)
+template <>
+struct Factor<BFloat16> {
+  static constexpr int kSize = 2 * kLanes;
+  __m512bh x;
+};
+
+INLINE void multiply_add(Factor<BFloat16> a, Factor<BFloat16> b, Vec& sum) {
+  sum = _mm512_dpbf16_ps(sum, a.x, b.x);
+}
+
+INLINE Factor<BFloat16> load_factor(const BFloat16* x, int count) {
+  if (count == Factor<BFloat16>::kSize) return {load_as<__m512bh>(x)};
+  BFloat16 whole[Factor<BFloat16>::kSize] = {};
+  __builtin_memcpy(whole, x, count * sizeof(BFloat16));
+  return {load_as<__m512bh>(whole)};
+}
+#endif
+
+// Rows of numbers, each `stride` elements after the one before.
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+};
+
+// products[j * kW + i]: of row i of `w` and row j of `x`. Of `w`, what lies `ahead` elements further
+// on is fetched meanwhile, into the second of caches: in the first, rows that lie a power of 2 apart
+// would drive each other out.
+template <int kW, int kX, typename T>
+INLINE void dots(Rows<T> w, Rows<T> x, int64_t size, int64_t ahead, float* products) {
+  constexpr int kSize = Factor<T>::kSize;
+  Vec sums[kX * kW] = {};
+  const auto step = [&](int64_t first, int count) {
+    Factor<T> w_factors[kW];
+    for (int i = 0; i < kW; ++i) {
+      const T* from = w.data + i * w.stride + first;
+      w_factors[i] = load_factor(from, count);
+      __builtin_prefetch(from + ahead, 0, 2);
+    }
+    for (int j = 0; j < kX; ++j) {
+      const Factor<T> factor = load_factor(x.data + j * x.stride + first, count);
+      for (int i = 0; i < kW; ++i) multiply_add(w_factors[i], factor, sums[j * kW + i]);
+    }
+  };
+  int64_t first = 0;
+  for (; first + kSize <= size; first += kSize) step(first, kSize);
+  if (first < size) step(first, static_cast<int>(size - first));
+  for (int i = 0; i < kX * kW; ++i) products[i] = sum(sums[i]);
+}
+
+}  // namespace
+}  // namespace kernels::INSTRUCTION_SET

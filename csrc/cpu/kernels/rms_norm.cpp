@@ -1,0 +1,140 @@
+// A row is read from memory once, and then from the first of caches.
+#include "rms_norm.h"
+
+#include "vector.h"
+
+namespace kernels::INSTRUCTION_SET {
+namespace {
+
+// The sum of term(first, count), vectors that are 0 past the end; four at a time, for each addition
+// waits for the one before it.
+template <typename Term>
+INLINE float sum_of(int64_t size, Term term) {
+  Vec sums[4] = {};
+  int64_t begin = 0;
+  for (; begin + 4 * kLanes <= size; begin += 4 * kLanes) {
+    for (int i = 0; i < 4; ++i) sums[i] += term(begin + i * kLanes, kLanes);
+  }
+  for_each_vector(size - begin, [&](int64_t i, int lanes) { sums[0] += term(begin + i, lanes); });
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <typename T>
+void norm_row(const RMSNorm& r, int64_t row) {
+  const T *x = static_cast<const T*>(r.x) + row * r.x_stride, *h = x;
+  float squares;
+  if (r.residual) {
+    const T* residual = static_cast<const T*>(r.residual) + row * r.residual_stride;
+    T* sums = static_cast<T*>(r.h) + row * r.hidden;
+    h = sums;
+    squares = sum_of(r.hidden, [&](int64_t i, int lanes) {
+      const Vec z = rounded<T>(load(x + i, lanes) + load(residual + i, lanes));
+      store(sums + i, z, lanes);
+      return z * z;
+    });
+  } else {
+    squares = sum_of(r.hidden, [&](int64_t i, int lanes) {
+      const Vec z = load(x + i, lanes);
+      return z * z;
+    });
+  }
+  const float rstd = 1.0f / __builtin_sqrtf(squares / r.hidden + r.eps);
+  if (r.rstd) r.rstd[row] = rstd;
+  const T* weight = static_cast<const T*>(r.weight);
+  T* y = static_cast<T*>(r.y) + row * r.hidden;
+  for_each_vector(r.hidden, [&](int64_t i, int lanes) {
+    store(y + i, rounded<T>(load(h + i, lanes) * rstd) * load(weight + i, lanes), lanes);
+  });
+}
+
+// Several rows at once, for the sums that become dweight are read and written once for all of them.
+template <typename T, int Rows>
+void backward_rows(const RMSNormBackward& r, int64_t row, float* partial) {
+  const T *dy[Rows], *dh[Rows], *h[Rows], *weight = static_cast<const T*>(r.weight);
+  T* dx[Rows];
+  float rstd[Rows], mean[Rows];
+  for (int j = 0; j < Rows; ++j, ++row) {
+    dy[j] = static_cast<const T*>(r.dy) + row * r.dy_stride;
+    dh[j] = static_cast<const T*>(r.dh) + row * r.dh_stride;
+    h[j] = static_cast<const T*>(r.h) + row * r.h_stride;
+    dx[j] = static_cast<T*>(r.dx) + row * r.hidden;
+    rstd[j] = r.rstd[row];
+    if (!r.dx) continue;
+    mean[j] = sum_of(r.hidden, [&](int64_t i, int lanes) {
+      return load(dy[j] + i, lanes) * load(weight + i, lanes) * (load(h[j] + i, lanes) * rstd[j]);
+    });
+    mean[j] /= r.hidden;
+  }
+  for_each_vector(r.hidden, [&](int64_t i, int lanes) {
+    Vec total = {};
+    for (int j = 0; j < Rows; ++j) {
+      const Vec dy_i = load(dy[j] + i, lanes), normed = load(h[j] + i, lanes) * rstd[j];
+      total += dy_i * rounded<T>(normed);
+      if (!r.dx) continue;
+      Vec z = (dy_i * load(weight + i, lanes) - normed * mean[j]) * rstd[j];
+      if (r.dh) z += load(dh[j] + i, lanes);
+      store(dx[j] + i, z, lanes);
+    }
+    if (partial) store(partial + i, load(partial + i, lanes) + total, lanes);
+  });
+}
+
+template <typename T>
+void norm_rows(const RMSNorm& r, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) norm_row<T>(r, row);
+}
+
+template <typename T>
+void backward_blocks(const RMSNormBackward& r, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    float* partial = r.partial ? r.partial + block * r.hidden : nullptr;
+    if (partial) __builtin_memset(partial, 0, r.hidden * sizeof(float));
+    int64_t row = block * r.rows_of_block;
+    const int64_t last = row + r.rows_of_block < r.rows ? row + r.rows_of_block : r.rows;
+    for (; row + 4 <= last; row += 4) backward_rows<T, 4>(r, row, partial);
+    for (; row < last; ++row) backward_rows<T, 1>(r, row, partial);
+  }
+}
+
+template <typename T>
+void sum_partials(const RMSNormBackward& r, int64_t blocks, T* dweight, int64_t begin,
+                  int64_t end) {
+  for_each_vector(end - begin, [&](int64_t i, int lanes) {
+    Vec total = {};
+    for (int64_t block = 0; block < blocks; ++block) {
+      total += load(r.partial + block * r.hidden + begin + i, lanes);
+    }
+    store(dweight + begin + i, total, lanes);
+  });
+}
+
+}  // namespace
+
+void rms_norm(const RMSNorm& r, int64_t begin, int64_t end) {
+  switch (r.dtype) {
+    case DType::float32: return norm_rows<float>(r, begin, end);
+    case DType::float16: return norm_rows<Half>(r, begin, end);
+    case DType::bfloat16: return norm_rows<BFloat16>(r, begin, end);
+  }
+}
+
+void rms_norm_backward(const RMSNormBackward& r, int64_t begin, int64_t end) {
+  switch (r.dtype) {
+    case DType::float32: return backward_blocks<float>(r, begin, end);
+    case DType::float16: return backward_blocks<Half>(r, begin, end);
+    case DType::bfloat16: return backward_blocks<BFloat16>(r, begin, end);
+  }
+}
+
+void rms_norm_dweight(const RMSNormBackward& r, int64_t blocks, void* dweight, int64_t begin,
+                      int64_t end) {
+  switch (r.dtype) {
+    case DType::float32:
+      return sum_partials(r, blocks, static_cast<float*>(dweight), begin, end);
+    case DType::float16: return sum_partials(r, blocks, static_cast<Half*>(dweight), begin, end);
+    case DType::bfloat16:
+      return sum_partials(r, blocks, static_cast<BFloat16*>(dweight), begin, end);
+  }
+}
+
+}  // namespace kernels::INSTRUCTION_SET

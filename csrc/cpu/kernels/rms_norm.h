@@ -1,0 +1,37 @@
+// See mistral_kernels/ops/rms_norm.py. Strides are of rows, in elements; what is absent is null.
+#pragma once
+
+#include "../../dtype.h"
+#include "../dispatch.h"
+
+namespace kernels {
+
+struct RMSNorm {
+  const void *x, *residual, *weight;
+  void *y, *h;
+  float* rstd;
+  int64_t x_stride, residual_stride, hidden;
+  float eps;
+  DType dtype;
+};
+
+struct RMSNormBackward {
+  const void *dy, *dh, *h, *weight;
+  const float* rstd;
+  void* dx;
+  float* partial;  // (blocks, hidden)
+  int64_t dy_stride, dh_stride, h_stride, rows, rows_of_block, hidden;
+  DType dtype;
+};
+
+// Rows [begin, end).
+FOR_EACH_INSTRUCTION_SET(void rms_norm(const RMSNorm&, int64_t begin, int64_t end))
+
+// Blocks [begin, end) of rows, each of which leaves one row of `partial`.
+FOR_EACH_INSTRUCTION_SET(void rms_norm_backward(const RMSNormBackward&, int64_t begin, int64_t end))
+
+// Columns [begin, end) of dweight, the sum of the rows of `partial`.
+FOR_EACH_INSTRUCTION_SET(void rms_norm_dweight(const RMSNormBackward&, int64_t blocks,
+                                               void* dweight, int64_t begin, int64_t end))
+
+}  // namespace kernels

@@ -1,0 +1,20 @@
+// See mistral_kernels/ops/swiglu.py. Strides are of rows, in elements.
+#pragma once
+
+#include "../../dtype.h"
+#include "../dispatch.h"
+
+namespace kernels {
+
+struct SwiGLU {
+  const void *dy, *gate, *up;
+  void *y, *dgate, *dup;  // forward y; backward either or both gradients, the other null
+  int64_t cols, dy_stride, gate_stride, up_stride, gradient_stride;
+  DType dtype;
+};
+
+// Elements [begin, end), row after row.
+FOR_EACH_INSTRUCTION_SET(void swiglu(const SwiGLU&, int64_t begin, int64_t end))
+FOR_EACH_INSTRUCTION_SET(void swiglu_backward(const SwiGLU&, int64_t begin, int64_t end))
+
+}  // namespace kernels

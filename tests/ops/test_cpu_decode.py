@@ -1,0 +1,281 @@
+"""csrc's kernels for a decode step on the CPU: the product of few rows, attention of one token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import FLOATS, assert_as_accurate
+from torch import Tensor
+
+from mistral_kernels.ops import extension
+from mistral_kernels.ops.attention.cache_torch import attend_in_pieces
+from mistral_kernels.ops.attention.cache_view import CacheView
+from mistral_kernels.ops.attention.cached import attend_cached
+from mistral_kernels.ops.attention.cpu import Scoring
+from mistral_kernels.ops.attention.window import Window
+
+
+def multiply(operators: Any, x: Tensor, weight: Tensor) -> Tensor:
+    y = torch.empty(len(x), len(weight), dtype=x.dtype)
+    operators.linear(x, weight, y)
+    return y
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("out_features", "in_features"), [(1, 1), (4, 64), (7, 3), (67, 133), (6, 1100)]
+)
+def test_linear(out_features, in_features, dtype, operators):
+    """As accurate as eager; a row's bits do not depend on the number of rows."""
+    weight = torch.randn(out_features, in_features).to(dtype)
+    x = torch.randn(33, in_features).to(dtype)
+    alone = torch.cat([multiply(operators, row, weight) for row in x.split(1)])
+    exact = F.linear(x.double(), weight.double())
+    assert_as_accurate(alone, F.linear(x, weight), exact, "y")
+    for rows in (*range(18), 33):
+        assert torch.equal(multiply(operators, x[:rows], weight), alone[:rows])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_linear_of_views(dtype, operators):
+    """Rows apart from one another and aligned to nothing."""
+    x, weight = torch.randn(5, 77).to(dtype), torch.randn(30, 77).to(dtype)
+    expected = multiply(operators, x, weight)
+    views = []
+    for tensor in (x, weight):
+        memory = torch.full((len(tensor) * 80 + 1,), float("nan"), dtype=dtype)
+        views.append(memory[1:].view(-1, 80)[:, :77].copy_(tensor))
+    assert torch.equal(multiply(operators, *views), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_linear_with_any_number_of_threads(dtype, operators):
+    x, weight = torch.randn(3, 1024).to(dtype), torch.randn(1031, 1024).to(dtype)
+    expected = multiply(operators, x, weight)
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        assert torch.equal(multiply(operators, x, weight), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_linear_of_extremes(dtype, operators):
+    """What is not finite stays in its row and its output; nothing overflows on the way."""
+    inf, nan = float("inf"), float("nan")
+    x, weight = torch.randn(6, 70), torch.randn(9, 70)
+    x[1, 3], x[2, 69], x[3, 64], weight[7, 5] = inf, nan, -inf, nan
+    x[4], weight[8] = 200.0, 300.0  # their products are beyond float16
+    x[4, ::2] *= -1
+    x, weight = x.to(dtype), weight.to(dtype)
+    exact = F.linear(x.double(), weight.double())
+    exact[3, 8] = exact[3, 8].sign() * inf
+    actual = multiply(operators, x, weight)
+    torch.testing.assert_close(
+        actual, exact.to(dtype), rtol=0.05, atol=0.2, equal_nan=True, check_dtype=True
+    )
+
+
+def make_cache(kind: str, batch: int, capacity: int, heads: int, head_dim: int, dtype) -> CacheView:
+    """Rings, several times round; flat rows, all, chosen, or from a first key on; pages."""
+    longest = 3 * capacity if kind == "ring" else capacity
+    lengths = torch.randint(longest, (batch,)).int()
+    lengths[0], lengths[-1] = 0, longest - 1
+    places: dict[str, Any] = {"seqlen_new": 1}
+    shape: tuple[int, ...] = (batch, capacity)
+    if kind == "ring":
+        places = {"cu_seqlens": torch.arange(batch + 1).int()}
+    elif kind == "rows":
+        shape = (batch + 3, capacity)
+        places["rows"] = torch.randperm(batch + 3)[:batch].int()
+    elif kind == "leftpad":
+        places["leftpad"] = (torch.rand(batch) * (lengths + 1)).int()
+    elif kind == "paged":
+        pages = -(-capacity // 16)
+        shape = (batch * pages + 2, 16)
+        places["block_table"] = torch.randperm(shape[0])[: batch * pages].view(batch, -1).int()
+    else:
+        assert kind == "flat"
+    caches = []  # views with strides of their own, but the last
+    for _ in range(2):
+        memory = torch.randn(shape[1], shape[0], heads, head_dim + 8).to(dtype)
+        caches.append(memory[..., :head_dim].transpose(0, 1))
+    return CacheView(*caches, lengths, **places)
+
+
+def make_queries(cache: CacheView, heads: int) -> Tensor:
+    shape = (len(cache.lengths), heads, cache.k_cache.shape[-1])
+    q = torch.randn(shape).to(cache.k_cache.dtype)
+    return q if cache.cu_seqlens is not None else q.unsqueeze(1)
+
+
+def attend(q: Tensor, cache: CacheView, window_left: int) -> Tensor:
+    out, lse = attend_cached(q, None, None, cache, window=Window(window_left, 0), max_seqlen_q=1)
+    assert lse is None
+    return out
+
+
+def attend_in_pytorch(q: Tensor, cache: CacheView, window_left: int) -> Tensor:
+    scoring = Scoring(Window(window_left, 0), q.shape[-1] ** -0.5, 0.0, None, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "load", lambda device_type: None)
+        return attend_in_pieces(q, None, None, cache, scoring, 1)[0]
+
+
+def assert_attends(q: Tensor, cache: CacheView, window_left: int) -> Tensor:
+    wide = cache._replace(k_cache=cache.k_cache.double(), v_cache=cache.v_cache.double())
+    plain = attend_in_pytorch(q, cache, window_left)
+    exact = attend_in_pytorch(q.double(), wide, window_left)
+    actual = attend(q, cache, window_left)
+    assert_as_accurate(actual, plain, exact, "out")
+    return actual
+
+
+# Capacity, heads of queries and of keys, head_dim: several splits of keys, tiles of 4, 2 and 1
+# heads and keys, head_dims that are no vector's multiple.
+SHAPES = [(1, 1, 1, 8), (5, 6, 2, 24), (100, 14, 2, 80), (600, 8, 4, 64), (1300, 4, 1, 128)]
+KINDS = ["ring", "flat", "rows", "leftpad", "paged"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_attention(dtype, kind, operators):
+    for capacity, heads, kv_heads, head_dim in SHAPES:
+        cache = make_cache(kind, 3, capacity, kv_heads, head_dim, dtype)
+        q = make_queries(cache, heads)
+        for window_left in (-1, capacity // 2):
+            assert_attends(q, cache, window_left)
+
+
+def test_without_a_library(monkeypatch):
+    """PyTorch's own operators serve, which add in another order."""
+    has_library = extension.load("cpu") is not None
+    cache = make_cache("ring", 3, 600, 2, 64, torch.float32)
+    q = make_queries(cache, 8)
+    before = attend(q, cache, 300)
+    monkeypatch.setattr(extension, "load", lambda device_type: None)
+    without = assert_attends(q, cache, 300)
+    assert torch.equal(without, attend_in_pytorch(q, cache, 300))
+    assert torch.equal(without, before) != has_library
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_has_the_same_bits_in_any_batch(kind, operators):
+    """And on any number of threads."""
+    cache = make_cache(kind, 5, 1300, 2, 64, torch.bfloat16)
+    q = make_queries(cache, 8)
+    together = attend(q, cache, -1)
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        assert torch.equal(attend(q, cache, -1), together)
+    for i in range(5):
+        one = slice(i, i + 1)
+        alone = cache._replace(
+            lengths=cache.lengths[one],
+            cu_seqlens=None if cache.cu_seqlens is None else cache.cu_seqlens[:2],
+            **{
+                name: None if places is None else places[one]
+                for name in ("rows", "leftpad", "block_table")
+                for places in (getattr(cache, name),)
+            },
+        )
+        if kind in ("ring", "flat", "leftpad"):
+            alone = alone._replace(k_cache=cache.k_cache[one], v_cache=cache.v_cache[one])
+        assert torch.equal(attend(q[one], alone, -1), together[one])
+
+
+def test_no_key_is_in_sight(operators):
+    """Zeros, as of every fully masked row."""
+    cache = make_cache("leftpad", 3, 40, 2, 64, torch.float32)
+    assert cache.leftpad is not None
+    cache.leftpad[1] = cache.lengths[1] + 1
+    q = make_queries(cache, 4)
+    out = assert_attends(q, cache, -1)
+    assert not out[1].any() and out[0].all()
+    nobody = CacheView(*(x[:0] for x in cache[:3]), seqlen_new=1)
+    assert attend(q[:0], nobody, -1).shape == (0, 1, 4, 64)
+
+
+def test_extreme_scores(operators):
+    """Infinity and NaN among keys and values: what PyTorch makes of them."""
+    cache = make_cache("flat", 6, 700, 1, 8, torch.float32)
+    cache.lengths[:] = 699
+    q = make_queries(cache, 4)
+    cache.k_cache[0] *= 1e15
+    q[0] *= 1e15
+    cache.k_cache[1, 650] = float("inf")
+    cache.k_cache[2, 3] = float("nan")
+    cache.v_cache[3, 699] = float("inf")
+    cache.v_cache[4, 17] = float("nan")
+    actual, expected = attend(q, cache, -1), attend_in_pytorch(q, cache, -1)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+X, WEIGHT, Y = torch.randn(3, 5), torch.randn(7, 5), torch.randn(3, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: X[:, :4]}, r"x and weight must be \(rows, in_features\) and \(out_features, in_f"),
+        ({0: X.double()}, "x, weight and y must be on the CPU, of one dtype"),
+        ({1: WEIGHT.bfloat16()}, "x, weight and y must be on the CPU, of one dtype"),
+        ({1: WEIGHT.T.contiguous().T}, "x and weight must be contiguous in in_features"),
+        ({2: Y[:, :6]}, r"y must be \(rows, out_features\), contiguous"),
+    ],
+)
+def test_bad_arguments_of_linear(change, message):
+    operators = extension.load("cpu")
+    if operators is None:
+        pytest.skip(extension.status("cpu"))
+    with pytest.raises(RuntimeError, match=message):
+        operators.linear(*(dict(enumerate((X, WEIGHT, Y))) | change).values())
+
+
+RING = torch.randn(2, 16, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.randn(2, 4, 16)}, "must be on the CPU, of one dtype and head_dim, contiguous"),
+        ({"q": torch.randn(2, 4, 8).half()}, "must be on the CPU, of one dtype and head_dim"),
+        ({"q": torch.randn(2, 8, 4).mT}, "must be on the CPU, of one dtype and head_dim, cont"),
+        ({"q": torch.randn(2, 3, 8)}, "k_cache's heads must divide q's"),
+        ({"q": torch.randn(8, 8)}, "q must have 3 dimensions, k_cache and v_cache 4"),
+        ({"v_cache": RING[:, :15]}, "v_cache must have k_cache's shape"),
+        ({"k_cache": RING[:, :0], "v_cache": RING[:, :0]}, "the caches have no slots"),
+        ({"k_cache": RING[:1], "v_cache": RING[:1]}, r"rows must lie in \[0, 1\), got 1"),
+        ({"lengths": torch.tensor([1, -1]).int()}, "lengths must be >= 0, got -1"),
+        ({"lengths": torch.tensor([1, 1])}, "lengths has the wrong device or dtype"),
+        ({"lengths": torch.tensor([1]).int()}, "lengths must be contiguous, of 2"),
+        ({"rows": torch.tensor([0, 2]).int()}, r"rows must lie in \[0, 2\), got 2"),
+        ({"leftpad": torch.tensor([0]).int()}, "leftpad must be contiguous, of 2"),
+        ({"block_table": torch.tensor([0, 1]).int()}, r"block_table must be \(batch, max_pages\)"),
+        (
+            {"block_table": torch.tensor([[0, 1], [1, -1]]).int()},
+            r"block_table must lie in \[0, 2\), got -1",
+        ),
+        ({"out": torch.empty(2, 3, 8)}, "out must be q's, contiguous"),
+    ],
+)
+def test_bad_arguments_of_attention(change, message):
+    operators = extension.load("cpu")
+    if operators is None:
+        pytest.skip(extension.status("cpu"))
+    arguments = {
+        "q": torch.randn(2, 4, 8),
+        "k_cache": RING,
+        "v_cache": RING,
+        "lengths": torch.tensor([7, 20]).int(),
+        "new_tokens": 1,
+        "rows": None,
+        "leftpad": None,
+        "block_table": None,
+        "window_left": -1,
+        "scale": 0.5,
+        "out": torch.empty(2, 4, 8),
+    }
+    with pytest.raises(RuntimeError, match=message):
+        operators.decode_attention(**arguments | change)

@@ -1,0 +1,188 @@
+"""rms_norm, swiglu and rotary by csrc's kernels, in each instruction set of this processor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import FLOATS, assert_matches_reference
+
+from mistral_kernels.ops import extension, reference, rotary
+from mistral_kernels.ops.rms_norm import rms_norm
+from mistral_kernels.ops.rotary import rotary_tables
+from mistral_kernels.ops.swiglu import swiglu
+
+ops = torch.ops.mistral_kernels
+eager_swiglu = reference.eager_arithmetic()(reference.swiglu)
+
+# No vector's multiple, and more rows than are summed as one block.
+SHAPES = [(0, 7), (1, 1), (2, 15), (3, 64), (5, 1003), (17, 77), (33, 130), (71, 9)]
+
+
+def make_rms_norm(shape, dtype, residual):
+    names = {"x": shape, "weight": shape[-1:], **({"residual": shape} if residual else {})}
+    return {name: torch.randn(x).to(dtype).requires_grad_() for name, x in names.items()}
+
+
+def make_swiglu(shape, dtype, fused):
+    if fused:
+        shape = (*shape[:-1], 2 * shape[-1])
+    return {
+        name: (3 * torch.randn(shape)).to(dtype).requires_grad_()
+        for name in (("gate",) if fused else ("gate", "up"))
+    }
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rms_norm(dtype, residual, operators):
+    for shape in SHAPES:
+        inputs = make_rms_norm(shape, dtype, residual)
+        assert_matches_reference(rms_norm, reference.rms_norm, inputs)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["two", "fused"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_swiglu(dtype, fused, operators):
+    for shape in SHAPES:
+        assert_matches_reference(swiglu, eager_swiglu, make_swiglu(shape, dtype, fused))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_without_a_library(dtype, monkeypatch):
+    """PyTorch's own operators serve."""
+    monkeypatch.setattr(extension, "cpu_operators", lambda x: None)
+    for choice in (False, True):
+        inputs = make_rms_norm((17, 77), dtype, choice)
+        assert_matches_reference(rms_norm, reference.rms_norm, inputs)
+        assert_matches_reference(swiglu, eager_swiglu, make_swiglu((17, 77), dtype, choice))
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rotary_has_the_bits_of_pytorch(dtype, interleaved, operators):
+    """Subnormal numbers too; in place, and between other things."""
+    for tokens, head_dim in ((0, 8), (1, 2), (7, 20), (3, 36), (5, 128), (2, 614)):
+        q, k, q_out, k_out = (
+            torch.randn(1 + tokens * heads * head_dim).to(dtype)[1:].view(tokens, heads, head_dim)
+            for heads in (4, 2, 4, 2)
+        )
+        q[:, 1] *= torch.finfo(dtype).smallest_normal
+        cos, sin = rotary_tables(50, head_dim, 1e4)
+        positions = torch.randint(50, (tokens,), dtype=torch.int32 if head_dim % 4 else torch.int64)
+        for backwards in (False, True):
+            arguments = cos, sin, positions, interleaved, backwards
+            rotary._rotate_torch(q, k, q_out, k_out, *arguments)
+            assert all(map(torch.equal, ops.rotary(q, k, *arguments), (q_out, k_out)))
+            assert torch.equal(ops.rotary(None, k, *arguments)[1], k_out)
+            memory = torch.full((tokens, 7, head_dim), 9.0, dtype=dtype)
+            parts = memory[:, 1:5].copy_(q), memory[:, 5:].copy_(k)
+            rotary._rotate_csrc(operators, *parts, *parts, *arguments)
+            assert torch.equal(memory[:, 1:], torch.cat((q_out, k_out), dim=1))
+            assert (memory[:, 0] == 9.0).all()
+
+
+def calls(dtype):
+    """A function of no arguments for each operator: rows far apart that are aligned to nothing."""
+    cos, sin = rotary_tables(50, 36, 1e4)
+
+    def spaced(rows, *shape):
+        width = torch.Size(shape).numel()
+        memory = torch.randn(1 + rows * (width + 3)).to(dtype)
+        return memory[1:].view(rows, width + 3)[:, :width].unflatten(1, shape)
+
+    x, residual, dy, dh = (spaced(301, 1003) for _ in range(4))
+    gate, up, dout = (spaced(3, 100_001) for _ in range(3))
+    fused = spaced(3, 200_002)
+    q, k, positions = spaced(997, 4, 36), spaced(997, 2, 36), torch.randint(50, (997,))
+    weight, rstd = torch.randn(1003).to(dtype), torch.rand(301)
+    arguments = {
+        "rms_norm_forward": (x, weight, residual, 1e-5, True),
+        "rms_norm_backward": (dy, dh, x, weight, rstd, [True, True]),
+        "swiglu_forward": (gate, up),
+        "swiglu_backward": (dout, fused, None, [True, False]),
+        "rotary": (q, k, cos, sin, positions, False, False),
+    }
+    return {name: (getattr(ops, name), values) for name, values in arguments.items()}
+
+
+def results(function, arguments):
+    outs = function(*arguments)
+    return [x for x in (outs if isinstance(outs, tuple) else (outs,)) if x is not None]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_any_number_of_threads(dtype, operators):
+    """And any strides and alignment."""
+    for name, (function, arguments) in calls(dtype).items():
+        alike = [x.contiguous() if torch.is_tensor(x) else x for x in arguments]
+        expected = results(function, alike)
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, results(function, arguments), expected)), name
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rows_are_independent(dtype, operators):
+    """Alone or in any batch, a row becomes the same bits. (dweight is a sum of all.)"""
+    inputs = calls(dtype)
+    for name in ("rms_norm_forward", "rms_norm_backward"):
+        function, arguments = inputs[name]
+        whole = [x for x in results(function, arguments) if len(x) == 301]
+        for rows in (slice(0, 1), slice(5, 12), slice(300, 301)):
+            part = [x[rows] if torch.is_tensor(x) and len(x) == 301 else x for x in arguments]
+            actual = [x for x in results(function, part) if x.shape[:1] == part[0].shape[:1]]
+            assert all(torch.equal(x, y[rows]) for x, y in zip(actual, whole, strict=True)), name
+
+
+def test_extreme_gates(operators):
+    gate = torch.tensor([float("nan"), -3e38, -1e4, -100.0, 0.0, 100.0, 1e4, 3e38])
+    for dtype in (torch.float32, torch.bfloat16):
+        out = swiglu(gate.to(dtype), torch.ones(8, dtype=dtype))
+        assert out[0].isnan() and (out[1:4].abs() < 1e-35).all()
+        assert torch.equal(out[4:], gate[4:].to(dtype))
+
+
+X, W, R, ROWS = torch.ones(4, 6), torch.ones(6), torch.ones(4), torch.ones(2, 3, 6)
+Q, TABLE, P = torch.ones(4, 2, 6), torch.ones(5, 3), torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("rms_norm", (X.double(), None, W, 1e-5, X, None, None), "x must be float32, float16 or b"),
+        ("rms_norm", (X.T, None, W, 1e-5, X, None, None), r"x must be contiguous, or \(rows"),
+        ("rms_norm", (X, None, W[:5], 1e-5, X, None, None), "weight must be contiguous, of 6"),
+        ("rms_norm", (X, None, W.half(), 1e-5, X, None, None), "weight has the wrong device or dt"),
+        ("rms_norm", (X, X, W, 1e-5, X, None, None), "residual and h go together"),
+        ("rms_norm", (X, X[:3], W, 1e-5, X, X, None), "the shape of residual does not fit"),
+        ("rms_norm", (X, None, W, 1e-5, X[:3], None, None), "y must be contiguous, of 24"),
+        ("rms_norm", (X, None, W, 1e-5, X, None, R[:3]), "rstd must be contiguous, of 4"),
+        ("rms_norm_backward", (X[:3], None, X, W, R, X, W), "the shape of dy does not fit"),
+        ("rms_norm_backward", (X, X.half(), X, W, R, X, W), "dh has the wrong device or dtype"),
+        ("rms_norm_backward", (X, None, X, W, R[:3], X, W), "rstd must be contiguous, of 4"),
+        ("rms_norm_backward", (X, None, X, W, R, X.T, W), "dx must be contiguous, of 24"),
+        ("rms_norm_backward", (X, None, X, W, R, X, W[:5]), "dweight must be contiguous, of 6"),
+        ("swiglu", (X, X.half(), X), "up has the wrong device or dtype"),
+        ("swiglu", (X, X[:, :5], X), "the shape of up does not fit"),
+        ("swiglu", (X[:, :5], None, X), "gate without up must have an even width, got 5"),
+        ("swiglu", (X, None, X), "y must be contiguous, of 12"),
+        ("swiglu_backward", (X, X, None, X, None), "dy must have the dtype and shape of the outp"),
+        ("swiglu_backward", (X[:, :3], X, None, X, X), "dup goes with up"),
+        ("swiglu_backward", (X, X, X, X[:2], X), "dgate must be contiguous, of 24"),
+        ("rotary", (None, None, None, None, TABLE, TABLE, P, False, False), "q or k must be given"),
+        ("rotary", (Q, None, None, None, TABLE, TABLE, P, False, False), "q and its output go tog"),
+        ("rotary", (Q, Q[1:], Q, Q, TABLE, TABLE, P, False, False), "the shape of k does not fit"),
+        ("rotary", (Q, None, Q[:, :1], None, TABLE, TABLE, P, False, False), "an output has anot"),
+        ("rotary", (Q, None, Q, None, TABLE, TABLE[1:], P, False, False), r"sin must be \(positio"),
+        ("rotary", (Q, None, Q, None, TABLE.half(), TABLE, P, False, False), r"cos must be \(pos"),
+        ("rotary", (Q, None, Q, None, TABLE, TABLE, P.half(), False, False), "positions has the w"),
+        ("rotary", (Q, None, Q, None, TABLE, TABLE, P + 2, False, False), r".*\[0, 5\), got 5"),
+        ("rotary", (ROWS.mT, None, ROWS, None, TABLE, TABLE, P[:2], True, True), "the shape of q"),
+    ],
+)
+def test_bad_arguments(name, arguments, message):
+    operators = extension.load("cpu")
+    if operators is None:
+        pytest.skip(extension.status("cpu"))
+    with pytest.raises(RuntimeError, match=message):
+        getattr(operators, name)(*arguments)
