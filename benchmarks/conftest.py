@@ -35,7 +35,7 @@ PACKAGES = (
     "liger-kernel",
     "llama-cpp-python",
 )
-SECONDS = 4.0  # for the rounds of one case, within bounds
+SECONDS = 2.0  # for the rounds of one case, within bounds
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -162,7 +162,7 @@ def speed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Operator,
             "dtype": str(case.dtype).removeprefix("torch."),
             "direction": case.direction,
             "provider": provider,
-            "bound": operator.bound,
+            "bound": operator.bound_of(case),
             "flops": operator.flops(case),
             "bytes": operator.bytes(case),
             "environment": environment(device),

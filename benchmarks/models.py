@@ -174,6 +174,9 @@ class LlamaCpp(Engine):
         self.prefill(ids)
         return self._eval
 
+    def loss(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError("does not train")
+
 
 @functools.lru_cache(maxsize=1)
 def weights(config: MistralConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

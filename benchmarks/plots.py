@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator  # noqa: E402
 
 from benchmarks.registry import OURS, PROVIDERS
 from benchmarks.report import Row
@@ -66,10 +65,14 @@ def by_provider(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return {name: found[name] for name in order if name in found}
 
 
-def lines(axes: Axes, rows: Iterable[Row], x: str, y: Callable[[Row], float | None]) -> None:
-    """Each provider's y over the size called x, both logarithmic."""
+def lines(
+    axes: Axes, rows: Iterable[Row], x: str, y: Callable[[Row], float | None], log: bool = True
+) -> None:
+    """Each provider's y, logarithmic or from 0, over the logarithm of the size called x."""
     for name, own in by_provider(rows).items():
         points = sorted((row.sizes[x], y(row)) for row in own if y(row) is not None)
+        if len(points) < 2:
+            continue
         axes.plot(
             *zip(*points),
             color=PROVIDERS[name].colour,
@@ -79,13 +82,15 @@ def lines(axes: Axes, rows: Iterable[Row], x: str, y: Callable[[Row], float | No
             label=name,
         )
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    else:
+        axes.set_ylim(bottom=0)
     ticks = sorted({row.sizes[x] for row in rows})
     axes.set_xticks(ticks, [length(tick) for tick in ticks])
     axes.minorticks_off()
-    for axis in (axes.yaxis,):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def length(tokens: int) -> str:
@@ -93,13 +98,15 @@ def length(tokens: int) -> str:
 
 
 def panels(rows: Sequence[Row], key: Callable[[Row], Any]) -> list[tuple[Any, list[Row]]]:
-    """Groups that have at least two lengths to draw a line through."""
-    ordered = sorted(rows, key=lambda row: str(key(row)))
-    return [(k, list(group)) for k, group in groupby(ordered, key)]
+    """Groups, in the order in which they appear."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return list(groups.items())
 
 
 def figure_of(count: int) -> tuple[Any, list[Axes]]:
-    figure, grid = plt.subplots(1, count, figsize=(4.6 * count, 3.6), squeeze=False)
+    figure, grid = plt.subplots(1, count, figsize=(max(5.6, 4.6 * count), 3.6), squeeze=False)
     return figure, list(grid[0])
 
 
@@ -108,7 +115,8 @@ def legend(figure: Any, grid: list[Axes]) -> None:
     found = {}
     for axes in grid:
         found.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels())})
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4)
+    columns = 4 if figure.get_figwidth() > 6 else 2
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns)
 
 
 def speedups(rows: Sequence[Row], base: str) -> Any:
@@ -152,7 +160,7 @@ def decoding(rows: Sequence[Row]) -> Any:
         return None
     figure, grid = figure_of(len(groups))
     for axes, ((model, batch, dtype), group) in zip(grid, groups):
-        lines(axes, group, "tokens", lambda row: row.sizes["B"] / row.median)
+        lines(axes, group, "tokens", lambda row: row.sizes["B"] / row.median, log=False)
         axes.set_title(f"decoding, {model} parameters, batch {batch}, {dtype}")
         axes.set_xlabel("tokens before")
         axes.set_ylabel("tokens a second")

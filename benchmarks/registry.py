@@ -105,13 +105,16 @@ class Operator:
     """
 
     name: str
-    bound: str  # what limits it, "FLOP" or "byte"
+    bound: str  # what limits it, "FLOP" or "byte", unless `bound_of` knows better
     patience = 1.0  # times the seconds that a case may take
     measures_memory = False  # the peak of a call, too
     providers: tuple[str, ...]
 
     def __init__(self, cpu: Iterable[Case], gpu: Iterable[Case]) -> None:
         self.cases = {"cpu": tuple(cpu), "gpu": tuple(gpu)}
+
+    def bound_of(self, case: Case) -> str:
+        return self.bound
 
     def flops(self, case: Case) -> float:
         """Of the products that the result needs."""

@@ -84,14 +84,14 @@ def row_of(info: dict[str, Any], stats: dict[str, float], commit: str = "") -> R
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Markdown, an operator after the other."""
+    """Markdown, an operator after the other, and what limits it."""
     lines: list[str] = []
-    op = None
+    shown = None
     for row in rows:
-        if row.op != op:
-            op = row.op
+        if (row.op, row.bound) != shown:
+            shown = row.op, row.bound
             rate = "TFLOP/s" if row.bound == "FLOP" else "GB/s"
-            lines += ["", f"**{op}**", ""]
+            lines += ["", f"**{row.op}**", ""]
             lines.append(f"| case | provider | ms | noise | {rate} | of peak | / ours | MB |")
             lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
         scale = 1e12 if row.bound == "FLOP" else 1e9

@@ -54,6 +54,9 @@ class Generation(Operator):
             models.release()
         self.kept = wanted
 
+    def bound_of(self, case: Case) -> str:
+        return "FLOP" if case.direction == "prefill" else "byte"
+
     def flops(self, case: Case) -> float:
         """Of the products with weights; attention's are few beside them."""
         tokens = case["tokens"] if case.direction == "prefill" else 1
