@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mistral_kernels import MistralForCausalLM, RollingCache, Sampler
 from mistral_kernels.model import decoding
 from mistral_kernels.model.decoding import DecodeStep
+from mistral_kernels.ops import extension
 
 W = SMALL.sliding_window
 EOS = 2
@@ -270,6 +271,35 @@ def test_those_that_end_do_not_disturb_the_others(model: MistralForCausalLM) -> 
     assert runs[0][1] == runs[1][1] == whole[1]
     for a, b in zip(*(cache.keys + cache.values for cache in caches)):
         assert torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_logits_are_the_same_bits_in_any_batch(
+    model: MistralForCausalLM, dtype: torch.dtype
+) -> None:
+    """Sequences at positions before, at and past their window, over steps in which rings wrap."""
+    if extension.load("cpu") is None:
+        pytest.skip(f"PyTorch's products promise no such thing; {extension.status('cpu')}")
+    model = model.to(dtype).eval()
+    lengths = [1, W - 1, W, W + 1, 2 * W + 3, 5, 7]
+    prompts = [random_ids(n) for n in lengths]
+    alone = []
+    for prompt in prompts:  # a prompt is a matrix product, whose rows may depend on its height
+        alone.append(model.new_cache(1, 4 * W))
+        model.prefill([prompt], alone[-1])
+    together = model.new_cache(len(prompts), 4 * W)
+    for ring, rows in zip(
+        (*together.keys, *together.values, together.lengths),
+        zip(*((*cache.keys, *cache.values, cache.lengths) for cache in alone)),
+    ):
+        ring.copy_(torch.cat(rows))
+    together.host_lengths = lengths.copy()
+    for _ in range(W + 2):
+        tokens = torch.tensor(random_ids(len(prompts)))
+        logits = model.decode(tokens, together)
+        for row, cache in enumerate(alone):
+            assert torch.equal(model.decode(tokens[row : row + 1], cache)[0], logits[row]), row
 
 
 def test_nothing_but_tokens_is_copied_to_the_host(model: MistralForCausalLM) -> None:
