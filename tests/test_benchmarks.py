@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +27,12 @@ def bench(folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
     """What `python -m pytest benchmarks` prints, and the results it writes."""
     results = folder / "results.json"
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-rs", "-p", "no:cacheprovider"]
+    # Within a worker of pytest-xdist, pytest-benchmark would do nothing.
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [*command, "--benchmark-json", str(results), *options],
         cwd=ROOT,
+        env=environment,
         capture_output=True,
         text=True,
     )

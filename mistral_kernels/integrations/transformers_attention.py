@@ -106,7 +106,7 @@ def attend(
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     in_place = not grad and q.shape[1] <= _FEW_QUERIES
     if attention_mask is None:
-        if on_torch and not softcap and _is_short(q, k, sliding_window):
+        if on_torch and not (grad or softcap) and _is_short(q, k, sliding_window):
             how: dict[str, Any] = {"is_causal": True, "scale": scaling, "enable_gqa": True}
             out = F.scaled_dot_product_attention(query, key, value, **how)
             return out.transpose(1, 2), None

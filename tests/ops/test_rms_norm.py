@@ -59,6 +59,9 @@ def make_inputs(
 @pytest.mark.parametrize(("shape", "dtype", "residual"), CASES)
 def test_values_and_gradients(shape, dtype, residual, backend, device):
     inputs = make_inputs(shape, dtype, device, residual)
+    if residual and shape[-1] == 1:
+        # y is then the sign of x + residual: where they cancel, their rounding decides, by luck.
+        inputs["residual"].detach().copysign_(inputs["x"].detach())
     assert_matches_reference(rms_norm, reference.rms_norm, inputs)
 
 
