@@ -71,6 +71,7 @@ def test_bfloat16_is_as_accurate_as_eager(family: str) -> None:
         assert relative_error(actual[name], exact[name]) <= allowed, name
 
 
+@pytest.mark.slow
 @pytest.mark.kernels
 def test_on_executed_kernels(triton_backend: None, device: torch.device) -> None:
     model = make(num_hidden_layers=1).to(device)

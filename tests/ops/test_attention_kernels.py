@@ -323,7 +323,7 @@ def test_exactly_the_window_is_seen(window, triton_backend, device):
         assert len(reached) >= 0.9 * len(seen)
 
 
-@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(F16, marks=pytest.mark.slow), BF16], ids=str)
 def test_backward_is_bitwise_repeatable(dtype, triton_backend, device):
     inputs = make_qkv(300, 300, (4, 2), 64, dtype, device)
     out = attention(**inputs, sliding_window=100)
@@ -338,7 +338,9 @@ def test_backward_is_bitwise_repeatable(dtype, triton_backend, device):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("far", ["batches", "tokens", "heads"])
+@pytest.mark.parametrize(
+    "far", [pytest.param("batches", marks=pytest.mark.slow), "tokens", "heads"]
+)
 def test_offsets_past_int32(far, triton_backend, device):
     """Strides that carry past element 2^31; pages that are not touched cost nothing."""
     shape = {"batches": (3, 5, 4, 16), "tokens": (1, 20, 4, 16), "heads": (1, 5, 4, 16)}[far]

@@ -148,6 +148,7 @@ def libraries(cache: Path) -> list[Path]:
     return list(cache.rglob("*.so"))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_built_once(tmp_path):
     """The first process says so and builds; the second finds it, also if it may not build."""

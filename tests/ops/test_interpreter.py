@@ -23,14 +23,19 @@ FILES = [
     and KERNELS.search(path.read_text())
     and path.parent == Path(__file__).parent  # elsewhere they are run compiled, or are slow
 ]
+AT_ONCE = ("test_attention_kernels.py", "test_decode_kernels.py")  # the others are slow
 NO_TESTS = 5  # as if all of a file's kernels are slow
+
+
+def marks(file):
+    return [] if file.endswith(AT_ONCE) else [pytest.mark.slow]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already interpreting")
 @pytest.mark.parametrize(
     ("file", "which"),
     [
-        *((file, "kernels and not slow") for file in FILES),
+        *(pytest.param(file, "kernels and not slow", marks=marks(file)) for file in FILES),
         pytest.param("test_kvcache.py", "kernels", marks=pytest.mark.slow),
     ],
 )
