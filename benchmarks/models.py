@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.gguf_file import write_gguf
 from benchmarks.make_checkpoint import CONFIGS, random_tensors
 from mistral_kernels import MistralConfig, MistralForCausalLM
+from mistral_kernels.checkpoint.names import expected_shapes
 from mistral_kernels.model.cache import Packing
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 
@@ -209,6 +210,12 @@ def engine(provider: str, model: str, dtype: torch.dtype, device: torch.device) 
     if device.type == "meta":  # two layers say what all of them would
         config = replace(config, num_hidden_layers=2)
     return ENGINES[provider](config, dtype, device)
+
+
+def num_product_weights(model: str) -> int:
+    """All weights but the embedding's, of which a token reads one row."""
+    shapes = expected_shapes(CONFIGS[model])
+    return sum(torch.Size(s).numel() for name, s in shapes.items() if "embed" not in name)
 
 
 def release() -> None:

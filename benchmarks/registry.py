@@ -112,6 +112,7 @@ class Operator:
 
     def __init__(self, cpu: Iterable[Case], gpu: Iterable[Case]) -> None:
         self.cases = {"cpu": tuple(cpu), "gpu": tuple(gpu)}
+        self._verdicts: dict[Any, str | None] = {}
 
     def bound_of(self, case: Case) -> str:
         return self.bound
@@ -133,10 +134,6 @@ class Operator:
 
     def release(self) -> None:
         """After a case: whatever was kept for it."""
-
-    @functools.cached_property
-    def _verdicts(self) -> dict[Any, str | None]:
-        return {}
 
     def unfit(self, provider: str, case: Case, device: torch.device) -> str | None:
         """Why a provider is not to be timed: it cannot run, or does not compute the same thing."""

@@ -18,11 +18,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.registry import helpers
 from mistral_kernels import (
     apply_rotary,
     attention,
@@ -32,9 +32,6 @@ from mistral_kernels import (
     swiglu,
 )
 from mistral_kernels.ops.rotary import rotary_tables
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from helpers import TARGETS, CompiledKernel, compile_only  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 32, 8, 128, 4096, 14336
 TOKENS = 32
@@ -70,7 +67,7 @@ class Resources(NamedTuple):
     occupancy: float | None
 
 
-def resources(kernel: CompiledKernel) -> Resources:
+def resources(kernel: helpers.CompiledKernel) -> Resources:
     metadata = json.loads(kernel.files["json"].read_text())
     shared, warps = metadata["shared"], metadata["num_warps"]
     if kernel.target.backend == "hip":
@@ -148,15 +145,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--targets", default=DEFAULT, help="with commas between; " + DEFAULT)
     names = parser.parse_args(argv).targets.split(",")
-    if unknown := set(names) - TARGETS.keys():
-        parser.error(f"knows no {sorted(unknown)[0]!r}, but {', '.join(TARGETS)}")
+    if unknown := set(names) - helpers.TARGETS.keys():
+        parser.error(f"knows no {sorted(unknown)[0]!r}, but {', '.join(helpers.TARGETS)}")
     os.environ["MISTRAL_KERNELS_BACKEND"] = "triton"
     print("| operator | kernel | target | registers | spills | shared, KiB | warps | occupancy |")
     print("|---|---|---|---:|---:|---:|---:|---:|")
     for name in names:
         dtype = torch.float16 if name == "sm_75" else torch.bfloat16
         for operator, call in calls(dtype).items():
-            with compile_only(name) as kernels:
+            with helpers.compile_only(name) as kernels:
                 call()
             for kernel in dict((kernel.name, kernel) for kernel in kernels).values():
                 r = resources(kernel)

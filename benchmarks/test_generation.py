@@ -14,7 +14,6 @@ from benchmarks import models
 from benchmarks.make_checkpoint import CONFIGS
 from benchmarks.registry import Case, Operator, Prepared, cases
 from benchmarks.timing import MAX_ROUNDS
-from mistral_kernels.checkpoint.names import expected_shapes
 
 
 class Generation(Operator):
@@ -60,22 +59,15 @@ class Generation(Operator):
     def flops(self, case: Case) -> float:
         """Of the products with weights; attention's are few beside them."""
         tokens = case["tokens"] if case.direction == "prefill" else 1
-        return 2.0 * case["B"] * tokens * self.parameters(case)
+        return 2.0 * case["B"] * tokens * models.num_product_weights(case["model"])
 
     def bytes(self, case: Case) -> float:
         """Weights, read once, and the keys and values in the window."""
         config = CONFIGS[case["model"]]
         seen = min(case["tokens"], config.sliding_window or case["tokens"])
         kv = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
-        elements = self.parameters(case) + case["B"] * seen * kv
+        elements = models.num_product_weights(case["model"]) + case["B"] * seen * kv
         return float(elements * case.dtype.itemsize)
-
-    def parameters(self, case: Case) -> int:
-        """All but the embedding, of which a token reads one row."""
-        shapes = expected_shapes(CONFIGS[case["model"]])
-        return sum(
-            torch.Size(shape).numel() for name, shape in shapes.items() if "embed" not in name
-        )
 
 
 def sizes(model: str, tokens: int, batch: int = 1) -> dict[str, Any]:

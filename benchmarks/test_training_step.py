@@ -10,7 +10,6 @@ import torch
 from benchmarks import models
 from benchmarks.make_checkpoint import CONFIGS
 from benchmarks.registry import Case, Operator, Prepared, cases
-from mistral_kernels.checkpoint.names import expected_shapes
 
 
 class TrainingStep(Operator):
@@ -36,12 +35,11 @@ class TrainingStep(Operator):
 
     def flops(self, case: Case) -> float:
         """Of the products with weights, forward and twice that backward."""
-        shapes = expected_shapes(CONFIGS[case["model"]])
-        count = sum(torch.Size(s).numel() for name, s in shapes.items() if "embed" not in name)
-        return 6.0 * case["S"] * count
+        return 6.0 * case["S"] * models.num_product_weights(case["model"])
 
     def bytes(self, case: Case) -> float:
-        return self.flops(case) / 3 / case["S"] * case.dtype.itemsize
+        """Weights and their gradients."""
+        return 2.0 * models.num_product_weights(case["model"]) * case.dtype.itemsize
 
 
 OPERATOR = TrainingStep(
