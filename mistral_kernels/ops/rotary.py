@@ -11,7 +11,7 @@ before they are added (no fused multiply-add), so that every backend gives the s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from mistral_kernels.ops import extension, launch_configs
 from mistral_kernels.ops.dispatch import device_guard, uses_triton, with_unit_stride
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
+from mistral_kernels.ops.rotary_arguments import by_token, check_memory, check_rotary
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -112,6 +113,21 @@ def _rotary_kernel(
 Pair = tuple[Tensor | None, Tensor | None]
 
 
+class Turn(NamedTuple):
+    """How far each token is turned: the operator's arguments behind q and k."""
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+    interleaved: bool
+    backwards: bool
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Tables and positions as kernels read them."""
+        cos, sin = (with_unit_stride(table.float()) for table in (self.cos, self.sin))
+        return cos, sin, self.positions.contiguous()
+
+
 def _empty_outputs(q: Tensor | None, k: Tensor | None, *_: Any) -> Pair:
     q_out, k_out = (
         None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -120,91 +136,54 @@ def _empty_outputs(q: Tensor | None, k: Tensor | None, *_: Any) -> Pair:
     return q_out, k_out
 
 
-def _rotate_triton(
-    q: Tensor | None,
-    k: Tensor | None,
-    q_out: Tensor | None,
-    k_out: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    interleaved: bool,
-    backwards: bool,
-) -> None:
+def _rotate_triton(q: Tensor | None, k: Tensor | None, outputs: Pair, turn: Turn) -> None:
     if any(x is not None and x.dtype == torch.float64 for x in (q, k)):
         raise TypeError(
             "apply_rotary: q is torch.float64; the triton backend takes float16, bfloat16 and "
             "float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
         )
-    in_place = q is q_out and k is k_out
-    half = cos.shape[-1]
-    tokens = positions.numel()
-    q, k = (None if x is None or x.numel() == 0 else _by_token(x) for x in (q, k))
+    in_place = q is outputs[0] and k is outputs[1]
+    half = turn.cos.shape[-1]
+    tokens = turn.positions.numel()
+    q, k = (None if x is None or x.numel() == 0 else by_token(x) for x in (q, k))
     if q is None and k is None:
         return
-    cos, sin = with_unit_stride(cos.float()), with_unit_stride(sin.float())
+    cos, sin, positions = turn.tensors()
     config = launch_configs.rotary(half)
     with device_guard(positions):
         _rotary_kernel[(cdiv(tokens, config["BLOCK_T"]),)](
-            *(q, k, q_out, k_out, cos, sin, positions.contiguous()),
+            *(q, k, *outputs, cos, sin, positions),
             *((0, 0) if q is None else q.stride()[:2]),
             *((0, 0) if k is None else k.stride()[:2]),
             *(cos.stride(0), sin.stride(0), tokens),
             Q_HEADS=0 if q is None else q.shape[1],
             K_HEADS=0 if k is None else k.shape[1],
             HALF=half,
-            INTERLEAVED=interleaved,
-            BACKWARDS=backwards,
+            INTERLEAVED=turn.interleaved,
+            BACKWARDS=turn.backwards,
             IN_PLACE=in_place,
             **config,
         )
 
 
-def _by_token(x: Tensor) -> Tensor:
-    """(tokens, heads, head_dim) with a contiguous last dimension; a copy only where views end."""
-    x = x.flatten(0, -3) if x.ndim > 2 else x.unsqueeze(0)
-    return with_unit_stride(x)
-
-
 def _rotate_csrc(
-    operators: Any,
-    q: Tensor | None,
-    k: Tensor | None,
-    q_out: Tensor | None,
-    k_out: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    interleaved: bool,
-    backwards: bool,
+    operators: Any, q: Tensor | None, k: Tensor | None, outputs: Pair, turn: Turn
 ) -> None:
-    in_place = q is q_out and k is k_out
-    q, k = (x if x is None or x.is_contiguous() else _by_token(x) for x in (q, k))
+    in_place = q is outputs[0] and k is outputs[1]
+    q, k = (x if x is None or x.is_contiguous() else by_token(x) for x in (q, k))
     if in_place:
-        q_out, k_out = q, k
-    operators.rotary.default(
-        *(q, k, q_out, k_out, with_unit_stride(cos.float()), with_unit_stride(sin.float())),
-        *(positions.contiguous(), interleaved, backwards),
-    )
+        outputs = q, k
+    operators.rotary.default(q, k, *outputs, *turn.tensors(), turn.interleaved, turn.backwards)
 
 
-def _rotate_torch(
-    q: Tensor | None,
-    k: Tensor | None,
-    q_out: Tensor | None,
-    k_out: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    interleaved: bool,
-    backwards: bool,
-) -> None:
-    dtype = next(torch.promote_types(x.dtype, cos.dtype) for x in (q, k) if x is not None)
-    cos, sin = (table[positions].unsqueeze(-2).to(dtype) for table in (cos, sin))
-    sin = -sin if backwards else sin
-    for x, out in ((q, q_out), (k, k_out)):
+def _rotate_torch(q: Tensor | None, k: Tensor | None, outputs: Pair, turn: Turn) -> None:
+    tables = turn.cos, turn.sin
+    dtype = next(torch.promote_types(x.dtype, turn.cos.dtype) for x in (q, k) if x is not None)
+    cos, sin = (table[turn.positions].unsqueeze(-2).to(dtype) for table in tables)
+    sin = -sin if turn.backwards else sin
+    for x, out in zip((q, k), outputs):
         if x is not None and out is not None:
-            _turn_torch(x, out, cos, sin, interleaved)
+            _turn_torch(x, out, cos, sin, turn.interleaved)
 
 
 def _turn_torch(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
@@ -224,59 +203,28 @@ def _turn_torch(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, interleaved: b
         out.copy_(wide)
 
 
-def _rotate_into(
-    q: Tensor | None, k: Tensor | None, outputs: Pair, cos: Tensor, *args: Any
-) -> None:
+def _rotate_into(q: Tensor | None, k: Tensor | None, outputs: Pair, turn: Turn) -> None:
     like = k if q is None else q
     assert like is not None
-    if uses_triton(cos):
-        _rotate_triton(q, k, *outputs, cos, *args)
+    if uses_triton(turn.cos):
+        _rotate_triton(q, k, outputs, turn)
     elif operators := extension.cpu_operators(like):
-        _rotate_csrc(operators, q, k, *outputs, cos, *args)
+        _rotate_csrc(operators, q, k, outputs, turn)
     else:
-        _rotate_torch(q, k, *outputs, cos, *args)
+        _rotate_torch(q, k, outputs, turn)
 
 
 def rotate(q: Tensor | None, k: Tensor | None, *args: Any) -> Pair:
     """`apply_rotary` of arguments that have been checked, as its backend computes it."""
     outputs = _empty_outputs(q, k)
-    _rotate_into(q, k, outputs, *args)
+    _rotate_into(q, k, outputs, Turn(*args))
     return outputs
 
 
 def _rotate_in_place(q: Tensor, k: Tensor, *args: Any) -> None:
-    _check_memory(q, k)
-    _rotate_into(q, k, (q, k), *args, False)
-
-
-def _check_memory(q: Tensor, k: Tensor) -> None:
-    """The kernel's strides must reach all that is turned in place, and nothing twice."""
-    q_stride, q_row, q_end = _memory_of("q", q)
-    k_stride, k_row, k_end = _memory_of("k", k)
-    ahead = (k.data_ptr() - q.data_ptr()) // q.element_size()
-    # In a fused projection the two take turns, token by token.
-    in_turns = q_stride == k_stride > 0 and q_row <= ahead % q_stride <= q_stride - k_row
-    if q_end and k_end and not (ahead >= q_end or ahead <= -k_end or in_turns):
-        raise ValueError("apply_rotary_: q and k must not share memory; use apply_rotary")
-
-
-def _memory_of(name: str, x: Tensor) -> tuple[int, int, int]:
-    """How many elements from one token to the next, in a token's row, and in all."""
-    if x.numel() == 0:
-        return 0, 0, 0
-    rows = _by_token(x)
-    tokens, heads, end = rows.shape
-    row = (heads - 1) * rows.stride(1) + end
-    apart = rows.data_ptr() == x.data_ptr()  # else it was copied
-    for stride, size in sorted(zip(rows.stride()[:2], (tokens, heads))):
-        apart &= size == 1 or stride >= end
-        end += (size - 1) * stride
-    if not apart:
-        raise ValueError(
-            f"apply_rotary_: {name} must have tokens evenly spaced, channels side by side and no "
-            f"element twice, got {tuple(x.shape)} with strides {x.stride()}; use apply_rotary"
-        )
-    return rows.stride(0), row, end
+    cos, sin, positions, interleaved = args
+    check_memory(q, k)
+    _rotate_into(q, k, (q, k), Turn(cos, sin, positions, interleaved, False))
 
 
 torch.library.define(
@@ -359,44 +307,6 @@ def rotary_tables(
     return angles.cos().float(), angles.sin().float()
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-    if q.ndim < 2:
-        raise ValueError(f"q must be (..., num_heads, head_dim), got {tuple(q.shape)}")
-    if not q.is_floating_point():
-        raise TypeError(f"q must be floating point, got {q.dtype}")
-    tokens, head_dim, num_positions = q.shape[:-2], q.shape[-1], cos.shape[0] if cos.ndim else 0
-    if k.shape[-1] != head_dim or k.shape[:-2] != tokens:
-        raise ValueError(
-            f"k must be (..., num_kv_heads, head_dim) with the leading dimensions and head_dim of "
-            f"q {tuple(q.shape)}, got {tuple(k.shape)}"
-        )
-    if k.dtype != q.dtype:
-        raise ValueError(f"k must have q's dtype {q.dtype}, got {k.dtype}")
-    if positions.shape != tokens:
-        raise ValueError(
-            f"positions must be {tuple(tokens)}, one for each token of q, "
-            f"got {tuple(positions.shape)}"
-        )
-    if positions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"positions must be torch.int32 or torch.int64, got {positions.dtype}")
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.shape != (num_positions, head_dim / 2):
-            raise ValueError(
-                f"{name} must be (num_positions, {head_dim / 2:g}), got {tuple(table.shape)}"
-            )
-    device = q.device
-    for name, x in (("k", k), ("cos", cos), ("sin", sin), ("positions", positions)):
-        if x.device != device:
-            raise ValueError(f"{name} must be on {device} like q, got {x.device}")
-    # On a GPU the look would wait for it; tracing cannot branch on it.
-    if positions.is_cpu and positions.numel() and not torch.compiler.is_compiling():
-        lowest, highest = (x.item() for x in positions.aminmax())
-        if lowest < 0 or highest >= num_positions:
-            raise ValueError(
-                f"positions must lie in the tables' [0, {num_positions}), got {lowest} to {highest}"
-            )
-
-
 def apply_rotary(
     q: Tensor,
     k: Tensor,
@@ -426,7 +336,7 @@ def apply_rotary(
             a position outside the tables.
         TypeError: q is not floating point.
     """
-    _check(q, k, cos, sin, positions)
+    check_rotary(q, k, cos, sin, positions)
     q_out, k_out = _turned(q, k, cos, sin, positions, interleaved, False)
     assert q_out is not None and k_out is not None
     return q_out, k_out
@@ -454,7 +364,7 @@ def apply_rotary_(
             as in an expanded tensor, or where q and k overlap.
         TypeError: q is not floating point.
     """
-    _check(q, k, cos, sin, positions)
+    check_rotary(q, k, cos, sin, positions)
     if torch.is_grad_enabled():
         q, k = (
             RotaryInPlaceFunction.apply(x, cos, sin, positions, interleaved)
