@@ -23,7 +23,7 @@ FILES = [
     and KERNELS.search(path.read_text())
     and path.parent == Path(__file__).parent  # elsewhere they are run compiled, or are slow
 ]
-AT_ONCE = ("test_attention_kernels.py", "test_decode_kernels.py")  # the others are slow
+AT_ONCE = "test_decode_kernels.py"  # the others are slow
 NO_TESTS = 5  # as if all of a file's kernels are slow
 
 
