@@ -41,7 +41,7 @@ struct Update {
   int32_t interleaved;                        // pairs are channels 2i, 2i + 1, not i, i + half
   DType dtype;
 
-  HOST_DEVICE int element_size() const { return dtype == DType::float32 ? 4 : 2; }
+  HOST_DEVICE int element_size() const { return size_of(dtype); }
 };
 
 // Of `count` new tokens the last `capacity` are kept, so that no slot has two writers.

@@ -21,6 +21,10 @@ DTYPES = {
 }
 
 
+# What a command tells in one line, as its input's fault: too large for the memory, among others.
+BAD_INPUT = (ValueError, OSError, NotImplementedError, torch.OutOfMemoryError)
+
+
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line."""
 
@@ -44,11 +48,7 @@ def device_of(name: str) -> torch.device:
 
 
 def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run `command`; its exit code: 0, 2 for bad input, 130 when interrupted.
-
-    Bad input is what raises `ValueError`, `OSError` or `NotImplementedError`, or does not fit the
-    memory.
-    """
+    """Run `command`; its exit code: 0, 2 for bad input, 130 when interrupted."""
     try:
         command(args)
     except KeyboardInterrupt:
@@ -58,7 +58,8 @@ def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         # The reader has gone; keep the interpreter from complaining as it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, NotImplementedError, torch.OutOfMemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except BAD_INPUT as error:
+        # In one write, so that lines of several ranks do not mix.
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 2
     return 0

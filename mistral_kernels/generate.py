@@ -1,19 +1,22 @@
 """Text from prompts: `generate()`, `stream_generate()` and `python -m mistral_kernels.generate`.
 
 The command writes generated text, and nothing else, to standard output; the prompt, notes and a
-closing block of figures go to standard error.
+closing block of figures go to standard error. Started by torchrun, all ranks share the model's work
+(see `mistral_kernels.parallel`), and the first speaks for them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,86 +25,24 @@ import torch
 from mistral_kernels.chat import Conversation
 from mistral_kernels.checkpoint import resolve
 from mistral_kernels.command import DTYPES, Parser, device_of, run
+from mistral_kernels.distributed import World, check_same, joined, launched
+from mistral_kernels.figures import Figures
 from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.model.transformer import MistralForCausalLM
+from mistral_kernels.ops import extension
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE, choose_backend
+from mistral_kernels.parallel import ParallelMistralForCausalLM
 from mistral_kernels.streaming import Completion, TextDelta, generate, stream_generate
 from mistral_kernels.tokenizer import MistralTokenizer
 
 __all__ = ["Completion", "TextDelta", "generate", "main", "stream_generate"]
 
 
-@dataclass
-class _Stats:
-    """Figures of one command, printed at its end."""
-
-    load_seconds: float = 0.0
-    prompt_tokens: int = 0
-    prefill_seconds: float = 0.0
-    first_tokens: int = 0
-    later_tokens: int = 0
-    decode_steps: int = 0
-    decode_seconds: float = 0.0
-    cache_bytes: int = 0
-
-    def time(self, deltas: Iterator[TextDelta], prompt_tokens: int) -> Iterator[TextDelta]:
-        """Pass `deltas` on, telling the first tokens, which wait for the prompts, from the rest."""
-        self.prompt_tokens += prompt_tokens
-        seen: dict[int, int] = {}
-        steps = 0
-        started = time.perf_counter()
-        for delta in deltas:  # counted one by one, so that an interrupt loses nothing
-            now = time.perf_counter()
-            if seen:
-                self.decode_seconds += now - started
-            else:
-                self.prefill_seconds += now - started
-            started = now
-            count = seen[delta.index] = seen.get(delta.index, 0) + 1
-            if count == 1:
-                self.first_tokens += 1
-            else:
-                self.later_tokens += 1
-            if count > max(steps, 1):
-                self.decode_steps += 1
-            steps = max(steps, count)
-            yield delta
-
-    def lines(self, model: MistralForCausalLM) -> Iterator[str]:
-        weights = sum(p.nbytes for p in model.parameters())
-        dtype = str(model.dtype).removeprefix("torch.")
-        yield f"load      {self.load_seconds:.2f} s, {weights / 1e6:,.1f} MB of {dtype}"
-        if self.prefill_seconds:
-            yield (
-                f"prompt    {self.prompt_tokens} tokens, "
-                f"{self.prompt_tokens / self.prefill_seconds:,.1f} tokens/s, "
-                f"first token after {self.prefill_seconds:.3f} s"
-            )
-        if self.decode_steps:
-            yield (
-                f"generate  {self.first_tokens + self.later_tokens} tokens, "
-                f"{self.later_tokens / self.decode_seconds:,.1f} tokens/s, weights read at "
-                f"{self.decode_steps * weights / self.decode_seconds / 1e9:,.1f} GB/s"
-            )
-        peak = _peak_memory(model.device)
-        yield f"memory    {peak / 1e6:,.0f} MB at the peak, cache {self.cache_bytes / 1e6:,.1f} MB"
-        backend = choose_backend(model.device)
-        yield f"backend   {backend.name} on {model.device} ({backend.reason})"
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on every platform
-
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
-
-
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m mistral_kernels.generate",
-        description="Continue a text, or chat. The text goes to stdout, all else to stderr.",
+        description="Continue a text, or chat. The text goes to stdout, all else to stderr. "
+        "Started by torchrun, the ranks share the model.",
     )
     parser.add_argument("prompt", nargs="?", help="the text to continue; '-' reads stdin")
     parser.add_argument("-p", "--prompt", dest="prompt_option", metavar="TEXT", help="the same")
@@ -141,6 +82,9 @@ def _parser() -> Parser:
     sampling.add_argument("--num-samples", type=int, default=1, help="texts for each prompt")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
+    machine.add_argument(
+        "--quantize", choices=["int8"], help="weights of 8 bits, to generate faster on the CPU"
+    )
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     machine.add_argument("--backend", choices=["auto", "triton", "torch"])
     machine.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt tokens in one pass")
@@ -159,14 +103,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     if args.backend:
         os.environ[BACKEND_VARIABLE] = args.backend
-    seed = secrets.randbelow(1 << 31) if args.seed is None else args.seed
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"--seed must be in [0, 2**64), got {seed}")
-    device = device_of(args.device)
+    if not launched():
+        return _generate(args, World(0, 1, device_of(args.device)))
+    with joined(args.device) as world, _silent(not world.is_main):
+        for name, value in vars(args).items():
+            if name not in _OF_ONE_RANK:
+                check_same(f"--{name.replace('_', '-')}", value)
+        return _generate(args, world)
+
+
+# Options that only the main rank reads, or that each may have in its own way.
+_OF_ONE_RANK = {"prompt", "prompt_option", "prompt_file", "model", "device"}
+
+
+@contextmanager
+def _silent(silent: bool) -> Iterator[None]:
+    """Nothing that is printed comes out; what is raised does."""
+    with ExitStack() as stack:
+        if silent:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
+
+
+def _generate(args: argparse.Namespace, world: World) -> None:
+    """The command, on each rank of `world`: all make the same text of the main rank's prompts."""
+    device = world.device
     try:
         choose_backend(device)
     except RuntimeError as error:  # it cannot run here
         raise ValueError(str(error)) from None
+    seed = args.seed
+    if seed is None:
+        seed = world.from_main(lambda: secrets.randbelow(1 << 31))
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"--seed must be in [0, 2**64), got {seed}")
     sampler = Sampler(
         args.temperature,
         args.top_k,
@@ -187,16 +159,25 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("--system needs --chat")
     if args.context is not None and not (args.chat and args.context > 0):
         raise ValueError("--context needs --chat and a positive number of tokens")
-    prompts = _prompts(args)
-    stats = _Stats()
+    prompts = world.from_main(lambda: _prompts(args))
+    stats = Figures(world.size)
     started = time.perf_counter()
+    if world.size > 1:  # one downloads and compiles, the others find what it has
+        world.from_main(lambda: (str(resolve(args.model)), str(extension.load(device.type))))
     path = resolve(args.model)
     overrides = {} if args.window is None else {"sliding_window": _window(args.window)}
     tokenizer = MistralTokenizer.from_pretrained(path)
     if args.chat and tokenizer.chat_version is None:
         raise ValueError(f"--chat: {tokenizer.path} has no chat template; continue a text instead")
-    model = MistralForCausalLM.from_pretrained(
-        path, dtype=DTYPES.get(args.dtype), device=device, **overrides
+    if world.size > 1:
+        check_same("the tokenizer", hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()[:12])
+    family = MistralForCausalLM if world.size == 1 else ParallelMistralForCausalLM
+    model = family.from_pretrained(
+        path,
+        dtype=DTYPES.get(args.dtype),
+        device=device,
+        quantize=args.quantize,
+        **overrides,
     )
     stats.load_seconds = time.perf_counter() - started
     options = {
@@ -209,7 +190,7 @@ def _run(args: argparse.Namespace) -> None:
     figures = not args.quiet
     try:
         if args.chat:
-            _chat(args, model, tokenizer, prompts, options, stats)
+            _chat(args, world, model, tokenizer, prompts, options, stats)
         else:
             if tokenizer.has_chat_template and not args.quiet:
                 print("note: an instruct model; --chat applies its template", file=sys.stderr)
@@ -266,7 +247,7 @@ def _complete(
     tokenizer: MistralTokenizer,
     prompts: list[str],
     options: dict[str, Any],
-    stats: _Stats,
+    stats: Figures,
 ) -> None:
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
     ids = [tokenizer.encode(prompt) for prompt in prompts]
@@ -303,11 +284,12 @@ def _complete(
 
 def _chat(
     args: argparse.Namespace,
+    world: World,
     model: MistralForCausalLM,
     tokenizer: MistralTokenizer,
     messages: list[str],
     options: dict[str, Any],
-    stats: _Stats,
+    stats: Figures,
 ) -> None:
     conversation = Conversation(model, tokenizer, args.system, args.context)
     stats.cache_bytes = conversation.cache_bytes
@@ -315,7 +297,7 @@ def _chat(
         if not messages:
             if not args.quiet:
                 print("> ", end="", file=sys.stderr, flush=True)
-            line = sys.stdin.readline()
+            line = world.from_main(sys.stdin.readline)
             if not line:
                 return
             if not line.strip():
@@ -330,7 +312,7 @@ def _chat(
                 if not args.json:
                     print(delta.text, end="", flush=True)
         except KeyboardInterrupt:
-            if not sys.stdin.isatty():
+            if world.size > 1 or not sys.stdin.isatty():
                 raise  # at a terminal it ends this answer; at the prompt, the conversation
         record = {"prompt": message, **asdict(completion)}
         print(json.dumps(record, ensure_ascii=False) if args.json else "", flush=True)

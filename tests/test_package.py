@@ -41,13 +41,22 @@ MAY_IMPORT = {
     "streaming": BELOW,
     "chat": ("streaming", *BELOW),
     "command": (),
-    "generate": ("command", "chat", "streaming", *BELOW),
+    "distributed": ("command",),
+    "parallel": ("distributed", *BELOW),
+    "figures": ("streaming", *BELOW),
+    "generate": ("command", "distributed", "parallel", "figures", "chat", "streaming", *BELOW),
     "convert": ("command", *BELOW),
     "flash_attn": ("ops", "kvcache"),
     "kvcache": ("ops",),
     "integrations": ("integrations", "model", "ops"),
-    "training": BELOW,
-    "train": ("command", "training", *BELOW),
+    "training_state": BELOW,
+    "training": ("training_state", *BELOW),
+    "sharded_state": ("distributed", "training_state", *BELOW),
+    "sharded_training": ("distributed", "training", "training_state", *BELOW),
+    "train": (
+        *("command", "distributed", "training", "training_state"),
+        *("sharded_training", "sharded_state", *BELOW),
+    ),
 }
 # Only inside functions: not needed before there is something to load.
 LAZILY = {

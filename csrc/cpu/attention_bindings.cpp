@@ -1,31 +1,17 @@
 // Attention over whole sequences, as PyTorch sees it.
 #include "../bindings.h"
+#include "buffer.h"
 #include "kernels/attention.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
 #include <optional>
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Memory that begins on a line of the caches.
-class Buffer {
- public:
-  explicit Buffer(int64_t size) : memory_(new char[size + kLine]) {}
-  char* data() const {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-    return memory_.get() + (kLine - address % kLine) % kLine;
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-  std::unique_ptr<char[]> memory_;
-};
 
 kernels::Heads heads(const char* name, const Tensor& x, const Tensor& like, int64_t batch,
                      int64_t seqlen, int64_t num_heads) {

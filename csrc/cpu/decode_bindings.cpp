@@ -1,8 +1,7 @@
-// The operators of a decode step that the CPU library alone has.
+// Attention of one token a sequence, as PyTorch sees it.
 #include "../bindings.h"
 #include "dispatch.h"
-#include "kernels/decode.h"
-#include "kernels/linear.h"
+#include "run.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -17,34 +16,6 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kGrain = 1 << 17;  // bytes of memory to read, worth a thread
-
-void linear(const Tensor& x, const Tensor& weight, const Tensor& y) {
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1),
-                  "x and weight must be (rows, in_features) and (out_features, in_features)");
-  STD_TORCH_CHECK(x.stride(1) == 1 && weight.stride(1) == 1,
-                  "x and weight must be contiguous in in_features");
-  STD_TORCH_CHECK(y.dim() == 2 && y.size(0) == x.size(0) && y.size(1) == weight.size(0) &&
-                      y.is_contiguous(),
-                  "y must be (rows, out_features), contiguous");
-  for (const Tensor* other : {&weight, &y}) {
-    STD_TORCH_CHECK(x.is_cpu() && other->is_cpu() && other->scalar_type() == x.scalar_type(),
-                    "x, weight and y must be on the CPU, of one dtype");
-  }
-  kernels::Linear l{};
-  l.x = x.data_ptr();
-  l.weight = weight.data_ptr();
-  l.y = y.data_ptr();
-  l.x_stride = x.stride(0);
-  l.weight_stride = weight.stride(0);
-  l.rows = x.size(0);
-  l.in_features = x.size(1);
-  l.out_features = weight.size(0);
-  l.dtype = dtype_of("x", x);
-  const auto kernel = KERNEL(linear);
-  const int64_t outputs = kGrain / (l.in_features * x.element_size() + 1) + 1;
-  torch::stable::parallel_for(0, l.rows ? l.out_features : 0, outputs,
-                              [&](int64_t begin, int64_t end) { kernel(l, begin, end); });
-}
 
 const int32_t* int32s(const char* name, const OptionalTensor& x, int64_t size) {
   return x ? vector_data<int32_t>(name, *x, ScalarType::Int, size) : nullptr;
@@ -99,8 +70,6 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
   for (int64_t sequence = 0; sequence < d.batch; ++sequence) {
     STD_TORCH_CHECK(d.lengths[sequence] >= 0, "lengths must be >= 0, got ", d.lengths[sequence]);
     const kernels::Span span = kernels::visible(d, sequence);
-    const int64_t keys = span.end - span.begin;
-    d.splits = std::max(d.splits, (keys + kernels::kSplit - 1) / kernels::kSplit);
     const auto check = [&](const char* name, int64_t outer) {
       STD_TORCH_CHECK(outer >= 0 && outer < k_cache.size(0), name, " must lie in [0, ",
                       k_cache.size(0), "), got ", outer);
@@ -112,11 +81,21 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
       position += d.page_size - position % d.page_size;
     }
   }
+  run(d);
+}
+
+}  // namespace
+
+void kernels::run(Decode d) {
+  for (int64_t sequence = 0; sequence < d.batch; ++sequence) {
+    const Span span = visible(d, sequence);
+    d.splits = std::max(d.splits, (span.end - span.begin + kSplit - 1) / kSplit);
+  }
   const auto attend = KERNEL(attend_splits), combine = KERNEL(combine_splits);
   const int64_t heads = d.batch * d.num_heads;
   const std::unique_ptr<float[]> partials(new float[heads * d.splits * (2 + d.head_dim)]);
   d.partials = partials.get();
-  const int64_t split_bytes = 2 * kernels::kSplit * d.head_dim * q.element_size();
+  const int64_t split_bytes = 2 * kSplit * d.head_dim * size_of(d.dtype);
   torch::stable::parallel_for(0, d.batch * d.splits * d.num_kv_heads, kGrain / split_bytes + 1,
                               [&](int64_t begin, int64_t end) { attend(d, begin, end); });
   const int64_t head_bytes = d.splits * d.head_dim * static_cast<int64_t>(sizeof(float));
@@ -124,10 +103,7 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
                               [&](int64_t begin, int64_t end) { combine(d, begin, end); });
 }
 
-}  // namespace
-
 LIBRARY_FRAGMENT(KERNELS_NAMESPACE, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor(a!) y) -> ()");
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, int new_tokens, "
       "Tensor? rows, Tensor? leftpad, Tensor? block_table, int window_left, float scale, "
@@ -135,6 +111,5 @@ LIBRARY_FRAGMENT(KERNELS_NAMESPACE, m) {
 }
 
 LIBRARY_IMPL(KERNELS_NAMESPACE, CPU, m) {
-  m.impl("linear", TORCH_BOX(&linear));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
 }

@@ -1,9 +1,8 @@
 // RMSNorm, SwiGLU and rotary embedding: each row, element or head by itself.
 #include "../bindings.h"
 #include "dispatch.h"
-#include "kernels/rms_norm.h"
 #include "kernels/rotary.h"
-#include "kernels/swiglu.h"
+#include "run.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -63,9 +62,7 @@ void rms_norm(const Tensor& x, const OptionalTensor& residual, const Tensor& wei
   const int64_t count = x.numel() / r.hidden;
   if (rstd) r.rstd = vector_data<float>("rstd", *rstd, ScalarType::Float, count);
   r.eps = static_cast<float>(eps);
-  const auto kernel = KERNEL(rms_norm);
-  torch::stable::parallel_for(0, count, grain(r.hidden),
-                              [&](int64_t begin, int64_t end) { kernel(r, begin, end); });
+  run(r, count);
 }
 
 void rms_norm_backward(const Tensor& dy, const OptionalTensor& dh, const Tensor& h,
@@ -117,9 +114,7 @@ void swiglu(const Tensor& gate, const OptionalTensor& up, const Tensor& y) {
   kernels::SwiGLU s = gated(gate, up);
   const int64_t size = up ? gate.numel() : gate.numel() / 2;
   s.y = vector_data<void>("y", y, gate.scalar_type(), size);
-  const auto kernel = KERNEL(swiglu);
-  torch::stable::parallel_for(0, size, kGrain,
-                              [&](int64_t begin, int64_t end) { kernel(s, begin, end); });
+  run(s, size);
 }
 
 void swiglu_backward(const Tensor& dy, const Tensor& gate, const OptionalTensor& up,
@@ -208,6 +203,18 @@ void rotary(const OptionalTensor& q, const OptionalTensor& k, const OptionalTens
 }
 
 }  // namespace
+
+void kernels::run(const RMSNorm& r, int64_t rows) {
+  const auto kernel = KERNEL(rms_norm);
+  torch::stable::parallel_for(0, rows, grain(r.hidden),
+                              [&](int64_t begin, int64_t end) { kernel(r, begin, end); });
+}
+
+void kernels::run(const SwiGLU& s, int64_t elements) {
+  const auto kernel = KERNEL(swiglu);
+  torch::stable::parallel_for(0, elements, kGrain,
+                              [&](int64_t begin, int64_t end) { kernel(s, begin, end); });
+}
 
 LIBRARY_FRAGMENT(KERNELS_NAMESPACE, m) {
   m.def(

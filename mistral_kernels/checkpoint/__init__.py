@@ -8,9 +8,18 @@ from mistral_kernels.checkpoint import hf, raw
 from mistral_kernels.checkpoint.hf import save_hf
 from mistral_kernels.checkpoint.hub import resolve
 from mistral_kernels.checkpoint.raw import save_raw
-from mistral_kernels.checkpoint.reading import Checkpoint, CheckpointError
+from mistral_kernels.checkpoint.reading import Checkpoint, CheckpointError, Part, whole
 
-__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint", "resolve", "save_hf", "save_raw"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Part",
+    "open_checkpoint",
+    "resolve",
+    "save_hf",
+    "save_raw",
+    "whole",
+]
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

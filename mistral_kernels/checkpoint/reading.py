@@ -59,6 +59,15 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+# Which part of a tensor: a slice of its rows, and of its columns if not all of them.
+Part = tuple[slice, ...]
+
+
+def whole(name: str, shape: tuple[int, ...]) -> Part:
+    """All of any tensor."""
+    return (slice(None),)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: every name and shape is checked, no weight has been read.
@@ -93,32 +102,62 @@ class Checkpoint:
         """The size of the weights as stored."""
         return sum(stored.num_bytes for stored in self.stored.values())
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(
+        self, part_of: Callable[[str, tuple[int, ...]], Part] = whole
+    ) -> Iterator[tuple[str, Tensor]]:
         """Each tensor under its HF name and in HF's layout, in the order of `stored`.
+
+        `part_of`, given a tensor's name and shape, says which part of it to read.
 
         A tensor is a view of the mapped file, valid until the next step: copy it, and drop it
         before asking for the next (`del tensor` at the loop's end), since pages that were read
         count as this process's memory for as long as they are mapped. So a mapping is kept only
-        until as many bytes were read as the largest tensor has, and no more is ever held.
+        until as many bytes were read as the largest tensor (or part) takes, and no more is ever
+        held.
         """
-        budget = max(stored.num_bytes for stored in self.stored.values())
+        readings = [
+            _Reading(stored, part_of(name, stored.shape), self._rotary_heads(name))
+            for name, stored in self.stored.items()
+        ]
+        budget = max(reading.stored_bytes for reading in readings)
         get, current, used = None, None, 0
-        for name, stored in self.stored.items():
-            heads = num_rotary_heads(name, self.config) if self.format == "raw" else 0
-            # A permuted tensor is a copy beside the mapped original.
-            cost = 2 * stored.num_bytes if heads else stored.num_bytes
-            if get is None or stored.file != current or used + cost > budget:
+        for name, reading in zip(self.stored, readings):
+            file, cost = reading.stored.file, reading.stored_bytes + reading.copied_bytes
+            if get is None or file != current or used + cost > budget:
                 get = None  # unmaps before the file is mapped afresh
-                get, current, used = _open(stored.file, self.config), stored.file, 0
+                get, current, used = _open(file, self.config), file, 0
             used += cost
-            tensor = get(stored.name)
-            if heads:
-                # In a mapping of its own: what malloc gets back, it may keep from the system.
-                scratch = torch.frombuffer(mmap(-1, stored.num_bytes), dtype=stored.dtype)
-                tensor = interleaved_to_half(tensor, heads, out=scratch.view(stored.shape))
-                del scratch
+            tensor = reading.of(get(reading.stored.name))
             yield name, tensor
             del tensor
+
+    def _rotary_heads(self, name: str) -> int:
+        """How many heads of the tensor have their rows in another order than HF's."""
+        return num_rotary_heads(name, self.config) if self.format == "raw" else 0
+
+
+class _Reading:
+    """A part of a stored tensor: which pages of its file that takes, and how it is made of them."""
+
+    def __init__(self, stored: StoredTensor, part: Part, heads: int) -> None:
+        rows = range(stored.shape[0])[part[0]]
+        size = stored.shape[0] // heads if heads else 1  # rows that are permuted among themselves
+        first, last = rows.start // size, -(-rows.stop // size)
+        self.stored, self.heads = stored, last - first if heads else 0
+        self.rows = slice(first * size, last * size)
+        self.part = (slice(rows.start - first * size, rows.stop - first * size), *part[1:])
+        # Rows are contiguous, so that a part of each takes as many pages as the whole.
+        self.stored_bytes = stored.num_bytes // stored.shape[0] * (last - first) * size
+        # What is permuted is a copy beside the mapped original.
+        self.copied_bytes = self.stored_bytes if heads else 0
+
+    def of(self, tensor: Tensor) -> Tensor:
+        tensor = tensor[self.rows]
+        if self.heads:
+            # In a mapping of its own: what malloc gets back, it may keep from the system.
+            scratch = torch.frombuffer(mmap(-1, self.copied_bytes), dtype=tensor.dtype)
+            tensor = interleaved_to_half(tensor, self.heads, out=scratch.view(tensor.shape))
+        return tensor[self.part]
 
 
 def read_json(path: Path) -> dict[str, Any]:

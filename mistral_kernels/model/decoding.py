@@ -17,7 +17,7 @@ from mistral_kernels.model.cache import RollingCache
 from mistral_kernels.model.sampling import Sampler
 
 if TYPE_CHECKING:
-    from mistral_kernels.model.transformer import MistralForCausalLM
+    from mistral_kernels.model.generation import Generation
 
 
 def can_capture(device: torch.device) -> bool:
@@ -44,7 +44,7 @@ class DecodeStep:
 
     def __init__(
         self,
-        model: MistralForCausalLM,
+        model: Generation,
         cache: RollingCache,
         sampler: Sampler,
         seen: Tensor | None = None,

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from mistral_kernels.model.cache import Packing, RollingCache
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.ops.attention import attention, rolling_cache_attention
+from mistral_kernels.ops.decoder_layer import LayerWeights, decoder_layer, serves
 from mistral_kernels.ops.linear import linear
+from mistral_kernels.ops.linear_int8 import linear_int8
 from mistral_kernels.ops.rms_norm import rms_norm
 from mistral_kernels.ops.rolling_cache import rolling_cache_update_
 from mistral_kernels.ops.rotary import apply_rotary, apply_rotary_
@@ -30,13 +32,37 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """`ops.linear` with its weight."""
+    """`ops.linear` with its weight; or `ops.linear_int8`, if that is int8, with its `scales`."""
+
+    # One for each row. Neither a parameter nor a buffer: .to(torch.bfloat16) may not touch them.
+    scales: Tensor | None = None
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        if self.scales is None:
+            return linear(x, self.weight)
+        return linear_int8(x, self.weight, self.scales)
+
+    def parts_in_state_dict(self, prefix: str) -> dict[str, Tensor]:
+        """Each entry's key and weight, where this module's own keys have `prefix`."""
+        return {f"{prefix}weight": self.weight.detach()}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._refuse_quantized()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._refuse_quantized()
+        super()._load_from_state_dict(*args)
+
+    def _refuse_quantized(self) -> None:
+        if self.scales is not None:
+            raise NotImplementedError(
+                "a quantised model neither gives nor takes a state dict: save and load the "
+                "unquantised one, and quantise with from_pretrained(quantize='int8')"
+            )
 
 
 class FusedLinear(Linear):
@@ -57,6 +83,7 @@ class FusedLinear(Linear):
         return dict(zip(keys, self.weight.detach().split(tuple(self.parts.values()))))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._refuse_quantized()
         destination.update(self.parts_in_state_dict(prefix))
 
 
@@ -203,6 +230,16 @@ class DecoderLayer(nn.Module):
         cache: RollingCache | None,
     ) -> tuple[Tensor, Tensor]:
         """`residual` is the stream so far, `delta` what the layer before has yet to add to it."""
+        if cache is not None and packing.one_each and serves(delta, self.self_attn.head_dim):
+            weights = self._weights()
+            if weights is not None:
+                layer = self.self_attn.layer
+                return decoder_layer(
+                    *(delta, residual, weights, tables, cache.keys[layer], cache.values[layer]),
+                    *(cache.lengths, packing.cu_seqlens),
+                    sliding_window=self.self_attn.sliding_window,
+                    eps=self.input_layernorm.eps,
+                )
         if residual is None:
             x, residual = self.input_layernorm(delta), delta
         else:
@@ -211,3 +248,36 @@ class DecoderLayer(nn.Module):
             self.self_attn(x, tables, packing, cache), residual
         )
         return self.mlp(x), residual
+
+    def _weights(self) -> LayerWeights | None:
+        """None where a module is not as it was made, or is watched: then it has to be called."""
+        # From the dictionaries: by nn.Module's own lookup this took longer than a small layer's kernels.
+        modules: dict[str, Any] = self._modules
+        attention, mlp = modules["self_attn"], modules["mlp"]
+        parts = [
+            *(modules[name] for name in ("input_layernorm", "post_attention_layernorm")),
+            *(attention._modules[name] for name in ("qkv_proj", "o_proj")),
+            *(mlp._modules[name] for name in ("gate_up_proj", "down_proj")),
+        ]
+        if not all(map(_is_plain, (attention, mlp, *parts))):
+            return None
+        weights = [part._parameters["weight"] for part in parts]
+        if not all(type(weight) is nn.Parameter for weight in weights):
+            return None  # a subclass has products of its own
+        input_norm, mlp_norm, qkv, o, gate_up, down = weights
+        scales = [part.scales for part in parts[2:]]
+        return LayerWeights(
+            *(input_norm, qkv, scales[0], o, scales[1]),
+            *(mlp_norm, gate_up, scales[2], down, scales[3]),
+        )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return (
+        type(module) in _PLAIN
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and "forward" not in vars(module)
+    )
+
+
+_PLAIN = {Attention, MLP, RMSNorm, Linear, FusedLinear}

@@ -2,7 +2,7 @@
 
 Decoding multiplies every weight by one row a sequence, and takes the time of reading it. csrc's
 kernel reads it once for all rows and sums each product in the same order whatever their number: a
-row's result has the same bits alone and in any batch of up to `_KERNEL_ROWS`. It computes no
+row's result has the same bits alone and in any batch of up to `KERNEL_ROWS`. It computes no
 gradients; where some are wanted, and without the library, PyTorch serves. There, few rows of
 float32 would be multiplied on a single thread: as a batch of products, one for each block of W's
 rows, all threads take part.
@@ -19,7 +19,7 @@ from mistral_kernels.ops.dispatch import uses_triton
 
 # Up to how many rows of x the kernel serves: on Zen 4 (AVX-512 BF16) it is as fast as PyTorch at 64
 # in bfloat16, and still faster in float32 and float16. Other processors' products may be better.
-_KERNEL_ROWS = 32
+KERNEL_ROWS = 32
 # Up to how many rows of x blocks are faster (measured on two Zen 4 cores): a weight with more
 # outputs than inputs gains for longer.
 _FEW_ROWS, _FEW_ROWS_WIDE = 32, 512
@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     if not x.is_cpu or torch.compiler.is_compiling():
         return F.linear(x, weight)
-    if x.shape[0] <= _KERNEL_ROWS and _kernel_serves(x, weight):
+    if x.shape[0] <= KERNEL_ROWS and _kernel_serves(x, weight):
         operators = extension.cpu_operators(x)
         if operators is not None:
             y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)

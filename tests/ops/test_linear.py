@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import FLOATS, assert_as_accurate, assert_matches_reference
 
 from mistral_kernels.ops import extension
-from mistral_kernels.ops.linear import _KERNEL_ROWS, linear
+from mistral_kernels.ops.linear import KERNEL_ROWS, linear
 
 
 @pytest.fixture
@@ -58,16 +58,16 @@ def kernel_rows(monkeypatch):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_few_rows_without_gradients(dtype, kernel_rows):
-    """One kernel for 1 to `_KERNEL_ROWS` rows, so that a row's bits are the same in any batch."""
-    x = torch.randn(_KERNEL_ROWS + 1, 48).to(dtype)
+    """One kernel for 1 to `KERNEL_ROWS` rows, so that a row's bits are the same in any batch."""
+    x = torch.randn(KERNEL_ROWS + 1, 48).to(dtype)
     weight = torch.nn.Parameter(torch.randn(67, 48).to(dtype))
     with torch.no_grad():
-        few = linear(x[:_KERNEL_ROWS], weight)
-        for i in range(_KERNEL_ROWS):
+        few = linear(x[:KERNEL_ROWS], weight)
+        for i in range(KERNEL_ROWS):
             assert torch.equal(linear(x[i : i + 1], weight), few[i : i + 1])
-        assert kernel_rows == [_KERNEL_ROWS] + [1] * _KERNEL_ROWS
+        assert kernel_rows == [KERNEL_ROWS] + [1] * KERNEL_ROWS
         many = linear(x, weight)
-    assert len(kernel_rows) == _KERNEL_ROWS + 1
+    assert len(kernel_rows) == KERNEL_ROWS + 1
     exact = F.linear(x.double(), weight.double())
     for y in (few, many):
         assert_as_accurate(y, F.linear(x, weight)[: len(y)], exact[: len(y)], "y")

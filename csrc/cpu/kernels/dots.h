@@ -52,6 +52,24 @@ INLINE Factor<BFloat16> load_factor(const BFloat16* x, int count) {
 }
 #endif
 
+// Of int8, which all T hold exactly.
+template <typename T>
+INLINE Factor<T> load_factor_of(const int8_t* x, int count) {
+  return {load(x, count)};
+}
+
+#if defined(__AVX512BF16__)
+template <>
+INLINE Factor<BFloat16> load_factor_of<BFloat16>(const int8_t* x, int count) {
+  int8_t whole[Factor<BFloat16>::kSize] = {};
+  if (count < Factor<BFloat16>::kSize) {
+    __builtin_memcpy(whole, x, count);
+    x = whole;
+  }
+  return {_mm512_cvtne2ps_pbh(load(x + kLanes), load(x))};
+}
+#endif
+
 // Rows of numbers, each `stride` elements after the one before.
 template <typename T>
 struct Rows {
@@ -59,20 +77,15 @@ struct Rows {
   int64_t stride;
 };
 
-// products[j * kW + i]: of row i of `w` and row j of `x`. Of `w`, what lies `ahead` elements further
-// on is fetched meanwhile, into the second of caches: in the first, rows that lie a power of 2 apart
-// would drive each other out.
-template <int kW, int kX, typename T>
-INLINE void dots(Rows<T> w, Rows<T> x, int64_t size, int64_t ahead, float* products) {
+// products[j * kW + i]: of what `load_w(i, first, count)` gives of row i, from its `first` element
+// on, and row j of `x`.
+template <int kW, int kX, typename T, typename LoadW>
+INLINE void dots(LoadW load_w, Rows<T> x, int64_t size, float* products) {
   constexpr int kSize = Factor<T>::kSize;
   Vec sums[kX * kW] = {};
-  const auto step = [&](int64_t first, int count) {
+  const auto step = [&](int64_t first, int count) __attribute__((always_inline)) {
     Factor<T> w_factors[kW];
-    for (int i = 0; i < kW; ++i) {
-      const T* from = w.data + i * w.stride + first;
-      w_factors[i] = load_factor(from, count);
-      __builtin_prefetch(from + ahead, 0, 2);
-    }
+    for (int i = 0; i < kW; ++i) w_factors[i] = load_w(i, first, count);
     for (int j = 0; j < kX; ++j) {
       const Factor<T> factor = load_factor(x.data + j * x.stride + first, count);
       for (int i = 0; i < kW; ++i) multiply_add(w_factors[i], factor, sums[j * kW + i]);
@@ -82,6 +95,19 @@ INLINE void dots(Rows<T> w, Rows<T> x, int64_t size, int64_t ahead, float* produ
   for (; first + kSize <= size; first += kSize) step(first, kSize);
   if (first < size) step(first, static_cast<int>(size - first));
   for (int i = 0; i < kX * kW; ++i) products[i] = sum(sums[i]);
+}
+
+// The same of rows in memory. Of `w`, what lies `ahead` elements further on is fetched meanwhile,
+// into the second of caches: in the first, rows that lie a power of 2 apart would drive each other
+// out.
+template <int kW, int kX, typename T>
+INLINE void dots(Rows<T> w, Rows<T> x, int64_t size, int64_t ahead, float* products) {
+  const auto load_w = [&](int i, int64_t first, int count) {
+    const T* from = w.data + i * w.stride + first;
+    __builtin_prefetch(from + ahead, 0, 2);
+    return load_factor(from, count);
+  };
+  dots<kW, kX, T>(load_w, x, size, products);
 }
 
 }  // namespace

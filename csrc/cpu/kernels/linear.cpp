@@ -8,55 +8,95 @@ namespace kernels::INSTRUCTION_SET {
 namespace {
 
 // Of a tile, so that its sums and factors stay in registers, of which AVX-512 and NEON have 32.
-constexpr int kOuts = 4, kRows = kRegisters == 32 ? 4 : 2;
-static_assert(kOuts <= kLanes);
+constexpr int kRows = kRegisters == 32 ? 4 : 2;
+static_assert(kTileOuts <= kLanes);
 
-template <int kTileOuts, int kTileRows, typename T>
-void tile(const Linear& l, int64_t row, int64_t out) {
-  const T* weight = static_cast<const T*>(l.weight) + out * l.weight_stride;
+// Products of a weight in x's dtype.
+template <int kOuts, int kTileRows, typename T>
+INLINE void products_of(const T* weight, const Linear& l, int64_t row, Rows<T> x, char*,
+                        float* products) {
+  const int64_t ahead = row == 0 ? kOuts * l.weight_stride : 0;  // the next tile
+  dots<kOuts, kTileRows, T>({weight, l.weight_stride}, x, l.in_features, ahead, products);
+}
+
+// Of int8, which the first rows widen: with `scratch`, for those after them too.
+template <int kOuts, int kTileRows, typename T>
+INLINE void products_of(const int8_t* weight, const Linear& l, int64_t row, Rows<T> x,
+                        char* scratch, float* products) {
+  constexpr int64_t kBytes = sizeof(Factor<T>);
+  const int64_t steps = (l.in_features + Factor<T>::kSize - 1) / Factor<T>::kSize;
+  const auto widened = [&](int i, int64_t first) {
+    return scratch + (i * steps + first / Factor<T>::kSize) * kBytes;
+  };
+  const auto widen = [&](int i, int64_t first, int count) {
+    const int8_t* from = weight + i * l.weight_stride + first;
+    __builtin_prefetch(from + kOuts * l.weight_stride, 0, 2);
+    const Factor<T> factor = load_factor_of<T>(from, count);
+    if (scratch) __builtin_memcpy(widened(i, first), &factor, kBytes);
+    return factor;
+  };
+  const auto load = [&](int i, int64_t first, int) {
+    return load_as<Factor<T>>(widened(i, first));
+  };
+  if (row == 0) return dots<kOuts, kTileRows, T>(widen, x, l.in_features, products);
+  dots<kOuts, kTileRows, T>(load, x, l.in_features, products);
+}
+
+template <int kOuts, int kTileRows, typename T, typename W>
+void tile(const Linear& l, char* scratch, int64_t row, int64_t out) {
+  const W* weight = static_cast<const W*>(l.weight) + out * l.weight_stride;
   const T* x = static_cast<const T*>(l.x) + row * l.x_stride;
-  const int64_t ahead = row == 0 ? kTileOuts * l.weight_stride : 0;  // the next tile
-  float products[kTileRows * kTileOuts];
-  dots<kTileOuts, kTileRows, T>({weight, l.weight_stride}, {x, l.x_stride}, l.in_features, ahead,
-                                products);
+  float products[kTileRows * kOuts];
+  products_of<kOuts, kTileRows>(weight, l, row, Rows<T>{x, l.x_stride}, scratch, products);
   for (int j = 0; j < kTileRows; ++j) {
     T* y = static_cast<T*>(l.y) + (row + j) * l.out_features + out;
-    store(y, load(products + j * kTileOuts, kTileOuts), kTileOuts);
+    float* results = products + j * kOuts;
+    if (l.scales) {
+      for (int i = 0; i < kOuts; ++i) results[i] *= l.scales[out + i];
+    }
+    store(y, load(results, kOuts), kOuts);
   }
 }
 
 // `count` rows, at most kTileRows.
-template <int kTileOuts, int kTileRows, typename T>
-void rows(const Linear& l, int64_t row, int64_t count, int64_t out) {
+template <int kOuts, int kTileRows, typename T, typename W>
+void rows(const Linear& l, char* scratch, int64_t row, int64_t count, int64_t out) {
   if constexpr (kTileRows > 1) {
-    if (count < kTileRows) return rows<kTileOuts, kTileRows - 1, T>(l, row, count, out);
+    if (count < kTileRows) return rows<kOuts, kTileRows - 1, T, W>(l, scratch, row, count, out);
   }
-  tile<kTileOuts, kTileRows, T>(l, row, out);
+  tile<kOuts, kTileRows, T, W>(l, scratch, row, out);
 }
 
-template <int kTileOuts, typename T>
-void outputs(const Linear& l, int64_t out) {
+template <int kOuts, typename T, typename W>
+void outputs(const Linear& l, char* scratch, int64_t out) {
   const int64_t tiles = (l.rows + kRows - 1) / kRows, base = l.rows / tiles, more = l.rows % tiles;
+  if (tiles == 1) scratch = nullptr;
   for (int64_t i = 0, row = 0; i < tiles; ++i) {
     const int64_t count = base + (i < more);
-    rows<kTileOuts, kRows, T>(l, row, count, out);
+    rows<kOuts, kRows, T, W>(l, scratch, row, count, out);
     row += count;
   }
 }
 
+template <typename T, typename W>
+void all_outputs(const Linear& l, char* scratch, int64_t begin, int64_t end) {
+  for (; begin + kTileOuts <= end; begin += kTileOuts) outputs<kTileOuts, T, W>(l, scratch, begin);
+  for (; begin < end; ++begin) outputs<1, T, W>(l, scratch, begin);
+}
+
 template <typename T>
-void all_outputs(const Linear& l, int64_t begin, int64_t end) {
-  for (; begin + kOuts <= end; begin += kOuts) outputs<kOuts, T>(l, begin);
-  for (; begin < end; ++begin) outputs<1, T>(l, begin);
+void multiply(const Linear& l, char* scratch, int64_t begin, int64_t end) {
+  if (l.scales) return all_outputs<T, int8_t>(l, scratch, begin, end);
+  all_outputs<T, T>(l, scratch, begin, end);
 }
 
 }  // namespace
 
-void linear(const Linear& l, int64_t begin, int64_t end) {
+void linear(const Linear& l, char* scratch, int64_t begin, int64_t end) {
   switch (l.dtype) {
-    case DType::float32: return all_outputs<float>(l, begin, end);
-    case DType::float16: return all_outputs<Half>(l, begin, end);
-    case DType::bfloat16: return all_outputs<BFloat16>(l, begin, end);
+    case DType::float32: return multiply<float>(l, scratch, begin, end);
+    case DType::float16: return multiply<Half>(l, scratch, begin, end);
+    case DType::bfloat16: return multiply<BFloat16>(l, scratch, begin, end);
   }
 }
 

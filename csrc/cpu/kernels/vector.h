@@ -240,6 +240,22 @@ INLINE void store(Half* to, Vec x) {
   __builtin_memcpy(to, &rounded, sizeof rounded);
 }
 
+INLINE Vec load(const int8_t* x) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(x)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load_as<int64_t>(x))));
+#elif defined(__x86_64__)
+  // Four copies of each byte, of which the highest stays.
+  __m128i bytes = _mm_cvtsi32_si128(load_as<int32_t>(x));
+  bytes = _mm_unpacklo_epi8(bytes, bytes);
+  return _mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(bytes, bytes), 24));
+#else
+  typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
+  return __builtin_convertvector(load_as<ByteVec>(x), Vec);
+#endif
+}
+
 // To what T can hold.
 template <typename T>
 INLINE Vec rounded(Vec x) {

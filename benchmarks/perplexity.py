@@ -1,0 +1,68 @@
+"""What quantised weights cost: the perplexity of a text, without and with them.
+
+    python -m benchmarks.perplexity --quantize int8
+
+The text goes through the rolling cache, behind BOS, a few tokens at a time, as a decode step's
+batch does: so it is the kernel for few rows that multiplies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mistral_kernels import MistralForCausalLM
+from mistral_kernels.checkpoint import resolve
+from mistral_kernels.command import DTYPES
+from mistral_kernels.train import HELD_OUT
+from mistral_kernels.training import Corpus
+
+TOKENS = 32  # in a pass
+
+
+@torch.inference_mode()
+def losses(model: MistralForCausalLM, corpus: Corpus) -> Tensor:
+    """Of each of the corpus's tokens, in nats."""
+    cache = model.new_cache(1, len(corpus.tokens))
+    inputs = corpus.with_bos(corpus.tokens)
+    found = []
+    for ids, targets in zip(inputs.split(TOKENS), corpus.tokens.split(TOKENS)):
+        hidden = model.model(ids, cache.packing([len(ids)]), cache)
+        found.append(F.cross_entropy(model.lm_head(hidden).double(), targets, reduction="none"))
+    return torch.cat(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="tiny", help="folder or hub id; default: bundled")
+    parser.add_argument("--text", type=Path, help="default: what the bundled model has not seen")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--quantize", choices=["int8"], default="int8")
+    args = parser.parse_args()
+    path = resolve(args.model)
+    text = (args.text or resolve("tiny") / HELD_OUT).read_text(encoding="utf-8")
+    corpus = Corpus(text, path)
+    found = []
+    for quantize in (None, args.quantize):
+        model = MistralForCausalLM.from_pretrained(
+            path, dtype=DTYPES[args.dtype], quantize=quantize
+        )
+        found.append(losses(model, corpus))
+        nats = found[-1].mean().item()
+        bits = nats * len(corpus.tokens) / len(text.encode()) / math.log(2)
+        print(
+            f"{quantize or args.dtype:8} {model.nbytes / 1e6:,.1f} MB  {nats:.4f} nats a token  "
+            f"{bits:.4f} bits a byte  perplexity {math.exp(nats):.3f}"
+        )
+    change = found[1] - found[0]
+    error = change.std().item() / math.sqrt(len(change))
+    print(f"change   {change.mean():+.5f} nats a token, standard error {error:.5f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Token ids after token ids: prompts into the cache, then one step after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.model.cache import RollingCache
+from mistral_kernels.model.config import MistralConfig
+from mistral_kernels.model.decoding import DecodeStep
+from mistral_kernels.model.sampling import Sampler
+
+# Bounds of the tokens that a sequence contributes to one prefill pass, when nobody says.
+_SMALLEST_CHUNK, _LARGEST_CHUNK = 512, 4096
+
+
+class Generation:
+    """What a causal language model does with its decoder `model` and its `lm_head`."""
+
+    config: MistralConfig
+    model: Any
+    lm_head: Any
+
+    if TYPE_CHECKING:
+
+        @property
+        def dtype(self) -> torch.dtype: ...
+
+        @property
+        def device(self) -> torch.device: ...
+
+    def new_cache(self, batch: int, max_length: int) -> RollingCache:
+        """An empty cache for this model; `max_length` bounds the layers that have no window."""
+        return RollingCache(self.config, batch, max_length, self.dtype, self.device)
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], cache: RollingCache, chunk_size: int | None = None
+    ) -> Tensor:
+        """Append each prompt to its sequence of the cache; logits (batch, vocab_size) at the ends.
+
+        A pass takes up to `chunk_size` tokens of every prompt (None: the largest window, but from
+        512 to 4096); the result does not depend on it.
+        """
+        if chunk_size is None:
+            widest = max(window or _LARGEST_CHUNK for window in self.config.layer_windows)
+            chunk_size = min(max(widest, _SMALLEST_CHUNK), _LARGEST_CHUNK)
+        if chunk_size <= 0:
+            raise ValueError(f"chunk_size must be positive, got {chunk_size}")
+        if not all(prompts):
+            raise ValueError("every prompt needs at least one token")
+        last = torch.empty(
+            len(prompts), self.config.hidden_size, dtype=self.dtype, device=self.device
+        )
+        for start in range(0, max(map(len, prompts)), chunk_size):
+            chunks = [prompt[start : start + chunk_size] for prompt in prompts]
+            packing = cache.packing([len(chunk) for chunk in chunks])
+            ids = torch.tensor([token for chunk in chunks for token in chunk], device=self.device)
+            hidden = self.model(ids, packing, cache)
+            ended = [i for i, p in enumerate(prompts) if start < len(p) <= start + chunk_size]
+            last[ended] = hidden[packing.last_tokens[ended]]
+        return self.lm_head(last)
+
+    def decode(self, token_ids: Tensor, cache: RollingCache) -> Tensor:
+        """Append one token (batch,) to each sequence; the next token's logits (batch, vocab)."""
+        packing = cache.packing([1] * len(token_ids))
+        return self.lm_head(self.model(token_ids, packing, cache))
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampler: Sampler | None = None,
+        eos_token_ids: Sequence[int] = (),
+        cache: RollingCache | None = None,
+        context: Sequence[Sequence[int]] | None = None,
+        chunk_size: int | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Generate token by token: yields one id a prompt, None for a text that has ended.
+
+        Each text ends after its first token of `eos_token_ids` (which is yielded), all end after
+        `max_new_tokens`. A text that has ended stays a row of the batch until all have, so that the
+        others' bits are what they would be. With a `cache` that has seen earlier text, the prompts
+        continue it; afterwards it holds everything but the last token yielded (of a text that ended
+        before the others, also what nobody saw). `context`, that text's tokens, serves a repetition
+        penalty alone.
+        """
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
+        if not prompts or not all(len(prompt) for prompt in prompts):
+            raise ValueError("every prompt needs at least one token")
+        for token in (min(map(min, prompts)), max(map(max, prompts))):
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(
+                    f"token id {token} is not in the model's vocabulary of "
+                    f"{self.config.vocab_size}: is this its tokenizer?"
+                )
+        if max_new_tokens == 0:
+            return
+        sampler = sampler or Sampler(temperature=0)
+        batch, longest = len(prompts), max(map(len, prompts))
+        if cache is None:
+            cache = self.new_cache(batch, longest + max_new_tokens)
+        seen = None
+        if sampler.repetition_penalty != 1.0:
+            seen = torch.zeros(batch, self.config.vocab_size, dtype=torch.bool, device=self.device)
+            for texts in (prompts, context or ()):
+                for row, text in zip(seen, texts):
+                    row[torch.tensor(text, dtype=torch.long, device=self.device)] = True
+        step = DecodeStep(self, cache, sampler, seen)
+        step.choose(self.prefill(prompts, cache, chunk_size))
+        ended = [False] * batch
+        for remaining in reversed(range(max_new_tokens)):
+            step.begin_read()
+            # Where steps are queued, the next one runs while this one's tokens are looked at.
+            ahead = step.captures and remaining > 0
+            if ahead:
+                step()
+            wanted = False
+            try:
+                tokens = step.finish_read()
+                yield [None if done else token for token, done in zip(tokens, ended)]
+                ended = [done or token in eos_token_ids for token, done in zip(tokens, ended)]
+                wanted = remaining > 0 and not all(ended)
+            finally:
+                if ahead and not wanted:
+                    cache.take_back()
+            if not wanted:
+                return
+            if not ahead:
+                step()
+
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[Sequence[int]],
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        eos_token_id: int | Sequence[int] | None | str = "config",
+        pad_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+        prefill_chunk_size: int | None = None,
+    ) -> Tensor | list[list[int]]:
+        """Prompt and new tokens, as transformers' `generate` returns them.
+
+        Args:
+            input_ids: (batch, seqlen), or a list of prompts of any lengths: no padding is needed.
+            attention_mask: (batch, seqlen); tokens where it is 0 are padding, left or right, and
+                play no part.
+            max_new_tokens: at most so many new tokens.
+            do_sample: draw from the distribution that `temperature`, `top_k`, `top_p`, `min_p` and
+                `repetition_penalty` shape (see `Sampler`); otherwise take the likeliest token.
+            eos_token_id: ends a text; "config": the model's own; None: never stop early.
+            pad_token_id: fills the rows that end early (default: the first eos token, else 0).
+            generator: source of randomness.
+            prefill_chunk_size: tokens of a prompt in one pass; changes memory, not results.
+
+        Returns:
+            (batch, seqlen + new) for a tensor, a list of lists of ids for a list.
+
+        Raises:
+            ValueError: naming the argument that is out of range; an empty prompt.
+        """
+        if isinstance(eos_token_id, str):
+            if eos_token_id != "config":
+                raise ValueError(
+                    f"eos_token_id must be 'config', ids or None, got {eos_token_id!r}"
+                )
+            eos_token_ids = self.config.eos_token_ids
+        elif eos_token_id is None:
+            eos_token_ids = ()
+        else:
+            single = isinstance(eos_token_id, int)
+            eos_token_ids = (eos_token_id,) if single else tuple(eos_token_id)  # type: ignore
+        sampler = Sampler(
+            temperature if do_sample else 0.0,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            generator,
+        )
+        if do_sample and temperature == 0:
+            raise ValueError(
+                "do_sample needs a temperature above 0; without it, decoding is greedy"
+            )
+        prompts = _unpadded(input_ids, attention_mask)
+        new: list[list[int]] = [[] for _ in prompts]
+        for tokens in self.stream(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            eos_token_ids=eos_token_ids,
+            chunk_size=prefill_chunk_size,
+        ):
+            for text, token in zip(new, tokens):
+                if token is not None:
+                    text.append(token)
+        if not isinstance(input_ids, Tensor):
+            return [list(prompt) + text for prompt, text in zip(prompts, new)]
+        pad = pad_token_id if pad_token_id is not None else next(iter(eos_token_ids), 0)
+        longest = max(map(len, new))
+        rows = [text + [pad] * (longest - len(text)) for text in new]
+        added = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)
+        return torch.cat((input_ids, added.view(len(rows), longest)), dim=1)
+
+
+def _unpadded(
+    input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None
+) -> list[list[int]]:
+    if not isinstance(input_ids, Tensor):
+        if attention_mask is not None:
+            raise ValueError("attention_mask belongs to a padded tensor; a list needs no padding")
+        return [list(prompt) for prompt in input_ids]
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must be (batch, seqlen), got {tuple(input_ids.shape)}")
+    if attention_mask is None:
+        return input_ids.tolist()
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must be {tuple(input_ids.shape)} like input_ids, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    kept = attention_mask.bool()
+    return [row[keep].tolist() for row, keep in zip(input_ids, kept)]

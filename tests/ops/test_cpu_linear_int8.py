@@ -1,0 +1,225 @@
+"""The product with a weight of int8: csrc's kernel, and the operator around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import FLOATS, assert_as_accurate
+from torch import Tensor
+
+from mistral_kernels.ops import extension
+from mistral_kernels.ops import linear_int8 as op
+from mistral_kernels.ops.linear_int8 import linear_int8, quantize_int8
+
+
+def make_weight(out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """All values that int8 has, and scales of many sizes."""
+    weight = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8)
+    return weight, torch.rand(out_features) * 10.0 ** torch.randint(-3, 1, (out_features,))
+
+
+def dequantized(weight: Tensor, scales: Tensor) -> Tensor:
+    return weight.double() * scales.double()[:, None]
+
+
+def assert_multiplied(y: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> None:
+    """As accurate as PyTorch with the weight in x's dtype, which is less exact than int8."""
+    wide = dequantized(weight, scales)
+    assert_as_accurate(y, F.linear(x, wide.to(x.dtype)), F.linear(x.double(), wide), "y")
+
+
+def multiply(operators: Any, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    y = torch.empty(len(x), len(weight), dtype=x.dtype)
+    operators.linear_int8(x, weight, scales, y)
+    return y
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("out_features", "in_features"), [(1, 1), (4, 64), (7, 3), (67, 133), (6, 1100)]
+)
+def test_kernel(out_features, in_features, dtype, operators):
+    """A row's bits do not depend on the number of rows."""
+    weight, scales = make_weight(out_features, in_features)
+    x = torch.randn(33, in_features).to(dtype)
+    alone = torch.cat([multiply(operators, row, weight, scales) for row in x.split(1)])
+    assert_multiplied(alone, x, weight, scales)
+    for rows in (*range(18), 32, 33):
+        assert torch.equal(multiply(operators, x[:rows], weight, scales), alone[:rows])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_kernel_is_exact(dtype, operators):
+    """Whole numbers, whose sums float32 holds: no bit of int8 is lost, wherever it lies."""
+    weight = torch.arange(-128, 128, dtype=torch.int8).repeat(7, 1)
+    weight = torch.stack([row.roll(31 * i) for i, row in enumerate(weight)])
+    x = torch.eye(256).to(dtype)
+    y = multiply(operators, x, weight, torch.ones(7))
+    assert torch.equal(y.to(torch.int8), weight.T)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_kernel_of_views(dtype, operators):
+    """Rows apart from one another and aligned to nothing."""
+    weight, scales = make_weight(30, 77)
+    x = torch.randn(5, 77).to(dtype)
+    expected = multiply(operators, x, weight, scales)
+    memory = torch.full((5 * 80 + 1,), float("nan"), dtype=dtype)
+    strided_x = memory[1:].view(-1, 80)[:, :77].copy_(x)
+    strided_weight = torch.full((30 * 80 + 1,), 99, dtype=torch.int8)[1:].view(-1, 80)[:, :77]
+    strided_weight.copy_(weight)
+    assert torch.equal(multiply(operators, strided_x, strided_weight, scales), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_kernel_with_any_number_of_threads(dtype, rows, operators):
+    weight, scales = make_weight(1031, 1024)
+    x = torch.randn(rows, 1024).to(dtype)
+    expected = multiply(operators, x, weight, scales)
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        assert torch.equal(multiply(operators, x, weight, scales), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_kernel_of_extremes(dtype, operators):
+    """What is not finite stays in its row and its output; sums may be larger than results."""
+    inf, nan = float("inf"), float("nan")
+    weight, scales = make_weight(9, 70)
+    scales = scales.clamp_min_(0.01)
+    x = torch.randn(6, 70)
+    x[1, 3], x[2, 69], x[3, 64], scales[7] = inf, nan, -inf, nan
+    x[4], weight[8], scales[8] = 200.0, 127, 1e-3  # the sum is beyond float16
+    x = x.to(dtype)
+    actual = multiply(operators, x, weight, scales)
+    exact = F.linear(x.double(), dequantized(weight, scales))
+    assert not torch.isfinite(exact[1:4]).any() and torch.isfinite(exact[4, 8])
+    tolerance = dict(rtol=0.05, atol=0.2, equal_nan=True)
+    torch.testing.assert_close(actual, exact.to(dtype), **tolerance)
+
+
+X, Y = torch.randn(3, 5), torch.randn(3, 7)
+WEIGHT, SCALES = make_weight(7, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: X[:, :4]}, r"x and weight must be \(rows, in_features\) and \(out_features, in_f"),
+        ({0: X.double(), 3: Y.double()}, "x must be float32, float16 or bfloat16"),
+        ({0: X.half()}, "x and y must be on the CPU, of one dtype"),
+        ({1: WEIGHT.float()}, "weight must be on the CPU, int8"),
+        ({1: WEIGHT.T.contiguous().T}, "x and weight must be contiguous in in_features"),
+        ({2: SCALES.double()}, "scales has the wrong device or dtype"),
+        ({2: SCALES[:6]}, "scales must be contiguous, of 7"),
+        ({3: Y[:, :6]}, r"y must be \(rows, out_features\), contiguous"),
+    ],
+)
+def test_bad_arguments_of_the_kernel(change, message):
+    operators = extension.load("cpu")
+    if operators is None:
+        pytest.skip(extension.status("cpu"))
+    with pytest.raises(RuntimeError, match=message):
+        operators.linear_int8(*(dict(enumerate((X, WEIGHT, SCALES, Y))) | change).values())
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+def test_quantization(dtype):
+    """Nearest, and the largest of each row is +-127."""
+    weight = (torch.randn(65, 43) * 10.0 ** torch.randint(-3, 3, (65, 1))).to(dtype)
+    weight[3] = 0
+    quantized, scales = quantize_int8(weight)
+    assert quantized.dtype == torch.int8 and scales.dtype == torch.float32
+    largest = quantized.int().abs().amax(dim=1)
+    assert (largest[torch.arange(65) != 3] == 127).all() and largest[3] == 0
+    error = (dequantized(quantized, scales) - weight.double()).abs()
+    assert (error <= 0.5001 * scales[:, None]).all()
+    assert torch.isfinite(scales).all() and (scales > 0).all()
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.randn(3), torch.ones(3, 4, dtype=torch.int8)], ids=["vector", "int8"]
+)
+def test_what_cannot_be_quantized(weight):
+    with pytest.raises(ValueError, match=r"weight must be \(out_features, in_features\), floating"):
+        quantize_int8(weight)
+
+
+@pytest.fixture
+def kernel_rows(monkeypatch):
+    """How many rows each call of csrc's kernel had."""
+    operators = extension.load("cpu")
+    if operators is None:
+        pytest.skip(extension.status("cpu"))
+    seen = []
+
+    class Watched:
+        class linear_int8:
+            @staticmethod
+            def default(x, *rest):
+                seen.append(len(x))
+                operators.linear_int8.default(x, *rest)
+
+    monkeypatch.setattr(extension, "cpu_operators", lambda x: Watched)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_few_rows_and_many(dtype, kernel_rows, monkeypatch):
+    """One kernel for few rows; for more, PyTorch, a block of the weight after another."""
+    monkeypatch.setattr(op, "_BLOCK", 1000)
+    weight, scales = make_weight(67, 48)
+    limit = op._KERNEL_ROWS
+    x = torch.randn(limit + 1, 48).to(dtype)
+    few, many = (linear_int8(x[:rows], weight, scales) for rows in (limit, limit + 1))
+    assert kernel_rows == [limit]
+    for y in (few, many):
+        assert_multiplied(y, x[: len(y)], weight, scales)
+    for i in range(0, limit, 7):
+        assert torch.equal(linear_int8(x[i : i + 1], weight, scales), few[i : i + 1])
+
+
+def test_what_the_kernel_leaves_to_pytorch(kernel_rows):
+    weight, scales = make_weight(20, 16)
+    x = torch.randn(3, 16)
+    y = linear_int8(x, weight, scales)
+    kernel_rows.clear()
+    assert torch.allclose(linear_int8(x, weight.T.contiguous().T, scales), y)
+    assert torch.allclose(linear_int8(x.T.contiguous().T, weight, scales), y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear_int8(x, weight, scales).dtype == torch.bfloat16
+    compiled = torch.compile(linear_int8, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(x, weight, scales), y)
+    assert not kernel_rows
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+def test_without_a_library(dtype, monkeypatch):
+    monkeypatch.setattr(extension, "load", lambda device_type: None)
+    weight, scales = make_weight(67, 48)
+    x = torch.randn(5, 48).to(dtype)
+    assert_multiplied(linear_int8(x, weight, scales), x, weight, scales)
+    assert linear_int8(x[:0], weight, scales).shape == (0, 67)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": X.to("meta")}, NotImplementedError, "x is on meta; quantised weights are for the"),
+        ({"x": X.clone().requires_grad_()}, NotImplementedError, "x wants a gradient, and there"),
+        ({"x": X[:, :4]}, ValueError, r"got \(3, 4\), \(7, 5\) and \(7,\)"),
+        ({"x": X[0]}, ValueError, r"got \(5,\), \(7, 5\) and \(7,\)"),
+        ({"scales": SCALES[:6]}, ValueError, r"got \(3, 5\), \(7, 5\) and \(6,\)"),
+        ({"x": X.int()}, ValueError, "floating, int8 and float32 on the CPU, got torch.int32"),
+        ({"weight": WEIGHT.short()}, ValueError, "on the CPU, got torch.float32, torch.int16 on"),
+        ({"scales": SCALES.half()}, ValueError, "int8 on cpu and torch.float16 on cpu"),
+        ({"weight": WEIGHT.to("meta")}, ValueError, "torch.int8 on meta and torch.float32 on cpu"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    with pytest.raises(error, match=message):
+        linear_int8(**{"x": X, "weight": WEIGHT, "scales": SCALES} | change)

@@ -1,0 +1,20 @@
+"""One rank that loads its share, for test_parallel.py: `python parallel_memory.py CHECKPOINT`
+
+Prints the bytes of the share and, beyond what the process held before, the peak of loading it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks.load_memory import resident
+from mistral_kernels.checkpoint import open_checkpoint
+from mistral_kernels.distributed import joined
+from mistral_kernels.parallel import ParallelMistralForCausalLM, memory_per_rank
+
+with joined("cpu") as world:
+    config = open_checkpoint(sys.argv[1]).config
+    before = resident("VmRSS")
+    model = ParallelMistralForCausalLM.from_pretrained(sys.argv[1])
+    peak = resident("VmHWM") - before
+    print(memory_per_rank(config, world.size).weights, peak)

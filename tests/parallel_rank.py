@@ -1,0 +1,117 @@
+"""One rank of a parallel model, for test_parallel.py: `python parallel_rank.py FOLDER [PORT...]`
+
+Computes with each checkpoint in FOLDER and, given ports, runs the command's SCENARIOS, each in a
+group of its own. Writes what came of it beside FOLDER.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mistral_kernels.distributed import joined
+from mistral_kernels.generate import main
+from mistral_kernels.model.sampling import Sampler
+from mistral_kernels.model.transformer import MistralForCausalLM
+from mistral_kernels.parallel import ParallelMistralForCausalLM
+
+# Unequal prompts, shorter and longer than the window of 7.
+PROMPTS = [[3, 5, 8], [*range(1, 31)], [60]]
+GREEDY = ("She was", "--device", "cpu", "--dtype", "fp32", "--temperature", "0", "-m", "20")
+
+# The command's arguments, those of rank 1 where it has others, and what is typed.
+SCENARIOS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
+    "greedy": (GREEDY, (), ""),
+    "random": (("-", "--device", "cpu", "--json", "-m", "20"), (), "She was"),
+    "chat": (("--model", "CHAT", "--chat", "--quiet", "-m", "9"), (), "Hello\n\nAnd you?\n"),
+    "no_prompt": (("-", "--quiet"), (), "  \n"),
+    "no_model": (("x", "--model", "/no/such"), (), ""),
+    "other_option": (GREEDY, (*GREEDY, "--top-k", "5"), ""),
+    "other_model": ((*GREEDY, "--model", "hf"), (*GREEDY, "--model", "raw"), ""),
+    "other_tokenizer": ((*GREEDY, "--model", "CHAT"), (*GREEDY, "--model", "RETOKENIZED"), ""),
+    "gpu": (("x", "--device", "cuda:0"), (), ""),
+}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts them by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function.namespace == "_c10d_functional":
+            name = function.name().partition("::")[2]
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return function(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+def results_of(model: MistralForCausalLM) -> dict[str, Any]:
+    """What must not depend on the number of ranks, and (last) what each rank has of it."""
+    cache = model.new_cache(len(PROMPTS), 64)
+    logits = model.prefill(PROMPTS, cache, chunk_size=5)
+    tokens = logits.argmax(-1)
+    with Collectives() as collectives:
+        decoded = model.decode(tokens, cache)
+    sampled = list(
+        model.stream(
+            PROMPTS,
+            max_new_tokens=12,
+            sampler=Sampler(0.8, top_p=0.9, generator=torch.Generator().manual_seed(3)),
+        )
+    )
+    return {
+        "forward": model(torch.tensor([PROMPTS[1], PROMPTS[1][::-1]])),
+        "prefill": logits,
+        "decode": decoded,
+        "greedy": model.generate(PROMPTS, max_new_tokens=20, eos_token_id=None),
+        "sampled": sampled,
+        "collectives": collectives.counts,
+        "cache": cache.nbytes,
+        "weights": sum(weight.numel() for weight in model.parameters()),
+    }
+
+
+def command(folder: Path, arguments: tuple[str, ...], typed: str) -> tuple[object, str, str]:
+    places = {each.name: str(each) for each in folder.iterdir()}
+    sys.stdin = io.StringIO(typed)
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        try:
+            code: object = main([places.get(each, each) for each in arguments])
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def run() -> None:
+    folder, ports = Path(sys.argv[1]), sys.argv[2:]
+    rank = int(os.environ["RANK"])
+    results: dict[str, Any] = {}
+    with joined("cpu", timedelta(seconds=60)) as world:
+        for path in sorted(each for each in folder.iterdir() if each.name.islower()):
+            model = ParallelMistralForCausalLM.from_pretrained(path, dtype=torch.float32)
+            results[path.name] = results_of(model)
+        quantized = ParallelMistralForCausalLM.from_pretrained(folder / "hf", quantize="int8")
+        results["int8"] = quantized(torch.tensor(PROMPTS[1:2]))
+    for (name, (mine, others, typed)), port in zip(SCENARIOS.items(), ports):
+        os.environ["MASTER_PORT"] = port
+        arguments = others if others and not world.is_main else mine
+        # Only the main rank is typed to.
+        results[name] = command(folder, arguments, typed if world.is_main else "nothing")
+    torch.save(results, folder.parent / f"{world.size}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,212 @@
+"""The group of ranks: every way in which it fails is one line and an exit code, and none hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_rank import SCENARIOS, SECONDS
+from ranks import LAUNCHERS, TESTS, finish, free_ports, start
+
+from mistral_kernels.distributed import joined, launched
+
+ENDED = "another rank ended; see what it says"
+QUIET = (2, "")  # another rank tells why
+
+
+def error(text: str) -> tuple[int, str]:
+    return 2, f"error: {text}\n"
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[object, str]]]:
+    """Of each rank, what became of each scenario."""
+    folder = tmp_path_factory.mktemp("outcomes")
+    ranks = start(3, TESTS / "distributed_rank.py", folder, *free_ports(len(SCENARIOS)))
+    ended = finish(ranks, 120)
+    # The last scenario kills rank 1, and nothing was written past what `run` tells.
+    assert [each.code for each in ended] == [0, -9, 0], ended
+    assert not any(each.out + each.err for each in ended), ended
+    loaded = []
+    for rank in range(3):
+        of_rank = json.loads((folder / f"{rank}.json").read_text())
+        for name, (_, _, seconds, still_joined) in of_rank.items():
+            assert seconds < 3 * SECONDS, name
+            assert not still_joined, name
+        loaded.append({name: tuple(each[:2]) for name, each in of_rank.items()})
+    return loaded
+
+
+def late(rank: int) -> str:
+    return f"rank {rank} of 3 did not come within 3 s (MISTRAL_KERNELS_TIMEOUT); start it, or fewer"
+
+
+WORLDS = (
+    "rank 0 was started as one of 3 ranks on cpu, rank 2 as one of 4 ranks on cpu; start all alike"
+)
+EXPECTED = {
+    "well": [(0, "")] * 3,
+    "all_alike": [error("rank 0: the same everywhere"), QUIET, QUIET],
+    "main_refuses": [
+        error("rank 0: invalid literal for int() with base 10: 'x'"),
+        *[QUIET] * 2,
+    ],
+    "last_fails": [
+        *(error(f"rank {rank}: {ENDED}") for rank in range(2)),
+        error("rank 2: [Errno 2] No such file: 'weights'"),
+    ],
+    "main_fails": [
+        error("rank 0: only here"),
+        *(error(f"rank {rank}: {ENDED}") for rank in (1, 2)),
+    ],
+    "bug": [error(f"rank 0: {ENDED}"), ("traceback", ""), error(f"rank 2: {ENDED}")],
+    "interrupted": [(130, "\ninterrupted\n"), (130, ""), (130, "")],
+    "disagree": [
+        error("rank 0: the number must be the same on all ranks: rank 0 has 0, rank 2 has 1"),
+        *[QUIET] * 2,
+    ],
+    "missing_last": [error(f"rank 0: {late(2)}"), QUIET],
+    "other_world": [error(f"rank 0: {WORLDS}"), QUIET, QUIET],
+    "well_again": [(0, "")] * 3,
+    "killed": [error(f"rank 0: {ENDED}"), error(f"rank 2: {ENDED}")],
+}
+
+
+@pytest.mark.parametrize("scenario", EXPECTED)
+def test_outcome(scenario: str, outcomes: list[dict[str, tuple[object, str]]]) -> None:
+    assert [each[scenario] for each in outcomes if scenario in each] == EXPECTED[scenario]
+
+
+def test_no_answer(outcomes: list[dict[str, tuple[object, str]]]) -> None:
+    """One rank is silent too long: those who waited say so, and then it finds itself alone."""
+    for rank, (code, err) in enumerate(each["silent"] for each in outcomes):
+        assert code == 2 and err.count("\n") == 1
+        reason = r"another rank (did not answer within 3 s \(MISTRAL_KERNELS_TIMEOUT\)|ended; .+)"
+        assert re.fullmatch(rf"error: rank {rank}: {reason}\n", err)
+    assert "did not answer" in outcomes[0]["silent"][1] + outcomes[2]["silent"][1]
+
+
+def test_no_main_rank(outcomes: list[dict[str, tuple[object, str]]]) -> None:
+    for rank in (1, 2):
+        code, err = outcomes[rank]["missing_main"]
+        assert code == 2 and err.count("\n") == 1
+        reason = r"rank 0 did not come within 3 s \(MISTRAL_KERNELS_TIMEOUT\): Connection refused"
+        assert re.fullmatch(rf"error: rank {rank}: cannot meet at 127.0.0.1:\d+: {reason}\n", err)
+
+
+def test_a_rank_that_comes_twice(outcomes: list[dict[str, tuple[object, str]]]) -> None:
+    codes, lines = zip(*(each["twice"] for each in outcomes))
+    assert codes == (2, 2, 2)
+    assert lines[0] == f"error: rank 0: {late(2)}\n"
+    second = "error: rank 1: it was started twice; does another launch use this port (MASTER_PORT)?"
+    assert f"{second}\n" in lines[1:]
+
+
+# In this process, alone
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    values = {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_ports(1)[0],
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    return monkeypatch
+
+
+def test_launched(alone: pytest.MonkeyPatch) -> None:
+    assert launched()
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        with alone.context() as patch:
+            patch.delenv(name)
+            assert not launched()
+
+
+def test_a_world_of_one(alone: pytest.MonkeyPatch) -> None:
+    for _ in range(2):  # the port is free again
+        with joined("cpu") as world:
+            assert (world.rank, world.size, world.is_main) == (0, 1, True)
+            assert world.from_main(lambda: "said") == "said"
+        del world
+        assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": "one"}, "RANK must be a number, got 'one'"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE must be a number, got '-1'"),
+        ({"RANK": "1"}, "RANK must be below WORLD_SIZE, got 1 of 1"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT must be from 1 to 65535, got 0"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT must be from 1 to 65535, got 70000"),
+        (
+            {"MISTRAL_KERNELS_TIMEOUT": "soon"},
+            "MISTRAL_KERNELS_TIMEOUT must be a positive number of",
+        ),
+        ({"MISTRAL_KERNELS_TIMEOUT": "0"}, "must be a positive number of seconds, got '0'"),
+        ({"MISTRAL_KERNELS_TIMEOUT": "inf"}, "must be a positive number of seconds, got 'inf'"),
+        ({"GLOO_SOCKET_IFNAME": "none0"}, "rank 0: gloo cannot connect: "),
+    ],
+)
+def test_bad_variables(alone: pytest.MonkeyPatch, changes: dict[str, str], message: str) -> None:
+    for name, value in changes.items():
+        alone.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(message)), joined("cpu"):
+        pass
+    assert not dist.is_initialized()
+
+
+def test_the_port_is_in_use(alone: pytest.MonkeyPatch) -> None:
+    """By a program that is no store: neither who would serve there nor who would ask goes on."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        alone.setenv("MASTER_PORT", str(port))
+        alone.setenv("WORLD_SIZE", "2")
+        reasons = {
+            "0": "it is in use; choose another (torchrun --master-port, or MASTER_PORT)",
+            "1": "no rank 0 answers (not within 1 s); is the port another program's?",
+        }
+        for rank, reason in reasons.items():
+            alone.setenv("RANK", rank)
+            with pytest.raises(ValueError) as caught, joined("cpu", timedelta(seconds=1)):
+                pass
+            text = str(caught.value)
+            assert text.startswith(f"rank {rank}: cannot meet at 127.0.0.1:{port}: ")
+            assert text.endswith(reason) and "\n" not in text
+
+
+def test_gpus_of_the_ranks(alone: pytest.MonkeyPatch) -> None:
+    alone.setattr(torch.cuda, "is_available", lambda: True)
+    alone.setattr(torch.cuda, "device_count", lambda: 2)
+    alone.setenv("WORLD_SIZE", "8")
+    message = "3 ranks on a machine of 2 GPUs; start fewer (torchrun --nproc-per-node) or use"
+    for local in ({"LOCAL_RANK": "2"}, {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}):
+        with alone.context() as patch:
+            for name, value in local.items():
+                patch.setenv(name, value)
+            with pytest.raises(ValueError, match=re.escape(message)), joined("auto"):
+                pass
+    with pytest.raises(ValueError, match="--device cuda:1: each rank has a GPU of its own"):
+        with joined("cuda:1"):
+            pass
+
+
+def test_standard_error_is_whole_again(alone: pytest.MonkeyPatch, capfd) -> None:
+    """It is turned away while the store is asked; what is written later comes through."""
+    with joined("cpu"):
+        os.write(2, b"inside ")
+    os.write(2, b"after")
+    assert capfd.readouterr().err == "inside after"

@@ -1,0 +1,151 @@
+"""`from_pretrained(quantize="int8")` and `generate --quantize int8`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_checkpoints import SMALL, varied_model
+
+from mistral_kernels import MistralForCausalLM, MistralTokenizer
+from mistral_kernels.generate import main
+from mistral_kernels.model import layers
+from mistral_kernels.model.layers import FusedLinear, Linear
+from mistral_kernels.model.sampling import Sampler
+from mistral_kernels.ops import extension
+from mistral_kernels.streaming import generate
+
+CONFIGS = {"untied": SMALL, "tied": replace(SMALL, tie_word_embeddings=True)}
+
+
+@pytest.fixture(params=CONFIGS)
+def models(request: Any, tmp_path: Path) -> tuple[MistralForCausalLM, MistralForCausalLM]:
+    """A quantised model, and the plain one that it stands for: its weights in float32."""
+    varied_model(CONFIGS[request.param]).save_pretrained(tmp_path / "m")
+    quantized = MistralForCausalLM.from_pretrained(tmp_path / "m", quantize="int8")
+    plain = MistralForCausalLM.from_pretrained(tmp_path / "m").requires_grad_(False)
+    plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.clone())  # no longer tied
+    others = dict(quantized.named_modules())
+    for name, module in plain.named_modules():
+        if isinstance(module, Linear):
+            int8 = others[name]
+            assert isinstance(int8, Linear) and int8.scales is not None
+            wide = int8.weight * int8.scales[:, None]
+            assert ((wide - module.weight).abs() <= 0.501 * int8.scales[:, None]).all(), name
+            assert (int8.weight.int().abs().amax(dim=1) == 127).all()
+            module.weight.data.copy_(wide)
+    return quantized, plain
+
+
+def test_weights(models: tuple[MistralForCausalLM, MistralForCausalLM]) -> None:
+    """Every product's are of int8, those of fused projections too; all others are as they were."""
+    quantized, plain = models
+    products = [m for m in quantized.modules() if isinstance(m, Linear)]
+    assert len(products) == 4 * SMALL.num_hidden_layers + 1
+    assert sum(isinstance(m, FusedLinear) for m in products) == 2 * SMALL.num_hidden_layers
+    assert all(m.weight.dtype == torch.int8 for m in products)
+    rest = {name: p for name, p in quantized.named_parameters() if p.dtype != torch.int8}
+    assert all("norm" in name or "embed" in name for name in rest)
+    expected = dict(plain.named_parameters())
+    assert all(torch.equal(weight, expected[name]) for name, weight in rest.items())
+    assert not any(p.requires_grad for p in quantized.parameters())
+    elements = sum(m.weight.numel() + 4 * len(m.weight) for m in products)
+    assert quantized.nbytes == elements + sum(p.nbytes for p in rest.values())
+    assert plain.nbytes == sum(p.nbytes for p in plain.parameters())
+
+
+def test_logits(models: tuple[MistralForCausalLM, MistralForCausalLM]) -> None:
+    """Those of the same weights in float32: of whole texts, of prompts and of decode steps."""
+    ids = torch.randint(SMALL.vocab_size, (3, 20))
+    results = []
+    for model in models:
+        whole = model(ids)
+        with torch.inference_mode():
+            cache = model.new_cache(3, 20)
+            steps = [model.prefill(ids[:, :9].tolist(), cache)]
+            steps += [model.decode(tokens, cache) for tokens in ids[:, 9:].T]
+        results.append((whole, torch.stack(steps, dim=1)))
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_decoding_has_the_same_bits(monkeypatch: Any) -> None:
+    """Of a sequence alone or in a batch, of layers in one call or of their operators."""
+    if extension.load("cpu") is None:
+        pytest.skip(extension.status("cpu"))
+    model = MistralForCausalLM.from_pretrained("tiny", quantize="int8")
+    ids = torch.randint(2048, (32, 9))
+
+    @torch.inference_mode()
+    def decode(batch: int) -> torch.Tensor:
+        cache = model.new_cache(batch, 9)
+        return torch.stack([model.decode(tokens[:batch], cache) for tokens in ids.T])
+
+    many = decode(32)
+    for batch in (1, 5):
+        assert torch.equal(decode(batch), many[:, :batch])
+    monkeypatch.setattr(layers, "serves", lambda *_: False)
+    assert torch.equal(decode(32), many)
+
+
+def test_dtypes() -> None:
+    """Of hidden states and caches; casting the model leaves weights and scales alone."""
+    model = MistralForCausalLM.from_pretrained("tiny", quantize="int8")
+    assert model.dtype == model.new_cache(1, 4).keys[0].dtype == torch.bfloat16
+    ids = torch.randint(2048, (1, 40))
+    before = model(ids)
+    assert before.dtype == torch.bfloat16
+    model.to(torch.float32)
+    assert model.dtype == torch.float32 and model(ids).dtype == torch.float32
+    assert torch.equal(model.to(torch.bfloat16)(ids), before)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    model = MistralForCausalLM.from_pretrained("tiny", quantize="int8")
+    plain = MistralForCausalLM.from_pretrained("tiny")
+    message = "neither gives nor takes a state dict: save and load the unquantised one"
+    for attempt in (
+        model.state_dict,
+        model.lm_head.state_dict,
+        model.model.layers[0].mlp.gate_up_proj.state_dict,
+        lambda: model.save_pretrained(tmp_path / "saved"),
+        lambda: model.load_state_dict(plain.state_dict()),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            attempt()
+    assert not (tmp_path / "saved").exists()
+    with pytest.raises(ValueError, match="quantize must be None or 'int8', got 'int4'"):
+        MistralForCausalLM.from_pretrained("tiny", quantize="int4")
+    with pytest.raises(NotImplementedError, match="'int8' is for the CPU; leave it out on meta"):
+        MistralForCausalLM.from_pretrained("tiny", quantize="int8", device="meta")
+
+
+def test_without_a_library(monkeypatch: Any, caplog: Any) -> None:
+    """It works, and says that it is slow."""
+    ids = torch.randint(2048, (1, 40))
+    expected = MistralForCausalLM.from_pretrained("tiny", quantize="int8", dtype=torch.float32)(ids)
+    assert not caplog.records or extension.load("cpu") is None
+    monkeypatch.setattr(extension, "load", lambda device_type: None)
+    with caplog.at_level("WARNING"):
+        model = MistralForCausalLM.from_pretrained("tiny", quantize="int8", dtype=torch.float32)
+    assert "slower than unquantised weights" in caplog.text
+    torch.testing.assert_close(model(ids), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_command(capsys: Any) -> None:
+    """Its text is that of the model; its figures count int8."""
+    options = ["Her sister was", "--temperature", "0", "-m", "8", "--quantize", "int8"]
+    assert main(options) == 0
+    printed = capsys.readouterr()
+    model = MistralForCausalLM.from_pretrained("tiny", quantize="int8")
+    assert f"{model.nbytes / 1e6:.1f} MB of int8 and bfloat16" in printed.err
+    tokenizer = MistralTokenizer.from_pretrained("tiny")
+    sampler = Sampler(temperature=0)
+    (completion,) = generate(model, tokenizer, ["Her sister was"], max_tokens=8, sampler=sampler)
+    assert printed.out == completion.text + "\n"
+    with pytest.raises(SystemExit, match="2"):
+        main(["a", "--quantize", "int4"])
+    assert "argument --quantize: invalid choice: 'int4'" in capsys.readouterr().err
