@@ -3,6 +3,8 @@
 The defaults are the recipe of the bundled model: a 2.75 M-parameter decoder with grouped-query
 attention and a sliding window of 128 tokens, and a byte-fallback BPE vocabulary of 2048 pieces
 trained on the same text.
+
+Under torchrun, its ranks share the model, the optimiser's state and every batch.
 """
 
 from __future__ import annotations
@@ -12,23 +14,27 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mistral_kernels.checkpoint import resolve
+from mistral_kernels.checkpoint import open_checkpoint, resolve
 from mistral_kernels.checkpoint.hub import TOKENIZER_PATTERNS
 from mistral_kernels.checkpoint.writing import check_target
 from mistral_kernels.command import Parser, device_of, run
+from mistral_kernels.distributed import World, check_same, joined, launched
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.transformer import MistralForCausalLM
-from mistral_kernels.training import DTYPES, Corpus, Recipe, Saving, held_out_loss, train
+from mistral_kernels.training import DTYPES, Corpus, Recipe, Run, finish
+from mistral_kernels.training_state import Saving
 
 TINY = MistralConfig(
     vocab_size=2048,
@@ -108,6 +114,7 @@ def train_on_texts(
     source: str | None = None,
     save_every: int = 0,
     device: torch.device | str = "cpu",
+    world: World | None = None,
 ) -> None:
     """Train a tokenizer and a model on `texts`; `output` appears when all of it is there.
 
@@ -117,52 +124,56 @@ def train_on_texts(
 
     Every `save_every` steps (0: never) the run's state goes to a file beside `output`, its name
     with `.partial` behind it. A run that finds one goes on from there; at the end it is removed.
+
+    With `world`, this is one of its ranks, which all call this alike: each holds a share of the
+    model on the world's device, and the state is a folder, which any number of ranks reads.
     """
     output = output.expanduser().resolve()
     check_target(output)
     if save_every < 0:
         raise ValueError(f"save_every must be >= 0, got {save_every}")
+    if world is not None and world.size > recipe.batch_size:
+        raise ValueError(
+            f"batch_size must be at least the number of ranks, {world.size}, "
+            f"got {recipe.batch_size}"
+        )
     training, held_out = split_held_out(read_text(texts), held_out_chars)
     partial = output.with_name(f"{output.name}.partial")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, open(os.devnull, "w") as nowhere:
+        log = sys.stderr if world is None or world.is_main else nowhere
         folder = Path(scratch) if source is None else resolve(source)
         if source is None:
             train_tokenizer(training, TINY.vocab_size, folder / "tokenizer.model")
         corpus = Corpus(training, folder)
         tokens = corpus.encode(held_out)
-        if source is None:
-            torch.manual_seed(recipe.seed)
-            model = MistralForCausalLM(TINY).to(DTYPES[recipe.dtype])
-        else:
-            model = MistralForCausalLM.from_pretrained(folder, dtype=DTYPES[recipe.dtype])
-            _check_vocabulary(model, corpus, tokens)
-        model.to(device)
-        parameters = sum(p.numel() for p in model.parameters())
-        print(
-            f"{parameters:,} parameters, {len(corpus.tokens):,} tokens to train on, "
-            f"{len(tokens):,} held out",
-            file=sys.stderr,
-        )
+        config = TINY if source is None else open_checkpoint(folder).config
+        _check_vocabulary(config, corpus, tokens)
         identity = {
             **asdict(recipe),
             "from": source,
             "texts": _digest(training.encode(), held_out.encode()),
             "tokenizer": _digest(*(x.numpy().tobytes() for x in (corpus.tokens, tokens))),
-            "model": _digest(repr(model.config).encode()),
+            "model": _digest(repr(config).encode()),
         }
+        saving = _saving(partial, save_every, identity, world)
+        run = _start(None if source is None else folder, recipe, device, world)
+        parameters = sum(p.numel() for p in run.model.parameters())
+        print(
+            f"{parameters:,} parameters, {len(corpus.tokens):,} tokens to train on, "
+            f"{len(tokens):,} held out",
+            file=log,
+        )
         try:
-            curve = train(
-                model, corpus, tokens, recipe, saving=Saving(partial, save_every, identity)
-            )
+            curve = finish(run, corpus, tokens, log, saving)
         except KeyboardInterrupt:
             print(
                 f"\nthe same command again goes on from the state in {partial}"
-                if partial.exists()
+                if saving.exists()
                 else "\nnothing was saved to go on from: --save-every does",
-                file=sys.stderr,
+                file=log,
             )
             raise
-        loss = held_out_loss(model, corpus, tokens)
+        loss = run.held_out_loss(corpus, tokens)
         report = {
             "texts": [path.name for path in texts],
             "from": source,
@@ -178,16 +189,53 @@ def train_on_texts(
         files[1].write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         found = (file for pattern in TOKENIZER_PATTERNS for file in folder.glob(pattern))
         files += {corpus.tokenizer.path, *filter(Path.is_file, found)}
-        model.cpu().save_pretrained(output, extra_files=files)
-    partial.unlink(missing_ok=True)
+        run.write(output, files)
+    saving.discard()
 
 
-def _check_vocabulary(model: MistralForCausalLM, corpus: Corpus, held_out: Tensor) -> None:
+def _start(
+    folder: Path | None, recipe: Recipe, device: torch.device | str, world: World | None
+) -> Run:
+    """A run of the model in `folder`, or of a new one, before its first step."""
+    dtype = DTYPES[recipe.dtype]
+    if folder is None:
+        torch.manual_seed(recipe.seed)
+        model = MistralForCausalLM(TINY).to(dtype)
+    elif world is None:
+        model = MistralForCausalLM.from_pretrained(folder, dtype=dtype)
+    if world is None:
+        return Run(model.to(device), recipe)
+    # Importing torch.distributed's parts takes longer than all the rest, and few runs need them.
+    from mistral_kernels.sharded_training import PartOf, ShardedRun, sharded_model
+
+    def new_weights(part_of: PartOf) -> Iterable[tuple[str, Tensor]]:
+        for name, weight in model.state_dict().items():
+            yield name, weight[part_of(name, tuple(weight.shape))]
+
+    if folder is None:
+        config, tensors = TINY, new_weights
+    else:
+        stored = open_checkpoint(folder)
+        config, tensors = stored.config, stored.tensors
+    return ShardedRun(sharded_model(config, tensors, dtype, world), recipe, world)
+
+
+def _saving(path: Path, every: int, identity: dict[str, Any], world: World | None) -> Saving:
+    if world is None:
+        return Saving(path, every, identity)
+    from mistral_kernels.sharded_state import ShardedSaving
+
+    for name, value in {**identity, "output": path, "save_every": every}.items():
+        check_same(name, value)
+    return ShardedSaving(path, every, identity, world)
+
+
+def _check_vocabulary(config: MistralConfig, corpus: Corpus, held_out: Tensor) -> None:
     largest = int(torch.cat((corpus.tokens, held_out)).max())
-    if largest >= model.config.vocab_size:
+    if largest >= config.vocab_size:
         raise ValueError(
             f"{corpus.tokenizer.path} gives token {largest}, beyond the model's vocabulary of "
-            f"{model.config.vocab_size}: is this its tokenizer?"
+            f"{config.vocab_size}: is this its tokenizer?"
         )
 
 
@@ -234,11 +282,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace) -> None:
-    recipe = Recipe(**{option.name: getattr(args, option.name) for option in fields(Recipe)})
-    train_on_texts(
-        *(args.text, args.output, args.held_out_chars, recipe, args.source, args.save_every),
-        device_of(args.device),
-    )
+    def train(device: torch.device, world: World | None = None) -> None:
+        recipe = Recipe(**{option.name: getattr(args, option.name) for option in fields(Recipe)})
+        train_on_texts(
+            *(args.text, args.output, args.held_out_chars, recipe, args.source, args.save_every),
+            *(device, world),
+        )
+
+    if launched():
+        with joined(args.device) as world:
+            train(world.device, world)
+    else:
+        train(device_of(args.device))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,24 @@
-"""The training loop: batches of a text, the optimisation, and states from which a run goes on."""
+"""The training loop: batches of a text, and the optimisation."""
 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mistral_kernels.checkpoint import CheckpointError
-from mistral_kernels.checkpoint.writing import sync_folder
 from mistral_kernels.model.cache import Packing
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 from mistral_kernels.tokenizer import MistralTokenizer
+from mistral_kernels.training_state import Saving
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -41,7 +37,7 @@ class Recipe:
     """
 
     steps: int = 1400
-    batch_size: int = 16
+    batch_size: int = _described(16, "sequences a batch, over all ranks")
     seqlen: int = 256
     learning_rate: float = 2e-3
     warmup_steps: int = 100
@@ -155,76 +151,7 @@ def held_out_loss(model: MistralForCausalLM, corpus: Corpus, tokens: Tensor) -> 
     return packed_loss(model, corpus, [tokens]).item()
 
 
-@dataclass(frozen=True)
-class Saving:
-    """Where a run keeps the state to go on from, and after how many steps (0: never).
-
-    `identity`: what two runs must have in common for one to go on where the other was.
-    """
-
-    path: Path
-    every: int
-    identity: Mapping[str, Any]
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Replace the file at once: whatever happens, it holds this state or the one before."""
-        fresh = self.path.with_name(f"{self.path.name}.new")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with fresh.open("wb") as file:
-                torch.save({"identity": dict(self.identity), **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(self.path)
-            sync_folder(self.path.parent)
-        except (OSError, RuntimeError) as error:
-            # torch.save covers what stopped it, a full disk or Ctrl-C, with an error of its own.
-            reason = error.__context__ or error
-            if isinstance(reason, KeyboardInterrupt):
-                raise reason from None
-            raise CheckpointError(f"cannot save to {self.path}: {reason}") from error
-        finally:
-            fresh.unlink(missing_ok=True)
-
-    def load(self, parts: Iterable[str]) -> dict[str, Any] | None:
-        """The state in the file, None if there is none; no code in it is ever run.
-
-        `parts` are what it has to have.
-
-        Raises `CheckpointError`, naming the file, for one that is damaged or of another run.
-        """
-        if not self.path.exists():
-            return None
-        try:
-            with zipfile.ZipFile(self.path) as file:
-                if damaged := file.testzip():  # torch.load does not look at the checksums
-                    raise ValueError(f"{damaged} is damaged")
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or not state.keys() >= {"identity", *parts}:
-                raise ValueError("it lacks parts of one")
-        except OSError:
-            raise  # it names the file itself
-        except Exception as error:  # out of a damaged file comes anything
-            plain = not isinstance(error, UnpicklingError)
-            reason = str(error).partition("\n")[0] if plain else "it holds more than plain tensors"
-            raise CheckpointError(
-                f"{self.path} is not the whole state of a run ({reason}); remove it to begin anew"
-            ) from None
-        saved = state["identity"]
-        differences = [
-            f"{name} was {saved.get(name)}, is {value}"
-            for name, value in self.identity.items()
-            if saved.get(name) != value
-        ]
-        if differences:
-            raise CheckpointError(
-                f"{self.path} is the state of another run ({'; '.join(differences)}); run that "
-                "again, remove the file, or name another output"
-            )
-        return state
-
-
-class _Run:
+class Run:
     """A model on its way. All that a later step depends on is in `state` between two steps.
 
     The model computes in its own dtype; AdamW works on float32 masters of its weights.
@@ -232,9 +159,10 @@ class _Run:
 
     def __init__(self, model: MistralForCausalLM, recipe: Recipe) -> None:
         self.model, self.recipe = model, recipe
+        model.model.checkpoint_activations = recipe.checkpoint_activations
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.weights: list[Tensor] = list(model.parameters())
-        self.masters = [weight.detach().float().clone() for weight in self.weights]
+        self.masters = self._masters()
         groups: list[dict[str, Any]] = [
             {
                 "params": [m for m in self.masters if m.ndim > 1],
@@ -247,46 +175,50 @@ class _Run:
         self.curve: list[tuple[int, float, float]] = []
         self.best: dict[str, Tensor] = {}
 
+    def _masters(self) -> list[Tensor]:
+        return [weight.detach().float().clone() for weight in self.weights]
+
     @property
-    def state(self) -> dict[str, Any]:
+    def progress(self) -> dict[str, Any]:
+        """What of the state is no weight's."""
         return {
             "step": self.step,
             "running": self.running,
             "curve": self.curve,
+            "generator": self.generator.get_state(),
+        }
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {
+            **self.progress,
             "best": self.best,
             "masters": self.masters,
             "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
         }
 
     def restore(self, saving: Saving) -> bool:
         """Go on from the state that was saved, if one was."""
         if (state := saving.load(self.state)) is None:
             return False
-        self.step, self.running = state["step"], state["running"]
-        self.curve, self.best = state["curve"], state["best"]
+        self._set_progress(state)
+        self.best = state["best"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
         with torch.no_grad():
             torch._foreach_copy_(self.masters, state["masters"])
-            torch._foreach_copy_(self.weights, self.masters)
+        self._update_weights()
         return True
+
+    def _set_progress(self, state: Mapping[str, Any]) -> None:
+        self.step, self.running, self.curve = state["step"], state["running"], state["curve"]
+        self.generator.set_state(state["generator"])
 
     def advance(self, corpus: Corpus, batches: Iterator[Sequence[Tensor]]) -> float:
         """One step; its mean loss."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(self.step)
-        total = 0.0
-        for _ in range(recipe.accumulate):
-            loss = packed_loss(self.model, corpus, next(batches))
-            if not torch.isfinite(loss):
-                raise ValueError(
-                    f"the loss is {loss.item()} at step {self.step}: lower --learning-rate"
-                )
-            loss.backward()
-            self._collect_gradients()
-            total += loss.item()
+        total = sum(self._backward(corpus, next(batches)) for _ in range(recipe.accumulate))
         if recipe.accumulate > 1:
             # All batches have as many tokens: the mean over them is the mean over all tokens.
             torch._foreach_div_(
@@ -295,28 +227,55 @@ class _Run:
         torch.nn.utils.clip_grad_norm_(self.masters, recipe.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_copy_(self.weights, self.masters)
+        self._update_weights()
         self.step += 1
         self.running += total / recipe.accumulate
         return total / recipe.accumulate
 
-    def _collect_gradients(self) -> None:
-        """Move the weights' gradients to the masters', in float32."""
+    def _backward(self, corpus: Corpus, batch: Sequence[Tensor]) -> float:
+        """Add a batch's gradients to the masters'; its mean loss."""
+        loss = packed_loss(self.model, corpus, batch)
+        self._check_finite(loss)
+        loss.backward()
         for master, weight in zip(self.masters, self.weights):
             if weight.grad is not None:
                 grad = weight.grad.float()
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
             weight.grad = None
+        return loss.item()
+
+    def _check_finite(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss.item()} at step {self.step}: lower --learning-rate"
+            )
+
+    def _update_weights(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self.weights, self.masters)
+
+    def held_out_loss(self, corpus: Corpus, tokens: Tensor) -> float:
+        return held_out_loss(self.model, corpus, tokens)
 
     def evaluate(self, corpus: Corpus, held_out: Tensor) -> None:
         """Add a point to the curve; keep the weights if they are the best so far."""
         since = self.step - (self.curve[-1][0] if self.curve else 0)
-        loss = held_out_loss(self.model, corpus, held_out)
+        loss = self.held_out_loss(corpus, held_out)
         self.curve.append((self.step, self.running / since, loss))
         self.running = 0.0
         if loss == min(point[2] for point in self.curve):
-            self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            self._keep_best()
+
+    def _keep_best(self) -> None:
+        self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+    def take_best(self) -> None:
+        """Give the model the weights of the lowest held-out loss."""
+        self.model.load_state_dict(self.best)
+
+    def write(self, directory: Path, extra_files: Iterable[Path]) -> None:
+        """The model's checkpoint; see `MistralForCausalLM.save_pretrained`."""
+        self.model.cpu().save_pretrained(directory, extra_files=extra_files)
 
 
 def train(
@@ -335,11 +294,17 @@ def train(
 
     Raises `ValueError` for a loss that is not finite, `CheckpointError` as `Saving` does.
     """
-    log = log or sys.stderr
-    run = _Run(model, recipe)
+    return finish(Run(model, recipe), corpus, held_out, log, saving)
+
+
+def finish(
+    run: Run, corpus: Corpus, held_out: Tensor, log: TextIO | None = None,
+    saving: Saving | None = None,
+) -> list[tuple[int, float, float]]:  # fmt: skip
+    """`train`, for a run of any kind and the saving that goes with it."""
+    log, recipe = log or sys.stderr, run.recipe
     if saving is not None and run.restore(saving):
         print(f"going on from step {run.step}, saved in {saving.path}", file=log, flush=True)
-    model.model.checkpoint_activations = recipe.checkpoint_activations
     batches = corpus.batches(recipe, run.generator)
     first, started = run.step, time.perf_counter()
     with tqdm(
@@ -362,5 +327,5 @@ def train(
                     _, mean, held_out_mean = run.curve[-1]
                     line = f"step {run.step:5d}  loss {mean:.4f}  held-out {held_out_mean:.4f}"
                     print(f"{line}  {rate}", file=log, flush=True)
-    model.load_state_dict(run.best)
+    run.take_best()
     return run.curve

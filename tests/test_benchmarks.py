@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import report, test_attention, timing
-from benchmarks.conftest import measure
-from benchmarks.registry import PROVIDERS
+from benchmarks import registry, report, sittings, step_profile, test_attention, timing
+from benchmarks.registry import PROVIDERS, Case, Operator, Prepared
 from mistral_kernels import attention
 
 ROOT = Path(__file__).parents[1]
@@ -53,22 +54,109 @@ def test_who_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     runs = {"ours": off_by_one, "SDPA": test_attention.sdpa, "eager": broken}
     monkeypatch.setattr(test_attention.Attention, "runs", runs)
-    operator = test_attention.Attention([case], [])
-    outcome = measure(operator, case, [*runs, "flash-attn 2"], CPU, seconds=0.01)
-    assert isinstance(outcome["ours"], str) and "error" in outcome["ours"]
-    assert outcome["eager"] == "RuntimeError: no kernel image"
-    assert outcome["flash-attn 2"] == PROVIDERS["flash-attn 2"].missing(CPU, torch.float32)
-    assert len(outcome["SDPA"]) >= timing.MIN_ROUNDS
+    operator = test_attention.Attention(cpu=[case])
+    trial = sittings.Trial(operator, case, [*runs, "flash-attn 2"], CPU)
+    trial.sit(0, sittings=1, seconds=0.0)
+    assert "error" in trial.refused["ours"]
+    assert trial.refused["eager"] == "RuntimeError: no kernel image"
+    assert trial.refused["flash-attn 2"] == PROVIDERS["flash-attn 2"].missing(CPU, torch.float32)
+    assert trial.times.keys() == {"SDPA", timing.GEMM, timing.COPY, timing.READ}
+    assert len(trial.all_times("SDPA")) == sittings.MIN_ROUNDS
+    assert trial.over_ours("SDPA") is None
+
+
+class Counting(Operator):
+    """Two providers that note when they are called; one of them breaks after a while."""
+
+    name = "counting"
+    providers = ("eager", "SDPA")
+
+    def __init__(self, cases: list[Case], breaks_after: int) -> None:
+        super().__init__(cpu=cases)
+        self.breaks_after = breaks_after
+        self.called: list[tuple[Case, str]] = []
+        self.prepared = self.released = 0
+
+    def check(self, provider: str, case: Case, device: torch.device) -> None:
+        pass
+
+    def prepare(self, provider: str, case: Case, device: torch.device) -> Prepared:
+        self.prepared += 1
+        calls = itertools.count()
+
+        def call() -> None:
+            self.called.append((case, provider))
+            if provider == "SDPA" and next(calls) == self.breaks_after:
+                raise MemoryError("no more")
+
+        return lambda turn: call
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def test_sittings_are_spread_over_the_session() -> None:
+    """Every case is prepared once, and timed again after all others were."""
+    cases = registry.cases([{"n": 1}, {"n": 2}], (torch.float32,), ("forward",))
+    operator = Counting(cases, breaks_after=3)
+    plan = [(operator, case, list(operator.providers)) for case in cases]
+    trials = sittings.hold(plan, CPU, seconds=0.0, sittings=3)
+    assert operator.prepared == 4 and operator.released == 2
+    order = [case for case, _ in operator.called]
+    assert [case for case, _ in itertools.groupby(order)] == 3 * cases
+    for case in cases:
+        trial = trials["counting", case]
+        assert [len(times) for times in trial.times["eager"]] == [1, 2, 2]
+        assert trial.refused == {"SDPA": "MemoryError: no more"}
+        assert "SDPA" not in trial.times
+
+
+def test_noise_is_that_of_sittings_and_between_them() -> None:
+    still, wide, later = [1.0] * 4, [0.8, 0.9, 1.0, 1.1, 1.2], [1.5]
+    assert timing.noise([still, still]) == 0
+    assert timing.noise([wide]) == pytest.approx(0.1)
+    assert timing.noise([wide, later]) == pytest.approx(0.45 / 1.05)
+    assert timing.noise([wide, [0.5]]) == pytest.approx(0.45 / 0.95)
+
+
+def test_a_step_is_profiled_operator_by_operator() -> None:
+    weight, x = torch.randn(64, 64), torch.randn(1, 64)
+
+    def step() -> None:
+        for _ in range(3):
+            (x @ weight.t()).view(-1)
+
+    found = step_profile.profile(step, layers=3, device=CPU)
+    operators = {operator["name"]: operator for operator in found["operators"]}
+    for name, field, other in (("mm", "kernel", "dispatch"), ("t", "dispatch", "kernel")):
+        operator = operators[f"aten::{name}"]
+        assert operator["calls"] == 3 and operator[field] > 0 == operator[other]
+    assert found["python_calls"] >= 6
+    assert report.profiles(synthetic()) == ""
+    rows = [replace(row, profile=found) for row in synthetic() if row.op == "generation"]
+    printed = report.profiles(rows)
+    assert printed.count("| aten::mm | 3 | 1.00 |") == len({row.case for row in rows})
+    assert printed.count("| eager | ") == len({row.case for row in rows})
 
 
 def test_a_run_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed, results = bench(
-        *(tmp_path, "--op", "rms_norm", "--providers", "ours,eager,Liger", "--seconds", "0.1")
+        *(
+            tmp_path,
+            "--op",
+            "rms_norm",
+            "--providers",
+            "ours,eager,Liger",
+            "--seconds",
+            "0.1",
+            "--sittings",
+            "2",
+        )
     )
     assert "Liger: " in printed
     rows = report.rows_of(results)
     assert {row.provider for row in rows} == {"ours", "eager"}
-    assert all(0 < row.of_peak < 2 and row.noise >= 0 for row in rows)
+    assert all(0 < row.of_peak < 10 and row.noise >= 0 for row in rows)
     assert all(row.over_ours == 1 for row in rows if row.provider == "ours")
     file = str(tmp_path / "results.json")
     assert report.main([file]) == 0
@@ -80,11 +168,13 @@ def test_a_run_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     slower = copy.deepcopy(results)
     entry = slower["benchmarks"][0]
-    entry["stats"]["median"] *= 1.04 + entry["stats"]["iqr"] / entry["stats"]["median"]
-    entry["stats"]["iqr"] = 0.0
+    entry["stats"]["median"] *= 1.04 + entry["extra_info"]["noise"]
+    entry["extra_info"]["noise"] = 0.0
     (tmp_path / "slower.json").write_text(json.dumps(slower))
     assert report.main([str(tmp_path / "slower.json"), "--base", file]) == 1
-    assert capsys.readouterr().out.rstrip().endswith("1 slower")
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith("1 slower")
+    assert f"\n{len(rows) - 1} of {len(rows)} medians lie within the noise" in printed
     assert report.main([file, "--base", file]) == 0
     assert report.main([str(tmp_path / "absent.json")]) == 2
 
@@ -104,9 +194,9 @@ def synthetic() -> list[report.Row]:
                     **{"op": operator, "sizes": size, "dtype": "bfloat16", "direction": direction},
                     **{"provider": provider, "bound": "FLOP", "flops": 1e9, "bytes": 1e6},
                     **{"peak_flops": 1e12, "peak_memory": 10_000_000 * (i + j + 1)},
+                    "noise": 0.1,
                 }
-                stats = {"median": 0.01 * (i + 1) * (j + 1), "iqr": 0.001}
-                rows.append(report.row_of(info, stats))
+                rows.append(report.row_of(info, median=0.01 * (i + 1) * (j + 1)))
     return rows
 
 
@@ -134,6 +224,7 @@ def test_a_provider_has_one_colour() -> None:
     [
         (("--providers", "oars"), "--providers knows no 'oars', but ours, "),
         (("--op", "attraction"), "--op knows no 'attraction', but attention, "),
+        (("--sittings", "0"), "--sittings must be 1 to 100, got 0"),
     ],
 )
 def test_bad_options(options: Options, message: str) -> None:

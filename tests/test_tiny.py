@@ -14,7 +14,8 @@ from mistral_kernels import MistralForCausalLM, MistralTokenizer
 from mistral_kernels.checkpoint import resolve
 from mistral_kernels.generate import generate
 from mistral_kernels.model.sampling import Sampler
-from mistral_kernels.train import HELD_OUT, Corpus, held_out_loss
+from mistral_kernels.train import HELD_OUT
+from mistral_kernels.training import Corpus, held_out_loss
 
 FOLDER = resolve("tiny")
 PROMPTS = ["She was", "It is a truth universally", "Mr. Darcy", "The next morning"]

@@ -19,8 +19,8 @@ from small_checkpoints import SMALL
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, train, training
 from mistral_kernels.checkpoint import open_checkpoint, resolve
-from mistral_kernels.train import Corpus, held_out_loss, main
-from mistral_kernels.training import packed_loss
+from mistral_kernels.train import main
+from mistral_kernels.training import Corpus, held_out_loss, packed_loss
 
 QUICK = ("--steps", "6", "--batch-size", "2", "--seqlen", "24", "--eval-every", "3")
 CONFIG = dataclasses.replace(SMALL, vocab_size=300, tie_word_embeddings=True)
@@ -359,7 +359,7 @@ def test_a_state_is_only_for_its_own_run(
         assert main(arguments) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith(f"error: {partial} is the state of another run ({message}"), error
-        assert error.endswith("run that again, remove the file, or name another output")
+        assert error.endswith("run that again, remove it, or name another output")
         assert partial.read_bytes() == state and not out.exists()
     # How often states are saved is no part of the run.
     assert main(command(text, start, out, "--save-every", "0")) == 0
@@ -428,7 +428,7 @@ def test_a_finished_run_whose_result_could_not_be_written(
         full = OSError(28, "No space left on device")
         patch.setattr(MistralForCausalLM, "save_pretrained", Interruption(print, 0, full))
         assert main(saved) == 2
-    monkeypatch.setattr(training._Run, "advance", Interruption(print, 0, AssertionError()))
+    monkeypatch.setattr(training.Run, "advance", Interruption(print, 0, AssertionError()))
     assert main(saved) == 0
     assert files_of(out) == files_of(whole)
 

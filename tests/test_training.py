@@ -95,7 +95,7 @@ def test_the_loss_falls_and_the_best_weights_stay(tmp_path: Path) -> None:
         steps=60, batch_size=4, seqlen=16, learning_rate=1e-2, warmup_steps=5, eval_every=10
     )
     log = io.StringIO()
-    curve = train.train(model, corpus, held_out, recipe, log)
+    curve = training.train(model, corpus, held_out, recipe, log)
     assert [step for step, _, _ in curve] == [10, 20, 30, 40, 50, 60]
     losses = [loss for _, loss, _ in curve]
     assert losses[-1] < 0.5 * losses[0]
@@ -181,7 +181,7 @@ def test_accumulated_batches_are_one_large_one(
             steps=1, batch_size=batch_size, seqlen=20, accumulate=accumulate, dtype="fp32"
         )
         weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-        losses.append(train.train(model, corpus, corpus.tokens[:9], recipe, io.StringIO())[0][1])
+        losses.append(training.train(model, corpus, corpus.tokens[:9], recipe, io.StringIO())[0][1])
         model.load_state_dict(weights)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for one, three in zip(*seen):
@@ -201,7 +201,7 @@ def test_accumulation_is_in_float32(corpus: Corpus, monkeypatch: pytest.MonkeyPa
         "clip_grad_norm_",
         lambda masters, _: seen.append([master.grad.clone() for master in masters]),
     )
-    run = training._Run(model, Recipe(accumulate=64))
+    run = training.Run(model, Recipe(accumulate=64))
     run.advance(corpus, itertools.repeat(batch))
     for mean, once in zip(seen[0], expected):
         assert mean.dtype == torch.float32
@@ -272,7 +272,7 @@ def test_progress(corpus: Corpus) -> None:
     logs = io.StringIO(), Terminal()
     for log in logs:
         torch.manual_seed(0)
-        train.train(MistralForCausalLM(CONFIG), corpus, corpus.tokens[:9], recipe, log)
+        training.train(MistralForCausalLM(CONFIG), corpus, corpus.tokens[:9], recipe, log)
     plain, shown = (log.getvalue() for log in logs)
     lines = plain.splitlines()
     assert [line.split()[:2] for line in lines] == [["step", "2"], ["step", "3"]]
@@ -293,7 +293,7 @@ def test_a_recipe_is_plain_adamw(corpus: Corpus) -> None:
     theirs.load_state_dict(ours.state_dict())
     recipe = Recipe(steps=12, batch_size=3, seqlen=20, warmup_steps=4, eval_every=1, dtype="fp32")
     held_out = corpus.tokens[:30]
-    curve = train.train(ours, corpus, held_out, recipe, io.StringIO())
+    curve = training.train(ours, corpus, held_out, recipe, io.StringIO())
 
     generator = torch.Generator().manual_seed(0)
     matrices, vectors = ([w for w in theirs.parameters() if w.ndim == n] for n in (2, 1))
@@ -332,7 +332,7 @@ def test_kernels_train_as_torch_does(
         monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", backend)
         torch.manual_seed(0)
         model = MistralForCausalLM(TINY).to(device, torch.bfloat16)
-        curves[backend] = train.train(model, corpus, corpus.tokens[:5], recipe, io.StringIO())
+        curves[backend] = training.train(model, corpus, corpus.tokens[:5], recipe, io.StringIO())
     for (step, *losses), (_, *others) in zip(curves["torch"], curves["triton"]):
         assert others == pytest.approx(losses, rel=5e-3), step  # ten times what is seen
     assert curves["triton"][-1][1] < curves["triton"][0][1] - 1

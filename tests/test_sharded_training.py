@@ -1,0 +1,501 @@
+"""Training on several ranks: what one process computes, saved by all and gone on with by any.
+
+The ranks are processes on this machine, which gloo connects over the loopback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import free_ports
+from small_checkpoints import SMALL
+
+from mistral_kernels import MistralForCausalLM, sharded_training, train
+from mistral_kernels.checkpoint import open_checkpoint
+from mistral_kernels.distributed import World
+from mistral_kernels.sharded_training import ShardedRun, share
+from mistral_kernels.train import main
+
+CONFIG = dataclasses.replace(SMALL, vocab_size=300)
+TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+LIMIT = 120  # seconds, after which ranks are killed
+
+# Ranks are forked from a process that has imported all (FSDP wants dynamo) and run nothing.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(
+    [__name__, "mistral_kernels.sharded_state", "mistral_kernels.sharded_training", "torch._dynamo"]
+)
+
+Sabotage = tuple[str, int]  # what is called when the rank dies, and at which call of it
+
+
+def _rank(told: dict[str, str], arguments: list[str], log: Path, sabotage: Any) -> None:
+    os.environ |= told
+    torch.set_num_threads(1)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    if sabotage is not None:
+        _die_at(*sabotage)
+    sys.exit(main(arguments))
+
+
+def _die_at(name: str, times: int) -> None:
+    """SIGKILL this process when the function is called for the `times`-th time."""
+    owner: Any = {"fsync": os, "rmtree": shutil, "advance": ShardedRun}[name]
+    real, calls = getattr(owner, name), 0
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank, and a bound to its waits."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "MISTRAL_KERNELS_TIMEOUT": "60",
+    }
+
+
+@dataclasses.dataclass
+class Ranks:
+    """Starts `main` on some ranks and waits for their ends."""
+
+    folder: Path
+
+    def __call__(
+        self,
+        size: int,
+        arguments: list[str],
+        sabotage: dict[int, Sabotage] | None = None,
+        others: dict[int, list[str]] | None = None,
+    ) -> list[tuple[int | None, str]]:
+        """Exit code and stderr of each rank; `others` are the arguments of ranks that differ."""
+        (port,) = free_ports(1)
+        logs = [self.folder / f"rank{rank}.log" for rank in range(size)]
+        processes = []
+        for rank, log in enumerate(logs):
+            log.unlink(missing_ok=True)
+            dies = (sabotage or {}).get(rank)
+            given = (others or {}).get(rank, arguments)
+            told = environment(rank, size, port)
+            processes.append(_processes.Process(target=_rank, args=(told, given, log, dies)))
+            processes[-1].start()
+        deadline = time.monotonic() + LIMIT
+        for process in processes:
+            process.join(max(0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+        # What gloo itself logs of a lost connection is not ours.
+        texts = [re.sub(r"(?m)^\[.*\n", "", log.read_text()) for log in logs]
+        return [(process.exitcode, text) for process, text in zip(processes, texts)]
+
+
+@pytest.fixture
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return Ranks(tmp_path_factory.mktemp("logs"))
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
+    """Runs `main` as the only rank of a world, in this process."""
+
+    def run(arguments: list[str]) -> int:
+        with monkeypatch.context() as patch:
+            for name, value in environment(0, 1, *free_ports(1)).items():
+                patch.setenv(name, value)
+            return main(arguments)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Paragraphs of 3 to 60 made-up words."""
+    chosen = random.Random(0)
+    words = ["".join(chosen.choices("abcdefghi", k=chosen.randint(2, 9))) for _ in range(300)]
+    paragraphs = [" ".join(chosen.choices(words, k=chosen.randint(3, 60))) for _ in range(80)]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def starts(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Small random checkpoints with a tokenizer for the text."""
+    folder = tmp_path_factory.mktemp("starts")
+    tokenizer = folder / "tokenizer.model"
+    train.train_tokenizer(train.read_text([text]), CONFIG.vocab_size, tokenizer)
+    for name, config, format in (("hf", TIED, "hf"), ("raw", CONFIG, "raw")):
+        MistralForCausalLM(config).save_pretrained(folder / name, format, [tokenizer])
+    return {name: folder / name for name in ("hf", "raw")}
+
+
+def command(text: Path, start: Path, out: Path, *options: str) -> list[str]:
+    quick = "--held-out-chars 900 --steps 8 --batch-size 4 --seqlen 24 --eval-every 1 --device cpu"
+    fp32 = "--dtype fp32 --warmup-steps 2 --learning-rate 1e-2"
+    return [
+        *(str(text), "--from", str(start), "--output", str(out)),
+        *(*quick.split(), *fp32.split(), *options),
+    ]
+
+
+def curve_of(folder: Path) -> list[tuple[int, float, float]]:
+    points = json.loads((folder / "training.json").read_text())["curve"]
+    return [tuple(point.values()) for point in points]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.double() for name, tensor in open_checkpoint(folder).tensors()}
+
+
+def assert_same_run(out: Path, reference: Path, noise: float = 1e-5) -> None:
+    """The same loss curve, weights and files, but for rounding."""
+    curve, expected = curve_of(out), curve_of(reference)
+    assert [step for step, *_ in curve] == [step for step, *_ in expected]
+    for (step, *losses), (_, *wanted) in zip(curve, expected):
+        assert losses == pytest.approx(wanted, rel=noise), step
+    theirs = weights_of(reference)
+    for name, weight in weights_of(out).items():
+        assert (weight - theirs[name]).norm() < 20 * noise * theirs[name].norm(), name
+    assert {path.name for path in out.iterdir()} == {path.name for path in reference.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, starts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves that one process makes, and nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert main(command(text, starts["hf"], out)) == 0
+    return out
+
+
+ALL = ("--pack", "--accumulate", "2", "--checkpoint-activations")
+# Ranks, start, options, and by how much losses may differ.
+RUNS: dict[str, tuple[int, str, tuple[str, ...], float]] = {
+    "two": (2, "hf", ("--steps", "20"), 1e-5),
+    "three, all options": (3, "raw", ALL, 1e-5),
+    "bf16": (2, "raw", ("--dtype", "bf16", "--checkpoint-activations"), 5e-3),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_ranks_train_as_one_process_does(
+    name: str, ranks: Ranks, text: Path, starts: dict[str, Path], tmp_path: Path
+) -> None:
+    size, start, options, noise = RUNS[name]
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    assert main(command(text, starts[start], alone, *options)) == 0
+    ended = ranks(size, command(text, starts[start], out, *options))
+    assert [code for code, _ in ended] == [0] * size, ended
+    assert ended[0][1].count("\n") == 1 + len(curve_of(out)), "as one process tells it"
+    assert {said for _, said in ended[1:]} == {""}, "the main rank speaks alone"
+    assert curve_of(out)[-1][1] < curve_of(out)[0][1] - 0.5, "it learns"
+    assert_same_run(out, alone, noise)
+    if "bf16" in options:
+        assert set(open_checkpoint(out).dtypes.values()) == {torch.bfloat16}
+    assert {path.name for path in tmp_path.iterdir()} == {"alone", "out"}
+
+
+LOST = re.compile(r"^error: rank \d: another rank ended")
+
+# Where a rank dies in the second save, at step 4, and the step of which the state is then.
+DEATHS: dict[str, tuple[int, Sabotage, int]] = {
+    "another rank, writing its share": (1, ("fsync", 2), 2),
+    "writing its share": (0, ("fsync", 6), 2),
+    "writing the metadata": (0, ("fsync", 7), 2),
+    "writing the rest": (0, ("fsync", 8), 2),
+    "after the rest": (0, ("fsync", 9), 4),
+    "removing the step before": (0, ("rmtree", 1), 4),
+}
+QUICK = ("another rank, writing its share", "removing the step before")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in DEATHS],
+)
+def test_killed_while_saving(
+    name: str, ranks: Ranks, alone: Callable[[list[str]], int], text: Path,
+    starts: dict[str, Path], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The state before stays whole, or the new one is; one rank goes on from it."""
+    rank, sabotage, step = DEATHS[name]
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    saved = command(text, starts["hf"], out, "--save-every", "2")
+    ended = ranks(2, saved, sabotage={rank: sabotage})
+    assert ended[rank][0] == -signal.SIGKILL
+    code, said = ended[1 - rank]
+    assert code == 2 and LOST.search(said.splitlines()[-1]), said
+    capsys.readouterr()
+    assert alone(saved) == 0
+    assert f"going on from step {step}, saved in {partial}\n" in capsys.readouterr().err
+    assert_same_run(out, whole)
+    assert not partial.exists()
+
+
+def test_gone_on_with_by_other_numbers_of_ranks(
+    ranks: Ranks, text: Path, starts: dict[str, Path], whole: Path, tmp_path: Path
+) -> None:
+    """Killed on two and on one, ended by three ranks, whose shards and batches are uneven."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    saved = command(text, starts["hf"], out, "--save-every", "1")
+    step = 0
+    for size, steps in ((2, 2), (1, 2)):
+        ended = ranks(size, saved, sabotage={size - 1: ("advance", steps + 1)})
+        assert ended[-1][0] == -signal.SIGKILL
+        for code, said in ended[:-1]:
+            assert code == 2 and LOST.search(said.splitlines()[-1]), said
+        if step:
+            assert f"going on from step {step}, saved in {partial}\n" in ended[0][1]
+        step += steps
+        assert [path.name for path in partial.iterdir()] == [f"step-{step}"]
+    ended = ranks(3, saved)
+    assert [code for code, _ in ended] == [0, 0, 0]
+    assert f"going on from step 4, saved in {partial}\n" in ended[0][1]
+    assert_same_run(out, whole)
+    assert not partial.exists()
+
+
+@pytest.fixture(scope="module")
+def interrupted(
+    text: Path, starts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a state, saved by two ranks at step 4."""
+    out = tmp_path_factory.mktemp("interrupted") / "out"
+    saved = command(text, starts["hf"], out, "--save-every", "2")
+    ranks = Ranks(tmp_path_factory.mktemp("logs"))
+    assert ranks(2, saved, sabotage={0: ("advance", 6)})[0][0] == -signal.SIGKILL
+    return out.with_name("out.partial")
+
+
+class Harmful:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def with_sum(step: Path, name: str, data: bytes) -> None:
+    """Replace a file, and its checksum too."""
+    (step / name).write_bytes(data)
+    rest = torch.load(step / "run.pt", weights_only=True)
+    rest["files"][name] = (len(data), zlib.crc32(data))
+    torch.save(rest, step / "run.pt")
+
+
+def without_part(step: Path) -> None:
+    rest = torch.load(step / "run.pt", weights_only=True)
+    del rest["curve"]
+    torch.save(rest, step / "run.pt")
+
+
+# What is done to the folder of step 4, and what is said of it.
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a bit of a share": (lambda step: flip(step / "__1_0.distcp"), r"__1_0\.distcp is damaged"),
+    "a bit of the metadata": (lambda step: flip(step / ".metadata"), r"\.metadata is damaged"),
+    "a bit of the rest": (lambda step: flip(step / "run.pt"), r"archive/data\S* is damaged"),
+    "a share is missing": (
+        lambda step: (step / "__0_0.distcp").unlink(),
+        r"__0_0\.distcp is missing",
+    ),
+    "a part is missing": (without_part, "it lacks parts of one"),
+    "code in the metadata": (
+        lambda step: with_sum(step, ".metadata", pickle.dumps(Harmful(step / "harm"))),
+        "it holds more than plain tensors",
+    ),
+    "code in the rest": (
+        lambda step: torch.save(Harmful(step / "harm"), step / "run.pt"),
+        "it holds more than plain tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_state_is_named(
+    name: str, alone: Callable[[list[str]], int], text: Path, starts: dict[str, Path],
+    interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    damage, reason = DAMAGES[name]
+    out, step = tmp_path / "out", tmp_path / "out.partial/step-4"
+    shutil.copytree(interrupted, step.parent)
+    damage(step)
+    assert alone(command(text, starts["hf"], out)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    where = rf"{step}(/run\.pt)?"
+    expected = rf"{where} is not the whole state of a run \({reason}\); remove it to begin anew"
+    assert re.fullmatch(f"error: rank 0: {expected}", error), error
+    assert step.exists() and not (step / "harm").exists() and not out.exists()
+
+
+def test_a_state_is_only_for_its_own_run(
+    alone: Callable[[list[str]], int], text: Path, starts: dict[str, Path],
+    interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    shutil.copytree(interrupted, partial)
+    before = {path: path.read_bytes() for path in partial.rglob("*") if path.is_file()}
+    own = command(text, starts["hf"], out)
+    remedy = "run that again, remove it, or name another output"
+    other = "--nproc-per-node 1 will do), remove it, or name another output"
+    for run, arguments, message in (
+        (alone, [*own, "--seed", "1"], f"{partial}/step-4 is the state of another run (seed was"),
+        (alone, [*own, "--steps", "9"], f"(steps was 8, is 9); {remedy}\n"),
+        (
+            main,
+            own,
+            f"{partial} is the state of a run under torchrun; go on with torchrun ({other}",
+        ),
+    ):
+        assert run(arguments) == 2
+        assert message in capsys.readouterr().err
+        assert before == {path: path.read_bytes() for path in partial.rglob("*") if path.is_file()}
+    shutil.rmtree(partial)
+    for make, message in (
+        (lambda: partial.write_bytes(b"x"), f"{partial} is the state of a run without torchrun; "),
+        (lambda: (partial / "mine").mkdir(parents=True), f"{partial} holds something else; name "),
+    ):
+        make()
+        assert alone(own) == 2
+        assert f"error: rank 0: {message}" in capsys.readouterr().err
+        partial.unlink() if partial.is_file() else shutil.rmtree(partial)
+
+
+FULL = OSError(28, "No space left on device")
+# What fails while step 6 is saved, at which call. (Three files' checksums are read before.)
+FAILURES = {
+    "writing": (os, "fsync", 1),
+    "new folder": (Path, "mkdir", 1),
+    "sums": (zlib, "crc32", 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("writing", KeyboardInterrupt()), *((name, FULL) for name in FAILURES)]
+)
+def test_interrupted_while_saving(
+    name: str, error: BaseException, alone: Callable[[list[str]], int], text: Path,
+    starts: dict[str, Path], interrupted: Path, whole: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """By Ctrl-C or a full disk: one line, and the state before stays."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    shutil.copytree(interrupted, partial)
+    saved = command(text, starts["hf"], out, "--save-every", "2")
+    owner, function, times = FAILURES[name]
+    real, calls = getattr(owner, function), 0
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == times:
+            raise error
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, fails)
+        code = alone(saved)
+    said = capsys.readouterr().err
+    if isinstance(error, OSError):
+        where = rf"error: rank 0: (cannot save to )?{partial}: "
+        assert code == 2
+        assert re.fullmatch(rf"{where}\[Errno 28\] No space left on device", said.splitlines()[-1])
+    else:
+        assert code == 130 and said.endswith("\ninterrupted\n")
+        assert f"the same command again goes on from the state in {partial}\n" in said
+    assert not out.exists()
+    assert alone(saved) == 0
+    assert "going on from step 4" in capsys.readouterr().err and not partial.exists()
+    assert_same_run(out, whole)
+
+
+def test_a_finished_run_whose_result_could_not_be_written(
+    alone: Callable[[list[str]], int], text: Path, starts: dict[str, Path], whole: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Is not trained again."""
+    saved = command(text, starts["hf"], tmp_path / "out", "--save-every", "100")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sharded_training, "save_hf", fails)
+        assert alone(saved) == 2
+    monkeypatch.setattr(ShardedRun, "advance", fails)
+    assert alone(saved) == 0
+    assert_same_run(tmp_path / "out", whole)
+
+
+def test_bad_input(ranks: Ranks, text: Path, starts: dict[str, Path], tmp_path: Path) -> None:
+    """Exit code 2 on every rank, and one line of each that has something to say."""
+    own = command(text, starts["hf"], tmp_path / "out")
+    small = [*own, "--batch-size", "1"]
+    for of_rank_0, of_rank_1, message in (
+        (small, small, "rank 0: batch_size must be at least the number of ranks, 2, got 1"),
+        (own, [*own, "--seed", "1"], "rank 0: seed must be the same on all ranks"),
+        (own, ["nowhere", *own[1:]], "rank 1: [Errno 2] No such file or directory: 'nowhere'"),
+    ):
+        ended = ranks(2, of_rank_0, others={1: of_rank_1})
+        assert [code for code, _ in ended] == [2, 2]
+        errors = [re.findall("(?m)^error: .*", said) for _, said in ended]
+        assert max(map(len, errors)) == 1, ended
+        assert any(message in line for own_errors in errors for line in own_errors), ended
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("longest", [1, 40])
+def test_shares(size: int, longest: int) -> None:
+    """Every sequence is of one rank's share; the loads are as even as the longest allows."""
+    lengths = [random.randint(1, longest) for _ in range(random.randint(size, 30))]
+    batch = [torch.full((n,), i) for i, n in enumerate(lengths)]
+    shares = [share(batch, World(rank, size, torch.device("cpu"))) for rank in range(size)]
+    assert all(shares)
+    assert sorted(int(x[0]) for own in shares for x in own) == list(range(len(batch)))
+    loads = [sum(map(len, own)) for own in shares]
+    assert max(loads) - min(loads) <= longest
+
+
+@pytest.mark.slow
+def test_torchrun(text: Path, starts: dict[str, Path], whole: Path, tmp_path: Path) -> None:
+    """The launcher itself."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    own = command(text, starts["hf"], tmp_path / "out")
+    done = subprocess.run(
+        [*run, "-m", "mistral_kernels.train", *own], timeout=LIMIT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and done.stderr.count("held-out") == 8, done.stderr
+    assert_same_run(tmp_path / "out", whole)
