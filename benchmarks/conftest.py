@@ -1,13 +1,12 @@
 """Cases times providers, measured in turn: the times of each are an entry of pytest-benchmark.
 
-Options: --op, --providers, --shapes, --seconds, --device. A provider that is not timed is a skipped
-test, which says why.
+Options: --op, --providers, --shapes, --seconds, --sittings, --device. The first test times all that
+were collected (`sittings.py`); a provider that is not timed is a skipped test, which says why.
 """
 
 from __future__ import annotations
 
 import functools
-import gc
 import importlib.metadata
 import platform
 import statistics
@@ -20,11 +19,8 @@ import pytest
 import torch
 
 from benchmarks import report, timing
-from benchmarks.registry import OURS, PROVIDERS, Case, Operator, in_a_line
-from benchmarks.timing import GEMM
-
-Outcome = dict[str, list[float] | str]  # times, or why there are none, by provider
-
+from benchmarks.registry import OURS, PROVIDERS, SHAPES, Case, Operator, in_a_line
+from benchmarks.sittings import MAX_ROUNDS, Trial, hold
 
 PACKAGES = (
     "torch",
@@ -35,15 +31,23 @@ PACKAGES = (
     "liger-kernel",
     "llama-cpp-python",
 )
-SECONDS = 2.0  # for the rounds of one case, within bounds
+SECONDS = 1.5  # for the rounds of one case, within bounds
+SITTINGS = 5
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mistral_kernels")
     group.addoption("--op", help="operators, with commas between: attention,rms_norm")
     group.addoption("--providers", help="providers, with commas between: ours,eager")
-    group.addoption("--shapes", choices=("cpu", "gpu"), help="small ones, or those of Mistral-7B")
+    group.addoption(
+        "--shapes", choices=SHAPES, help="; ".join(f"{k}: {v}" for k, v in SHAPES.items())
+    )
     group.addoption("--seconds", type=float, default=SECONDS, help="for the rounds of a case")
+    group.addoption(
+        "--sittings",
+        type=int,
+        help=f"over which they are spread, everything staying in memory: {SITTINGS}, on a GPU 1",
+    )
     group.addoption("--device", help="cuda, cpu, or meta: a rehearsal that times nothing")
 
 
@@ -53,9 +57,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.benchmark_device = torch.device(chosen, index)  # type: ignore[attr-defined]
     if chosen == "meta":
         torch.compiler.set_stance("force_eager")  # there is nothing to make code for
+    # A version of compiled code for each shape. Beyond so many, eager code would run in silence.
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     config.option.benchmark_quiet = True  # `report`'s table says all of it
     if config.option.shapes is None:
         config.option.shapes = "cpu" if chosen == "cpu" else "gpu"
+    if config.option.sittings is None:
+        config.option.sittings = SITTINGS if chosen == "cpu" else 1
+    if not 1 <= config.option.sittings <= MAX_ROUNDS:
+        raise pytest.UsageError(
+            f"--sittings must be 1 to {MAX_ROUNDS}, got {config.option.sittings}"
+        )
     for option, known in (("providers", tuple(PROVIDERS)), ("op", _operators())):
         given = getattr(config.option, option)
         names = given.split(",") if given else known
@@ -81,7 +94,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = metafunc.config.option
     pairs = [
         pytest.param(case, provider, id=f"{case}-{provider}")
-        for case in (operator.cases[options.shapes] if operator.name in options.op else ())
+        for case in (operator.cases.get(options.shapes, ()) if operator.name in options.op else ())
         for provider in operator.providers
         if provider in options.providers
     ]
@@ -102,60 +115,43 @@ class Replay:
 
 
 CLOCK = Replay()
-_measured: dict[tuple[str, Case], Outcome] = {}
-_memory: dict[str, int | None] = {}
 
 
-def measure(
-    operator: Operator,
-    case: Case,
-    providers: list[str],
-    device: torch.device,
-    seconds: float = SECONDS,
-) -> Outcome:
-    """All providers that are right, and the machine's peaks, in turn."""
-    outcome: Outcome = {}
-    calls: dict[str, Any] = {}
-    for provider in providers:
-        if reason := operator.unfit(provider, case, device):
-            outcome[provider] = reason
-            continue
-        try:
-            prepared = operator.prepare(provider, case, device)
-            timing.timed(prepared(0), device)
-            calls[provider] = prepared
-        except Exception as error:
-            outcome[provider] = in_a_line(error)
-            gc.collect()  # out of memory, perhaps, and its traceback held tensors
-            torch.cuda.empty_cache()
-    if operator.measures_memory:
-        for provider, prepared in calls.items():
-            _memory[provider] = timing.peak_memory(prepared(0), device)
-    if calls:
-        calls |= {name: call for name, (call, _) in timing.peaks(device, case.dtype).items()}
-        outcome.update(timing.in_turn(calls, device, seconds * operator.patience))
-    operator.release()
-    return outcome
+@pytest.fixture(scope="session")
+def trials(request: pytest.FixtureRequest) -> dict[tuple[str, Case], Trial]:
+    """Every case that was collected, timed with the providers that were."""
+    config: Any = request.config
+    plan: dict[tuple[str, Case], tuple[Operator, Case, list[str]]] = {}
+    for item in request.session.items:
+        chosen = item.callspec.params if "speed" in getattr(item, "fixturenames", ()) else {}
+        if isinstance(case := chosen.get("case"), Case):
+            operator = item.module.OPERATOR  # type: ignore[attr-defined]
+            providers = plan.setdefault((operator.name, case), (operator, case, []))[2]
+            providers.append(chosen["provider"])
+    plugins = config.pluginmanager
+
+    def tell(line: str) -> None:
+        with plugins.get_plugin("capturemanager").global_and_fixture_disabled():
+            plugins.get_plugin("terminalreporter").write_line(line)
+
+    option = config.option
+    return hold(plan.values(), config.benchmark_device, option.seconds, option.sittings, tell)
 
 
 @pytest.fixture
-def speed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Operator, Case, str], None]:
+def speed(
+    benchmark: Any, request: pytest.FixtureRequest, trials: dict[tuple[str, Case], Trial]
+) -> Callable[[Operator, Case, str], None]:
     """`speed(operator, case, provider)`: an entry of the benchmark, or a skip that says why not."""
-    config = request.config
-    device = config.benchmark_device
+    device = request.config.benchmark_device  # type: ignore[attr-defined]
 
     def run(operator: Operator, case: Case, provider: str) -> None:
-        key = operator.name, case
-        if key not in _measured:
-            _measured.clear()
-            names = [name for name in operator.providers if name in config.option.providers]
-            _measured[key] = measure(operator, case, names, device, config.option.seconds)
-        outcome = _measured[key]
-        times = outcome[provider]
-        if isinstance(times, str):
+        trial = trials[operator.name, case]
+        if reason := trial.refused.get(provider):
             if provider == OURS.name:
-                pytest.fail(times, pytrace=False)
-            pytest.skip(f"{provider}: {times}")
+                pytest.fail(reason, pytrace=False)
+            pytest.skip(f"{provider}: {reason}")
+        times = trial.all_times(provider)
         entry = {
             "op": operator.name,
             "sizes": dict(case.sizes),
@@ -164,18 +160,19 @@ def speed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Operator,
             "provider": provider,
             "bound": operator.bound_of(case),
             "flops": operator.flops(case),
-            "bytes": operator.bytes(case),
+            "bytes": operator.bytes_of(provider, case),
+            "noise": timing.noise(trial.times[provider]),
+            "sittings": len(trial.times[provider]),
+            "peak_memory": trial.memory.get(provider),
+            "over_ours": trial.over_ours(provider),
+            "profile": trial.profiles.get(provider),
             "environment": environment(device),
         }
+        moved = timing.READ if operator.only_reads else timing.COPY
         for name, (_, work) in timing.peaks(device, case.dtype).items():
-            entry["peak_flops" if name == GEMM else "peak_bytes"] = work / statistics.median(
-                outcome[name]
-            )
-        if operator.measures_memory:
-            entry["peak_memory"] = _memory[provider]
-        ours = outcome.get(OURS.name)
-        if isinstance(ours, list):
-            entry["over_ours"] = [a / b for a, b in zip(times, ours)]
+            if name in (timing.GEMM, moved):
+                field = "peak_flops" if name == timing.GEMM else "peak_bytes"
+                entry[field] = work / statistics.median(trial.all_times(name))
         benchmark.extra_info.update(entry)
         benchmark.group = f"{operator.name} {case}"
         replayed = iter(times)
@@ -221,7 +218,7 @@ def pytest_terminal_summary(
 ) -> None:
     session = getattr(config, "_benchmarksession", None)
     rows = [
-        report.row_of(x.extra_info, {"median": x.stats.median, "iqr": x.stats.iqr})
+        report.row_of(x.extra_info, x.stats.median)
         for x in (session.benchmarks if session else ())
         if "op" in x.extra_info
     ]
@@ -229,3 +226,4 @@ def pytest_terminal_summary(
         described = environment(config.benchmark_device)  # type: ignore[attr-defined]
         terminalreporter.section(", ".join(f"{k} {v}" for k, v in described.items()))
         terminalreporter.write_line(report.table(rows))
+        terminalreporter.write_line(report.profiles(rows))

@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.gguf_file import write_gguf
 from benchmarks.make_checkpoint import CONFIGS, random_tensors
 from mistral_kernels import MistralConfig, MistralForCausalLM
+from mistral_kernels.checkpoint import save_hf
 from mistral_kernels.checkpoint.names import expected_shapes
 from mistral_kernels.model.cache import Packing
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
@@ -69,6 +70,21 @@ class Ours(Engine):
         packing = Packing.of(seqlens, [0] * len(inputs), ids.device)
         hidden = self.model.model(inputs.flatten(), packing)
         return linear_cross_entropy(hidden, self.model.lm_head.weight, targets.flatten())
+
+
+class OursInt8(Ours):
+    """With weights of 8 bits, which are for decoding on a CPU."""
+
+    def __init__(self, config: MistralConfig, dtype: torch.dtype, device: torch.device) -> None:
+        if device.type != "cpu":
+            raise NotImplementedError("is for CPUs")
+        with tempfile.TemporaryDirectory() as folder:
+            stored = weights(config, dtype, device)
+            save_hf(stored.items(), config, Path(folder, "model"), dtype=dtype)
+            self.model = MistralForCausalLM.from_pretrained(Path(folder, "model"), quantize="int8")
+
+    def loss(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError("does not train")
 
 
 def _lists(ids: Tensor) -> list[list[int]]:
@@ -193,6 +209,7 @@ def load(
 
 ENGINES: dict[str, Callable[..., Engine]] = {
     "ours": Ours,
+    "ours int8": OursInt8,
     "transformers eager": functools.partial(Transformers, attention="eager"),
     "transformers sdpa": functools.partial(Transformers, attention="sdpa"),
     "transformers flash-attn 2": functools.partial(Transformers, attention="flash_attention_2"),

@@ -24,6 +24,13 @@ import helpers  # noqa: E402  # the tolerance rule of the tests
 
 HALVES = (torch.float16, torch.bfloat16)
 
+SHAPES = {
+    "cpu": "small ones in bfloat16, five minutes",
+    "float32": "small ones in float32",
+    "large": "a model of 1.2 billion parameters on a CPU",
+    "gpu": "those of Mistral-7B",
+}
+
 
 class Provider(NamedTuple):
     """Somebody who computes. The colour is theirs in every plot."""
@@ -74,6 +81,7 @@ PROVIDERS = {
         Provider("transformers with our attention", "#E69F00", ("transformers",)),
         Provider("transformers with all of ours", "#56B4E9", ("transformers",)),
         Provider("llama.cpp", "#009E73", ("llama_cpp",)),
+        Provider("ours int8", "#AA4499"),
     )
 }
 
@@ -106,12 +114,13 @@ class Operator:
 
     name: str
     bound: str  # what limits it, "FLOP" or "byte", unless `bound_of` knows better
-    patience = 1.0  # times the seconds that a case may take
     measures_memory = False  # the peak of a call, too
+    only_reads = False  # hardly writes: its bytes are held against those of a read, not of a copy
     providers: tuple[str, ...]
 
-    def __init__(self, cpu: Iterable[Case], gpu: Iterable[Case]) -> None:
-        self.cases = {"cpu": tuple(cpu), "gpu": tuple(gpu)}
+    def __init__(self, **cases: Iterable[Case]) -> None:
+        """Cases by the names of `SHAPES`."""
+        self.cases = {shapes: tuple(own) for shapes, own in cases.items()}
         self._verdicts: dict[Any, str | None] = {}
 
     def bound_of(self, case: Case) -> str:
@@ -125,6 +134,10 @@ class Operator:
         """Each input read once, each output written once."""
         raise NotImplementedError
 
+    def bytes_of(self, provider: str, case: Case) -> float:
+        """Where a provider holds its inputs otherwise than the others."""
+        return self.bytes(case)
+
     def check(self, provider: str, case: Case, device: torch.device) -> None:
         """Raises unless the provider computes what it should, accurately."""
         raise NotImplementedError
@@ -132,8 +145,14 @@ class Operator:
     def prepare(self, provider: str, case: Case, device: torch.device) -> Prepared:
         raise NotImplementedError
 
+    def profile(
+        self, provider: str, case: Case, call: Callable[[], object], device: torch.device
+    ) -> Any:
+        """Of a call, what it is made of; None if nobody asks."""
+        return None
+
     def release(self) -> None:
-        """After a case: whatever was kept for it."""
+        """Drop whatever was kept for cases: none will be timed again."""
 
     def unfit(self, provider: str, case: Case, device: torch.device) -> str | None:
         """Why a provider is not to be timed: it cannot run, or does not compute the same thing."""
@@ -225,20 +244,26 @@ class TensorOperator(Operator):
             return [first, self.inputs(case, device)]
         size = sum(x.numel() * x.element_size() for x in first.values())
         count = min(max(2, -(-COLD_BYTES // size)), 16)
-        return [first, *(self.inputs(case, device) for _ in range(count - 1))]
+        return [first, *(_duplicate(first) for _ in range(count - 1))]
 
     def release(self) -> None:
         self._copies.cache_clear()
+        _cotangent.cache_clear()
 
 
 COLD_BYTES = 128 << 20  # more than a core's share of any cache
+
+
+def _duplicate(inputs: Inputs) -> Inputs:
+    """The same values elsewhere."""
+    return {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in inputs.items()}
 
 
 def _as_tuple(x: Any) -> tuple[Tensor, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def _cotangent(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device).to(dtype)
 

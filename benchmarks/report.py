@@ -4,13 +4,15 @@
     python -m benchmarks.report results.json --plots plots
     python -m benchmarks.report results.json --base older.json
 
-Prints Markdown. A time is a median, followed by half the distance of the quartiles in percent, its
-noise. `/ ours` is the median of the ratios to our time in the same round. `of peak` compares with
-what the same machine did in the same run: a large matrix product for FLOPs, a copy for bytes. `MB`
-is the peak memory of the call, beyond what was there before it.
+Prints Markdown. A time is a median, followed by its noise in percent: how far the quartiles of the
+sittings reach from it. `/ ours` is the median of the ratios to our time in the same round. `of
+peak` compares with what the same machine did in the same run: a large matrix product for FLOPs, a
+copy for bytes or, where hardly any are written, a read. `MB` is the peak memory of the call, beyond
+what was there before it.
 
 With --base, a row whose time grew by more than both noises together, and by 3 percent, is a
-regression, and the exit code is 1.
+regression, and the exit code is 1. How many medians lie within the base's noise is told too: of
+two runs of one commit, nine of ten should.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks import step_profile
+from benchmarks.registry import OURS
 
 LEAST_CHANGE = 0.03
 
@@ -38,12 +43,12 @@ class Row:
     provider: str
     bound: str
     median: float
-    noise: float  # of the median: half the distance of the quartiles
+    noise: float  # of the median, as a part of it
     rate: float  # of FLOPs or bytes a second
     of_peak: float | None
     over_ours: float | None
     peak_memory: int | None  # bytes
-    commit: str
+    profile: dict[str, Any] | None  # of `step_profile`
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -58,28 +63,26 @@ class Row:
 
 
 def rows_of(results: dict[str, Any]) -> list[Row]:
-    commit = (results.get("commit_info") or {}).get("id", "")[:12]
     return [
-        row_of(x["extra_info"], x["stats"], commit)
+        row_of(x["extra_info"], x["stats"]["median"])
         for x in results["benchmarks"]
         if "op" in x["extra_info"]
     ]
 
 
-def row_of(info: dict[str, Any], stats: dict[str, float], commit: str = "") -> Row:
-    median = stats["median"]
+def row_of(info: dict[str, Any], median: float) -> Row:
     work = info["flops" if info["bound"] == "FLOP" else "bytes"]
     peak = info.get("peak_flops" if info["bound"] == "FLOP" else "peak_bytes")
     over_ours = info.get("over_ours")
     return Row(
         **{name: info[name] for name in ("op", "sizes", "dtype", "direction", "provider", "bound")},
         median=median,
-        noise=stats["iqr"] / 2 / median,
+        noise=info["noise"],
         rate=work / median,
         of_peak=work / median / peak if peak else None,
         over_ours=statistics.median(over_ours) if over_ours else None,
         peak_memory=info.get("peak_memory"),
-        commit=commit,
+        profile=info.get("profile"),
     )
 
 
@@ -103,6 +106,20 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines[1:])
 
 
+def profiles(rows: Iterable[Row]) -> str:
+    """Markdown: what the steps of each case are made of, and ours operator by operator."""
+    cases: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row.profile is not None:
+            cases.setdefault(row.case, {})[row.provider] = row.profile
+    lines: list[str] = []
+    for case, found in cases.items():
+        lines += [f"**a step, profiled: {case}**", "", step_profile.summary(found), ""]
+        if OURS.name in found:
+            lines += [f"{OURS.name}, by operator:", "", step_profile.table(found[OURS.name]), ""]
+    return "\n".join(lines)
+
+
 def _percent(x: float | None) -> str:
     return "-" if x is None else f"{x:.1%}"
 
@@ -116,14 +133,15 @@ def _megabytes(x: int | None) -> str:
 
 
 def comparison(rows: Sequence[Row], base: Sequence[Row]) -> tuple[str, list[Row]]:
-    """Markdown, and the rows that became slower."""
+    """Markdown, ending with how many rows agree, and the rows that became slower."""
     before = {row.key: row for row in base}
     shared = [(row, before[row.key]) for row in rows if row.key in before]
     lines = ["| operator | case | provider | ms before | ms | change | noise | |"]
     lines.append("|---|---|---|---:|---:|---:|---:|---|")
-    slower = []
+    slower, agreeing = [], 0
     for row, old in shared:
         change, noise = row.median / old.median - 1, row.noise + old.noise
+        agreeing += abs(change) <= old.noise
         verdict = ""
         if abs(change) > max(noise, LEAST_CHANGE):
             verdict = "slower" if change > 0 else "faster"
@@ -133,6 +151,7 @@ def comparison(rows: Sequence[Row], base: Sequence[Row]) -> tuple[str, list[Row]
             f"| {row.op} | {row.case} | {row.provider} | {old.median * 1e3:.3f} "
             f"| {row.median * 1e3:.3f} | {change:+.1%} | ±{noise:.1%} | {verdict} |"
         )
+    lines += ["", f"{agreeing} of {len(shared)} medians lie within the noise of the base"]
     return "\n".join(lines), slower
 
 
@@ -173,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(heading(results), end="\n\n")
     if base is None:
         print(table(rows))
+        if text := profiles(rows):
+            print(f"\n{text}")
     else:
         print(f"compared with {heading(base)}", end="\n\n")
         text, slower = comparison(rows, rows_of(base))

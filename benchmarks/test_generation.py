@@ -1,19 +1,24 @@
 """Prompts and decode steps of a whole model, with random weights and Mistral's head layout.
 
 On a CPU of 160 million parameters and, far into a text, of 10 million; on a GPU Mistral-7B. Whole
-models are timed as they are used, tensors from the last step still in the cache.
+models are timed as they are used, tensors from the last step still in the cache. 1.2 billion
+parameters take a quarter of an hour and 16 GiB:
+
+    python -m pytest benchmarks --op generation --shapes large --sittings 3 \
+        --providers "ours,transformers sdpa,llama.cpp" --benchmark-json large.json
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks import models
+from benchmarks import models, step_profile
 from benchmarks.make_checkpoint import CONFIGS
 from benchmarks.registry import Case, Operator, Prepared, cases
-from benchmarks.timing import MAX_ROUNDS
+from benchmarks.sittings import MAX_ROUNDS, UNTIMED
 
 
 class Generation(Operator):
@@ -21,9 +26,14 @@ class Generation(Operator):
 
     name = "generation"
     bound = "byte"
-    patience = 2.0
-    providers = tuple(models.ENGINES)
+    providers = tuple(name for name in models.ENGINES if name != "transformers eager")
     measures_memory = True
+    only_reads = True
+
+    def unfit(self, provider: str, case: Case, device: torch.device) -> str | None:
+        if provider == "ours int8" and case.direction == "prefill":
+            return "is for decoding: prompts are multiplied in the dtype of x"
+        return super().unfit(provider, case, device)
 
     def check(self, provider: str, case: Case, device: torch.device) -> None:
         models.check(provider, case.dtype, device, "logits", *self.checked(case)[1:])
@@ -33,7 +43,8 @@ class Generation(Operator):
 
     def _passes_window(self, case: Case) -> bool:
         window = CONFIGS[case["model"]].sliding_window
-        return window is not None and case["tokens"] + MAX_ROUNDS + 8 > window
+        new = MAX_ROUNDS + UNTIMED if case.direction == "decode" else 0
+        return window is not None and case["tokens"] + new > window
 
     def prepare(self, provider: str, case: Case, device: torch.device) -> Prepared:
         self._keep(case)
@@ -43,8 +54,15 @@ class Generation(Operator):
         ids = torch.randint(vocab, (case["B"], case["tokens"]), generator=generator).to(device)
         if case.direction == "prefill":
             return lambda turn: lambda: model.prefill(ids)
-        step = model.decoder(ids, MAX_ROUNDS + 8)
+        step = model.decoder(ids, MAX_ROUNDS + UNTIMED)
         return lambda turn: lambda: step(ids[:, turn % case["tokens"]])
+
+    def profile(
+        self, provider: str, case: Case, call: Callable[[], object], device: torch.device
+    ) -> Any:
+        if case.direction != "decode" or device.type == "meta" or provider == "llama.cpp":
+            return None
+        return step_profile.profile(call, CONFIGS[case["model"]].num_hidden_layers, device)
 
     def _keep(self, case: Case) -> None:
         """Models stay from one case to the next that wants the same."""
@@ -61,13 +79,14 @@ class Generation(Operator):
         tokens = case["tokens"] if case.direction == "prefill" else 1
         return 2.0 * case["B"] * tokens * models.num_product_weights(case["model"])
 
-    def bytes(self, case: Case) -> float:
+    def bytes_of(self, provider: str, case: Case) -> float:
         """Weights, read once, and the keys and values in the window."""
         config = CONFIGS[case["model"]]
         seen = min(case["tokens"], config.sliding_window or case["tokens"])
         kv = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
-        elements = models.num_product_weights(case["model"]) + case["B"] * seen * kv
-        return float(elements * case.dtype.itemsize)
+        weight = 1 if provider == "ours int8" else case.dtype.itemsize
+        weights = models.num_product_weights(case["model"]) * weight
+        return float(weights + case["B"] * seen * kv * case.dtype.itemsize)
 
 
 def sizes(model: str, tokens: int, batch: int = 1) -> dict[str, Any]:
@@ -77,9 +96,11 @@ def sizes(model: str, tokens: int, batch: int = 1) -> dict[str, Any]:
 PREFILL, DECODE = ("prefill",), ("decode",)
 HALF = (torch.bfloat16,)
 OPERATOR = Generation(
-    cpu=cases([sizes("10M", n) for n in (512, 20_000)], HALF, DECODE)
+    cpu=cases([sizes("10M", n) for n in (512, 8192)], HALF, DECODE)
     + cases([sizes("160M", 512), sizes("160M", 512, 8)], HALF, DECODE)
-    + cases([sizes("160M", n) for n in (512, 2048)], HALF, PREFILL),
+    + cases([sizes("160M", n) for n in (512, 1536)], HALF, PREFILL),
+    large=cases([sizes("1.2B", 512, n) for n in (1, 8)], HALF, DECODE)
+    + cases([sizes("1.2B", n) for n in (512, 4096)], HALF, PREFILL),
     gpu=cases([sizes("7B", 1 << n) for n in range(10, 18)], HALF, DECODE)
     + cases([sizes("7B", 4096, n) for n in (8, 64)], HALF, DECODE)
     + cases([sizes("7B", 1 << n) for n in range(9, 16)], HALF, PREFILL),

@@ -78,8 +78,8 @@ def sizes(tokens: int, residual: bool = True) -> dict[str, Any]:
 
 
 OPERATOR = RMSNorm(
-    cpu=cases([sizes(512, False), sizes(512)], (torch.bfloat16,))
-    + cases([sizes(512)], (torch.float32,), ("forward",)),
+    cpu=cases([sizes(512, False), sizes(512)], (torch.bfloat16,)),
+    float32=cases([sizes(512, False), sizes(512)], (torch.float32,)),
     gpu=cases(
         [sizes(n, residual) for n in (1, 64, 2048, 16384) for residual in (False, True)],
         (torch.bfloat16,),

@@ -15,7 +15,6 @@ from benchmarks.registry import Case, Operator, Prepared, cases
 class TrainingStep(Operator):
     name = "training_step"
     bound = "FLOP"
-    patience = 0.5
     providers = tuple(models.ENGINES)
     measures_memory = True
 
@@ -43,7 +42,7 @@ class TrainingStep(Operator):
 
 
 OPERATOR = TrainingStep(
-    cpu=cases([{"model": "10M", "S": n} for n in (512, 1024, 2048)], (torch.bfloat16,), ("step",)),
+    cpu=cases([{"model": "10M", "S": n} for n in (256, 512, 1024)], (torch.bfloat16,), ("step",)),
     gpu=cases(
         [{"model": "1.2B", "S": 1 << n} for n in range(10, 16)], (torch.bfloat16,), ("step",)
     ),

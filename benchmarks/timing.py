@@ -1,13 +1,12 @@
-"""Times of several calls, in turn, and the peaks of the machine they are held against."""
+"""The time and the memory of a call, the noise of many, and the peaks of the machine."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +14,6 @@ from torch import Tensor
 
 from benchmarks.load_memory import resident
 from benchmarks.registry import Prepared
-
-MIN_ROUNDS, MAX_ROUNDS = 5, 100
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
@@ -47,36 +44,30 @@ def _flush_buffer(device: torch.device) -> Tensor:
     return torch.empty(256 << 20, dtype=torch.uint8, device=device)
 
 
-def in_turn(
-    calls: dict[str, Prepared], device: torch.device, seconds: float
-) -> dict[str, list[float]]:
-    """Times of every call, round by round, so that all meet the same machine.
+def noise(sittings: Sequence[Sequence[float]]) -> float:
+    """How far the sittings' quartiles reach from the median of all times, as a part of it.
 
-    Each round has an order of its own, so that no call always follows the same one. As many rounds
-    as fit into `seconds`, within bounds.
+    Times scatter within a sitting, and from one to the next the machine drifts. The median of
+    another five sittings lies within it nine times of ten, if drift is as good as normal.
     """
-    start = time.perf_counter()
-    for prepared in calls.values():  # a second call: the first may have compiled
-        timed(prepared(1), device)
-    rounds = 1
-    if device.type != "meta":
-        rounds = int(seconds / (time.perf_counter() - start))
-        rounds = max(MIN_ROUNDS, min(rounds, MAX_ROUNDS))
-    order = list(calls)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds):
-        random.shuffle(order)
-        for name in order:
-            times[name].append(timed(calls[name](turn), device))
-    return times
+    median = statistics.median(x for times in sittings for x in times)
+    reached = [x for times in sittings for x in _quartiles(times)]
+    return max(max(reached) - median, median - min(reached)) / median
+
+
+def _quartiles(times: Sequence[float]) -> tuple[float, float]:
+    if len(times) == 1:
+        return times[0], times[0]
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return low, high
 
 
 # What a machine can do, measured among the calls. Names in brackets are nobody's.
-GEMM, READ = "[GEMM]", "[copy]"
+GEMM, COPY, READ = "[GEMM]", "[copy]", "[read]"
 
 
 def peaks(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Prepared, float]]:
-    """By name: a call, and its FLOPs (`GEMM`) or the bytes it moves (`READ`)."""
+    """By name: a call, and its FLOPs (`GEMM`) or the bytes it moves."""
     if device.type == "meta":
         return {}
     n = 1024 if device.type == "cpu" else 8192
@@ -84,7 +75,8 @@ def peaks(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Prepared,
     source, target = _stretch(device)
     return {
         GEMM: (lambda turn: lambda: a @ b, 2 * n**3),
-        READ: (lambda turn: lambda: target.copy_(source), 2 * source.nbytes),
+        COPY: (lambda turn: lambda: target.copy_(source), 2 * source.nbytes),
+        READ: (lambda turn: lambda: source.amax(), source.nbytes),
     }
 
 
@@ -97,13 +89,8 @@ def _square(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, T
 @functools.cache
 def _stretch(device: torch.device) -> tuple[Tensor, Tensor]:
     size = (64 if device.type == "cpu" else 1024) << 20
-    source = torch.ones(size, dtype=torch.uint8, device=device)
+    source = torch.ones(size // 4, device=device)
     return source, torch.zeros_like(source)
-
-
-def ratio(theirs: list[float], ours: list[float]) -> float:
-    """Median of the ratios of each round: what slows a round down slows both."""
-    return statistics.median(a / b for a, b in zip(theirs, ours))
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
@@ -115,6 +102,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         return torch.cuda.max_memory_allocated(device) - before
     if device.type == "meta" or not Path("/proc/self/clear_refs").exists():
+        call()
         return None
     ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, so that it counts again
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
