@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -154,7 +155,7 @@ class Transformers(Engine):
 
 
 class LlamaCpp(Engine):
-    """Reads a GGUF file of the same weights. Its Llama knows no window and one sequence."""
+    """Reads a GGUF file of the same weights. Its Llama knows no window."""
 
     def __init__(self, config: MistralConfig, dtype: torch.dtype, device: torch.device) -> None:
         import llama_cpp
@@ -167,32 +168,71 @@ class LlamaCpp(Engine):
             write_gguf(path, config, weights(config, dtype, device))
             self.model = llama_cpp.Llama(
                 str(path),
-                n_ctx=self.window or 4096,
+                n_ctx=CHUNK,
                 n_threads=torch.get_num_threads(),
                 n_threads_batch=torch.get_num_threads(),
                 use_mmap=False,
                 verbose=False,
             )
-
-    def _eval(self, tokens: Tensor) -> Tensor:
-        if self.window is not None and self.model.n_tokens + len(tokens) > self.window:
-            raise NotImplementedError(f"knows no window, and the text passes {self.window} tokens")
-        self.model.eval(tokens.tolist())
-        logits = self.model._ctx.get_logits()
-        return torch.tensor(logits[: self.model.n_vocab()])[None]
+        self.texts: LlamaCppTexts | None = None
 
     def prefill(self, ids: Tensor) -> Tensor:
-        if len(ids) > 1:
-            raise NotImplementedError("is set up for one sequence here")
-        self.model.reset()
-        return self._eval(ids[0])
+        if self.texts is None or self.texts.batch != len(ids):
+            self.texts = LlamaCppTexts(self.model, len(ids), self.window or 4096)
+        self.texts.clear()
+        return self.texts.append(ids)
 
     def decoder(self, ids: Tensor, steps: int) -> Step:
         self.prefill(ids)
-        return self._eval
+        texts = self.texts
+        assert texts is not None
+        return lambda tokens: texts.append(tokens[:, None])
 
     def loss(self, ids: Tensor) -> Tensor:
         raise NotImplementedError("does not train")
+
+
+class LlamaCppTexts:
+    """`batch` texts that grow together, by llama.cpp's own functions: its Python class has one."""
+
+    def __init__(self, model: Any, batch: int, max_length: int) -> None:
+        import llama_cpp
+
+        self.api, self.batch, self.max_length = llama_cpp, batch, max_length
+        self.vocab_size = model.n_vocab()
+        parameters = model.context_params
+        parameters.n_ctx, parameters.n_seq_max = batch * max_length, batch
+        self.context = llama_cpp.llama_init_from_model(model._model.model, parameters)
+        self.tokens = llama_cpp.llama_batch_init(CHUNK, 0, 1)
+        weakref.finalize(self, llama_cpp.llama_batch_free, self.tokens)
+        weakref.finalize(self, llama_cpp.llama_free, self.context)
+        self.length = 0
+
+    def clear(self) -> None:
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), False)
+        self.length = 0
+
+    def append(self, ids: Tensor) -> Tensor:
+        """Logits (batch, vocab_size) after ids (batch, seqlen)."""
+        if self.length + ids.shape[1] > self.max_length:
+            raise NotImplementedError(
+                f"knows no window, and the text passes {self.max_length} tokens"
+            )
+        for chunk in ids.split(CHUNK // self.batch, dim=1):
+            count, tokens = chunk.shape[1], self.tokens
+            tokens.n_tokens = chunk.numel()
+            for i, token in enumerate(chunk.flatten().tolist()):
+                tokens.token[i], tokens.pos[i] = token, self.length + i % count
+                tokens.n_seq_id[i], tokens.seq_id[i][0] = 1, i // count
+                tokens.logits[i] = i % count == count - 1
+            if failure := self.api.llama_decode(self.context, tokens):
+                raise RuntimeError(f"llama_decode returned {failure}")
+            self.length += count
+        return torch.stack([self._logits(row * count + count - 1) for row in range(self.batch)])
+
+    def _logits(self, token: int) -> Tensor:
+        start = self.api.llama_get_logits_ith(self.context, token)
+        return torch.tensor(start[: self.vocab_size])
 
 
 @functools.lru_cache(maxsize=1)

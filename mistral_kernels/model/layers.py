@@ -251,7 +251,7 @@ class DecoderLayer(nn.Module):
 
     def _weights(self) -> LayerWeights | None:
         """None where a module is not as it was made, or is watched: then it has to be called."""
-        # From the dictionaries: by nn.Module's own lookup this took longer than a small layer's kernels.
+        # From the dictionaries: nn.Module's own lookup takes longer than a small layer's kernels.
         modules: dict[str, Any] = self._modules
         attention, mlp = modules["self_attn"], modules["mlp"]
         parts = [
