@@ -218,4 +218,4 @@ def test_report():
     lines = python("-m", "mistral_kernels").splitlines()
     assert lines[0] == f"mistral_kernels {mistral_kernels.__version__}"
     backends = [line.split(None, 1)[1] for line in lines if line.startswith("backend ")]
-    assert "cpu: torch (cpu tensors: PyTorch's own operators)" in backends
+    assert "cpu: torch (cpu tensors: csrc's kernels or PyTorch's own)" in backends

@@ -60,7 +60,8 @@ def _choose(device_type: str, setting: str) -> Backend:
     if setting == "torch":
         return Backend("torch", f"{BACKEND_VARIABLE}=torch")
     if setting == "auto" and device_type != "cuda":
-        return Backend("torch", f"{device_type} tensors: PyTorch's own operators")
+        ours = "csrc's kernels or " if device_type == "cpu" else ""
+        return Backend("torch", f"{device_type} tensors: {ours}PyTorch's own")
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(
             f"the triton backend was chosen for {device_type} tensors but triton is not installed; "

@@ -30,7 +30,8 @@ def choose(monkeypatch, setting, device):
 
 def test_choices(monkeypatch):
     pytest.importorskip("triton")
-    assert choose(monkeypatch, "auto", CPU) == ("torch", "cpu tensors: PyTorch's own operators")
+    chosen = choose(monkeypatch, "auto", CPU)
+    assert chosen == ("torch", "cpu tensors: csrc's kernels or PyTorch's own")
     assert choose(monkeypatch, "auto", GPU) == ("triton", "GPU tensors: Triton kernels")
     assert choose(monkeypatch, "torch", GPU) == ("torch", "MISTRAL_KERNELS_BACKEND=torch")
     assert choose(monkeypatch, "triton", GPU).name == "triton"
