@@ -112,9 +112,12 @@ SCENARIOS: dict[str, tuple[Body, dict[int, dict[str, str]], set[int]]] = {
 
 
 def together(folder: Path, name: str, mine: int) -> None:
-    """Wait until all three are about to start the scenario."""
+    """Wait until all three are about to start the scenario, or one must be gone."""
     (folder / f"{name}.{mine}").touch()
+    deadline = time.monotonic() + 60
     while len(list(folder.glob(f"{name}.?"))) < 3:
+        if time.monotonic() > deadline:
+            raise TimeoutError(name)
         time.sleep(0.02)
 
 

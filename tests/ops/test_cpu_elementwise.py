@@ -71,7 +71,7 @@ def test_rotary_has_the_bits_of_pytorch(dtype, interleaved, operators):
         positions = torch.randint(50, (tokens,), dtype=torch.int32 if head_dim % 4 else torch.int64)
         for backwards in (False, True):
             arguments = cos, sin, positions, interleaved, backwards
-            rotary._rotate_torch(q, k, q_out, k_out, *arguments)
+            rotary._rotate_torch(q, k, (q_out, k_out), rotary.Turn(*arguments))
             assert all(map(torch.equal, ops.rotary(q, k, *arguments), (q_out, k_out)))
             assert torch.equal(ops.rotary(None, k, *arguments)[1], k_out)
             memory = torch.full((tokens, 7, head_dim), 9.0, dtype=dtype)
