@@ -71,12 +71,13 @@ def test_rotary_has_the_bits_of_pytorch(dtype, interleaved, operators):
         positions = torch.randint(50, (tokens,), dtype=torch.int32 if head_dim % 4 else torch.int64)
         for backwards in (False, True):
             arguments = cos, sin, positions, interleaved, backwards
-            rotary._rotate_torch(q, k, (q_out, k_out), rotary.Turn(*arguments))
+            turn = rotary.Turn(*arguments)
+            rotary._rotate_torch(q, k, (q_out, k_out), turn)
             assert all(map(torch.equal, ops.rotary(q, k, *arguments), (q_out, k_out)))
             assert torch.equal(ops.rotary(None, k, *arguments)[1], k_out)
             memory = torch.full((tokens, 7, head_dim), 9.0, dtype=dtype)
             parts = memory[:, 1:5].copy_(q), memory[:, 5:].copy_(k)
-            rotary._rotate_csrc(operators, *parts, *parts, *arguments)
+            rotary._rotate_csrc(operators, *parts, parts, turn)
             assert torch.equal(memory[:, 1:], torch.cat((q_out, k_out), dim=1))
             assert (memory[:, 0] == 9.0).all()
 
