@@ -30,7 +30,11 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # The longest first, so that workers end together.
-    longest = ("test_a_text_of_50_000_tokens", "test_kernels_in_the_interpreter")
+    longest = (
+        "test_with_sanitizers",
+        "test_kernels_in_the_interpreter",
+        "test_a_text_of_50_000_tokens",
+    )
     items.sort(key=lambda item: not any(name in item.nodeid for name in longest))
     if INTERPRETING:
         # Triton's interpreter truncates to bf16 and multiplies bf16 bit patterns: no judge of it.

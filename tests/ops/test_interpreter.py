@@ -32,16 +32,11 @@ def marks(file):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already interpreting")
-@pytest.mark.parametrize(
-    ("file", "which"),
-    [
-        *(pytest.param(file, "kernels and not slow", marks=marks(file)) for file in FILES),
-        pytest.param("test_kvcache.py", "kernels", marks=pytest.mark.slow),
-    ],
-)
-def test_kernels_in_the_interpreter(file, which, request):
+@pytest.mark.parametrize("file", [pytest.param(file, marks=marks(file)) for file in FILES])
+def test_kernels_in_the_interpreter(file, request):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-m", which]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist"]
+    command += ["-m", "kernels and not slow"]
     command += [str(TESTS / file), f"--seed={request.config.option.seed}"]
     result = subprocess.run(
         command,

@@ -78,16 +78,24 @@ void outputs(const Linear& l, char* scratch, int64_t out) {
   }
 }
 
-template <typename T, typename W>
+template <int kOuts, typename T, typename W>
 void all_outputs(const Linear& l, char* scratch, int64_t begin, int64_t end) {
-  for (; begin + kTileOuts <= end; begin += kTileOuts) outputs<kTileOuts, T, W>(l, scratch, begin);
+  for (; begin + kOuts <= end; begin += kOuts) outputs<kOuts, T, W>(l, scratch, begin);
   for (; begin < end; ++begin) outputs<1, T, W>(l, scratch, begin);
 }
 
 template <typename T>
 void multiply(const Linear& l, char* scratch, int64_t begin, int64_t end) {
-  if (l.scales) return all_outputs<T, int8_t>(l, scratch, begin, end);
-  all_outputs<T, T>(l, scratch, begin, end);
+  if (l.scales) return all_outputs<kTileOuts, T, int8_t>(l, scratch, begin, end);
+  // The more rows of the weight are read side by side, the nearer to what memory can give; but a
+  // tile of short ones is over too soon.
+  if constexpr (kLanes == 16) {
+    if (l.in_features * static_cast<int64_t>(sizeof(T)) >= 3072) {
+      if (l.rows <= 2) return all_outputs<8, T, T>(l, scratch, begin, end);
+      return all_outputs<6, T, T>(l, scratch, begin, end);
+    }
+  }
+  all_outputs<4, T, T>(l, scratch, begin, end);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ struct Linear {
   DType dtype;
 };
 
-constexpr int kTileOuts = 4;  // of which every row is formed before the next
+constexpr int kTileOuts = 4;  // of int8: every row is formed before the next tile
 
 // Outputs [begin, end) of all rows. Of int8 and several rows, `scratch` has to hold a tile as
 // float32, each output's rounded up to 32, on a line of the caches.
