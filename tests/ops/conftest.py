@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,3 +27,23 @@ def operators(request, monkeypatch):
     yield extension.load("cpu")
     library.use_instruction_set(usual)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def kernel_rows(monkeypatch):
+    """How many rows each call of csrc's products had."""
+    operators = extension.load("cpu")
+    if operators is None:
+        pytest.skip(extension.status("cpu"))
+    seen = []
+
+    def watched(operator):
+        def call(x, *rest):
+            seen.append(len(x))
+            operator.default(x, *rest)
+
+        return SimpleNamespace(default=call)
+
+    products = {name: watched(getattr(operators, name)) for name in ("linear", "linear_int8")}
+    monkeypatch.setattr(extension, "cpu_operators", lambda x: SimpleNamespace(**products))
+    return seen

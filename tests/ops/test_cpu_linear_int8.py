@@ -149,25 +149,6 @@ def test_what_cannot_be_quantized(weight):
         quantize_int8(weight)
 
 
-@pytest.fixture
-def kernel_rows(monkeypatch):
-    """How many rows each call of csrc's kernel had."""
-    operators = extension.load("cpu")
-    if operators is None:
-        pytest.skip(extension.status("cpu"))
-    seen = []
-
-    class Watched:
-        class linear_int8:
-            @staticmethod
-            def default(x, *rest):
-                seen.append(len(x))
-                operators.linear_int8.default(x, *rest)
-
-    monkeypatch.setattr(extension, "cpu_operators", lambda x: Watched)
-    return seen
-
-
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_few_rows_and_many(dtype, kernel_rows, monkeypatch):
     """One kernel for few rows; for more, PyTorch, a block of the weight after another."""

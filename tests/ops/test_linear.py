@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from helpers import FLOATS, assert_as_accurate, assert_matches_reference
 
-from mistral_kernels.ops import extension
 from mistral_kernels.ops.linear import KERNEL_ROWS, linear
 
 
@@ -35,25 +34,6 @@ def test_values_and_gradients(rows, out_features, in_features, dtype, device):
 def test_any_strides():
     x, weight = torch.randn(3, 40)[:, ::2], torch.randn(20, 16).T
     assert torch.allclose(linear(x, weight), x @ weight.T, atol=1e-5)
-
-
-@pytest.fixture
-def kernel_rows(monkeypatch):
-    """How many rows each call of csrc's kernel had."""
-    operators = extension.load("cpu")
-    if operators is None:
-        pytest.skip(extension.status("cpu"))
-    seen = []
-
-    class Watched:
-        class linear:
-            @staticmethod
-            def default(x, weight, y):
-                seen.append(len(x))
-                operators.linear.default(x, weight, y)
-
-    monkeypatch.setattr(extension, "cpu_operators", lambda x: Watched)
-    return seen
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
