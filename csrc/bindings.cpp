@@ -113,7 +113,7 @@ void rolling_cache_update(const Tensor& k_cache, const Tensor& v_cache, const Te
   void* stream = nullptr;
 #ifdef KERNELS_FOR_CUDA
   const torch::stable::accelerator::DeviceGuard guard(k_cache.get_device_index());
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_current_cuda_stream(k_cache.get_device_index(), &stream));
 #endif
   const char* error = rolling_cache::update(u, stream);

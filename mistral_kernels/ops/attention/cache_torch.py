@@ -138,4 +138,6 @@ def _decode(q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
         attn_mask=bias,
         scale=scoring.scale,
     )
+    if bias is not None and not q.is_cpu:  # PyTorch's kernels for GPUs average what is all hidden
+        out = out.masked_fill(~bias.any(-1, keepdim=True), 0.0)
     return out.reshape(q.shape)

@@ -290,7 +290,11 @@ def _attend(
         )
         return out.transpose(1, 2), None
     stacked, bias = _stack(q, biases.groups), biases.of(band)
-    if not scoring.needs_formula:
+    # On a GPU a mask must have q's dtype (cuDNN reads any other as if it had), which holds 0 and
+    # -inf, but not ALiBi's distances.
+    if not scoring.needs_formula and (q.is_cpu or scoring.alibi_slopes is None):
+        if bias is not None and not q.is_cpu:
+            bias = bias.to(q.dtype)
         out = F.scaled_dot_product_attention(stacked, k, v, attn_mask=bias, scale=scoring.scale)
         return _unstack(out, rows), None
     stacked, k, v = (x.to(biases.dtype) for x in (stacked, k, v))
