@@ -49,12 +49,15 @@ CONFIGS = {
 
 
 def random_tensors(
-    config: MistralConfig, dtype: torch.dtype, seed: int = 0
+    config: MistralConfig,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[str, Tensor]]:
     """Weights as at the start of a training, one at a time: norms near 1, the rest small."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     for name, shape in expected_shapes(config).items():
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = torch.empty(shape, dtype=dtype, device=device)
         if len(shape) == 1:
             yield name, tensor.normal_(1.0, 0.1, generator=generator)
         else:

@@ -237,7 +237,7 @@ class LlamaCppTexts:
 
 @functools.lru_cache(maxsize=1)
 def weights(config: MistralConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    return {name: x.to(device) for name, x in random_tensors(config, dtype)}
+    return dict(random_tensors(config, dtype, device=device))
 
 
 def load(

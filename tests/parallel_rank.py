@@ -25,15 +25,16 @@ from mistral_kernels.parallel import ParallelMistralForCausalLM
 
 # Unequal prompts, shorter and longer than the window of 7.
 PROMPTS = [[3, 5, 8], [*range(1, 31)], [60]]
-GREEDY = ("She was", "--device", "cpu", "--dtype", "fp32", "--temperature", "0", "-m", "20")
+CPU = ("--device", "cpu")  # a machine may have fewer GPUs than there are ranks
+GREEDY = ("She was", *CPU, "--dtype", "fp32", "--temperature", "0", "-m", "20")
 
 # The command's arguments, those of rank 1 where it has others, and what is typed.
 SCENARIOS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "greedy": (GREEDY, (), ""),
-    "random": (("-", "--device", "cpu", "--json", "-m", "20"), (), "She was"),
-    "chat": (("--model", "CHAT", "--chat", "--quiet", "-m", "9"), (), "Hello\n\nAnd you?\n"),
-    "no_prompt": (("-", "--quiet"), (), "  \n"),
-    "no_model": (("x", "--model", "/no/such"), (), ""),
+    "random": (("-", *CPU, "--json", "-m", "20"), (), "She was"),
+    "chat": (("--model", "CHAT", *CPU, "--chat", "--quiet", "-m", "9"), (), "Hello\n\nAnd you?\n"),
+    "no_prompt": (("-", *CPU, "--quiet"), (), "  \n"),
+    "no_model": (("x", *CPU, "--model", "/no/such"), (), ""),
     "other_option": (GREEDY, (*GREEDY, "--top-k", "5"), ""),
     "other_model": ((*GREEDY, "--model", "hf"), (*GREEDY, "--model", "raw"), ""),
     "other_tokenizer": ((*GREEDY, "--model", "CHAT"), (*GREEDY, "--model", "RETOKENIZED"), ""),

@@ -46,6 +46,7 @@ def make_arguments(
     transposed: bool = False,
     rows: list[int] | None = None,
     page_size: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Random arguments, in the schema's order.
 
@@ -60,13 +61,16 @@ def make_arguments(
 
     def numbers(*shape: int) -> Tensor:
         # Over many binades: rounding to nearest, also of subnormal numbers, and overflow.
-        scale = torch.randint(-24, 13, shape).double().exp2()
-        x = torch.randn(shape, dtype=torch.float64).mul(scale).to(dtype)
+        scale = torch.randint(-24, 13, shape, device=device).double().exp2()
+        x = torch.randn(shape, dtype=torch.float64, device=device).mul(scale).to(dtype)
         if not offset:
             return x
-        room = torch.empty(x.numel() + 8, dtype=dtype)
+        room = torch.empty(x.numel() + 8, dtype=dtype, device=device)
         start = max(offset // x.element_size(), 1)
         return room[start : start + x.numel()].view(shape).copy_(x)
+
+    def int32(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
 
     if fused:
         qkv = numbers(total, num_heads + 2 * num_kv_heads, head_dim)
@@ -80,7 +84,8 @@ def make_arguments(
     if page_size is not None:
         pages = -(-capacity // page_size)
         cache_rows, slots = batch * pages + 3, page_size
-        wider = torch.full((batch, pages + 1), -1, dtype=torch.int32)  # rows of it need not join
+        # Rows of it need not join.
+        wider = torch.full((batch, pages + 1), -1, dtype=torch.int32, device=device)
         block_table = wider[:, :pages]
         block_table.copy_(torch.randperm(cache_rows)[: batch * pages].view(batch, pages))
     if transposed:
@@ -95,7 +100,8 @@ def make_arguments(
     if rotary:
         q_out = numbers(total, num_heads, head_dim)
         half = head_dim // 2
-        tables = torch.randn(2, min(num_positions, 10_000), half + padding).clamp(-1, 1)[..., :half]
+        shape = 2, min(num_positions, 10_000), half + padding
+        tables = torch.randn(shape, device=device).clamp(-1, 1)[..., :half]
         if num_positions > 10_000:  # more than memory holds: one row serves all
             tables = tables[:, :1].expand(2, num_positions, half)
         cos, sin = tables
@@ -104,10 +110,10 @@ def make_arguments(
         "v_cache": v_cache,
         "k": k,
         "v": v,
-        "lengths": torch.tensor(lengths, dtype=torch.int32),
-        "cu_seqlens": torch.tensor([0, *counts]).cumsum(0).int(),
+        "lengths": int32(lengths),
+        "cu_seqlens": int32([0, *counts]).cumsum(0).int(),
         "max_seqlen": max(counts),
-        "rows": None if rows is None else torch.tensor(rows, dtype=torch.int32),
+        "rows": None if rows is None else int32(rows),
         "block_table": block_table,
         "q": q if rotary else None,
         "q_out": q_out,

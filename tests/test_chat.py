@@ -153,7 +153,8 @@ def test_command(
 ) -> None:
     def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code = main(["--model", str(folder), "--chat", "--temp", "0", "-m", "9", *arguments])
+        options = ("--chat", "--temp", "0", "-m", "9", "--device", "cpu")
+        code = main(["--model", str(folder), *options, *arguments])
         return code, *capsys.readouterr()
 
     conversation = Conversation(

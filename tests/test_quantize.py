@@ -137,8 +137,8 @@ def test_without_a_library(monkeypatch: Any, caplog: Any) -> None:
 
 def test_command(capsys: Any) -> None:
     """Its text is that of the model; its figures count int8."""
-    options = ["Her sister was", "--temperature", "0", "-m", "8", "--quantize", "int8"]
-    assert main(options) == 0
+    options = ["--temperature", "0", "-m", "8", "--device", "cpu", "--quantize", "int8"]
+    assert main(["Her sister was", *options]) == 0
     printed = capsys.readouterr()
     model = MistralForCausalLM.from_pretrained("tiny", quantize="int8")
     assert f"{model.nbytes / 1e6:.1f} MB of int8 and bfloat16" in printed.err

@@ -187,7 +187,7 @@ def gradients(
     run = model if forward is None else forward
     logits = run(ids, use_cache=False, **given).logits[real]
     generator = torch.Generator().manual_seed(7)
-    logits.backward(torch.randn(logits.shape, generator=generator))
+    logits.backward(torch.randn(logits.shape, generator=generator).to(logits.device))
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), **grads}
 
@@ -196,7 +196,11 @@ def gradients(
 @pytest.mark.parametrize("case", [*PADDING, "packed", "packed rows"])
 @pytest.mark.parametrize("name", ["mistral", "no window", "gemma2", "checkpointing"])
 def test_gradients(name: str, case: str) -> None:
-    model = make_model("mistral" if name == "checkpointing" else name).train()
+    check_gradients(name, case, torch.device("cpu"))
+
+
+def check_gradients(name: str, case: str, device: torch.device) -> None:
+    model = make_model("mistral" if name == "checkpointing" else name).to(device).train()
     if name == "checkpointing":
         model.gradient_checkpointing_enable()
     ids, attention_mask = batch(3 * W + 1, case if case in PADDING else "none")
@@ -208,6 +212,8 @@ def test_gradients(name: str, case: str) -> None:
     elif case == "packed rows":
         ends = ((25,), (3, 1, 12, 9), (8, 17))
         given = {"position_ids": torch.cat([packed_positions(lengths) for lengths in ends])}
+    ids, real = ids.to(device), real.to(device)
+    given = {key: x.to(device) for key, x in given.items()}
     ours, eager = both(model, gradients, model, ids, real, given)
     assert ours.keys() == eager.keys() and len(ours) > 10
     for key in eager:
@@ -482,12 +488,12 @@ def test_compiled_static_decoding() -> None:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("kind", ["static", pytest.param("dynamic", marks=pytest.mark.slow)])
-def test_kernels_generate(kind: str, triton_backend: None) -> None:
-    model = make_model()
-    ids, attention_mask = batch(W + 3, "left")
+def test_kernels_generate(kind: str, triton_backend: None, device: torch.device) -> None:
+    model = make_model().to(device)
+    ids, attention_mask = (x.to(device) for x in batch(W + 3, "left"))
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
-    if kind == "static":
-        options["cache_implementation"] = "static"
+    if kind == "static":  # on a GPU `generate` would compile what runs over it
+        options |= {"cache_implementation": "static", "disable_compile": True}
     given = {"attention_mask": attention_mask, "pad_token_id": 0}
     ours, eager = both(model, model.generate, ids, **given, **options)
     assert torch.equal(ours, eager)
@@ -495,8 +501,8 @@ def test_kernels_generate(kind: str, triton_backend: None) -> None:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("case", ["left", "packed"])
-def test_kernels_gradients(case: str, triton_backend: None) -> None:
-    test_gradients("mistral", case)
+def test_kernels_gradients(case: str, triton_backend: None, device: torch.device) -> None:
+    check_gradients("mistral", case, device)
 
 
 # The switch itself, and what it refuses.

@@ -150,9 +150,10 @@ def test_logits_of_any_chunks(padding: tuple[int, ...]) -> None:
 
 
 @pytest.mark.kernels
-def test_kernels(triton_backend: None) -> None:
-    model = mistral(num_hidden_layers=1)
-    actual, expected = both(model, prompts(2, W + 4, (3,)), max_new_tokens=4)
+def test_kernels(triton_backend: None, device: torch.device) -> None:
+    model = mistral(num_hidden_layers=1).to(device)
+    inputs = {name: x.to(device) for name, x in prompts(2, W + 4, (3,)).items()}
+    actual, expected = both(model, inputs, max_new_tokens=4)
     assert torch.equal(actual, expected)
 
 

@@ -109,7 +109,7 @@ FREE = """
 
 
 @torch.inference_mode()
-def test_launches_of_a_layer(triton_backend: None) -> None:
+def test_launches_of_a_layer(triton_backend: None, device: torch.device) -> None:
     """9: two norms, which add the residual, four products, SwiGLU, rotation with update, attention.
 
     Inside our operators as outside, memory has the same shapes at every position, and each of them
@@ -118,7 +118,7 @@ def test_launches_of_a_layer(triton_backend: None) -> None:
     triton = pytest.importorskip("triton")
     # Wide enough that keys are split over programs.
     config = dataclasses.replace(SMALL, sliding_window=300)
-    model = MistralForCausalLM(config).eval()
+    model = MistralForCausalLM(config).to(device).eval()
     cache = model.new_cache(2, 300)
     step = DecodeStep(model, cache, Sampler(0))
     launches: list[str] = []

@@ -20,12 +20,19 @@ DTYPES = (torch.float32, *HALF, torch.float64)
 
 @pytest.fixture(autouse=True, params=["csrc", "PyTorch"])
 def served_by(request, monkeypatch):
-    """Who serves the forward pass on a CPU."""
+    """Who serves the forward pass on the torch backend."""
+    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
     if request.param == "PyTorch":
         monkeypatch.setattr(cpu, "cpu_operators", lambda x: None)
     elif extension.load("cpu") is None:
         pytest.skip(extension.status("cpu"))
     return request.param
+
+
+@pytest.fixture
+def device(served_by, device):
+    """csrc serves CPU tensors alone; PyTorch those of a GPU too."""
+    return torch.device("cpu") if served_by == "csrc" else device
 
 
 def assert_matches(inputs, strided_gradients=False, with_lse=False, **options):

@@ -406,11 +406,13 @@ def test_memory(triton_backend, device):
     size, kv_size, lse_size = q.numel() * 2, k.numel() * 2, 4 * 500 * 4
     with Allocations() as forward:
         out = attention(**inputs, sliding_window=WINDOW)
-    assert forward.total_new == size + lse_size
+    # On a GPU with a tensor memory accelerator, 256 bytes more for the descriptors of each tile.
+    descriptors = 16 << 10 if device.type == "cuda" else 0
+    assert size + lse_size <= forward.total_new <= size + lse_size + descriptors
     dout = torch.ones_like(out)
     with Allocations() as backward:
         torch.autograd.grad(out, list(inputs.values()), dout)
-    assert backward.total_new <= size + 2 * kv_size + 2 * lse_size
+    assert backward.total_new <= size + 2 * kv_size + 2 * lse_size + 2 * descriptors
 
 
 @pytest.mark.kernels

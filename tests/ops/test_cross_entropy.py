@@ -166,7 +166,7 @@ def test_the_logits_never_exist(device):
     targets = some_targets(tokens, vocab_size, device)
     with Allocations() as seen:
         linear_cross_entropy(**inputs, targets=targets).backward()
-    assert seen.largest_new < logits / 10
+    assert seen.largest_new <= cross_entropy._CHUNK_ELEMENTS[device.type] < logits / 3
 
 
 @pytest.mark.slow
@@ -215,7 +215,8 @@ def test_evaluation_forms_no_gradient(device):
     assert seen.largest_new == 2 * 1000  # the logits, not the 64 times 1000 of dweight
 
 
-def test_gradients_scale_with_the_loss(device):
+def test_gradients_scale_with_the_loss(device, monkeypatch):
+    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")  # which alone has float64
     inputs = make_inputs(4, 3, 5, torch.float64, device)
     targets = some_targets(4, 5, device)
     assert torch.autograd.gradcheck(

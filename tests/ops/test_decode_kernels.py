@@ -184,10 +184,11 @@ UPDATES = [
 
 @pytest.mark.kernels
 @pytest.mark.parametrize(("case", "dtype", "rotary"), UPDATES, ids=str)
-def test_update_has_the_same_bits(case, dtype, rotary, triton_backend):
+def test_update_has_the_same_bits(case, dtype, rotary, triton_runs, device, monkeypatch):
     """On these cases csrc's versions are tested too; PyTorch's beside Triton's."""
-    for update in (_update_triton, _update_torch):
-        arguments = make_arguments(dtype, rotary, **CASES[case])
+    for backend, update in (("triton", _update_triton), ("torch", _update_torch)):
+        monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", backend)
+        arguments = make_arguments(dtype, rotary, **CASES[case], device=device)
         after = expected(arguments)
         update(*arguments.values())
         assert_same_bits(arguments, after)
