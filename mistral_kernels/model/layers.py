@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mistral_kernels.model.cache import Packing, RollingCache
 from mistral_kernels.model.config import MistralConfig
@@ -259,7 +260,7 @@ class DecoderLayer(nn.Module):
             *(attention._modules[name] for name in ("qkv_proj", "o_proj")),
             *(mlp._modules[name] for name in ("gate_up_proj", "down_proj")),
         ]
-        if not all(map(_is_plain, (attention, mlp, *parts))):
+        if _has_any_global_hook() or not all(map(_is_plain, (attention, mlp, *parts))):
             return None
         weights = [part._parameters["weight"] for part in parts]
         if not all(type(weight) is nn.Parameter for weight in weights):

@@ -133,6 +133,18 @@ def test_modules_that_have_to_be_called(change, monkeypatch):
     assert step.calls == 0
 
 
+def test_a_hook_for_every_module(monkeypatch):
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    step = Step()
+    try:
+        with torch.no_grad():
+            step.run(monkeypatch)
+    finally:
+        hook.remove()
+    assert step.calls == 0 and step.layer.mlp in seen
+
+
 @pytest.mark.parametrize(
     "options", [{"batch": KERNEL_ROWS + 1}, {"head_dim": 12}, {"dtype": torch.float64}], ids=str
 )
