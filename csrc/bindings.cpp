@@ -31,13 +31,12 @@ char* data(const char* name, const Tensor& x, const Tensor& cache, ScalarType dt
   for (int64_t i = 0; fits && i < x.dim(); ++i) {
     fits = shape.begin()[i] == kAny || shape.begin()[i] == x.size(i);
   }
-  STD_TORCH_CHECK(fits, "the shape of ", name, " does not fit the other arguments");
-  STD_TORCH_CHECK(x.scalar_type() == dtype, name, " has the wrong dtype");
-  STD_TORCH_CHECK(x.is_cuda() == cache.is_cuda() &&
-                      x.get_device_index() == cache.get_device_index(),
-                  name, " must be on the device of k_cache");
-  STD_TORCH_CHECK(x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1, "the last dimension of ",
-                  name, " must be contiguous");
+  KERNELS_CHECK(fits, "the shape of ", name, " does not fit the other arguments");
+  KERNELS_CHECK(x.scalar_type() == dtype, name, " has the wrong dtype");
+  KERNELS_CHECK(x.is_cuda() == cache.is_cuda() && x.get_device_index() == cache.get_device_index(),
+                name, " must be on the device of k_cache");
+  KERNELS_CHECK(x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1, "the last dimension of ",
+                name, " must be contiguous");
   return static_cast<char*>(x.data_ptr());
 }
 
@@ -55,15 +54,15 @@ void rolling_cache_update(const Tensor& k_cache, const Tensor& v_cache, const Te
                           const OptionalTensor& block_table, const OptionalTensor& q,
                           const OptionalTensor& q_out, const OptionalTensor& cos,
                           const OptionalTensor& sin, bool interleaved) {
-  STD_TORCH_CHECK(k_cache.dim() == 4, "k_cache must have 4 dimensions, got ", k_cache.dim());
+  KERNELS_CHECK(k_cache.dim() == 4, "k_cache must have 4 dimensions, got ", k_cache.dim());
   const int64_t kv_heads = k_cache.size(2), head_dim = k_cache.size(3);
   const int64_t total = k.size(0), batch = lengths.size(0);
-  STD_TORCH_CHECK(head_dim > 0 && head_dim % 8 == 0, "head_dim must be a multiple of 8, got ",
-                  head_dim);
-  STD_TORCH_CHECK(q.has_value() == q_out.has_value() && q.has_value() == cos.has_value() &&
-                      q.has_value() == sin.has_value(),
-                  "q, q_out, cos and sin go together");
-  STD_TORCH_CHECK(!(rows && block_table), "rows and block_table exclude each other");
+  KERNELS_CHECK(head_dim > 0 && head_dim % 8 == 0, "head_dim must be a multiple of 8, got ",
+                head_dim);
+  KERNELS_CHECK(q.has_value() == q_out.has_value() && q.has_value() == cos.has_value() &&
+                    q.has_value() == sin.has_value(),
+                "q, q_out, cos and sin go together");
+  KERNELS_CHECK(!(rows && block_table), "rows and block_table exclude each other");
 
   rolling_cache::Update u{};
   u.k_cache = heads("k_cache", k_cache, k_cache, {kAny, kAny, kAny, kAny});
@@ -85,9 +84,9 @@ void rolling_cache_update(const Tensor& k_cache, const Tensor& v_cache, const Te
     u.block_table_stride = block_table->stride(0);
     capacity *= block_table->size(1);
   } else {
-    STD_TORCH_CHECK(batch <= k_cache.size(0), "k_cache has fewer rows than there are lengths");
+    KERNELS_CHECK(batch <= k_cache.size(0), "k_cache has fewer rows than there are lengths");
   }
-  STD_TORCH_CHECK(capacity > 0, "the caches have no slots");
+  KERNELS_CHECK(capacity > 0, "the caches have no slots");
   u.capacity = static_cast<uint32_t>(std::min<int64_t>(capacity, UINT32_MAX));  // never wraps then
   if (q) {
     u.num_heads = static_cast<int32_t>(q->size(1));
@@ -117,7 +116,7 @@ void rolling_cache_update(const Tensor& k_cache, const Tensor& v_cache, const Te
       aoti_torch_get_current_cuda_stream(k_cache.get_device_index(), &stream));
 #endif
   const char* error = rolling_cache::update(u, stream);
-  STD_TORCH_CHECK(!error, error);
+  KERNELS_CHECK(!error, error);
 }
 
 }  // namespace

@@ -1,11 +1,12 @@
 // What the bindings share.
 #pragma once
 
+#include "check.h"
 #include "dtype.h"
+#include "torch_checks.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 // One more level of macros, so that their arguments are expanded.
 #define LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
@@ -16,8 +17,8 @@
 template <typename T>
 T* vector_data(const char* name, const torch::stable::Tensor& x,
                torch::headeronly::ScalarType dtype, int64_t size) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == dtype, name, " has the wrong device or dtype");
-  STD_TORCH_CHECK(x.numel() == size && x.is_contiguous(), name, " must be contiguous, of ", size);
+  KERNELS_CHECK(x.is_cpu() && x.scalar_type() == dtype, name, " has the wrong device or dtype");
+  KERNELS_CHECK(x.numel() == size && x.is_contiguous(), name, " must be contiguous, of ", size);
   return static_cast<T*>(x.data_ptr());
 }
 
@@ -27,6 +28,6 @@ inline DType dtype_of(const char* name, const torch::stable::Tensor& x) {
     case ScalarType::Float: return DType::float32;
     case ScalarType::Half: return DType::float16;
     case ScalarType::BFloat16: return DType::bfloat16;
-    default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+    default: kernels::check_failed(name, " must be float32, float16 or bfloat16");
   }
 }

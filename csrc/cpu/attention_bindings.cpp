@@ -15,17 +15,17 @@ using torch::stable::Tensor;
 
 kernels::Heads heads(const char* name, const Tensor& x, const Tensor& like, int64_t batch,
                      int64_t seqlen, int64_t num_heads) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == like.scalar_type() && x.dim() == 4 &&
-                      x.size(0) == batch && x.size(1) == seqlen && x.size(2) == num_heads &&
-                      x.size(3) == like.size(3) && (x.size(3) == 1 || x.stride(3) == 1),
-                  name, " has the wrong device, dtype, shape or strides");
+  KERNELS_CHECK(x.is_cpu() && x.scalar_type() == like.scalar_type() && x.dim() == 4 &&
+                    x.size(0) == batch && x.size(1) == seqlen && x.size(2) == num_heads &&
+                    x.size(3) == like.size(3) && (x.size(3) == 1 || x.stride(3) == 1),
+                name, " has the wrong device, dtype, shape or strides");
   return {static_cast<char*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                const std::optional<Tensor>& lse, int64_t left, int64_t right, double scale,
                double softcap) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must have 4 dimensions");
+  KERNELS_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must have 4 dimensions");
   kernels::Attention a{};
   a.batch = q.size(0);
   a.seqlen_q = q.size(1);
@@ -33,17 +33,17 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   a.heads = static_cast<int>(q.size(2));
   a.kv_heads = static_cast<int>(k.size(2));
   a.head_dim = static_cast<int>(q.size(3));
-  STD_TORCH_CHECK(a.head_dim > 0 && a.head_dim <= 256, "head_dim must lie in [1, 256]");
-  STD_TORCH_CHECK(a.kv_heads > 0 && a.heads % a.kv_heads == 0, "k's heads must divide q's");
-  STD_TORCH_CHECK(left >= 0 && right >= 0, "left and right must be >= 0");
+  KERNELS_CHECK(a.head_dim > 0 && a.head_dim <= 256, "head_dim must lie in [1, 256]");
+  KERNELS_CHECK(a.kv_heads > 0 && a.heads % a.kv_heads == 0, "k's heads must divide q's");
+  KERNELS_CHECK(left >= 0 && right >= 0, "left and right must be >= 0");
   a.q = heads("q", q, q, a.batch, a.seqlen_q, a.heads);
   a.k = heads("k", k, q, a.batch, a.seqlen_k, a.kv_heads);
   a.v = heads("v", v, q, a.batch, a.seqlen_k, a.kv_heads);
   a.out = heads("out", out, q, a.batch, a.seqlen_q, a.heads);
   if (lse) {
-    STD_TORCH_CHECK(lse->is_cpu() && lse->scalar_type() == ScalarType::Float &&
-                        lse->is_contiguous() && lse->numel() == a.batch * a.heads * a.seqlen_q,
-                    "lse must be contiguous float32 of (batch, heads, seqlen_q)");
+    KERNELS_CHECK(lse->is_cpu() && lse->scalar_type() == ScalarType::Float &&
+                      lse->is_contiguous() && lse->numel() == a.batch * a.heads * a.seqlen_q,
+                  "lse must be contiguous float32 of (batch, heads, seqlen_q)");
     a.lse = static_cast<float*>(lse->data_ptr());
   }
   a.left = left;

@@ -17,8 +17,8 @@ constexpr int64_t kGrain = 1 << 15;  // elements, worth a thread
 void softmax(const Tensor& logits, const Tensor& targets, const Tensor& scale,
              const Tensor& losses, int64_t ignore_index, double label_smoothing, double z_loss,
              double softcap, bool needs_gradient) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0 && logits.stride(1) == 1,
-                  "logits must be (rows, vocab), contiguous in vocab");
+  KERNELS_CHECK(logits.dim() == 2 && logits.size(1) > 0 && logits.stride(1) == 1,
+                "logits must be (rows, vocab), contiguous in vocab");
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   kernels::Softmax s{};
   s.logits = logits.data_ptr();
@@ -35,8 +35,8 @@ void softmax(const Tensor& logits, const Tensor& targets, const Tensor& scale,
   s.dtype = dtype_of("logits", logits);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t target = s.targets[row];
-    STD_TORCH_CHECK((target >= 0 && target < vocab) || target == ignore_index,
-                    "targets must lie in [0, ", vocab, ") or be ", ignore_index, ", got ", target);
+    KERNELS_CHECK((target >= 0 && target < vocab) || target == ignore_index,
+                  "targets must lie in [0, ", vocab, ") or be ", ignore_index, ", got ", target);
   }
   const auto kernel = KERNEL(softmax);
   torch::stable::parallel_for(0, rows, std::max<int64_t>(kGrain / vocab, 1),

@@ -25,27 +25,27 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
                       const Tensor& lengths, int64_t new_tokens, const OptionalTensor& rows,
                       const OptionalTensor& leftpad, const OptionalTensor& block_table,
                       int64_t window_left, double scale, const Tensor& out) {
-  STD_TORCH_CHECK(k_cache.dim() == 4 && v_cache.dim() == 4 && q.dim() == 3,
-                  "q must have 3 dimensions, k_cache and v_cache 4");
+  KERNELS_CHECK(k_cache.dim() == 4 && v_cache.dim() == 4 && q.dim() == 3,
+                "q must have 3 dimensions, k_cache and v_cache 4");
   kernels::Decode d{};
   d.batch = q.size(0);
   d.num_heads = q.size(1);
   d.head_dim = q.size(2);
   d.num_kv_heads = k_cache.size(2);
   for (const Tensor* x : {&q, &k_cache, &v_cache, &out}) {
-    STD_TORCH_CHECK(x->is_cpu() && x->scalar_type() == q.scalar_type() &&
-                        x->stride(x->dim() - 1) == 1 && x->size(x->dim() - 1) == d.head_dim,
-                    "q, k_cache, v_cache and out must be on the CPU, of one dtype and head_dim, "
-                    "contiguous in it");
+    KERNELS_CHECK(x->is_cpu() && x->scalar_type() == q.scalar_type() &&
+                      x->stride(x->dim() - 1) == 1 && x->size(x->dim() - 1) == d.head_dim,
+                  "q, k_cache, v_cache and out must be on the CPU, of one dtype and head_dim, "
+                  "contiguous in it");
   }
   for (int i = 0; i < 3; ++i) {
-    STD_TORCH_CHECK(v_cache.size(i) == k_cache.size(i), "v_cache must have k_cache's shape");
+    KERNELS_CHECK(v_cache.size(i) == k_cache.size(i), "v_cache must have k_cache's shape");
     d.k_strides[i] = k_cache.stride(i);
     d.v_strides[i] = v_cache.stride(i);
   }
-  STD_TORCH_CHECK(d.num_kv_heads > 0 && d.num_heads % d.num_kv_heads == 0,
-                  "k_cache's heads must divide q's");
-  STD_TORCH_CHECK(out.numel() == q.numel() && out.is_contiguous(), "out must be q's, contiguous");
+  KERNELS_CHECK(d.num_kv_heads > 0 && d.num_heads % d.num_kv_heads == 0,
+                "k_cache's heads must divide q's");
+  KERNELS_CHECK(out.numel() == q.numel() && out.is_contiguous(), "out must be q's, contiguous");
   d.q = q.data_ptr();
   d.k_cache = k_cache.data_ptr();
   d.v_cache = v_cache.data_ptr();
@@ -58,21 +58,21 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
   d.new_tokens = new_tokens;
   d.capacity = d.page_size = k_cache.size(1);
   if (block_table) {
-    STD_TORCH_CHECK(block_table->dim() == 2, "block_table must be (batch, max_pages)");
+    KERNELS_CHECK(block_table->dim() == 2, "block_table must be (batch, max_pages)");
     d.max_pages = block_table->size(1);
     d.block_table = int32s("block_table", block_table, d.batch * d.max_pages);
     d.capacity *= d.max_pages;
   }
-  STD_TORCH_CHECK(d.capacity > 0, "the caches have no slots");
+  KERNELS_CHECK(d.capacity > 0, "the caches have no slots");
   d.window_left = window_left;
   d.scale = static_cast<float>(scale);
   d.dtype = dtype_of("q", q);
   for (int64_t sequence = 0; sequence < d.batch; ++sequence) {
-    STD_TORCH_CHECK(d.lengths[sequence] >= 0, "lengths must be >= 0, got ", d.lengths[sequence]);
+    KERNELS_CHECK(d.lengths[sequence] >= 0, "lengths must be >= 0, got ", d.lengths[sequence]);
     const kernels::Span span = kernels::visible(d, sequence);
     const auto check = [&](const char* name, int64_t outer) {
-      STD_TORCH_CHECK(outer >= 0 && outer < k_cache.size(0), name, " must lie in [0, ",
-                      k_cache.size(0), "), got ", outer);
+      KERNELS_CHECK(outer >= 0 && outer < k_cache.size(0), name, " must lie in [0, ",
+                    k_cache.size(0), "), got ", outer);
     };
     if (!block_table) check("rows", rows ? d.rows[sequence] : sequence);
     for (int64_t position = span.begin; block_table && position < span.end;) {

@@ -24,8 +24,8 @@ struct Sizes {
 };
 
 Sizes sizes_of(const Tensor& delta, const Tensor& o, const Tensor& down, const Tensor& k_cache) {
-  STD_TORCH_CHECK(delta.dim() == 2 && k_cache.dim() == 4 && o.dim() == 2 && down.dim() == 2,
-                  "delta and weights must have 2 dimensions, caches 4");
+  KERNELS_CHECK(delta.dim() == 2 && k_cache.dim() == 4 && o.dim() == 2 && down.dim() == 2,
+                "delta and weights must have 2 dimensions, caches 4");
   Sizes s{};
   s.rows = delta.size(0);
   s.hidden = delta.size(1);
@@ -33,11 +33,10 @@ Sizes sizes_of(const Tensor& delta, const Tensor& o, const Tensor& down, const T
   s.capacity = k_cache.size(1);
   s.kv_heads = k_cache.size(2);
   s.head_dim = k_cache.size(3);
-  STD_TORCH_CHECK(s.head_dim > 0 && s.head_dim % 8 == 0 && s.kv_heads > 0 &&
-                      o.size(1) % s.kv() == 0,
-                  "head_dim must be a multiple of 8, and k_cache's heads must divide q's");
-  STD_TORCH_CHECK(k_cache.size(0) == s.rows && s.capacity > 0, "k_cache must hold ", s.rows,
-                  " sequences");
+  KERNELS_CHECK(s.head_dim > 0 && s.head_dim % 8 == 0 && s.kv_heads > 0 && o.size(1) % s.kv() == 0,
+                "head_dim must be a multiple of 8, and k_cache's heads must divide q's");
+  KERNELS_CHECK(k_cache.size(0) == s.rows && s.capacity > 0, "k_cache must hold ", s.rows,
+                " sequences");
   s.heads = o.size(1) / s.head_dim;
   s.stored = delta.scalar_type();
   s.dtype = dtype_of("delta", delta);
@@ -45,8 +44,8 @@ Sizes sizes_of(const Tensor& delta, const Tensor& o, const Tensor& down, const T
 }
 
 void* matrix(const char* name, const Tensor& x, ScalarType dtype, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, name, " must be (",
-                  rows, ", ", columns, ")");
+  KERNELS_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, name, " must be (", rows,
+                ", ", columns, ")");
   return vector_data<void>(name, x, dtype, rows * columns);
 }
 
@@ -71,9 +70,9 @@ rolling_cache::Update update_of(const Sizes& s, char* qkv, char* turned, const T
   const int64_t element = size_of(s.dtype), head = s.head_dim * element;
   const int64_t token = s.qkv() * element, slot = s.kv() * element;
   const auto ring = [&](const char* name, const Tensor& x) {
-    STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == s.capacity && x.size(2) == s.kv_heads &&
-                        x.size(3) == s.head_dim,
-                    "v_cache must have k_cache's shape");
+    KERNELS_CHECK(x.dim() == 4 && x.size(1) == s.capacity && x.size(2) == s.kv_heads &&
+                      x.size(3) == s.head_dim,
+                  "v_cache must have k_cache's shape");
     char* data = vector_data<char>(name, x, s.stored, s.rows * s.capacity * s.kv());
     return rolling_cache::Heads{data, s.capacity * slot, slot, head};
   };
@@ -81,7 +80,7 @@ rolling_cache::Update update_of(const Sizes& s, char* qkv, char* turned, const T
     return static_cast<const float*>(
         matrix(name, x, ScalarType::Float, cos.size(0), s.head_dim / 2));
   };
-  STD_TORCH_CHECK(cos.dim() == 2, "cos must be (positions, ", s.head_dim / 2, ")");
+  KERNELS_CHECK(cos.dim() == 2, "cos must be (positions, ", s.head_dim / 2, ")");
   rolling_cache::Update u{};
   u.q = {qkv, 0, token, head};
   u.k = {qkv + s.q() * element, 0, token, head};
@@ -102,9 +101,9 @@ rolling_cache::Update update_of(const Sizes& s, char* qkv, char* turned, const T
   u.head_dim = static_cast<int32_t>(s.head_dim);
   u.dtype = s.dtype;
   for (int64_t row = 0; row < s.rows; ++row) {
-    STD_TORCH_CHECK(u.lengths[row] >= 0 && u.lengths[row] < cos.size(0),
-                    "lengths must lie in the tables' [0, ", cos.size(0), "), got ", u.lengths[row]);
-    STD_TORCH_CHECK(u.cu_seqlens[row] == row, "cu_seqlens must count from 0 to ", s.rows);
+    KERNELS_CHECK(u.lengths[row] >= 0 && u.lengths[row] < cos.size(0),
+                  "lengths must lie in the tables' [0, ", cos.size(0), "), got ", u.lengths[row]);
+    KERNELS_CHECK(u.cu_seqlens[row] == row, "cu_seqlens must count from 0 to ", s.rows);
   }
   return u;
 }

@@ -29,13 +29,13 @@ int64_t width_of(const Tensor& x) { return x.dim() ? x.size(x.dim() - 1) : 1; }
 // Of as many elements as `like` has and of its dtype: contiguous, or (rows, width) with contiguous
 // rows evenly spaced.
 Rows rows(const char* name, const Tensor& x, const Tensor& like) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == like.scalar_type(), name,
-                  " has the wrong device or dtype");
-  STD_TORCH_CHECK(x.numel() == like.numel() && width_of(x) == width_of(like), "the shape of ", name,
-                  " does not fit the other arguments");
+  KERNELS_CHECK(x.is_cpu() && x.scalar_type() == like.scalar_type(), name,
+                " has the wrong device or dtype");
+  KERNELS_CHECK(x.numel() == like.numel() && width_of(x) == width_of(like), "the shape of ", name,
+                " does not fit the other arguments");
   if (x.is_contiguous()) return {x.data_ptr(), width_of(x)};
-  STD_TORCH_CHECK(x.dim() == 2 && x.stride(1) == 1, name,
-                  " must be contiguous, or (rows, width) with contiguous rows");
+  KERNELS_CHECK(x.dim() == 2 && x.stride(1) == 1, name,
+                " must be contiguous, or (rows, width) with contiguous rows");
   return {x.data_ptr(), x.stride(0)};
 }
 
@@ -49,7 +49,7 @@ void* output(const char* name, const OptionalTensor& x, const Tensor& like) {
 
 void rms_norm(const Tensor& x, const OptionalTensor& residual, const Tensor& weight, double eps,
               const Tensor& y, const OptionalTensor& h, const OptionalTensor& rstd) {
-  STD_TORCH_CHECK(residual.has_value() == h.has_value(), "residual and h go together");
+  KERNELS_CHECK(residual.has_value() == h.has_value(), "residual and h go together");
   kernels::RMSNorm r{};
   r.hidden = width_of(x);
   r.dtype = dtype_of("x", x);
@@ -102,7 +102,7 @@ kernels::SwiGLU gated(const Tensor& gate, const OptionalTensor& up) {
   std::tie(s.up, s.up_stride) = rows("up", up, gate);
   s.gradient_stride = s.cols = width_of(gate);
   if (!up) {
-    STD_TORCH_CHECK(s.cols % 2 == 0, "gate without up must have an even width, got ", s.cols);
+    KERNELS_CHECK(s.cols % 2 == 0, "gate without up must have an even width, got ", s.cols);
     s.cols /= 2;
     s.up = static_cast<const char*>(s.gate) + s.cols * gate.element_size();
     s.up_stride = s.gate_stride;
@@ -120,12 +120,12 @@ void swiglu(const Tensor& gate, const OptionalTensor& up, const Tensor& y) {
 void swiglu_backward(const Tensor& dy, const Tensor& gate, const OptionalTensor& up,
                      const OptionalTensor& dgate, const OptionalTensor& dup) {
   kernels::SwiGLU s = gated(gate, up);
-  STD_TORCH_CHECK(up || !dup, "dup goes with up");
+  KERNELS_CHECK(up || !dup, "dup goes with up");
   const int64_t size = up ? gate.numel() : gate.numel() / 2;
   std::tie(s.dy, s.dy_stride) = rows("dy", dy, dy);
-  STD_TORCH_CHECK(dy.scalar_type() == gate.scalar_type() && dy.numel() == size &&
-                      width_of(dy) == s.cols,
-                  "dy must have the dtype and shape of the output");
+  KERNELS_CHECK(
+      dy.scalar_type() == gate.scalar_type() && dy.numel() == size && width_of(dy) == s.cols,
+      "dy must have the dtype and shape of the output");
   s.dgate = output("dgate", dgate, gate);
   s.dup = output("dup", dup, gate);
   if (!up && s.dgate) s.dup = static_cast<char*>(s.dgate) + s.cols * gate.element_size();
@@ -138,15 +138,15 @@ void swiglu_backward(const Tensor& dy, const Tensor& gate, const OptionalTensor&
 // heads.
 std::pair<int64_t, int64_t> head_strides(const char* name, const Tensor& x, int64_t tokens,
                                          int64_t head_dim, const Tensor& like) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == like.scalar_type(), name,
-                  " has the wrong device or dtype");
+  KERNELS_CHECK(x.is_cpu() && x.scalar_type() == like.scalar_type(), name,
+                " has the wrong device or dtype");
   const int64_t dim = x.dim();
-  STD_TORCH_CHECK(dim >= 2 && x.size(dim - 1) == head_dim &&
-                      x.numel() == tokens * x.size(dim - 2) * head_dim,
-                  "the shape of ", name, " does not fit the other arguments");
+  KERNELS_CHECK(
+      dim >= 2 && x.size(dim - 1) == head_dim && x.numel() == tokens * x.size(dim - 2) * head_dim,
+      "the shape of ", name, " does not fit the other arguments");
   if (x.is_contiguous()) return {x.size(dim - 2) * head_dim, head_dim};
-  STD_TORCH_CHECK(dim == 3 && x.stride(2) == 1, name,
-                  " must be contiguous, or (tokens, heads, head_dim) with contiguous heads");
+  KERNELS_CHECK(dim == 3 && x.stride(2) == 1, name,
+                " must be contiguous, or (tokens, heads, head_dim) with contiguous heads");
   return {x.stride(0), x.stride(1)};
 }
 
@@ -154,7 +154,7 @@ std::pair<int64_t, int64_t> head_strides(const char* name, const Tensor& x, int6
 void rotary(const OptionalTensor& q, const OptionalTensor& k, const OptionalTensor& q_out,
             const OptionalTensor& k_out, const Tensor& cos, const Tensor& sin,
             const Tensor& positions, bool interleaved, bool backwards) {
-  STD_TORCH_CHECK(q || k, "q or k must be given");
+  KERNELS_CHECK(q || k, "q or k must be given");
   const Tensor& like = q ? *q : *k;
   kernels::Rotary r{};
   r.dtype = dtype_of("q", like);
@@ -163,13 +163,13 @@ void rotary(const OptionalTensor& q, const OptionalTensor& k, const OptionalTens
   r.head_dim = 2 * width_of(cos);
   const int64_t tokens = positions.numel();
   const auto turned = [&](const char* name, const OptionalTensor& x, const OptionalTensor& out) {
-    STD_TORCH_CHECK(x.has_value() == out.has_value(), name, " and its output go together");
+    KERNELS_CHECK(x.has_value() == out.has_value(), name, " and its output go together");
     kernels::Turned t{};
     if (!x) return t;
     std::tie(t.x_token_stride, t.x_head_stride) = head_strides(name, *x, tokens, r.head_dim, like);
     std::tie(t.out_token_stride, t.out_head_stride) =
         head_strides("an output", *out, tokens, r.head_dim, like);
-    STD_TORCH_CHECK(out->numel() == x->numel(), "an output has another shape than ", name);
+    KERNELS_CHECK(out->numel() == x->numel(), "an output has another shape than ", name);
     t.heads = x->size(x->dim() - 2);
     t.x = x->data_ptr();
     t.out = out->data_ptr();
@@ -178,10 +178,10 @@ void rotary(const OptionalTensor& q, const OptionalTensor& k, const OptionalTens
   r.q = turned("q", q, q_out);
   r.k = turned("k", k, k_out);
   const auto table = [&](const char* name, const Tensor& x) {
-    STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.dim() == 2 &&
-                        x.size(0) == cos.size(0) && x.size(1) == cos.size(1) &&
-                        (x.size(1) <= 1 || x.stride(1) == 1),
-                    name, " must be (positions, head_dim / 2) of float32 with contiguous rows");
+    KERNELS_CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Float && x.dim() == 2 &&
+                      x.size(0) == cos.size(0) && x.size(1) == cos.size(1) &&
+                      (x.size(1) <= 1 || x.stride(1) == 1),
+                  name, " must be (positions, head_dim / 2) of float32 with contiguous rows");
     return static_cast<const float*>(x.data_ptr());
   };
   r.cos = table("cos", cos);
@@ -194,8 +194,8 @@ void rotary(const OptionalTensor& q, const OptionalTensor& k, const OptionalTens
   for (int64_t token = 0; token < tokens; ++token) {
     const int64_t position = r.wide_positions ? static_cast<const int64_t*>(r.positions)[token]
                                               : static_cast<const int32_t*>(r.positions)[token];
-    STD_TORCH_CHECK(position >= 0 && position < cos.size(0),
-                    "positions must lie in the tables' [0, ", cos.size(0), "), got ", position);
+    KERNELS_CHECK(position >= 0 && position < cos.size(0), "positions must lie in the tables' [0, ",
+                  cos.size(0), "), got ", position);
   }
   const auto kernel = KERNEL(rotary);
   torch::stable::parallel_for(0, tokens, grain((r.q.heads + r.k.heads) * r.head_dim),

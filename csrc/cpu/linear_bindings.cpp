@@ -13,13 +13,13 @@ using torch::stable::Tensor;
 constexpr int64_t kGrain = 1 << 17;  // bytes of memory to read, worth a thread
 
 kernels::Linear product(const Tensor& x, const Tensor& weight, const Tensor& y) {
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1),
-                  "x and weight must be (rows, in_features) and (out_features, in_features)");
-  STD_TORCH_CHECK(x.stride(1) == 1 && weight.stride(1) == 1,
-                  "x and weight must be contiguous in in_features");
-  STD_TORCH_CHECK(y.dim() == 2 && y.size(0) == x.size(0) && y.size(1) == weight.size(0) &&
-                      y.is_contiguous(),
-                  "y must be (rows, out_features), contiguous");
+  KERNELS_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1),
+                "x and weight must be (rows, in_features) and (out_features, in_features)");
+  KERNELS_CHECK(x.stride(1) == 1 && weight.stride(1) == 1,
+                "x and weight must be contiguous in in_features");
+  KERNELS_CHECK(
+      y.dim() == 2 && y.size(0) == x.size(0) && y.size(1) == weight.size(0) && y.is_contiguous(),
+      "y must be (rows, out_features), contiguous");
   kernels::Linear l{};
   l.x = x.data_ptr();
   l.weight = weight.data_ptr();
@@ -35,17 +35,17 @@ kernels::Linear product(const Tensor& x, const Tensor& weight, const Tensor& y) 
 
 void linear(const Tensor& x, const Tensor& weight, const Tensor& y) {
   for (const Tensor* other : {&weight, &y}) {
-    STD_TORCH_CHECK(x.is_cpu() && other->is_cpu() && other->scalar_type() == x.scalar_type(),
-                    "x, weight and y must be on the CPU, of one dtype");
+    KERNELS_CHECK(x.is_cpu() && other->is_cpu() && other->scalar_type() == x.scalar_type(),
+                  "x, weight and y must be on the CPU, of one dtype");
   }
   run(product(x, weight, y));
 }
 
 void linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& y) {
-  STD_TORCH_CHECK(x.is_cpu() && y.is_cpu() && y.scalar_type() == x.scalar_type(),
-                  "x and y must be on the CPU, of one dtype");
-  STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Char,
-                  "weight must be on the CPU, int8");
+  KERNELS_CHECK(x.is_cpu() && y.is_cpu() && y.scalar_type() == x.scalar_type(),
+                "x and y must be on the CPU, of one dtype");
+  KERNELS_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Char,
+                "weight must be on the CPU, int8");
   kernels::Linear l = product(x, weight, y);
   l.scales = vector_data<float>("scales", scales, ScalarType::Float, l.out_features);
   run(l);

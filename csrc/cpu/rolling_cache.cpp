@@ -1,5 +1,6 @@
 // The update on the CPU: one pass over the new tokens, spread over PyTorch's threads.
 #include "../rolling_cache.h"
+#include "../torch_checks.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -111,8 +112,18 @@ def test_bad_arguments(change, message, cpu_update):
 )
 def test_unsupported(head_dim, dtype, message, cpu_update):
     arguments = make_arguments(dtype, None, head_dim=head_dim)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError) as raised:
         cpu_update(*arguments.values())
+    assert str(raised.value) == message
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("nm") is None, reason="no nm for ELF")
+def test_no_streams(cpu_update):
+    """They crash where the linker took a second libstdc++ into the library; see csrc/check.h."""
+    library = extension.status("cpu").removeprefix("loaded from ").partition(", kernels for ")[0]
+    imported = subprocess.check_output(["nm", "-DC", "--undefined-only", library], text=True)
+    assert "torch_parallel_for" in imported
+    assert re.findall(".*std::.*(?:stream|locale|codecvt).*", imported) == []
 
 
 def start(cache: Path, code: str = STATUS, **environment: str) -> subprocess.Popen[str]:
