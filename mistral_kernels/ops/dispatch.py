@@ -92,9 +92,9 @@ def _what_runs_triton_on(device_type: str) -> str:
 
 
 def _interpreting() -> bool:
-    from triton import knobs
+    import triton  # and its modules by name: `from triton import` takes six times as long
 
-    return bool(knobs.runtime.interpret)
+    return bool(triton.knobs.runtime.interpret)
 
 
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -109,9 +109,9 @@ def device_properties(x: torch.Tensor) -> DeviceProperties:
     if not x.is_cuda and _interpreting():
         # The interpreter has no device. Few multiprocessors make loops take several turns.
         return DeviceProperties("cuda", 80, 4, 163 * 1024)
-    from triton.runtime import driver
+    import triton
 
-    return _query(driver.active, x.device.index or 0)
+    return _query(triton.runtime.driver.active, x.device.index or 0)
 
 
 @functools.cache
@@ -142,8 +142,21 @@ def with_workspace(x: torch.Tensor, launch: Callable[[], None]) -> None:
     contextvars.copy_context().run(run)
 
 
+def run_backward(operator: Any, *args: Any) -> Any:
+    """A backward operator, past its autograd, which would only refuse to be differentiated.
+
+    That is Python, and the dispatcher's way there and back takes as long as the operator's own.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
 def float32_precision(x: torch.Tensor) -> str:
     """How `tl.dot` multiplies float32: "tf32" if the user allows it, exact to float32 otherwise."""
+    if x.dtype != torch.float32:
+        return "ieee"  # says nothing of other types
     device = device_properties(x)
     if device.platform != "cuda" or int(device.arch) < 80:
         return "ieee"
@@ -161,7 +174,7 @@ def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     Copies only when the rows are not evenly spaced or their elements not contiguous. Contiguous
     tensors come back in the shape they have: a kernel needs no more than the pointer and stride.
     """
-    width = x.shape[-1]
+    width = x.shape[-1] if x.ndim else 1
     if x.is_contiguous():
         return x, width
     rows = x.reshape(-1, width)

@@ -31,6 +31,7 @@ from mistral_kernels.ops.dispatch import (
     device_guard,
     device_properties,
     evenly_spaced,
+    run_backward,
     uses_triton,
 )
 from mistral_kernels.ops.launch_configs import cdiv
@@ -184,7 +185,7 @@ def _empty_gradients(
 ) -> Gradients:
     needs_dx, needs_dweight = output_mask
     return (
-        torch.empty(h.shape, dtype=h.dtype, device=h.device) if needs_dx else None,
+        torch.empty_like(h, memory_format=torch.contiguous_format) if needs_dx else None,
         torch.empty(weight.shape, dtype=h.dtype, device=h.device) if needs_dweight else None,
     )
 
@@ -366,7 +367,7 @@ class RMSNormFunction(torch.autograd.Function):
             dx, dweight = dh, None
         else:
             mask = [needs_dx or needs_dresidual, needs_dweight]
-            dx, dweight = _backward_op(dy, dh, *ctx.saved_tensors, mask)
+            dx, dweight = run_backward(_backward_op, dy, dh, *ctx.saved_tensors, mask)
         return dx if needs_dx else None, dweight, dx if needs_dresidual else None, None
 
 

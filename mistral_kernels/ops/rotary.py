@@ -145,7 +145,7 @@ def _rotate_triton(q: Tensor | None, k: Tensor | None, outputs: Pair, turn: Turn
     in_place = q is outputs[0] and k is outputs[1]
     half = turn.cos.shape[-1]
     tokens = turn.positions.numel()
-    q, k = (None if x is None or x.numel() == 0 else by_token(x) for x in (q, k))
+    (q, *q_strides), (k, *k_strides) = _with_strides(q), _with_strides(k)
     if q is None and k is None:
         return
     cos, sin, positions = turn.tensors()
@@ -153,17 +153,27 @@ def _rotate_triton(q: Tensor | None, k: Tensor | None, outputs: Pair, turn: Turn
     with device_guard(positions):
         _rotary_kernel[(cdiv(tokens, config["BLOCK_T"]),)](
             *(q, k, *outputs, cos, sin, positions),
-            *((0, 0) if q is None else q.stride()[:2]),
-            *((0, 0) if k is None else k.stride()[:2]),
+            *(*q_strides, *k_strides),
             *(cos.stride(0), sin.stride(0), tokens),
-            Q_HEADS=0 if q is None else q.shape[1],
-            K_HEADS=0 if k is None else k.shape[1],
+            Q_HEADS=0 if q is None else q.shape[-2],
+            K_HEADS=0 if k is None else k.shape[-2],
             HALF=half,
             INTERLEAVED=turn.interleaved,
             BACKWARDS=turn.backwards,
             IN_PLACE=in_place,
             **config,
         )
+
+
+def _with_strides(x: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """As the kernel takes it, and the strides between tokens and heads; None without elements."""
+    if x is None or x.numel() == 0:
+        return None, 0, 0
+    if x.is_contiguous():  # a view in the kernel's shape would cost more than all else here
+        heads, head_dim = x.shape[-2:]
+        return x, heads * head_dim, head_dim
+    x = by_token(x)
+    return x, x.stride(0), x.stride(1)
 
 
 def _rotate_csrc(

@@ -20,7 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_kernels.ops import extension, launch_configs
-from mistral_kernels.ops.dispatch import as_rows, device_guard, evenly_spaced, uses_triton
+from mistral_kernels.ops.dispatch import (
+    as_rows,
+    device_guard,
+    evenly_spaced,
+    run_backward,
+    uses_triton,
+)
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
 
@@ -129,7 +135,7 @@ def _forward_triton(gate: Tensor, up: Tensor | None) -> Tensor:
     y = _empty_output(gate, up)
     if y.numel() == 0:
         return y
-    cols = torch.atleast_1d(y).shape[-1]
+    cols = y.shape[-1] if y.ndim else 1
     rows = y.numel() // cols
     config = launch_configs.swiglu(cols)
     gate, up, *strides = _rows(gate, up)
@@ -143,10 +149,10 @@ def _forward_triton(gate: Tensor, up: Tensor | None) -> Tensor:
 def _backward_triton(
     dy: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor | None, dup: Tensor | None
 ) -> None:
-    dy, dy_stride = as_rows(torch.atleast_1d(dy))
-    cols = dy.shape[-1]
+    cols = dy.shape[-1] if dy.ndim else 1
     rows = dy.numel() // cols
-    gradient_stride = torch.atleast_1d(gate).shape[-1]
+    dy, dy_stride = as_rows(dy)
+    gradient_stride = gate.shape[-1] if gate.ndim else 1
     config = launch_configs.swiglu(cols)
     gate, up, *strides = _rows(gate, up)
     with device_guard(dy):
@@ -161,10 +167,10 @@ def _backward_triton(
 
 def _rows(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor, int, int]:
     """The two as rows, and the strides between these."""
-    gate, gate_stride = as_rows(torch.atleast_1d(gate))
+    gate, gate_stride = as_rows(gate)
     if up is None:
         return *_parts(gate, None), gate_stride, gate_stride
-    up, up_stride = as_rows(torch.atleast_1d(up))
+    up, up_stride = as_rows(up)
     return gate, up, gate_stride, up_stride
 
 
@@ -241,8 +247,7 @@ class SwiGLUFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
-        dgate, dup = _backward_op(dy, *ctx.saved_tensors, list(ctx.needs_input_grad))
-        return dgate, dup
+        return run_backward(_backward_op, dy, *ctx.saved_tensors, list(ctx.needs_input_grad))
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:

@@ -107,7 +107,7 @@ def attention(
     if softmax_scale is not None and softmax_scale <= 0:
         raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
     out, lse = attend(
-        *(with_unit_stride(x) for x in (q, k, v)),
+        *(with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)),
         window=resolve_window(causal, window_size, sliding_window),
         softmax_scale=softmax_scale,
         cu_seqlens_q=cu_seqlens_q,
@@ -175,8 +175,7 @@ def rolling_cache_attention(
     if k is not None and v is not None:
         check_qkv(q, k, v, ndim=3)
     else:
-        rows = k_cache.select(0, 0), v_cache.select(0, 0)
-        check_qkv(q, *rows, ndim=3, names=("q", "k_cache", "v_cache"))
+        check_qkv(q, k_cache, v_cache, ndim=3, names=("q", "k_cache", "v_cache"), kv_ndim=4)
         if max_seqlen != 1 or q.shape[0] != lengths.shape[0]:
             raise ValueError(
                 "k and v may be None only for one new token a sequence, got "
@@ -204,18 +203,25 @@ def rolling_cache_attention(
 
 
 def check_qkv(
-    q: Tensor, k: Tensor, v: Tensor, ndim: int, names: tuple[str, ...] = ("q", "k", "v")
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ndim: int,
+    names: tuple[str, ...] = ("q", "k", "v"),
+    kv_ndim: int | None = None,
 ) -> None:
     """Raises unless q, k and v, by whatever names, are one attention's: see `attention`."""
-    layout = "(batch, seqlen, heads, head_dim)" if ndim == 4 else "(tokens, heads, head_dim)"
-    for name, x in zip(names, (q, k, v)):
-        if x.ndim != ndim:
-            raise ValueError(f"{name} must be {layout}, got {tuple(x.shape)}")
+    dtype, device = q.dtype, q.device
+    kv_ndim = kv_ndim or ndim
+    for name, x, dims in zip(names, (q, k, v), (ndim, kv_ndim, kv_ndim)):
+        if x.ndim != dims:
+            layout = "batch, seqlen" if dims == 4 else "tokens"
+            raise ValueError(f"{name} must be ({layout}, heads, head_dim), got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {x.dtype}")
-        if x.dtype != q.dtype or x.device != q.device:
+        if x.dtype != dtype or x.device != device:
             raise ValueError(
-                f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}"
+                f"{name} must be {dtype} on {device} like q, got {x.dtype} on {x.device}"
             )
     if v.shape != k.shape:
         raise ValueError(

@@ -91,11 +91,11 @@ def launch(
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of q, k and v that `output_mask` asks for."""
-    problem = Problem.of(q, k, offsets, window, alibi_slopes)
+    problem = Problem(q, k, offsets, window, alibi_slopes)
     *_, num_heads, head_dim = q.shape
     covered = (True,) * 3 if offsets is None else (offsets.covers_q, *[offsets.covers_k] * 2)
     dq, dk, dv = (
-        (torch.empty if whole else torch.zeros)(x.shape, dtype=x.dtype, device=x.device)
+        (torch.empty_like if whole else torch.zeros_like)(x, memory_format=torch.contiguous_format)
         if need
         else None
         for x, need, whole in zip((q, k, v), output_mask, covered)
@@ -103,8 +103,14 @@ def launch(
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-    lse_strides = problem.lse_strides(lse)
+    inputs = q, k, v, dout, lse2, delta
     cu_seqlens = problem.cu_seqlens_q, problem.cu_seqlens_k
+    lse_strides = problem.lse_strides(lse)
+    input_strides = *problem.strides(q, k, v, dout), *lse_strides
+    window_and_scale = (
+        *(problem.left, problem.right, softmax_scale),
+        *softmax_factors(softmax_scale, softcap),
+    )
     common = {
         "HEAD_DIM": head_dim,
         "VARLEN": offsets is not None,
@@ -113,19 +119,16 @@ def launch(
         "PRECISION": problem.precision,
         "GROUP": problem.group,
     }
-    numbers = softmax_scale, *softmax_factors(softmax_scale, softcap)
 
     def run_dkdv(config: Config) -> None:
         tiles = cdiv(max_seqlen_k, config["BLOCK_N"])
         dkdv_kernel[(tiles * problem.num_kv_heads * problem.batch,)](
-            *(q, k, v, dout, lse2, delta, dk, dv, problem.slopes, *cu_seqlens),
-            *problem.strides(q, k, v, dout),
-            *lse_strides,
+            *(*inputs, dk, dv, problem.slopes, *cu_seqlens),
+            *input_strides,
             *problem.strides(dv if dk is None else dk),
             problem.slopes_stride,
             *(max_seqlen_q, max_seqlen_k, tiles, problem.num_kv_heads),
-            *(problem.left, problem.right),
-            *numbers,
+            *window_and_scale,
             **common,
             RIGHT_EDGE=window.right >= 0,
             NARROW=problem.narrow_for_keys(config),
@@ -139,14 +142,12 @@ def launch(
     def run_dq(config: Config) -> None:
         tiles = cdiv(max_seqlen_q * problem.group, config["BLOCK_M"])
         dq_kernel[(tiles * problem.num_kv_heads * problem.batch,)](
-            *(q, k, v, dout, lse2, delta, dq, problem.slopes, *cu_seqlens),
-            *problem.strides(q, k, v, dout),
-            *lse_strides,
+            *(*inputs, dq, problem.slopes, *cu_seqlens),
+            *input_strides,
             *problem.strides(dq),
             problem.slopes_stride,
             *(max_seqlen_q, max_seqlen_k, tiles, problem.num_kv_heads),
-            *(problem.left, problem.right),
-            *numbers,
+            *window_and_scale,
             **common,
             LEFT_EDGE=window.left >= 0,
             NARROW=problem.narrow_for_queries(config),

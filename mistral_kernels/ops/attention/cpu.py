@@ -207,6 +207,7 @@ def _bands(q: Tensor, k: Tensor, scoring: Scoring) -> list[_Band]:
     start = rows.start
     size = triangle_rows(seqlen_q, seqlen_k, window)
     plain = not scoring.needs_formula and scoring.alibi_slopes is None
+    plain &= q.is_cpu or q.dtype.itemsize == 2  # on a GPU only flash takes grouped queries
     little = size**2 * batch * num_heads * head_dim <= _TRIANGLE_WORK
     if plain and size and (size <= _BAND_ROWS or little or size >= _TRIANGLE_ROWS):
         bands.append(_Band(slice(0, size), slice(0, size), 0, triangle=True))

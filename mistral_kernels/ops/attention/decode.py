@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 # Programs that share the keys of a sequence: one for so many keys, but at most so many programs.
-_SPLIT_KEYS, _MOST_SPLITS = 128, 64
+_SPLIT_KEYS, _MOST_SPLITS = 256, 64
 # Up to so many rows a tile is "decode": the matrix products have room, memory decides. No tile has
 # fewer. Keys are split where a call has at most so many tiles of them.
 _DECODE_ROWS, _SPLIT_TILES = 16, 4
@@ -233,18 +233,24 @@ def _decode_kernel(
             row_max = tl.full([BLOCK_M], -1.0e38, tl.float32)
             row_sum = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            for other in tl.range(0, parts, num_stages=NUM_STAGES):
+            # The maximum first: then no part waits for the one before it, and loads overlap.
+            for first in tl.range(0, parts, 64):
+                others = first + tl.arange(0, 64)[None, :]
+                lses = tl.load(
+                    row_lse[:, None] + others.to(tl.int64) * part_stride,
+                    mask=in_parts[:, None] & (others < parts), other=float("-inf"),
+                )  # fmt: skip
+                row_max = tl.maximum(row_max, tl.max(lses, 1))
+            for other in tl.range(0, parts, loop_unroll_factor=4):
                 theirs = tl.cast(other, tl.int64) * part_stride
                 part_lse = tl.load(row_lse + theirs, mask=in_parts, other=float("-inf"))
                 o = load_rows(
                     parts_ptr + (first_row + theirs) * HEAD_DIM,
                     query, head, seqlen_q, heads * HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D,
                 )  # fmt: skip
-                new_max = tl.maximum(row_max, part_lse)
-                weight, rescale = tl.exp2(part_lse - new_max), tl.exp2(row_max - new_max)
-                row_sum = row_sum * rescale + weight
-                acc = acc * rescale[:, None] + o * weight[:, None]
-                row_max = new_max
+                weight = tl.exp2(part_lse - row_max)
+                row_sum += weight
+                acc += o * weight[:, None]
 
     # A row that saw no key has the sum 0: its output is 0 and its log-sum-exp -inf.
     out = acc * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
@@ -283,8 +289,8 @@ def launch(
     """`cached.py`'s operator: the output and the log-sum-exp."""
     cu_seqlens, window = cache.cu_seqlens, scoring.window
     offsets = None if cu_seqlens is None else Offsets(cu_seqlens, cu_seqlens, True, True)
-    problem = Problem.of(q, cache.k_cache, offsets, window, scoring.alibi_slopes)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    problem = Problem(q, cache.k_cache, offsets, window, scoring.alibi_slopes)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse

@@ -163,9 +163,9 @@ def launch(
     alibi_slopes: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exp of a batch, rectangular or packed."""
-    problem = Problem.of(q, k, offsets, window, alibi_slopes)
+    problem = Problem(q, k, offsets, window, alibi_slopes)
     *_, num_heads, head_dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
     if offsets is not None and not offsets.covers_q:
         out.zero_()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from mistral_kernels.ops.attention import tile_table
 from mistral_kernels.ops.attention.packed import Offsets
 from mistral_kernels.ops.attention.window import UNBOUNDED, Window, is_narrow
 from mistral_kernels.ops.dispatch import (
-    DeviceProperties,
     device_guard,
     device_properties,
     float32_precision,
@@ -36,70 +34,38 @@ def softmax_factors(softmax_scale: float, softcap: float) -> tuple[float, float]
     return 1.0, softmax_scale * math.log2(math.e)
 
 
-@dataclass(frozen=True)
 class Problem:
     """Shapes and bounds of one call, rectangular or packed, as kernels take them."""
 
-    batch: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    lse_shape: tuple[int, ...]
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_k: Tensor | None
-    left: int
-    right: int
-    slopes: Tensor | None
-    precision: str
-    device: DeviceProperties
-    like: Tensor
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         q: Tensor,
         k: Tensor,
         offsets: Offsets | None,
         window: Window,
         alibi_slopes: Tensor | None,
-    ) -> Problem:
+    ) -> None:
         if q.dtype not in DTYPES:
             raise TypeError(
                 f"attention: q is {q.dtype}; the triton backend takes float16, bfloat16 and "
                 "float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
             )
-        *batch, tokens, num_heads, head_dim = q.shape
-        return cls(
-            batch=batch[0] if offsets is None else offsets.q.numel() - 1,
-            num_heads=num_heads,
-            num_kv_heads=k.shape[-2],
-            head_dim=head_dim,
-            lse_shape=(*batch, num_heads, tokens),
-            cu_seqlens_q=None if offsets is None else offsets.q.contiguous(),
-            cu_seqlens_k=None if offsets is None else offsets.k.contiguous(),
-            left=window.reach[0],
-            right=window.reach[1],
-            slopes=None if alibi_slopes is None else alibi_slopes.float().contiguous(),
-            precision=float32_precision(q),
-            device=device_properties(q),
-            like=q,
-        )
-
-    @property
-    def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def block_d(self) -> int:
-        return max(16, next_power_of_2(self.head_dim))
-
-    @property
-    def packed(self) -> bool:
-        return self.cu_seqlens_q is not None
-
-    @property
-    def slopes_stride(self) -> int:
-        return self.num_heads if self.slopes is not None and self.slopes.ndim == 2 else 0
+        *batch, tokens, self.num_heads, self.head_dim = q.shape
+        self.num_kv_heads = k.shape[-2]
+        self.group = self.num_heads // self.num_kv_heads
+        self.block_d = max(16, next_power_of_2(self.head_dim))
+        self.packed = offsets is not None
+        self.batch = batch[0] if offsets is None else offsets.q.numel() - 1
+        self.cu_seqlens_q = None if offsets is None else offsets.q.contiguous()
+        self.cu_seqlens_k = None if offsets is None else offsets.k.contiguous()
+        self.lse_shape = (*batch, self.num_heads, tokens)
+        self.left, self.right = window.reach
+        self.slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
+        per_batch = self.slopes is not None and self.slopes.ndim == 2
+        self.slopes_stride = self.num_heads if per_batch else 0
+        self.precision = float32_precision(q)
+        self.device = device_properties(q)
+        self.like = q
 
     def strides(self, *tensors: Tensor | None) -> list[int]:
         """Between sequences, tokens and heads, of each tensor; packed sequences have no first."""
@@ -126,8 +92,7 @@ class Problem:
     def launch(self, kernel: str, descriptors: bool, run: Callable[[Config], None]) -> None:
         """Runs `kernel` as the table says, or as measured; may its tensors have `descriptors`?"""
         x = self.like
-        size = self.block_d, x.element_size()
-        arguments = (kernel, *size, self.device, descriptors)
+        arguments = kernel, self.block_d, x.element_size(), self.device, descriptors
 
         def run_config(config: Config) -> None:
             if config["DESCRIPTORS"]:
@@ -147,16 +112,17 @@ class Problem:
 
 def fits_descriptors(*tensors: Tensor) -> bool:
     """Can the tensor memory accelerator read them? Its addresses come in steps of 16 bytes."""
-    return all(
-        x.data_ptr() % 16 == 0
-        and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
-        for x in tensors
-    )
+    for x in tensors:
+        *strides, _ = x.stride()
+        step = math.gcd(*strides) * x.element_size()
+        if x.data_ptr() % 16 or step % 16 or min(strides) <= 0:
+            return False
+    return True
 
 
 def offsets_within(reach: str, tokens: int, *tensors: Tensor) -> str:
     """`reach` if 32 bits hold the offset of any of so many tokens, "element" if not."""
-    return reach if all(x.stride(-3) * tokens < 2**31 for x in tensors) else "element"
+    return reach if all([x.stride(-3) * tokens < 2**31 for x in tensors]) else "element"
 
 
 def same_strides(config: Config, x: Tensor, y: Tensor) -> bool:
@@ -170,13 +136,13 @@ _misfits: dict[tuple[Any, ...], int] = {}
 
 def run_first_that_fits(arguments: tuple[Any, ...], run: Callable[[Config], None]) -> None:
     """Triton refuses a configuration that needs more shared memory than there is; then the next."""
-    from triton.runtime.errors import OutOfResources
+    import triton
 
     configs = tile_table.configs(*arguments)
     for i in range(_misfits.get(arguments, 0), len(configs)):
         try:
             return run(configs[i])
-        except OutOfResources:
+        except triton.runtime.errors.OutOfResources:
             if i == len(configs) - 1:
                 raise
             _misfits[arguments] = i + 1

@@ -15,7 +15,7 @@ from mistral_kernels.ops.attention import backward, cpu, forward, packed
 from mistral_kernels.ops.attention.cpu import Scoring
 from mistral_kernels.ops.attention.packed import Offsets
 from mistral_kernels.ops.attention.window import Window
-from mistral_kernels.ops.dispatch import uses_triton
+from mistral_kernels.ops.dispatch import run_backward, uses_triton
 
 # What the schemas below name between v and the flags, and autograd hands on unread.
 _OPTIONS = (
@@ -145,7 +145,7 @@ class AttentionFunction(torch.autograd.Function):
         grads: tuple[Tensor | None, ...] = (None, None, None)
         if dout is not None:
             mask = list(ctx.needs_input_grad[:3])
-            grads = _backward_op(dout, *tensors, *ctx.numbers, slopes, mask)
+            grads = run_backward(_backward_op, dout, *tensors, *ctx.numbers, slopes, mask)
         return *grads, *[None] * (len(ctx.numbers) + 4)
 
 

@@ -66,11 +66,10 @@ def check(
     if seen_q is None or seen_k is None:
         return Offsets(cu_seqlens_q, cu_seqlens_k, False, False), max_seqlen_q, max_seqlen_k
     entries = max(seen_q.sequences, seen_k.sequences) + 1
-    offsets = Offsets(
-        *(cu_seqlens_q[:entries], cu_seqlens_k[:entries]),
-        *(seen_q.end == q.shape[0], seen_k.end == k.shape[0]),
-    )
-    return offsets, seen_q.longest, seen_k.longest
+    if entries < cu_seqlens_q.shape[0]:
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q[:entries], cu_seqlens_k[:entries]
+    covers = seen_q.end == q.shape[0], seen_k.end == k.shape[0]
+    return Offsets(cu_seqlens_q, cu_seqlens_k, *covers), seen_q.longest, seen_k.longest
 
 
 def _check(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> _Seen | None:

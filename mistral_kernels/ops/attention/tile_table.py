@@ -45,7 +45,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         },
         "sm_90": {
             (2, 64): Tile(128, 64, 4, 3, True),
-            (2, 128): Tile(128, 128, 8, 2, True),
+            (2, 128): Tile(64, 64, 4, 3, True),
             (2, 256): Tile(128, 64, 8, 2, True),
         },
         "sm_100": {(2, 128): Tile(128, 64, 4, 2, True)},
@@ -130,7 +130,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         "sm_86": {(2, 256): Tile(32, 32, 4, 1)},
         "sm_90": {
             (2, 64): Tile(64, 128, 8, 2, True),
-            (2, 128): Tile(64, 128, 8, 2, True),
+            (2, 128): Tile(64, 64, 4, 2, True),
             (2, 256): Tile(32, 32, 8, 1),
         },
         "sm_100": {(2, 128): Tile(64, 128, 4, 2, True)},
@@ -175,7 +175,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         },
         "sm_90": {
             (2, 64): Tile(128, 64, 8, 2, True),
-            (2, 128): Tile(128, 64, 8, 2, True),
+            (2, 128): Tile(128, 64, 8, 3, True),
             (2, 256): Tile(64, 32, 4, 1, True),
         },
         "sm_100": {},

@@ -35,8 +35,11 @@ class Window(NamedTuple):
     @property
     def reach(self) -> tuple[int, int]:
         """The distances as numbers to count with: `UNBOUNDED` for no bound."""
-        left, right = (x if 0 <= x < UNBOUNDED else UNBOUNDED for x in self)
-        return left, right
+        left, right = self
+        return (
+            left if 0 <= left < UNBOUNDED else UNBOUNDED,
+            right if 0 <= right < UNBOUNDED else UNBOUNDED,
+        )
 
 
 def resolve_window(
