@@ -38,7 +38,8 @@ INLINE void for_each_run(const Decode& d, int64_t sequence, Span span, Body body
 template <int kTileKeys, int kTileHeads, typename T>
 INLINE void score_keys(const Decode& d, Rows<T> keys, Rows<T> queries, float* scores) {
   float products[kTileHeads * kTileKeys];
-  dots<kTileKeys, kTileHeads, T>(keys, queries, d.head_dim, kAhead * keys.stride, products);
+  const Ahead ahead{kAhead * keys.stride, 0, kTileKeys};
+  dots<kTileKeys, kTileHeads, T>(keys, queries, d.head_dim, ahead, products);
   for (int head = 0; head < kTileHeads; ++head) {
     for (int key = 0; key < kTileKeys; ++key) {
       scores[head * kSplit + key] = products[head * kTileKeys + key] * d.scale;

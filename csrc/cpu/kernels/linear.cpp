@@ -15,7 +15,10 @@ static_assert(kTileOuts <= kLanes);
 template <int kOuts, int kTileRows, typename T>
 INLINE void products_of(const T* weight, const Linear& l, int64_t row, Rows<T> x, char*,
                         float* products) {
-  const int64_t ahead = row == 0 ? kOuts * l.weight_stride : 0;  // the next tile
+  // Of the next tile, a share as large as that of the rows: what memory sends meanwhile lasts from
+  // the first rows to the last.
+  const auto share = [&](int64_t end) { return static_cast<int>(kOuts * end / l.rows); };
+  const Ahead ahead{kOuts * l.weight_stride, share(row), share(row + kTileRows)};
   dots<kOuts, kTileRows, T>({weight, l.weight_stride}, x, l.in_features, ahead, products);
 }
 
