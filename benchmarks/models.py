@@ -20,6 +20,8 @@ from mistral_kernels import MistralConfig, MistralForCausalLM
 from mistral_kernels.checkpoint import save_hf
 from mistral_kernels.checkpoint.names import expected_shapes
 from mistral_kernels.model.cache import Packing
+from mistral_kernels.model.decoding import DecodeStep
+from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 
 CHUNK = 512  # of a prompt that transformers is given a cache for
@@ -45,6 +47,13 @@ class Engine:
         raise NotImplementedError
 
 
+class LogitsStep(DecodeStep):
+    """The step of generation, on CUDA a recorded one: its logits in place of the next tokens."""
+
+    def choose(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
 class Ours(Engine):
     def __init__(self, config: MistralConfig, dtype: torch.dtype, device: torch.device) -> None:
         with device:
@@ -61,8 +70,15 @@ class Ours(Engine):
         self.model.eval()
         cache = self.model.new_cache(ids.shape[0], ids.shape[1] + steps)
         self.model.prefill(_lists(ids), cache)
-        decode = torch.inference_mode()(self.model.decode)
-        return lambda tokens: decode(tokens, cache)
+        recorded = LogitsStep(self.model, cache, Sampler(temperature=0))
+
+        @torch.inference_mode()
+        def step(tokens: Tensor) -> Tensor:
+            recorded.token_ids.copy_(tokens)
+            recorded()
+            return recorded.logits.clone() if recorded.captures else recorded.logits
+
+        return step
 
     def loss(self, ids: Tensor) -> Tensor:
         self.model.train()

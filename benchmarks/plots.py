@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator  # noqa: E402
 from benchmarks.registry import OURS, PROVIDERS
 from benchmarks.report import Row
 
-MARKERS = dict(zip(PROVIDERS, "oosv^<>dDPXhsXDP*o"))
+MARKERS = dict(zip(PROVIDERS, "oosvp^<>dDPXhsXDP*o"))
 STYLE = {
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,

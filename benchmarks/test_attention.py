@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from benchmarks.registry import Case, Inputs, TensorOperator, cases, normal
@@ -66,14 +67,24 @@ def heads_first(*tensors: Tensor) -> Iterator[Tensor]:
     return (x.transpose(1, 2) for x in tensors)
 
 
+def cut(case: Case) -> bool:
+    """Is the window narrower than the text is long?"""
+    return case["W"] is not None and case["W"] < case["S"]
+
+
 def sdpa(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    cut = case["W"] is not None and case["W"] < case["S"]
     return F.scaled_dot_product_attention(
         *heads_first(q, k, v),
-        attn_mask=mask(case["S"], case["W"], q.device) if cut else None,
-        is_causal=not cut,
+        attn_mask=mask(case["S"], case["W"], q.device) if cut(case) else None,
+        is_causal=not cut(case),
         enable_gqa=True,
     ).transpose(1, 2)
+
+
+def sdpa_flash(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's own build of FlashAttention-2, where `sdpa` may take cuDNN."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return sdpa(case, q, k, v)
 
 
 @functools.cache
@@ -157,6 +168,7 @@ class Attention(TensorOperator):
         "eager": eager,
         "compiled eager": compiled,
         "SDPA": sdpa,
+        "SDPA flash": sdpa_flash,
         "flex_attention": flex,
         "varlen_attn": varlen,
         "flash-attn 2": flash_attn_2,
@@ -172,6 +184,9 @@ class Attention(TensorOperator):
             name: normal(case["B"], case["S"], count, 128, case=case, device=device)
             for name, count in (("q", heads), ("k", heads // 4), ("v", heads // 4))
         }
+
+    def beyond(self, provider: str, case: Case) -> str | None:
+        return "knows no window" if provider == "SDPA flash" and cut(case) else None
 
     def definition(self, case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, _ = reference.attention(q, k, v, causal=True, window_size=window_size(case["W"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,13 +31,26 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     # Cold L2, as after another layer. And while this is written, the call's launches queue up, so
     # that their cost to the CPU is not in the measure.
-    for _ in range(4):
+    for _ in range(_flushes(device)):
         _flush_buffer(device).zero_()
     begin.record()
     call()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+@functools.cache
+def _flushes(device: torch.device) -> int:
+    """How often the buffer must be written to keep the GPU busy for two milliseconds."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _flush_buffer(device).zero_()
+    begin.record()
+    for _ in range(8):
+        _flush_buffer(device).zero_()
+    end.record()
+    end.synchronize()
+    return max(4, math.ceil(8 * 2.0 / begin.elapsed_time(end)))
 
 
 @functools.cache
