@@ -32,6 +32,11 @@ FLOAT_TYPES = {
     "F64": torch.float64,
 }
 
+_WORTH_A_MAPPING = 1 << 20  # bytes
+# Of the first byte of a file's tensors as we write them, and of those that can be used where they
+# lie: loads that cross the lines of a cache would make each step of decoding slower.
+ALIGNMENT = 64
+
 # Parts of tensor names that betray another architecture, and what it is.
 _FOREIGN_NAMES = {
     "a mixture of experts": r"experts?\.|block_sparse_moe|feed_forward\.gate\.|\.router\.",
@@ -130,6 +135,19 @@ class Checkpoint:
             tensor = reading.of(get(reading.stored.name))
             yield name, tensor
             del tensor
+
+    def mapped(self, name: str) -> Tensor | None:
+        """A tensor that stays where it lies, in a mapping of its own; writes do not reach the file.
+
+        None where it has to be copied: permuted on the way, in a pickle, smaller than it is worth,
+        or not on a boundary of `ALIGNMENT` bytes.
+        """
+        stored = self.stored[name]
+        large = stored.num_bytes >= _WORTH_A_MAPPING
+        if not large or stored.file.suffix != ".safetensors" or self._rotary_heads(name):
+            return None
+        tensor = _open_safetensors(stored.file).get_tensor(stored.name)
+        return None if tensor.data_ptr() % ALIGNMENT else tensor
 
     def _rotary_heads(self, name: str) -> int:
         """How many heads of the tensor have their rows in another order than HF's."""

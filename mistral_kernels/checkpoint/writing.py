@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.checkpoint.reading import FLOAT_TYPES, CheckpointError
+from mistral_kernels.checkpoint.reading import ALIGNMENT, FLOAT_TYPES, CheckpointError
 
 # Shape and type of a tensor to be written.
 Spec = tuple[tuple[int, ...], torch.dtype]
@@ -43,7 +43,7 @@ class SafetensorsWriter:
                 "data_offsets": [start, end],
             }
         encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # so that the data is aligned
+        encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)  # where the data begins
         self.path = path
         self._specs = specs
         self._places = {name: 8 + len(encoded) + header[name]["data_offsets"][0] for name in specs}

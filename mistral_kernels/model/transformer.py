@@ -146,6 +146,11 @@ class MistralForCausalLM(Generation, nn.Module):
     ) -> MistralForCausalLM:
         """Load a raw or Hugging Face checkpoint; peak memory is the model and one tensor.
 
+        On the CPU, weights that need no change (of safetensors, in the stored dtype, on boundaries
+        of 64 bytes, as `convert` and `save_pretrained` write them: all but the fused projections)
+        are not copied but mapped, and read when first used. The file may be renamed, replaced or
+        removed meanwhile, but not written to.
+
         Args:
             path: a folder, a Hugging Face hub id, or "tiny" for the bundled model.
             dtype: of the weights in memory; None: as most of them are stored.
@@ -178,9 +183,12 @@ class MistralForCausalLM(Generation, nn.Module):
             hold_int8(model)
         model._allocate(dtype or stored.dtype, device)
         destinations = quantized_destinations(model) if quantize else model.state_dict()
+        parameters = dict(model.named_parameters())
+        on_cpu = torch.device(device).type == "cpu"
         with tqdm(total=stored.num_bytes, unit="B", unit_scale=True, delay=2) as progress:
             for name, tensor in stored.tensors(model.part_of):
-                destinations[name].copy_(tensor)
+                if not (on_cpu and _map(stored, name, parameters.get(name))):
+                    destinations[name].copy_(tensor)
                 progress.update(stored.stored[name].num_bytes)
                 del tensor  # its pages are unmapped before the next one's are read
         if quantize and model.config.tie_word_embeddings:
@@ -225,3 +233,14 @@ class MistralForCausalLM(Generation, nn.Module):
         batch, seqlen = input_ids.shape
         packing = Packing.of([seqlen] * batch, [0] * batch, input_ids.device)
         return self.lm_head(self.model(input_ids.flatten(), packing)).view(batch, seqlen, -1)
+
+
+def _map(stored: checkpoint.Checkpoint, name: str, parameter: nn.Parameter | None) -> bool:
+    """Lets a parameter that is as it was stored lie in its file; False: it has to be copied."""
+    file = stored.stored[name]
+    if parameter is None or (parameter.dtype, parameter.shape) != (file.dtype, file.shape):
+        return False
+    mapped = stored.mapped(name)
+    if mapped is not None:
+        parameter.data = mapped
+    return mapped is not None

@@ -1,0 +1,92 @@
+"""Weights that need no change stay in their file, mapped; everything else is copied."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mistral_kernels import MistralConfig, MistralForCausalLM
+from mistral_kernels.checkpoint.reading import ALIGNMENT
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint whose embedding, head and down projections take over a megabyte."""
+    config = MistralConfig(
+        vocab_size=2048,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
+    MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def mapped(model: MistralForCausalLM) -> set[str]:
+    """The parameters that lie in a mapped safetensors file."""
+    spans = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if ".safetensors" in line:
+            first, last = line.split()[0].split("-")
+            spans.append(range(int(first, 16), int(last, 16)))
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if any(parameter.data_ptr() in span for span in spans)
+    }
+
+
+def test_what_is_mapped(folder: Path) -> None:
+    model = MistralForCausalLM.from_pretrained(folder)
+    down = "model.layers.0.mlp.down_proj.weight"
+    assert mapped(model) == {"model.embed_tokens.weight", "lm_head.weight", down}
+    assert all(x.data_ptr() % ALIGNMENT == 0 for x in model.parameters())
+    stored = load_file(folder / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, stored[name]), name
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float32}, {"quantize": "int8"}], ids=str)
+def test_what_is_changed_is_copied(options: dict, folder: Path) -> None:
+    names = mapped(MistralForCausalLM.from_pretrained(folder, **options))
+    assert names == ({"model.embed_tokens.weight"} if "quantize" in options else set())
+
+
+def test_what_lies_across_lines_of_a_cache_is_copied(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    exact = {name: x.clone() for name, x in tensors.items()}
+    for padding in range(8):  # its header is as long as its metadata make it
+        save_file(exact, file, {"format": "pt", "padding": "x" * 8 * padding})
+        if (8 + int.from_bytes(file.read_bytes()[:8], "little")) % ALIGNMENT:
+            break
+    model = MistralForCausalLM.from_pretrained(folder)
+    assert not mapped(model)
+    assert all(torch.equal(x, exact[name]) for name, x in model.state_dict().items())
+
+
+def test_the_file_is_not_written_to(folder: Path) -> None:
+    model = MistralForCausalLM.from_pretrained(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_the_folder_may_go(folder: Path) -> None:
+    expected = MistralForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = MistralForCausalLM.from_pretrained(folder)
+    shutil.rmtree(folder)
+    for (name, x), y in zip(model.state_dict().items(), expected.state_dict().values()):
+        assert torch.equal(x.float(), y), name
