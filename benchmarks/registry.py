@@ -155,9 +155,14 @@ class Operator:
     def release(self) -> None:
         """Drop whatever was kept for cases: none will be timed again."""
 
+    def beyond(self, provider: str, case: Case) -> str | None:
+        """What of the case a provider does not know, whatever the device; None: it knows all."""
+        return None
+
     def unfit(self, provider: str, case: Case, device: torch.device) -> str | None:
         """Why a provider is not to be timed: it cannot run, or does not compute the same thing."""
-        if reason := PROVIDERS[provider].missing(device, case.dtype):
+        missing = PROVIDERS[provider].missing(device, case.dtype)
+        if reason := self.beyond(provider, case) or missing:
             return reason
         if device.type == "meta":
             return None
@@ -202,13 +207,6 @@ class TensorOperator(Operator):
 
     def definition(self, case: Case, **inputs: Tensor) -> Any:
         raise NotImplementedError
-
-    def beyond(self, provider: str, case: Case) -> str | None:
-        """What of the case a provider does not know, whatever the device; None: it knows all."""
-        return None
-
-    def unfit(self, provider: str, case: Case, device: torch.device) -> str | None:
-        return self.beyond(provider, case) or super().unfit(provider, case, device)
 
     def check(self, provider: str, case: Case, device: torch.device) -> None:
         for sizes in self.small:

@@ -30,10 +30,10 @@ class Generation(Operator):
     measures_memory = True
     only_reads = True
 
-    def unfit(self, provider: str, case: Case, device: torch.device) -> str | None:
+    def beyond(self, provider: str, case: Case) -> str | None:
         if provider == "ours int8" and case.direction == "prefill":
             return "is for decoding: prompts are multiplied in the dtype of x"
-        return super().unfit(provider, case, device)
+        return None
 
     def check(self, provider: str, case: Case, device: torch.device) -> None:
         models.check(provider, case.dtype, device, "logits", *self.checked(case)[1:])

@@ -114,6 +114,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
+def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For float64, which no other backend has."""
+    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
+
+
+@pytest.fixture
 def triton_backend(monkeypatch: pytest.MonkeyPatch, triton_runs: None) -> None:
     """For what is only true of Triton kernels. Mark such tests ``kernels`` for the interpreter."""
     monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")

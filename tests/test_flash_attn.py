@@ -66,8 +66,7 @@ def test_values_and_returns(kind, varlen, device):
 
 @pytest.mark.parametrize("varlen", [False, True], ids=["rectangular", "varlen"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients(kind, varlen, device, monkeypatch):
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")  # which alone has float64
+def test_gradients(kind, varlen, device, torch_backend):
     q, kv = (x.double().requires_grad_() for x in make(kind, device))
     out = call(kind, varlen, q, kv, causal=True, window_size=(9, 0))
     expected = reference.attention(q, *kv.unbind(2), causal=True, window_size=(9, 0))[0]

@@ -168,13 +168,18 @@ def with_unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def width_of(x: torch.Tensor) -> int:
+    """Of the last dimension; a single number is a row of one."""
+    return x.shape[-1] if x.ndim else 1
+
+
 def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """``x`` as rows of its last dimension, and the stride between rows in elements.
 
     Copies only when the rows are not evenly spaced or their elements not contiguous. Contiguous
     tensors come back in the shape they have: a kernel needs no more than the pointer and stride.
     """
-    width = x.shape[-1] if x.ndim else 1
+    width = width_of(x)
     if x.is_contiguous():
         return x, width
     rows = x.reshape(-1, width)

@@ -375,17 +375,17 @@ def apply_rotary_(
         TypeError: q is not floating point.
     """
     check_rotary(q, k, cos, sin, positions)
-    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)):
-        _rotary_in_place_op(q, k, cos, sin, positions, interleaved)
-        return q, k
-    if torch.compiler.is_compiling():
-        # In a graph PyTorch before 2.13 loses the history of a Function that works in place.
-        q_out, k_out = apply_rotary(q, k, cos, sin, positions, interleaved)
-        return q.copy_(q_out), k.copy_(k_out)
-    q, k = (
-        RotaryInPlaceFunction.apply(x, cos, sin, positions, interleaved) if x.requires_grad else x
-        for x in (q, k)
-    )
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        if torch.compiler.is_compiling():
+            # In a graph PyTorch before 2.13 loses the history of a Function that works in place.
+            q_out, k_out = apply_rotary(q, k, cos, sin, positions, interleaved)
+            return q.copy_(q_out), k.copy_(k_out)
+        q, k = (
+            RotaryInPlaceFunction.apply(x, cos, sin, positions, interleaved)
+            if x.requires_grad
+            else x
+            for x in (q, k)
+        )
     with torch.no_grad():
         _rotary_in_place_op(q, k, cos, sin, positions, interleaved)
     return q, k

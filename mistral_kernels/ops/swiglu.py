@@ -26,6 +26,7 @@ from mistral_kernels.ops.dispatch import (
     evenly_spaced,
     run_backward,
     uses_triton,
+    width_of,
 )
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
@@ -135,7 +136,7 @@ def _forward_triton(gate: Tensor, up: Tensor | None) -> Tensor:
     y = _empty_output(gate, up)
     if y.numel() == 0:
         return y
-    cols = y.shape[-1] if y.ndim else 1
+    cols = width_of(y)
     rows = y.numel() // cols
     config = launch_configs.swiglu(cols)
     gate, up, *strides = _rows(gate, up)
@@ -149,11 +150,11 @@ def _forward_triton(gate: Tensor, up: Tensor | None) -> Tensor:
 def _backward_triton(
     dy: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor | None, dup: Tensor | None
 ) -> None:
-    cols = dy.shape[-1] if dy.ndim else 1
+    cols = width_of(dy)
     rows = dy.numel() // cols
     dy, dy_stride = as_rows(dy)
-    gradient_stride = gate.shape[-1] if gate.ndim else 1
     config = launch_configs.swiglu(cols)
+    gradient_stride = width_of(gate)
     gate, up, *strides = _rows(gate, up)
     with device_guard(dy):
         _backward_kernel[_grid(rows, cols, config)](

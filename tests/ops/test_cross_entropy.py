@@ -215,8 +215,7 @@ def test_evaluation_forms_no_gradient(device):
     assert seen.largest_new == 2 * 1000  # the logits, not the 64 times 1000 of dweight
 
 
-def test_gradients_scale_with_the_loss(device, monkeypatch):
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")  # which alone has float64
+def test_gradients_scale_with_the_loss(device, torch_backend):
     inputs = make_inputs(4, 3, 5, torch.float64, device)
     targets = some_targets(4, 5, device)
     assert torch.autograd.gradcheck(

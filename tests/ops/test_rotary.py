@@ -96,8 +96,7 @@ def test_frozen_inputs_and_unused_outputs(used, frozen, backend, device):
     torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_scores_depend_on_distance_alone(device, monkeypatch):
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")  # which alone has float64
+def test_scores_depend_on_distance_alone(device, torch_backend):
     q, k, cos, sin, _ = make_inputs(torch.float64, device)
     positions = torch.arange(7, device=device).expand(2, 7)
 
