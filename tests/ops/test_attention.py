@@ -115,7 +115,9 @@ def test_windows(window, device):
 def test_a_single_key_has_weight_one(dtype, device):
     q, k, v = make_qkv(70, 70, (2, 1), 16, dtype, device).values()
     out = attention(q, k, v, sliding_window=1)
-    torch.testing.assert_close(out, v.expand_as(out), rtol=4 * torch.finfo(dtype).eps, atol=0)
+    roundings = 4 if device.type == "cuda" else 1
+    rtol = roundings * torch.finfo(dtype).eps
+    torch.testing.assert_close(out, v.expand_as(out), rtol=rtol, atol=0)
     dq, dk = torch.autograd.grad(out.sum(), (q, k))
     assert dq.abs().max() < 1e-4 and dk.abs().max() < 1e-4
 
