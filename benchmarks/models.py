@@ -55,10 +55,19 @@ class LogitsStep(DecodeStep):
 
 
 class Ours(Engine):
+    quantize: str | None = None
+
     def __init__(self, config: MistralConfig, dtype: torch.dtype, device: torch.device) -> None:
-        with device:
-            self.model = MistralForCausalLM(config).to(dtype)
-        load(self.model, config, dtype, device)
+        if device.type == "meta":
+            with device:
+                self.model = MistralForCausalLM(config).to(dtype)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            stored = weights(config, dtype, device)
+            save_hf(stored.items(), config, Path(folder, "model"), dtype=dtype)
+            self.model = MistralForCausalLM.from_pretrained(
+                Path(folder, "model"), device=device, quantize=self.quantize
+            )
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:
@@ -92,13 +101,12 @@ class Ours(Engine):
 class OursInt8(Ours):
     """With weights of 8 bits, which are for decoding on a CPU."""
 
+    quantize = "int8"
+
     def __init__(self, config: MistralConfig, dtype: torch.dtype, device: torch.device) -> None:
         if device.type != "cpu":
             raise NotImplementedError("is for CPUs")
-        with tempfile.TemporaryDirectory() as folder:
-            stored = weights(config, dtype, device)
-            save_hf(stored.items(), config, Path(folder, "model"), dtype=dtype)
-            self.model = MistralForCausalLM.from_pretrained(Path(folder, "model"), quantize="int8")
+        super().__init__(config, dtype, device)
 
     def loss(self, ids: Tensor) -> Tensor:
         raise NotImplementedError("does not train")

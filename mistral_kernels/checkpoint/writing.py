@@ -28,15 +28,16 @@ class SafetensorsWriter:
 
     safetensors' own `save_file` needs all tensors at once. Since every shape and type is known
     beforehand, the header can go first, and each tensor to its place when it comes. The format:
-    the header's length (8 bytes, little-endian), the header (JSON), the tensors without gaps.
+    the header's length (8 bytes, little-endian), the header (JSON), the tensors without gaps. Those
+    of whole pages are put first, so that each begins with one.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, spec in specs.items():
-            shape, dtype = spec
-            start, end = end, end + num_bytes(spec)
+        for name in sorted(specs, key=lambda name: num_bytes(specs[name]) % ALIGNMENT > 0):
+            shape, dtype = specs[name]
+            start, end = end, end + num_bytes(specs[name])
             header[name] = {
                 "dtype": _TYPE_NAMES[dtype],
                 "shape": list(shape),

@@ -126,7 +126,7 @@ class MistralForCausalLM(Generation, nn.Module):
         for module in self.modules():
             for name, meta in list(module.named_parameters(recurse=False)):
                 own = dtype if meta.is_floating_point() else meta.dtype
-                memory = torch.empty(meta.shape, dtype=own, device=device)
+                memory = _empty(meta.shape, own, torch.device(device))
                 setattr(module, name, nn.Parameter(memory, meta.requires_grad))
         self._tie_weights()
 
@@ -147,7 +147,7 @@ class MistralForCausalLM(Generation, nn.Module):
         """Load a raw or Hugging Face checkpoint; peak memory is the model and one tensor.
 
         On the CPU, weights that need no change (of safetensors, in the stored dtype, on boundaries
-        of 64 bytes, as `convert` and `save_pretrained` write them: all but the fused projections)
+        of pages, as `convert` and `save_pretrained` write them: all but the fused projections)
         are not copied but mapped, and read when first used. The file may be renamed, replaced or
         removed meanwhile, but not written to.
 
@@ -233,6 +233,15 @@ class MistralForCausalLM(Generation, nn.Module):
         batch, seqlen = input_ids.shape
         packing = Packing.of([seqlen] * batch, [0] * batch, input_ids.device)
         return self.lm_head(self.model(input_ids.flatten(), packing)).view(batch, seqlen, -1)
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.empty`, but that on the CPU it begins with a page: see `checkpoint.ALIGNMENT`."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = torch.empty(shape.numel() + checkpoint.ALIGNMENT // dtype.itemsize, dtype=dtype)
+    skipped = -memory.data_ptr() % checkpoint.ALIGNMENT // dtype.itemsize
+    return memory[skipped : skipped + shape.numel()].view(shape)
 
 
 def _map(stored: checkpoint.Checkpoint, name: str, parameter: nn.Parameter | None) -> bool:
