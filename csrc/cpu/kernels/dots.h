@@ -82,19 +82,19 @@ struct Rows {
 template <int kW, int kX, typename T, typename LoadW>
 INLINE void dots(LoadW load_w, Rows<T> x, int64_t size, float* products) {
   constexpr int kSize = Factor<T>::kSize;
-  Vec sums[kX * kW] = {};
+  Vec totals[kX * kW] = {};
   const auto step = [&](int64_t first, int count) __attribute__((always_inline)) {
     Factor<T> w_factors[kW];
     for (int i = 0; i < kW; ++i) w_factors[i] = load_w(i, first, count);
     for (int j = 0; j < kX; ++j) {
       const Factor<T> factor = load_factor(x.data + j * x.stride + first, count);
-      for (int i = 0; i < kW; ++i) multiply_add(w_factors[i], factor, sums[j * kW + i]);
+      for (int i = 0; i < kW; ++i) multiply_add(w_factors[i], factor, totals[j * kW + i]);
     }
   };
   int64_t first = 0;
   for (; first + kSize <= size; first += kSize) step(first, kSize);
   if (first < size) step(first, static_cast<int>(size - first));
-  for (int i = 0; i < kX * kW; ++i) products[i] = sum(sums[i]);
+  sums(totals, products);
 }
 
 // What is fetched meanwhile: for rows `begin` to `end`, what lies so many `elements` further on.

@@ -88,6 +88,35 @@ INLINE float sum(Vec x) {
 #endif
 }
 
+// results[i] = sum(x[i]), to the bit.
+template <int kCount>
+INLINE void sums(const Vec (&x)[kCount], float* results) {
+#if defined(__AVX512F__)
+  if constexpr (kCount == 16) {
+    // Halves are added, then their halves, and what two vectors leave free goes into one.
+    __m512 blocks[4], pairs[2];
+    for (int i = 0; i < 4; ++i) {
+      __m512 quarters[2];
+      for (int j = 0; j < 2; ++j) {
+        const __m512 a = x[i + 8 * j], b = x[i + 8 * j + 4];
+        quarters[j] = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+      }
+      blocks[i] = _mm512_shuffle_f32x4(quarters[0], quarters[1], 0x88) +
+                  _mm512_shuffle_f32x4(quarters[0], quarters[1], 0xdd);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const __m512 a = blocks[2 * i], b = blocks[2 * i + 1];
+      pairs[i] = _mm512_shuffle_ps(a, b, 0x44) + _mm512_shuffle_ps(a, b, 0xee);
+    }
+    const Vec all = _mm512_shuffle_ps(pairs[0], pairs[1], 0x88) +
+                    _mm512_shuffle_ps(pairs[0], pairs[1], 0xdd);
+    __builtin_memcpy(results, &all, sizeof all);
+    return;
+  }
+#endif
+  for (int i = 0; i < kCount; ++i) results[i] = sum(x[i]);
+}
+
 INLINE float max(Vec x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(x);
