@@ -9,7 +9,7 @@ namespace {
 
 // Of a tile, so that its sums and factors stay in registers.
 constexpr int kHeads = 4, kKeys = kRegisters == 32 ? 4 : 2, kVecs = kRegisters == 32 ? 4 : 2;
-constexpr int kAhead = 64;  // keys to the one fetched into the second of caches
+constexpr int kBlock = 64;  // keys, while whose turn it is as many of those after them are fetched
 
 // Of a head and a split: softmax is weights / total, weights being exp(score - max).
 struct Partial {
@@ -21,25 +21,72 @@ INLINE Partial* partial(const Decode& d, int64_t sequence, int64_t split, int64_
   return reinterpret_cast<Partial*>(d.partials + index * (2 + d.head_dim));
 }
 
-// body(first, count, slot) for positions whose slots follow one another; `first` counts from 0.
-template <typename Body>
-INLINE void for_each_run(const Decode& d, int64_t sequence, Span span, Body body) {
-  for (int64_t position = span.begin; position < span.end;) {
-    const int64_t slot = position % d.capacity, in_page = slot % d.page_size;
-    int64_t count = d.page_size - in_page;
-    if (count > span.end - position) count = span.end - position;
-    int64_t outer = d.rows ? d.rows[sequence] : sequence;
-    if (d.block_table) outer = d.block_table[sequence * d.max_pages + slot / d.page_size];
-    body(static_cast<int>(position - span.begin), static_cast<int>(count), outer, in_page);
-    position += count;
+// One split of a sequence's keys, for one kv head.
+struct Item {
+  int64_t sequence, split, kv_head;
+  Span span;
+};
+
+INLINE Item item_at(const Decode& d, int64_t index) {
+  const int64_t kv_head = index % d.num_kv_heads, split = index / d.num_kv_heads % d.splits;
+  const int64_t sequence = index / d.num_kv_heads / d.splits;
+  Span span = visible(d, sequence);
+  span.begin += split * kSplit;
+  if (span.end > span.begin + kSplit) span.end = span.begin + kSplit;
+  return {sequence, split, kv_head, span};
+}
+
+// Keys, or values, in slots that follow one another.
+template <typename T>
+struct Block {
+  Rows<T> rows;
+  int first, count;  // of the item's
+
+  // Brings part of a row into the second of caches, where the first would lose it again.
+  INLINE void fetch(int row, int64_t begin, int64_t size) const {
+    if (row >= count) return;
+    const char* from = reinterpret_cast<const char*>(rows.data + row * rows.stride + begin);
+    for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(T)); i += 64) {
+      __builtin_prefetch(from + i, 0, 2);
+    }
+  }
+};
+
+template <typename T>
+INLINE Block<T> block_at(const Decode& d, const Item& item, const void* cache,
+                         const int64_t* strides, int64_t first) {
+  const int64_t position = item.span.begin + first;
+  if (position >= item.span.end) return {};
+  const int64_t slot = position % d.capacity, in_page = slot % d.page_size;
+  int64_t count = d.page_size - in_page;
+  if (count > item.span.end - position) count = item.span.end - position;
+  if (count > kBlock) count = kBlock;
+  int64_t outer = d.rows ? d.rows[item.sequence] : item.sequence;
+  if (d.block_table) outer = d.block_table[item.sequence * d.max_pages + slot / d.page_size];
+  const T* data = static_cast<const T*>(cache) + outer * strides[0] + in_page * strides[1] +
+                  item.kv_head * strides[2];
+  return {{data, strides[1]}, static_cast<int>(first), static_cast<int>(count)};
+}
+
+// body(block, next) for all of an item's, where `next` is what will be wanted after it.
+template <typename T, typename Body>
+INLINE void for_each_block(const Decode& d, const Item& item, const void* cache,
+                           const int64_t* strides, Block<T> after, Body body) {
+  Block<T> block = block_at<T>(d, item, cache, strides, 0);
+  while (block.count > 0) {
+    const Block<T> next = block_at<T>(d, item, cache, strides, block.first + block.count);
+    body(block, next.count > 0 ? next : after);
+    block = next;
   }
 }
 
 template <int kTileKeys, int kTileHeads, typename T>
 INLINE void score_keys(const Decode& d, Rows<T> keys, Rows<T> queries, float* scores) {
   float products[kTileHeads * kTileKeys];
-  const Ahead ahead{kAhead * keys.stride, 0, kTileKeys};
-  dots<kTileKeys, kTileHeads, T>(keys, queries, d.head_dim, ahead, products);
+  const auto load_key = [&](int i, int64_t first, int count) {
+    return load_factor(keys.data + i * keys.stride + first, count);
+  };
+  dots<kTileKeys, kTileHeads, T>(load_key, queries, d.head_dim, products);
   for (int head = 0; head < kTileHeads; ++head) {
     for (int key = 0; key < kTileKeys; ++key) {
       scores[head * kSplit + key] = products[head * kTileKeys + key] * d.scale;
@@ -47,7 +94,7 @@ INLINE void score_keys(const Decode& d, Rows<T> keys, Rows<T> queries, float* sc
   }
 }
 
-// The scores of a head become weights.
+// The scores of a head become its weights, in their place.
 INLINE void weigh(float* scores, int count, Partial* result) {
   Vec largest = splat(-__builtin_inff()), total = {};
   for (int i = count; i % kLanes; ++i) scores[i] = largest[0];
@@ -61,23 +108,22 @@ INLINE void weigh(float* scores, int count, Partial* result) {
   result->total = sum(total);
 }
 
-// Adds what `count` values weigh, in kTileVecs vectors of channels, the last of `lanes`.
+// Adds what a block's values weigh, in `size` channels from `begin` on: kTileVecs vectors of them.
 template <int kTileHeads, int kTileVecs, typename T>
-INLINE void add_values(Rows<T> values, int count, const float* weights, float* sums,
-                       int64_t sums_stride, int lanes) {
+INLINE void add_values(Block<T> block, Block<T> next, int64_t begin, int size, const float* weights,
+                       float* sums, int64_t sums_stride) {
   Vec totals[kTileHeads][kTileVecs];
-  const auto lanes_of = [&](int i) { return i + 1 < kTileVecs ? kLanes : lanes; };
+  const auto lanes_of = [&](int i) { return i + 1 < kTileVecs ? kLanes : size - i * kLanes; };
   for (int head = 0; head < kTileHeads; ++head) {
     for (int i = 0; i < kTileVecs; ++i) {
       totals[head][i] = load(sums + head * sums_stride + i * kLanes, lanes_of(i));
     }
   }
-  for (int key = 0; key < count; ++key, values.data += values.stride) {
+  const T* values = block.rows.data + begin;
+  for (int key = 0; key < block.count; ++key, values += block.rows.stride) {
+    next.fetch(key, begin, size);
     Vec value[kTileVecs];
-    for (int i = 0; i < kTileVecs; ++i) {
-      value[i] = load(values.data + i * kLanes, lanes_of(i));
-      __builtin_prefetch(values.data + i * kLanes + kAhead * values.stride, 0, 2);
-    }
+    for (int i = 0; i < kTileVecs; ++i) value[i] = load(values + i * kLanes, lanes_of(i));
     for (int head = 0; head < kTileHeads; ++head) {
       const Vec weight = splat(weights[head * kSplit + key]);
       for (int i = 0; i < kTileVecs; ++i) {
@@ -92,55 +138,47 @@ INLINE void add_values(Rows<T> values, int count, const float* weights, float* s
   }
 }
 
-// One split of a sequence's keys, for query heads from `head` on, all of one kv head.
+// For query heads from `head` on, of the item's kv head. `after` are the next item's first keys.
 template <int kTileHeads, typename T>
-void attend(const Decode& d, int64_t sequence, int64_t split, int64_t head) {
-  const int64_t kv_head = head / (d.num_heads / d.num_kv_heads);
-  Span span = visible(d, sequence);
-  span.begin += split * kSplit;
-  if (span.end > span.begin + kSplit) span.end = span.begin + kSplit;
+void attend(const Decode& d, const Item& item, int64_t head, Block<T> after) {
   alignas(64) float scores[kTileHeads * kSplit];
   const Rows<T> queries = {
-      static_cast<const T*>(d.q) + sequence * d.q_strides[0] + head * d.q_strides[1],
+      static_cast<const T*>(d.q) + item.sequence * d.q_strides[0] + head * d.q_strides[1],
       d.q_strides[1]};
-  for_each_run(d, sequence, span, [&](int first, int count, int64_t outer, int64_t slot) {
-    const int64_t* strides = d.k_strides;
-    Rows<T> keys = {static_cast<const T*>(d.k_cache) + outer * strides[0] + slot * strides[1] +
-                        kv_head * strides[2],
-                    strides[1]};
+  const Block<T> values = block_at<T>(d, item, d.v_cache, d.v_strides, 0);
+  for_each_block<T>(d, item, d.k_cache, d.k_strides, values, [&](Block<T> block, Block<T> next) {
+    Rows<T> keys = block.rows;
+    float* to = scores + block.first;
     int key = 0;
-    for (; key + kKeys <= count; key += kKeys, keys.data += kKeys * keys.stride) {
-      score_keys<kKeys, kTileHeads>(d, keys, queries, scores + first + key);
+    for (; key + kKeys <= block.count; key += kKeys, keys.data += kKeys * keys.stride) {
+      for (int i = 0; i < kKeys; ++i) next.fetch(key + i, 0, d.head_dim);
+      score_keys<kKeys, kTileHeads>(d, keys, queries, to + key);
     }
-    for (; key < count; ++key, keys.data += keys.stride) {
+    for (; key < block.count; ++key, keys.data += keys.stride) {
       for (int i = 0; i < kTileHeads; ++i) {
         const Rows<T> query = {queries.data + i * queries.stride, queries.stride};
-        score_keys<1, 1>(d, keys, query, scores + i * kSplit + first + key);
+        score_keys<1, 1>(d, keys, query, to + i * kSplit + key);
       }
     }
   });
   const int64_t sums_stride = 2 + d.head_dim;
-  Partial* results = partial(d, sequence, split, head);
-  float* sums = results->weighted_values;
+  float* sums = partial(d, item.sequence, item.split, head)->weighted_values;
   for (int i = 0; i < kTileHeads; ++i) {
-    weigh(scores + i * kSplit, static_cast<int>(span.end - span.begin),
-          partial(d, sequence, split, head + i));
+    weigh(scores + i * kSplit, static_cast<int>(item.span.end - item.span.begin),
+             partial(d, item.sequence, item.split, head + i));
     __builtin_memset(sums + i * sums_stride, 0, d.head_dim * sizeof(float));
   }
-  for_each_run(d, sequence, span, [&](int first, int count, int64_t outer, int64_t slot) {
-    const int64_t* strides = d.v_strides;
-    const T* values = static_cast<const T*>(d.v_cache) + outer * strides[0] + slot * strides[1] +
-                      kv_head * strides[2];
-    const float* weights = scores + first;
-    int64_t channel = 0;
-    for (; channel + kVecs * kLanes <= d.head_dim; channel += kVecs * kLanes) {
-      add_values<kTileHeads, kVecs, T>({values + channel, strides[1]}, count, weights,
-                                       sums + channel, sums_stride, kLanes);
+  for_each_block<T>(d, item, d.v_cache, d.v_strides, after, [&](Block<T> block, Block<T> next) {
+    constexpr int kSize = kVecs * kLanes;
+    const float* weights = scores + block.first;
+    int64_t begin = 0;
+    for (; begin + kSize <= d.head_dim; begin += kSize) {
+      add_values<kTileHeads, kVecs>(block, next, begin, kSize, weights, sums + begin, sums_stride);
     }
-    for (; channel < d.head_dim; channel += kLanes) {
-      const int64_t left = d.head_dim - channel;
-      add_values<kTileHeads, 1, T>({values + channel, strides[1]}, count, weights, sums + channel,
-                                   sums_stride, left < kLanes ? static_cast<int>(left) : kLanes);
+    for (; begin < d.head_dim; begin += kLanes) {
+      const int64_t left = d.head_dim - begin;
+      add_values<kTileHeads, 1>(block, next, begin, left < kLanes ? static_cast<int>(left) : kLanes,
+                                weights, sums + begin, sums_stride);
     }
   });
 }
@@ -148,15 +186,16 @@ void attend(const Decode& d, int64_t sequence, int64_t split, int64_t head) {
 template <typename T>
 void attend_items(const Decode& d, int64_t begin, int64_t end) {
   const int64_t group = d.num_heads / d.num_kv_heads;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t kv_head = item % d.num_kv_heads, split = item / d.num_kv_heads % d.splits;
-    const int64_t sequence = item / d.num_kv_heads / d.splits;
-    const Span span = visible(d, sequence);
-    if (span.begin + split * kSplit >= span.end) continue;
-    int64_t head = kv_head * group;
+  for (int64_t i = begin; i < end; ++i) {
+    const Item item = item_at(d, i);
+    if (item.span.begin >= item.span.end) continue;
+    const Block<T> after = i + 1 < end
+                               ? block_at<T>(d, item_at(d, i + 1), d.k_cache, d.k_strides, 0)
+                               : Block<T>{};
+    int64_t head = item.kv_head * group;
     const int64_t stop = head + group;
-    for (; head + kHeads <= stop; head += kHeads) attend<kHeads, T>(d, sequence, split, head);
-    for (; head < stop; ++head) attend<1, T>(d, sequence, split, head);
+    for (; head + kHeads <= stop; head += kHeads) attend<kHeads, T>(d, item, head, after);
+    for (; head < stop; ++head) attend<1, T>(d, item, head, after);
   }
 }
 
