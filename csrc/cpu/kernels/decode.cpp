@@ -9,7 +9,7 @@ namespace {
 
 // Of a tile, so that its sums and factors stay in registers.
 constexpr int kHeads = 4, kKeys = kRegisters == 32 ? 4 : 2, kVecs = kRegisters == 32 ? 4 : 2;
-constexpr int kBlock = 64;  // keys, while whose turn it is as many of those after them are fetched
+constexpr int kBlock = 64, kSoon = 12;  // keys
 
 // Of a head and a split: softmax is weights / total, weights being exp(score - max).
 struct Partial {
@@ -68,6 +68,14 @@ INLINE Block<T> block_at(const Decode& d, const Item& item, const void* cache,
   return {{data, strides[1]}, static_cast<int>(first), static_cast<int>(count)};
 }
 
+// While it is a key's turn: its like of the block after, and once more what comes soon, since
+// processors forget what is asked for faster than memory sends it.
+template <typename T>
+INLINE void fetch_ahead(Block<T> block, Block<T> next, int key, int64_t begin, int64_t size) {
+  next.fetch(key, begin, size);
+  block.fetch(key + kSoon, begin, size);
+}
+
 // body(block, next) for all of an item's, where `next` is what will be wanted after it.
 template <typename T, typename Body>
 INLINE void for_each_block(const Decode& d, const Item& item, const void* cache,
@@ -121,7 +129,7 @@ INLINE void add_values(Block<T> block, Block<T> next, int64_t begin, int size, c
   }
   const T* values = block.rows.data + begin;
   for (int key = 0; key < block.count; ++key, values += block.rows.stride) {
-    next.fetch(key, begin, size);
+    fetch_ahead(block, next, key, begin, size);
     Vec value[kTileVecs];
     for (int i = 0; i < kTileVecs; ++i) value[i] = load(values + i * kLanes, lanes_of(i));
     for (int head = 0; head < kTileHeads; ++head) {
@@ -151,7 +159,7 @@ void attend(const Decode& d, const Item& item, int64_t head, Block<T> after) {
     float* to = scores + block.first;
     int key = 0;
     for (; key + kKeys <= block.count; key += kKeys, keys.data += kKeys * keys.stride) {
-      for (int i = 0; i < kKeys; ++i) next.fetch(key + i, 0, d.head_dim);
+      for (int i = 0; i < kKeys; ++i) fetch_ahead(block, next, key + i, 0, d.head_dim);
       score_keys<kKeys, kTileHeads>(d, keys, queries, to + key);
     }
     for (; key < block.count; ++key, keys.data += keys.stride) {

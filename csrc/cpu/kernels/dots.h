@@ -97,23 +97,5 @@ INLINE void dots(LoadW load_w, Rows<T> x, int64_t size, float* products) {
   sums(totals, products);
 }
 
-// What is fetched meanwhile: for rows `begin` to `end`, what lies so many `elements` further on.
-struct Ahead {
-  int64_t elements;
-  int begin, end;
-};
-
-// The same of rows in memory. What is fetched `ahead` goes into the second of caches: in the first,
-// rows that lie a power of 2 apart would drive each other out.
-template <int kW, int kX, typename T>
-INLINE void dots(Rows<T> w, Rows<T> x, int64_t size, Ahead ahead, float* products) {
-  const auto load_w = [&](int i, int64_t first, int count) {
-    const T* from = w.data + i * w.stride + first;
-    if (ahead.begin <= i && i < ahead.end) __builtin_prefetch(from + ahead.elements, 0, 2);
-    return load_factor(from, count);
-  };
-  dots<kW, kX, T>(load_w, x, size, products);
-}
-
 }  // namespace
 }  // namespace kernels::INSTRUCTION_SET

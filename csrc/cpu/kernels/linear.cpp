@@ -9,17 +9,27 @@ namespace {
 
 // Of a tile, so that its sums and factors stay in registers, of which AVX-512 and NEON have 32.
 constexpr int kRows = kRegisters == 32 ? 4 : 2;
-static_assert(kTileOuts <= kLanes);
 
 // Products of a weight in x's dtype.
 template <int kOuts, int kTileRows, typename T>
 INLINE void products_of(const T* weight, const Linear& l, int64_t row, Rows<T> x, char*,
                         float* products) {
-  // Of the next tile, a share as large as that of the rows: what memory sends meanwhile lasts from
-  // the first rows to the last.
+  // Of the tiles that follow, a share as large as that of the rows is fetched meanwhile, into the
+  // second of caches: what memory sends lasts from the first rows to the last. Processors forget
+  // what is asked for faster than memory sends it, so that with more rows all is asked for again.
+  constexpr int kTilesAhead = kOuts < 8 ? 3 : 1;
   const auto share = [&](int64_t end) { return static_cast<int>(kOuts * end / l.rows); };
-  const Ahead ahead{kOuts * l.weight_stride, share(row), share(row + kTileRows)};
-  dots<kOuts, kTileRows, T>({weight, l.weight_stride}, x, l.in_features, ahead, products);
+  const int begin = share(row), end = share(row + kTileRows);
+  const auto load_weight = [&](int i, int64_t first, int count) {
+    const T* from = weight + i * l.weight_stride + first;
+    if (begin <= i && i < end) {
+      for (int tile = 1; tile <= kTilesAhead; ++tile) {
+        __builtin_prefetch(from + tile * kOuts * l.weight_stride, 0, 2);
+      }
+    }
+    return load_factor(from, count);
+  };
+  dots<kOuts, kTileRows, T>(load_weight, x, l.in_features, products);
 }
 
 // Of int8, which the first rows widen: with `scratch`, for those after them too.
@@ -49,6 +59,7 @@ template <int kOuts, int kTileRows, typename T, typename W>
 void tile(const Linear& l, char* scratch, int64_t row, int64_t out) {
   const W* weight = static_cast<const W*>(l.weight) + out * l.weight_stride;
   const T* x = static_cast<const T*>(l.x) + row * l.x_stride;
+  static_assert(kOuts <= kLanes);
   float products[kTileRows * kOuts];
   products_of<kOuts, kTileRows>(weight, l, row, Rows<T>{x, l.x_stride}, scratch, products);
   for (int j = 0; j < kTileRows; ++j) {
