@@ -170,11 +170,12 @@ def test_the_logits_never_exist(device):
 
 
 @pytest.mark.slow
-def test_as_accurate_as_eager_at_full_size(device):
-    inputs = make_inputs(*FULL_SIZE, torch.float32, device)
+def test_as_accurate_as_eager_at_full_width(device):
+    tokens, hidden, vocab = FULL_SIZE[0] // 4, *FULL_SIZE[1:]
+    inputs = make_inputs(tokens, hidden, vocab, torch.float32, device)
     with torch.no_grad():
         inputs["weight"] /= 32  # logits of unit size, as a model's
-    assert_matches(inputs, torch.randint(FULL_SIZE[2], FULL_SIZE[:1], device=device))
+    assert_matches(inputs, torch.randint(vocab, (tokens,), device=device))
 
 
 @pytest.mark.slow
@@ -364,7 +365,8 @@ def test_no_races(triton_backend, device):
 def test_compile_matrix(vocab, target, monkeypatch):
     """Within the target's registers, with the launch parameters chosen for it."""
     monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
-    for dtype in TARGETS[target].dtypes():
+    # Of the short types one: they take as many registers.
+    for dtype in (torch.float32, TARGETS[target].dtypes()[-1]):
         for softcap in (0.0, 30.0):
             with compile_only(target) as kernels:
                 inputs = make_inputs(3, 8, vocab, dtype, torch.device("cpu"))

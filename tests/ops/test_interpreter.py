@@ -23,16 +23,12 @@ FILES = [
     and KERNELS.search(path.read_text())
     and path.parent == Path(__file__).parent  # elsewhere they are run compiled, or are slow
 ]
-AT_ONCE = "test_decode_kernels.py"  # the others are slow
 NO_TESTS = 5  # as if all of a file's kernels are slow
 
 
-def marks(file):
-    return [] if file.endswith(AT_ONCE) else [pytest.mark.slow]
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already interpreting")
-@pytest.mark.parametrize("file", [pytest.param(file, marks=marks(file)) for file in FILES])
+@pytest.mark.parametrize("file", FILES)
 def test_kernels_in_the_interpreter(file, request):
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist"]

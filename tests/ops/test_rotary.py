@@ -399,7 +399,8 @@ def test_in_place_without_races(head_dim, interleaved, triton_backend, device):
 def test_compile_matrix(interleaved, target, monkeypatch):
     """Within the target's registers, with the launch parameters chosen for it."""
     monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
-    for dtype in TARGETS[target].dtypes():
+    # Of the short types one: they take as many registers.
+    for dtype in (torch.float32, TARGETS[target].dtypes()[-1]):
         with compile_only(target) as kernels:
             q, k, *rest = make_inputs(dtype, torch.device("cpu"), 128)
             outs = apply_rotary(q, k, *rest, interleaved)

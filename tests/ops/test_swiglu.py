@@ -190,7 +190,8 @@ def test_no_races(fused, triton_backend, device):
 def test_compile_matrix(cols, target, monkeypatch):
     """Within the target's registers, with the launch parameters chosen for it."""
     monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
-    for dtype in TARGETS[target].dtypes():
+    # Of the short types one: they take as many registers.
+    for dtype in (torch.float32, TARGETS[target].dtypes()[-1]):
         with compile_only(target) as kernels:
             for fused in (False, True):
                 y = swiglu(**make_inputs((65, cols), dtype, torch.device("cpu"), fused))
