@@ -143,7 +143,8 @@ def build(device_type: str, library: Path, architectures: str = "") -> None:
     library = library.absolute()
     library.parent.mkdir(parents=True, exist_ok=True)
     print(
-        f"mistral_kernels: compiling the {device_type} operators, this once, into {library.parent}",
+        f"mistral_kernels: compiling the {device_type} operators, once, for about a minute, "
+        f"into {library.parent}",
         file=sys.stderr,
     )
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".building-") as folder:
