@@ -42,7 +42,15 @@ void norm_row(const RMSNorm& r, int64_t row) {
   if (r.rstd) r.rstd[row] = rstd;
   const T* weight = static_cast<const T*>(r.weight);
   T* y = static_cast<T*>(r.y) + row * r.hidden;
+  // Memory is idle meanwhile: it sends what the next row is read from and written to.
+  const T *next = x + r.x_stride, *next_residual = next;
+  if (r.residual) {
+    next_residual = static_cast<const T*>(r.residual) + (row + 1) * r.residual_stride;
+  }
   for_each_vector(r.hidden, [&](int64_t i, int lanes) {
+    __builtin_prefetch(next + i, 0, 2);
+    if (r.residual) __builtin_prefetch(next_residual + i, 0, 2);
+    __builtin_prefetch(y + r.hidden + i, 1, 2);
     store(y + i, rounded<T>(load(h + i, lanes) * rstd) * load(weight + i, lanes), lanes);
   });
 }
