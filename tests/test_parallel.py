@@ -365,9 +365,9 @@ def test_ctrl_c_ends_all_ranks() -> None:
     assert len(head) == 20 and main.code == other.code == 130, (main, other)
     assert main.err.endswith("\ninterrupted\n") and "Traceback" not in main.err
     assert "on rank 0 of 2" in main.err
-    # But for PyTorch's word of a collective that was cut off, if one was.
-    assert other.out == "" and (not other.err or "unwaited collective" in other.err)
-    assert "Traceback" not in other.err and "interrupted" not in other.err
+    # PyTorch warns of a collective that was cut off, if one was.
+    warning = r"\[W.*? ProcessGroup\.cpp:\d+\] Warning: .*?\(function ~WorkRegistry\)\n"
+    assert (other.out, re.sub(warning, "", other.err, flags=re.DOTALL)) == ("", "")
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ def test_what_is_mapped(folder: Path) -> None:
     model = MistralForCausalLM.from_pretrained(folder)
     down = "model.layers.0.mlp.down_proj.weight"
     assert mapped(model) == {"model.embed_tokens.weight", "lm_head.weight", down}
+    assert all(x.data_ptr() % ALIGNMENT == 0 for x in model.parameters())
     stored = load_file(folder / "model.safetensors")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, stored[name]), name
