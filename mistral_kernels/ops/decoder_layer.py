@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops import extension
-from mistral_kernels.ops.dispatch import uses_triton
+from mistral_kernels.ops.dispatch import direct_cpu_operators
 from mistral_kernels.ops.linear import KERNEL_ROWS
 
 
@@ -45,14 +45,10 @@ def serves(x: Tensor, head_dim: int) -> bool:
     Otherwise their operators have to be called one by one.
     """
     return (
-        x.is_cpu
-        and x.shape[0] <= KERNEL_ROWS
+        x.shape[0] <= KERNEL_ROWS
         and head_dim % 8 == 0
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and not uses_triton(x)
-        and extension.cpu_operators(x) is not None
+        and not torch.is_grad_enabled()  # of the weights, too
+        and direct_cpu_operators(x) is not None
     )
 
 

@@ -17,8 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mistral_kernels.ops import extension
+
 BACKEND_VARIABLE = "MISTRAL_KERNELS_BACKEND"
 _NO_GUARD = contextlib.nullcontext()
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # not their subclasses, which have ways of their own
 
 
 class Backend(NamedTuple):
@@ -51,6 +54,28 @@ def uses_triton(x: torch.Tensor) -> bool:
     """True when the Triton backend serves ``x``."""
     device_type = "cpu" if x.is_cpu else x.device.type  # the first is the quicker to ask for
     return _choose(device_type, os.environ.get(BACKEND_VARIABLE, "auto")).name == "triton"
+
+
+def direct_cpu_operators(x: torch.Tensor, *others: torch.Tensor | None) -> Any | None:
+    """csrc's operators where these tensors may go to them straight; None: only by PyTorch's way.
+
+    On that way lie gradients, autocast, tracing, functorch's transforms and subclasses of tensors.
+    It leads into Python once more, which takes a call that finds the caches cold a tenth of a
+    millisecond.
+    """
+    if (
+        not x.is_cpu
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled("cpu")
+        or uses_triton(x)
+    ):
+        return None
+    wanted = torch.is_grad_enabled()
+    for tensor in (x, *others):
+        if tensor is not None and (type(tensor) not in _PLAIN or (wanted and tensor.requires_grad)):
+            return None
+    return extension.cpu_operators(x)
 
 
 @functools.cache  # exceptions are not cached: a remedy takes effect at the next call

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mistral_kernels.ops import extension
-from mistral_kernels.ops.dispatch import uses_triton
+from mistral_kernels.ops.dispatch import direct_cpu_operators
 
 # Up to how many rows of x the kernel serves: on Zen 4 (AVX-512 BF16) it is as fast as PyTorch at 64
 # in bfloat16, and still faster in float32 and float16. Other processors' products may be better.
@@ -23,8 +22,6 @@ KERNEL_ROWS = 32
 # Up to how many rows of x blocks are faster (measured on two Zen 4 cores): a weight with more
 # outputs than inputs gains for longer.
 _FEW_ROWS, _FEW_ROWS_WIDE = 32, 512
-
-_PLAIN = (Tensor, nn.Parameter)  # not their subclasses, which have products of their own
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -34,12 +31,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     if not x.is_cpu or torch.compiler.is_compiling():
         return F.linear(x, weight)
-    if x.shape[0] <= KERNEL_ROWS and _kernel_serves(x, weight):
-        operators = extension.cpu_operators(x)
-        if operators is not None:
-            y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-            operators.linear.default(x, weight, y)
-            return y
+    if (
+        x.shape[0] <= KERNEL_ROWS
+        and x.dtype == weight.dtype
+        and x.stride(-1) == weight.stride(-1) == 1
+        and (operators := direct_cpu_operators(x, weight))
+    ):
+        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+        operators.linear.default(x, weight, y)
+        return y
     threads = torch.get_num_threads()
     blocks = 2 * threads
     out_features, in_features = weight.shape
@@ -52,15 +52,3 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         parts = x @ weight.unflatten(0, (blocks, -1)).mT  # (blocks, rows, out_features / blocks)
         return parts.transpose(0, 1).flatten(1)
     return F.linear(x, weight)
-
-
-def _kernel_serves(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.dtype == weight.dtype
-        and x.stride(-1) == weight.stride(-1) == 1
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and not torch.is_autocast_enabled("cpu")
-        and not uses_triton(x)
-    )

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_kernels.ops import extension
-from mistral_kernels.ops.dispatch import uses_triton
+from mistral_kernels.ops.dispatch import direct_cpu_operators
 
 # Up to how many rows of x the kernel serves: on Zen 4 (AVX-512 BF16) it is faster up to 256, but
 # other processors' products may be better.
@@ -61,12 +60,14 @@ def linear_int8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         NotImplementedError: x is not on the CPU, or wants a gradient.
     """
     _check(x, weight, scales)
-    if x.shape[0] <= _KERNEL_ROWS and _kernel_serves(x, weight):
-        operators = extension.cpu_operators(x)
-        if operators is not None:
-            y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-            operators.linear_int8.default(x, weight, scales, y)
-            return y
+    if (
+        x.shape[0] <= _KERNEL_ROWS
+        and x.stride(-1) == weight.stride(-1) == 1
+        and (operators := direct_cpu_operators(x, weight, scales))
+    ):
+        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+        operators.linear_int8.default(x, weight, scales, y)
+        return y
     rows = max(1, _BLOCK // max(1, weight.shape[1]))
     blocks = zip(weight.split(rows), scales.split(rows))
     return torch.cat([F.linear(x, _dequantized(*block, x.dtype)) for block in blocks], dim=1)
@@ -75,16 +76,6 @@ def linear_int8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
 def _dequantized(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
     return weight.to(wide).mul_(scales.to(wide)[:, None]).to(dtype)
-
-
-def _kernel_serves(x: Tensor, weight: Tensor) -> bool:
-    return (
-        type(x) is Tensor
-        and x.stride(-1) == weight.stride(-1) == 1
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and not uses_triton(x)
-    )
 
 
 def _check(x: Tensor, weight: Tensor, scales: Tensor) -> None:

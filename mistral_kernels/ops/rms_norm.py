@@ -30,6 +30,7 @@ from mistral_kernels.ops.dispatch import (
     as_rows,
     device_guard,
     device_properties,
+    direct_cpu_operators,
     evenly_spaced,
     run_backward,
     uses_triton,
@@ -392,13 +393,18 @@ def rms_norm(
         ValueError: a shape does not fit ``x``, or a tensor is on another device.
     """
     _check(x, weight, residual)
-    if torch.is_grad_enabled() and (
+    if operators := direct_cpu_operators(x, weight, residual):
+        y, h, _ = _forward_csrc(operators, x, weight, residual, eps, False)
+    elif torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
     ):
         y, h = RMSNormFunction.apply(x, weight, residual, eps)
     else:
         y, h, _ = _forward_op(x, weight, residual, eps, False)
-    return y if residual is None else (y, h)
+    if residual is None:
+        return y
+    assert h is not None
+    return y, h
 
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:

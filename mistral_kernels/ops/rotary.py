@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops import extension, launch_configs
-from mistral_kernels.ops.dispatch import device_guard, uses_triton, with_unit_stride
+from mistral_kernels.ops.dispatch import (
+    device_guard,
+    direct_cpu_operators,
+    uses_triton,
+    with_unit_stride,
+)
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
 from mistral_kernels.ops.rotary_arguments import by_token, check_memory, check_rotary
@@ -347,7 +352,12 @@ def apply_rotary(
         TypeError: q is not floating point.
     """
     check_rotary(q, k, cos, sin, positions)
-    q_out, k_out = _turned(q, k, cos, sin, positions, interleaved, False)
+    args = cos, sin, positions, interleaved, False
+    if operators := direct_cpu_operators(q, k, cos, sin, positions):
+        q_out, k_out = outputs = _empty_outputs(q, k)
+        _rotate_csrc(operators, q, k, outputs, Turn(*args))
+    else:
+        q_out, k_out = _turned(q, k, *args)
     assert q_out is not None and k_out is not None
     return q_out, k_out
 

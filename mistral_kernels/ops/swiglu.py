@@ -23,6 +23,7 @@ from mistral_kernels.ops import extension, launch_configs
 from mistral_kernels.ops.dispatch import (
     as_rows,
     device_guard,
+    direct_cpu_operators,
     evenly_spaced,
     run_backward,
     uses_triton,
@@ -281,6 +282,8 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         raise ValueError(f"up must have gate's dtype {gate.dtype}, got {up.dtype}")
     elif gate.device != up.device:
         raise ValueError(f"up must be on {gate.device} like gate, got {up.device}")
+    if operators := direct_cpu_operators(gate, up):
+        return _forward_csrc(operators, gate, up)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gate, up)):
         return SwiGLUFunction.apply(gate, up)
     return _forward_op(gate, up)

@@ -123,6 +123,28 @@ def test_any_number_of_threads(dtype, operators):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_without_gradients(dtype, operators):
+    """Then csrc is called past PyTorch's dispatcher, to the same bits, with any strides."""
+    wide = torch.randn(2, 5, 3, 44).to(dtype)
+    x, residual = wide[..., :20], wide[..., 20:40]
+    weight = torch.randn(20).to(dtype)
+    tables, positions = rotary_tables(9, 20, 1e4), torch.randint(9, (2, 5))
+    functions = {
+        "rms_norm": lambda x, residual: rms_norm(x, weight, residual=residual),
+        "rms_norm alone": lambda x, residual: rms_norm(x, weight),
+        "swiglu": swiglu,
+        "swiglu of one": lambda x, residual: swiglu(x),
+        "rotary": lambda x, residual: rotary.apply_rotary(x, residual, *tables, positions),
+    }
+    for name, function in functions.items():
+        expected = results(function, (x.clone().requires_grad_(), residual))
+        for arguments in ((x, residual), (x.contiguous(), residual.contiguous())):
+            actual = results(function, arguments)
+            assert all(map(torch.equal, actual, expected)), name
+            assert all(y.is_contiguous() and not y.requires_grad for y in actual), name
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_rows_are_independent(dtype, operators):
     """Alone or in any batch, a row becomes the same bits. (dweight is a sum of all.)"""
     inputs = calls(dtype)

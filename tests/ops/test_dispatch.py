@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import TARGETS, compile_only
 
-from mistral_kernels.ops import dispatch
+from mistral_kernels.ops import dispatch, extension
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -68,6 +68,39 @@ def test_triton_on_cpu_tensors_by_a_driver(monkeypatch):
     with compile_only("sm_90"):
         reason = choose(monkeypatch, "triton", CPU).reason
     assert "Triton's active driver runs compiled kernels on cpu tensors" in reason
+
+
+def test_what_goes_to_csrc_straight(monkeypatch):
+    """Only what nothing of PyTorch's has to see on its way."""
+    operators = extension.load("cpu")
+    if operators is None:
+        pytest.skip(extension.status("cpu"))
+    x = torch.randn(3, 4)
+    learned, subclass = torch.nn.Parameter(x), x.as_subclass(_Subclass)
+    direct = dispatch.direct_cpu_operators
+    assert direct(x) is direct(x, None, x) is operators
+    for other in (learned, subclass):
+        assert direct(x, None, other) is direct(other, x) is None
+    with torch.no_grad():
+        assert direct(x, learned) is operators
+        assert direct(x, subclass) is None
+    assert direct(x.double()) is direct(x.to("meta")) is None
+    with torch.autocast("cpu"):
+        assert direct(x) is None
+    inside = []
+    torch.func.vmap(lambda row: (inside.append(direct(row)), row)[1])(x)
+    assert inside == [None]
+    traced = torch.compile(lambda x: x + (direct(x) is None), backend="eager", fullgraph=True)
+    assert torch.equal(traced(x), x + 1)
+    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
+    assert direct(x) is operators
+    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    with compile_only("sm_90"):
+        assert direct(x) is None
+
+
+class _Subclass(torch.Tensor):
+    pass
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -63,6 +63,8 @@ def test_what_the_kernel_leaves_to_pytorch(kernel_rows):
         assert linear(x, weight).dtype == torch.bfloat16
     with pytest.raises(RuntimeError, match="dtype"):
         linear(x, weight.bfloat16())
+    batched = torch.func.vmap(linear, in_dims=(0, None))(x[:, None], weight)
+    assert_as_accurate(batched[:, 0], F.linear(x, weight), x.double() @ weight.double().T, "y")
     compiled = torch.compile(linear, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, weight), F.linear(x, weight))
     assert not kernel_rows

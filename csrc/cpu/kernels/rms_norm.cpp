@@ -19,38 +19,39 @@ INLINE float sum_of(int64_t size, Term term) {
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+// Each pass fetches what is not at hand yet, and no more than memory can send meanwhile: the first,
+// where y goes; the second, what the next row is read from.
 template <typename T>
 void norm_row(const RMSNorm& r, int64_t row) {
-  const T *x = static_cast<const T*>(r.x) + row * r.x_stride, *h = x;
+  const int64_t hidden = r.hidden;
+  const T *x = static_cast<const T*>(r.x) + row * r.x_stride, *next = x + r.x_stride;
+  const T *h = x, *next_residual = nullptr;
+  T* y = static_cast<T*>(r.y) + row * hidden;
   float squares;
   if (r.residual) {
     const T* residual = static_cast<const T*>(r.residual) + row * r.residual_stride;
-    T* sums = static_cast<T*>(r.h) + row * r.hidden;
+    next_residual = residual + r.residual_stride;
+    T* sums = static_cast<T*>(r.h) + row * hidden;
     h = sums;
-    squares = sum_of(r.hidden, [&](int64_t i, int lanes) {
-      const Vec z = rounded<T>(load(x + i, lanes) + load(residual + i, lanes));
-      store(sums + i, z, lanes);
+    squares = sum_of(hidden, [&](int64_t i, int lanes) {
+      __builtin_prefetch(y + i, 1, 2);
+      store(sums + i, load(x + i, lanes) + load(residual + i, lanes), lanes);
+      const Vec z = load(sums + i, lanes);
       return z * z;
     });
   } else {
-    squares = sum_of(r.hidden, [&](int64_t i, int lanes) {
+    squares = sum_of(hidden, [&](int64_t i, int lanes) {
+      __builtin_prefetch(y + i, 1, 2);
       const Vec z = load(x + i, lanes);
       return z * z;
     });
   }
-  const float rstd = 1.0f / __builtin_sqrtf(squares / r.hidden + r.eps);
+  const float rstd = 1.0f / __builtin_sqrtf(squares / hidden + r.eps);
   if (r.rstd) r.rstd[row] = rstd;
   const T* weight = static_cast<const T*>(r.weight);
-  T* y = static_cast<T*>(r.y) + row * r.hidden;
-  // Memory is idle meanwhile: it sends what the next row is read from and written to.
-  const T *next = x + r.x_stride, *next_residual = next;
-  if (r.residual) {
-    next_residual = static_cast<const T*>(r.residual) + (row + 1) * r.residual_stride;
-  }
-  for_each_vector(r.hidden, [&](int64_t i, int lanes) {
+  for_each_vector(hidden, [&](int64_t i, int lanes) {
     __builtin_prefetch(next + i, 0, 2);
-    if (r.residual) __builtin_prefetch(next_residual + i, 0, 2);
-    __builtin_prefetch(y + r.hidden + i, 1, 2);
+    if (next_residual) __builtin_prefetch(next_residual + i, 0, 2);
     store(y + i, rounded<T>(load(h + i, lanes) * rstd) * load(weight + i, lanes), lanes);
   });
 }
