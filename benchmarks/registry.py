@@ -225,13 +225,8 @@ class TensorOperator(Operator):
     def prepare(self, provider: str, case: Case, device: torch.device) -> Prepared:
         run = functools.partial(self.runs[provider], case)
         copies = self._copies(case, device)
-        if case.direction == "forward":
-
-            @torch.no_grad()
-            def forward(inputs: Inputs) -> object:
-                return run(**inputs)
-
-            return lambda turn: functools.partial(forward, copies[turn % len(copies)])
+        if case.direction == "forward":  # no input has a gradient
+            return lambda turn: functools.partial(run, **copies[turn % len(copies)])
 
         def backward(turn: int) -> Callable[[], object]:
             inputs = copies[turn % len(copies)]

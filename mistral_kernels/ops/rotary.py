@@ -25,7 +25,12 @@ from mistral_kernels.ops.dispatch import (
 )
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
-from mistral_kernels.ops.rotary_arguments import by_token, check_memory, check_rotary
+from mistral_kernels.ops.rotary_arguments import (
+    by_token,
+    check_memory,
+    check_positions,
+    check_rotary,
+)
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -355,8 +360,13 @@ def apply_rotary(
     args = cos, sin, positions, interleaved, False
     if operators := direct_cpu_operators(q, k, cos, sin, positions):
         q_out, k_out = outputs = _empty_outputs(q, k)
-        _rotate_csrc(operators, q, k, outputs, Turn(*args))
+        try:
+            _rotate_csrc(operators, q, k, outputs, Turn(*args))
+        except RuntimeError:  # csrc looks at positions itself, which need not be done twice
+            check_positions(positions, len(cos))
+            raise
     else:
+        check_positions(positions, len(cos))
         q_out, k_out = _turned(q, k, *args)
     assert q_out is not None and k_out is not None
     return q_out, k_out
@@ -385,6 +395,7 @@ def apply_rotary_(
         TypeError: q is not floating point.
     """
     check_rotary(q, k, cos, sin, positions)
+    check_positions(positions, len(cos))
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         if torch.compiler.is_compiling():
             # In a graph PyTorch before 2.13 loses the history of a Function that works in place.

@@ -9,7 +9,7 @@ from mistral_kernels.ops.dispatch import with_unit_stride
 
 
 def check_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-    """Raises unless these are arguments of `apply_rotary`."""
+    """Raises unless these are arguments of `apply_rotary`; positions it does not look into."""
     if q.ndim < 2:
         raise ValueError(f"q must be (..., num_heads, head_dim), got {tuple(q.shape)}")
     if not q.is_floating_point():
@@ -38,7 +38,13 @@ def check_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tens
     for name, x in (("k", k), ("cos", cos), ("sin", sin), ("positions", positions)):
         if x.device != device:
             raise ValueError(f"{name} must be on {device} like q, got {x.device}")
-    # On a GPU the look would wait for it; tracing cannot branch on it.
+
+
+def check_positions(positions: Tensor, num_positions: int) -> None:
+    """Raises unless they lie in the tables, where there is a look at no cost.
+
+    On a GPU it would have to be waited for, and tracing cannot branch on it.
+    """
     if positions.is_cpu and positions.numel() and not torch.compiler.is_compiling():
         lowest, highest = (x.item() for x in positions.aminmax())
         if lowest < 0 or highest >= num_positions:

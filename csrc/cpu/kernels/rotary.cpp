@@ -8,6 +8,7 @@ namespace kernels::INSTRUCTION_SET {
 namespace {
 
 constexpr int kBlock = 256;  // numbers of x, whose angles are at hand for all heads
+constexpr int kAhead = 16;   // heads, after which those come that are being fetched
 
 // Of one token: cosines and sines of pairs, or interleaved: what a number and its partner in the
 // pair are multiplied by.
@@ -30,9 +31,15 @@ void turn_heads(const Turned& t, int64_t token, int64_t first, int count, int64_
     T* out = static_cast<T*>(t.out) + token * t.out_token_stride + head * t.out_head_stride;
     x += first;
     out += first;
+    const T* next = x + kAhead * t.x_head_stride;
+    T* next_out = out + kAhead * t.out_head_stride;
     for_each_vector(count, [&](int64_t i, int lanes) {
+      __builtin_prefetch(next + i, 0, 2);
+      __builtin_prefetch(next_out + i, 1, 2);
       const Vec cos = load(angles.cos + i), sin = load(angles.sin + i), a = load(x + i, lanes);
       if (half) {
+        __builtin_prefetch(next + half + i, 0, 2);
+        __builtin_prefetch(next_out + half + i, 1, 2);
         const Vec b = load(x + half + i, lanes);
         store(out + i, a * cos - b * sin, lanes);
         store(out + half + i, b * cos + a * sin, lanes);
