@@ -12,7 +12,7 @@ from attention_cases import OPTIONS, WINDOW, definition_of, eager, freeze, make_
 from helpers import assert_matches_reference, values_and_gradients
 
 from mistral_kernels.ops import extension, reference
-from mistral_kernels.ops.attention import attention, cpu, packed
+from mistral_kernels.ops.attention import attention, bands, packed
 
 HALF = torch.bfloat16, torch.float16
 DTYPES = (torch.float32, *HALF, torch.float64)
@@ -23,7 +23,7 @@ def served_by(request, monkeypatch):
     """Who serves the forward pass on the torch backend."""
     monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
     if request.param == "PyTorch":
-        monkeypatch.setattr(cpu, "cpu_operators", lambda x: None)
+        monkeypatch.setattr(bands, "cpu_operators", lambda x: None)
     elif extension.load("cpu") is None:
         pytest.skip(extension.status("cpu"))
     return request.param
@@ -97,7 +97,7 @@ def test_lengths_about_the_window(seqlen, dtype, device):
 @pytest.mark.parametrize("options", ["causal", "window"])
 def test_triangle_and_bands(options, triangle_rows, device, monkeypatch):
     """Both ways to the rows that the window's left edge does not reach, at whatever length."""
-    monkeypatch.setattr(cpu, "_TRIANGLE_ROWS", triangle_rows)
+    monkeypatch.setattr(bands, "_TRIANGLE_ROWS", triangle_rows)
     for seqlen in (70, 131, 200):
         inputs = make_qkv(seqlen, seqlen, (4, 2), 32, torch.float32, device)
         assert_matches(inputs, **OPTIONS[options])
@@ -143,8 +143,8 @@ def test_log_sum_exp(options, dtype, device):
 @pytest.mark.parametrize("options", ["causal", "full", "window"])
 def test_many_rows_add_to_one_key(options, dtype, device, monkeypatch):
     """A key's gradient is a long sum, formed in float32: in half precision this test fails."""
-    monkeypatch.setattr(cpu, "_BAND_ROWS", 4)
-    monkeypatch.setattr(cpu, "_TRIANGLE_ROWS", 1)
+    monkeypatch.setattr(bands, "_BAND_ROWS", 4)
+    monkeypatch.setattr(bands, "_TRIANGLE_ROWS", 1)
     seqlen = 1500 if options == "causal" else 500
     inputs = make_qkv(seqlen, seqlen, (1, 1), 8, dtype, device, batch=1)
     definition = {"causal": True, "window_size": (WINDOW - 1, 0)} if options == "window" else {}
@@ -282,7 +282,7 @@ def test_blocks_out_of_sight_are_never_read(dtype):
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided-heads"])
 @pytest.mark.parametrize("triangle_rows", [1, 10_000], ids=["triangle", "bands"])
 def test_no_square_without_a_window(triangle_rows, contiguous, dtype, device, monkeypatch):
-    monkeypatch.setattr(cpu, "_TRIANGLE_ROWS", triangle_rows)
+    monkeypatch.setattr(bands, "_TRIANGLE_ROWS", triangle_rows)
     q, k, v = make_qkv(2000, 2000, (4, 2), 64, dtype, device, batch=1).values()
     if not contiguous:
         q, k, v = (torch.stack((x, x), dim=-1).detach()[..., 0] for x in (q, k, v))

@@ -14,7 +14,7 @@ from mistral_kernels.ops import extension
 from mistral_kernels.ops.attention.cache_torch import attend_in_pieces
 from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.cached import attend_cached
-from mistral_kernels.ops.attention.cpu import Scoring
+from mistral_kernels.ops.attention.scoring import Scoring
 from mistral_kernels.ops.attention.window import Window
 
 

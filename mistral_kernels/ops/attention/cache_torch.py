@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_kernels.ops.attention.cache_view import CacheView
-from mistral_kernels.ops.attention.cpu import Scoring
 from mistral_kernels.ops.attention.op import attend
+from mistral_kernels.ops.attention.scoring import Scoring
 from mistral_kernels.ops.attention.window import keys_of_rows, visible
 
 

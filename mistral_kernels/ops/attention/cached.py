@@ -15,7 +15,7 @@ from mistral_kernels.ops import extension
 from mistral_kernels.ops.attention import decode
 from mistral_kernels.ops.attention.cache_torch import attend_in_pieces, is_decode_step
 from mistral_kernels.ops.attention.cache_view import CacheView
-from mistral_kernels.ops.attention.cpu import Scoring
+from mistral_kernels.ops.attention.scoring import Scoring
 from mistral_kernels.ops.attention.window import Window
 from mistral_kernels.ops.dispatch import uses_triton, with_unit_stride
 

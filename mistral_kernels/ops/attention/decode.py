@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops.attention.cache_view import CacheView
-from mistral_kernels.ops.attention.cpu import Scoring
 from mistral_kernels.ops.attention.launch import Problem, offsets_within, softmax_factors
 from mistral_kernels.ops.attention.packed import Offsets
+from mistral_kernels.ops.attention.scoring import Scoring
 from mistral_kernels.ops.attention.tiles import (
     load_block,
     load_rows,

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.attention import backward, cpu, forward, packed
-from mistral_kernels.ops.attention.cpu import Scoring
+from mistral_kernels.ops.attention import backward, forward, packed
+from mistral_kernels.ops.attention.bands import banded_backward, banded_forward
 from mistral_kernels.ops.attention.packed import Offsets
+from mistral_kernels.ops.attention.scoring import Scoring
 from mistral_kernels.ops.attention.window import Window
 from mistral_kernels.ops.dispatch import run_backward, uses_triton
 
@@ -54,7 +55,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tenso
         return forward.launch(q, k, v, *resolved)
     offsets, _, _, scale, window, softcap, slopes = resolved
     scoring = Scoring(window, scale, softcap, slopes, return_lse)
-    return cpu.banded_forward(q, k, v, offsets, scoring)
+    return banded_forward(q, k, v, offsets, scoring)
 
 
 def _forward_fake(
@@ -88,7 +89,7 @@ def _backward(
         return backward.launch(dout, q, k, v, out, lse, *resolved, output_mask)
     offsets, _, _, scale, window, softcap, slopes = resolved
     scoring = Scoring(window, scale, softcap, slopes, return_lse=False)
-    dq, dk, dv = cpu.banded_backward(dout, q, k, v, offsets, scoring, output_mask)
+    dq, dk, dv = banded_backward(dout, q, k, v, offsets, scoring, output_mask)
     return dq, dk, dv
 
 

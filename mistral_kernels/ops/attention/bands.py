@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_kernels.ops.attention.packed import Offsets
+from mistral_kernels.ops.attention.scoring import Scoring
 from mistral_kernels.ops.attention.window import (
-    Window,
     distances,
     keys_of_rows,
     rows_with_keys,
@@ -35,21 +35,6 @@ _BAND_ROWS = 64
 # and where all products together (rows^2 * heads * head_dim) take less than making the bands.
 _TRIANGLE_ROWS = 2048
 _TRIANGLE_WORK = 1 << 25
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How scores are formed from q and k: the arguments that all bands share."""
-
-    window: Window
-    scale: float
-    softcap: float
-    alibi_slopes: Tensor | None
-    return_lse: bool
-
-    @property
-    def needs_formula(self) -> bool:
-        return bool(self.softcap) or self.return_lse
 
 
 @dataclass(frozen=True)

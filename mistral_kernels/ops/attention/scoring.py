@@ -1,0 +1,24 @@
+"""What turns products of queries and keys into scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mistral_kernels.ops.attention.window import Window
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How scores are formed from q and k, and whether their log-sum-exp is wanted."""
+
+    window: Window
+    scale: float
+    softcap: float
+    alibi_slopes: Tensor | None
+    return_lse: bool
+
+    @property
+    def needs_formula(self) -> bool:
+        return bool(self.softcap) or self.return_lse
