@@ -115,7 +115,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For float64, which no other backend has."""
+    """For what it alone has, float64 above all."""
     monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
 
 

@@ -260,8 +260,7 @@ def test_values(case, seqlen_q, backend, device):
 @pytest.mark.parametrize("dtype", [BF16, F64], ids=str)
 @pytest.mark.parametrize("seqlen_q", [1, 3, 40])
 @pytest.mark.parametrize("case", CASES)
-def test_other_dtypes_on_the_torch_backend(case, seqlen_q, dtype, device, monkeypatch):
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
+def test_other_dtypes_on_the_torch_backend(case, seqlen_q, dtype, device, torch_backend):
     check(make_arguments(device, dtype, seqlen_q, **CASES[case]))
 
 

@@ -238,11 +238,8 @@ def test_only_while_activated() -> None:
         assert current_flash_attention_impl() is None and registrations() == before
 
 
-def test_the_torch_backend_does_not_call_itself(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_torch_backend_does_not_call_itself(torch_backend: None) -> None:
     """It is PyTorch's attention, and on a GPU that is what is replaced."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
     with FakeTensorMode():
         q = torch.empty(1, 2, 3, 16, device="cuda", dtype=torch.float16)
     with pytest.raises(RuntimeError, match="MISTRAL_KERNELS_BACKEND=torch is PyTorch's attention"):

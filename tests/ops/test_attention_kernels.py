@@ -140,8 +140,7 @@ PAIRS = {
 @pytest.mark.parametrize("pairs", PAIRS)
 @pytest.mark.parametrize("options", ["causal", "window", "softcap", "both-sides", "narrow"])
 @pytest.mark.parametrize("alibi", [None, "shared", "per-sequence"])
-def test_packed_on_the_torch_backend(alibi, options, pairs, dtype, device, monkeypatch):
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
+def test_packed_on_the_torch_backend(alibi, options, pairs, dtype, device, torch_backend):
     check_packed(alibi, options, PAIRS[pairs], dtype, device)
 
 

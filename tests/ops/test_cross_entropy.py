@@ -94,8 +94,7 @@ def test_options(dtype, options, backend, device):
     assert_matches(inputs, some_targets(65, 1000, device), **options)
 
 
-def test_float64_on_the_torch_backend(device, monkeypatch):
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
+def test_float64_on_the_torch_backend(device, torch_backend):
     inputs = tuple(make_inputs(6, 5, 7, torch.float64, device).values())
     targets = some_targets(6, 7, device)
     for options in ({}, {"label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0}):

@@ -104,8 +104,7 @@ def test_one_output_alone(backend, device):
         )
 
 
-def test_float64_on_the_torch_backend(device, monkeypatch):
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
+def test_float64_on_the_torch_backend(device, torch_backend):
     x, weight, residual = make_inputs((3, 7), torch.float64, device, residual=True).values()
     assert torch.autograd.gradcheck(rms_norm, (x, weight, 1e-5, residual))
 

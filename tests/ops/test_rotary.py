@@ -70,9 +70,8 @@ def test_layouts_differ_by_a_permutation(backend, device):
     assert all(torch.equal(a, b) for a, b in zip(actual, expected))
 
 
-def test_float64_on_the_torch_backend(device, monkeypatch):
+def test_float64_on_the_torch_backend(device, torch_backend):
     """The formula itself, differentiated twice."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
     q, k, *rest = make_inputs(torch.float64, device, head_dim=4)
     for interleaved in (False, True):
         assert torch.autograd.gradcheck(lambda q, k: apply_rotary(q, k, *rest), (q, k))

@@ -84,8 +84,7 @@ def test_large_gates(dtype, backend, device):
     assert (out[:2].abs() < 1e-6).all()
 
 
-def test_float64_on_the_torch_backend(device, monkeypatch):
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
+def test_float64_on_the_torch_backend(device, torch_backend):
     for fused in (False, True):
         inputs = make_inputs((3, 7), torch.float64, device, fused)
         assert torch.autograd.gradcheck(swiglu, tuple(inputs.values()))
