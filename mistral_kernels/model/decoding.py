@@ -38,6 +38,7 @@ def capture(step: Callable[[], None], generator: torch.Generator | None) -> Call
 class DecodeStep:
     """Called, appends each sequence's newest token to the cache and chooses the next.
 
+    It runs what the model consisted of when it was made: recorded, or in one call on the CPU.
     `seen` (batch, vocab_size), booleans, marks the tokens of each text for a repetition penalty;
     chosen ones are added.
     """
@@ -51,6 +52,7 @@ class DecodeStep:
     ) -> None:
         self.model, self.cache, self.sampler, self.seen = model, cache, sampler, seen
         self.captures = can_capture(model.device)
+        self._decoder = model.model.decoder()
         self.token_ids = torch.zeros(cache.batch, dtype=torch.long, device=model.device)
         on_gpu = model.device.type == "cuda"
         self._host = torch.zeros(cache.batch, dtype=torch.long, pin_memory=on_gpu)
@@ -98,4 +100,4 @@ class DecodeStep:
         return None
 
     def _run(self) -> None:
-        self.choose(self.model.decode(self.token_ids, self.cache))
+        self.choose(self.model.decode(self.token_ids, self.cache, self._decoder))

@@ -12,6 +12,7 @@ from mistral_kernels.model.cache import RollingCache
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.decoding import DecodeStep
 from mistral_kernels.model.sampling import Sampler
+from mistral_kernels.ops.decoder_step import Decoder
 
 # Bounds of the tokens that a sequence contributes to one prefill pass, when nobody says.
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 512, 4096
@@ -63,10 +64,15 @@ class Generation:
             last[ended] = hidden[packing.last_tokens[ended]]
         return self.lm_head(last)
 
-    def decode(self, token_ids: Tensor, cache: RollingCache) -> Tensor:
-        """Append one token (batch,) to each sequence; the next token's logits (batch, vocab)."""
+    def decode(
+        self, token_ids: Tensor, cache: RollingCache, decoder: Decoder | None = None
+    ) -> Tensor:
+        """Append one token (batch,) to each sequence; the next token's logits (batch, vocab).
+
+        `decoder`: what `self.model.decoder()` gave; steps that know it need not look it up.
+        """
         packing = cache.packing([1] * len(token_ids))
-        return self.lm_head(self.model(token_ids, packing, cache))
+        return self.lm_head(self.model(token_ids, packing, cache, decoder))
 
     @torch.inference_mode()
     def stream(

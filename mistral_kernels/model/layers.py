@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from mistral_kernels.model.cache import Packing, RollingCache
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.ops.attention import attention, rolling_cache_attention
-from mistral_kernels.ops.decoder_layer import LayerWeights, decoder_layer, serves
+from mistral_kernels.ops.decoder_step import Decoder
 from mistral_kernels.ops.linear import linear
 from mistral_kernels.ops.linear_int8 import linear_int8
 from mistral_kernels.ops.rms_norm import rms_norm
@@ -231,16 +231,6 @@ class DecoderLayer(nn.Module):
         cache: RollingCache | None,
     ) -> tuple[Tensor, Tensor]:
         """`residual` is the stream so far, `delta` what the layer before has yet to add to it."""
-        if cache is not None and packing.one_each and serves(delta, self.self_attn.head_dim):
-            weights = self._weights()
-            if weights is not None:
-                layer = self.self_attn.layer
-                return decoder_layer(
-                    *(delta, residual, weights, tables, cache.keys[layer], cache.values[layer]),
-                    *(cache.lengths, packing.cu_seqlens),
-                    sliding_window=self.self_attn.sliding_window,
-                    eps=self.input_layernorm.eps,
-                )
         if residual is None:
             x, residual = self.input_layernorm(delta), delta
         else:
@@ -250,27 +240,26 @@ class DecoderLayer(nn.Module):
         )
         return self.mlp(x), residual
 
-    def _weights(self) -> LayerWeights | None:
-        """None where a module is not as it was made, or is watched: then it has to be called."""
-        # From the dictionaries: nn.Module's own lookup takes longer than a small layer's kernels.
-        modules: dict[str, Any] = self._modules
-        attention, mlp = modules["self_attn"], modules["mlp"]
-        parts = [
-            *(modules[name] for name in ("input_layernorm", "post_attention_layernorm")),
-            *(attention._modules[name] for name in ("qkv_proj", "o_proj")),
-            *(mlp._modules[name] for name in ("gate_up_proj", "down_proj")),
-        ]
-        if _has_any_global_hook() or not all(map(_is_plain, (attention, mlp, *parts))):
-            return None
-        weights = [part._parameters["weight"] for part in parts]
-        if not all(type(weight) is nn.Parameter for weight in weights):
-            return None  # a subclass has products of its own
-        input_norm, mlp_norm, qkv, o, gate_up, down = weights
-        scales = [part.scales for part in parts[2:]]
-        return LayerWeights(
-            *(input_norm, qkv, scales[0], o, scales[1]),
-            *(mlp_norm, gate_up, scales[2], down, scales[3]),
-        )
+
+def decoder_of(layers: nn.ModuleList, norm: RMSNorm, config: MistralConfig) -> Decoder | None:
+    """As `decoder_step` takes these modules.
+
+    None where one is not as it was made, or is watched: then they have to be called.
+    """
+    if _has_any_global_hook() or not all(map(_is_plain, (norm, *list(layers.modules())[1:]))):
+        return None
+    weights: list[Tensor | None] = []
+    layer: Any
+    for layer in layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        weights += [layer.input_layernorm.weight]
+        weights += [attention.qkv_proj.weight, attention.qkv_proj.scales]
+        weights += [attention.o_proj.weight, attention.o_proj.scales]
+        weights += [layer.post_attention_layernorm.weight]
+        weights += [mlp.gate_up_proj.weight, mlp.gate_up_proj.scales]
+        weights += [mlp.down_proj.weight, mlp.down_proj.scales]
+    windows_left = [-1 if window is None else window - 1 for window in config.layer_windows]
+    return Decoder(weights, norm.weight, windows_left, config.rms_norm_eps)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -278,7 +267,9 @@ def _is_plain(module: nn.Module) -> bool:
         type(module) in _PLAIN
         and not (module._forward_hooks or module._forward_pre_hooks)
         and "forward" not in vars(module)
+        # A subclass of weights has products of its own.
+        and all(type(weight) is nn.Parameter for weight in module.parameters(recurse=False))
     )
 
 
-_PLAIN = {Attention, MLP, RMSNorm, Linear, FusedLinear}
+_PLAIN = {DecoderLayer, Attention, MLP, RMSNorm, Linear, FusedLinear}

@@ -17,10 +17,11 @@ from mistral_kernels import checkpoint
 from mistral_kernels.model.cache import Packing, RollingCache, cache_layout
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.generation import Generation
-from mistral_kernels.model.layers import DecoderLayer, Linear, RMSNorm
+from mistral_kernels.model.layers import DecoderLayer, Linear, RMSNorm, decoder_of
 from mistral_kernels.model.quantization import destinations as quantized_destinations
 from mistral_kernels.model.quantization import hold_int8
 from mistral_kernels.ops import extension
+from mistral_kernels.ops.decoder_step import Decoder, decoder_step, serves
 from mistral_kernels.ops.rotary import rotary_tables
 
 _log = logging.getLogger("mistral_kernels")
@@ -46,18 +47,44 @@ class MistralModel(nn.Module):
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def forward(
-        self, input_ids: Tensor, packing: Packing, cache: RollingCache | None = None
+        self,
+        input_ids: Tensor,
+        packing: Packing,
+        cache: RollingCache | None = None,
+        decoder: Decoder | None = None,
     ) -> Tensor:
         """(total_tokens, hidden_size) for packed ids (total_tokens,); appends to `cache`.
+
+        `decoder`: what `self.decoder()` gave; decode steps that know it need not look it up.
 
         Raises `ValueError` for a cache that was made for another model, dtype or device.
         """
         if cache is not None:
             self._check(cache)
         tables = self._rotary_tables(packing.end, input_ids.device)
-        delta, residual = self.embed_tokens(input_ids), None
-        if cache is not None:
-            cache.torn = True
+        hidden = self.embed_tokens(input_ids)
+        if cache is None:
+            return self._run(hidden, tables, packing, None)
+        cache.torn = True
+        in_one_call = packing.one_each and serves(hidden, self.config.head_dim)
+        if in_one_call and (decoder := decoder or self.decoder()):
+            rings = cache.keys, cache.values
+            out = decoder_step(
+                *(hidden, decoder, tables, *rings, cache.lengths, packing.cu_seqlens)
+            )
+        else:
+            out = self._run(hidden, tables, packing, cache)
+        cache.advance(packing)
+        return out
+
+    def _run(
+        self,
+        hidden: Tensor,
+        tables: tuple[Tensor, Tensor],
+        packing: Packing,
+        cache: RollingCache | None,
+    ) -> Tensor:
+        delta, residual = hidden, None
         recomputes = self.checkpoint_activations and cache is None and torch.is_grad_enabled()
         for layer in self.layers:
             if recomputes:
@@ -66,9 +93,11 @@ class MistralModel(nn.Module):
                 )
             else:
                 delta, residual = layer(delta, residual, tables, packing, cache)
-        if cache is not None:
-            cache.advance(packing)
         return self.norm(delta, residual)[0]
+
+    def decoder(self) -> Decoder | None:
+        """As decode steps on the CPU take it in one call; None where modules have to be called."""
+        return decoder_of(self.layers, self.norm, self.config)
 
     def _check(self, cache: RollingCache) -> None:
         ring, weight = cache.keys[0], self.norm.weight

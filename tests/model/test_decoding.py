@@ -311,7 +311,6 @@ def test_nothing_but_tokens_is_copied_to_the_host(model: MistralForCausalLM) -> 
     first = step.token_ids.tolist()
     step()
     assert step.finish_read() == first
-    assert [x for x in tree_leaves(vars(step)) if isinstance(x, Tensor)] == [
-        step.token_ids,
-        step._host,
-    ]
+    weights = set(model.parameters())
+    held = [x for x in tree_leaves(vars(step)) if isinstance(x, Tensor) and x not in weights]
+    assert held == [step.token_ids, step._host]

@@ -1,0 +1,262 @@
+"""The decoder's step in one call: the bits of its operators called one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import FLOATS
+from torch import Tensor, nn
+
+from mistral_kernels import MistralForCausalLM, RollingCache
+from mistral_kernels.model import layers, transformer
+from mistral_kernels.model.config import MistralConfig
+from mistral_kernels.model.decoding import DecodeStep
+from mistral_kernels.model.sampling import Sampler
+from mistral_kernels.model.transformer import MistralModel
+from mistral_kernels.ops import decoder_step as op
+from mistral_kernels.ops import extension
+from mistral_kernels.ops.linear import KERNEL_ROWS
+from mistral_kernels.ops.linear_int8 import quantize_int8
+from mistral_kernels.ops.rotary import rotary_tables
+
+CONFIG = MistralConfig(
+    vocab_size=8,
+    hidden_size=52,
+    intermediate_size=70,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=24,
+    sliding_window=(7, None, 3),
+)
+
+
+class Step:
+    """A decoder of random weights, a cache that sequences of several lengths have filled, tokens.
+
+    `calls` counts those of the one operator.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: Any,
+        dtype: torch.dtype = torch.float32,
+        batch: int = 3,
+        **overrides: Any,
+    ) -> None:
+        self.config = config = MistralConfig(**{**vars(CONFIG), **overrides})
+        self.model = MistralModel(config).to(dtype).requires_grad_(False)
+        for weight in self.model.parameters():
+            weight.copy_(torch.randn(weight.shape))
+        self.cache = RollingCache(config, batch, 20, dtype)
+        self.rings = [*self.cache.keys, *self.cache.values]
+        for ring in self.rings:
+            ring.normal_()
+        self.token_ids = torch.randint(config.vocab_size, (batch,))
+        self.monkeypatch, self.calls = monkeypatch, 0
+
+        def counted(*args: Any) -> Tensor:
+            self.calls += 1
+            return op.decoder_step(*args)
+
+        monkeypatch.setattr(transformer, "decoder_step", counted)
+
+    def run(self, alone: bool = False, decoder: Any = None) -> list[Tensor]:
+        """The hidden states and the rings; `alone`: its operators one by one."""
+        before = [ring.clone() for ring in self.rings]
+        self.cache.host_lengths = [5 * i % 19 for i in range(self.cache.batch)]
+        self.cache.lengths.copy_(torch.tensor(self.cache.host_lengths))
+        with self.monkeypatch.context() as patch:
+            if alone:
+                patch.setattr(transformer, "serves", lambda *args: False)
+            packing = self.cache.packing([1] * self.cache.batch)
+            hidden = self.model(self.token_ids, packing, self.cache, decoder)
+        assert self.cache.lengths.tolist() == [5 * i % 19 + 1 for i in range(self.cache.batch)]
+        after = [ring.clone() for ring in self.rings]
+        for ring, old in zip(self.rings, before):
+            ring.copy_(old)
+        return [hidden, *after]
+
+
+def assert_same_bits(step: Step) -> None:
+    with torch.no_grad():
+        one_by_one = step.run(alone=True)
+        assert step.calls == 0
+        for decoder in (None, step.model.decoder()):
+            for a, b in zip(step.run(decoder=decoder), one_by_one):
+                assert a.isfinite().all() and torch.equal(a, b)
+    assert step.calls == 2
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("batch", [1, 3, KERNEL_ROWS])
+@pytest.mark.parametrize("num_hidden_layers", [1, 3])
+def test_same_bits(num_hidden_layers, batch, dtype, operators, monkeypatch):
+    windows = CONFIG.sliding_window[:num_hidden_layers]
+    sizes = {"num_hidden_layers": num_hidden_layers, "sliding_window": windows}
+    assert_same_bits(Step(monkeypatch, dtype, batch, **sizes))
+
+
+@pytest.mark.parametrize("window", [None, 1, 64])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_windows_and_threads(window, threads, operators, monkeypatch):
+    torch.set_num_threads(threads)
+    sizes = {"sliding_window": window, "hidden_size": 512, "intermediate_size": 1024}
+    assert_same_bits(Step(monkeypatch, torch.bfloat16, 2, **sizes))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_int8(dtype, operators, monkeypatch):
+    """Of some projections, or of all."""
+    step = Step(monkeypatch, dtype)
+    quantized = [x for x in step.model.modules() if isinstance(x, layers.Linear)]
+    for part in (quantized[::2], quantized[1::2]):
+        for module in part:
+            weight, module.scales = quantize_int8(module.weight)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        step.calls = 0
+        assert_same_bits(step)
+
+
+def replace_module(model: MistralModel) -> None:
+    model.layers[1].mlp.down_proj = nn.Linear(70, 52, bias=False)
+
+
+def wrap_module(model: MistralModel) -> None:
+    model.layers[2].self_attn.qkv_proj = nn.Sequential(model.layers[2].self_attn.qkv_proj)
+
+
+def watch(model: MistralModel) -> None:
+    model.layers[0].self_attn.o_proj.register_forward_hook(lambda *args: None)
+
+
+def watch_before(model: MistralModel) -> None:
+    model.layers[2].register_forward_pre_hook(lambda *args: None)
+
+
+def watch_norm(model: MistralModel) -> None:
+    model.norm.register_forward_hook(lambda *args: None)
+
+
+def override(model: MistralModel) -> None:
+    attention = model.layers[1].self_attn
+    attention.forward = type(attention).forward.__get__(attention)
+
+
+def replace_weight(model: MistralModel) -> None:
+    norm = model.layers[1].input_layernorm
+    norm.weight = _Weight(norm.weight.detach(), requires_grad=False)
+
+
+class _Weight(nn.Parameter):
+    pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [replace_module, wrap_module, watch, watch_before, watch_norm, override, replace_weight],
+)
+def test_modules_that_have_to_be_called(change, monkeypatch):
+    step = Step(monkeypatch)
+    change(step.model)
+    with torch.no_grad():
+        step.run()
+    assert step.calls == 0 and step.model.decoder() is None
+
+
+def test_a_hook_for_every_module(monkeypatch):
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    step = Step(monkeypatch)
+    try:
+        with torch.no_grad():
+            step.run()
+    finally:
+        hook.remove()
+    assert step.calls == 0 and step.model.layers[0].mlp in seen
+
+
+def test_generation_looks_modules_up_once(monkeypatch):
+    step = Step(monkeypatch)
+    model = MistralForCausalLM(step.config).requires_grad_(False)
+    steps = DecodeStep(model, model.new_cache(3, 9), Sampler(temperature=0))
+    monkeypatch.setattr(transformer, "decoder_of", None)
+    with torch.inference_mode():
+        for _ in range(3):
+            steps()
+    assert step.calls == 3
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch": KERNEL_ROWS + 1}, {"head_dim": 12}, {"dtype": torch.float64}], ids=str
+)
+def test_what_is_not_served(options, monkeypatch):
+    step = Step(monkeypatch, **options)
+    with torch.no_grad():
+        step.run()
+    assert step.calls == 0
+
+
+def test_gradients_and_autocast(monkeypatch):
+    step = Step(monkeypatch)
+    step.model.requires_grad_(True)
+    hidden, *_ = step.run()
+    assert hidden.requires_grad
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert not op.serves(torch.randn(3, 52), 24)
+    assert step.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": lambda x: x + 100}, r"lengths must lie in the tables' \[0, 20\), got 100"),
+        ({"lengths": lambda x: x.long()}, "lengths has the wrong device or dtype"),
+        ({"cu_seqlens": lambda x: x + 1}, "cu_seqlens must count from 0 to 3"),
+        ({"k_caches": lambda x: [*x[:-1], x[-1][:2]]}, "k_cache must hold 3 sequences"),
+        ({"v_caches": lambda x: [*x[:-1], x[-1][:, 1:]]}, "v_cache must have k_cache's shape"),
+        ({"v_caches": lambda x: [x[0].double(), *x[1:]]}, "v_cache has the wrong device or dtype"),
+        ({"k_caches": lambda x: [x[0].mT.contiguous().mT, *x[1:]]}, "k_cache must be contiguous"),
+        ({"k_caches": lambda x: x[1:]}, "must be those of as many layers"),
+        ({"windows_left": lambda x: x[1:]}, "must be those of as many layers"),
+        ({"hidden": lambda x: x[:, 1:].contiguous()}, r"out must be \(3, 51\)"),
+        ({"hidden": lambda x: x.double()}, "hidden must be float32, float16 or bfloat16"),
+        ({"norm": lambda x: x.half()}, "norm has the wrong device or dtype"),
+        ({"cos": lambda x: x[:, 1:]}, r"cos must be \(20, 12\)"),
+        ({"weights": lambda x: x[10:]}, "must be those of as many layers"),
+        ({"weights": lambda x: [*x[:28], x[28][:-1], None]}, r"down must be \(52, 70\)"),
+        ({"weights": lambda x: [*x[:28], x[28][:, 1:], None]}, "layers must have one shape"),
+        ({"weights": lambda x: [*x[:28], None, None]}, "only scales may be None"),
+        ({"weights": lambda x: [x[0], x[1][1:], *x[2:]]}, r"qkv must be \(240, 52\)"),
+        ({"weights": lambda x: [*x[:3], x[3][:, 24:], *x[4:]]}, "k_cache's heads must divide q's"),
+        ({"weights": lambda x: [*x[:5], x[5].half(), *x[6:]]}, "mlp_norm has the wrong device"),
+    ],
+)
+def test_bad_arguments(change, message, monkeypatch):
+    operators = extension.load("cpu")
+    if operators is None:
+        pytest.skip(extension.status("cpu"))
+    step = Step(monkeypatch)
+    decoder, cache = step.model.decoder(), step.cache
+    cos, sin = rotary_tables(20, 24, 1e4)
+    arguments = {
+        "hidden": torch.randn(3, 52),
+        "weights": decoder.weights,
+        "norm": decoder.norm,
+        "cos": cos,
+        "sin": sin,
+        "k_caches": cache.keys,
+        "v_caches": cache.values,
+        "lengths": cache.lengths,
+        "cu_seqlens": cache._one_each,
+        "windows_left": decoder.windows_left,
+        "eps": 1e-5,
+        "out": torch.empty(3, 52),
+    }
+    before = [ring.clone() for ring in step.rings]
+    changed = {name: make(arguments[name]) for name, make in change.items()}
+    with pytest.raises(RuntimeError, match=message):
+        operators.decoder_step(*{**arguments, **changed}.values())
+    assert all(map(torch.equal, before, step.rings))
