@@ -14,7 +14,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// What Python calls LayerWeights, of one of all layers.
+// One layer's, in the order of `Decoder.weights` in Python.
 struct Weights {
   const OptionalTensor* all;
 

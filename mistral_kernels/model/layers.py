@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -241,25 +242,30 @@ class DecoderLayer(nn.Module):
         return self.mlp(x), residual
 
 
-def decoder_of(layers: nn.ModuleList, norm: RMSNorm, config: MistralConfig) -> Decoder | None:
+def decoder_of(layers: nn.ModuleList, norm: RMSNorm) -> Decoder | None:
     """As `decoder_step` takes these modules.
 
     None where one is not as it was made, or is watched: then they have to be called.
     """
-    if _has_any_global_hook() or not all(map(_is_plain, (norm, *list(layers.modules())[1:]))):
+    modules = chain([norm], *(layer.modules() for layer in layers))
+    if _has_any_global_hook() or not all(map(_is_plain, modules)):
         return None
     weights: list[Tensor | None] = []
+    windows_left = []
+    eps = {norm.eps}
     layer: Any
     for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
+        window = attention.sliding_window
+        windows_left.append(-1 if window is None else window - 1)
+        eps |= {layer.input_layernorm.eps, layer.post_attention_layernorm.eps}
         weights += [layer.input_layernorm.weight]
         weights += [attention.qkv_proj.weight, attention.qkv_proj.scales]
         weights += [attention.o_proj.weight, attention.o_proj.scales]
         weights += [layer.post_attention_layernorm.weight]
         weights += [mlp.gate_up_proj.weight, mlp.gate_up_proj.scales]
         weights += [mlp.down_proj.weight, mlp.down_proj.scales]
-    windows_left = [-1 if window is None else window - 1 for window in config.layer_windows]
-    return Decoder(weights, norm.weight, windows_left, config.rms_norm_eps)
+    return Decoder(weights, norm.weight, windows_left, *eps) if len(eps) == 1 else None
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -97,7 +97,7 @@ class MistralModel(nn.Module):
 
     def decoder(self) -> Decoder | None:
         """As decode steps on the CPU take it in one call; None where modules have to be called."""
-        return decoder_of(self.layers, self.norm, self.config)
+        return decoder_of(self.layers, self.norm)
 
     def _check(self, cache: RollingCache) -> None:
         ring, weight = cache.keys[0], self.norm.weight

@@ -59,7 +59,8 @@ def uses_triton(x: torch.Tensor) -> bool:
 def direct_cpu_operators(x: torch.Tensor, *others: torch.Tensor | None) -> Any | None:
     """csrc's operators where these tensors may go to them straight; None: only by PyTorch's way.
 
-    On that way lie gradients, autocast, tracing, functorch's transforms and subclasses of tensors.
+    On that way lie gradients, autocast, tracing, functorch's transforms, subclasses of tensors and
+    `TorchDispatchMode`s, which know our operators by their names.
     It leads into Python once more, which takes a call that finds the caches cold a tenth of a
     millisecond.
     """
@@ -67,6 +68,7 @@ def direct_cpu_operators(x: torch.Tensor, *others: torch.Tensor | None) -> Any |
         not x.is_cpu
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
         or torch.is_autocast_enabled("cpu")
         or uses_triton(x)
     ):

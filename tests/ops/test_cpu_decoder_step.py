@@ -154,9 +154,16 @@ class _Weight(nn.Parameter):
     pass
 
 
+def another_eps(model: MistralModel) -> None:
+    model.layers[1].post_attention_layernorm.eps = 1e-3
+
+
 @pytest.mark.parametrize(
     "change",
-    [replace_module, wrap_module, watch, watch_before, watch_norm, override, replace_weight],
+    [
+        *(replace_module, wrap_module, watch, watch_before, watch_norm, override),
+        *(replace_weight, another_eps),
+    ],
 )
 def test_modules_that_have_to_be_called(change, monkeypatch):
     step = Step(monkeypatch)

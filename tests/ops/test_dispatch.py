@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from helpers import TARGETS, compile_only
+from torch._subclasses import FakeTensorMode
 
 from mistral_kernels.ops import dispatch, extension
 
@@ -86,6 +87,8 @@ def test_what_goes_to_csrc_straight(monkeypatch):
         assert direct(x, subclass) is None
     assert direct(x.double()) is direct(x.to("meta")) is None
     with torch.autocast("cpu"):
+        assert direct(x) is None
+    with FakeTensorMode():
         assert direct(x) is None
     inside = []
     torch.func.vmap(lambda row: (inside.append(direct(row)), row)[1])(x)

@@ -8,7 +8,7 @@ namespace kernels::INSTRUCTION_SET {
 namespace {
 
 constexpr int kBlock = 256;  // numbers of x, whose angles are at hand for all heads
-constexpr int kAhead = 16;   // heads, after which those come that are being fetched
+constexpr int kAhead = 16;   // heads further on, which are fetched meanwhile
 
 // Of one token: cosines and sines of pairs, or interleaved: what a number and its partner in the
 // pair are multiplied by.
