@@ -316,6 +316,7 @@ COMPILED = {
 
 
 @pytest.mark.kernels
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "dtype"), [(name, case["dtype"]) for name, case in COMPILED.items()], ids=str
 )

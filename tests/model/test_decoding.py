@@ -190,7 +190,10 @@ def stream(model: MistralForCausalLM, prompts: list[list[int]], **options: Any) 
     return [[token for token in text if token is not None] for text in zip(*steps)]
 
 
-@pytest.mark.parametrize("sampler", [None, 0.9], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    "sampler",
+    [pytest.param(None, id="greedy", marks=pytest.mark.slow), pytest.param(0.9, id="drawn")],
+)
 def test_replayed_text_is_the_same(
     sampler: float | None, model: MistralForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

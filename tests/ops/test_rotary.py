@@ -41,7 +41,10 @@ def as_complex(x, interleaved):
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("head_dim", [2, 20, 128])
+@pytest.mark.parametrize(
+    "head_dim",
+    [pytest.param(size, marks=pytest.mark.slow if size != 20 else ()) for size in (2, 20, 128)],
+)
 def test_each_pair_turns_by_its_angle(head_dim, dtype, interleaved, backend, device):
     """Within one rounding of the result and two of float32; gradients turn the other way."""
     q, k, cos, sin, positions = make_inputs(dtype, device, head_dim)
