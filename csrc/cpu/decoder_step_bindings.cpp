@@ -112,31 +112,22 @@ kernels::Linear product(const char* name, const Sizes& s, const void* x, const T
   return l;
 }
 
-// Turns q and k of `qkv`, the first to `turned`, and writes k and v into the rings.
-rolling_cache::Update update_of(const Sizes& s, char* qkv, char* turned, const Tensor& k_cache,
-                                const Tensor& v_cache, const Tensor& cos, const Tensor& sin,
-                                const Tensor& lengths, const Tensor& cu_seqlens) {
+// Turns q and k of what was projected, and writes k and v into rings: those of no layer yet.
+rolling_cache::Update update_of(const Sizes& s, const Between& m, const Tensor& cos,
+                                const Tensor& sin, const Tensor& lengths,
+                                const Tensor& cu_seqlens) {
   const int64_t element = size_of(s.dtype), head = s.head_dim * element;
-  const int64_t token = s.qkv() * element, slot = s.kv() * element;
-  const auto ring = [&](const char* name, const Tensor& x) {
-    KERNELS_CHECK(x.dim() == 4 && x.size(1) == s.capacity && x.size(2) == s.kv_heads &&
-                      x.size(3) == s.head_dim,
-                  "v_cache must have k_cache's shape");
-    char* data = vector_data<char>(name, x, s.stored, s.rows * s.capacity * s.kv());
-    return rolling_cache::Heads{data, s.capacity * slot, slot, head};
-  };
+  const int64_t token = s.qkv() * element;
   const auto table = [&](const char* name, const Tensor& x) {
     return static_cast<const float*>(
         matrix(name, x, ScalarType::Float, cos.size(0), s.head_dim / 2));
   };
   KERNELS_CHECK(cos.dim() == 2, "cos must be (positions, ", s.head_dim / 2, ")");
   rolling_cache::Update u{};
-  u.q = {qkv, 0, token, head};
-  u.k = {qkv + s.q() * element, 0, token, head};
-  u.v = {qkv + (s.q() + s.kv()) * element, 0, token, head};
-  u.q_out = {turned, 0, s.q() * element, head};
-  u.k_cache = ring("k_cache", k_cache);
-  u.v_cache = ring("v_cache", v_cache);
+  u.q = {m.projected, 0, token, head};
+  u.k = {m.projected + s.q() * element, 0, token, head};
+  u.v = {m.projected + (s.q() + s.kv()) * element, 0, token, head};
+  u.q_out = {m.turned, 0, s.q() * element, head};
   u.cos = table("cos", cos);
   u.sin = table("sin", sin);
   u.cos_stride = u.sin_stride = s.head_dim / 2;
@@ -144,7 +135,6 @@ rolling_cache::Update update_of(const Sizes& s, char* qkv, char* turned, const T
   u.cu_seqlens = vector_data<int32_t>("cu_seqlens", cu_seqlens, ScalarType::Int, s.rows + 1);
   u.batch = s.rows;
   u.max_seqlen = 1;
-  u.capacity = u.page_size = static_cast<uint32_t>(s.capacity);
   u.num_heads = static_cast<int32_t>(s.heads);
   u.num_kv_heads = static_cast<int32_t>(s.kv_heads);
   u.head_dim = static_cast<int32_t>(s.head_dim);
@@ -154,6 +144,22 @@ rolling_cache::Update update_of(const Sizes& s, char* qkv, char* turned, const T
                   "lengths must lie in the tables' [0, ", cos.size(0), "), got ", u.lengths[row]);
     KERNELS_CHECK(u.cu_seqlens[row] == row, "cu_seqlens must count from 0 to ", s.rows);
   }
+  return u;
+}
+
+rolling_cache::Update with_rings(rolling_cache::Update u, const Sizes& s, const Tensor& k_cache,
+                                 const Tensor& v_cache) {
+  const int64_t head = s.head_dim * size_of(s.dtype), slot = s.kv_heads * head;
+  const auto ring = [&](const char* name, const Tensor& x) {
+    KERNELS_CHECK(x.dim() == 4 && x.size(1) == s.capacity && x.size(2) == s.kv_heads &&
+                      x.size(3) == s.head_dim,
+                  "v_cache must have k_cache's shape");
+    char* data = vector_data<char>(name, x, s.stored, s.rows * s.capacity * s.kv());
+    return rolling_cache::Heads{data, s.capacity * slot, slot, head};
+  };
+  u.k_cache = ring("k_cache", k_cache);
+  u.v_cache = ring("v_cache", v_cache);
+  u.capacity = u.page_size = static_cast<uint32_t>(s.capacity);
   return u;
 }
 
@@ -184,16 +190,15 @@ kernels::Decode decode_of(const Sizes& s, const rolling_cache::Update& u, int64_
   return d;
 }
 
-// Of delta + residual, which goes on as the residual; `first`: of the hidden states that no layer
-// has added to.
-kernels::RMSNorm norm_of(const char* name, const Sizes& s, const Between& m, const void* first,
-                         const Tensor& weight, double eps, void* y) {
+// Of x + residual, which goes on as the residual; or of x alone, where that is null.
+kernels::RMSNorm norm_of(const char* name, const Sizes& s, const Between& m, const void* x,
+                         const void* residual, const Tensor& weight, double eps, void* y) {
   kernels::RMSNorm r{};
-  r.x = first ? first : m.delta;
-  r.residual = first ? nullptr : m.residual;
+  r.x = x;
+  r.residual = residual;
   r.weight = vector_data<void>(name, weight, s.stored, s.hidden);
   r.y = y;
-  r.h = first ? nullptr : m.residual;
+  r.h = residual ? m.residual : nullptr;
   r.x_stride = r.residual_stride = r.hidden = s.hidden;
   r.eps = static_cast<float>(eps);
   r.dtype = s.dtype;
@@ -208,16 +213,18 @@ struct Layer {
   kernels::SwiGLU swiglu;
 };
 
+// `first`: the hidden states that no layer has added to; null for all other layers.
 Layer layer_of(const Sizes& s, const Between& m, const void* first, const Weights& w,
                const rolling_cache::Update& update, int64_t window_left, double eps) {
   Layer l{};
-  l.input_norm = norm_of("input_norm", s, m, first, w.input_norm(), eps, m.normed);
+  l.input_norm = norm_of("input_norm", s, m, first ? first : m.delta,
+                         first ? nullptr : m.residual, w.input_norm(), eps, m.normed);
   l.qkv = product("qkv", s, m.normed, w.qkv(), w.qkv_scales(), s.qkv(), s.hidden, m.projected);
   l.update = update;
   l.attention = decode_of(s, update, window_left, m.attended);
   l.o = product("o", s, m.attended, w.o(), w.o_scales(), s.hidden, s.q(), m.delta);
-  l.mlp_norm = norm_of("mlp_norm", s, m, nullptr, w.mlp_norm(), eps, m.normed);
-  if (first) l.mlp_norm.residual = first;
+  l.mlp_norm = norm_of("mlp_norm", s, m, m.delta, first ? first : m.residual, w.mlp_norm(), eps,
+                       m.normed);
   l.gate_up = product("gate_up", s, m.normed, w.gate_up(), w.gate_up_scales(),
                       2 * s.intermediate, s.hidden, m.gates);
   l.swiglu.gate = m.gates;
@@ -245,17 +252,18 @@ void decoder_step(const Tensor& hidden, const std::vector<OptionalTensor>& weigh
   const Between between(sizes);
   const void* first = matrix("hidden", hidden, sizes.stored, sizes.rows, sizes.hidden);
   void* const y = matrix("out", out, sizes.stored, sizes.rows, sizes.hidden);
-  const auto last_norm = norm_of("norm", sizes, between, nullptr, norm, eps, y);
+  const auto last_norm =
+      norm_of("norm", sizes, between, between.delta, between.residual, norm, eps, y);
+  const auto update = update_of(sizes, between, cos, sin, lengths, cu_seqlens);
 
   // Nothing is written before all has been checked.
   std::vector<Layer> layers;
   for (size_t i = 0; i < count; ++i) {
     const Sizes s = sizes_of(hidden, weights_of(i), k_caches[i]);
     KERNELS_CHECK(s.like(sizes), "layers must have one shape");
-    const auto update = update_of(s, between.projected, between.turned, k_caches[i], v_caches[i],
-                                  cos, sin, lengths, cu_seqlens);
-    layers.push_back(
-        layer_of(s, between, first, weights_of(i), update, windows_left[i], eps));
+    layers.push_back(layer_of(s, between, first, weights_of(i),
+                              with_rings(update, s, k_caches[i], v_caches[i]), windows_left[i],
+                              eps));
     first = nullptr;
   }
   for (const Layer& l : layers) {

@@ -55,20 +55,21 @@ def test_values_and_gradients(family: str, part: str) -> None:
 
 @pytest.mark.parametrize("family", ["Mistral", "Qwen3", "Gemma2"])
 def test_bfloat16_is_as_accurate_as_eager(family: str) -> None:
-    model, batch = make(family).bfloat16(), make_batch()
-    exact = train_step(copy.deepcopy(model).double(), batch)
-    plain = train_step(model, batch)
-    apply_mistral_kernels(model)
-    actual = train_step(model, batch)
-    assert actual.keys() == exact.keys()
-
-    def error(results: dict[str, Tensor]) -> float:
-        return sum(relative_error(results[name], exact[name]) for name in exact) / len(exact)
-
-    assert error(actual) <= 1.4 * error(plain)  # 0.95 as a rule, 1.23 at the worst seen
-    for name in exact:
-        allowed = 2 * relative_error(plain[name], exact[name]) + 2 * torch.finfo(torch.bfloat16).eps
-        assert relative_error(actual[name], exact[name]) <= allowed, name
+    """All in all of three models, for a single one may be lucky or not."""
+    errors = {"ours": 0.0, "plain": 0.0}
+    for _ in range(3):
+        model, batch = make(family).bfloat16(), make_batch()
+        exact = train_step(copy.deepcopy(model).double(), batch)
+        plain = train_step(model, batch)
+        apply_mistral_kernels(model)
+        actual = train_step(model, batch)
+        assert actual.keys() == exact.keys()
+        for name in exact:
+            ours, theirs = (relative_error(x[name], exact[name]) for x in (actual, plain))
+            assert ours <= 2 * theirs + 2 * torch.finfo(torch.bfloat16).eps, name
+            errors["ours"] += ours
+            errors["plain"] += theirs
+    assert errors["ours"] <= 1.2 * errors["plain"]
 
 
 @pytest.mark.slow

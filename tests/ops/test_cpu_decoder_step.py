@@ -185,7 +185,7 @@ def test_a_hook_for_every_module(monkeypatch):
     assert step.calls == 0 and step.model.layers[0].mlp in seen
 
 
-def test_generation_looks_modules_up_once(monkeypatch):
+def test_generation_looks_modules_up_once(operators, monkeypatch):
     step = Step(monkeypatch)
     model = MistralForCausalLM(step.config).requires_grad_(False)
     steps = DecodeStep(model, model.new_cache(3, 9), Sampler(temperature=0))
