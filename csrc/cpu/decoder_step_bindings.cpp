@@ -5,6 +5,7 @@
 #include "run.h"
 
 #include <cmath>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -51,12 +52,14 @@ struct Sizes {
   }
 };
 
-Sizes sizes_of(const Tensor& hidden, const Weights& w, const Tensor& k_cache) {
-  KERNELS_CHECK(hidden.dim() == 2 && k_cache.dim() == 4 && w.o().dim() == 2 && w.down().dim() == 2,
-                "hidden and weights must have 2 dimensions, caches 4");
+Sizes sizes_of(const Tensor& token_ids, const Tensor& embedding, const Weights& w,
+               const Tensor& k_cache) {
+  KERNELS_CHECK(
+      embedding.dim() == 2 && k_cache.dim() == 4 && w.o().dim() == 2 && w.down().dim() == 2,
+      "weights must have 2 dimensions, caches 4");
   Sizes s{};
-  s.rows = hidden.size(0);
-  s.hidden = hidden.size(1);
+  s.rows = token_ids.numel();
+  s.hidden = embedding.size(1);
   s.intermediate = w.down().size(1);
   s.capacity = k_cache.size(1);
   s.kv_heads = k_cache.size(2);
@@ -67,21 +70,22 @@ Sizes sizes_of(const Tensor& hidden, const Weights& w, const Tensor& k_cache) {
   KERNELS_CHECK(k_cache.size(0) == s.rows && s.capacity > 0, "k_cache must hold ", s.rows,
                 " sequences");
   s.heads = w.o().size(1) / s.head_dim;
-  s.stored = hidden.scalar_type();
-  s.dtype = dtype_of("hidden", hidden);
+  s.stored = embedding.scalar_type();
+  s.dtype = dtype_of("embedding", embedding);
   return s;
 }
 
 // What one operator leaves for the next, of a layer and all after it.
 struct Between {
   Buffer memory;
-  char *delta, *residual, *normed, *projected, *turned, *attended, *gates, *activated;
+  char *embedded, *delta, *residual, *normed, *projected, *turned, *attended, *gates, *activated;
 
   explicit Between(const Sizes& s)
       : memory(s.rows * size_of(s.dtype) *
-               (3 * s.hidden + s.qkv() + 2 * s.q() + 3 * s.intermediate)) {
+               (4 * s.hidden + s.qkv() + 2 * s.q() + 3 * s.intermediate)) {
     const int64_t column = s.rows * size_of(s.dtype);
-    delta = memory.data();
+    embedded = memory.data();
+    delta = embedded + column * s.hidden;
     residual = delta + column * s.hidden;
     normed = residual + column * s.hidden;
     projected = normed + column * s.hidden;
@@ -213,18 +217,18 @@ struct Layer {
   kernels::SwiGLU swiglu;
 };
 
-// `first`: the hidden states that no layer has added to; null for all other layers.
-Layer layer_of(const Sizes& s, const Between& m, const void* first, const Weights& w,
+// The `first` layer begins with what no other has added to.
+Layer layer_of(const Sizes& s, const Between& m, bool first, const Weights& w,
                const rolling_cache::Update& update, int64_t window_left, double eps) {
   Layer l{};
-  l.input_norm = norm_of("input_norm", s, m, first ? first : m.delta,
+  l.input_norm = norm_of("input_norm", s, m, first ? m.embedded : m.delta,
                          first ? nullptr : m.residual, w.input_norm(), eps, m.normed);
   l.qkv = product("qkv", s, m.normed, w.qkv(), w.qkv_scales(), s.qkv(), s.hidden, m.projected);
   l.update = update;
   l.attention = decode_of(s, update, window_left, m.attended);
   l.o = product("o", s, m.attended, w.o(), w.o_scales(), s.hidden, s.q(), m.delta);
-  l.mlp_norm = norm_of("mlp_norm", s, m, m.delta, first ? first : m.residual, w.mlp_norm(), eps,
-                       m.normed);
+  l.mlp_norm = norm_of("mlp_norm", s, m, m.delta, first ? m.embedded : m.residual, w.mlp_norm(),
+                       eps, m.normed);
   l.gate_up = product("gate_up", s, m.normed, w.gate_up(), w.gate_up_scales(),
                       2 * s.intermediate, s.hidden, m.gates);
   l.swiglu.gate = m.gates;
@@ -238,33 +242,55 @@ Layer layer_of(const Sizes& s, const Between& m, const void* first, const Weight
   return l;
 }
 
-void decoder_step(const Tensor& hidden, const std::vector<OptionalTensor>& weights,
-                  const Tensor& norm, const Tensor& cos, const Tensor& sin,
-                  const std::vector<Tensor>& k_caches, const std::vector<Tensor>& v_caches,
-                  const Tensor& lengths, const Tensor& cu_seqlens,
-                  const std::vector<int64_t>& windows_left, double eps, const Tensor& out) {
+// A row of the embedding for each token.
+std::vector<const char*> rows_of(const Sizes& s, const Tensor& token_ids, const Tensor& embedding) {
+  const int64_t vocab = embedding.size(0), row_bytes = s.hidden * size_of(s.dtype);
+  const auto* ids = vector_data<int64_t>("token_ids", token_ids, ScalarType::Long, s.rows);
+  const auto* data = vector_data<char>("embedding", embedding, s.stored, vocab * s.hidden);
+  std::vector<const char*> rows;
+  for (int64_t row = 0; row < s.rows; ++row) {
+    KERNELS_CHECK(ids[row] >= 0 && ids[row] < vocab, "token_ids must lie in [0, ", vocab,
+                  "), got ", ids[row]);
+    rows.push_back(data + ids[row] * row_bytes);
+  }
+  return rows;
+}
+
+void decoder_step(const Tensor& token_ids, const Tensor& embedding,
+                  const std::vector<OptionalTensor>& weights, const Tensor& norm,
+                  const Tensor& head, const OptionalTensor& head_scales, const Tensor& cos,
+                  const Tensor& sin, const std::vector<Tensor>& k_caches,
+                  const std::vector<Tensor>& v_caches, const Tensor& lengths,
+                  const Tensor& cu_seqlens, const std::vector<int64_t>& windows_left, double eps,
+                  const Tensor& logits) {
   const size_t count = k_caches.size();
   KERNELS_CHECK(count > 0 && weights.size() == count * Weights::kCount &&
                     v_caches.size() == count && windows_left.size() == count,
                 "weights, caches and windows must be those of as many layers");
   const auto weights_of = [&](size_t i) { return Weights{&weights[i * Weights::kCount]}; };
-  const Sizes sizes = sizes_of(hidden, weights_of(0), k_caches[0]);
+  const Sizes sizes = sizes_of(token_ids, embedding, weights_of(0), k_caches[0]);
   const Between between(sizes);
-  const void* first = matrix("hidden", hidden, sizes.stored, sizes.rows, sizes.hidden);
-  void* const y = matrix("out", out, sizes.stored, sizes.rows, sizes.hidden);
-  const auto last_norm =
-      norm_of("norm", sizes, between, between.delta, between.residual, norm, eps, y);
+  const auto embedded = rows_of(sizes, token_ids, embedding);
   const auto update = update_of(sizes, between, cos, sin, lengths, cu_seqlens);
-
-  // Nothing is written before all has been checked.
   std::vector<Layer> layers;
   for (size_t i = 0; i < count; ++i) {
-    const Sizes s = sizes_of(hidden, weights_of(i), k_caches[i]);
+    const Sizes s = sizes_of(token_ids, embedding, weights_of(i), k_caches[i]);
     KERNELS_CHECK(s.like(sizes), "layers must have one shape");
-    layers.push_back(layer_of(s, between, first, weights_of(i),
+    layers.push_back(layer_of(s, between, i == 0, weights_of(i),
                               with_rings(update, s, k_caches[i], v_caches[i]), windows_left[i],
                               eps));
-    first = nullptr;
+  }
+  const auto last_norm = norm_of("norm", sizes, between, between.delta, between.residual, norm,
+                                 eps, between.normed);
+  KERNELS_CHECK(logits.dim() == 2, "logits must be (", sizes.rows, ", vocabulary)");
+  const int64_t vocab = logits.size(1);
+  const auto last = product("head", sizes, between.normed, head, head_scales, vocab, sizes.hidden,
+                            matrix("logits", logits, sizes.stored, sizes.rows, vocab));
+
+  // All has been checked, and nothing was written before.
+  const int64_t row_bytes = sizes.hidden * size_of(sizes.dtype);
+  for (int64_t row = 0; row < sizes.rows; ++row) {
+    std::memcpy(between.embedded + row * row_bytes, embedded[row], row_bytes);
   }
   for (const Layer& l : layers) {
     kernels::run(l.input_norm, sizes.rows);
@@ -278,15 +304,19 @@ void decoder_step(const Tensor& hidden, const std::vector<OptionalTensor>& weigh
     kernels::run(l.down);
   }
   kernels::run(last_norm, sizes.rows);
+  kernels::run(last);
+  auto* const counted = static_cast<int32_t*>(lengths.data_ptr());
+  for (int64_t row = 0; row < sizes.rows; ++row) ++counted[row];
 }
 
 }  // namespace
 
 LIBRARY_FRAGMENT(KERNELS_NAMESPACE, m) {
   m.def(
-      "decoder_step(Tensor hidden, Tensor?[] weights, Tensor norm, Tensor cos, Tensor sin, "
-      "Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor lengths, Tensor cu_seqlens, "
-      "int[] windows_left, float eps, Tensor(c!) out) -> ()");
+      "decoder_step(Tensor token_ids, Tensor embedding, Tensor?[] weights, Tensor norm, "
+      "Tensor head, Tensor? head_scales, Tensor cos, Tensor sin, Tensor(a!)[] k_caches, "
+      "Tensor(b!)[] v_caches, Tensor(c!) lengths, Tensor cu_seqlens, int[] windows_left, "
+      "float eps, Tensor(d!) logits) -> ()");
 }
 
 LIBRARY_IMPL(KERNELS_NAMESPACE, CPU, m) { m.impl("decoder_step", TORCH_BOX(&decoder_step)); }

@@ -212,6 +212,10 @@ class RollingCache:
 
     def advance(self, packing: Packing) -> None:
         """Count the tokens that every layer has written."""
-        self.torn = False
         self.lengths += 1 if packing.one_each else packing.cu_seqlens.diff()
+        self.advance_host(packing)
+
+    def advance_host(self, packing: Packing) -> None:
+        """Count, on the host, the tokens that every layer has written and the device counted."""
+        self.torn = False
         self.host_lengths = [a + b for a, b in zip(self.host_lengths, packing.seqlens)]

@@ -52,7 +52,7 @@ class DecodeStep:
     ) -> None:
         self.model, self.cache, self.sampler, self.seen = model, cache, sampler, seen
         self.captures = can_capture(model.device)
-        self._decoder = model.model.decoder()
+        self._decoder = model.decoder()
         self.token_ids = torch.zeros(cache.batch, dtype=torch.long, device=model.device)
         on_gpu = model.device.type == "cuda"
         self._host = torch.zeros(cache.batch, dtype=torch.long, pin_memory=on_gpu)
@@ -96,7 +96,7 @@ class DecodeStep:
             self._replay = capture(self._run, self.sampler.generator)
             cache.host_lengths = counts  # recorded, not done
         self._replay()
-        cache.host_lengths = [length + 1 for length in cache.host_lengths]
+        cache.advance_host(packing)
         return None
 
     def _run(self) -> None:

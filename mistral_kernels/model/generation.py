@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.model.cache import RollingCache
+from mistral_kernels.model.cache import Packing, RollingCache
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.decoding import DecodeStep
 from mistral_kernels.model.sampling import Sampler
-from mistral_kernels.ops.decoder_step import Decoder
+from mistral_kernels.ops.decoder_step import Decoder, decoder_step, serves
 
 # Bounds of the tokens that a sequence contributes to one prefill pass, when nobody says.
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 512, 4096
@@ -32,6 +32,8 @@ class Generation:
 
         @property
         def device(self) -> torch.device: ...
+
+        def decoder(self) -> Decoder | None: ...
 
     def new_cache(self, batch: int, max_length: int) -> RollingCache:
         """An empty cache for this model; `max_length` bounds the layers that have no window."""
@@ -69,10 +71,30 @@ class Generation:
     ) -> Tensor:
         """Append one token (batch,) to each sequence; the next token's logits (batch, vocab).
 
-        `decoder`: what `self.model.decoder()` gave; steps that know it need not look it up.
+        `decoder`: what `self.decoder()` gave; steps that know it need not look it up.
+
+        Raises `ValueError` for a cache that was made for another model, dtype or device.
         """
         packing = cache.packing([1] * len(token_ids))
-        return self.lm_head(self.model(token_ids, packing, cache, decoder))
+        in_one_call = serves(token_ids, self.model.norm.weight, self.config.head_dim)
+        if in_one_call and (decoder := decoder or self.decoder()):
+            return self._decode_in_one_call(token_ids, packing, cache, decoder)
+        return self.lm_head(self.model(token_ids, packing, cache))
+
+    def _decode_in_one_call(
+        self, token_ids: Tensor, packing: Packing, cache: RollingCache, decoder: Decoder
+    ) -> Tensor:
+        self.model.check(cache)
+        tables = self.model.rotary_tables(packing.end, token_ids.device)
+        rings = cache.keys, cache.values, cache.lengths
+        cache.torn = True
+        try:
+            logits = decoder_step(token_ids, decoder, tables, *rings, packing.cu_seqlens)
+        except RuntimeError:  # of arguments, before anything was written
+            cache.torn = False
+            raise
+        cache.advance_host(packing)
+        return logits
 
     @torch.inference_mode()
     def stream(

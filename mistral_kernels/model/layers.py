@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from mistral_kernels.model.cache import Packing, RollingCache
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.ops.attention import attention, rolling_cache_attention
-from mistral_kernels.ops.decoder_step import Decoder
 from mistral_kernels.ops.linear import linear
 from mistral_kernels.ops.linear_int8 import linear_int8
 from mistral_kernels.ops.rms_norm import rms_norm
@@ -240,42 +237,3 @@ class DecoderLayer(nn.Module):
             self.self_attn(x, tables, packing, cache), residual
         )
         return self.mlp(x), residual
-
-
-def decoder_of(layers: nn.ModuleList, norm: RMSNorm) -> Decoder | None:
-    """As `decoder_step` takes these modules.
-
-    None where one is not as it was made, or is watched: then they have to be called.
-    """
-    modules = chain([norm], *(layer.modules() for layer in layers))
-    if _has_any_global_hook() or not all(map(_is_plain, modules)):
-        return None
-    weights: list[Tensor | None] = []
-    windows_left = []
-    eps = {norm.eps}
-    layer: Any
-    for layer in layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        window = attention.sliding_window
-        windows_left.append(-1 if window is None else window - 1)
-        eps |= {layer.input_layernorm.eps, layer.post_attention_layernorm.eps}
-        weights += [layer.input_layernorm.weight]
-        weights += [attention.qkv_proj.weight, attention.qkv_proj.scales]
-        weights += [attention.o_proj.weight, attention.o_proj.scales]
-        weights += [layer.post_attention_layernorm.weight]
-        weights += [mlp.gate_up_proj.weight, mlp.gate_up_proj.scales]
-        weights += [mlp.down_proj.weight, mlp.down_proj.scales]
-    return Decoder(weights, norm.weight, windows_left, *eps) if len(eps) == 1 else None
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return (
-        type(module) in _PLAIN
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and "forward" not in vars(module)
-        # A subclass of weights has products of its own.
-        and all(type(weight) is nn.Parameter for weight in module.parameters(recurse=False))
-    )
-
-
-_PLAIN = {DecoderLayer, Attention, MLP, RMSNorm, Linear, FusedLinear}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
@@ -17,11 +18,18 @@ from mistral_kernels import checkpoint
 from mistral_kernels.model.cache import Packing, RollingCache, cache_layout
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.generation import Generation
-from mistral_kernels.model.layers import DecoderLayer, Linear, RMSNorm, decoder_of
+from mistral_kernels.model.layers import (
+    MLP,
+    Attention,
+    DecoderLayer,
+    FusedLinear,
+    Linear,
+    RMSNorm,
+)
 from mistral_kernels.model.quantization import destinations as quantized_destinations
 from mistral_kernels.model.quantization import hold_int8
 from mistral_kernels.ops import extension
-from mistral_kernels.ops.decoder_step import Decoder, decoder_step, serves
+from mistral_kernels.ops.decoder_step import Decoder
 from mistral_kernels.ops.rotary import rotary_tables
 
 _log = logging.getLogger("mistral_kernels")
@@ -47,33 +55,20 @@ class MistralModel(nn.Module):
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def forward(
-        self,
-        input_ids: Tensor,
-        packing: Packing,
-        cache: RollingCache | None = None,
-        decoder: Decoder | None = None,
+        self, input_ids: Tensor, packing: Packing, cache: RollingCache | None = None
     ) -> Tensor:
         """(total_tokens, hidden_size) for packed ids (total_tokens,); appends to `cache`.
-
-        `decoder`: what `self.decoder()` gave; decode steps that know it need not look it up.
 
         Raises `ValueError` for a cache that was made for another model, dtype or device.
         """
         if cache is not None:
-            self._check(cache)
-        tables = self._rotary_tables(packing.end, input_ids.device)
+            self.check(cache)
+        tables = self.rotary_tables(packing.end, input_ids.device)
         hidden = self.embed_tokens(input_ids)
         if cache is None:
             return self._run(hidden, tables, packing, None)
         cache.torn = True
-        in_one_call = packing.one_each and serves(hidden, self.config.head_dim)
-        if in_one_call and (decoder := decoder or self.decoder()):
-            rings = cache.keys, cache.values
-            out = decoder_step(
-                *(hidden, decoder, tables, *rings, cache.lengths, packing.cu_seqlens)
-            )
-        else:
-            out = self._run(hidden, tables, packing, cache)
+        out = self._run(hidden, tables, packing, cache)
         cache.advance(packing)
         return out
 
@@ -95,11 +90,8 @@ class MistralModel(nn.Module):
                 delta, residual = layer(delta, residual, tables, packing, cache)
         return self.norm(delta, residual)[0]
 
-    def decoder(self) -> Decoder | None:
-        """As decode steps on the CPU take it in one call; None where modules have to be called."""
-        return decoder_of(self.layers, self.norm)
-
-    def _check(self, cache: RollingCache) -> None:
+    def check(self, cache: RollingCache) -> None:
+        """Raises `ValueError` for a cache that was made for another model, dtype or device."""
         ring, weight = cache.keys[0], self.norm.weight
         if cache.config is not self.config and cache_layout(cache.config) != cache_layout(
             self.config
@@ -119,7 +111,8 @@ class MistralModel(nn.Module):
         """How many positions the rotary tables hold now; they grow, and move, when more come."""
         return 0 if self._tables is None else len(self._tables[0])
 
-    def _rotary_tables(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def rotary_tables(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of that many positions, or more."""
         tables = self._tables
         if tables is None or len(tables[0]) < num_positions or tables[0].device != device:
             size = max(2048, 1 << (num_positions - 1).bit_length())
@@ -237,6 +230,41 @@ class MistralForCausalLM(Generation, nn.Module):
         tensors = self.state_dict().items()
         save(tensors, self.config, directory, dtype=self.dtype, extra_files=extra_files)
 
+    def decoder(self) -> Decoder | None:
+        """As `decoder_step` takes this model.
+
+        None where a module is not as it was made, or is watched: then they have to be called.
+        """
+        modules = (module for module in self.modules() if module is not self)
+        if _has_any_global_hook() or not all(map(_is_plain, modules)):
+            return None
+        weights: list[Tensor | None] = []
+        windows_left = []
+        eps = {self.model.norm.eps}
+        layer: Any
+        for layer in self.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            window = attention.sliding_window
+            windows_left.append(-1 if window is None else window - 1)
+            eps |= {layer.input_layernorm.eps, layer.post_attention_layernorm.eps}
+            weights += [layer.input_layernorm.weight]
+            weights += [attention.qkv_proj.weight, attention.qkv_proj.scales]
+            weights += [attention.o_proj.weight, attention.o_proj.scales]
+            weights += [layer.post_attention_layernorm.weight]
+            weights += [mlp.gate_up_proj.weight, mlp.gate_up_proj.scales]
+            weights += [mlp.down_proj.weight, mlp.down_proj.scales]
+        if len(eps) != 1:
+            return None
+        return Decoder(
+            embedding=self.model.embed_tokens.weight,
+            weights=weights,
+            norm=self.model.norm.weight,
+            head=self.lm_head.weight,
+            head_scales=self.lm_head.scales,
+            windows_left=windows_left,
+            eps=eps.pop(),
+        )
+
     @property
     def dtype(self) -> torch.dtype:
         """Of hidden states and caches, and of all weights that are not quantised."""
@@ -262,6 +290,23 @@ class MistralForCausalLM(Generation, nn.Module):
         batch, seqlen = input_ids.shape
         packing = Packing.of([seqlen] * batch, [0] * batch, input_ids.device)
         return self.lm_head(self.model(input_ids.flatten(), packing)).view(batch, seqlen, -1)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return (
+        type(module) in _PLAIN
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and "forward" not in vars(module)
+        and getattr(module, "max_norm", None) is None  # of an embedding: it changes its rows
+        # A subclass of weights has products of its own.
+        and all(type(weight) is nn.Parameter for weight in module.parameters(recurse=False))
+    )
+
+
+_PLAIN = {
+    *(MistralModel, nn.Embedding, nn.ModuleList, DecoderLayer, Attention, MLP),
+    *(RMSNorm, Linear, FusedLinear),
+}
 
 
 def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,9 +1,9 @@
-"""The decoder for one new token a sequence, on the CPU, in one call of csrc.
+"""The whole model for one new token a sequence, on the CPU, in one call of csrc.
 
-    h = hidden                                           for each layer:
+    h = embedding[token_ids]                             for each layer:
     h = h + attention(rotary(x Wqkv^T), cache) Wo^T      x = RMSNorm(h)
     h = h + SwiGLU(x Wup^T) Wdown^T                      x = RMSNorm(h)
-    out = RMSNorm(h)
+    logits = RMSNorm(h) Whead^T
 
 A step reads every weight once, so Python and all it touches are out of the caches whenever it is
 their turn: a call for each layer costs a tenth of a millisecond, and for each operator several.
@@ -24,7 +24,7 @@ from mistral_kernels.ops.linear import KERNEL_ROWS
 
 
 class Decoder(NamedTuple):
-    """What of a decoder is the same in every step.
+    """What of a model is the same in every step.
 
     `weights` are those of each layer in turn, all layers of one shape:
 
@@ -35,30 +35,35 @@ class Decoder(NamedTuple):
         gate_up (2 intermediate, hidden), scales
         down (hidden, intermediate), scales
 
-    The scales (rows of the weight,) are those of `quantize_int8`; None: the weight has x's dtype.
+    The scales (rows of the weight,) are those of `quantize_int8`; None: the weight has the
+    embedding's dtype.
     """
 
+    embedding: Tensor  # (vocab_size, hidden)
     weights: list[Tensor | None]
     norm: Tensor  # (hidden,)
+    head: Tensor  # (vocab_size, hidden)
+    head_scales: Tensor | None
     windows_left: list[int]  # of each layer, how many older keys a token sees; -1: all
     eps: float
 
 
-def serves(x: Tensor, head_dim: int) -> bool:
-    """Can a step take `x` (batch, hidden), the hidden states of one token a sequence?
+def serves(token_ids: Tensor, weight: Tensor, head_dim: int) -> bool:
+    """Can a step take these tokens (batch,), and weights such as this one?
 
-    Otherwise their operators have to be called one by one.
+    Otherwise the operators have to be called one by one.
     """
     return (
-        x.shape[0] <= KERNEL_ROWS
+        len(token_ids) <= KERNEL_ROWS
+        and token_ids.dtype == torch.int64
         and head_dim % 8 == 0
         and not torch.is_grad_enabled()  # of the weights, too
-        and direct_cpu_operators(x) is not None
+        and direct_cpu_operators(weight, token_ids) is not None
     )
 
 
 def decoder_step(
-    hidden: Tensor,
+    token_ids: Tensor,
     decoder: Decoder,
     tables: tuple[Tensor, Tensor],
     k_caches: list[Tensor],
@@ -69,22 +74,34 @@ def decoder_step(
     """Appends one token a sequence to the cache; where `serves` says so only.
 
     Args:
-        hidden: (batch, hidden), contiguous, float32, float16 or bfloat16: the tokens' embeddings.
+        token_ids: (batch,) int64.
+        decoder: of weights in float32, float16 or bfloat16, or int8.
         tables: cos and sin, (num_positions, head_dim / 2) float32, longer than any length.
         k_caches, v_caches: of each layer, (batch, capacity, num_kv_heads, head_dim), contiguous;
             head_dim a multiple of 8.
-        lengths: (batch,) int32, tokens each sequence had seen before.
+        lengths: (batch,) int32, tokens each sequence had seen before; one more afterwards.
         cu_seqlens: (batch + 1,) int32: 0, 1, ..., batch.
 
     Returns:
-        (batch, hidden), what the head is given.
+        The next tokens' logits, (batch, vocab_size).
 
     Raises:
-        RuntimeError: naming the argument that does not fit; the caches are untouched.
+        RuntimeError: naming the argument that does not fit; caches and lengths are untouched.
     """
-    out = torch.empty_like(hidden)
+    embedding, weights, norm, head, head_scales, windows_left, eps = decoder
+    logits = torch.empty(len(token_ids), len(head), dtype=norm.dtype)
     extension.load("cpu").decoder_step.default(  # type: ignore[union-attr]
-        *(hidden, decoder.weights, decoder.norm, *tables, k_caches, v_caches),
-        *(lengths, cu_seqlens, decoder.windows_left, decoder.eps, out),
+        *(
+            token_ids.contiguous(),
+            embedding,
+            weights,
+            norm,
+            head,
+            head_scales,
+            *tables,
+            k_caches,
+            v_caches,
+        ),
+        *(lengths, cu_seqlens, windows_left, eps, logits),
     )
-    return out
+    return logits

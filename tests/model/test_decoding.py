@@ -85,7 +85,7 @@ def test_a_step_on_a_gpu_never_changes(sampler: Sampler) -> None:
         seen = torch.zeros(2, SMALL.vocab_size, dtype=torch.bool, device="meta")
     cache = RollingCache(SMALL, 2, 4096, torch.float32, "meta")
     step = DecodeStep(model, cache, sampler, seen)
-    model.model._rotary_tables(2048, model.device)
+    model.model.rotary_tables(2048, model.device)
     records = []
     for position in POSITIONS:
         at_position(cache, position)

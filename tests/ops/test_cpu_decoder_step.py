@@ -1,4 +1,4 @@
-"""The decoder's step in one call: the bits of its operators called one by one."""
+"""The model's step in one call: the bits of its operators called one by one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from helpers import FLOATS
 from torch import Tensor, nn
 
 from mistral_kernels import MistralForCausalLM, RollingCache
-from mistral_kernels.model import layers, transformer
+from mistral_kernels.model import generation, layers
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.decoding import DecodeStep
 from mistral_kernels.model.sampling import Sampler
-from mistral_kernels.model.transformer import MistralModel
 from mistral_kernels.ops import decoder_step as op
 from mistral_kernels.ops import extension
 from mistral_kernels.ops.linear import KERNEL_ROWS
@@ -22,7 +21,7 @@ from mistral_kernels.ops.linear_int8 import quantize_int8
 from mistral_kernels.ops.rotary import rotary_tables
 
 CONFIG = MistralConfig(
-    vocab_size=8,
+    vocab_size=11,
     hidden_size=52,
     intermediate_size=70,
     num_hidden_layers=3,
@@ -34,7 +33,7 @@ CONFIG = MistralConfig(
 
 
 class Step:
-    """A decoder of random weights, a cache that sequences of several lengths have filled, tokens.
+    """A model of random weights, a cache that sequences of several lengths have filled, tokens.
 
     `calls` counts those of the one operator.
     """
@@ -47,7 +46,7 @@ class Step:
         **overrides: Any,
     ) -> None:
         self.config = config = MistralConfig(**{**vars(CONFIG), **overrides})
-        self.model = MistralModel(config).to(dtype).requires_grad_(False)
+        self.model = MistralForCausalLM(config).to(dtype).requires_grad_(False)
         for weight in self.model.parameters():
             weight.copy_(torch.randn(weight.shape))
         self.cache = RollingCache(config, batch, 20, dtype)
@@ -61,23 +60,23 @@ class Step:
             self.calls += 1
             return op.decoder_step(*args)
 
-        monkeypatch.setattr(transformer, "decoder_step", counted)
+        monkeypatch.setattr(generation, "decoder_step", counted)
 
     def run(self, alone: bool = False, decoder: Any = None) -> list[Tensor]:
-        """The hidden states and the rings; `alone`: its operators one by one."""
+        """The logits and the rings; `alone`: its operators one by one."""
         before = [ring.clone() for ring in self.rings]
         self.cache.host_lengths = [5 * i % 19 for i in range(self.cache.batch)]
         self.cache.lengths.copy_(torch.tensor(self.cache.host_lengths))
         with self.monkeypatch.context() as patch:
             if alone:
-                patch.setattr(transformer, "serves", lambda *args: False)
-            packing = self.cache.packing([1] * self.cache.batch)
-            hidden = self.model(self.token_ids, packing, self.cache, decoder)
+                patch.setattr(generation, "serves", lambda *args: False)
+            logits = self.model.decode(self.token_ids, self.cache, decoder)
         assert self.cache.lengths.tolist() == [5 * i % 19 + 1 for i in range(self.cache.batch)]
+        assert self.cache.host_lengths == self.cache.lengths.tolist() and not self.cache.torn
         after = [ring.clone() for ring in self.rings]
         for ring, old in zip(self.rings, before):
             ring.copy_(old)
-        return [hidden, *after]
+        return [logits, *after]
 
 
 def assert_same_bits(step: Step) -> None:
@@ -120,33 +119,54 @@ def test_int8(dtype, operators, monkeypatch):
         assert_same_bits(step)
 
 
-def replace_module(model: MistralModel) -> None:
-    model.layers[1].mlp.down_proj = nn.Linear(70, 52, bias=False)
+def replace_module(model: MistralForCausalLM) -> None:
+    model.model.layers[1].mlp.down_proj = nn.Linear(70, 52, bias=False)
 
 
-def wrap_module(model: MistralModel) -> None:
-    model.layers[2].self_attn.qkv_proj = nn.Sequential(model.layers[2].self_attn.qkv_proj)
+def wrap_module(model: MistralForCausalLM) -> None:
+    attention = model.model.layers[2].self_attn
+    attention.qkv_proj = nn.Sequential(attention.qkv_proj)
 
 
-def watch(model: MistralModel) -> None:
-    model.layers[0].self_attn.o_proj.register_forward_hook(lambda *args: None)
+def watch(model: MistralForCausalLM) -> None:
+    model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda *args: None)
 
 
-def watch_before(model: MistralModel) -> None:
-    model.layers[2].register_forward_pre_hook(lambda *args: None)
+def watch_before(model: MistralForCausalLM) -> None:
+    model.model.layers[2].register_forward_pre_hook(lambda *args: None)
 
 
-def watch_norm(model: MistralModel) -> None:
-    model.norm.register_forward_hook(lambda *args: None)
+def watch_norm(model: MistralForCausalLM) -> None:
+    model.model.norm.register_forward_hook(lambda *args: None)
 
 
-def override(model: MistralModel) -> None:
-    attention = model.layers[1].self_attn
+def watch_all(model: MistralForCausalLM) -> None:
+    model.model.register_forward_hook(lambda *args: None)
+
+
+def watch_embedding(model: MistralForCausalLM) -> None:
+    model.model.embed_tokens.register_forward_hook(lambda *args: None)
+
+
+def limit_embedding(model: MistralForCausalLM) -> None:
+    model.model.embed_tokens.max_norm = 1.0
+
+
+def watch_head(model: MistralForCausalLM) -> None:
+    model.lm_head.register_forward_pre_hook(lambda *args: None)
+
+
+def replace_head(model: MistralForCausalLM) -> None:
+    model.lm_head = nn.Linear(52, 11, bias=False)
+
+
+def override(model: MistralForCausalLM) -> None:
+    attention = model.model.layers[1].self_attn
     attention.forward = type(attention).forward.__get__(attention)
 
 
-def replace_weight(model: MistralModel) -> None:
-    norm = model.layers[1].input_layernorm
+def replace_weight(model: MistralForCausalLM) -> None:
+    norm = model.model.layers[1].input_layernorm
     norm.weight = _Weight(norm.weight.detach(), requires_grad=False)
 
 
@@ -154,15 +174,16 @@ class _Weight(nn.Parameter):
     pass
 
 
-def another_eps(model: MistralModel) -> None:
-    model.layers[1].post_attention_layernorm.eps = 1e-3
+def another_eps(model: MistralForCausalLM) -> None:
+    model.model.layers[1].post_attention_layernorm.eps = 1e-3
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        *(replace_module, wrap_module, watch, watch_before, watch_norm, override),
-        *(replace_weight, another_eps),
+        *(replace_module, wrap_module, replace_head, override, replace_weight, another_eps),
+        *(watch, watch_before, watch_norm, watch_all, watch_embedding, watch_head),
+        limit_embedding,
     ],
 )
 def test_modules_that_have_to_be_called(change, monkeypatch):
@@ -182,14 +203,14 @@ def test_a_hook_for_every_module(monkeypatch):
             step.run()
     finally:
         hook.remove()
-    assert step.calls == 0 and step.model.layers[0].mlp in seen
+    assert step.calls == 0 and step.model.model.layers[0].mlp in seen
 
 
 def test_generation_looks_modules_up_once(operators, monkeypatch):
     step = Step(monkeypatch)
-    model = MistralForCausalLM(step.config).requires_grad_(False)
+    model = step.model
     steps = DecodeStep(model, model.new_cache(3, 9), Sampler(temperature=0))
-    monkeypatch.setattr(transformer, "decoder_of", None)
+    monkeypatch.setattr(model, "decoder", None)
     with torch.inference_mode():
         for _ in range(3):
             steps()
@@ -209,11 +230,34 @@ def test_what_is_not_served(options, monkeypatch):
 def test_gradients_and_autocast(monkeypatch):
     step = Step(monkeypatch)
     step.model.requires_grad_(True)
-    hidden, *_ = step.run()
-    assert hidden.requires_grad
+    logits, *_ = step.run()
+    assert logits.requires_grad
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert not op.serves(torch.randn(3, 52), 24)
+        assert not op.serves(step.token_ids, step.model.model.norm.weight, 24)
     assert step.calls == 0
+
+
+def test_tokens_of_other_kinds(operators, monkeypatch):
+    """Those that lie apart go the same way, integers of another type from module to module."""
+    step = Step(monkeypatch)
+    with torch.no_grad():
+        logits, *_ = step.run()
+        apart = step.token_ids.repeat_interleave(2)[::2]
+        for step.token_ids, calls in ((apart, 2), (apart.int(), 2)):
+            assert torch.equal(step.run()[0], logits) and step.calls == calls
+
+
+def test_a_refused_step_leaves_the_cache_usable(operators, monkeypatch):
+    step = Step(monkeypatch)
+    with torch.no_grad():
+        expected = step.run()
+        good, step.token_ids = step.token_ids, torch.tensor([1, 11, 2])
+        with pytest.raises(RuntimeError, match=r"token_ids must lie in \[0, 11\), got 11"):
+            step.run()
+        step.token_ids = good
+        for a, b in zip(step.run(), expected):
+            assert torch.equal(a, b)
+    assert step.calls == 3
 
 
 @pytest.mark.parametrize(
@@ -228,8 +272,15 @@ def test_gradients_and_autocast(monkeypatch):
         ({"k_caches": lambda x: [x[0].mT.contiguous().mT, *x[1:]]}, "k_cache must be contiguous"),
         ({"k_caches": lambda x: x[1:]}, "must be those of as many layers"),
         ({"windows_left": lambda x: x[1:]}, "must be those of as many layers"),
-        ({"hidden": lambda x: x[:, 1:].contiguous()}, r"out must be \(3, 51\)"),
-        ({"hidden": lambda x: x.double()}, "hidden must be float32, float16 or bfloat16"),
+        ({"token_ids": lambda x: x - 9}, r"token_ids must lie in \[0, 11\), got -"),
+        ({"token_ids": lambda x: x.int()}, "token_ids has the wrong device or dtype"),
+        ({"embedding": lambda x: x[:, 1:]}, "embedding must be contiguous"),
+        ({"embedding": lambda x: x.double()}, "embedding must be float32, float16 or bfloat16"),
+        ({"head": lambda x: x[1:]}, r"head must be \(11, 52\)"),
+        ({"head": lambda x: x.char()}, "head has the wrong device or dtype"),
+        ({"head_scales": lambda _: torch.ones(11)}, "head has the wrong device or dtype"),
+        ({"logits": lambda x: x[:, :-1].contiguous()}, r"head must be \(10, 52\)"),
+        ({"logits": lambda x: x[0]}, r"logits must be \(3, vocabulary\)"),
         ({"norm": lambda x: x.half()}, "norm has the wrong device or dtype"),
         ({"cos": lambda x: x[:, 1:]}, r"cos must be \(20, 12\)"),
         ({"weights": lambda x: x[10:]}, "must be those of as many layers"),
@@ -249,9 +300,12 @@ def test_bad_arguments(change, message, monkeypatch):
     decoder, cache = step.model.decoder(), step.cache
     cos, sin = rotary_tables(20, 24, 1e4)
     arguments = {
-        "hidden": torch.randn(3, 52),
+        "token_ids": step.token_ids,
+        "embedding": decoder.embedding,
         "weights": decoder.weights,
         "norm": decoder.norm,
+        "head": decoder.head,
+        "head_scales": None,
         "cos": cos,
         "sin": sin,
         "k_caches": cache.keys,
@@ -260,10 +314,11 @@ def test_bad_arguments(change, message, monkeypatch):
         "cu_seqlens": cache._one_each,
         "windows_left": decoder.windows_left,
         "eps": 1e-5,
-        "out": torch.empty(3, 52),
+        "logits": torch.empty(3, 11),
     }
-    before = [ring.clone() for ring in step.rings]
+    written = [*step.rings, cache.lengths]
+    before = [x.clone() for x in written]
     changed = {name: make(arguments[name]) for name, make in change.items()}
     with pytest.raises(RuntimeError, match=message):
         operators.decoder_step(*{**arguments, **changed}.values())
-    assert all(map(torch.equal, before, step.rings))
+    assert all(map(torch.equal, before, written))
