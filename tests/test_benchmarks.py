@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -72,10 +73,11 @@ class Counting(Operator):
     name = "counting"
     providers = ("eager", "SDPA")
 
-    def __init__(self, cases: list[Case], breaks_after: int) -> None:
+    def __init__(self, cases: list[Case], breaks_after: int, bound: str = "FLOP") -> None:
         super().__init__(cpu=cases)
-        self.breaks_after = breaks_after
+        self.breaks_after, self.bound = breaks_after, bound
         self.called: list[tuple[Case, str]] = []
+        self.turns: list[int] = []
         self.prepared = self.released = 0
 
     def check(self, provider: str, case: Case, device: torch.device) -> None:
@@ -85,12 +87,13 @@ class Counting(Operator):
         self.prepared += 1
         calls = itertools.count()
 
-        def call() -> None:
+        def call(turn: int) -> None:
             self.called.append((case, provider))
+            self.turns.append(turn)
             if provider == "SDPA" and next(calls) == self.breaks_after:
                 raise MemoryError("no more")
 
-        return lambda turn: call
+        return lambda turn: functools.partial(call, turn)
 
     def release(self) -> None:
         self.released += 1
@@ -110,6 +113,32 @@ def test_sittings_are_spread_over_the_session() -> None:
         assert [len(times) for times in trial.times["eager"]] == [1, 2, 2]
         assert trial.refused == {"SDPA": "MemoryError: no more"}
         assert "SDPA" not in trial.times
+
+
+def test_what_moves_bytes_is_timed_after_a_call_of_its_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On other tensors, whose turn is another."""
+    (case,) = registry.cases([{"n": 1}], (torch.float32,), ("forward",))
+    timed: list[int] = []
+
+    def note(call: Any, device: torch.device) -> float:
+        call()
+        timed.append(operator.turns[-1])
+        return 1.0
+
+    monkeypatch.setattr(timing, "timed", note)
+    monkeypatch.setattr(timing, "peaks", lambda *_: {})
+    for bound in ("byte", "FLOP"):
+        operator = Counting([case], breaks_after=99, bound=bound)
+        sittings.hold([(operator, case, ["eager"])], CPU, seconds=0.0, sittings=1)
+        turns = [0, 1, *range(5)]  # to compile, to see how long it takes, and five rounds
+        if bound == "byte":
+            assert timed == [2 * turn + 1 for turn in turns]
+            assert operator.turns == [x for turn in turns for x in (2 * turn, 2 * turn + 1)]
+        else:
+            assert timed == operator.turns == turns
+        timed.clear()
 
 
 def test_noise_is_that_of_sittings_and_between_them() -> None:
