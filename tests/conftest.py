@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from mistral_kernels.model import transformer
+
 # The tensors of tests are small: threads would only wait for one another.
 torch.set_num_threads(1)
 
@@ -81,6 +83,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch, "empty_like"),
         (torch, "empty_strided"),
         (torch.Tensor, "new_empty"),
+        (transformer, "zeros"),  # of weights, which are all written
     ):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 

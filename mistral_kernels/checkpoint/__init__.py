@@ -8,10 +8,9 @@ from mistral_kernels.checkpoint import hf, raw
 from mistral_kernels.checkpoint.hf import save_hf
 from mistral_kernels.checkpoint.hub import resolve
 from mistral_kernels.checkpoint.raw import save_raw
-from mistral_kernels.checkpoint.reading import ALIGNMENT, Checkpoint, CheckpointError, Part, whole
+from mistral_kernels.checkpoint.reading import Checkpoint, CheckpointError, Part, whole
 
 __all__ = [
-    "ALIGNMENT",
     "Checkpoint",
     "CheckpointError",
     "Part",

@@ -26,6 +26,7 @@ from mistral_kernels.model.layers import (
     Linear,
     RMSNorm,
 )
+from mistral_kernels.model.memory import zeros
 from mistral_kernels.model.quantization import destinations as quantized_destinations
 from mistral_kernels.model.quantization import hold_int8
 from mistral_kernels.ops import extension
@@ -144,11 +145,11 @@ class MistralForCausalLM(Generation, nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def _allocate(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        """Give every parameter uninitialised memory; `to_empty` would import for a second first."""
+        """Give every parameter memory; `to_empty` would import for a second first."""
         for module in self.modules():
             for name, meta in list(module.named_parameters(recurse=False)):
                 own = dtype if meta.is_floating_point() else meta.dtype
-                memory = _empty(meta.shape, own, torch.device(device))
+                memory = zeros(meta.shape, own, device)
                 setattr(module, name, nn.Parameter(memory, meta.requires_grad))
         self._tie_weights()
 
@@ -307,15 +308,6 @@ _PLAIN = {
     *(MistralModel, nn.Embedding, nn.ModuleList, DecoderLayer, Attention, MLP),
     *(RMSNorm, Linear, FusedLinear),
 }
-
-
-def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty`, but that on the CPU it begins with a page: see `checkpoint.ALIGNMENT`."""
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = torch.empty(shape.numel() + checkpoint.ALIGNMENT // dtype.itemsize, dtype=dtype)
-    skipped = -memory.data_ptr() % checkpoint.ALIGNMENT // dtype.itemsize
-    return memory[skipped : skipped + shape.numel()].view(shape)
 
 
 def _map(stored: checkpoint.Checkpoint, name: str, parameter: nn.Parameter | None) -> bool:

@@ -1,0 +1,69 @@
+"""Memory in large pages: what `torch.zeros` gives, elsewhere."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mistral_kernels import MistralForCausalLM
+from mistral_kernels.model.memory import zeros
+
+LARGE = 2 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5, 7), (3, LARGE), (0,), (4, 0)], ids=str)
+def test_zeros(shape, dtype):
+    x = zeros(shape, dtype, "cpu")
+    assert x.shape == shape and x.dtype == dtype and x.is_contiguous() and not x._is_view()
+    assert not x.any()
+    x.fill_(1)
+    assert x.sum(dtype=torch.int64) == x.numel() and not zeros(shape, dtype, "cpu").any()
+    assert x.data_ptr() % mmap.PAGESIZE == 0
+
+
+def test_other_devices():
+    x = zeros((2, 3), torch.float16, "meta")
+    assert x.is_meta and x.shape == (2, 3) and x.dtype == torch.float16
+
+
+def test_more_than_there_is():
+    with pytest.raises(RuntimeError, match="(?i)memory|overflow"):
+        zeros((1 << 55,), torch.float32, "cpu")
+
+
+def test_it_outlives_other_names():
+    x = zeros((1000,), torch.float32, "cpu")
+    part = x[10:20]
+    part += 3
+    del x
+    assert part.tolist() == [3.0] * 10
+
+
+def pages_asked_for(x: torch.Tensor) -> bool:
+    """Does the mapping that holds x say MADV_HUGEPAGE?"""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(bound, 16) for bound in first.split("-"))
+            inside = begin <= x.data_ptr() < end
+        elif inside and first == "VmFlags:":
+            return "hg" in rest
+    raise AssertionError("no such mapping")
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="a kernel without large pages",
+)
+def test_weights_and_rings_are_in_large_pages():
+    model = MistralForCausalLM.from_pretrained("tiny", dtype=torch.float32)  # which is copied
+    cache = model.new_cache(1, 8)
+    for x in (*model.parameters(), *cache.keys, *cache.values):
+        assert pages_asked_for(x)
+    assert not pages_asked_for(torch.ones(LARGE))
