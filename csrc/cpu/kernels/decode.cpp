@@ -97,19 +97,19 @@ INLINE void score_keys(const Decode& d, Rows<T> keys, Rows<T> queries, float* sc
   dots<kTileKeys, kTileHeads, T>(load_key, queries, d.head_dim, products);
   for (int head = 0; head < kTileHeads; ++head) {
     for (int key = 0; key < kTileKeys; ++key) {
-      scores[head * kSplit + key] = products[head * kTileKeys + key] * d.scale;
+      scores[head * kSplit + key] = products[head * kTileKeys + key];
     }
   }
 }
 
 // The scores of a head become its weights, in their place.
-INLINE void weigh(float* scores, int count, Partial* result) {
+INLINE void weigh(float* scores, int count, float scale, Partial* result) {
   Vec largest = splat(-__builtin_inff()), total = {};
   for (int i = count; i % kLanes; ++i) scores[i] = largest[0];
-  for (int i = 0; i < count; i += kLanes) largest = max(largest, load(scores + i));
+  for (int i = 0; i < count; i += kLanes) largest = max(largest, load(scores + i) * scale);
   result->max = max(largest);
   for (int i = 0; i < count; i += kLanes) {
-    const Vec weight = exp(load(scores + i) - result->max);
+    const Vec weight = exp(load(scores + i) * scale - result->max);
     store(scores + i, weight);
     total += weight;
   }
@@ -172,8 +172,8 @@ void attend(const Decode& d, const Item& item, int64_t head, Block<T> after) {
   const int64_t sums_stride = 2 + d.head_dim;
   float* sums = partial(d, item.sequence, item.split, head)->weighted_values;
   for (int i = 0; i < kTileHeads; ++i) {
-    weigh(scores + i * kSplit, static_cast<int>(item.span.end - item.span.begin),
-             partial(d, item.sequence, item.split, head + i));
+    weigh(scores + i * kSplit, static_cast<int>(item.span.end - item.span.begin), d.scale,
+          partial(d, item.sequence, item.split, head + i));
     __builtin_memset(sums + i * sums_stride, 0, d.head_dim * sizeof(float));
   }
   for_each_block<T>(d, item, d.v_cache, d.v_strides, after, [&](Block<T> block, Block<T> next) {

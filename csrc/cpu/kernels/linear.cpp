@@ -59,16 +59,20 @@ template <int kOuts, int kTileRows, typename T, typename W>
 void tile(const Linear& l, char* scratch, int64_t row, int64_t out) {
   const W* weight = static_cast<const W*>(l.weight) + out * l.weight_stride;
   const T* x = static_cast<const T*>(l.x) + row * l.x_stride;
-  static_assert(kOuts <= kLanes);
-  float products[kTileRows * kOuts];
+  // Whole vectors, which are scaled and rounded at once.
+  constexpr int kSize = (kTileRows * kOuts + kLanes - 1) / kLanes * kLanes;
+  float products[kSize] = {};
+  T results[kSize];
   products_of<kOuts, kTileRows>(weight, l, row, Rows<T>{x, l.x_stride}, scratch, products);
+  if (l.scales) {
+    for (int j = 0; j < kTileRows; ++j) {
+      for (int i = 0; i < kOuts; ++i) products[j * kOuts + i] *= l.scales[out + i];
+    }
+  }
+  for (int i = 0; i < kSize; i += kLanes) store(results + i, load(products + i));
   for (int j = 0; j < kTileRows; ++j) {
     T* y = static_cast<T*>(l.y) + (row + j) * l.out_features + out;
-    float* results = products + j * kOuts;
-    if (l.scales) {
-      for (int i = 0; i < kOuts; ++i) results[i] *= l.scales[out + i];
-    }
-    store(y, load(results, kOuts), kOuts);
+    __builtin_memcpy(y, results + j * kOuts, kOuts * sizeof(T));
   }
 }
 
