@@ -57,6 +57,7 @@ void norm_row(const RMSNorm& r, int64_t row) {
 }
 
 // Several rows at once, for the sums that become dweight are read and written once for all of them.
+// Each pass fetches as forward's do.
 template <typename T, int Rows>
 void backward_rows(const RMSNormBackward& r, int64_t row, float* partial) {
   const T *dy[Rows], *dh[Rows], *h[Rows], *weight = static_cast<const T*>(r.weight);
@@ -70,6 +71,7 @@ void backward_rows(const RMSNormBackward& r, int64_t row, float* partial) {
     rstd[j] = r.rstd[row];
     if (!r.dx) continue;
     mean[j] = sum_of(r.hidden, [&](int64_t i, int lanes) {
+      __builtin_prefetch(dx[j] + i, 1, 2);
       return load(dy[j] + i, lanes) * load(weight + i, lanes) * (load(h[j] + i, lanes) * rstd[j]);
     });
     mean[j] /= r.hidden;
@@ -77,6 +79,9 @@ void backward_rows(const RMSNormBackward& r, int64_t row, float* partial) {
   for_each_vector(r.hidden, [&](int64_t i, int lanes) {
     Vec total = {};
     for (int j = 0; j < Rows; ++j) {
+      __builtin_prefetch(dy[j] + Rows * r.dy_stride + i, 0, 2);
+      __builtin_prefetch(h[j] + Rows * r.h_stride + i, 0, 2);
+      if (r.dh) __builtin_prefetch(dh[j] + Rows * r.dh_stride + i, 0, 2);
       const Vec dy_i = load(dy[j] + i, lanes), normed = load(h[j] + i, lanes) * rstd[j];
       total += dy_i * rounded<T>(normed);
       if (!r.dx) continue;
