@@ -32,18 +32,22 @@ INLINE void products_of(const T* weight, const Linear& l, int64_t row, Rows<T> x
   dots<kOuts, kTileRows, T>(load_weight, x, l.in_features, products);
 }
 
-// Of int8, which the first rows widen: with `scratch`, for those after them too.
+// Of int8, which the first rows widen: with `scratch`, for those after them too. These take longer
+// than memory does, so that nothing has to be asked for again.
 template <int kOuts, int kTileRows, typename T>
 INLINE void products_of(const int8_t* weight, const Linear& l, int64_t row, Rows<T> x,
                         char* scratch, float* products) {
   constexpr int64_t kBytes = sizeof(Factor<T>);
+  const int tiles_ahead = scratch ? 1 : 3;
   const int64_t steps = (l.in_features + Factor<T>::kSize - 1) / Factor<T>::kSize;
   const auto widened = [&](int i, int64_t first) {
     return scratch + (i * steps + first / Factor<T>::kSize) * kBytes;
   };
   const auto widen = [&](int i, int64_t first, int count) {
     const int8_t* from = weight + i * l.weight_stride + first;
-    __builtin_prefetch(from + kOuts * l.weight_stride, 0, 2);
+    for (int tile = 1; tile <= tiles_ahead; ++tile) {
+      __builtin_prefetch(from + tile * kOuts * l.weight_stride, 0, 2);
+    }
     const Factor<T> factor = load_factor_of<T>(from, count);
     if (scratch) __builtin_memcpy(widened(i, first), &factor, kBytes);
     return factor;
