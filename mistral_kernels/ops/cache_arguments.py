@@ -77,7 +77,7 @@ def check_ring(
     return max((length + count for length, count in zip(seen, counts) if count), default=0)
 
 
-def check_rotary(
+def check_turning(
     q: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,

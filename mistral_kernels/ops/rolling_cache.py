@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops import extension, launch_configs
-from mistral_kernels.ops.cache_arguments import check_ring, check_rotary
+from mistral_kernels.ops.cache_arguments import check_ring, check_turning
 from mistral_kernels.ops.dispatch import (
     BACKEND_VARIABLE,
     device_guard,
@@ -396,7 +396,7 @@ def rolling_cache_update_(
     """
     end = check_ring(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, k.shape[0])
     if q is not None:
-        check_rotary(q, cos, sin, k, end)
+        check_turning(q, cos, sin, k, end)
     elif cos is not None or sin is not None:
         raise ValueError("cos and sin turn q and k: give q too")
     k, v = with_unit_stride(k), with_unit_stride(v)
