@@ -33,9 +33,9 @@ FLOAT_TYPES = {
 }
 
 _WORTH_A_MAPPING = 1 << 20  # bytes
-# Of large tensors in files that we write, and of those that are used where they lie: what a
-# processor fetches unasked ends with a page, and rows that lie across pages are read a twentieth to
-# an eighth more slowly.
+# Of weights in memory, of large tensors in files that we write, and of those that are used where
+# they lie: what a processor fetches unasked ends with a page, and rows that lie across pages are
+# read a twentieth to an eighth more slowly.
 ALIGNMENT = 4096
 
 # Parts of tensor names that betray another architecture, and what it is.

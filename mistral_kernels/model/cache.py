@@ -100,8 +100,8 @@ class RollingCache:
         for window in windows:
             capacity = max_length if window is None else min(window, max_length)
             shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
-            self.keys.append(zeros(shape, dtype, device))
-            self.values.append(zeros(shape, dtype, device))
+            self.keys.append(zeros(shape, dtype, device, large_pages=True))
+            self.values.append(zeros(shape, dtype, device, large_pages=True))
         # While the layers write. If one of them fails, what the rings hold is no text's cache.
         self.torn = False
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
