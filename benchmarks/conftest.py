@@ -169,10 +169,15 @@ def speed(
             "environment": environment(device),
         }
         moved = timing.READ if operator.only_reads else timing.COPY
-        for name, (_, work) in timing.peaks(device, case.dtype).items():
-            if name in (timing.GEMM, moved):
-                field = "peak_flops" if name == timing.GEMM else "peak_bytes"
-                entry[field] = work / statistics.median(trial.all_times(name))
+        limit, unit = (timing.GEMM, "flops") if entry["bound"] == "FLOP" else (moved, "bytes")
+        peaks = timing.peaks(device, case.dtype)
+        if limit in peaks:
+            of_limit = peaks[limit][1]
+            entry["peak"] = of_limit / statistics.median(trial.all_times(limit))
+            entry["of_peak"] = statistics.median(
+                entry[unit] / own * theirs / of_limit
+                for own, theirs in zip(times, trial.all_times(limit))
+            )
         benchmark.extra_info.update(entry)
         benchmark.group = f"{operator.name} {case}"
         replayed = iter(times)

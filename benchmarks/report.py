@@ -6,9 +6,9 @@
 
 Prints Markdown. A time is a median, followed by its noise in percent: how far the quartiles of the
 sittings reach from it. `/ ours` is the median of the ratios to our time in the same round. `of
-peak` compares with what the same machine did in the same run: a large matrix product for FLOPs, a
-copy for bytes or, where hardly any are written, a read. `MB` is the peak memory of the call, beyond
-what was there before it.
+peak` is that to what the machine did in the same round: a large matrix product for FLOPs, a copy
+for bytes or, where hardly any are written, a read. `MB` is the peak memory of the call, beyond what
+was there before it.
 
 With --base, a row whose time grew by more than both noises together, and by 3 percent, is a
 regression, and the exit code is 1. How many medians lie within the base's noise is told too: of
@@ -72,14 +72,13 @@ def rows_of(results: dict[str, Any]) -> list[Row]:
 
 def row_of(info: dict[str, Any], median: float) -> Row:
     work = info["flops" if info["bound"] == "FLOP" else "bytes"]
-    peak = info.get("peak_flops" if info["bound"] == "FLOP" else "peak_bytes")
     over_ours = info.get("over_ours")
     return Row(
         **{name: info[name] for name in ("op", "sizes", "dtype", "direction", "provider", "bound")},
         median=median,
         noise=info["noise"],
         rate=work / median,
-        of_peak=work / median / peak if peak else None,
+        of_peak=info.get("of_peak"),
         over_ours=statistics.median(over_ours) if over_ours else None,
         peak_memory=info.get("peak_memory"),
         profile=info.get("profile"),

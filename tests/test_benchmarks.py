@@ -223,7 +223,7 @@ def synthetic() -> list[report.Row]:
                 info = {
                     **{"op": operator, "sizes": size, "dtype": "bfloat16", "direction": direction},
                     **{"provider": provider, "bound": "FLOP", "flops": 1e9, "bytes": 1e6},
-                    **{"peak_flops": 1e12, "peak_memory": 10_000_000 * (i + j + 1)},
+                    **{"of_peak": 0.1, "peak_memory": 10_000_000 * (i + j + 1)},
                     "noise": 0.1,
                 }
                 rows.append(report.row_of(info, median=0.01 * (i + 1) * (j + 1)))
