@@ -75,8 +75,9 @@ class Generation:
 
         Raises `ValueError` for a cache that was made for another model, dtype or device.
         """
-        packing = cache.packing([1] * len(token_ids))
-        in_one_call = serves(token_ids, self.model.norm.weight, self.config.head_dim)
+        packing = cache.packing([1] * token_ids.shape[0])
+        weight = decoder.norm if decoder else self.model.norm.weight
+        in_one_call = serves(token_ids, weight, self.config.head_dim)
         if in_one_call and (decoder := decoder or self.decoder()):
             return self._decode_in_one_call(token_ids, packing, cache, decoder)
         return self.lm_head(self.model(token_ids, packing, cache))

@@ -110,12 +110,12 @@ class MistralModel(nn.Module):
     @property
     def num_positions(self) -> int:
         """How many positions the rotary tables hold now; they grow, and move, when more come."""
-        return 0 if self._tables is None else len(self._tables[0])
+        return 0 if self._tables is None else self._tables[0].shape[0]
 
     def rotary_tables(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of that many positions, or more."""
         tables = self._tables
-        if tables is None or len(tables[0]) < num_positions or tables[0].device != device:
+        if tables is None or tables[0].shape[0] < num_positions or tables[0].device != device:
             size = max(2048, 1 << (num_positions - 1).bit_length())
             with torch.inference_mode(False):  # training may want them next
                 tables = rotary_tables(size, self.config.head_dim, self.config.rope_theta, device)

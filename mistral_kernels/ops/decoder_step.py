@@ -54,7 +54,7 @@ def serves(token_ids: Tensor, weight: Tensor, head_dim: int) -> bool:
     Otherwise the operators have to be called one by one.
     """
     return (
-        len(token_ids) <= KERNEL_ROWS
+        token_ids.shape[0] <= KERNEL_ROWS
         and token_ids.dtype == torch.int64
         and head_dim % 8 == 0
         and not torch.is_grad_enabled()  # of the weights, too
@@ -89,7 +89,8 @@ def decoder_step(
         RuntimeError: naming the argument that does not fit; caches and lengths are untouched.
     """
     embedding, weights, norm, head, head_scales, windows_left, eps = decoder
-    logits = torch.empty(len(token_ids), len(head), dtype=norm.dtype)
+    # Not `len`, which of a tensor is a function in Python.
+    logits = torch.empty(token_ids.shape[0], head.shape[0], dtype=norm.dtype)
     extension.load("cpu").decoder_step.default(  # type: ignore[union-attr]
         *(
             token_ids.contiguous(),
