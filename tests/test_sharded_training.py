@@ -146,8 +146,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def starts(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def starts(
+    text: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> dict[str, Path]:
     """Small random checkpoints with a tokenizer for the text."""
+    torch.manual_seed(pytestconfig.option.seed)  # before any test's own
     folder = tmp_path_factory.mktemp("starts")
     tokenizer = folder / "tokenizer.model"
     train.train_tokenizer(train.read_text([text]), CONFIG.vocab_size, tokenizer)
@@ -158,7 +161,8 @@ def starts(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 def command(text: Path, start: Path, out: Path, *options: str) -> list[str]:
     quick = "--held-out-chars 900 --steps 8 --batch-size 4 --seqlen 24 --eval-every 1 --device cpu"
-    fp32 = "--dtype fp32 --warmup-steps 2 --learning-rate 1e-2"
+    # Three times this rate makes a few runs in a hundred so unstable that roundings decide.
+    fp32 = "--dtype fp32 --warmup-steps 2 --learning-rate 3e-3"
     return [
         *(str(text), "--from", str(start), "--output", str(out)),
         *(*quick.split(), *fp32.split(), *options),
