@@ -242,18 +242,16 @@ Layer layer_of(const Sizes& s, const Between& m, bool first, const Weights& w,
   return l;
 }
 
-// A row of the embedding for each token.
-std::vector<const char*> rows_of(const Sizes& s, const Tensor& token_ids, const Tensor& embedding) {
+// Writes each token's row of the embedding, to memory of our own.
+void embed(const Sizes& s, const Between& m, const Tensor& token_ids, const Tensor& embedding) {
   const int64_t vocab = embedding.size(0), row_bytes = s.hidden * size_of(s.dtype);
   const auto* ids = vector_data<int64_t>("token_ids", token_ids, ScalarType::Long, s.rows);
   const auto* data = vector_data<char>("embedding", embedding, s.stored, vocab * s.hidden);
-  std::vector<const char*> rows;
   for (int64_t row = 0; row < s.rows; ++row) {
     KERNELS_CHECK(ids[row] >= 0 && ids[row] < vocab, "token_ids must lie in [0, ", vocab,
                   "), got ", ids[row]);
-    rows.push_back(data + ids[row] * row_bytes);
+    std::memcpy(m.embedded + row * row_bytes, data + ids[row] * row_bytes, row_bytes);
   }
-  return rows;
 }
 
 void decoder_step(const Tensor& token_ids, const Tensor& embedding,
@@ -270,7 +268,7 @@ void decoder_step(const Tensor& token_ids, const Tensor& embedding,
   const auto weights_of = [&](size_t i) { return Weights{&weights[i * Weights::kCount]}; };
   const Sizes sizes = sizes_of(token_ids, embedding, weights_of(0), k_caches[0]);
   const Between between(sizes);
-  const auto embedded = rows_of(sizes, token_ids, embedding);
+  embed(sizes, between, token_ids, embedding);
   const auto update = update_of(sizes, between, cos, sin, lengths, cu_seqlens);
   std::vector<Layer> layers;
   for (size_t i = 0; i < count; ++i) {
@@ -287,11 +285,7 @@ void decoder_step(const Tensor& token_ids, const Tensor& embedding,
   const auto last = product("head", sizes, between.normed, head, head_scales, vocab, sizes.hidden,
                             matrix("logits", logits, sizes.stored, sizes.rows, vocab));
 
-  // All has been checked, and nothing was written before.
-  const int64_t row_bytes = sizes.hidden * size_of(sizes.dtype);
-  for (int64_t row = 0; row < sizes.rows; ++row) {
-    std::memcpy(between.embedded + row * row_bytes, embedded[row], row_bytes);
-  }
+  // All has been checked, and no argument was written to before.
   for (const Layer& l : layers) {
     kernels::run(l.input_norm, sizes.rows);
     kernels::run(l.qkv);

@@ -92,17 +92,7 @@ def decoder_step(
     # Not `len`, which of a tensor is a function in Python.
     logits = torch.empty(token_ids.shape[0], head.shape[0], dtype=norm.dtype)
     extension.load("cpu").decoder_step.default(  # type: ignore[union-attr]
-        *(
-            token_ids.contiguous(),
-            embedding,
-            weights,
-            norm,
-            head,
-            head_scales,
-            *tables,
-            k_caches,
-            v_caches,
-        ),
-        *(lengths, cu_seqlens, windows_left, eps, logits),
+        *(token_ids.contiguous(), embedding, weights, norm, head, head_scales, *tables),
+        *(k_caches, v_caches, lengths, cu_seqlens, windows_left, eps, logits),
     )
     return logits
