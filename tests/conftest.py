@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from mistral_kernels.model import transformer
 
 # The tensors of tests are small: threads would only wait for one another.
 torch.set_num_threads(1)
+
+# How long a machine takes over an example is not tested.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -24,6 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(2**31)
+    # A shell starts what runs in the background deaf to Ctrl-C, and so would be all it starts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,27 @@ def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor, what: str) 
             f"{what}: {name} error {error:.3g} exceeds {allowed:.3g}; "
             f"plain PyTorch in {plain.dtype}: {norm(plain - exact):.3g}, values: {norm(exact):.3g}"
         )
+
+
+def assert_same_text(
+    actual: Sequence[Sequence[int]],
+    expected: Sequence[Sequence[int]],
+    logits: Callable[[Tensor], Tensor],
+) -> None:
+    """The same greedy tokens in each row, up to a choice between two that rounding may swap.
+
+    Another order of summation may choose the other of two tokens whose logits are nearly equal, and
+    goes on with another text. ``logits`` gives those after every token of (1, seqlen) ids.
+    """
+    assert list(map(len, actual)) == list(map(len, expected))
+    for ours, theirs in zip(actual, expected):
+        i = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), None)
+        if i is not None:
+            assert i > 0, "the first token is given"
+            with torch.no_grad():
+                after = logits(torch.as_tensor(theirs[:i])[None])[0, -1].double()
+            gap = after[ours[i]] - after[theirs[i]]
+            assert gap.abs() <= 1e-4 * after.abs().max(), f"token {i} of {ours}, not {theirs}"
 
 
 def _largest(x: Tensor) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_same_text
 from small_checkpoints import SMALL, varied_model
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, Sampler
@@ -94,7 +95,8 @@ def test_batch_mates_change_nothing(model: MistralForCausalLM) -> None:
     together = model.generate(prompts, max_new_tokens=new, eos_token_id=None)
     for prompt, row in zip(prompts, together):
         assert row[: len(prompt)] == prompt and len(row) == len(prompt) + new
-        assert model.generate([prompt], max_new_tokens=new, eos_token_id=None) == [row]
+        alone = model.generate([prompt], max_new_tokens=new, eos_token_id=None)
+        assert_same_text(alone, [row], model)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
@@ -110,16 +112,17 @@ def test_padding_plays_no_part(model: MistralForCausalLM, side: str) -> None:
     out = model.generate(ids, mask, max_new_tokens=new, eos_token_id=None)
     assert isinstance(out, torch.Tensor) and out.dtype == ids.dtype
     assert torch.equal(out[:, :25], ids)
-    assert out[:, 25:].tolist() == [row[-new:] for row in expected]
+    actual = [prompt + row for prompt, row in zip(prompts, out[:, 25:].tolist())]
+    assert_same_text(actual, expected, model)
 
 
 def test_prefill_chunks_change_nothing(model: MistralForCausalLM) -> None:
     prompts = prompts_of(31, 2)
-    texts = [
-        model.generate(prompts, max_new_tokens=9, eos_token_id=None, prefill_chunk_size=size)
-        for size in (None, 1, W - 1, W, 2 * W + 3, 100)
-    ]
-    assert texts == texts[:1] * 6
+    options: dict[str, Any] = {"max_new_tokens": 9, "eos_token_id": None}
+    expected = model.generate(prompts, **options)
+    for size in (1, W - 1, W, 2 * W + 3, 100):
+        actual = model.generate(prompts, **options, prefill_chunk_size=size)
+        assert_same_text(actual, expected, model)
     with pytest.raises(ValueError, match="chunk_size must be positive, got 0"):
         model.generate(prompts, prefill_chunk_size=0)
 
@@ -131,7 +134,8 @@ def test_a_cache_continues_its_text(model: MistralForCausalLM, tokenizer: Mistra
     model.prefill([first], cache)
     expected = generate(model, tokenizer, [first + second], max_tokens=20, ignore_eos=True)
     actual = generate(model, tokenizer, [second], max_tokens=20, ignore_eos=True, cache=cache)
-    assert actual[0].token_ids == expected[0].token_ids
+    whole = [[*first, *second, *text[0].token_ids] for text in (actual, expected)]
+    assert_same_text(whole[:1], whole[1:], model)
     assert cache.host_lengths == [12 + 9 + 19], "all but the last token"
 
 
@@ -279,6 +283,7 @@ def test_one_text_stops_the_others_go_on(
 
 @pytest.mark.parametrize("penalty", [1.8, 0.2])
 def test_repetition_penalty(model: MistralForCausalLM, penalty: float) -> None:
+    model = model.double()
     prompt = random_ids(6)
     text = list(prompt)
     for _ in range(25):

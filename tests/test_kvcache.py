@@ -357,9 +357,7 @@ def combinations(draw):
 
 
 @on_both_backends
-@settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=combinations())
 def test_options_together(case, backend, device):
     check(make_arguments(device, **case))

@@ -47,7 +47,7 @@ TEXTS = [
 ]
 # In sentencepiece's vocabularies "▁" is the space.
 any_text = st.text().filter(lambda t: "\u2581" not in t)
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 
 
 def train_json(path: Path, byte_level: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import Allocations
-from helpers import assert_as_accurate
+from helpers import assert_as_accurate, assert_same_text
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -113,7 +113,7 @@ def positions_of(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def assert_close(ours: Tensor, eager: Tensor, tolerance: float = 1e-5) -> None:
+def assert_close(ours: Tensor, eager: Tensor, tolerance: float = 5e-5) -> None:
     assert torch.isfinite(ours).all()
     assert (ours - eager).norm() <= tolerance * eager.norm()
 
@@ -324,13 +324,14 @@ def test_chunks_over_a_cache(name: str) -> None:
 MODES: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}}
 
 
+@pytest.mark.usefixtures("exact_softmax")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["mistral", "llama", "gemma2"])
 def test_generate(name: str, kind: str, padding: str, mode: str) -> None:
     """The traps: total length below the window and past it, padding, unfilled static caches."""
-    model = make_model(name)
+    model = make_model(name).double()
     for seqlen, new in ((3, 4), (5, 2 * W), (2 * W + 5, 6)):
         ids, attention_mask = batch(seqlen, padding)
         options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, **MODES[mode]}
@@ -342,12 +343,14 @@ def test_generate(name: str, kind: str, padding: str, mode: str) -> None:
         assert ours.shape[1] == seqlen + new
 
 
+@pytest.mark.usefixtures("exact_softmax")
 @pytest.mark.parametrize("draft", ["assistant", "lookup"])
 @pytest.mark.parametrize("name", ["mistral", "llama"])
 def test_assisted_generation(name: str, draft: str) -> None:
     if OLDER and name == "mistral":
         pytest.skip("these transformers cannot go back in a sliding cache")
-    model, assistant = make_model(name), make_model(name, num_hidden_layers=1)
+    model = make_model(name).double()
+    assistant = make_model(name, num_hidden_layers=1).double()
     ids = torch.randint(1, VOCAB, (1, 4)).repeat(1, 3)
     options: dict[str, Any] = {"assistant_model": assistant}
     if draft == "lookup":
@@ -495,8 +498,12 @@ def test_kernels_generate(kind: str, triton_backend: None, device: torch.device)
     if kind == "static":  # on a GPU `generate` would compile what runs over it
         options |= {"cache_implementation": "static", "disable_compile": True}
     given = {"attention_mask": attention_mask, "pad_token_id": 0}
-    ours, eager = both(model, model.generate, ids, **given, **options)
-    assert torch.equal(ours, eager)
+    skipped = (attention_mask == 0).sum(1)
+    ours, eager = (
+        [row[n:].tolist() for row, n in zip(text, skipped)]
+        for text in both(model, model.generate, ids, **given, **options)
+    )
+    assert_same_text(ours, eager, lambda ids: model(ids.to(device)).logits)
 
 
 @pytest.mark.kernels

@@ -138,7 +138,5 @@ class Machine(RuleBasedStateMachine):
 def test_any_sequence_of_operations(backend: str, device: torch.device) -> None:
     examples = 25 if backend == "torch" else 6
     Machine.device = device
-    Machine.TestCase.settings = settings(
-        max_examples=examples, stateful_step_count=12, deadline=None
-    )
+    Machine.TestCase.settings = settings(max_examples=examples, stateful_step_count=12)
     Machine.TestCase("runTest").runTest()
