@@ -6,7 +6,12 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <mutex>
+#include <numeric>
 #include <optional>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -15,75 +20,158 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// One layer's, in the order of `Decoder.weights` in Python.
-struct Weights {
-  const OptionalTensor* all;
-
-  static constexpr size_t kCount = 10;
-  const Tensor& input_norm() const { return at(0); }
-  const Tensor& qkv() const { return at(1); }
-  const OptionalTensor& qkv_scales() const { return all[2]; }
-  const Tensor& o() const { return at(3); }
-  const OptionalTensor& o_scales() const { return all[4]; }
-  const Tensor& mlp_norm() const { return at(5); }
-  const Tensor& gate_up() const { return at(6); }
-  const OptionalTensor& gate_up_scales() const { return all[7]; }
-  const Tensor& down() const { return at(8); }
-  const OptionalTensor& down_scales() const { return all[9]; }
-
- private:
-  const Tensor& at(int i) const {
-    KERNELS_CHECK(all[i].has_value(), "of the weights only scales may be None");
-    return *all[i];
-  }
-};
-
 struct Sizes {
-  int64_t rows, hidden, intermediate, heads, kv_heads, head_dim, capacity;
+  int64_t vocab, hidden, intermediate, heads, kv_heads, head_dim;
   ScalarType stored;
   DType dtype;
 
   int64_t q() const { return heads * head_dim; }
   int64_t kv() const { return kv_heads * head_dim; }
   int64_t qkv() const { return q() + 2 * kv(); }
-  bool like(const Sizes& other) const {
-    return intermediate == other.intermediate && heads == other.heads &&
-           kv_heads == other.kv_heads && head_dim == other.head_dim;
-  }
 };
 
-Sizes sizes_of(const Tensor& token_ids, const Tensor& embedding, const Weights& w,
-               const Tensor& k_cache) {
-  KERNELS_CHECK(
-      embedding.dim() == 2 && k_cache.dim() == 4 && w.o().dim() == 2 && w.down().dim() == 2,
-      "weights must have 2 dimensions, caches 4");
+struct Layer {
+  const void *input_norm, *mlp_norm;
+  kernels::Linear qkv, o, gate_up, down;  // but for their rows
+  int64_t window_left;
+};
+
+// A model's weights, which have been checked and live as long as it does.
+struct Decoder {
+  std::vector<OptionalTensor> owned;
+  Sizes sizes;
+  float eps;
+  const char* embedding;
+  std::vector<Layer> layers;
+  const void* norm;
+  kernels::Linear head;
+};
+
+// Those that Python has made and not dropped, by number.
+class Decoders {
+ public:
+  static Decoders& all() {
+    static auto& all = *new Decoders;  // for ever: at the end there may be no Python to free memory
+    return all;
+  }
+
+  int64_t add(Decoder decoder) {
+    const std::lock_guard lock(mutex_);
+    by_number_[++last_] = std::make_shared<const Decoder>(std::move(decoder));
+    return last_;
+  }
+
+  std::shared_ptr<const Decoder> at(int64_t number) {
+    const std::lock_guard lock(mutex_);
+    const auto found = by_number_.find(number);
+    KERNELS_CHECK(found != by_number_.end(), "there is no decoder ", number);
+    return found->second;
+  }
+
+  void drop(int64_t number) {
+    std::shared_ptr<const Decoder> dropped;  // whose end may be long, after the lock's
+    const std::lock_guard lock(mutex_);
+    const auto found = by_number_.find(number);
+    if (found == by_number_.end()) return;
+    dropped = std::move(found->second);
+    by_number_.erase(found);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<const Decoder>> by_number_;
+  int64_t last_ = 0;
+};
+
+void* matrix(const char* name, const Tensor& x, ScalarType dtype, int64_t rows, int64_t columns) {
+  KERNELS_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, name, " must be (", rows,
+                ", ", columns, ")");
+  return vector_data<void>(name, x, dtype, rows * columns);
+}
+
+kernels::Linear product(const char* name, const Sizes& s, const Tensor& weight,
+                        const OptionalTensor& scales, int64_t outputs, int64_t inputs) {
+  kernels::Linear l{};
+  l.weight = matrix(name, weight, scales ? ScalarType::Char : s.stored, outputs, inputs);
+  if (scales) l.scales = vector_data<float>("scales", *scales, ScalarType::Float, outputs);
+  l.x_stride = l.weight_stride = l.in_features = inputs;
+  l.out_features = outputs;
+  l.dtype = s.dtype;
+  return l;
+}
+
+// One layer's weights, in the order of `Decoder` in Python.
+constexpr size_t kLayerWeights = 10;
+
+const Tensor& weight_at(const OptionalTensor* weights, int i) {
+  KERNELS_CHECK(weights[i].has_value(), "of the weights only scales may be None");
+  return *weights[i];
+}
+
+Sizes sizes_of(const Tensor& embedding, const OptionalTensor* weights, int64_t head_dim) {
+  const Tensor &qkv = weight_at(weights, 1), &o = weight_at(weights, 3);
+  const Tensor& down = weight_at(weights, 8);
+  KERNELS_CHECK(embedding.dim() == 2 && qkv.dim() == 2 && o.dim() == 2 && down.dim() == 2,
+                "weights must have 2 dimensions");
+  KERNELS_CHECK(head_dim > 0 && head_dim % 8 == 0, "head_dim must be a multiple of 8");
   Sizes s{};
-  s.rows = token_ids.numel();
+  s.vocab = embedding.size(0);
   s.hidden = embedding.size(1);
-  s.intermediate = w.down().size(1);
-  s.capacity = k_cache.size(1);
-  s.kv_heads = k_cache.size(2);
-  s.head_dim = k_cache.size(3);
-  KERNELS_CHECK(
-      s.head_dim > 0 && s.head_dim % 8 == 0 && s.kv_heads > 0 && w.o().size(1) % s.kv() == 0,
-      "head_dim must be a multiple of 8, and k_cache's heads must divide q's");
-  KERNELS_CHECK(k_cache.size(0) == s.rows && s.capacity > 0, "k_cache must hold ", s.rows,
-                " sequences");
-  s.heads = w.o().size(1) / s.head_dim;
+  s.intermediate = down.size(1);
+  s.heads = o.size(1) / head_dim;
+  s.kv_heads = (qkv.size(0) / head_dim - s.heads) / 2;
+  s.head_dim = head_dim;
+  KERNELS_CHECK(s.kv_heads > 0 && s.heads % s.kv_heads == 0,
+                "qkv must have heads of q, and of k and v as many as divide them");
   s.stored = embedding.scalar_type();
   s.dtype = dtype_of("embedding", embedding);
   return s;
 }
 
-// What one operator leaves for the next, of a layer and all after it.
+Layer layer_of(const Sizes& s, const OptionalTensor* weights, int64_t window_left) {
+  const auto at = [&](int i) -> const Tensor& { return weight_at(weights, i); };
+  Layer l{};
+  l.input_norm = vector_data<void>("input_norm", at(0), s.stored, s.hidden);
+  l.qkv = product("qkv", s, at(1), weights[2], s.qkv(), s.hidden);
+  l.o = product("o", s, at(3), weights[4], s.hidden, s.q());
+  l.mlp_norm = vector_data<void>("mlp_norm", at(5), s.stored, s.hidden);
+  l.gate_up = product("gate_up", s, at(6), weights[7], 2 * s.intermediate, s.hidden);
+  l.down = product("down", s, at(8), weights[9], s.hidden, s.intermediate);
+  l.window_left = window_left;
+  return l;
+}
+
+int64_t make_decoder(const Tensor& embedding, const std::vector<OptionalTensor>& weights,
+                     const Tensor& norm, const Tensor& head, const OptionalTensor& head_scales,
+                     const std::vector<int64_t>& windows_left, int64_t head_dim, double eps) {
+  const size_t count = windows_left.size();
+  KERNELS_CHECK(count > 0 && weights.size() == count * kLayerWeights,
+                "weights and windows must be those of as many layers");
+  Decoder d{};
+  d.owned = weights;
+  d.owned.insert(d.owned.end(), {embedding, norm, head, head_scales});
+  const Sizes s = d.sizes = sizes_of(embedding, weights.data(), head_dim);
+  d.eps = static_cast<float>(eps);
+  d.embedding = vector_data<char>("embedding", embedding, s.stored, s.vocab * s.hidden);
+  for (size_t i = 0; i < count; ++i) {
+    d.layers.push_back(layer_of(s, &weights[i * kLayerWeights], windows_left[i]));
+  }
+  d.norm = vector_data<void>("norm", norm, s.stored, s.hidden);
+  d.head = product("head", s, head, head_scales, s.vocab, s.hidden);
+  return Decoders::all().add(std::move(d));
+}
+
+void drop_decoder(int64_t decoder) { Decoders::all().drop(decoder); }
+
+// What one operator leaves for the next.
 struct Between {
   Buffer memory;
   char *embedded, *delta, *residual, *normed, *projected, *turned, *attended, *gates, *activated;
 
-  explicit Between(const Sizes& s)
-      : memory(s.rows * size_of(s.dtype) *
+  Between(const Sizes& s, int64_t rows)
+      : memory(rows * size_of(s.dtype) *
                (4 * s.hidden + s.qkv() + 2 * s.q() + 3 * s.intermediate)) {
-    const int64_t column = s.rows * size_of(s.dtype);
+    const int64_t column = rows * size_of(s.dtype);
     embedded = memory.data();
     delta = embedded + column * s.hidden;
     residual = delta + column * s.hidden;
@@ -96,221 +184,206 @@ struct Between {
   }
 };
 
-void* matrix(const char* name, const Tensor& x, ScalarType dtype, int64_t rows, int64_t columns) {
-  KERNELS_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, name, " must be (", rows,
-                ", ", columns, ")");
-  return vector_data<void>(name, x, dtype, rows * columns);
-}
-
-kernels::Linear product(const char* name, const Sizes& s, const void* x, const Tensor& weight,
-                        const OptionalTensor& scales, int64_t outputs, int64_t inputs, void* y) {
-  kernels::Linear l{};
-  l.x = x;
-  l.weight = matrix(name, weight, scales ? ScalarType::Char : s.stored, outputs, inputs);
-  if (scales) l.scales = vector_data<float>("scales", *scales, ScalarType::Float, outputs);
-  l.y = y;
-  l.x_stride = l.weight_stride = l.in_features = inputs;
-  l.rows = s.rows;
-  l.out_features = outputs;
-  l.dtype = s.dtype;
-  return l;
-}
-
-// Turns q and k of what was projected, and writes k and v into rings: those of no layer yet.
-rolling_cache::Update update_of(const Sizes& s, const Between& m, const Tensor& cos,
-                                const Tensor& sin, const Tensor& lengths,
-                                const Tensor& cu_seqlens) {
-  const int64_t element = size_of(s.dtype), head = s.head_dim * element;
-  const int64_t token = s.qkv() * element;
-  const auto table = [&](const char* name, const Tensor& x) {
-    return static_cast<const float*>(
-        matrix(name, x, ScalarType::Float, cos.size(0), s.head_dim / 2));
-  };
-  KERNELS_CHECK(cos.dim() == 2, "cos must be (positions, ", s.head_dim / 2, ")");
-  rolling_cache::Update u{};
-  u.q = {m.projected, 0, token, head};
-  u.k = {m.projected + s.q() * element, 0, token, head};
-  u.v = {m.projected + (s.q() + s.kv()) * element, 0, token, head};
-  u.q_out = {m.turned, 0, s.q() * element, head};
-  u.cos = table("cos", cos);
-  u.sin = table("sin", sin);
-  u.cos_stride = u.sin_stride = s.head_dim / 2;
-  u.lengths = vector_data<int32_t>("lengths", lengths, ScalarType::Int, s.rows);
-  u.cu_seqlens = vector_data<int32_t>("cu_seqlens", cu_seqlens, ScalarType::Int, s.rows + 1);
-  u.batch = s.rows;
-  u.max_seqlen = 1;
-  u.num_heads = static_cast<int32_t>(s.heads);
-  u.num_kv_heads = static_cast<int32_t>(s.kv_heads);
-  u.head_dim = static_cast<int32_t>(s.head_dim);
-  u.dtype = s.dtype;
-  for (int64_t row = 0; row < s.rows; ++row) {
-    KERNELS_CHECK(u.lengths[row] >= 0 && u.lengths[row] < cos.size(0),
-                  "lengths must lie in the tables' [0, ", cos.size(0), "), got ", u.lengths[row]);
-    KERNELS_CHECK(u.cu_seqlens[row] == row, "cu_seqlens must count from 0 to ", s.rows);
+// A step of the sequences of one cache.
+class Step {
+ public:
+  Step(const Decoder& decoder, int64_t rows)
+      : d_(decoder), s_(decoder.sizes), rows_(rows), m_(s_, rows), cu_seqlens_(rows + 1) {
+    std::iota(cu_seqlens_.begin(), cu_seqlens_.end(), 0);
   }
-  return u;
-}
 
-rolling_cache::Update with_rings(rolling_cache::Update u, const Sizes& s, const Tensor& k_cache,
-                                 const Tensor& v_cache) {
-  const int64_t head = s.head_dim * size_of(s.dtype), slot = s.kv_heads * head;
-  const auto ring = [&](const char* name, const Tensor& x) {
-    KERNELS_CHECK(x.dim() == 4 && x.size(1) == s.capacity && x.size(2) == s.kv_heads &&
-                      x.size(3) == s.head_dim,
-                  "v_cache must have k_cache's shape");
-    char* data = vector_data<char>(name, x, s.stored, s.rows * s.capacity * s.kv());
-    return rolling_cache::Heads{data, s.capacity * slot, slot, head};
-  };
-  u.k_cache = ring("k_cache", k_cache);
-  u.v_cache = ring("v_cache", v_cache);
-  u.capacity = u.page_size = static_cast<uint32_t>(s.capacity);
-  return u;
-}
-
-// Of the tokens that `u` has turned and written.
-kernels::Decode decode_of(const Sizes& s, const rolling_cache::Update& u, int64_t window_left,
-                          void* out) {
-  kernels::Decode d{};
-  d.q = u.q_out.data;
-  d.k_cache = u.k_cache.data;
-  d.v_cache = u.v_cache.data;
-  d.out = out;
-  d.q_strides[0] = s.q();
-  for (int64_t* strides : {d.k_strides, d.v_strides}) {
-    strides[0] = s.capacity * s.kv();
-    strides[1] = s.kv();
-    strides[2] = s.head_dim;
+  // Takes each token's row of the embedding.
+  void embed(const Tensor& token_ids) {
+    const auto* ids = vector_data<int64_t>("token_ids", token_ids, ScalarType::Long, rows_);
+    const int64_t row_bytes = s_.hidden * size_of(s_.dtype);
+    for (int64_t row = 0; row < rows_; ++row) {
+      KERNELS_CHECK(ids[row] >= 0 && ids[row] < s_.vocab, "token_ids must lie in [0, ", s_.vocab,
+                    "), got ", ids[row]);
+      std::memcpy(m_.embedded + row * row_bytes, d_.embedding + ids[row] * row_bytes, row_bytes);
+    }
   }
-  d.q_strides[1] = d.head_dim = s.head_dim;
-  d.lengths = u.lengths;
-  d.new_tokens = 1;
-  d.batch = s.rows;
-  d.num_heads = s.heads;
-  d.num_kv_heads = s.kv_heads;
-  d.capacity = d.page_size = s.capacity;
-  d.window_left = window_left;
-  d.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(s.head_dim)));
-  d.dtype = s.dtype;
-  return d;
-}
 
-// Of x + residual, which goes on as the residual; or of x alone, where that is null.
-kernels::RMSNorm norm_of(const char* name, const Sizes& s, const Between& m, const void* x,
-                         const void* residual, const Tensor& weight, double eps, void* y) {
-  kernels::RMSNorm r{};
-  r.x = x;
-  r.residual = residual;
-  r.weight = vector_data<void>(name, weight, s.stored, s.hidden);
-  r.y = y;
-  r.h = residual ? m.residual : nullptr;
-  r.x_stride = r.residual_stride = r.hidden = s.hidden;
-  r.eps = static_cast<float>(eps);
-  r.dtype = s.dtype;
-  return r;
-}
+  // Takes where k and v go, and how they turn.
+  void place(const Tensor& cos, const Tensor& sin, const Tensor& lengths,
+             const std::vector<Tensor>& k_caches, const std::vector<Tensor>& v_caches) {
+    KERNELS_CHECK(k_caches.size() == d_.layers.size() && v_caches.size() == d_.layers.size(),
+                  "caches must be those of ", d_.layers.size(), " layers");
+    const auto update = update_of(cos, sin, lengths);
+    for (size_t i = 0; i < k_caches.size(); ++i) {
+      updates_.push_back(with_rings(update, k_caches[i], v_caches[i]));
+    }
+  }
 
-struct Layer {
-  kernels::RMSNorm input_norm, mlp_norm;
-  kernels::Linear qkv, o, gate_up, down;
-  rolling_cache::Update update;
-  kernels::Decode attention;
-  kernels::SwiGLU swiglu;
+  void run(const Tensor& logits) const {
+    void* const out = matrix("logits", logits, s_.stored, rows_, s_.vocab);
+    // All has been checked, and no argument was written to before.
+    const void *x = m_.embedded, *residual = nullptr;
+    for (size_t i = 0; i < d_.layers.size(); ++i) {
+      const Layer& l = d_.layers[i];
+      normalise(x, residual, l.input_norm);
+      multiply(l.qkv, m_.normed, m_.projected);
+      rolling_cache::update(updates_[i], nullptr);
+      attend(updates_[i], l.window_left);
+      multiply(l.o, m_.attended, m_.delta);
+      normalise(m_.delta, residual ? residual : x, l.mlp_norm);
+      multiply(l.gate_up, m_.normed, m_.gates);
+      activate();
+      multiply(l.down, m_.activated, m_.delta);
+      x = m_.delta;
+      residual = m_.residual;
+    }
+    normalise(x, residual, d_.norm);
+    multiply(d_.head, m_.normed, out);
+  }
+
+ private:
+  rolling_cache::Update update_of(const Tensor& cos, const Tensor& sin,
+                                  const Tensor& lengths) const {
+    const int64_t element = size_of(s_.dtype), head = s_.head_dim * element;
+    const int64_t token = s_.qkv() * element;
+    KERNELS_CHECK(cos.dim() == 2, "cos must be (positions, ", s_.head_dim / 2, ")");
+    const auto table = [&](const char* name, const Tensor& x) {
+      return static_cast<const float*>(
+          matrix(name, x, ScalarType::Float, cos.size(0), s_.head_dim / 2));
+    };
+    rolling_cache::Update u{};
+    u.q = {m_.projected, 0, token, head};
+    u.k = {m_.projected + s_.q() * element, 0, token, head};
+    u.v = {m_.projected + (s_.q() + s_.kv()) * element, 0, token, head};
+    u.q_out = {m_.turned, 0, s_.q() * element, head};
+    u.cos = table("cos", cos);
+    u.sin = table("sin", sin);
+    u.cos_stride = u.sin_stride = s_.head_dim / 2;
+    u.lengths = vector_data<int32_t>("lengths", lengths, ScalarType::Int, rows_);
+    u.cu_seqlens = cu_seqlens_.data();
+    u.batch = rows_;
+    u.max_seqlen = 1;
+    u.num_heads = static_cast<int32_t>(s_.heads);
+    u.num_kv_heads = static_cast<int32_t>(s_.kv_heads);
+    u.head_dim = static_cast<int32_t>(s_.head_dim);
+    u.dtype = s_.dtype;
+    for (int64_t row = 0; row < rows_; ++row) {
+      KERNELS_CHECK(u.lengths[row] >= 0 && u.lengths[row] < cos.size(0),
+                    "lengths must lie in the tables' [0, ", cos.size(0), "), got ",
+                    u.lengths[row]);
+    }
+    return u;
+  }
+
+  rolling_cache::Update with_rings(rolling_cache::Update u, const Tensor& k_cache,
+                                   const Tensor& v_cache) const {
+    const int64_t head = s_.head_dim * size_of(s_.dtype), slot = s_.kv_heads * head;
+    const int64_t capacity = k_cache.dim() == 4 ? k_cache.size(1) : 0;
+    const auto ring = [&](const char* name, const Tensor& x) {
+      KERNELS_CHECK(x.dim() == 4 && x.size(0) == rows_ && x.size(1) == capacity && capacity > 0 &&
+                        x.size(2) == s_.kv_heads && x.size(3) == s_.head_dim,
+                    name, " must be (", rows_, ", capacity of both, ", s_.kv_heads, ", ",
+                    s_.head_dim, ")");
+      char* data = vector_data<char>(name, x, s_.stored, rows_ * capacity * s_.kv());
+      return rolling_cache::Heads{data, capacity * slot, slot, head};
+    };
+    u.k_cache = ring("k_cache", k_cache);
+    u.v_cache = ring("v_cache", v_cache);
+    u.capacity = u.page_size = static_cast<uint32_t>(capacity);
+    return u;
+  }
+
+  // To `normed`, of x + residual, which goes on as the residual; or of x alone.
+  void normalise(const void* x, const void* residual, const void* weight) const {
+    kernels::RMSNorm r{};
+    r.x = x;
+    r.residual = residual;
+    r.weight = weight;
+    r.y = m_.normed;
+    r.h = residual ? m_.residual : nullptr;
+    r.x_stride = r.residual_stride = r.hidden = s_.hidden;
+    r.eps = d_.eps;
+    r.dtype = s_.dtype;
+    kernels::run(r, rows_);
+  }
+
+  void multiply(kernels::Linear l, const void* x, void* y) const {
+    l.x = x;
+    l.y = y;
+    l.rows = rows_;
+    kernels::run(l);
+  }
+
+  // Of the tokens that `u` has turned and written.
+  void attend(const rolling_cache::Update& u, int64_t window_left) const {
+    kernels::Decode d{};
+    d.q = u.q_out.data;
+    d.k_cache = u.k_cache.data;
+    d.v_cache = u.v_cache.data;
+    d.out = m_.attended;
+    d.q_strides[0] = s_.q();
+    for (int64_t* strides : {d.k_strides, d.v_strides}) {
+      strides[0] = u.capacity * s_.kv();
+      strides[1] = s_.kv();
+      strides[2] = s_.head_dim;
+    }
+    d.q_strides[1] = d.head_dim = s_.head_dim;
+    d.lengths = u.lengths;
+    d.new_tokens = 1;
+    d.batch = rows_;
+    d.num_heads = s_.heads;
+    d.num_kv_heads = s_.kv_heads;
+    d.capacity = d.page_size = u.capacity;
+    d.window_left = window_left;
+    d.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(s_.head_dim)));
+    d.dtype = s_.dtype;
+    kernels::run(d);
+  }
+
+  void activate() const {
+    kernels::SwiGLU g{};
+    g.gate = m_.gates;
+    g.up = m_.gates + s_.intermediate * size_of(s_.dtype);
+    g.y = m_.activated;
+    g.cols = s_.intermediate;
+    g.gate_stride = g.up_stride = 2 * s_.intermediate;
+    g.dtype = s_.dtype;
+    kernels::run(g, rows_ * s_.intermediate);
+  }
+
+  const Decoder& d_;
+  const Sizes& s_;
+  const int64_t rows_;
+  const Between m_;
+  std::vector<int32_t> cu_seqlens_;
+  std::vector<rolling_cache::Update> updates_;
 };
 
-// The `first` layer begins with what no other has added to.
-Layer layer_of(const Sizes& s, const Between& m, bool first, const Weights& w,
-               const rolling_cache::Update& update, int64_t window_left, double eps) {
-  Layer l{};
-  l.input_norm = norm_of("input_norm", s, m, first ? m.embedded : m.delta,
-                         first ? nullptr : m.residual, w.input_norm(), eps, m.normed);
-  l.qkv = product("qkv", s, m.normed, w.qkv(), w.qkv_scales(), s.qkv(), s.hidden, m.projected);
-  l.update = update;
-  l.attention = decode_of(s, update, window_left, m.attended);
-  l.o = product("o", s, m.attended, w.o(), w.o_scales(), s.hidden, s.q(), m.delta);
-  l.mlp_norm = norm_of("mlp_norm", s, m, m.delta, first ? m.embedded : m.residual, w.mlp_norm(),
-                       eps, m.normed);
-  l.gate_up = product("gate_up", s, m.normed, w.gate_up(), w.gate_up_scales(),
-                      2 * s.intermediate, s.hidden, m.gates);
-  l.swiglu.gate = m.gates;
-  l.swiglu.up = m.gates + s.intermediate * size_of(s.dtype);
-  l.swiglu.y = m.activated;
-  l.swiglu.cols = s.intermediate;
-  l.swiglu.gate_stride = l.swiglu.up_stride = 2 * s.intermediate;
-  l.swiglu.dtype = s.dtype;
-  l.down = product("down", s, m.activated, w.down(), w.down_scales(), s.hidden, s.intermediate,
-                   m.delta);
-  return l;
-}
-
-// Writes each token's row of the embedding, to memory of our own.
-void embed(const Sizes& s, const Between& m, const Tensor& token_ids, const Tensor& embedding) {
-  const int64_t vocab = embedding.size(0), row_bytes = s.hidden * size_of(s.dtype);
-  const auto* ids = vector_data<int64_t>("token_ids", token_ids, ScalarType::Long, s.rows);
-  const auto* data = vector_data<char>("embedding", embedding, s.stored, vocab * s.hidden);
-  for (int64_t row = 0; row < s.rows; ++row) {
-    KERNELS_CHECK(ids[row] >= 0 && ids[row] < vocab, "token_ids must lie in [0, ", vocab,
-                  "), got ", ids[row]);
-    std::memcpy(m.embedded + row * row_bytes, data + ids[row] * row_bytes, row_bytes);
-  }
-}
-
-void decoder_step(const Tensor& token_ids, const Tensor& embedding,
-                  const std::vector<OptionalTensor>& weights, const Tensor& norm,
-                  const Tensor& head, const OptionalTensor& head_scales, const Tensor& cos,
-                  const Tensor& sin, const std::vector<Tensor>& k_caches,
-                  const std::vector<Tensor>& v_caches, const Tensor& lengths,
-                  const Tensor& cu_seqlens, const std::vector<int64_t>& windows_left, double eps,
-                  const Tensor& logits) {
-  const size_t count = k_caches.size();
-  KERNELS_CHECK(count > 0 && weights.size() == count * Weights::kCount &&
-                    v_caches.size() == count && windows_left.size() == count,
-                "weights, caches and windows must be those of as many layers");
-  const auto weights_of = [&](size_t i) { return Weights{&weights[i * Weights::kCount]}; };
-  const Sizes sizes = sizes_of(token_ids, embedding, weights_of(0), k_caches[0]);
-  const Between between(sizes);
-  embed(sizes, between, token_ids, embedding);
-  const auto update = update_of(sizes, between, cos, sin, lengths, cu_seqlens);
-  std::vector<Layer> layers;
-  for (size_t i = 0; i < count; ++i) {
-    const Sizes s = sizes_of(token_ids, embedding, weights_of(i), k_caches[i]);
-    KERNELS_CHECK(s.like(sizes), "layers must have one shape");
-    layers.push_back(layer_of(s, between, i == 0, weights_of(i),
-                              with_rings(update, s, k_caches[i], v_caches[i]), windows_left[i],
-                              eps));
-  }
-  const auto last_norm = norm_of("norm", sizes, between, between.delta, between.residual, norm,
-                                 eps, between.normed);
-  KERNELS_CHECK(logits.dim() == 2, "logits must be (", sizes.rows, ", vocabulary)");
-  const int64_t vocab = logits.size(1);
-  const auto last = product("head", sizes, between.normed, head, head_scales, vocab, sizes.hidden,
-                            matrix("logits", logits, sizes.stored, sizes.rows, vocab));
-
-  // All has been checked, and no argument was written to before.
-  for (const Layer& l : layers) {
-    kernels::run(l.input_norm, sizes.rows);
-    kernels::run(l.qkv);
-    rolling_cache::update(l.update, nullptr);
-    kernels::run(l.attention);
-    kernels::run(l.o);
-    kernels::run(l.mlp_norm, sizes.rows);
-    kernels::run(l.gate_up);
-    kernels::run(l.swiglu, sizes.rows * sizes.intermediate);
-    kernels::run(l.down);
-  }
-  kernels::run(last_norm, sizes.rows);
-  kernels::run(last);
+void decoder_step(int64_t decoder, const Tensor& token_ids, const Tensor& cos, const Tensor& sin,
+                  const std::vector<Tensor>& k_caches, const std::vector<Tensor>& v_caches,
+                  const Tensor& lengths, const Tensor& logits) {
+  const auto held = Decoders::all().at(decoder);
+  const int64_t rows = token_ids.numel();
+  Step step(*held, rows);
+  step.embed(token_ids);
+  step.place(cos, sin, lengths, k_caches, v_caches);
+  step.run(logits);
   auto* const counted = static_cast<int32_t*>(lengths.data_ptr());
-  for (int64_t row = 0; row < sizes.rows; ++row) ++counted[row];
+  for (int64_t row = 0; row < rows; ++row) ++counted[row];
 }
 
 }  // namespace
 
 LIBRARY_FRAGMENT(KERNELS_NAMESPACE, m) {
   m.def(
-      "decoder_step(Tensor token_ids, Tensor embedding, Tensor?[] weights, Tensor norm, "
-      "Tensor head, Tensor? head_scales, Tensor cos, Tensor sin, Tensor(a!)[] k_caches, "
-      "Tensor(b!)[] v_caches, Tensor(c!) lengths, Tensor cu_seqlens, int[] windows_left, "
-      "float eps, Tensor(d!) logits) -> ()");
+      "make_decoder(Tensor embedding, Tensor?[] weights, Tensor norm, Tensor head, "
+      "Tensor? head_scales, int[] windows_left, int head_dim, float eps) -> int");
+  m.def("drop_decoder(int decoder) -> ()");
+  m.def(
+      "decoder_step(int decoder, Tensor token_ids, Tensor cos, Tensor sin, Tensor(a!)[] k_caches, "
+      "Tensor(b!)[] v_caches, Tensor(c!) lengths, Tensor(d!) logits) -> ()");
 }
 
-LIBRARY_IMPL(KERNELS_NAMESPACE, CPU, m) { m.impl("decoder_step", TORCH_BOX(&decoder_step)); }
+LIBRARY_IMPL(KERNELS_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("drop_decoder", TORCH_BOX(&drop_decoder));
+}
+
+LIBRARY_IMPL(KERNELS_NAMESPACE, CPU, m) {
+  m.impl("make_decoder", TORCH_BOX(&make_decoder));
+  m.impl("decoder_step", TORCH_BOX(&decoder_step));
+}

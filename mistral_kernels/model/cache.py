@@ -125,16 +125,14 @@ class RollingCache:
         """Has no sequence seen a token yet?"""
         return not any(self.host_lengths)
 
-    def packing(self, seqlens: list[int]) -> Packing:
-        """Place `seqlens` new tokens behind what each sequence has seen.
-
-        One token each is placed by tensors that stay where they are, as a CUDA graph needs it.
+    def end_of(self, seqlens: list[int]) -> int:
+        """Tokens of the longest sequence, once each has `seqlens` more.
 
         Raises `ValueError` if they do not fit: too many sequences, or, without a window, too long.
         """
         if self.torn:
             raise ValueError("a pass over this cache was interrupted half-way; make a new one")
-        if len(seqlens) != self.batch:
+        if len(seqlens) != len(self.host_lengths):
             raise ValueError(f"the cache holds {self.batch} sequences, got {len(seqlens)}")
         end = max(length + new for length, new in zip(self.host_lengths, seqlens))
         if end > self.max_length and not self.endless:
@@ -142,6 +140,16 @@ class RollingCache:
                 f"a sequence of {end} tokens does not fit a cache of max_length "
                 f"{self.max_length}; make the cache longer"
             )
+        return end
+
+    def packing(self, seqlens: list[int]) -> Packing:
+        """Place `seqlens` new tokens behind what each sequence has seen.
+
+        One token each is placed by tensors that stay where they are, as a CUDA graph needs it.
+
+        Raises `ValueError` if they do not fit, as `end_of` does.
+        """
+        end = self.end_of(seqlens)
         if set(seqlens) == {1}:
             return Packing(tuple(seqlens), end, self._one_each, self.lengths)
         return Packing.of(seqlens, self.host_lengths, self.lengths.device)
@@ -214,9 +222,9 @@ class RollingCache:
     def advance(self, packing: Packing) -> None:
         """Count the tokens that every layer has written."""
         self.lengths += 1 if packing.one_each else packing.cu_seqlens.diff()
-        self.advance_host(packing)
+        self.advance_host(packing.seqlens)
 
-    def advance_host(self, packing: Packing) -> None:
+    def advance_host(self, seqlens: Sequence[int]) -> None:
         """Count, on the host, the tokens that every layer has written and the device counted."""
         self.torn = False
-        self.host_lengths = [a + b for a, b in zip(self.host_lengths, packing.seqlens)]
+        self.host_lengths = [a + b for a, b in zip(self.host_lengths, seqlens)]

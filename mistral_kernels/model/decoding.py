@@ -52,8 +52,9 @@ class DecodeStep:
     ) -> None:
         self.model, self.cache, self.sampler, self.seen = model, cache, sampler, seen
         self.captures = can_capture(model.device)
-        self._decoder = model.decoder()
+        model.model.check(cache)
         self.token_ids = torch.zeros(cache.batch, dtype=torch.long, device=model.device)
+        self._decoder = model.decoder(self.token_ids)
         on_gpu = model.device.type == "cuda"
         self._host = torch.zeros(cache.batch, dtype=torch.long, pin_memory=on_gpu)
         self._copied = torch.cuda.Event() if on_gpu else None
@@ -85,8 +86,8 @@ class DecodeStep:
             return self._run()
         cache = self.cache
         # The first step compiles what is not yet compiled; longer tables lie elsewhere.
-        packing = cache.packing([1] * cache.batch)
-        if not self._warm or packing.end > self._reach:
+        new = [1] * cache.batch
+        if not self._warm or cache.end_of(new) > self._reach:
             self._run()
             self._warm, self._replay = True, None
             self._reach = self.model.model.num_positions
@@ -96,8 +97,8 @@ class DecodeStep:
             self._replay = capture(self._run, self.sampler.generator)
             cache.host_lengths = counts  # recorded, not done
         self._replay()
-        cache.advance_host(packing)
+        cache.advance_host(new)
         return None
 
     def _run(self) -> None:
-        self.choose(self.model.decode(self.token_ids, self.cache, self._decoder))
+        self.choose(self.model.decode_with(self._decoder, self.token_ids, self.cache))

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.model.cache import Packing, RollingCache
+from mistral_kernels.model.cache import RollingCache
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.decoding import DecodeStep
 from mistral_kernels.model.sampling import Sampler
-from mistral_kernels.ops.decoder_step import Decoder, decoder_step, serves
+from mistral_kernels.ops.decoder_step import Decoder
 
 # Bounds of the tokens that a sequence contributes to one prefill pass, when nobody says.
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 512, 4096
@@ -33,7 +33,7 @@ class Generation:
         @property
         def device(self) -> torch.device: ...
 
-        def decoder(self) -> Decoder | None: ...
+        def decoder(self, token_ids: Tensor) -> Decoder | None: ...
 
     def new_cache(self, batch: int, max_length: int) -> RollingCache:
         """An empty cache for this model; `max_length` bounds the layers that have no window."""
@@ -66,35 +66,32 @@ class Generation:
             last[ended] = hidden[packing.last_tokens[ended]]
         return self.lm_head(last)
 
-    def decode(
-        self, token_ids: Tensor, cache: RollingCache, decoder: Decoder | None = None
-    ) -> Tensor:
+    def decode(self, token_ids: Tensor, cache: RollingCache) -> Tensor:
         """Append one token (batch,) to each sequence; the next token's logits (batch, vocab).
-
-        `decoder`: what `self.decoder()` gave; steps that know it need not look it up.
 
         Raises `ValueError` for a cache that was made for another model, dtype or device.
         """
-        packing = cache.packing([1] * token_ids.shape[0])
-        weight = decoder.norm if decoder else self.model.norm.weight
-        in_one_call = serves(token_ids, weight, self.config.head_dim)
-        if in_one_call and (decoder := decoder or self.decoder()):
-            return self._decode_in_one_call(token_ids, packing, cache, decoder)
-        return self.lm_head(self.model(token_ids, packing, cache))
-
-    def _decode_in_one_call(
-        self, token_ids: Tensor, packing: Packing, cache: RollingCache, decoder: Decoder
-    ) -> Tensor:
         self.model.check(cache)
-        tables = self.model.rotary_tables(packing.end, token_ids.device)
-        rings = cache.keys, cache.values, cache.lengths
+        return self.decode_with(self.decoder(token_ids), token_ids, cache)
+
+    def decode_with(
+        self, decoder: Decoder | None, token_ids: Tensor, cache: RollingCache
+    ) -> Tensor:
+        """`decode` with what `self.decoder` gave, over a cache that `self.model.check` took.
+
+        Between steps all of Python gets cold, so that what they ask again costs much of their time.
+        """
+        new = [1] * token_ids.shape[0]
+        if decoder is None:
+            return self.lm_head(self.model(token_ids, cache.packing(new), cache))
+        tables = self.model.rotary_tables(cache.end_of(new), token_ids.device)
         cache.torn = True
         try:
-            logits = decoder_step(token_ids, decoder, tables, *rings, packing.cu_seqlens)
+            logits = decoder.step(token_ids, tables, cache.keys, cache.values, cache.lengths)
         except RuntimeError:  # of arguments, before anything was written
             cache.torn = False
             raise
-        cache.advance_host(packing)
+        cache.advance_host(new)
         return logits
 
     @torch.inference_mode()

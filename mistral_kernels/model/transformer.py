@@ -30,7 +30,7 @@ from mistral_kernels.model.memory import zeros
 from mistral_kernels.model.quantization import destinations as quantized_destinations
 from mistral_kernels.model.quantization import hold_int8
 from mistral_kernels.ops import extension
-from mistral_kernels.ops.decoder_step import Decoder
+from mistral_kernels.ops.decoder_step import Decoder, serves
 from mistral_kernels.ops.rotary import rotary_tables
 
 _log = logging.getLogger("mistral_kernels")
@@ -231,11 +231,14 @@ class MistralForCausalLM(Generation, nn.Module):
         tensors = self.state_dict().items()
         save(tensors, self.config, directory, dtype=self.dtype, extra_files=extra_files)
 
-    def decoder(self) -> Decoder | None:
-        """As `decoder_step` takes this model.
+    def decoder(self, token_ids: Tensor) -> Decoder | None:
+        """For steps of tokens such as these (batch,), with the weights that there are now.
 
-        None where a module is not as it was made, or is watched: then they have to be called.
+        None where a module is not as it was made, or is watched, or `serves` says no: then the
+        modules have to be called.
         """
+        if not serves(token_ids, self.model.norm.weight, self.config.head_dim):
+            return None
         modules = (module for module in self.modules() if module is not self)
         if _has_any_global_hook() or not all(map(_is_plain, modules)):
             return None
@@ -263,6 +266,7 @@ class MistralForCausalLM(Generation, nn.Module):
             head=self.lm_head.weight,
             head_scales=self.lm_head.scales,
             windows_left=windows_left,
+            head_dim=self.config.head_dim,
             eps=eps.pop(),
         )
 

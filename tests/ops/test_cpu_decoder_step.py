@@ -10,12 +10,12 @@ from helpers import FLOATS
 from torch import Tensor, nn
 
 from mistral_kernels import MistralForCausalLM, RollingCache
-from mistral_kernels.model import generation, layers
+from mistral_kernels.model import layers, transformer
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.decoding import DecodeStep
 from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.ops import decoder_step as op
-from mistral_kernels.ops import extension
+from mistral_kernels.ops.decoder_step import Decoder
 from mistral_kernels.ops.linear import KERNEL_ROWS
 from mistral_kernels.ops.linear_int8 import quantize_int8
 from mistral_kernels.ops.rotary import rotary_tables
@@ -56,21 +56,26 @@ class Step:
         self.token_ids = torch.randint(config.vocab_size, (batch,))
         self.monkeypatch, self.calls = monkeypatch, 0
 
+        original = Decoder.step
+
         def counted(*args: Any) -> Tensor:
             self.calls += 1
-            return op.decoder_step(*args)
+            return original(*args)
 
-        monkeypatch.setattr(generation, "decoder_step", counted)
+        monkeypatch.setattr(Decoder, "step", counted)
 
-    def run(self, alone: bool = False, decoder: Any = None) -> list[Tensor]:
+    def run(self, alone: bool = False, decoder: Decoder | None = None) -> list[Tensor]:
         """The logits and the rings; `alone`: its operators one by one."""
         before = [ring.clone() for ring in self.rings]
         self.cache.host_lengths = [5 * i % 19 for i in range(self.cache.batch)]
         self.cache.lengths.copy_(torch.tensor(self.cache.host_lengths))
         with self.monkeypatch.context() as patch:
             if alone:
-                patch.setattr(generation, "serves", lambda *args: False)
-            logits = self.model.decode(self.token_ids, self.cache, decoder)
+                patch.setattr(transformer, "serves", lambda *args: False)
+            if decoder is None:
+                logits = self.model.decode(self.token_ids, self.cache)
+            else:
+                logits = self.model.decode_with(decoder, self.token_ids, self.cache)
         assert self.cache.lengths.tolist() == [5 * i % 19 + 1 for i in range(self.cache.batch)]
         assert self.cache.host_lengths == self.cache.lengths.tolist() and not self.cache.torn
         after = [ring.clone() for ring in self.rings]
@@ -83,7 +88,7 @@ def assert_same_bits(step: Step) -> None:
     with torch.no_grad():
         one_by_one = step.run(alone=True)
         assert step.calls == 0
-        for decoder in (None, step.model.decoder()):
+        for decoder in (None, step.model.decoder(step.token_ids)):
             for a, b in zip(step.run(decoder=decoder), one_by_one):
                 assert a.isfinite().all() and torch.equal(a, b)
     assert step.calls == 2
@@ -191,7 +196,7 @@ def test_modules_that_have_to_be_called(change, monkeypatch):
     change(step.model)
     with torch.no_grad():
         step.run()
-    assert step.calls == 0 and step.model.decoder() is None
+        assert step.calls == 0 and step.model.decoder(step.token_ids) is None
 
 
 def test_a_hook_for_every_module(monkeypatch):
@@ -209,9 +214,9 @@ def test_a_hook_for_every_module(monkeypatch):
 def test_generation_looks_modules_up_once(operators, monkeypatch):
     step = Step(monkeypatch)
     model = step.model
-    steps = DecodeStep(model, model.new_cache(3, 9), Sampler(temperature=0))
-    monkeypatch.setattr(model, "decoder", None)
     with torch.inference_mode():
+        steps = DecodeStep(model, model.new_cache(3, 9), Sampler(temperature=0))
+        monkeypatch.setattr(model, "decoder", None)
         for _ in range(3):
             steps()
     assert step.calls == 3
@@ -254,10 +259,53 @@ def test_a_refused_step_leaves_the_cache_usable(operators, monkeypatch):
         good, step.token_ids = step.token_ids, torch.tensor([1, 11, 2])
         with pytest.raises(RuntimeError, match=r"token_ids must lie in \[0, 11\), got 11"):
             step.run()
+        assert not step.cache.torn
         step.token_ids = good
         for a, b in zip(step.run(), expected):
             assert torch.equal(a, b)
     assert step.calls == 3
+
+
+WEIGHTS = ("embedding", "weights", "norm", "head", "head_scales", "windows_left", "head_dim", "eps")
+
+
+def weights_of(step: Step, monkeypatch: Any) -> dict[str, Any]:
+    """What the model gives its decoder."""
+    given: dict[str, Any] = {}
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(transformer, "Decoder", lambda **weights: given.update(weights))
+        step.model.decoder(step.token_ids)
+    assert tuple(given) == WEIGHTS
+    return given
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embedding": lambda x: x[:, 1:]}, "embedding must be contiguous"),
+        ({"embedding": lambda x: x[0]}, "weights must have 2 dimensions"),
+        ({"embedding": lambda x: x.double()}, "embedding must be float32, float16 or bfloat16"),
+        ({"head": lambda x: x[1:]}, r"head must be \(11, 52\)"),
+        ({"head": lambda x: x.char()}, "head has the wrong device or dtype"),
+        ({"head_scales": lambda _: torch.ones(11)}, "head has the wrong device or dtype"),
+        ({"norm": lambda x: x.half()}, "norm has the wrong device or dtype"),
+        ({"windows_left": lambda x: x[1:]}, "must be those of as many layers"),
+        ({"head_dim": lambda _: 12}, "head_dim must be a multiple of 8"),
+        ({"head_dim": lambda _: 144}, "qkv must have heads of q, and of k and v as many as divide"),
+        ({"weights": lambda x: x[10:]}, "must be those of as many layers"),
+        ({"weights": lambda x: [*x[:28], x[28][:-1], None]}, r"down must be \(52, 70\)"),
+        ({"weights": lambda x: [*x[:28], x[28][:, 1:], None]}, r"down must be \(52, 70\)"),
+        ({"weights": lambda x: [*x[:28], None, None]}, "only scales may be None"),
+        ({"weights": lambda x: [x[0], x[1][:, 1:], *x[2:]]}, r"qkv must be \(240, 52\)"),
+        ({"weights": lambda x: [*x[:3], x[3][:, 24:], *x[4:]]}, "qkv must have heads of q, and"),
+        ({"weights": lambda x: [*x[:5], x[5].half(), *x[6:]]}, "mlp_norm has the wrong device"),
+    ],
+)
+def test_bad_weights(change, message, operators, monkeypatch):
+    given = weights_of(Step(monkeypatch), monkeypatch)
+    changed = {name: make(given[name]) for name, make in change.items()}
+    with pytest.raises(RuntimeError, match=message):
+        Decoder(**{**given, **changed})
 
 
 @pytest.mark.parametrize(
@@ -265,55 +313,37 @@ def test_a_refused_step_leaves_the_cache_usable(operators, monkeypatch):
     [
         ({"lengths": lambda x: x + 100}, r"lengths must lie in the tables' \[0, 20\), got 100"),
         ({"lengths": lambda x: x.long()}, "lengths has the wrong device or dtype"),
-        ({"cu_seqlens": lambda x: x + 1}, "cu_seqlens must count from 0 to 3"),
-        ({"k_caches": lambda x: [*x[:-1], x[-1][:2]]}, "k_cache must hold 3 sequences"),
-        ({"v_caches": lambda x: [*x[:-1], x[-1][:, 1:]]}, "v_cache must have k_cache's shape"),
+        ({"k_caches": lambda x: [*x[:-1], x[-1][:2]]}, r"k_cache must be \(3, capacity of both, 2"),
+        ({"v_caches": lambda x: [*x[:-1], x[-1][:, 1:]]}, r"v_cache must be \(3, capacity of both"),
         ({"v_caches": lambda x: [x[0].double(), *x[1:]]}, "v_cache has the wrong device or dtype"),
         ({"k_caches": lambda x: [x[0].mT.contiguous().mT, *x[1:]]}, "k_cache must be contiguous"),
-        ({"k_caches": lambda x: x[1:]}, "must be those of as many layers"),
-        ({"windows_left": lambda x: x[1:]}, "must be those of as many layers"),
+        (
+            {"k_caches": lambda x: [x[0][0], *x[1:]]},
+            r"k_cache must be \(3, capacity of both, 2, 24",
+        ),
+        ({"k_caches": lambda x: x[1:]}, "caches must be those of 3 layers"),
         ({"token_ids": lambda x: x - 9}, r"token_ids must lie in \[0, 11\), got -"),
         ({"token_ids": lambda x: x.int()}, "token_ids has the wrong device or dtype"),
-        ({"embedding": lambda x: x[:, 1:]}, "embedding must be contiguous"),
-        ({"embedding": lambda x: x.double()}, "embedding must be float32, float16 or bfloat16"),
-        ({"head": lambda x: x[1:]}, r"head must be \(11, 52\)"),
-        ({"head": lambda x: x.char()}, "head has the wrong device or dtype"),
-        ({"head_scales": lambda _: torch.ones(11)}, "head has the wrong device or dtype"),
-        ({"logits": lambda x: x[:, :-1].contiguous()}, r"head must be \(10, 52\)"),
-        ({"logits": lambda x: x[0]}, r"logits must be \(3, vocabulary\)"),
-        ({"norm": lambda x: x.half()}, "norm has the wrong device or dtype"),
+        ({"logits": lambda x: x[:, :-1].contiguous()}, r"logits must be \(3, 11\)"),
+        ({"logits": lambda x: x[0]}, r"logits must be \(3, 11\)"),
         ({"cos": lambda x: x[:, 1:]}, r"cos must be \(20, 12\)"),
-        ({"weights": lambda x: x[10:]}, "must be those of as many layers"),
-        ({"weights": lambda x: [*x[:28], x[28][:-1], None]}, r"down must be \(52, 70\)"),
-        ({"weights": lambda x: [*x[:28], x[28][:, 1:], None]}, "layers must have one shape"),
-        ({"weights": lambda x: [*x[:28], None, None]}, "only scales may be None"),
-        ({"weights": lambda x: [x[0], x[1][1:], *x[2:]]}, r"qkv must be \(240, 52\)"),
-        ({"weights": lambda x: [*x[:3], x[3][:, 24:], *x[4:]]}, "k_cache's heads must divide q's"),
-        ({"weights": lambda x: [*x[:5], x[5].half(), *x[6:]]}, "mlp_norm has the wrong device"),
+        ({"sin": lambda x: x[1:]}, r"sin must be \(20, 12\)"),
+        ({"decoder": lambda x: x + 1000}, "there is no decoder 1"),
     ],
 )
-def test_bad_arguments(change, message, monkeypatch):
-    operators = extension.load("cpu")
-    if operators is None:
-        pytest.skip(extension.status("cpu"))
+def test_bad_arguments(change, message, operators, monkeypatch):
     step = Step(monkeypatch)
-    decoder, cache = step.model.decoder(), step.cache
+    cache = step.cache
+    decoder = Decoder(**weights_of(step, monkeypatch))
     cos, sin = rotary_tables(20, 24, 1e4)
     arguments = {
+        "decoder": decoder._number,
         "token_ids": step.token_ids,
-        "embedding": decoder.embedding,
-        "weights": decoder.weights,
-        "norm": decoder.norm,
-        "head": decoder.head,
-        "head_scales": None,
         "cos": cos,
         "sin": sin,
         "k_caches": cache.keys,
         "v_caches": cache.values,
         "lengths": cache.lengths,
-        "cu_seqlens": cache._one_each,
-        "windows_left": decoder.windows_left,
-        "eps": 1e-5,
         "logits": torch.empty(3, 11),
     }
     written = [*step.rings, cache.lengths]
@@ -322,3 +352,19 @@ def test_bad_arguments(change, message, monkeypatch):
     with pytest.raises(RuntimeError, match=message):
         operators.decoder_step(*{**arguments, **changed}.values())
     assert all(map(torch.equal, before, written))
+
+
+def test_weights_live_as_long_as_their_decoder(operators, monkeypatch):
+    """Of the model nothing may be left; then of the decoder nothing is."""
+    step = Step(monkeypatch)
+    with torch.no_grad():
+        expected = step.run()
+        decoder = step.model.decoder(step.token_ids)
+        for weight in step.model.parameters():
+            weight.data = torch.full_like(weight, torch.nan)
+        for a, b in zip(step.run(decoder=decoder), expected):
+            assert torch.equal(a, b)
+        number = decoder._number
+        del decoder
+        with pytest.raises(RuntimeError, match=f"there is no decoder {number}"):
+            operators.decoder_step(number, *[step.token_ids] * 3, [], [], *[step.token_ids] * 2)
