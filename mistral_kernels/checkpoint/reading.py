@@ -53,12 +53,16 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, and what its file's header says of it."""
+    """Where a tensor lies, and what its file's header says of it.
+
+    `begin`: of a safetensors file, the byte at which its data begin.
+    """
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    begin: int | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -137,18 +141,25 @@ class Checkpoint:
             yield name, tensor
             del tensor
 
-    def mapped(self, name: str) -> Tensor | None:
-        """A tensor that stays where it lies, in a mapping of its own; writes do not reach the file.
+    def mapped(self, *names: str) -> Tensor | None:
+        """Tensors that stay where they lie, as one of all their rows; writes do not reach the file.
 
-        None where it has to be copied: permuted on the way, in a pickle, smaller than it is worth,
-        or not on a boundary of `ALIGNMENT` bytes.
+        None where they have to be copied: not one behind the other, of several types, permuted on
+        the way, in a pickle, smaller than it is worth, or not from a boundary of `ALIGNMENT` bytes.
         """
-        stored = self.stored[name]
-        large = stored.num_bytes >= _WORTH_A_MAPPING
-        if not large or stored.file.suffix != ".safetensors" or self._rotary_heads(name):
+        parts = [self.stored[name] for name in names]
+        first, end = parts[0], parts[0].begin
+        for name, part in zip(names, parts):
+            beside = (part.file, part.dtype, part.begin) == (first.file, first.dtype, end)
+            if end is None or not beside or self._rotary_heads(name):
+                return None
+            end += part.num_bytes
+        if first.begin is None or end is None or first.begin % ALIGNMENT:
             return None
-        tensor = _open_safetensors(stored.file).get_tensor(stored.name)
-        return None if tensor.data_ptr() % ALIGNMENT else tensor
+        if end - first.begin < _WORTH_A_MAPPING:
+            return None
+        file = torch.from_file(str(first.file), shared=False, size=end, dtype=torch.uint8)
+        return file[first.begin :].view(first.dtype).view(-1, *first.shape[1:]).detach()
 
     def _rotary_heads(self, name: str) -> int:
         """How many heads of the tensor have their rows in another order than HF's."""
@@ -289,7 +300,7 @@ def _list(file: Path, config: MistralConfig) -> list[StoredTensor]:
     """The needed tensors of a file, by its header."""
     found: list[StoredTensor] = []
 
-    def add(name: str, shape: Iterable[int], kind: Any) -> None:
+    def add(name: str, shape: Iterable[int], kind: Any, begin: int | None) -> None:
         if is_redundant(name, config):
             return
         dtype = FLOAT_TYPES.get(kind, kind)
@@ -298,16 +309,19 @@ def _list(file: Path, config: MistralConfig) -> list[StoredTensor]:
                 f"{file}: the checkpoint has quantised weights (tensor {name!r} is stored as "
                 f"{str(kind).removeprefix('torch.')}); only {', '.join(FLOAT_TYPES)} are supported"
             )
-        found.append(StoredTensor(name, file, tuple(shape), dtype))
+        found.append(StoredTensor(name, file, tuple(shape), dtype, begin))
 
     if file.suffix == ".safetensors":
-        with _open_safetensors(file) as opened:
+        with _open_safetensors(file) as opened, file.open("rb") as contents:
+            size = int.from_bytes(contents.read(8), "little")
+            offsets = json.loads(contents.read(size))
             for name in opened.offset_keys():
                 header = opened.get_slice(name)
-                add(name, header.get_shape(), header.get_dtype())
+                begin = 8 + size + offsets[name]["data_offsets"][0]
+                add(name, header.get_shape(), header.get_dtype(), begin)
     else:
         for name, tensor in _load_pickle(file).items():
-            add(name, tensor.shape, tensor.dtype)
+            add(name, tensor.shape, tensor.dtype, None)
     return found
 
 

@@ -169,10 +169,10 @@ class MistralForCausalLM(Generation, nn.Module):
     ) -> MistralForCausalLM:
         """Load a raw or Hugging Face checkpoint; peak memory is the model and one tensor.
 
-        On the CPU, weights that need no change (of safetensors, in the stored dtype, on boundaries
-        of pages, as `convert` and `save_pretrained` write them: all but the fused projections)
-        are not copied but mapped, and read when first used. The file may be renamed, replaced or
-        removed meanwhile, but not written to.
+        On the CPU, weights that need no change (of safetensors, in the stored dtype and order, on
+        boundaries of pages, as `convert` and `save_pretrained` write them) are not copied but
+        mapped, and read when first used. The file may be renamed, replaced or removed meanwhile,
+        but not written to.
 
         Args:
             path: a folder, a Hugging Face hub id, or "tiny" for the bundled model.
@@ -205,12 +205,11 @@ class MistralForCausalLM(Generation, nn.Module):
                 _log.warning("%s: slower than unquantised weights", extension.status("cpu"))
             hold_int8(model)
         model._allocate(dtype or stored.dtype, device)
+        mapped = _map(stored, model) if torch.device(device).type == "cpu" else set()
         destinations = quantized_destinations(model) if quantize else model.state_dict()
-        parameters = dict(model.named_parameters())
-        on_cpu = torch.device(device).type == "cpu"
         with tqdm(total=stored.num_bytes, unit="B", unit_scale=True, delay=2) as progress:
             for name, tensor in stored.tensors(model.part_of):
-                if not (on_cpu and _map(stored, name, parameters.get(name))):
+                if name not in mapped:
                     destinations[name].copy_(tensor)
                 progress.update(stored.stored[name].num_bytes)
                 del tensor  # its pages are unmapped before the next one's are read
@@ -314,12 +313,22 @@ _PLAIN = {
 }
 
 
-def _map(stored: checkpoint.Checkpoint, name: str, parameter: nn.Parameter | None) -> bool:
-    """Lets a parameter that is as it was stored lie in its file; False: it has to be copied."""
-    file = stored.stored[name]
-    if parameter is None or (parameter.dtype, parameter.shape) != (file.dtype, file.shape):
-        return False
-    mapped = stored.mapped(name)
-    if mapped is not None:
-        parameter.data = mapped
-    return mapped is not None
+def _map(stored: checkpoint.Checkpoint, model: nn.Module) -> set[str]:
+    """Lets weights that are as they were stored lie in their files; names what they hold."""
+    found: set[str] = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            tensors = {name: parameter}
+            if isinstance(module, FusedLinear):
+                tensors = module.parts_in_state_dict(f"{prefix}.")
+            files = [stored.stored.get(name) for name in tensors]
+            if any(
+                file is None or (file.dtype, file.shape) != (x.dtype, x.shape)
+                for file, x in zip(files, tensors.values())
+            ):
+                continue
+            mapped = stored.mapped(*tensors)
+            if mapped is not None:
+                parameter.data = mapped
+                found |= tensors.keys()
+    return found

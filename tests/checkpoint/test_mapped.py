@@ -20,15 +20,15 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/sel
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint whose embedding, head and down projections take over a megabyte."""
+    """A checkpoint all of whose weights but the norms take a megabyte at least."""
     config = MistralConfig(
         vocab_size=2048,
         hidden_size=512,
         intermediate_size=1024,
         num_hidden_layers=1,
-        num_attention_heads=4,
+        num_attention_heads=8,
         num_key_value_heads=2,
-        head_dim=64,
+        head_dim=128,
     )
     MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -49,13 +49,39 @@ def mapped(model: MistralForCausalLM) -> set[str]:
 
 
 def test_what_is_mapped(folder: Path) -> None:
+    """Projections that are one weight too, whose parts lie side by side in files that we write."""
     model = MistralForCausalLM.from_pretrained(folder)
-    down = "model.layers.0.mlp.down_proj.weight"
-    assert mapped(model) == {"model.embed_tokens.weight", "lm_head.weight", down}
+    norms = {name for name, _ in model.named_parameters() if "norm" in name}
+    assert len(norms) == 3 and mapped(model) == dict(model.named_parameters()).keys() - norms
     assert all(x.data_ptr() % ALIGNMENT == 0 for x in model.parameters())
     stored = load_file(folder / "model.safetensors")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, stored[name]), name
+
+
+def test_parts_that_lie_apart_are_copied(folder: Path) -> None:
+    """In another order, with something between them, or in two files."""
+    file = folder / "model.safetensors"
+    tensors = {name: x.clone() for name, x in load_file(file).items()}
+    up, gate = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "gate"))
+    q, v = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qv")
+    rest = [name for name in tensors if name not in (up, gate, q, v)]
+    fused = {"model.layers.0.mlp.gate_up_proj.weight", "model.layers.0.self_attn.qkv_proj.weight"}
+    usual = MistralForCausalLM.from_pretrained(folder)
+    assert fused < mapped(usual)
+    for orders in ([up, gate, v, *rest, q],), ([gate, q, *rest], [up, v]):
+        file.unlink(missing_ok=True)
+        for i, order in enumerate(orders, start=1):
+            if len(orders) > 1:
+                file = folder / f"model-0000{i}-of-00002.safetensors"
+            specs = {name: (tuple(tensors[name].shape), torch.bfloat16) for name in order}
+            with SafetensorsWriter(file, specs) as writer:
+                for name in order:
+                    writer.write(name, tensors[name])
+                writer.finish()
+        model = MistralForCausalLM.from_pretrained(folder)
+        assert mapped(model) == mapped(usual) - fused
+        assert all(torch.equal(x, tensors[name]) for name, x in model.state_dict().items())
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.float32}, {"quantize": "int8"}], ids=str)
