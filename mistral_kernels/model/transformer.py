@@ -149,7 +149,7 @@ class MistralForCausalLM(Generation, nn.Module):
         for module in self.modules():
             for name, meta in list(module.named_parameters(recurse=False)):
                 own = dtype if meta.is_floating_point() else meta.dtype
-                memory = zeros(meta.shape, own, device)
+                memory = zeros(meta.shape, own, device, large_pages=own == torch.int8)
                 setattr(module, name, nn.Parameter(memory, meta.requires_grad))
         self._tie_weights()
 

@@ -14,6 +14,11 @@ from mistral_kernels.model.memory import zeros
 
 LARGE = 2 << 20
 
+with_large_pages = pytest.mark.skipif(
+    sys.platform != "linux" or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="a kernel without large pages",
+)
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("shape", [(), (1,), (3, 5, 7), (3, LARGE), (0,), (4, 0)], ids=str)
@@ -58,12 +63,16 @@ def pages_asked_for(x: torch.Tensor) -> bool:
     raise AssertionError("no such mapping")
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
-    reason="a kernel without large pages",
-)
+@with_large_pages
 def test_rings_are_in_large_pages():
     model = MistralForCausalLM.from_pretrained("tiny", dtype=torch.float32)  # which is copied
     cache = model.new_cache(1, 8)
     assert all(pages_asked_for(x) for x in (*cache.keys, *cache.values))
     assert not any(pages_asked_for(x) for x in model.parameters())
+
+
+@with_large_pages
+def test_quantised_weights_are_in_large_pages():
+    """To quantise takes longer than to get them; what is only copied does without."""
+    model = MistralForCausalLM.from_pretrained("tiny", quantize="int8")
+    assert all(pages_asked_for(x) == (x.dtype == torch.int8) for x in model.parameters())
