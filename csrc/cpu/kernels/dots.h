@@ -77,12 +77,11 @@ struct Rows {
   int64_t stride;
 };
 
-// products[j * kW + i]: of what `load_w(i, first, count)` gives of row i, from its `first` element
-// on, and row j of `x`.
+// Adds up in totals[j * kW + i], lane by lane, the products of what `load_w(i, first, count)` gives of
+// row i, from its `first` element on, and row j of `x`.
 template <int kW, int kX, typename T, typename LoadW>
-INLINE void dots(LoadW load_w, Rows<T> x, int64_t size, float* products) {
+INLINE void add_products(LoadW load_w, Rows<T> x, int64_t size, Vec* totals) {
   constexpr int kSize = Factor<T>::kSize;
-  Vec totals[kX * kW] = {};
   const auto step = [&](int64_t first, int count) __attribute__((always_inline)) {
     Factor<T> w_factors[kW];
     for (int i = 0; i < kW; ++i) w_factors[i] = load_w(i, first, count);
@@ -94,6 +93,13 @@ INLINE void dots(LoadW load_w, Rows<T> x, int64_t size, float* products) {
   int64_t first = 0;
   for (; first + kSize <= size; first += kSize) step(first, kSize);
   if (first < size) step(first, static_cast<int>(size - first));
+}
+
+// Their sums, products[j * kW + i].
+template <int kW, int kX, typename T, typename LoadW>
+INLINE void dots(LoadW load_w, Rows<T> x, int64_t size, float* products) {
+  Vec totals[kX * kW] = {};
+  add_products<kW, kX, T>(load_w, x, size, totals);
   sums(totals, products);
 }
 

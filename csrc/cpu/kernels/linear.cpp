@@ -10,6 +10,27 @@ namespace {
 // Of a tile, so that its sums and factors stay in registers, of which AVX-512 and NEON have 32.
 constexpr int kRows = kRegisters == 32 ? 4 : 2;
 
+// A vector of outputs of a single row, one after the other: that is straight through memory, where
+// processors fetch unasked and farther ahead than it pays to ask. (int8 is widened meanwhile, which
+// leaves them less to wait for, and tiles are as fast.)
+template <typename T>
+void in_turn(const Linear& l, int64_t out) {
+  const Rows<T> x{static_cast<const T*>(l.x), 0};
+  Vec totals[kLanes] = {};
+  for (int i = 0; i < kLanes; ++i) {
+    const T* weight = static_cast<const T*>(l.weight) + (out + i) * l.weight_stride;
+    const auto load_weight = [&](int, int64_t first, int count) {
+      return load_factor(weight + first, count);
+    };
+    add_products<1, 1, T>(load_weight, x, l.in_features, totals + i);
+  }
+  float products[kLanes];
+  T results[kLanes];
+  sums(totals, products);
+  store(results, load(products));
+  __builtin_memcpy(static_cast<T*>(l.y) + out, results, sizeof results);
+}
+
 // Products of a weight in x's dtype.
 template <int kOuts, int kTileRows, typename T>
 INLINE void products_of(const T* weight, const Linear& l, int64_t row, Rows<T> x, char*,
@@ -17,7 +38,7 @@ INLINE void products_of(const T* weight, const Linear& l, int64_t row, Rows<T> x
   // Of the tiles that follow, a share as large as that of the rows is fetched meanwhile, into the
   // second of caches: what memory sends lasts from the first rows to the last. Processors forget
   // what is asked for faster than memory sends it, so that with more rows all is asked for again.
-  constexpr int kTilesAhead = kOuts < 8 ? 3 : 1;
+  constexpr int kTilesAhead = kOuts == 1 ? 0 : kOuts < 8 ? 3 : 1;
   const auto share = [&](int64_t end) { return static_cast<int>(kOuts * end / l.rows); };
   const int begin = share(row), end = share(row + kTileRows);
   const auto load_weight = [&](int i, int64_t first, int count) {
@@ -112,8 +133,10 @@ void multiply(const Linear& l, char* scratch, int64_t begin, int64_t end) {
   // The more rows of the weight are read side by side, the nearer to what memory can give; but a
   // tile of short ones is over too soon.
   if constexpr (kLanes == 16) {
-    if (l.in_features * static_cast<int64_t>(sizeof(T)) >= 3072) {
-      if (l.rows <= 2) return all_outputs<8, T, T>(l, scratch, begin, end);
+    if (l.rows == 1) {
+      for (; begin + kLanes <= end; begin += kLanes) in_turn<T>(l, begin);
+    } else if (l.in_features * static_cast<int64_t>(sizeof(T)) >= 3072) {
+      if (l.rows == 2) return all_outputs<8, T, T>(l, scratch, begin, end);
       return all_outputs<6, T, T>(l, scratch, begin, end);
     }
   }
