@@ -77,8 +77,8 @@ struct Rows {
   int64_t stride;
 };
 
-// Adds up in totals[j * kW + i], lane by lane, the products of what `load_w(i, first, count)` gives of
-// row i, from its `first` element on, and row j of `x`.
+// Adds up in totals[j * kW + i], lane by lane, the products of what `load_w(i, first, count)` gives
+// of row i, from its `first` element on, and row j of `x`.
 template <int kW, int kX, typename T, typename LoadW>
 INLINE void add_products(LoadW load_w, Rows<T> x, int64_t size, Vec* totals) {
   constexpr int kSize = Factor<T>::kSize;
