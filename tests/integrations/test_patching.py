@@ -54,23 +54,30 @@ def test_values_and_gradients(family: str, part: str) -> None:
     assert operators.counts["rotary"] == (4 if "rotary" in parts else 0)  # forward and backward
 
 
+def summed_errors(
+    actual: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]
+) -> tuple[float, float]:
+    """Relative ones, of ours and of plain bfloat16; each may be unlucky within bounds."""
+    assert actual.keys() == exact.keys()
+    errors = [[relative_error(x[name], exact[name]) for x in (actual, plain)] for name in exact]
+    for name, (ours, theirs) in zip(exact, errors):
+        assert ours <= 2 * theirs + 2 * torch.finfo(torch.bfloat16).eps, name
+    ours, theirs = map(sum, zip(*errors))
+    return ours, theirs
+
+
 @pytest.mark.parametrize("family", ["Mistral", "Qwen3", "Gemma2"])
 def test_bfloat16_is_as_accurate_as_eager(family: str) -> None:
     """All in all of three models, for a single one may be lucky or not."""
-    errors = {"ours": 0.0, "plain": 0.0}
+    errors = []
     for _ in range(3):
         model, batch = make(family).bfloat16(), make_batch()
         exact = train_step(copy.deepcopy(model).double(), batch)
         plain = train_step(model, batch)
         apply_mistral_kernels(model)
-        actual = train_step(model, batch)
-        assert actual.keys() == exact.keys()
-        for name in exact:
-            ours, theirs = (relative_error(x[name], exact[name]) for x in (actual, plain))
-            assert ours <= 2 * theirs + 2 * torch.finfo(torch.bfloat16).eps, name
-            errors["ours"] += ours
-            errors["plain"] += theirs
-    assert errors["ours"] <= 1.2 * errors["plain"]
+        errors.append(summed_errors(train_step(model, batch), plain, exact))
+    ours, theirs = map(sum, zip(*errors))
+    assert ours <= 1.2 * theirs
 
 
 @pytest.mark.slow
@@ -269,9 +276,8 @@ def test_autocast() -> None:
         plain = train_step(model, batch)
         apply_mistral_kernels(model)
         actual = train_step(model, batch)
-    for name in exact:
-        allowed = 2 * relative_error(plain[name], exact[name]) + 1e-3
-        assert relative_error(actual[name], exact[name]) <= allowed, name
+    ours, theirs = summed_errors(actual, plain, exact)
+    assert ours <= 1.3 * theirs
 
 
 # One graph.
