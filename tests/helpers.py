@@ -65,6 +65,11 @@ def assert_same_text(
             assert gap.abs() <= 1e-4 * after.abs().max(), f"token {i} of {ours}, not {theirs}"
 
 
+def unpadded(text: Tensor, attention_mask: Tensor) -> list[list[int]]:
+    """The rows of `text`, without what pads their prompts on the left."""
+    return [row[n:].tolist() for row, n in zip(text, (attention_mask == 0).sum(1))]
+
+
 def _largest(x: Tensor) -> float:
     return x.abs().max().item()
 

@@ -148,18 +148,19 @@ class Checkpoint:
         the way, in a pickle, smaller than it is worth, or not from a boundary of `ALIGNMENT` bytes.
         """
         parts = [self.stored[name] for name in names]
-        first, end = parts[0], parts[0].begin
+        first = parts[0]
+        begin = end = first.begin
+        if begin is None or end is None or begin % ALIGNMENT:
+            return None
         for name, part in zip(names, parts):
             beside = (part.file, part.dtype, part.begin) == (first.file, first.dtype, end)
-            if end is None or not beside or self._rotary_heads(name):
+            if not beside or self._rotary_heads(name):
                 return None
             end += part.num_bytes
-        if first.begin is None or end is None or first.begin % ALIGNMENT:
-            return None
-        if end - first.begin < _WORTH_A_MAPPING:
+        if end - begin < _WORTH_A_MAPPING:
             return None
         file = torch.from_file(str(first.file), shared=False, size=end, dtype=torch.uint8)
-        return file[first.begin :].view(first.dtype).view(-1, *first.shape[1:]).detach()
+        return file[begin:].view(first.dtype).view(-1, *first.shape[1:]).detach()
 
     def _rotary_heads(self, name: str) -> int:
         """How many heads of the tensor have their rows in another order than HF's."""
@@ -314,11 +315,11 @@ def _list(file: Path, config: MistralConfig) -> list[StoredTensor]:
     if file.suffix == ".safetensors":
         with _open_safetensors(file) as opened, file.open("rb") as contents:
             size = int.from_bytes(contents.read(8), "little")
-            offsets = json.loads(contents.read(size))
+            header = json.loads(contents.read(size))
             for name in opened.offset_keys():
-                header = opened.get_slice(name)
-                begin = 8 + size + offsets[name]["data_offsets"][0]
-                add(name, header.get_shape(), header.get_dtype(), begin)
+                tensor = header[name]
+                begin = 8 + size + tensor["data_offsets"][0]
+                add(name, tensor["shape"], tensor["dtype"], begin)
     else:
         for name, tensor in _load_pickle(file).items():
             add(name, tensor.shape, tensor.dtype, None)

@@ -29,7 +29,8 @@ class SafetensorsWriter:
     safetensors' own `save_file` needs all tensors at once. Since every shape and type is known
     beforehand, the header can go first, and each tensor to its place when it comes. The format:
     the header's length (8 bytes, little-endian), the header (JSON), the tensors without gaps. Those
-    of whole pages are put first, so that each begins with one.
+    of whole pages are put first, in the order of `specs`, so that each begins with one and those
+    that a model fuses stay side by side.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:

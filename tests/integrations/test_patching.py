@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_text
+from helpers import assert_same_text, unpadded
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers", reason="transformers, to be patched, is absent")
@@ -119,7 +119,7 @@ def test_generation(family: str) -> None:
         dynamic = model.generate(ids, **options)
         static = model.generate(ids, cache_implementation="static", **options)
     for actual in (dynamic, static):
-        texts = ([x[0, 4:].tolist(), x[1].tolist()] for x in (actual, expected))
+        texts = (unpadded(x, mask) for x in (actual, expected))
         assert_same_text(*texts, lambda ids: model(ids).logits)
     assert operators.counts["rms_norm_forward"] and operators.counts["rotary"]
 

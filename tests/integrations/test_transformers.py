@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import Allocations
-from helpers import assert_as_accurate, assert_same_text
+from helpers import assert_as_accurate, assert_same_text, unpadded
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -498,11 +498,8 @@ def test_kernels_generate(kind: str, triton_backend: None, device: torch.device)
     if kind == "static":  # on a GPU `generate` would compile what runs over it
         options |= {"cache_implementation": "static", "disable_compile": True}
     given = {"attention_mask": attention_mask, "pad_token_id": 0}
-    skipped = (attention_mask == 0).sum(1)
-    ours, eager = (
-        [row[n:].tolist() for row, n in zip(text, skipped)]
-        for text in both(model, model.generate, ids, **given, **options)
-    )
+    texts = both(model, model.generate, ids, **given, **options)
+    ours, eager = (unpadded(text, attention_mask) for text in texts)
     assert_same_text(ours, eager, lambda ids: model(ids.to(device)).logits)
 
 

@@ -25,10 +25,8 @@ void in_turn(const Linear& l, int64_t out) {
     add_products<1, 1, T>(load_weight, x, l.in_features, totals + i);
   }
   float products[kLanes];
-  T results[kLanes];
   sums(totals, products);
-  store(results, load(products));
-  __builtin_memcpy(static_cast<T*>(l.y) + out, results, sizeof results);
+  store(static_cast<T*>(l.y) + out, load(products));
 }
 
 // Products of a weight in x's dtype.
@@ -38,7 +36,7 @@ INLINE void products_of(const T* weight, const Linear& l, int64_t row, Rows<T> x
   // Of the tiles that follow, a share as large as that of the rows is fetched meanwhile, into the
   // second of caches: what memory sends lasts from the first rows to the last. Processors forget
   // what is asked for faster than memory sends it, so that with more rows all is asked for again.
-  constexpr int kTilesAhead = kOuts == 1 ? 0 : kOuts < 8 ? 3 : 1;
+  constexpr int kTilesAhead = kOuts < 8 ? 3 : 1;
   const auto share = [&](int64_t end) { return static_cast<int>(kOuts * end / l.rows); };
   const int begin = share(row), end = share(row + kTileRows);
   const auto load_weight = [&](int i, int64_t first, int count) {
@@ -130,8 +128,8 @@ void all_outputs(const Linear& l, char* scratch, int64_t begin, int64_t end) {
 template <typename T>
 void multiply(const Linear& l, char* scratch, int64_t begin, int64_t end) {
   if (l.scales) return all_outputs<kTileOuts, T, int8_t>(l, scratch, begin, end);
-  // The more rows of the weight are read side by side, the nearer to what memory can give; but a
-  // tile of short ones is over too soon.
+  // In tiles, the more rows of the weight are read side by side, the nearer to what memory can give;
+  // but a tile of short ones is over too soon.
   if constexpr (kLanes == 16) {
     if (l.rows == 1) {
       for (; begin + kLanes <= end; begin += kLanes) in_turn<T>(l, begin);
