@@ -288,7 +288,7 @@ def test_damaged_files(run: Command, tmp_path: Path) -> None:
         check_error(run("x", "--model", folder), f"{weights} is not a whole safetensors file")
     weights.write_bytes(whole)
     config.write_text("{")
-    check_error(run("x", "--model", folder), f"{config} is not valid JSON")
+    check_error(run("x", "--model", folder), f"{config} must be JSON")
     (folder / "tokenizer.model").write_bytes(random.randbytes(500))
     check_error(run("x", "--model", folder), "tokenizer.model: not a sentencepiece model")
     shutil.rmtree(folder)

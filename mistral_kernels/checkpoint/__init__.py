@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from mistral_kernels.checkpoint import hf, raw
+from mistral_kernels.checkpoint.files import CheckpointError
 from mistral_kernels.checkpoint.hf import save_hf
 from mistral_kernels.checkpoint.hub import resolve
 from mistral_kernels.checkpoint.raw import save_raw
-from mistral_kernels.checkpoint.reading import Checkpoint, CheckpointError, Part, whole
+from mistral_kernels.checkpoint.reading import Checkpoint, Part, whole
 
 __all__ = [
     "Checkpoint",

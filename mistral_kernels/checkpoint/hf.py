@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mistral_kernels.checkpoint.files import read_json
 from mistral_kernels.checkpoint.names import expected_shapes, hf_names, without_redundant
 from mistral_kernels.checkpoint.reading import (
     Checkpoint,
     find_weights,
     match_tensors,
     read_config,
-    read_json,
 )
 from mistral_kernels.checkpoint.writing import (
     Spec,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mistral_kernels.checkpoint.reading import CheckpointError
+from mistral_kernels.checkpoint.files import CheckpointError
 
 _TINY = Path(__file__).parent.parent / "tiny"
 TOKENIZER_PATTERNS = [

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mistral_kernels.checkpoint.files import CheckpointError, read_json
 from mistral_kernels.checkpoint.names import (
     expected_shapes,
     half_to_interleaved,
@@ -17,11 +18,9 @@ from mistral_kernels.checkpoint.names import (
 )
 from mistral_kernels.checkpoint.reading import (
     Checkpoint,
-    CheckpointError,
     find_weights,
     match_tensors,
     read_config,
-    read_json,
 )
 from mistral_kernels.checkpoint.writing import (
     make_specs,

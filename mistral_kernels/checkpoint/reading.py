@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mistral_kernels.checkpoint.files import CheckpointError, read_json
 from mistral_kernels.checkpoint.names import (
     expected_shapes,
     interleaved_to_half,
@@ -45,10 +46,6 @@ _FOREIGN_NAMES = {
     "quantised weights": r"qscale_|(weight|input|k|v)_scale|qweight|qzeros|\.SCB$|absmax|quant_map",
     "LoRA adapters": r"lora_",
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written. The message names the file and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -189,17 +186,6 @@ class _Reading:
             scratch = torch.frombuffer(mmap(-1, self.copied_bytes), dtype=tensor.dtype)
             tensor = interleaved_to_half(tensor, self.heads, out=scratch.view(tensor.shape))
         return tensor[self.part]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(contents, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(contents).__name__}")
-    return contents
 
 
 def read_config(

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.checkpoint.reading import ALIGNMENT, FLOAT_TYPES, CheckpointError
+from mistral_kernels.checkpoint.files import CheckpointError
+from mistral_kernels.checkpoint.reading import ALIGNMENT, FLOAT_TYPES
 
 # Shape and type of a tensor to be written.
 Spec = tuple[tuple[int, ...], torch.dtype]

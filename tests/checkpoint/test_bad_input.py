@@ -50,11 +50,11 @@ def test_folder_without_its_parts(make: Make, tmp_path: Path) -> None:
 def test_configuration_that_is_no_object(make: Make, format: str, config: str) -> None:
     folder, _ = make(format)
     (folder / config).write_text('{"dim": ')
-    refused(folder, f"{config} is not valid JSON")
+    refused(folder, f"{config} must be JSON")
     (folder / config).write_text("[1, 2]")
-    refused(folder, f"{config} must hold a JSON object, not list")
+    refused(folder, f"{config} must be a JSON object, got list")
     (folder / config).write_bytes(b"\xff\xfe\x00")
-    refused(folder, f"{config} is not valid JSON")
+    refused(folder, f"{config} must be UTF-8")
 
 
 def test_missing_shards(make: Make, tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""Reading files that come from elsewhere: what is no regular file, too large, or not as asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+
+import pytest
+
+from mistral_kernels.checkpoint.files import CheckpointError, check_regular, read_json, read_text
+
+
+def test_regular_files_and_links_to_them(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"\xef\xbb\xbfa\r\nb")
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    assert check_regular(link) == 7
+    assert read_text(link) == "a\r\nb"
+
+
+def test_nothing_but_regular_files(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "socket"))
+    device = tmp_path / "device"
+    device.symlink_to("/dev/zero")
+    (tmp_path / "folder").mkdir()
+    for name, kind in (
+        *(("fifo", "a FIFO"), ("socket", "a socket"), ("device", "a device")),
+        ("folder", "a folder"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            read_json(tmp_path / name)
+        assert str(caught.value) == f"{tmp_path / name} must be a regular file, got {kind}"
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "absent")
+
+
+def test_size_is_bounded(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 11)
+    with pytest.raises(CheckpointError, match=r"file must have at most 10 bytes, got 11$"):
+        read_text(file, limit=10)
+    assert read_text(file, limit=11) == "x" * 11
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"{", "must be JSON: Expecting property name"),
+        (b"[" * 200_000, "must be JSON of moderate depth: nested too deeply"),
+        (b'{"a": NaN}', "must be JSON: NaN is not a JSON number"),
+        (b'{"a": -Infinity}', "must be JSON: -Infinity is not a JSON number"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "must be JSON: Exceeds the limit"),
+        (b"\xff", "must be UTF-8: 'utf-8' codec can't decode byte 0xff"),
+        (b"[]", "must be a JSON object, got list"),
+        (b"null", "must be a JSON object, got NoneType"),
+    ],
+)
+def test_no_json_object(tmp_path, contents, message):
+    file = tmp_path / "file.json"
+    file.write_bytes(contents)
+    with pytest.raises(CheckpointError) as caught:
+        read_json(file)
+    assert str(caught.value).startswith(f"{file} {message}")
+
+
+SCHEMA = {
+    "count": int,
+    "size": float,
+    "flag": (bool, None),
+    "ids": (int, None, [int]),
+    "rope": {"theta": float, "kinds": [str]},
+    "template": (str, [{"name": str}]),
+}
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        {},
+        {"count": 2**63 - 1, "size": 3, "flag": None, "ids": [1, 2], "other": [[{}]]},
+        {"size": -1e300, "flag": True, "ids": None, "rope": {"theta": 1e4, "x": 0, "kinds": []}},
+        {"template": "x"},
+        {"template": [{"name": "x", "y": 1}, {}]},
+    ],
+)
+def test_what_the_schema_admits(tmp_path, contents):
+    file = tmp_path / "file.json"
+    file.write_text(json.dumps(contents))
+    assert read_json(file, SCHEMA) == contents
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ('{"count": true}', "count must be an integer, got True"),
+        ('{"count": 1.0}', "count must be an integer, got 1.0"),
+        ('{"count": 9223372036854775808}', "count must be an integer, got 9223372036854775808"),
+        ('{"size": false}', "size must be a number, got False"),
+        ('{"size": 1e999}', "size must be a number, got inf"),
+        ('{"size": "1"}', "size must be a number, got '1'"),
+        ('{"flag": 0}', "flag must be true or false or null, got 0"),
+        ('{"ids": ["x"]}', "ids[0] must be an integer, got 'x'"),
+        ('{"ids": {}}', "ids must be an integer or null or a list, got {}"),
+        ('{"rope": []}', "rope must be an object, got []"),
+        ('{"rope": {"theta": null}}', "rope.theta must be a number, got None"),
+        ('{"rope": {"kinds": ["a", 1]}}', "rope.kinds[1] must be a string, got 1"),
+        ('{"template": [{"name": 1}]}', "template[0].name must be a string, got 1"),
+    ],
+)
+def test_what_the_schema_refuses(tmp_path, contents, message):
+    file = tmp_path / "file.json"
+    file.write_text(contents)
+    with pytest.raises(CheckpointError) as caught:
+        read_json(file, SCHEMA)
+    assert str(caught.value) == f"{file}: {message}"
