@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 
@@ -24,7 +25,7 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kAny = -1;  // a size of any value
 
 // The data of x, which must be like the caches' in device, of this dtype and shape, and contiguous
-// in its last dimension. Kernels cannot check what index tensors hold; the caller vouches for it.
+// in its last dimension.
 char* data(const char* name, const Tensor& x, const Tensor& cache, ScalarType dtype,
            std::initializer_list<int64_t> shape) {
   bool fits = x.dim() == static_cast<int64_t>(shape.size());
@@ -48,6 +49,41 @@ Heads heads(const char* name, const Tensor& x, const Tensor& cache,
           x.stride(dim - 2) * bytes};
 }
 
+#ifndef KERNELS_FOR_CUDA
+// Index tensors decide which memory is written. On a GPU their values cannot be read without
+// waiting for it: there the caller vouches for them.
+void check_values(const rolling_cache::Update& u, int64_t total, int64_t cache_rows,
+                  int64_t num_positions) {
+  KERNELS_CHECK(u.cu_seqlens[0] == 0 && u.cu_seqlens[u.batch] == total,
+                "cu_seqlens must rise from 0 to the ", total, " tokens of k, got ",
+                u.cu_seqlens[0], " to ", u.cu_seqlens[u.batch]);
+  for (int64_t sequence = 0; sequence < u.batch; ++sequence) {
+    const int64_t length = u.lengths[sequence];
+    const int64_t count = int64_t{u.cu_seqlens[sequence + 1]} - u.cu_seqlens[sequence];
+    KERNELS_CHECK(length >= 0, "lengths must be >= 0, got ", length);
+    KERNELS_CHECK(count >= 0 && count <= u.max_seqlen,
+                  "cu_seqlens must rise in steps of at most max_seqlen ", u.max_seqlen, ", got ",
+                  count);
+    if (count == 0) continue;
+    const int64_t end = length + count;
+    KERNELS_CHECK(!u.q.data || end <= num_positions, "cos and sin end at position ", num_positions,
+                  ", but the new tokens reach ", end);
+    const auto check_row = [&](const char* name, int64_t row) {
+      KERNELS_CHECK(row >= 0 && row < cache_rows, name, " must lie in [0, ", cache_rows,
+                    "), got ", row);
+    };
+    if (u.rows) check_row("rows", u.rows[sequence]);
+    if (!u.block_table) continue;
+    int64_t position = end - std::min<int64_t>(count, u.capacity);
+    while (position < end) {
+      const int64_t slot = position % u.capacity;
+      check_row("block_table", u.block_table[sequence * u.block_table_stride + slot / u.page_size]);
+      position += u.page_size - slot % u.page_size;
+    }
+  }
+}
+#endif
+
 void rolling_cache_update(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k,
                           const Tensor& v, const Tensor& lengths, const Tensor& cu_seqlens,
                           int64_t max_seqlen, const OptionalTensor& rows,
@@ -59,6 +95,7 @@ void rolling_cache_update(const Tensor& k_cache, const Tensor& v_cache, const Te
   const int64_t total = k.size(0), batch = lengths.size(0);
   KERNELS_CHECK(head_dim > 0 && head_dim % 8 == 0, "head_dim must be a multiple of 8, got ",
                 head_dim);
+  KERNELS_CHECK(kv_heads > 0, "k_cache must have heads");
   KERNELS_CHECK(q.has_value() == q_out.has_value() && q.has_value() == cos.has_value() &&
                     q.has_value() == sin.has_value(),
                 "q, q_out, cos and sin go together");
@@ -108,6 +145,9 @@ void rolling_cache_update(const Tensor& k_cache, const Tensor& v_cache, const Te
   u.dtype = dtype_of("k_cache", k_cache);
   u.interleaved = interleaved;
   if (total == 0) return;
+#ifndef KERNELS_FOR_CUDA
+  check_values(u, total, k_cache.size(0), cos ? cos->size(0) : 0);
+#endif
 
   void* stream = nullptr;
 #ifdef KERNELS_FOR_CUDA

@@ -5,6 +5,8 @@
 #include "dtype.h"
 #include "torch_checks.h"
 
+#include <cstdint>
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -20,6 +22,13 @@ T* vector_data(const char* name, const torch::stable::Tensor& x,
   KERNELS_CHECK(x.is_cpu() && x.scalar_type() == dtype, name, " has the wrong device or dtype");
   KERNELS_CHECK(x.numel() == size && x.is_contiguous(), name, " must be contiguous, of ", size);
   return static_cast<T*>(x.data_ptr());
+}
+
+// Every query head reads the kv head of its group.
+inline void check_heads(int64_t heads, int64_t kv_heads) {
+  KERNELS_CHECK(kv_heads > 0 && heads > 0 && heads <= INT32_MAX && heads % kv_heads == 0,
+                "the kv heads must divide the query heads, and both be positive, got ", kv_heads,
+                " and ", heads);
 }
 
 inline DType dtype_of(const char* name, const torch::stable::Tensor& x) {

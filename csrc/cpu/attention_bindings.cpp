@@ -13,6 +13,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kFarthest = int64_t{1} << 62;  // positions can be added to it
+
 kernels::Heads heads(const char* name, const Tensor& x, const Tensor& like, int64_t batch,
                      int64_t seqlen, int64_t num_heads) {
   KERNELS_CHECK(x.is_cpu() && x.scalar_type() == like.scalar_type() && x.dim() == 4 &&
@@ -34,7 +36,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   a.kv_heads = static_cast<int>(k.size(2));
   a.head_dim = static_cast<int>(q.size(3));
   KERNELS_CHECK(a.head_dim > 0 && a.head_dim <= 256, "head_dim must lie in [1, 256]");
-  KERNELS_CHECK(a.kv_heads > 0 && a.heads % a.kv_heads == 0, "k's heads must divide q's");
+  check_heads(q.size(2), k.size(2));
   KERNELS_CHECK(left >= 0 && right >= 0, "left and right must be >= 0");
   a.q = heads("q", q, q, a.batch, a.seqlen_q, a.heads);
   a.k = heads("k", k, q, a.batch, a.seqlen_k, a.kv_heads);
@@ -46,8 +48,8 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
                   "lse must be contiguous float32 of (batch, heads, seqlen_q)");
     a.lse = static_cast<float*>(lse->data_ptr());
   }
-  a.left = left;
-  a.right = right;
+  a.left = std::min(left, kFarthest);
+  a.right = std::min(right, kFarthest);
   a.scale = static_cast<float>(scale);
   a.softcap = static_cast<float>(softcap);
   a.dtype = dtype_of("q", q);

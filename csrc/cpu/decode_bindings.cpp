@@ -43,8 +43,10 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
     d.k_strides[i] = k_cache.stride(i);
     d.v_strides[i] = v_cache.stride(i);
   }
-  KERNELS_CHECK(d.num_kv_heads > 0 && d.num_heads % d.num_kv_heads == 0,
-                "k_cache's heads must divide q's");
+  check_heads(d.num_heads, d.num_kv_heads);
+  KERNELS_CHECK(d.head_dim > 0, "head_dim must be positive");
+  KERNELS_CHECK(new_tokens >= 0 && new_tokens <= INT32_MAX, "new_tokens must lie in [0, 2^31), got ",
+                new_tokens);
   KERNELS_CHECK(out.numel() == q.numel() && out.is_contiguous(), "out must be q's, contiguous");
   d.q = q.data_ptr();
   d.k_cache = k_cache.data_ptr();

@@ -121,8 +121,7 @@ Sizes sizes_of(const Tensor& embedding, const OptionalTensor* weights, int64_t h
   s.heads = o.size(1) / head_dim;
   s.kv_heads = (qkv.size(0) / head_dim - s.heads) / 2;
   s.head_dim = head_dim;
-  KERNELS_CHECK(s.kv_heads > 0 && s.heads % s.kv_heads == 0,
-                "qkv must have heads of q, and of k and v as many as divide them");
+  check_heads(s.heads, s.kv_heads);
   s.stored = embedding.scalar_type();
   s.dtype = dtype_of("embedding", embedding);
   return s;

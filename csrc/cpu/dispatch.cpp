@@ -1,5 +1,7 @@
 #include "dispatch.h"
 
+#include "../check.h"
+
 namespace kernels {
 namespace {
 
@@ -33,8 +35,12 @@ std::string instruction_sets() {
 
 void use_instruction_set(std::string name) {
   for (int i = best(); i >= 0; --i) {
-    if (name == kNames[i]) chosen = i;
+    if (name == kNames[i]) {
+      chosen = i;
+      return;
+    }
   }
+  check_failed("this processor has no instruction set ", name);
 }
 
 }  // namespace kernels
