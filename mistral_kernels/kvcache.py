@@ -13,10 +13,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.attention import check_qkv, check_slopes
 from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.cached import attend_cached
+from mistral_kernels.ops.attention.checks import (
+    check_options,
+    check_qkv,
+    check_scoring,
+    check_slopes,
+    check_tensor,
+)
 from mistral_kernels.ops.attention.window import resolve_window
+from mistral_kernels.ops.checks import (
+    can_read,
+    check_device,
+    check_range,
+    check_same_dtype,
+    check_shape,
+    check_unit_stride,
+)
 from mistral_kernels.ops.dispatch import with_unit_stride
 from mistral_kernels.ops.rolling_cache import capacity_of, update_op
 
@@ -83,25 +97,24 @@ def flash_attn_with_kvcache(
             "with flash_attn_func"
         )
     check_qkv(q, k_cache, v_cache, ndim=4, names=("q", "k_cache", "v_cache"))
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.stride(-1) != 1:
-            raise ValueError(f"{name}'s last dimension must be contiguous, got {cache.stride()}")
+    check_tensor("alibi_slopes", alibi_slopes)
+    check_device("q", q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes)
+    check_unit_stride("k_cache", k_cache)
+    check_unit_stride("v_cache", v_cache)
     if block_table is not None and (block_table.ndim != 2 or 0 in block_table.shape[1:]):
         raise ValueError(f"block_table must be (batch, pages), got {tuple(block_table.shape)}")
     if k_cache.shape[1] == 0:
-        raise ValueError(f"k_cache has no place for a key: its shape is {tuple(k_cache.shape)}")
+        raise ValueError(f"k_cache must have capacity for a key, got {tuple(k_cache.shape)}")
     batch, seqlen_q = q.shape[:2]
     capacity = capacity_of(k_cache, block_table)
     new = _check_new(q, k_cache, k, v)
     lengths = _lengths(cache_seqlens, q, capacity, new)
     _check_places(k_cache, lengths, cache_batch_idx, cache_leftpad, block_table, batch, new)
-    if alibi_slopes is not None:
-        check_slopes(alibi_slopes, q, batch)
-    if num_splits < 0 or softcap < 0 or not (softmax_scale is None or softmax_scale > 0):
-        raise ValueError(
-            "num_splits and softcap must be >= 0 and softmax_scale positive, got "
-            f"{num_splits}, {softcap} and {softmax_scale}"
-        )
+    check_slopes(alibi_slopes, q.shape[-2], batch)
+    check_options(causal, softmax_scale, softcap)
+    check_scoring(softmax_scale, softcap)
+    if num_splits < 0:
+        raise ValueError(f"num_splits must be >= 0, got {num_splits}")
     cache_batch_idx, cache_leftpad, block_table = (
         x if x is None else x.contiguous() for x in (cache_batch_idx, cache_leftpad, block_table)
     )
@@ -131,10 +144,7 @@ def flash_attn_with_kvcache(
         return_lse=return_softmax_lse,
         num_splits=num_splits,
     )
-    if not return_softmax_lse:
-        return out
-    assert lse is not None
-    return out, lse
+    return (out, lse) if return_softmax_lse else out
 
 
 def _check_new(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None) -> int:
@@ -150,14 +160,11 @@ def _check_new(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None) -
                 f"{name} must be ({q.shape[0]}, seqlen_new, {heads[0]}, {heads[1]}), "
                 f"got {tuple(x.shape)}"
             )
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}"
-            )
     if k is None or v is None:
         return 0
-    if v.shape != k.shape:
-        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    check_shape("v", v, k.shape)
+    check_same_dtype("q", q, k=k, v=v)
+    check_device("q", q, k=k, v=v)
     return k.shape[1]
 
 
@@ -168,6 +175,9 @@ def _lengths(cache_seqlens: int | Tensor | None, q: Tensor, capacity: int, new: 
         cache_seqlens = capacity
     batch = q.shape[0]
     if not isinstance(cache_seqlens, Tensor):
+        if not hasattr(cache_seqlens, "__index__"):
+            kind = type(cache_seqlens).__name__
+            raise TypeError(f"cache_seqlens must be an integer or a tensor, got {kind}")
         cache_seqlens = operator.index(cache_seqlens)
         if not 0 <= cache_seqlens <= capacity - new:
             raise ValueError(
@@ -209,10 +219,7 @@ def _check_places(
                 f"{name} must be {shape} of torch.int32 on {k_cache.device}, "
                 f"got {tuple(x.shape)} of {x.dtype} on {x.device}"
             )
-        if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
-            low, high = (int(bound) for bound in x.aminmax())
-            if low < 0 or high > highest:
-                raise ValueError(f"{name} must be in [0, {highest}], got {low} to {high}")
+        check_range(name, x, highest)
 
 
 def _check_tables(cos: Tensor, sin: Tensor, q: Tensor, lengths: Tensor, new: int) -> None:
@@ -227,7 +234,7 @@ def _check_tables(cos: Tensor, sin: Tensor, q: Tensor, lengths: Tensor, new: int
             raise ValueError(
                 f"{name} must be floating point on {q.device}, got {table.dtype} on {table.device}"
             )
-    if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
+    if lengths.numel() and can_read(lengths):
         end = int(lengths.max()) + new
         if end > len(cos):
             raise ValueError(f"rotary_cos ends at position {len(cos)}, but {end} are needed")

@@ -82,7 +82,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         def wrapper(*args, **kwargs):
             x = allocate(*args, **kwargs)
             if x.is_floating_point() or x.is_complex():
-                return x.detach().fill_(float("nan")).requires_grad_(x.requires_grad)
+                poisoned = x.detach().fill_(float("nan"))
+                return poisoned.requires_grad_() if x.requires_grad else poisoned
             return x if x.dtype == torch.bool else x.fill_(torch.iinfo(x.dtype).max)
 
         return wrapper

@@ -208,7 +208,7 @@ def _backward(
     inputs = [with_unit_stride(x) for x in (query, key, value)]
     grads = torch.ops.mistral_kernels.attention_backward(
         *(grad_out, *inputs, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, scale),
-        *(*_window(is_causal, window_size_left, window_size_right), 0.0, None, [True] * 3),
+        *(*_window(is_causal, window_size_left, window_size_right), 0.0, None, True, True, True),
     )
     return tuple(_laid_out_like(x, grad) for x, grad in zip((query, key, value), grads))
 

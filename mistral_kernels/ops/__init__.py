@@ -1,18 +1,19 @@
 """The operators: functions for models, and below them what PyTorch knows as `torch.ops`.
 
-A model calls the functions (`rms_norm`, `apply_rotary`, `attention`, ...): they check what they are
-given, are differentiable, and compile. Below each function are operators with a schema,
-`torch.ops.mistral_kernels.*`, for whatever must name an operator: an exported graph, a compiler's
-pass, a function compiled ahead of time. They have fakes with true strides; they check little, have
-no defaults, and no gradient flows through them: a backward pass is an operator of its own.
+A model calls the functions (`rms_norm`, `apply_rotary`, `attention`, ...): they are differentiable,
+and compile. Below each function are operators with a schema, `torch.ops.mistral_kernels.*`, for
+whatever must name an operator: an exported graph, a compiler's pass, a function compiled ahead of
+time. They check their arguments, have fakes with true strides and a rule for `torch.func.vmap`, no
+defaults, and no gradient flows through them: a backward pass is an operator of its own. A result
+that was not asked for is an empty tensor.
 
     >>> import torch
     >>> import mistral_kernels
     >>> ops = torch.ops.mistral_kernels
     >>> batch, seqlen, hidden, heads, kv_heads, head_dim = 2, 50, 64, 4, 2, 16
 
-RMSNorm over the last dimension, of x and, if there is one, of x + residual, which is then the
-second output. The third, for a backward pass, is there if `save_rstd`.
+RMSNorm over the last dimension of x or, if there is a residual, of x + residual, which is then the
+second result. The third, for a backward pass, is computed if `save_rstd`.
 
     >>> x, weight = torch.randn(batch, seqlen, hidden), torch.ones(hidden)
     >>> y, _, _ = ops.rms_norm_forward(x, weight, residual=None, eps=1e-5, save_rstd=False)

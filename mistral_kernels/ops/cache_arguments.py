@@ -1,106 +1,121 @@
-"""Checks of what is handed to an operator over the rolling cache: a `ValueError` names what is off.
-
-What `lengths` and `cu_seqlens` hold is looked at on the CPU alone, where that does not wait, and
-not in code being compiled, which has nothing to show yet.
-"""
+"""Checks of what is handed to an operator over a cache."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from mistral_kernels.ops.checks import (
+    INT32_MAX,
+    can_read,
+    check_float,
+    check_int32,
+    check_range,
+    check_same_dtype,
+    check_shape,
+    check_unit_stride,
+)
 
-def check_ring(
+
+def check_cache(
     k_cache: Tensor,
     v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
     lengths: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    total: int,
+    rows: Tensor | None,
+    block_table: Tensor | None,
 ) -> int:
-    """Do the arguments describe one cache and `total` new tokens for it?
+    """Return the number of sequences of a cache, rings or pages.
 
-    Returns the position behind the last new token, or 0 where values are not looked at.
+    Raises:
+        ValueError: naming the argument whose shape or value does not fit. Values are checked on the
+            CPU alone, where that does not wait for the device, and not while compiling.
+        TypeError: naming the argument whose dtype does not fit.
     """
-    if k_cache.ndim != 4 or 0 in k_cache.shape[:2]:
+    check_float("k_cache", k_cache)
+    if k_cache.ndim != 4 or 0 in k_cache.shape[1:3]:
         raise ValueError(
-            "k_cache must be (batch, capacity, num_kv_heads, head_dim) with batch and capacity "
-            f"> 0, got {tuple(k_cache.shape)}"
+            "k_cache must be (batch, capacity, num_kv_heads, head_dim) with capacity and "
+            f"num_kv_heads > 0, got {tuple(k_cache.shape)}"
         )
-    if v_cache.shape != k_cache.shape or v_cache.dtype != k_cache.dtype:
+    check_shape("v_cache", v_cache, k_cache.shape)
+    check_same_dtype("k_cache", k_cache, v_cache=v_cache)
+    check_unit_stride("k_cache", k_cache)
+    check_unit_stride("v_cache", v_cache)
+    if lengths.ndim != 1:
+        raise ValueError(f"lengths must be (batch,), got {tuple(lengths.shape)}")
+    batch = lengths.shape[0]
+    check_int32("lengths", lengths, (batch,))
+    check_int32("rows", rows, (batch,))
+    if block_table is not None:
+        if rows is not None:
+            raise ValueError("rows and block_table both say where a sequence is: give one")
+        if block_table.ndim != 2 or block_table.shape[1] == 0:
+            raise ValueError(f"block_table must be (batch, pages), got {tuple(block_table.shape)}")
+        check_int32("block_table", block_table, (batch, block_table.shape[1]))
+    elif rows is None and batch > k_cache.shape[0]:
         raise ValueError(
-            f"v_cache must be like k_cache, {tuple(k_cache.shape)} of {k_cache.dtype}, "
-            f"got {tuple(v_cache.shape)} of {v_cache.dtype}"
+            f"k_cache must have a row for each of the {batch} sequences, got {k_cache.shape[0]}"
         )
-    batch, _, num_kv_heads, head_dim = k_cache.shape
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.stride(-1) != 1:
-            raise ValueError(
-                f"{name}'s last dimension must be contiguous, got strides {cache.stride()}"
-            )
-    for name, x in (("k", k), ("v", v)):
-        if x is None:
-            continue
-        if x.ndim != 3 or x.shape[1:] != (num_kv_heads, head_dim):
-            raise ValueError(
-                f"{name} must be (total_tokens, {num_kv_heads}, {head_dim}) to fit the cache, "
-                f"got {tuple(x.shape)}"
-            )
-        if x.dtype != k_cache.dtype:
-            raise ValueError(f"{name} must have the cache's dtype {k_cache.dtype}, got {x.dtype}")
-        if x.shape[0] != total:
-            raise ValueError(f"{name} must hold {total} tokens, got {x.shape[0]}")
-    for name, x, count in (("lengths", lengths, batch), ("cu_seqlens", cu_seqlens, batch + 1)):
-        if x.shape != (count,) or x.dtype != torch.int32:
-            raise ValueError(
-                f"{name} must be ({count},) of torch.int32 for a cache of {batch} sequences, "
-                f"got {tuple(x.shape)} of {x.dtype}"
-            )
-    others = {"v_cache": v_cache, "k": k, "v": v, "lengths": lengths, "cu_seqlens": cu_seqlens}
-    for name, other in others.items():
-        if other is not None and other.device != k_cache.device:
-            raise ValueError(f"{name} must be on {k_cache.device} like k_cache, got {other.device}")
-    if k_cache.device.type != "cpu" or torch.compiler.is_compiling():
-        return 0
-    seen = lengths.tolist()
-    if min(seen) < 0:
-        raise ValueError(f"lengths must be >= 0, got {seen}")
+    check_range("lengths", lengths, INT32_MAX)
+    check_range("rows", rows, k_cache.shape[0] - 1)
+    check_range("block_table", block_table, k_cache.shape[0] - 1)
+    return batch
+
+
+def check_one_per_row(k_cache: Tensor, lengths: Tensor) -> None:
+    """Raise ValueError unless each row of the cache is one sequence's."""
+    if k_cache.ndim == 4 and lengths.shape != k_cache.shape[:1]:
+        raise ValueError(
+            f"lengths must be ({k_cache.shape[0]},), one for each row of k_cache, "
+            f"got {tuple(lengths.shape)}"
+        )
+
+
+def check_packing(cu_seqlens: Tensor, batch: int, max_seqlen: int, total: int) -> None:
+    """Raise unless these are `batch` sequences of `total` tokens, none longer than `max_seqlen`."""
+    check_int32("cu_seqlens", cu_seqlens, (batch + 1,))
+    if not can_read(cu_seqlens):
+        return
     offsets = cu_seqlens.tolist()
     counts = [end - start for start, end in zip(offsets, offsets[1:])]
-    if offsets[0] != 0 or offsets[-1] != total or not 0 <= min(counts) <= max(counts) <= max_seqlen:
+    shortest, longest = min(counts, default=0), max(counts, default=0)
+    if offsets[0] != 0 or offsets[-1] != total or shortest < 0 or longest > max_seqlen:
         raise ValueError(
             f"cu_seqlens must rise from 0 to the {total} new tokens in steps of at most "
             f"max_seqlen {max_seqlen}, got {offsets}"
         )
-    return max((length + count for length, count in zip(seen, counts) if count), default=0)
 
 
-def check_turning(
-    q: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    k: Tensor,
-    end: int,
+def check_new_tokens(name: str, x: Tensor, k_cache: Tensor, total: int) -> None:
+    """Raise unless `x` holds keys or values of `total` packed tokens for this cache."""
+    _, _, num_kv_heads, head_dim = k_cache.shape
+    check_shape(name, x, (total, num_kv_heads, head_dim))
+    check_same_dtype("k_cache", k_cache, **{name: x})
+
+
+def check_rotation(
+    q: Tensor, cos: Tensor, sin: Tensor, k: Tensor, lengths: Tensor, cu_seqlens: Tensor
 ) -> None:
-    """Can q, and k, which `check_ring` has seen, be turned by these tables, as far as `end`?"""
+    """Raise unless q and k, packed, can be rotated by these tables, as far as they reach."""
     total, _, head_dim = k.shape
-    if q.ndim != 3 or q.shape[0] != total or q.shape[-1] != head_dim:
+    if q.ndim != 3 or q.shape[0] != total or q.shape[1] == 0 or q.shape[-1] != head_dim:
         raise ValueError(f"q must be ({total}, num_heads, {head_dim}) like k, got {tuple(q.shape)}")
-    if q.dtype != k.dtype or q.device != k.device:
-        raise ValueError(f"q must be {k.dtype} on {k.device} like k, got {q.dtype} on {q.device}")
-    if cos is None or sin is None:
-        raise ValueError("q is turned by cos and sin: give both")
+    check_same_dtype("k", k, q=q)
     for name, table in (("cos", cos), ("sin", sin)):
         if table.ndim != 2 or table.shape[-1] * 2 != head_dim or len(table) != len(cos):
             raise ValueError(
                 f"{name} must be (num_positions, {head_dim / 2:g}), got {tuple(table.shape)}"
             )
-        if table.dtype != torch.float32 or table.device != k.device or table.stride(-1) != 1:
+        if table.dtype != torch.float32:
+            raise TypeError(f"{name} must be torch.float32, got {table.dtype}")
+        check_unit_stride(name, table)
+    if can_read(lengths) and can_read(cu_seqlens):
+        offsets = cu_seqlens.tolist()
+        spans = zip(lengths.tolist(), offsets, offsets[1:])
+        end = max(
+            (length + stop - start for length, start, stop in spans if stop > start), default=0
+        )
+        if end > len(cos):
             raise ValueError(
-                f"{name} must be torch.float32 on {k.device} with a contiguous last dimension, got "
-                f"{table.dtype} on {table.device} with strides {table.stride()}"
+                f"cos and sin end at position {len(cos)}, but the new tokens reach {end}"
             )
-    if end > len(cos):
-        raise ValueError(f"cos and sin end at position {len(cos)}, but the new tokens reach {end}")

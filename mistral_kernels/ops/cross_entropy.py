@@ -13,16 +13,31 @@ one kernel, Triton's or csrc's, that reads a row of logits twice and writes it o
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mistral_kernels.ops import extension, launch_configs
+from mistral_kernels.ops.checks import (
+    can_read,
+    check_float,
+    check_same_dtype,
+    check_shape,
+    check_triton_dtype,
+)
 from mistral_kernels.ops.device_functions import tanh
 from mistral_kernels.ops.dispatch import device_guard, uses_triton
 from mistral_kernels.ops.lazy_triton import jit
+from mistral_kernels.ops.operator import (
+    Function,
+    absent,
+    define,
+    in_transform,
+    needs_gradient,
+    refuse_second_derivative,
+)
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -64,22 +79,27 @@ def _softmax_kernel(
         lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.exp(z - new_max)
         lane_max = new_max
     row_max = tl.max(lane_max, 0)
-    lse = row_max + tl.log(tl.sum(lane_sum * tl.exp(lane_max - row_max), 0))
+    # Relative to the maximum: a large one would round away what is added to it.
+    row_sum = tl.sum(lane_sum * tl.exp(lane_max - row_max), 0)
+    log_sum = tl.log(row_sum)
+    lse = row_max + log_sum
     smooth = label_smoothing / VOCAB
-    loss = lse - (1.0 - label_smoothing) * tl.sum(lane_target, 0) - smooth * tl.sum(lane_total, 0)
+    loss = log_sum + (1.0 - label_smoothing) * (row_max - tl.sum(lane_target, 0))
+    if label_smoothing > 0.0:  # else the total may be infinite
+        loss += label_smoothing * (row_max - tl.sum(lane_total, 0) / VOCAB)
     loss += z_loss * lse * lse
     tl.store(losses_ptr + row, tl.where(counted, loss, 0.0))
 
     if NEEDS_GRADIENT:
         scale = tl.where(counted, tl.load(scale_ptr), 0.0)
-        slope = 1.0 + 2.0 * z_loss * lse
+        slope = (1.0 + 2.0 * z_loss * lse) / row_sum
         for first in tl.range(0, VOCAB, BLOCK):
             col = first + tl.arange(0, BLOCK)
             z = tl.load(logits_ptr + col, mask=col < VOCAB, other=0.0).to(tl.float32)
             if SOFTCAP:
                 capped = tanh(z / softcap)
                 z = softcap * capped
-            dz = tl.exp(z - lse) * slope - smooth
+            dz = tl.exp(z - row_max) * slope - smooth
             dz -= tl.where(col == target, 1.0 - label_smoothing, 0.0)
             if SOFTCAP:
                 dz *= 1.0 - capped * capped
@@ -133,16 +153,20 @@ def _softmax_torch(
     if softcap:
         capped = torch.tanh(z / softcap)
         z, cap_slope = softcap * capped, 1 - capped.square_()
+    # Relative to the maximum: a large one would round away what is added to it.
+    z_max = z.amax(1, keepdim=True)
+    z = z.sub_(z_max)
     # A few rows at a time: logsumexp makes a copy of what it is given.
-    lse = torch.cat([x.logsumexp(dim=1, keepdim=True) for x in z.split(16)])
-    losses = lse - (1 - smoothing) * z.gather(1, target) + z_loss * lse.square()
+    log_sum = torch.cat([x.logsumexp(dim=1, keepdim=True) for x in z.split(16)])
+    lse = log_sum + z_max
+    losses = log_sum - (1 - smoothing) * z.gather(1, target) + z_loss * lse.square()
     if smoothing:
         losses -= smoothing * z.mean(1, keepdim=True)
     losses = losses.squeeze(1).masked_fill(~counted, 0)
     if not needs_gradient:
         return losses, logits
     # In place, the logits become their own gradient.
-    dz = z.sub_(lse).exp_()
+    dz = z.sub_(log_sum).exp_()
     if z_loss:
         dz *= 1 + 2 * z_loss * lse
     if smoothing:
@@ -154,7 +178,7 @@ def _softmax_torch(
     return losses, dz.to(logits.dtype)
 
 
-Outputs = tuple[Tensor, Tensor | None, Tensor | None]  # loss, dhidden, dweight
+Outputs = tuple[Tensor, Tensor, Tensor]  # loss, dhidden, dweight; `absent` where there is none
 
 
 def _forward(
@@ -166,19 +190,20 @@ def _forward(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
-    output_mask: list[bool],
+    needs_dhidden: bool,
+    needs_dweight: bool,
 ) -> Outputs:
     operators = None if uses_triton(hidden) else extension.cpu_operators(hidden)
     softmax = _softmax_torch if operators is None else _softmax_csrc
     if uses_triton(hidden):
         softmax = _softmax_triton
-        if hidden.dtype == torch.float64:
-            raise TypeError(
-                "linear_cross_entropy: hidden is torch.float64; the triton backend takes float16, "
-                "bfloat16 and float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
-            )
+        check_triton_dtype("hidden", hidden)
     options = _Options(ignore_index, label_smoothing, z_loss, softcap)
-    total, dhidden, dweight_out = _empty_outputs(hidden, weight, output_mask)
+    outputs = _empty_outputs(hidden, weight, needs_dhidden, needs_dweight)
+    total, dhidden, dweight_out = (
+        x if need else None for x, need in zip(outputs, (True, needs_dhidden, needs_dweight))
+    )
+    assert total is not None
     total.zero_()
     scale = torch.ones_like(total)
     if mean:
@@ -195,7 +220,8 @@ def _forward(
         chunk = slice(start, start + rows)
         inputs = hidden[chunk]
         z = torch.mm(inputs, weight.mT, out=logits[: len(inputs)])
-        losses, dlogits = softmax(z, targets[chunk], scale, options, any(output_mask))
+        needs_dlogits = needs_dhidden or needs_dweight
+        losses, dlogits = softmax(z, targets[chunk], scale, options, needs_dlogits)
         total += losses.sum()
         if dhidden is not None:
             torch.mm(dlogits, weight, out=dhidden[chunk])
@@ -206,7 +232,7 @@ def _forward(
         del losses, dlogits  # before the next chunk's are there
     if dweight_out is not None and dweight is not None and dweight is not dweight_out:
         dweight_out.copy_(dweight)
-    return total * scale, dhidden, dweight_out
+    return total * scale, *outputs[1:]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, operators: Any | None) -> None:
@@ -220,50 +246,102 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, operators: Any | None) -> 
 
 
 def _empty_outputs(hidden: Tensor, weight: Tensor, *args: Any) -> Outputs:
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    loss = torch.empty((), dtype=wide, device=hidden.device)
+    loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     dhidden, dweight = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
-        for x, need in zip((hidden, weight), args[-1])
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else absent(x)
+        for x, need in zip((hidden, weight), args[-2:])
     )
     return loss, dhidden, dweight
 
 
-torch.library.define(
-    "mistral_kernels::linear_cross_entropy",
-    "(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool mean,"
-    " float label_smoothing, float z_loss, float softcap, bool[2] output_mask)"
-    " -> (Tensor loss, Tensor? dhidden, Tensor? dweight)",
-)
-torch.library.impl("mistral_kernels::linear_cross_entropy", ("cpu", "cuda"), _forward)
-torch.library.register_fake("mistral_kernels::linear_cross_entropy", _empty_outputs)
+def _check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, mean: bool, *args: Any
+) -> None:
+    label_smoothing, z_loss, softcap, *_ = args
+    check_float("hidden", hidden)
+    check_same_dtype("hidden", hidden, weight=weight)
+    if (
+        hidden.ndim != 2
+        or weight.ndim != 2
+        or hidden.shape[1] != weight.shape[1]
+        or not len(weight)
+    ):
+        raise ValueError(
+            "hidden and weight must be (num_tokens, hidden_size) and (vocab_size, hidden_size), "
+            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    check_shape("targets", targets, hidden.shape[:1])
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be torch.int64, got {targets.dtype}")
+    if can_read(targets):
+        stray = targets[((targets < 0) | (targets >= len(weight))) & (targets != ignore_index)]
+        if len(stray):
+            raise ValueError(
+                f"targets must lie in [0, {len(weight)}) or be {ignore_index}, got {stray[0]}"
+            )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    for name, value in (("z_loss", z_loss), ("softcap", softcap)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be >= 0 and finite, got {value}")
 
-_forward_op = torch.ops.mistral_kernels.linear_cross_entropy.default
+
+_forward_op = define(
+    "linear_cross_entropy",
+    "(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool mean,"
+    " float label_smoothing, float z_loss, float softcap, bool needs_dhidden, bool needs_dweight)"
+    " -> (Tensor loss, Tensor dhidden, Tensor dweight)",
+    _forward,
+    _empty_outputs,
+    _check,
+)
 
 
 def _scaled(gradients: tuple[Tensor | None, ...], dloss: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients times dloss; in their own memory where no further backward pass needs them."""
-    # Whether the engine was asked to retain the graph; true outside of it.
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    """Return the gradients times dloss, in their own memory unless they may be needed again."""
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or in_transform()
+        # Whether the engine was asked to retain the graph; true outside of it.
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+    ):
         return tuple(None if grad is None else grad * dloss for grad in gradients)
-    if dloss.device.type == "cpu" and dloss == 1:  # on a GPU a look would wait for it
+    # Results of the forward pass: they have its history.
+    gradients = tuple(None if grad is None else grad.detach() for grad in gradients)
+    if can_read(dloss) and dloss == 1:
         return gradients
     return tuple(None if grad is None else grad.mul_(dloss) for grad in gradients)
 
 
-class LinearCrossEntropyFunction(torch.autograd.Function):
+class LinearCrossEntropyFunction(Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, *args: Any) -> Tensor:
-        mask = list(ctx.needs_input_grad[:2])
-        loss, dhidden, dweight = _forward_op(hidden, weight, *args, mask)
-        ctx.save_for_backward(dhidden, dweight)
-        return loss
+    def forward(hidden: Tensor, weight: Tensor, *args: Any) -> Outputs:
+        return _forward_op(hidden, weight, *args)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight = _scaled(ctx.saved_tensors, dloss)
-        return dhidden, dweight, None, None, None, None, None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[1:])
+        ctx.mask = inputs[-2:]
+        if (
+            torch.compiler.is_compiling()
+        ):  # which gives zeros for None, and has no second derivative
+            ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(
+        ctx: Any, dloss: Tensor | None, ddhidden: Tensor | None, ddweight: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        # torch.compile gives zeros for None, and has no second derivative.
+        second = ddhidden is not None or ddweight is not None
+        if second and not torch.compiler.is_compiling():
+            refuse_second_derivative("linear_cross_entropy")
+        gradients: tuple[Tensor | None, ...] = (None, None)
+        if dloss is not None:
+            needed = (x if need else None for x, need in zip(ctx.saved_tensors, ctx.mask))
+            gradients = _scaled(tuple(needed), dloss)
+        return *gradients, *[None] * 8
 
 
 def linear_cross_entropy(
@@ -294,42 +372,12 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: naming the argument that does not fit; targets are looked at on the CPU only.
-        TypeError: hidden is not floating point.
+        TypeError: hidden has another dtype.
     """
-    if not hidden.is_floating_point():
-        raise TypeError(f"hidden must be floating point, got {hidden.dtype}")
-    if (
-        hidden.ndim != 2
-        or weight.ndim != 2
-        or hidden.shape[1:] != weight.shape[1:]
-        or not len(weight)
-    ):
-        raise ValueError(
-            "hidden and weight must be (num_tokens, hidden_size) and (vocab_size, hidden_size), "
-            f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}")
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(
-            f"targets must be ({hidden.shape[0]},) of torch.int64, "
-            f"got {tuple(targets.shape)} of {targets.dtype}"
-        )
-    # On a GPU the look would wait for it; tracing cannot branch on it.
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        stray = targets[((targets < 0) | (targets >= len(weight))) & (targets != ignore_index)]
-        if len(stray):
-            raise ValueError(
-                f"targets must lie in [0, {len(weight)}) or be {ignore_index}, got {stray[0]}"
-            )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-    for name, value in (("z_loss", z_loss), ("softcap", softcap)):
-        if value < 0:
-            raise ValueError(f"{name} must be >= 0, got {value}")
     args = (targets, ignore_index, reduction == "mean", label_smoothing, z_loss, softcap)
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return LinearCrossEntropyFunction.apply(hidden, weight, *args)
-    return _forward_op(hidden, weight, *args, [False, False])[0]
+    if needs_gradient(hidden, weight):
+        mask = needs_gradient(hidden), needs_gradient(weight)
+        return LinearCrossEntropyFunction.apply(hidden, weight, *args, *mask)[0]
+    return _forward_op(hidden, weight, *args, False, False)[0]

@@ -26,22 +26,26 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops import extension, launch_configs
+from mistral_kernels.ops.checks import (
+    check_float,
+    check_same_dtype,
+    check_shape,
+    check_triton_dtype,
+)
 from mistral_kernels.ops.dispatch import (
     as_rows,
     device_guard,
     device_properties,
     direct_cpu_operators,
     evenly_spaced,
-    run_backward,
     uses_triton,
 )
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
+from mistral_kernels.ops.operator import Function, absent, define, needs_gradient, run_backward
 
 if TYPE_CHECKING:
     import triton.language as tl
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @jit
@@ -166,39 +170,39 @@ def _sum_partials_kernel(
     tl.store(dweight_ptr + col, dweight, mask=col < hidden)
 
 
-Outputs = tuple[Tensor, Tensor | None, Tensor | None]  # y, h, rstd
-Gradients = tuple[Tensor | None, Tensor | None]  # dx, dweight
+Outputs = tuple[Tensor, Tensor, Tensor]  # y, h, rstd; `absent` where there is none
+Gradients = tuple[Tensor, Tensor]  # dx, dweight; `absent` where there is none
 
 
 def _empty_outputs(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, save_rstd: bool
 ) -> Outputs:
-    rstd = None
-    if save_rstd:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        rstd = torch.empty(x.shape[:-1], dtype=dtype, device=x.device)
+    rstd_shape = x.shape[:-1] if save_rstd else (0,)
+    rstd_dtype = torch.promote_types(x.dtype, torch.float32)
+    rstd = torch.empty(rstd_shape, dtype=rstd_dtype, device=x.device)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, None if residual is None else torch.empty_like(y), rstd
+    return y, absent(x) if residual is None else torch.empty_like(y), rstd
 
 
 def _empty_gradients(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, output_mask: list[bool]
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    needs_dx: bool,
+    needs_dweight: bool,
 ) -> Gradients:
-    needs_dx, needs_dweight = output_mask
     return (
-        torch.empty_like(h, memory_format=torch.contiguous_format) if needs_dx else None,
-        torch.empty(weight.shape, dtype=h.dtype, device=h.device) if needs_dweight else None,
+        torch.empty_like(h, memory_format=torch.contiguous_format) if needs_dx else absent(h),
+        torch.empty(weight.shape if needs_dweight else (0,), dtype=h.dtype, device=h.device),
     )
 
 
 def _forward_triton(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, save_rstd: bool
 ) -> Outputs:
-    if x.dtype == torch.float64:
-        raise TypeError(
-            "rms_norm: x is torch.float64; the triton backend takes float16, bfloat16 and float32, "
-            "MISTRAL_KERNELS_BACKEND=torch float64 too"
-        )
+    check_triton_dtype("x", x)
     y, h, rstd = _empty_outputs(x, weight, residual, eps, save_rstd)
     if y.numel() == 0:
         return y, h, rstd
@@ -220,12 +224,17 @@ def _forward_triton(
 
 
 def _backward_triton(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, output_mask: list[bool]
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    needs_dx: bool,
+    needs_dweight: bool,
 ) -> Gradients:
-    needs_dx, needs_dweight = output_mask
-    dx, dweight = _empty_gradients(dy, dh, h, weight, rstd, output_mask)
+    dx, dweight = _empty_gradients(dy, dh, h, weight, rstd, needs_dx, needs_dweight)
     if h.numel() == 0:
-        return dx, dweight if dweight is None else dweight.zero_()
+        return dx, dweight.zero_()
     hidden = weight.numel()
     rows = h.numel() // hidden
     inputs = 2 if dh is None else 3
@@ -260,7 +269,8 @@ def _forward_csrc(
     operators: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, save_rstd: bool
 ) -> Outputs:
     y, h, rstd = _empty_outputs(x, weight, residual, eps, save_rstd)
-    operators.rms_norm.default(*evenly_spaced(x, residual), weight.contiguous(), eps, y, h, rstd)
+    outputs = y, None if residual is None else h, rstd if save_rstd else None
+    operators.rms_norm.default(*evenly_spaced(x, residual), weight.contiguous(), eps, *outputs)
     return y, h, rstd
 
 
@@ -271,11 +281,13 @@ def _backward_csrc(
     h: Tensor,
     weight: Tensor,
     rstd: Tensor,
-    output_mask: list[bool],
+    needs_dx: bool,
+    needs_dweight: bool,
 ) -> Gradients:
-    dx, dweight = _empty_gradients(dy, dh, h, weight, rstd, output_mask)
+    dx, dweight = _empty_gradients(dy, dh, h, weight, rstd, needs_dx, needs_dweight)
+    outputs = dx if needs_dx else None, dweight if needs_dweight else None
     operators.rms_norm_backward.default(
-        *evenly_spaced(dy, dh, h), weight.contiguous(), rstd.contiguous(), dx, dweight
+        *evenly_spaced(dy, dh, h), weight.contiguous(), rstd.contiguous(), *outputs
     )
     return dx, dweight
 
@@ -288,14 +300,20 @@ def _forward_torch(
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     rstd = norm.square_().div_(h.shape[-1]).add_(eps).rsqrt_()
     y = (wide * rstd).to(h.dtype).mul_(weight)
-    return y, None if residual is None else h, rstd.squeeze(-1) if save_rstd else None
+    rstd = rstd.squeeze(-1) if save_rstd else absent(rstd)
+    return y, absent(x) if residual is None else h, rstd
 
 
 def _backward_torch(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, output_mask: list[bool]
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    needs_dx: bool,
+    needs_dweight: bool,
 ) -> Gradients:
-    needs_dx, needs_dweight = output_mask
-    dx = dweight = None
+    dx = dweight = absent(h)
     rstd = rstd.unsqueeze(-1)
     dy_fp32 = dy.to(rstd.dtype)
     normed = h.to(rstd.dtype) * rstd
@@ -324,52 +342,80 @@ def _backward(dy: Tensor, *args: Any) -> Gradients:
     return _backward_csrc(operators, dy, *args) if operators else _backward_torch(dy, *args)
 
 
-def _backward_twice(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("rms_norm can be differentiated only once; its gradients have no gradients")
+def _check(x: Tensor, weight: Tensor, residual: Tensor | None, *_: Any) -> None:
+    check_float("x", x)
+    if x.ndim == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"x and weight must be (..., hidden) and (hidden,), "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if residual is not None:
+        check_shape("residual", residual, x.shape)
+    check_same_dtype("x", x, weight=weight, residual=residual)
 
 
-torch.library.define(
-    "mistral_kernels::rms_norm_forward",
+def _check_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, *_: Any
+) -> None:
+    _check(h, weight, dh)
+    check_shape("dy", dy, h.shape)
+    check_shape("rstd", rstd, h.shape[:-1])
+    check_same_dtype("h", h, dy=dy)
+    if rstd.dtype != torch.promote_types(h.dtype, torch.float32):
+        raise TypeError(f"rstd must be float32, or float64 like h, got {rstd.dtype}")
+
+
+_forward_op = define(
+    "rms_norm_forward",
     "(Tensor x, Tensor weight, Tensor? residual, float eps, bool save_rstd)"
-    " -> (Tensor y, Tensor? h, Tensor? rstd)",
+    " -> (Tensor y, Tensor h, Tensor rstd)",
+    _forward,
+    _empty_outputs,
+    _check,
 )
-torch.library.impl("mistral_kernels::rms_norm_forward", ("cpu", "cuda"), _forward)
-torch.library.register_fake("mistral_kernels::rms_norm_forward", _empty_outputs)
-
-torch.library.define(
-    "mistral_kernels::rms_norm_backward",
-    "(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, bool[2] output_mask)"
-    " -> (Tensor? dx, Tensor? dweight)",
+_backward_op = define(
+    "rms_norm_backward",
+    "(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, bool needs_dx,"
+    " bool needs_dweight) -> (Tensor dx, Tensor dweight)",
+    _backward,
+    _empty_gradients,
+    _check_backward,
+    gradient_of="rms_norm",
 )
-torch.library.impl("mistral_kernels::rms_norm_backward", ("cpu", "cuda"), _backward)
-torch.library.register_fake("mistral_kernels::rms_norm_backward", _empty_gradients)
-torch.library.register_autograd("mistral_kernels::rms_norm_backward", _backward_twice)
-
-_forward_op = torch.ops.mistral_kernels.rms_norm_forward.default
-_backward_op = torch.ops.mistral_kernels.rms_norm_backward.default
 
 
-class RMSNormFunction(torch.autograd.Function):
+class RMSNormFunction(Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor | None]:
-        y, h, rstd = _forward_op(x, weight, residual, eps, True)
+    def forward(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> Outputs:
+        return _forward_op(x, weight, residual, eps, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Outputs) -> None:
+        (x, weight, residual, _), (_, h, rstd) = inputs, output
         ctx.set_materialize_grads(False)
-        if h is not None and not (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]):
+        ctx.mark_non_differentiable(rstd)
+        if residual is None or not (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]):
             ctx.mark_non_differentiable(h)
         ctx.save_for_backward(x if residual is None else h, weight, rstd)
-        return y, h
+        ctx.has_residual = residual is not None
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> Any:
         needs_dx, needs_dweight, needs_dresidual, _ = ctx.needs_input_grad
-        if dy is None:  # only h was used
-            dx, dweight = dh, None
-        else:
-            mask = [needs_dx or needs_dresidual, needs_dweight]
-            dx, dweight = run_backward(_backward_op, dy, dh, *ctx.saved_tensors, mask)
-        return dx if needs_dx else None, dweight, dx if needs_dresidual else None, None
+        if not ctx.has_residual:
+            dh = None  # torch.compile gives one
+        dx = dweight = None
+        if dy is not None:
+            mask = needs_dx or needs_dresidual, needs_dweight
+            dx, dweight = run_backward(_backward_op, dy, dh, *ctx.saved_tensors, *mask)
+        else:  # only h was used
+            dx = dh
+        return (
+            dx if needs_dx else None,
+            dweight if needs_dweight else None,
+            dx if needs_dresidual else None,
+            None,
+        )
 
 
 def rms_norm(
@@ -392,38 +438,11 @@ def rms_norm(
         TypeError: a dtype is not supported, or differs from that of ``x``.
         ValueError: a shape does not fit ``x``, or a tensor is on another device.
     """
-    _check(x, weight, residual)
     if operators := direct_cpu_operators(x, weight, residual):
+        _check(x, weight, residual)
         y, h, _ = _forward_csrc(operators, x, weight, residual, eps, False)
-    elif torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
-    ):
-        y, h = RMSNormFunction.apply(x, weight, residual, eps)
+    elif needs_gradient(x, weight, residual):
+        y, h, _ = RMSNormFunction.apply(x, weight, residual, eps)
     else:
         y, h, _ = _forward_op(x, weight, residual, eps, False)
-    if residual is None:
-        return y
-    assert h is not None
-    return y, h
-
-
-def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
-    if x.dtype not in DTYPES:
-        raise TypeError(f"rms_norm: x is {x.dtype}; expected float16, bfloat16, float32 or float64")
-    if x.ndim == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"rms_norm: weight has shape {tuple(weight.shape)}; expected (hidden,) for "
-            f"x of shape (..., hidden), which came as {tuple(x.shape)}"
-        )
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"rms_norm: residual has shape {tuple(residual.shape)}; "
-            f"expected that of x, {tuple(x.shape)}"
-        )
-    for name, tensor in (("weight", weight), ("residual", residual)):
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"rms_norm: {name} is {tensor.dtype}; expected that of x, {x.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"rms_norm: {name} is on {tensor.device}; expected x's, {x.device}")
+    return y if residual is None else (y, h)

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops import extension, launch_configs
-from mistral_kernels.ops.cache_arguments import check_ring, check_turning
+from mistral_kernels.ops.cache_arguments import (
+    check_cache,
+    check_new_tokens,
+    check_one_per_row,
+    check_packing,
+    check_rotation,
+)
+from mistral_kernels.ops.checks import check_triton_dtype, check_written
 from mistral_kernels.ops.dispatch import (
     BACKEND_VARIABLE,
     device_guard,
@@ -26,6 +33,7 @@ from mistral_kernels.ops.dispatch import (
 )
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
+from mistral_kernels.ops.operator import define, in_transform, needs_gradient
 from mistral_kernels.ops.rotary import load_angles, rotate, turn_heads
 
 if TYPE_CHECKING:
@@ -138,11 +146,7 @@ def _update_triton(
     sin: Tensor | None,
     interleaved: bool,
 ) -> None:
-    if k.dtype == torch.float64:
-        raise TypeError(
-            "rolling_cache_update_: k is torch.float64; the triton backend takes float16, bfloat16 "
-            "and float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
-        )
+    check_triton_dtype("k", k)
     batch, num_kv_heads, head_dim = lengths.numel(), *k.shape[1:]
     num_heads = 0 if q is None else q.shape[1]
     config = launch_configs.rolling_cache_update(head_dim, max_seqlen)
@@ -292,23 +296,47 @@ def _rotary_update_fake(*args: Any) -> Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
+def _check(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    rows: Tensor | None,
+    block_table: Tensor | None,
+) -> None:
+    batch = check_cache(k_cache, v_cache, lengths, rows, block_table)
+    check_written("k_cache", k_cache)
+    check_written("v_cache", v_cache)
+    check_new_tokens("k", k, k_cache, k.shape[0] if k.ndim else 0)
+    check_new_tokens("v", v, k_cache, k.shape[0])
+    check_packing(cu_seqlens, batch, max_seqlen, k.shape[0])
+
+
+def _check_rotary(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *args: Any) -> None:
+    lengths, cu_seqlens, max_seqlen, q, cos, sin, _ = args
+    _check(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, None, None)
+    check_rotation(q, cos, sin, k, lengths, cu_seqlens)
+
+
 _CACHES = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v"
 _LENGTHS = "Tensor lengths, Tensor cu_seqlens, SymInt max_seqlen"
-torch.library.define(
-    "mistral_kernels::rolling_cache_update",
+update_op = define(
+    "rolling_cache_update",
     f"({_CACHES}, {_LENGTHS}, Tensor? rows, Tensor? block_table) -> ()",
+    _update,
+    lambda *args: None,
+    _check,
 )
-torch.library.impl("mistral_kernels::rolling_cache_update", ("cpu", "cuda"), _update)
-torch.library.register_fake("mistral_kernels::rolling_cache_update", lambda *args: None)
-torch.library.define(
-    "mistral_kernels::rotary_rolling_cache_update",
+_rotary_update_op = define(
+    "rotary_rolling_cache_update",
     f"({_CACHES}, {_LENGTHS}, Tensor q, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
+    _rotary_update,
+    _rotary_update_fake,
+    _check_rotary,
 )
-torch.library.impl("mistral_kernels::rotary_rolling_cache_update", ("cpu", "cuda"), _rotary_update)
-torch.library.register_fake("mistral_kernels::rotary_rolling_cache_update", _rotary_update_fake)
-
-update_op = torch.ops.mistral_kernels.rolling_cache_update.default
-_rotary_update_op = torch.ops.mistral_kernels.rotary_rolling_cache_update.default
 
 
 class RollingCacheUpdateFunction(torch.autograd.Function):
@@ -394,17 +422,18 @@ def rolling_cache_update_(
     Raises:
         ValueError: naming the argument that does not fit; the caches are untouched.
     """
-    end = check_ring(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, k.shape[0])
-    if q is not None:
-        check_turning(q, cos, sin, k, end)
-    elif cos is not None or sin is not None:
-        raise ValueError("cos and sin turn q and k: give q too")
+    if in_transform():
+        raise NotImplementedError(
+            "rolling_cache_update_ writes into its caches and has no rule for torch.func: call it "
+            "outside of transforms, or use mistral_kernels.ops.reference.rolling_cache_update"
+        )
+    check_one_per_row(k_cache, lengths)
+    if q is None and (cos is not None or sin is not None):
+        raise ValueError("cos and sin require q")
     k, v = with_unit_stride(k), with_unit_stride(v)
     q = q if q is None else with_unit_stride(q)
     args = lengths.contiguous(), cu_seqlens.contiguous(), max_seqlen
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (k_cache, v_cache, k, v, q)
-    ):
+    if needs_gradient(k_cache, v_cache, k, v, q):
         tables = q, cos, sin, interleaved
         return RollingCacheUpdateFunction.apply(k_cache, v_cache, k, v, *args, *tables)[2]
     if q is None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops import extension, launch_configs
+from mistral_kernels.ops.checks import check_triton_dtype
 from mistral_kernels.ops.dispatch import (
     device_guard,
     direct_cpu_operators,
@@ -25,6 +26,7 @@ from mistral_kernels.ops.dispatch import (
 )
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
+from mistral_kernels.ops.operator import Function, absent, define, in_transform, needs_gradient
 from mistral_kernels.ops.rotary_arguments import (
     by_token,
     check_memory,
@@ -147,11 +149,9 @@ def _empty_outputs(q: Tensor | None, k: Tensor | None, *_: Any) -> Pair:
 
 
 def _rotate_triton(q: Tensor | None, k: Tensor | None, outputs: Pair, turn: Turn) -> None:
-    if any(x is not None and x.dtype == torch.float64 for x in (q, k)):
-        raise TypeError(
-            "apply_rotary: q is torch.float64; the triton backend takes float16, bfloat16 and "
-            "float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
-        )
+    for name, x in (("q", q), ("k", k)):
+        if x is not None:
+            check_triton_dtype(name, x)
     in_place = q is outputs[0] and k is outputs[1]
     half = turn.cos.shape[-1]
     tokens = turn.positions.numel()
@@ -241,49 +241,68 @@ def rotate(q: Tensor | None, k: Tensor | None, *args: Any) -> Pair:
     return outputs
 
 
+def _rotary(q: Tensor | None, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    return _present(rotate(q, k, *args), args[0])
+
+
+def _rotary_fake(q: Tensor | None, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    return _present(_empty_outputs(q, k), args[0])
+
+
+def _present(outputs: Pair, like: Tensor) -> tuple[Tensor, Tensor]:
+    q, k = (absent(like) if x is None else x for x in outputs)
+    return q, k
+
+
 def _rotate_in_place(q: Tensor, k: Tensor, *args: Any) -> None:
     cos, sin, positions, interleaved = args
     check_memory(q, k)
     _rotate_into(q, k, (q, k), Turn(cos, sin, positions, interleaved, False))
 
 
-torch.library.define(
-    "mistral_kernels::rotary",
-    "(Tensor? q, Tensor? k, Tensor cos, Tensor sin, Tensor positions, bool interleaved,"
-    " bool backwards) -> (Tensor? q_out, Tensor? k_out)",
-)
-torch.library.impl("mistral_kernels::rotary", ("cpu", "cuda"), rotate)
-torch.library.register_fake("mistral_kernels::rotary", _empty_outputs)
+def _check(q: Tensor | None, k: Tensor | None, cos: Tensor, *args: Any) -> None:
+    check_rotary(q, k, cos, *args)
+    check_positions(args[1], len(cos))
 
-torch.library.define(
-    "mistral_kernels::rotary_",
+
+_rotary_op = define(
+    "rotary",
+    "(Tensor? q, Tensor? k, Tensor cos, Tensor sin, Tensor positions, bool interleaved,"
+    " bool backwards) -> (Tensor q_out, Tensor k_out)",
+    _rotary,
+    _rotary_fake,
+    _check,
+)
+_rotary_in_place_op = define(
+    "rotary_",
     "(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor positions, bool interleaved)"
     " -> ()",
+    _rotate_in_place,
+    lambda *args: None,
+    _check,
 )
-torch.library.impl("mistral_kernels::rotary_", ("cpu", "cuda"), _rotate_in_place)
-torch.library.register_fake("mistral_kernels::rotary_", lambda *args: None)
-
-_rotary_op = torch.ops.mistral_kernels.rotary.default
-_rotary_in_place_op = torch.ops.mistral_kernels.rotary_.default
 
 
-class RotaryFunction(torch.autograd.Function):
-    """Its own derivative, turned the other way; so it can be differentiated again and again."""
+class RotaryFunction(Function):
+    """The derivative is the inverse rotation, so there are derivatives of any order."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor | None, k: Tensor | None, *args: Any) -> Pair:
-        *tables, interleaved, backwards = args
-        ctx.save_for_backward(*tables)
-        ctx.interleaved, ctx.backwards = interleaved, backwards
-        ctx.set_materialize_grads(False)
+    def forward(q: Tensor | None, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
         return _rotary_op(q, k, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, _, *tables, ctx.interleaved, ctx.backwards = inputs
+        ctx.save_for_backward(*tables)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
         needs_dq, needs_dk, *_ = ctx.needs_input_grad
         dq, dk = dq if needs_dq else None, dk if needs_dk else None
         if dq is not None or dk is not None:
-            dq, dk = _turned(dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.backwards)
+            inverse = _turned(dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.backwards)
+            dq, dk = (None if x is None else y for x, y in zip((dq, dk), inverse))
         return dq, dk, None, None, None, None, None
 
 
@@ -306,8 +325,8 @@ class RotaryInPlaceFunction(torch.autograd.Function):
         return turned, None, None, None, None
 
 
-def _turned(q: Tensor | None, k: Tensor | None, *args: Any) -> Pair:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k)):
+def _turned(q: Tensor | None, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    if needs_gradient(q, k):
         return RotaryFunction.apply(q, k, *args)
     return _rotary_op(q, k, *args)
 
@@ -356,19 +375,17 @@ def apply_rotary(
             a position outside the tables.
         TypeError: q is not floating point.
     """
-    check_rotary(q, k, cos, sin, positions)
     args = cos, sin, positions, interleaved, False
-    if operators := direct_cpu_operators(q, k, cos, sin, positions):
-        q_out, k_out = outputs = _empty_outputs(q, k)
-        try:
-            _rotate_csrc(operators, q, k, outputs, Turn(*args))
-        except RuntimeError:  # csrc looks at positions itself, which need not be done twice
-            check_positions(positions, len(cos))
-            raise
-    else:
+    operators = direct_cpu_operators(q, k, cos, sin, positions)
+    if operators is None:
+        return _turned(q, k, *args)
+    q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    check_rotary(q, k, *args)
+    try:
+        _rotate_csrc(operators, q, k, (q_out, k_out), Turn(*args))
+    except RuntimeError:  # csrc checks the positions itself: no need to do it twice
         check_positions(positions, len(cos))
-        q_out, k_out = _turned(q, k, *args)
-    assert q_out is not None and k_out is not None
+        raise
     return q_out, k_out
 
 
@@ -394,13 +411,13 @@ def apply_rotary_(
             as in an expanded tensor, or where q and k overlap.
         TypeError: q is not floating point.
     """
-    check_rotary(q, k, cos, sin, positions)
-    check_positions(positions, len(cos))
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
-        if torch.compiler.is_compiling():
-            # In a graph PyTorch before 2.13 loses the history of a Function that works in place.
-            q_out, k_out = apply_rotary(q, k, cos, sin, positions, interleaved)
-            return q.copy_(q_out), k.copy_(k_out)
+    if needs_gradient(q, k):
+        _check(q, k, cos, sin, positions)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform():
+            # There PyTorch takes no Function that works in place, or (before 2.13, in a compiled
+            # graph) loses its history. Each by itself: vmap may batch only one of them.
+            turn = cos, sin, positions, interleaved, False
+            return q.copy_(_turned(q, None, *turn)[0]), k.copy_(_turned(None, k, *turn)[1])
         q, k = (
             RotaryInPlaceFunction.apply(x, cos, sin, positions, interleaved)
             if x.requires_grad

@@ -2,50 +2,57 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from mistral_kernels.ops.checks import can_read, check_float, check_same_dtype
 from mistral_kernels.ops.dispatch import with_unit_stride
 
 
-def check_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-    """Raises unless these are arguments of `apply_rotary`; positions it does not look into."""
-    if q.ndim < 2:
-        raise ValueError(f"q must be (..., num_heads, head_dim), got {tuple(q.shape)}")
-    if not q.is_floating_point():
-        raise TypeError(f"q must be floating point, got {q.dtype}")
-    tokens, head_dim, num_positions = q.shape[:-2], q.shape[-1], cos.shape[0] if cos.ndim else 0
-    if k.shape[-1] != head_dim or k.shape[:-2] != tokens:
-        raise ValueError(
-            f"k must be (..., num_kv_heads, head_dim) with the leading dimensions and head_dim of "
-            f"q {tuple(q.shape)}, got {tuple(k.shape)}"
-        )
-    if k.dtype != q.dtype:
-        raise ValueError(f"k must have q's dtype {q.dtype}, got {k.dtype}")
+def check_rotary(
+    q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor, *_: Any
+) -> None:
+    """Raise unless these are arguments of `apply_rotary`, of which q or k may be absent.
+
+    The values of positions are for `check_positions`.
+    """
+    given = {name: x for name, x in (("q", q), ("k", k)) if x is not None}
+    if not given:
+        raise ValueError("q or k must be given")
+    (first, like), *others = given.items()
+    check_float(first, like)
+    if like.ndim < 2:
+        raise ValueError(f"{first} must be (..., num_heads, head_dim), got {tuple(like.shape)}")
+    tokens, head_dim = like.shape[:-2], like.shape[-1]
+    for name, x in others:
+        if x.ndim < 2 or x.shape[-1] != head_dim or x.shape[:-2] != tokens:
+            raise ValueError(
+                f"{name} must be (..., num_kv_heads, head_dim) with the leading dimensions and "
+                f"head_dim of {first} {tuple(like.shape)}, got {tuple(x.shape)}"
+            )
+        check_same_dtype(first, like, **{name: x})
     if positions.shape != tokens:
         raise ValueError(
-            f"positions must be {tuple(tokens)}, one for each token of q, "
+            f"positions must be {tuple(tokens)}, one for each token of {first}, "
             f"got {tuple(positions.shape)}"
         )
     if positions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"positions must be torch.int32 or torch.int64, got {positions.dtype}")
+        raise TypeError(f"positions must be torch.int32 or torch.int64, got {positions.dtype}")
+    num_positions = cos.shape[0] if cos.ndim else 0
     for name, table in (("cos", cos), ("sin", sin)):
+        check_float(name, table)
         if table.shape != (num_positions, head_dim / 2):
             raise ValueError(
                 f"{name} must be (num_positions, {head_dim / 2:g}), got {tuple(table.shape)}"
             )
-    device = q.device
-    for name, x in (("k", k), ("cos", cos), ("sin", sin), ("positions", positions)):
-        if x.device != device:
-            raise ValueError(f"{name} must be on {device} like q, got {x.device}")
+    check_same_dtype("cos", cos, sin=sin)
 
 
 def check_positions(positions: Tensor, num_positions: int) -> None:
-    """Raises unless they lie in the tables, where there is a look at no cost.
-
-    On a GPU it would have to be waited for, and tracing cannot branch on it.
-    """
-    if positions.is_cpu and positions.numel() and not torch.compiler.is_compiling():
+    """Raise ValueError unless all positions lie in the tables, where they can be read."""
+    if positions.numel() and can_read(positions):
         lowest, highest = (x.item() for x in positions.aminmax())
         if lowest < 0 or highest >= num_positions:
             raise ValueError(

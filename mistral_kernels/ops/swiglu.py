@@ -20,23 +20,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_kernels.ops import extension, launch_configs
+from mistral_kernels.ops.checks import (
+    check_float,
+    check_same_dtype,
+    check_shape,
+    check_triton_dtype,
+)
 from mistral_kernels.ops.dispatch import (
     as_rows,
     device_guard,
     direct_cpu_operators,
     evenly_spaced,
-    run_backward,
     uses_triton,
     width_of,
 )
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
+from mistral_kernels.ops.operator import Function, absent, define, needs_gradient, run_backward
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 _CONTIGUOUS = torch.contiguous_format
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @jit
@@ -101,7 +106,7 @@ def _tile(COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
     return row, tl.program_id(0) % tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
 
 
-Gradients = tuple[Tensor | None, Tensor | None]
+Gradients = tuple[Tensor, Tensor]  # `absent` where there is none
 
 
 def _parts(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -112,28 +117,26 @@ def _parts(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
-def _empty_output(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    if up is None:
-        return gate.new_empty(*gate.shape[:-1], gate.shape[-1] // 2)
-    return torch.empty_like(gate, memory_format=_CONTIGUOUS)
+def _empty_output(gate: Tensor, up: Tensor | None) -> Tensor:
+    return gate.new_empty(_output_shape(gate, up))
+
+
+def _output_shape(gate: Tensor, up: Tensor | None) -> tuple[int, ...]:
+    return gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
 
 
 def _empty_gradients(
-    dy: Tensor, gate: Tensor, up: Tensor | None, output_mask: list[bool]
+    dy: Tensor, gate: Tensor, up: Tensor | None, needs_dgate: bool, needs_dup: bool
 ) -> Gradients:
     dgate, dup = (
-        None if x is None or not need else torch.empty_like(x, memory_format=_CONTIGUOUS)
-        for x, need in zip((gate, up), output_mask)
+        torch.empty_like(x, memory_format=_CONTIGUOUS) if x is not None and need else absent(gate)
+        for x, need in ((gate, needs_dgate), (up, needs_dup))
     )
     return dgate, dup
 
 
 def _forward_triton(gate: Tensor, up: Tensor | None) -> Tensor:
-    if gate.dtype == torch.float64:
-        raise TypeError(
-            "swiglu: gate is torch.float64; the triton backend takes float16, bfloat16 and "
-            "float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
-        )
+    check_triton_dtype("gate", gate)
     y = _empty_output(gate, up)
     if y.numel() == 0:
         return y
@@ -201,15 +204,19 @@ def _backward_torch(
         torch.mul(F.silu(gate), dy, out=dup)
 
 
-def _forward(gate: Tensor, up: Tensor | None = None) -> Tensor:
+def _forward(gate: Tensor, up: Tensor | None) -> Tensor:
     if uses_triton(gate):
         return _forward_triton(gate, up)
     operators = extension.cpu_operators(gate)
     return _forward_csrc(operators, gate, up) if operators else _forward_torch(gate, up)
 
 
-def _backward(dy: Tensor, gate: Tensor, up: Tensor | None, output_mask: list[bool]) -> Gradients:
-    gradients = dgate, dup = _empty_gradients(dy, gate, up, output_mask)
+def _backward(
+    dy: Tensor, gate: Tensor, up: Tensor | None, needs_dgate: bool, needs_dup: bool
+) -> Gradients:
+    gradients = _empty_gradients(dy, gate, up, needs_dgate, needs_dup)
+    dgate = gradients[0] if needs_dgate else None
+    dup = gradients[1] if needs_dup and up is not None else None
     triton = uses_triton(dy)
     if not triton and (operators := extension.cpu_operators(dy)):
         operators.swiglu_backward.default(*evenly_spaced(dy, gate, up), dgate, dup)
@@ -221,35 +228,52 @@ def _backward(dy: Tensor, gate: Tensor, up: Tensor | None, output_mask: list[boo
     return gradients
 
 
-def _backward_twice(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("swiglu can be differentiated only once; its gradients have no gradients")
+def _check(gate: Tensor, up: Tensor | None) -> None:
+    check_float("gate", gate)
+    if up is not None:
+        check_shape("up", up, gate.shape)
+        check_same_dtype("gate", gate, up=up)
+    elif gate.ndim == 0 or gate.shape[-1] % 2:
+        raise ValueError(
+            "gate without up must be (..., 2 * intermediate), an even last dimension, "
+            f"got {tuple(gate.shape)}"
+        )
 
 
-torch.library.define("mistral_kernels::swiglu_forward", "(Tensor gate, Tensor? up=None) -> Tensor")
-torch.library.impl("mistral_kernels::swiglu_forward", ("cpu", "cuda"), _forward)
-torch.library.register_fake("mistral_kernels::swiglu_forward", _empty_output)
+def _check_backward(dy: Tensor, gate: Tensor, up: Tensor | None, *_: Any) -> None:
+    _check(gate, up)
+    check_shape("dy", dy, _output_shape(gate, up))
+    check_same_dtype("gate", gate, dy=dy)
 
-torch.library.define(
-    "mistral_kernels::swiglu_backward",
-    "(Tensor dy, Tensor gate, Tensor? up, bool[2] output_mask) -> (Tensor? dgate, Tensor? dup)",
+
+_forward_op = define(
+    "swiglu_forward", "(Tensor gate, Tensor? up) -> Tensor", _forward, _empty_output, _check
 )
-torch.library.impl("mistral_kernels::swiglu_backward", ("cpu", "cuda"), _backward)
-torch.library.register_fake("mistral_kernels::swiglu_backward", _empty_gradients)
-torch.library.register_autograd("mistral_kernels::swiglu_backward", _backward_twice)
+_backward_op = define(
+    "swiglu_backward",
+    "(Tensor dy, Tensor gate, Tensor? up, bool needs_dgate, bool needs_dup)"
+    " -> (Tensor dgate, Tensor dup)",
+    _backward,
+    _empty_gradients,
+    _check_backward,
+    gradient_of="swiglu",
+)
 
-_forward_op = torch.ops.mistral_kernels.swiglu_forward.default
-_backward_op = torch.ops.mistral_kernels.swiglu_backward.default
 
-
-class SwiGLUFunction(torch.autograd.Function):
+class SwiGLUFunction(Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate, up)
+    def forward(gate: Tensor, up: Tensor | None) -> Tensor:
         return _forward_op(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Gradients:
-        return run_backward(_backward_op, dy, *ctx.saved_tensors, list(ctx.needs_input_grad))
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        mask = ctx.needs_input_grad
+        gradients = run_backward(_backward_op, dy, *ctx.saved_tensors, *mask)
+        return tuple(x if need else None for x, need in zip(gradients, mask))
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -265,25 +289,12 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         (..., intermediate), contiguous, of gate's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices differ, or a fused gate has an odd last dimension.
-        TypeError: gate's dtype is not supported.
+        ValueError: shapes or devices differ, or a fused gate has an odd last dimension.
+        TypeError: gate's dtype is not supported, or up has another.
     """
-    if gate.dtype not in DTYPES:
-        raise TypeError(f"gate must be floating point, got {gate.dtype}")
-    if up is None:
-        if gate.ndim == 0 or gate.shape[-1] % 2:
-            raise ValueError(
-                "gate without up must be (..., 2 * intermediate), an even last dimension, "
-                f"got {tuple(gate.shape)}"
-            )
-    elif gate.shape != up.shape:
-        raise ValueError(f"up must have gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
-    elif gate.dtype != up.dtype:
-        raise ValueError(f"up must have gate's dtype {gate.dtype}, got {up.dtype}")
-    elif gate.device != up.device:
-        raise ValueError(f"up must be on {gate.device} like gate, got {up.device}")
     if operators := direct_cpu_operators(gate, up):
+        _check(gate, up)
         return _forward_csrc(operators, gate, up)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gate, up)):
+    if needs_gradient(gate, up):
         return SwiGLUFunction.apply(gate, up)
     return _forward_op(gate, up)

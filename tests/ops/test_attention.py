@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -346,18 +347,30 @@ CU = torch.tensor([0, 5], dtype=torch.int32)
     [
         ((Q[0], K, K), {}, ValueError, r"q must be \(batch, seqlen, heads, head_dim\), got .5, 4,"),
         ((Q, K[0], K), {}, ValueError, r"k must be \(batch, seqlen, heads, head_dim\), got .5, 2,"),
-        ((Q.int(), K, K), {}, TypeError, "q must be floating point, got torch.int32"),
-        ((Q, K.half(), K), {}, ValueError, "k must be torch.float32 on cpu like q, got .*float16"),
-        ((Q, K, K.double()), {}, ValueError, "v must be torch.float32 .* got torch.float64 on cpu"),
-        ((Q, K, K.to("meta")), {}, ValueError, "v must be .* on cpu like q, got .* on meta"),
-        ((Q, K, K[:, :4]), {}, ValueError, r"v must have k's shape \(2, 5, 2, 8\), got \(2, 4, 2,"),
+        ((Q.int(), K, K), {}, TypeError, "q must be float16, .*, got torch.int32"),
+        ((Q, K.half(), K), {}, TypeError, "k must have q's dtype .*, got torch.float16"),
+        (
+            (Q, K, K.double()),
+            {},
+            TypeError,
+            "v must have q's dtype .*, got torch.float64",
+        ),
+        ((Q, K, K.to("meta")), {}, ValueError, "v must be on cpu like q, got meta"),
+        ((Q, K, K[:, :4]), {}, ValueError, r"v must be \(2, 5, 2, 8\), got \(2, 4, 2, 8\)"),
         ((Q, K[..., :4], K[..., :4]), {}, ValueError, "k must have q's head_dim 8, got 4"),
         ((Q[:, :, :3], K, K), {}, ValueError, "k's 2 heads must divide q's 3"),
         ((Q, K[:, :, :0], K[:, :, :0]), {}, ValueError, "k's 0 heads must divide q's 4"),
+        ((Q[:, :, :0], K, K), {}, ValueError, "k's 2 heads must divide q's 0, and both be positiv"),
+        ((Q[..., :0], K[..., :0], K[..., :0]), {}, ValueError, r"q's head_dim must .*, got 0"),
         ((Q, K[:1], K[:1]), {}, ValueError, "k must have q's batch of 2, got 1"),
-        ((Q, K, K), {"softcap": -1.0}, ValueError, "softcap must be >= 0, got -1.0"),
-        ((Q, K, K), {"softmax_scale": 0.0}, ValueError, "softmax_scale must be positive, got 0.0"),
-        ((BIG, BIG, BIG), {}, ValueError, "q's head_dim must be at most 256, got 257"),
+        ((Q, K, K), {"softcap": -1.0}, ValueError, "softcap must be >= 0 and finite, got -1.0"),
+        ((Q, K, K), {"softcap": math.nan}, ValueError, "softcap must be >= 0 and .*, got nan"),
+        ((Q, K, K), {"softcap": "1"}, TypeError, "softcap must be a number, got '1'"),
+        ((Q, K, K), {"softmax_scale": 0.0}, ValueError, "softmax_scale must be pos.*, got 0.0"),
+        ((Q, K, K), {"softmax_scale": math.nan}, ValueError, "softmax_scale must .*, got nan"),
+        ((Q, K, K), {"softmax_scale": True}, TypeError, "softmax_scale must be a number, got True"),
+        ((Q, K, K), {"causal": 0.25}, TypeError, "causal must be True or False, got 0.25"),
+        ((BIG, BIG, BIG), {}, ValueError, r"q's head_dim must lie in \[1, 256\], got 257"),
         ((Q, K, K), {"cu_seqlens_k": CU}, ValueError, "cu_seqlens_k is for packed batches"),
         (
             (Q, K, K),
@@ -374,8 +387,8 @@ CU = torch.tensor([0, 5], dtype=torch.int32)
         (
             (Q, K, K),
             {"alibi_slopes": torch.ones(4, dtype=torch.int32)},
-            ValueError,
-            "alibi_slopes must be floating point on cpu, got torch.int32 on cpu",
+            TypeError,
+            "alibi_slopes must be float16, .*, got torch.int32",
         ),
         (
             (Q, K, K),

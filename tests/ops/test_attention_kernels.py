@@ -466,5 +466,5 @@ def test_opcheck(packed, backend, device):
         torch.library.opcheck(ops.attention_forward.default, (q, k, v, *options, return_lse))
     out, lse = ops.attention_forward(q, k, v, *options, True)
     for mask in ([True] * 3, [True, False, False], [False, False, True]):
-        arguments = (out, q, k, v, out, lse, *options, mask)
+        arguments = (out, q, k, v, out, lse, *options, *mask)
         torch.library.opcheck(ops.attention_backward.default, arguments)

@@ -98,9 +98,9 @@ def calls(dtype):
     weight, rstd = torch.randn(1003).to(dtype), torch.rand(301)
     arguments = {
         "rms_norm_forward": (x, weight, residual, 1e-5, True),
-        "rms_norm_backward": (dy, dh, x, weight, rstd, [True, True]),
+        "rms_norm_backward": (dy, dh, x, weight, rstd, True, True),
         "swiglu_forward": (gate, up),
-        "swiglu_backward": (dout, fused, None, [True, False]),
+        "swiglu_backward": (dout, fused, None, True, False),
         "rotary": (q, k, cos, sin, positions, False, False),
     }
     return {name: (getattr(ops, name), values) for name, values in arguments.items()}

@@ -237,25 +237,28 @@ GOOD = {
     "cu_seqlens": int32([0, 1, 4]),
     "max_seqlen": 3,
 }
+STEP = {"k": None, "v": None, "cu_seqlens": int32([0, 1, 2]), "max_seqlen": 1}
 BAD = [
     ({"k_cache": C[0]}, r"k_cache must be \(batch, capacity, .* > 0, got \(5, 2, 8\)"),
     ({"k_cache": C[:, :0]}, r"k_cache must be .* > 0, got \(2, 0, 2, 8\)"),
-    ({"k_cache": C[:0]}, r"k_cache must be .* > 0, got \(0, 5, 2, 8\)"),
-    ({"v_cache": C[:, :4]}, r"v_cache must be like k_cache, .* got \(2, 4, 2, 8\)"),
-    ({"v_cache": C.half()}, r"v_cache must be like k_cache, .* of torch.float16"),
-    ({"v_cache": C.to("meta")}, "v_cache must be on cpu like k_cache, got meta"),
-    ({"k": KV[:, :1]}, r"k must be \(total_tokens, 2, 8\) to fit the cache, got \(4, 1, 8\)"),
-    ({"v": KV[0]}, r"v must be \(total_tokens, 2, 8\) to fit the cache, got \(2, 8\)"),
-    ({"k": KV.half()}, "k must have the cache's dtype torch.float32, got torch.float16"),
-    ({"v": KV[:3]}, "v must hold 4 tokens, got 3"),
-    ({"lengths": int32([0, 3, 1])}, r"lengths must be \(2,\) of torch.int32 .* got \(3,\)"),
-    ({"lengths": torch.tensor([0, 3])}, r"lengths must be \(2,\) of torch.int32 .* torch.int64"),
-    ({"lengths": int32([0, -1])}, r"lengths must be >= 0, got \[0, -1\]"),
-    ({"lengths": int32([0, 3]).to("meta")}, "lengths must be on cpu like k_cache, got meta"),
-    ({"cu_seqlens": int32([0, 4])}, r"cu_seqlens must be \(3,\) of torch.int32"),
+    ({"k_cache": C[:0]}, r"lengths must be \(0,\), one for each row of k_cache, got \(2,\)"),
+    ({"v_cache": C[:, :4]}, r"v_cache must be \(2, 5, 2, 8\), got \(2, 4, 2, 8\)"),
+    ({"v_cache": C.half()}, "v_cache must have k_cache's dtype torch.float32, got torch.float16"),
+    ({"v_cache": C.to("meta")}, "v_cache must be on cpu like .*, got meta"),
+    ({"k": KV[:, :1]}, r"k must be \(4, 2, 8\), got \(4, 1, 8\)"),
+    ({"v": KV[0]}, r"v must be \(4, 2, 8\), got \(2, 8\)"),
+    ({"k": KV.half()}, "k must have k_cache's dtype torch.float32, got torch.float16"),
+    ({"v": KV[:3]}, r"v must be \(4, 2, 8\), got \(3, 2, 8\)"),
+    ({"v": KV.to("meta")}, "v must be on cpu like .*, got meta"),
+    ({"lengths": int32([0, 3, 1])}, r"lengths must be \(2,\), one for each row .* got \(3,\)"),
+    ({"lengths": torch.tensor([0, 3])}, "lengths must be torch.int32, got torch.int64"),
+    ({"lengths": int32([0, -1])}, r"lengths must be in \[0, 2147483647\], got -1 to 0"),
+    ({"lengths": int32([0, 3]).to("meta")}, "lengths must be on cpu like .*, got meta"),
+    ({"cu_seqlens": int32([0, 4])}, r"cu_seqlens must be \(3,\), got \(2,\)"),
     ({"cu_seqlens": int32([0, 1, 3])}, r"cu_seqlens must rise from 0 to the 4 .* got \[0, 1, 3\]"),
     ({"cu_seqlens": int32([1, 2, 4])}, r"cu_seqlens must rise from 0 to the 4 .* got \[1, 2, 4\]"),
     ({"cu_seqlens": int32([0, 5, 4])}, r"cu_seqlens must rise from 0 to the 4 .* got \[0, 5, 4\]"),
+    ({"cu_seqlens": int32([0, 1 << 26, 4])}, "cu_seqlens must rise from 0 to the 4 .* 67108864"),
     ({"max_seqlen": 2}, r"in steps of at most max_seqlen 2, got \[0, 1, 4\]"),
 ]
 
@@ -265,9 +268,9 @@ def test_bad_input(change, message):
     """Named, in either function, and the caches as they were."""
     arguments = {name: x.clone() if x is C else x for name, x in {**GOOD, **change}.items()}
     before = {name: arguments[name].clone() for name in ("k_cache", "v_cache")}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         rolling_cache_update_(**arguments)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         rolling_cache_attention(QS, **arguments, sliding_window=5)
     for name, cache in before.items():
         assert arguments[name].is_meta or torch.equal(arguments[name], cache)
@@ -285,15 +288,16 @@ def test_caches_need_a_contiguous_last_dimension():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"q": QS[:3]}, ValueError, "k must hold 3 tokens, got 4"),
-        ({"q": QS.half()}, ValueError, "k must be torch.float16 on cpu like q, got torch.float32"),
-        ({"q": QS[:, :3]}, ValueError, "k's 2 heads must divide q's 3"),
-        ({"q": QS[None]}, ValueError, r"k must hold 1 tokens|q must be \(tokens, heads, head_dim"),
+        ({"q": QS[:3]}, ValueError, "cu_seqlens must rise from 0 to the 3 new tokens"),
+        ({"q": QS.half()}, TypeError, "k_cache must have q's dtype torch.float16, got torch.float"),
+        ({"q": QS[:, :3]}, ValueError, "k_cache's 2 heads must divide q's 3"),
+        ({"q": QS[:, :0]}, ValueError, "k_cache's 2 heads must divide q's 0, and both be positive"),
+        ({"q": QS[None]}, ValueError, r"q must be \(tokens, heads, head_dim"),
         ({"k": None}, ValueError, "k and v must both be given, or both be None"),
-        ({"k": None, "v": None}, ValueError, "only for one new token a sequence, got 4 tokens for"),
-        ({"q": QS.half(), "k": None, "v": None}, ValueError, "k_cache must be torch.float16 on"),
-        ({"q": QS[..., :4], "k": None, "v": None}, ValueError, "k_cache must have q's head_dim 4"),
-        ({"q": QS[:, :3], "k": None, "v": None}, ValueError, "k_cache's 2 heads must divide q's 3"),
+        ({"k": None, "v": None}, ValueError, "only for one new token per sequence, got 4 token"),
+        ({**STEP, "q": QS[:2].half()}, TypeError, "k_cache must have q's dtype torch.float16"),
+        ({**STEP, "q": QS[:2, :, :4]}, ValueError, "k_cache must have q's head_dim 4"),
+        ({**STEP, "q": QS[:2, :3]}, ValueError, "k_cache's 2 heads must divide q's 3"),
         ({"sliding_window": 0}, ValueError, "sliding_window must be positive"),
         ({"sliding_window": 1.5}, TypeError, "sliding_window must hold integers, got float"),
     ],

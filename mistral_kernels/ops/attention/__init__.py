@@ -17,13 +17,16 @@ from torch import Tensor
 
 from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.cached import attend_cached
-from mistral_kernels.ops.attention.decode import num_counters
+from mistral_kernels.ops.attention.checks import (
+    check_ndim,
+    check_options,
+    check_qkv,
+    check_tensor,
+)
 from mistral_kernels.ops.attention.op import attend
 from mistral_kernels.ops.attention.window import resolve_window
-from mistral_kernels.ops.cache_arguments import check_ring
+from mistral_kernels.ops.cache_arguments import check_one_per_row
 from mistral_kernels.ops.dispatch import with_unit_stride
-
-MAX_HEAD_DIM = 256
 
 
 def attention(
@@ -75,53 +78,29 @@ def attention(
         ValueError: naming the argument that does not fit.
         TypeError: q, k or v is not floating point, or a window or length is not of integers.
     """
-    if cu_seqlens_q is None:
-        check_qkv(q, k, v, ndim=4)
-        given = {
-            "cu_seqlens_k": cu_seqlens_k,
-            "max_seqlen_q": max_seqlen_q,
-            "max_seqlen_k": max_seqlen_k,
-        }
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"{name} is for packed batches and needs cu_seqlens_q too")
-        if k.shape[0] != q.shape[0]:
-            raise ValueError(f"k must have q's batch of {q.shape[0]}, got {k.shape[0]}")
-        batch, max_seqlen_q, max_seqlen_k = q.shape[0], q.shape[1], k.shape[1]
-    else:
-        check_qkv(q, k, v, ndim=3)
-        if cu_seqlens_k is None:
-            cu_seqlens_k = cu_seqlens_q
-        batch = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
-        if _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q) != batch:
-            raise ValueError(
-                f"cu_seqlens_k must be of {batch} sequences like cu_seqlens_q, "
-                f"got {cu_seqlens_k.shape[0] - 1}"
-            )
-        max_seqlen_q = _as_length("max_seqlen_q", max_seqlen_q, q.shape[0])
-        max_seqlen_k = _as_length("max_seqlen_k", max_seqlen_k, k.shape[0])
-    if alibi_slopes is not None:
-        check_slopes(alibi_slopes, q, batch)
-    if softcap < 0:
-        raise ValueError(f"softcap must be >= 0, got {softcap}")
-    if softmax_scale is not None and softmax_scale <= 0:
-        raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
+    check_options(causal, softmax_scale, softcap)
+    check_tensor("cu_seqlens_q", cu_seqlens_q)
+    check_tensor("cu_seqlens_k", cu_seqlens_k)
+    check_tensor("alibi_slopes", alibi_slopes)
+    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if value is not None and cu_seqlens_q is None:
+            raise ValueError(f"{name} is for packed batches and needs cu_seqlens_q too")
+    for name, x in (("q", q), ("k", k)):
+        check_ndim(name, x, 4 if cu_seqlens_q is None else 3)
+    tokens_q, tokens_k = q.shape[-3], k.shape[-3]
     out, lse = attend(
         *(with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)),
         window=resolve_window(causal, window_size, sliding_window),
         softmax_scale=softmax_scale,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=_as_length("max_seqlen_q", max_seqlen_q, tokens_q),
+        max_seqlen_k=_as_length("max_seqlen_k", max_seqlen_k, tokens_k),
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         return_lse=return_lse,
     )
-    if not return_lse:
-        return out
-    assert lse is not None
-    return out, lse
+    return (out, lse) if return_lse else out
 
 
 def rolling_cache_attention(
@@ -169,30 +148,19 @@ def rolling_cache_attention(
         ValueError: naming the argument that does not fit.
         TypeError: q, k or v is not floating point, or a window is not of integers.
     """
+    check_one_per_row(k_cache, lengths)
     if (k is None) != (v is None):
         raise ValueError("k and v must both be given, or both be None")
-    check_ring(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, q.shape[0])
-    if k is not None and v is not None:
-        check_qkv(q, k, v, ndim=3)
-    else:
-        check_qkv(q, k_cache, v_cache, ndim=3, names=("q", "k_cache", "v_cache"), kv_ndim=4)
-        if max_seqlen != 1 or q.shape[0] != lengths.shape[0]:
-            raise ValueError(
-                "k and v may be None only for one new token a sequence, got "
-                f"{q.shape[0]} tokens for {lengths.shape[0]} sequences, max_seqlen {max_seqlen}"
-            )
-    needed = num_counters(k_cache.shape[0], k_cache.shape[2])
-    if counters is not None and (
-        counters.numel() < needed or counters.dtype != torch.int32 or counters.device != q.device
-    ):
+    if k is None and (max_seqlen != 1 or q.shape[0] != lengths.shape[0]):
         raise ValueError(
-            f"counters must hold {needed} zeros of torch.int32 on {q.device}, "
-            f"got {counters.numel()} of {counters.dtype} on {counters.device}"
+            "k and v may be None only for one new token per sequence, got "
+            f"{q.shape[0]} tokens for {lengths.shape[0]} sequences, max_seqlen {max_seqlen}"
         )
-    if k is not None and v is not None:
-        k, v = with_unit_stride(k), with_unit_stride(v)
+    check_options(True, softmax_scale, 0.0)
     out, _ = attend_cached(
-        *(with_unit_stride(q), k, v),
+        with_unit_stride(q),
+        k if k is None else with_unit_stride(k),
+        v if v is None else with_unit_stride(v),
         CacheView(k_cache, v_cache, lengths.contiguous(), cu_seqlens.contiguous()),
         window=resolve_window(True, None, sliding_window),
         max_seqlen_q=max_seqlen,
@@ -202,83 +170,15 @@ def rolling_cache_attention(
     return out
 
 
-def check_qkv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ndim: int,
-    names: tuple[str, ...] = ("q", "k", "v"),
-    kv_ndim: int | None = None,
-) -> None:
-    """Raises unless q, k and v, by whatever names, are one attention's: see `attention`."""
-    dtype, device = q.dtype, q.device
-    kv_ndim = kv_ndim or ndim
-    for name, x, dims in zip(names, (q, k, v), (ndim, kv_ndim, kv_ndim)):
-        if x.ndim != dims:
-            layout = "batch, seqlen" if dims == 4 else "tokens"
-            raise ValueError(f"{name} must be ({layout}, heads, head_dim), got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {x.dtype}")
-        if x.dtype != dtype or x.device != device:
-            raise ValueError(
-                f"{name} must be {dtype} on {device} like q, got {x.dtype} on {x.device}"
-            )
-    if v.shape != k.shape:
-        raise ValueError(
-            f"{names[2]} must have {names[1]}'s shape {tuple(k.shape)}, got {tuple(v.shape)}"
-        )
-    if not 0 < q.shape[-1] <= MAX_HEAD_DIM:
-        raise ValueError(f"{names[0]}'s head_dim must be at most {MAX_HEAD_DIM}, got {q.shape[-1]}")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"{names[1]} must have q's head_dim {q.shape[-1]}, got {k.shape[-1]}")
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise ValueError(
-            f"{names[1]}'s {k.shape[-2]} heads must divide q's {q.shape[-2]} "
-            "(grouped-query attention)"
-        )
-
-
-def _check_cu_seqlens(name: str, cu_seqlens: Tensor, q: Tensor) -> int:
-    """The number of sequences. Checks what needs no look at the values; `packed.check` does those.
-
-    (On a GPU to look is to wait, and in code being compiled there is nothing to see yet.)
-    """
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
-        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-        raise ValueError(f"{name} must be a tensor of torch.int32, got {got}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"{name} must be (batch + 1,), got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"{name} must be on {q.device} like q, got {cu_seqlens.device}")
-    return cu_seqlens.shape[0] - 1
-
-
-def check_slopes(alibi_slopes: Tensor, q: Tensor, batch: int) -> None:
-    """Raises `ValueError` unless the slopes fit q's heads and the batch."""
-    num_heads = q.shape[-2]
-    if not isinstance(alibi_slopes, Tensor):
-        raise ValueError(f"alibi_slopes must be a tensor, got {type(alibi_slopes).__name__}")
-    if alibi_slopes.shape not in ((num_heads,), (batch, num_heads)):
-        raise ValueError(
-            f"alibi_slopes must be ({num_heads},) or ({batch}, {num_heads}), "
-            f"got {tuple(alibi_slopes.shape)}"
-        )
-    if not alibi_slopes.is_floating_point() or alibi_slopes.device != q.device:
-        raise ValueError(
-            f"alibi_slopes must be floating point on {q.device}, "
-            f"got {alibi_slopes.dtype} on {alibi_slopes.device}"
-        )
-
-
 def _as_length(name: str, value: Any, default: int) -> int:
     if value is None:
         return default
-    if isinstance(value, int):  # or one that torch.compile keeps open, which `index` would fix
+    if torch.compiler.is_compiling():  # one that torch.compile keeps open, `index` would fix
         return value
     try:
-        return operator.index(value)
+        return min(operator.index(value), default)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
 
 
-__all__ = ["attention", "rolling_cache_attention"]
+__all__ = ["attention", "check_qkv", "rolling_cache_attention"]

@@ -75,18 +75,24 @@ def banded_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     offsets: Offsets | None,
     scoring: Scoring,
     needed: list[bool],
 ) -> list[Tensor | None]:
-    """The gradients of q, k and v that are `needed`. Recomputes each band's probabilities."""
+    """Return the gradients of q, k and v that are `needed`, from recomputed probabilities.
+
+    `out` and `lse` may be those of more keys than k and v hold, as in ring attention, which passes
+    the result over all parts: the gradients are then those through this part.
+    """
     # A key is in many bands, and many rows of one: its gradient is summed in float32 at least.
     grads = [
         torch.zeros(x.shape, dtype=_wide(x.dtype), device=x.device) if need else None
         for x, need in zip((q, k, v), needed)
     ]
     if offsets is None:
-        _backward(dout, q, k, v, scoring, grads)
+        _backward(dout, q, k, v, out, lse, scoring, grads)
     else:
         for rows, keys, sequence in _sequences(offsets, scoring):
             parts = [
@@ -94,7 +100,7 @@ def banded_backward(
                 for grad, s in zip(grads, (rows, keys, keys))
             ]
             inputs = dout[None, rows], q[None, rows], k[None, keys], v[None, keys]
-            _backward(*inputs, sequence, parts)
+            _backward(*inputs, out[None, rows], lse[None, :, rows], sequence, parts)
     return [None if grad is None else grad.to(q.dtype) for grad in grads]
 
 
@@ -117,25 +123,28 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     scoring: Scoring,
     grads: list[Tensor | None],
 ) -> None:
-    """Adds to `grads`. p = softmax(s), dp = dout v^T, ds = p * (dp - rowsum(dp * p))."""
+    """Add to `grads`. p = exp(s - lse), dp = dout v^T, ds = p * (dp - rowsum(dout * out))."""
     dq, dk, dv = grads
     biases = _Biases(q, k, scoring)
     groups, dtype = biases.groups, biases.dtype
     for band in _bands(q, k, replace(scoring, return_lse=True)):
         rows = band.shape[0]
-        queries, douts = (_stack(x[:, band.rows].to(dtype), groups) for x in (q, dout))
+        queries, douts, outs = (_stack(x[:, band.rows].to(dtype), groups) for x in (q, dout, out))
+        sums = lse[:, :, band.rows].unflatten(1, (groups, -1)).flatten(2).unsqueeze(-1)
         keys, values = (x[:, band.keys].transpose(1, 2).to(dtype) for x in (k, v))
         scores, cap_slope = _scores(queries, keys, biases.of(band), scoring)
-        p = scores.softmax(-1)
+        p = _probabilities(scores, sums)
         if dv is not None:
             dv[:, band.keys] += (p.mT @ douts).transpose(1, 2)
         if dq is None and dk is None:
             continue
         dp = douts @ values.mT
-        ds = p.mul_(dp.sub_((dp * p).sum(-1, keepdim=True)))
+        ds = p.mul_(dp.sub_((douts * outs).sum(-1, keepdim=True)))
         if cap_slope is not None:
             ds *= cap_slope
         ds *= scoring.scale
@@ -143,6 +152,20 @@ def _backward(
             dk[:, band.keys] += (ds.mT @ queries).transpose(1, 2)
         if dq is not None:
             dq[:, band.rows] = _unstack(ds @ keys, rows)
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """Return exp(scores - lse); `lse` may cover more keys than `scores`.
+
+    As a softmax times the share of these keys: exp(scores - lse) itself loses a rounding of the
+    score, so that the weights of large scores would not add up to one.
+    """
+    here = scores.logsumexp(-1, keepdim=True)
+    share = here - lse.to(here.dtype)
+    # Equal up to roundings: all the keys are here.
+    share = share.masked_fill(share.abs() <= 4 * torch.finfo(here.dtype).eps * here.abs(), 0.0)
+    share = share.masked_fill(lse == -torch.inf, -torch.inf)  # no keys anywhere
+    return scores.softmax(-1).mul_(share.exp())
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
@@ -285,9 +308,10 @@ def _attend(
         return _unstack(out, rows), None
     stacked, k, v = (x.to(biases.dtype) for x in (stacked, k, v))
     scores, _ = _scores(stacked, k, bias, scoring)
-    lse = scores.logsumexp(dim=-1, keepdim=True)
-    out = _unstack((scores - lse).exp() @ v, rows).to(q.dtype)
-    return out, lse.reshape(*q.shape[:3:2], rows) if scoring.return_lse else None
+    out = _unstack(scores.softmax(-1) @ v, rows).to(q.dtype)
+    if not scoring.return_lse:
+        return out, None
+    return out, scores.logsumexp(-1).reshape(*q.shape[:3:2], rows)
 
 
 def _scores(

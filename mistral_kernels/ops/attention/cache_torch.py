@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_kernels.ops.attention.cache_view import CacheView
-from mistral_kernels.ops.attention.op import attend
+from mistral_kernels.ops.attention.op import attend, empty_outputs, lse_dtype
 from mistral_kernels.ops.attention.scoring import Scoring
 from mistral_kernels.ops.attention.window import keys_of_rows, visible
+from mistral_kernels.ops.operator import absent
 
 
 def attend_in_pieces(
@@ -22,7 +23,7 @@ def attend_in_pieces(
     cache: CacheView,
     scoring: Scoring,
     max_seqlen_q: int,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """`cached.py`'s operator, sequence by sequence, with each one's keys put in order.
 
     Reads `lengths` on the host.
@@ -30,12 +31,9 @@ def attend_in_pieces(
     return_lse = scoring.return_lse
     whole_rows = cache.rows is None and cache.block_table is None
     if whole_rows and is_decode_step(q, k, cache, scoring, max_seqlen_q):
-        return _decode(q, cache, scoring), None
+        return _decode(q, cache, scoring), absent(q, lse_dtype(q))
     if not cache.lengths.numel():
-        *batch, seqlen, heads, _ = q.shape
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        no_sums = torch.empty(*batch, heads, seqlen, dtype=dtype, device=q.device)
-        return torch.empty_like(q), no_sums if return_lse else None
+        return empty_outputs(q, return_lse)
     packed = cache.cu_seqlens is not None
     offsets = cache.cu_seqlens.tolist() if cache.cu_seqlens is not None else []
     outs, sums = [], []
@@ -72,8 +70,8 @@ def attend_in_pieces(
     else:
         out = torch.stack(outs)
     if not return_lse:
-        return out, None
-    together = torch.cat([x for x in sums if x is not None], -1 if packed else 0)
+        return out, absent(q, lse_dtype(q))
+    together = torch.cat(sums, -1 if packed else 0)
     return out, together.squeeze(0) if packed else together
 
 
@@ -81,19 +79,21 @@ def _in_order(
     cache: CacheView, x: Tensor, sequence: int, start: int, end: int, fresh: Tensor | None
 ) -> Tensor:
     """Of x, the keys or the values, a sequence's at positions `start` to `end`, then `fresh`."""
-    if cache.block_table is None:
-        ring = x[sequence if cache.rows is None else int(cache.rows[sequence])]
-    else:
+    if cache.block_table is not None:
         page_size = x.shape[1]
-        pages = cache.block_table[sequence, start // page_size : -(-end // page_size)].long()
-        first = start // page_size * page_size
-        ring, start, end = x[pages].flatten(0, 1), start - first, end - first
-    first, last = start % cache.capacity, (end - 1) % cache.capacity + 1
-    if start == end:
-        held = [] if fresh is not None else [ring[:0]]
+        first = start // page_size
+        indices = torch.arange(first, -(-end // page_size), device=x.device)
+        pages = cache.block_table[sequence, indices % cache.block_table.shape[1]].long()
+        held = [x[pages].flatten(0, 1)[start - first * page_size : end - first * page_size]]
     else:
-        held = [ring[first:last]] if first < last else [ring[first:], ring[:last]]
+        ring = x[sequence if cache.rows is None else int(cache.rows[sequence])]
+        first, last = start % cache.capacity, (end - 1) % cache.capacity + 1
+        if start == end:
+            held = [ring[:0]]
+        else:
+            held = [ring[first:last]] if first < last else [ring[first:], ring[:last]]
     pieces = held if fresh is None else [*held, fresh]
+    pieces = [piece for piece in pieces if len(piece)] or pieces[:1]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -107,8 +107,9 @@ def is_decode_step(
 
 def _decode(q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
     """One token a sequence. Softmax does not mind the order of keys: the ring is read as is."""
-    k_cache, v_cache, window = cache.k_cache, cache.v_cache, scoring.window
-    batch, capacity, groups, head_dim = k_cache.shape
+    batch, window = cache.lengths.shape[0], scoring.window
+    k_cache, v_cache = cache.k_cache[:batch], cache.v_cache[:batch]
+    _, capacity, groups, head_dim = k_cache.shape
     totals = cache.lengths + (cache.seqlen_new if cache.cu_seqlens is None else 1)
     counts = totals.clamp(max=capacity)
     narrow = 0 <= window.left < capacity - 1  # the cache keeps more than the window shows

@@ -15,14 +15,19 @@ from mistral_kernels.ops import extension
 from mistral_kernels.ops.attention import decode
 from mistral_kernels.ops.attention.cache_torch import attend_in_pieces, is_decode_step
 from mistral_kernels.ops.attention.cache_view import CacheView
+from mistral_kernels.ops.attention.checks import check_qkv, check_scoring, check_slopes
+from mistral_kernels.ops.attention.op import empty_outputs, lse_dtype
 from mistral_kernels.ops.attention.scoring import Scoring
 from mistral_kernels.ops.attention.window import Window
+from mistral_kernels.ops.cache_arguments import check_cache, check_new_tokens, check_packing
+from mistral_kernels.ops.checks import INT32_MAX, check_int32, check_range
 from mistral_kernels.ops.dispatch import uses_triton, with_unit_stride
+from mistral_kernels.ops.operator import absent, define, needs_gradient
 
 
 def _cached_attention(
     q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """In the schema's order; its middle part is a `CacheView`."""
     *cache, max_seqlen_q, left, right, scale, softcap, slopes, return_lse, splits, counters = args
     view, scoring = (
@@ -30,10 +35,11 @@ def _cached_attention(
         Scoring(Window(left, right), scale, softcap, slopes, return_lse),
     )
     if uses_triton(q):
-        return decode.launch(q, k, v, view, scoring, max_seqlen_q, splits, counters)
+        out, lse = decode.launch(q, k, v, view, scoring, max_seqlen_q, splits, counters)
+        return out, lse if return_lse else absent(lse)
     operators = extension.cpu_operators(q)
     if operators is not None and is_decode_step(q, k, view, scoring, max_seqlen_q):
-        return _decode_csrc(operators, q, view, scoring), None
+        return _decode_csrc(operators, q, view, scoring), absent(q, lse_dtype(q))
     return attend_in_pieces(q, k, v, view, scoring, max_seqlen_q)
 
 
@@ -53,28 +59,61 @@ def _decode_csrc(operators: Any, q: Tensor, cache: CacheView, scoring: Scoring) 
     return out if q.ndim == 3 else out.unsqueeze(1)
 
 
-def _cached_attention_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
+def _check(q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any) -> None:
+    *cache, max_seqlen_q, _, _, scale, softcap, slopes, _, num_splits, counters = args
+    view = CacheView(*cache)
+    batch = check_cache(view.k_cache, view.v_cache, view.lengths, view.rows, view.block_table)
+    names = "q", "k_cache", "v_cache"
+    ndim = 4 if view.cu_seqlens is None else 3
+    check_qkv(q, view.k_cache, view.v_cache, ndim, names, kv_ndim=4)
+    if (k is None) != (v is None):
+        raise ValueError("k and v must both be given, or both be None")
+    if view.cu_seqlens is not None:
+        check_packing(view.cu_seqlens, batch, max_seqlen_q, q.shape[0])
+    elif k is not None:
+        raise ValueError("k and v are for packed queries and need cu_seqlens")
+    else:
+        if q.shape[0] != batch or q.shape[1] > max_seqlen_q:
+            raise ValueError(
+                f"q must hold {batch} sequences of at most max_seqlen_q {max_seqlen_q} tokens, "
+                f"got {tuple(q.shape)}"
+            )
+        if not 0 <= view.seqlen_new <= INT32_MAX:
+            raise ValueError(f"seqlen_new must be in [0, {INT32_MAX}], got {view.seqlen_new}")
+        check_range("lengths", view.lengths, INT32_MAX - view.seqlen_new)
+    for name, x in (("k", k), ("v", v)):
+        if x is not None:
+            check_new_tokens(name, x, view.k_cache, q.shape[0])
+    check_int32("leftpad", view.leftpad, (batch,))
+    check_range("leftpad", view.leftpad, INT32_MAX)
+    check_slopes(slopes, q.shape[-2], batch)
+    check_scoring(scale, softcap)
+    if num_splits < 0:
+        raise ValueError(f"num_splits must be >= 0, got {num_splits}")
+    needed = decode.num_counters(view.k_cache.shape[0], view.k_cache.shape[2])
+    if counters is not None and (counters.numel() < needed or counters.dtype != torch.int32):
+        raise ValueError(
+            f"counters must hold {needed} zeros of torch.int32, "
+            f"got {counters.numel()} of {counters.dtype}"
+        )
+
+
+def _cached_attention_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *_, return_lse, _, _ = args
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if not (return_lse or uses_triton(q)):
-        return out, None
-    *batch, seqlen, num_heads, _ = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return out, torch.empty((*batch, num_heads, seqlen), dtype=dtype, device=q.device)
+    return empty_outputs(q, return_lse)
 
 
-torch.library.define(
-    "mistral_kernels::cached_attention",
+_cached_attention_op = define(
+    "cached_attention",
     "(Tensor q, Tensor? k, Tensor? v, Tensor k_cache, Tensor v_cache, Tensor lengths, "
     "Tensor? cu_seqlens, SymInt seqlen_new, Tensor? rows, Tensor? leftpad, Tensor? block_table, "
     "SymInt max_seqlen_q, SymInt window_left, SymInt window_right, float scale, float softcap, "
     "Tensor? alibi_slopes, bool return_lse, SymInt num_splits, Tensor? counters)"
-    " -> (Tensor out, Tensor? lse)",
+    " -> (Tensor out, Tensor lse)",
+    _cached_attention,
+    _cached_attention_fake,
+    _check,
 )
-torch.library.impl("mistral_kernels::cached_attention", ("cpu", "cuda"), _cached_attention)
-torch.library.register_fake("mistral_kernels::cached_attention", _cached_attention_fake)
-
-_cached_attention_op = torch.ops.mistral_kernels.cached_attention.default
 
 
 def attend_cached(
@@ -91,8 +130,8 @@ def attend_cached(
     return_lse: bool = False,
     num_splits: int = 0,
     counters: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention over a cache of arguments that have been checked. The log-sum-exp may come unasked.
+) -> tuple[Tensor, Tensor]:
+    """Compute attention over a cache of arguments that have been checked, and its log-sum-exp.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), or packed with the cache's `cu_seqlens`.
@@ -101,10 +140,10 @@ def attend_cached(
         counters: see `rolling_cache_attention`.
     """
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, cache.k_cache, cache.v_cache)
-    ):
+    scoring_args = *window, scale, softcap, alibi_slopes, return_lse
+    args = q, k, v, *cache, max_seqlen_q, *scoring_args, num_splits, counters
+    if needs_gradient(q, k, v, cache.k_cache, cache.v_cache):
+        _check(*args)
         scoring = Scoring(window, scale, softcap, alibi_slopes, return_lse)
         return attend_in_pieces(q, k, v, cache, scoring, max_seqlen_q)
-    scoring_args = *window, scale, softcap, alibi_slopes, return_lse
-    return _cached_attention_op(q, k, v, *cache, max_seqlen_q, *scoring_args, num_splits, counters)
+    return _cached_attention_op(*args)

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mistral_kernels.ops import tuning
 from mistral_kernels.ops.attention import tile_table
 from mistral_kernels.ops.attention.packed import Offsets
 from mistral_kernels.ops.attention.window import UNBOUNDED, Window, is_narrow
+from mistral_kernels.ops.checks import check_float, check_triton_dtype
 from mistral_kernels.ops.dispatch import (
     device_guard,
     device_properties,
@@ -20,8 +20,6 @@ from mistral_kernels.ops.dispatch import (
     with_workspace,
 )
 from mistral_kernels.ops.launch_configs import Config, cdiv, next_power_of_2
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def softmax_factors(softmax_scale: float, softcap: float) -> tuple[float, float]:
@@ -45,11 +43,8 @@ class Problem:
         window: Window,
         alibi_slopes: Tensor | None,
     ) -> None:
-        if q.dtype not in DTYPES:
-            raise TypeError(
-                f"attention: q is {q.dtype}; the triton backend takes float16, bfloat16 and "
-                "float32, MISTRAL_KERNELS_BACKEND=torch float64 too"
-            )
+        check_float("q", q)
+        check_triton_dtype("q", q)
         *batch, tokens, self.num_heads, self.head_dim = q.shape
         self.num_kv_heads = k.shape[-2]
         self.group = self.num_heads // self.num_kv_heads

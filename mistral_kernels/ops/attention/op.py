@@ -13,10 +13,18 @@ from torch import Tensor
 
 from mistral_kernels.ops.attention import backward, forward, packed
 from mistral_kernels.ops.attention.bands import banded_backward, banded_forward
+from mistral_kernels.ops.attention.checks import (
+    check_cu_seqlens,
+    check_qkv,
+    check_scoring,
+    check_slopes,
+)
 from mistral_kernels.ops.attention.packed import Offsets
 from mistral_kernels.ops.attention.scoring import Scoring
 from mistral_kernels.ops.attention.window import Window
-from mistral_kernels.ops.dispatch import run_backward, uses_triton
+from mistral_kernels.ops.checks import check_same_dtype, check_shape
+from mistral_kernels.ops.dispatch import uses_triton
+from mistral_kernels.ops.operator import Function, absent, define, needs_gradient, run_backward
 
 # What the schemas below name between v and the flags, and autograd hands on unread.
 _OPTIONS = (
@@ -48,105 +56,142 @@ def _resolve(
     return offsets, max_seqlen_q, max_seqlen_k, scale, window, softcap, alibi_slopes
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor | None]:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    *_: Any,
+) -> None:
+    if cu_seqlens_q is None:
+        check_qkv(q, k, v, ndim=4)
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k is for packed batches and needs cu_seqlens_q too")
+        batch = q.shape[0]
+        if k.shape[0] != batch:
+            raise ValueError(f"k must have q's batch of {batch}, got {k.shape[0]}")
+    else:
+        check_qkv(q, k, v, ndim=3)
+        batch = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
+        if cu_seqlens_k is not None:
+            batch_k = check_cu_seqlens("cu_seqlens_k", cu_seqlens_k)
+            if batch_k != batch:
+                raise ValueError(
+                    f"cu_seqlens_k must be of {batch} sequences like cu_seqlens_q, got {batch_k}"
+                )
+    check_slopes(alibi_slopes, q.shape[-2], batch)
+    check_scoring(softmax_scale, softcap)
+
+
+def _check_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+) -> None:
+    _check(q, k, v, *args)
+    check_shape("dout", dout, q.shape)
+    check_shape("out", out, q.shape)
+    *batch, seqlen, num_heads, _ = q.shape
+    check_shape("lse", lse, (*batch, num_heads, seqlen))
+    check_same_dtype("q", q, dout=dout, out=out)
+    if lse.dtype != lse_dtype(q):
+        raise TypeError(f"lse must be {lse_dtype(q)} for q of {q.dtype}, got {lse.dtype}")
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *options, return_lse = args
     resolved = _resolve(q, k, *options)
     if uses_triton(q):
-        return forward.launch(q, k, v, *resolved)
+        out, lse = forward.launch(q, k, v, *resolved)
+        return out, lse if return_lse else absent(lse)
     offsets, _, _, scale, window, softcap, slopes = resolved
     scoring = Scoring(window, scale, softcap, slopes, return_lse)
-    return banded_forward(q, k, v, offsets, scoring)
+    out, sums = banded_forward(q, k, v, offsets, scoring)
+    return out, absent(q, lse_dtype(q)) if sums is None else sums
 
 
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    return_lse = options[-1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if not (return_lse or uses_triton(q)):
-        return out, None
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """Return the dtype of the log-sum-exp: float32, or float64 like q."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def empty_outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """Return `out` of q's shape and `lse` (..., num_heads, seqlen), or `absent`."""
     *batch, seqlen, num_heads, _ = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return out, torch.empty((*batch, num_heads, seqlen), dtype=dtype, device=q.device)
+    lse_shape = (*batch, num_heads, seqlen) if return_lse else (0,)
+    lse = torch.empty(lse_shape, dtype=lse_dtype(q), device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+def _forward_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return empty_outputs(q, args[-1])
 
 
 def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    *args: Any,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    *options, output_mask = args
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    options, output_mask = args[:-3], list(args[-3:])
     resolved = _resolve(q, k, *options)
     if uses_triton(q):
-        assert lse is not None
-        return backward.launch(dout, q, k, v, out, lse, *resolved, output_mask)
-    offsets, _, _, scale, window, softcap, slopes = resolved
-    scoring = Scoring(window, scale, softcap, slopes, return_lse=False)
-    dq, dk, dv = banded_backward(dout, q, k, v, offsets, scoring, output_mask)
-    return dq, dk, dv
+        grads = list(backward.launch(dout, q, k, v, out, lse, *resolved, output_mask))
+    else:
+        offsets, _, _, scale, window, softcap, slopes = resolved
+        scoring = Scoring(window, scale, softcap, slopes, return_lse=False)
+        grads = banded_backward(dout, q, k, v, out, lse, offsets, scoring, output_mask)
+    return tuple(absent(q) if grad is None else grad for grad in grads)
 
 
-def _backward_fake(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *options: Any
-) -> tuple[Tensor | None, ...]:
+def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
-        for x, need in zip((q, k, v), options[-1])
+        torch.empty(x.shape if need else (0,), dtype=x.dtype, device=x.device)
+        for x, need in zip((q, k, v), args[-3:])
     )
 
 
-def _backward_twice(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("attention can be differentiated only once; its gradients have no gradients")
-
-
-torch.library.define(
-    "mistral_kernels::attention_forward",
-    f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_lse) -> (Tensor out, Tensor? lse)",
+_forward_op = define(
+    "attention_forward",
+    f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_lse) -> (Tensor out, Tensor lse)",
+    _forward,
+    _forward_fake,
+    _check,
 )
-torch.library.impl("mistral_kernels::attention_forward", ("cpu", "cuda"), _forward)
-torch.library.register_fake("mistral_kernels::attention_forward", _forward_fake)
-
-torch.library.define(
-    "mistral_kernels::attention_backward",
-    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor? lse, {_OPTIONS}, "
-    "bool[3] output_mask) -> (Tensor? dq, Tensor? dk, Tensor? dv)",
+_backward_op = define(
+    "attention_backward",
+    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}, "
+    "bool needs_dq, bool needs_dk, bool needs_dv) -> (Tensor dq, Tensor dk, Tensor dv)",
+    _backward,
+    _backward_fake,
+    _check_backward,
+    gradient_of="attention",
 )
-torch.library.impl("mistral_kernels::attention_backward", ("cpu", "cuda"), _backward)
-torch.library.register_fake("mistral_kernels::attention_backward", _backward_fake)
-torch.library.register_autograd("mistral_kernels::attention_backward", _backward_twice)
-
-_forward_op = torch.ops.mistral_kernels.attention_forward.default
-_backward_op = torch.ops.mistral_kernels.attention_backward.default
 
 
-class AttentionFunction(torch.autograd.Function):
+class AttentionFunction(Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        out, lse = _forward_op(q, k, v, *options)
-        cu_seqlens_q, cu_seqlens_k, *numbers, slopes, _ = options
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, slopes)
-        ctx.numbers = numbers
+    def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        return _forward_op(q, k, v, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.numbers, slopes, _ = inputs
+        ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, slopes)
         ctx.set_materialize_grads(False)
-        if lse is not None:
-            ctx.mark_non_differentiable(lse)
-        return out, lse
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         *tensors, slopes = ctx.saved_tensors
+        mask = ctx.needs_input_grad[:3]
         grads: tuple[Tensor | None, ...] = (None, None, None)
         if dout is not None:
-            mask = list(ctx.needs_input_grad[:3])
-            grads = run_backward(_backward_op, dout, *tensors, *ctx.numbers, slopes, mask)
+            found = run_backward(_backward_op, dout, *tensors, *ctx.numbers, slopes, *mask)
+            grads = tuple(x if need else None for x, need in zip(found, mask))
         return *grads, *[None] * (len(ctx.numbers) + 4)
 
 
@@ -164,10 +209,12 @@ def attend(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """`attention` of arguments that have been checked. The log-sum-exp may come unasked."""
+) -> tuple[Tensor, Tensor]:
+    """Compute `attention` of arguments that have been checked, and the log-sum-exp if wanted."""
     if cu_seqlens_k is cu_seqlens_q:  # torch.compile takes no tensor twice
         cu_seqlens_k = None
+    # The backward pass needs the log-sum-exp.
+    differentiable = needs_gradient(q, k, v)
     options = (
         cu_seqlens_q,
         cu_seqlens_k,
@@ -177,8 +224,8 @@ def attend(
         *window,
         softcap,
         alibi_slopes,
-        return_lse,
+        return_lse or differentiable,
     )
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if differentiable:
         return AttentionFunction.apply(q, k, v, *options)
     return _forward_op(q, k, v, *options)

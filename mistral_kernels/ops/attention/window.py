@@ -47,7 +47,8 @@ def resolve_window(
 ) -> Window:
     """The window that a caller's arguments mean. `causal` is a right distance of 0.
 
-    A `sliding_window` W is `window_size` (W - 1, 0), causal or not.
+    A `sliding_window` W is `window_size` (W - 1, 0), causal or not. A distance of None is no bound,
+    as in flash-attn 4.
 
     Raises `ValueError` for a negative distance other than -1, a `sliding_window` that is not
     positive, and both kinds of window at once; `TypeError` for what is not an integer.
@@ -58,12 +59,15 @@ def resolve_window(
         count = _as_int("sliding_window", sliding_window)
         if count <= 0:
             raise ValueError(f"sliding_window must be positive or None (no window), got {count}")
-        return Window(count - 1, 0)
+        return Window(min(count - 1, UNBOUNDED), 0)
     if window_size is None:
         return Window(-1, 0 if causal else -1)
     if not hasattr(window_size, "__len__") or len(window_size) != 2:
         raise ValueError(f"window_size must be (left, right), got {window_size}")
-    left, right = (_as_int("window_size", distance) for distance in window_size)
+    left, right = (
+        -1 if distance is None else min(_as_int("window_size", distance), UNBOUNDED)
+        for distance in window_size
+    )
     if left < -1 or right < -1:
         raise ValueError(
             f"window_size must hold distances >= 0, or -1 for no bound, got ({left}, {right})"

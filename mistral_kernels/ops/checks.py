@@ -1,0 +1,111 @@
+"""Checks of arguments that several operators share. One grammar: name, expectation, what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INT32_MAX = torch.iinfo(torch.int32).max
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_float(name: str, x: Tensor) -> None:
+    """Raise TypeError unless `x` has a dtype that some backend computes with."""
+    if x.dtype not in _ALL_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def check_triton_dtype(name: str, x: Tensor) -> None:
+    """Raise TypeError for float64, which the Triton kernels do not have."""
+    if x.dtype == torch.float64:
+        raise TypeError(
+            f"{name} must be float16, bfloat16 or float32 on the triton backend, got "
+            "torch.float64; set MISTRAL_KERNELS_BACKEND=torch for float64"
+        )
+
+
+def check_written(name: str, x: Tensor) -> None:
+    """Raise ValueError if elements of `x`, which is written in place, share memory."""
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
+        raise ValueError(
+            f"{name} must not hold an element twice, as an expanded tensor does, got strides "
+            f"{x.stride()} for {tuple(x.shape)}"
+        )
+
+
+def check_unit_stride(name: str, x: Tensor) -> None:
+    """Raise ValueError unless the last dimension of `x` is contiguous."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{name}'s last dimension must be contiguous, got strides {x.stride()}")
+
+
+def check_same_dtype(like_name: str, like: Tensor, **others: Tensor | None) -> None:
+    """Raise TypeError unless the `others`, by their names, have the dtype of `like`."""
+    for name, x in others.items():
+        if x is not None and x.dtype != like.dtype:
+            raise TypeError(f"{name} must have {like_name}'s dtype {like.dtype}, got {x.dtype}")
+
+
+def check_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
+    """Raise ValueError unless `x` has this shape."""
+    if x.shape != shape:
+        raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether `value` is a real number, of Python, NumPy or a trace, and no bool."""
+    if isinstance(value, Tensor):
+        return value.ndim == 0
+    return hasattr(value, "__float__") and not isinstance(value, bool)
+
+
+def is_flag(value: Any) -> bool:
+    """Return whether `value` is a bool of Python or NumPy, or the integer 0 or 1."""
+    if type(value) is int:
+        return value in (0, 1)
+    return type(value).__name__ in ("bool", "bool_", "SymBool")  # NumPy's is either, by version
+
+
+def check_device(like_name: str, like: Tensor, **others: Tensor | None) -> None:
+    """Raise ValueError unless the `others`, by their names, are on the device of `like`.
+
+    For functions that call several operators: each operator checks its own tensors.
+    """
+    for name, x in others.items():
+        if x is not None and x.device != like.device:
+            raise ValueError(f"{name} must be on {like.device} like {like_name}, got {x.device}")
+
+
+def check_int32(name: str, x: Tensor | None, shape: Sequence[int]) -> None:
+    """Raise unless `x` is absent, or int32 of this shape."""
+    if x is None:
+        return
+    check_shape(name, x, shape)
+    if x.dtype != torch.int32:
+        raise TypeError(f"{name} must be torch.int32, got {x.dtype}")
+
+
+def check_range(name: str, x: Tensor | None, highest: int) -> None:
+    """Raise ValueError unless all of `x` lies in [0, highest], where its values can be read."""
+    if x is None or not x.numel() or not can_read(x):
+        return
+    low, high = (int(bound) for bound in x.aminmax())
+    if low < 0 or high > highest:
+        raise ValueError(f"{name} must be in [0, {highest}], got {low} to {high}")
+
+
+def can_read(x: Tensor) -> bool:
+    """Return whether the values of `x` can be checked here at no cost.
+
+    Not on a GPU, where reading waits for the device; not while tracing or compiling, where there
+    are no values; not for subclasses such as fake tensors, nor for the batched tensors of `vmap`.
+    """
+    if not x.is_cpu or torch.compiler.is_compiling() or type(x) not in _PLAIN:
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return True

@@ -1,0 +1,202 @@
+"""Declare the operators of `torch.ops.mistral_kernels`, and what PyTorch's transforms do with them.
+
+`define` registers everything that the dispatcher must know of an operator in one place: its schema,
+its implementation for CPU and GPU tensors, its fake, a rule for `torch.func.vmap`, and errors for
+derivatives that do not exist. Derivatives that exist are those of an operator's `Function`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+NAMESPACE = "mistral_kernels"
+
+
+def define(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    check: Callable[..., None],
+    *,
+    gradient_of: str | None = None,
+) -> Any:
+    """Define `torch.ops.mistral_kernels.<name>` and return its overload.
+
+    Args:
+        schema: without the name, in the grammar of `torch.library`. Without defaults; results are
+            tensors, never None, so that `torch.jit.trace` can record them: `absent` stands for one
+            that was not asked for.
+        implementation: called with CPU or CUDA tensors, all on one device.
+        fake: called with meta or fake tensors; returns empty tensors with true shapes and strides.
+        check: called with the arguments before either; raises unless they fit one another. That
+            tensors are there and on one device is checked here.
+        gradient_of: the public function whose backward pass this operator is, for `run_backward`.
+    """
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema)
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    check_tensors = _tensor_check(operator)
+
+    def run(*args: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            _refuse_forward_mode(name)
+        check_tensors(args)
+        check(*args)
+        return implementation(*args)
+
+    def run_fake(*args: Any) -> Any:
+        check_tensors(args)
+        check(*args)
+        return fake(*args)
+
+    torch.library.impl(qualified, ("cpu", "cuda"), run)
+    torch.library.register_fake(qualified, run_fake)
+    torch.library.register_vmap(qualified, _one_by_one(operator))
+    if gradient_of is not None:
+        _gradient_of[operator] = gradient_of
+    return operator
+
+
+class Function(torch.autograd.Function):
+    """Base class of the operators' derivatives.
+
+    A subclass has `forward` without a context, and `setup_context`, as `torch.func` needs them.
+    """
+
+    generate_vmap_rule = True
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().apply(*args)
+        if in_transform():
+            if forward_ad._current_level >= 0:
+                _refuse_forward_mode(cls.__name__.removesuffix("Function"))
+            return super().apply(*args)
+        # Not the method of torch.autograd.Function, which inspects the signature of `forward` to
+        # fill in defaults: 20 us per call.
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the empty tensor that stands for a result which was not asked for."""
+    return torch.empty(0, dtype=dtype or like.dtype, device=like.device)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether autograd has to see a call with these tensors: call a `Function` then.
+
+    Always inside a transform of `torch.func`, where a tensor hides what outer transforms want.
+    """
+    if in_transform():
+        return True
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def in_transform() -> bool:
+    """Return whether a transform of `torch.func` is active."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def run_backward(operator: Any, *args: Any) -> Any:
+    """Call a backward operator, whose results cannot be differentiated again."""
+    if torch.compiler.is_compiling() or not needs_gradient(
+        *(x for x in args if isinstance(x, Tensor))
+    ):
+        return operator(*args)
+    return _OnceFunction.apply(operator, *args)
+
+
+_gradient_of: dict[Any, str] = {}
+
+
+class _OnceFunction(Function):
+    @staticmethod
+    def forward(operator: Any, *args: Any) -> Any:
+        return operator(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.operator = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        refuse_second_derivative(_gradient_of[ctx.operator])
+
+
+def refuse_second_derivative(name: str) -> NoReturn:
+    """Raise the error of a public function that can be differentiated only once."""
+    raise RuntimeError(f"{name} can be differentiated only once; its gradients have no gradients")
+
+
+def _refuse_forward_mode(name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{name} has no forward-mode derivative: use reverse mode (torch.func.vjp, "
+        "torch.autograd.grad), or the definition in mistral_kernels.ops.reference"
+    )
+
+
+def _has_tangent(x: Any) -> bool:
+    if not isinstance(x, Tensor):
+        return False
+    return forward_ad.unpack_dual(x, level=forward_ad._current_level).tangent is not None
+
+
+def _tensor_check(operator: Any) -> Callable[[tuple[Any, ...]], None]:
+    """Return a check that the tensors of a call are there and on one device.
+
+    The dispatcher sends a call with a meta tensor among others to the fake, whose results nobody
+    computes, and hands on None for a tensor.
+    """
+    arguments = [
+        (i, argument.name, str(argument.type) == "Tensor")
+        for i, argument in enumerate(operator._schema.arguments)
+        if "Tensor" in str(argument.type)
+    ]
+
+    def check(args: tuple[Any, ...]) -> None:
+        first = None
+        for i, name, required in arguments:
+            x = args[i]
+            if x is None:
+                if required:
+                    raise TypeError(f"{name} must be a tensor, got None")
+            elif first is None:
+                first, device, first_name = x, x.device, name
+            elif x.device != device:
+                raise ValueError(f"{name} must be on {device} like {first_name}, got {x.device}")
+
+    return check
+
+
+def _one_by_one(operator: Any) -> Callable[..., Any]:
+    """Return a rule for `vmap` that calls the operator once per example."""
+    arguments = operator._schema.arguments
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        for argument, dim in zip(arguments, in_dims):
+            if dim is None and argument.alias_info is not None and argument.alias_info.is_write:
+                raise NotImplementedError(
+                    f"{operator.name()}: vmap over its other arguments would write every example "
+                    f"into the same {argument.name}; give {argument.name} a batch dimension, too"
+                )
+        if info.batch_size == 0:
+            raise NotImplementedError(f"{operator.name()}: vmap over no examples at all")
+        results = [
+            operator(*(x.select(d, i) if isinstance(d, int) else x for x, d in zip(args, in_dims)))
+            for i in range(info.batch_size)
+        ]
+        if results[0] is None:
+            return None, None
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(map(torch.stack, zip(*results))), (0,) * len(results[0])
+
+    return rule
