@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mistral_kernels.kvcache import flash_attn_with_kvcache
 from mistral_kernels.ops.attention import attention
+from mistral_kernels.ops.checks import is_flag, is_number
 
 __all__ = [
     "flash_attn_func",
@@ -65,11 +66,12 @@ def flash_attn_func(
         out, of q's shape, or (out, softmax_lse (batch, num_heads, seqlen_q) float32, empty).
 
     Raises:
-        NotImplementedError: dropout_p is above 0.
-        TypeError: a tensor came where dropout_p belongs.
+        NotImplementedError: dropout_p is not 0.
+        TypeError: dropout_p, softmax_scale or causal has another's type, as in the order of
+            arguments of flash-attn 3 or 4.
         ValueError: naming the argument that does not fit.
     """
-    _check_dropout(dropout_p)
+    _check_order(dropout_p, softmax_scale, causal)
     return _attend(
         q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
     )
@@ -88,7 +90,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_func` with k and v in one tensor, kv: (batch, seqlen_k, 2, num_kv_heads, d)."""
-    _check_dropout(dropout_p)
+    _check_order(dropout_p, softmax_scale, causal)
     k, v = _unpack("kv", kv, 2, ndim=5)
     return _attend(
         q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
@@ -107,7 +109,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Result:
     """`flash_attn_func` with all in one tensor, qkv: (batch, seqlen, 3, num_heads, head_dim)."""
-    _check_dropout(dropout_p)
+    _check_order(dropout_p, softmax_scale, causal)
     q, k, v = _unpack("qkv", qkv, 3, ndim=5)
     return _attend(
         q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
@@ -145,7 +147,7 @@ def flash_attn_varlen_func(
     Returns:
         out, of q's shape, or (out, softmax_lse (num_heads, total_q) float32, empty).
     """
-    _check_dropout(dropout_p)
+    _check_order(dropout_p, softmax_scale, causal)
     if block_table is not None:
         raise NotImplementedError(
             "block_table: paged keys and values are not supported; gather them first"
@@ -234,14 +236,26 @@ def _attend(
     return (*result, q.new_empty(0)) if isinstance(result, tuple) else result
 
 
-def _check_dropout(dropout_p: Any) -> None:
-    if isinstance(dropout_p, Tensor):
-        raise TypeError(
-            "dropout_p is a tensor: the order of arguments is flash-attn 2's, where dropout_p and "
-            "softmax_scale follow v (and the lengths); pass what comes after by keyword"
-        )
-    if dropout_p is not None and dropout_p != 0:
-        raise NotImplementedError(f"dropout_p must be 0, got {dropout_p}: no dropout here")
+_ORDER = (
+    "arguments are in flash-attn 2's order, where dropout_p, softmax_scale, causal and window_size "
+    "follow v (and the lengths); flash-attn 3 and 4 have no dropout_p: pass these by keyword"
+)
+
+
+def _check_order(dropout_p: Any, softmax_scale: Any, causal: Any) -> None:
+    """Refuse dropout, and what flash-attn 3 and 4 have in the places of these arguments."""
+    if not (dropout_p is None or is_number(dropout_p)):
+        raise TypeError(f"dropout_p must be 0, got {_shown(dropout_p)}; {_ORDER}")
+    if not (softmax_scale is None or is_number(softmax_scale)):
+        raise TypeError(f"softmax_scale must be a number, got {_shown(softmax_scale)}; {_ORDER}")
+    if not is_flag(causal):
+        raise TypeError(f"causal must be True or False, got {_shown(causal)}; {_ORDER}")
+    if dropout_p:
+        raise NotImplementedError(f"dropout_p must be 0, got {dropout_p}: no dropout; {_ORDER}")
+
+
+def _shown(value: Any) -> str:
+    return "a tensor" if isinstance(value, Tensor) else repr(value)
 
 
 def _unpack(name: str, packed: Tensor, parts: int, ndim: int) -> tuple[Tensor, ...]:

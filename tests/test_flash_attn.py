@@ -83,6 +83,7 @@ def test_a_last_dimension_that_is_not_contiguous(device):
     assert torch.equal(mk.flash_attn_func(*strided), mk.flash_attn_func(q, k, v))
 
 
+ORDER = "softmax_scale must be a number, got {}; arguments are in flash-attn 2's order, .* 3 and 4"
 Q, KV = torch.ones(2, 5, 4, 8), torch.ones(2, 5, 2, 2, 8)
 K = KV[:, :, 0]
 CU = torch.tensor([0, 4, 10], dtype=torch.int32)
@@ -96,16 +97,36 @@ def varlen(cu_q=CU, cu_k=CU, max_q=6, max_k=6, *args, **options):
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [
-        (lambda: mk.flash_attn_func(Q, K, K, Q), TypeError, "dropout_p is a tensor: the order"),
-        (lambda: varlen(CU, CU, 6, 6, Q), TypeError, "dropout_p is a tensor: the order"),
+        (
+            lambda: mk.flash_attn_func(Q, K, K, Q),
+            TypeError,
+            "dropout_p must .* a tensor;",
+        ),
+        (
+            lambda: varlen(CU, CU, 6, 6, Q),
+            TypeError,
+            "dropout_p must .* a tensor;",
+        ),
         (lambda: mk.flash_attn_func(Q, K, K, 0.1), NotImplementedError, "dropout_p must be 0"),
+        # flash-attn 3: (q, k, v, softmax_scale, causal); 4: (q, k, v, qv, gather, softmax_scale,
+        # causal). After the lengths, 3 has seqused_q, seqused_k, softmax_scale, causal.
+        (lambda: mk.flash_attn_func(Q, K, K, None, True), TypeError, ORDER.format("True")),
+        (lambda: mk.flash_attn_func(Q, K, K, 0.25, True), TypeError, ORDER.format("True")),
+        (lambda: mk.flash_attn_func(Q, K, K, softmax_scale=True), TypeError, ORDER.format("True")),
+        (lambda: mk.flash_attn_func(Q, K, K, 0.25), NotImplementedError, "0, got 0.25: .* 3 and 4"),
+        (lambda: mk.flash_attn_func(Q, K, K, None, None, 0.25), TypeError, "causal .* 0.25; a"),
+        (lambda: mk.flash_attn_func(Q, K, K, None, None, None, True), TypeError, "causal .* None;"),
+        (lambda: varlen(CU, CU, 6, 6, None, None, 0.25), TypeError, "causal must .* 0.25; arg"),
+        (lambda: varlen(CU, CU, 6, 6, None, None, 1.0), TypeError, "causal must .*, got 1.0; arg"),
+        (lambda: mk.flash_attn_kvpacked_func(Q, KV, None, True), TypeError, ORDER.format("True")),
+        (lambda: mk.flash_attn_func(Q, K, K, 0.0, "1"), TypeError, ORDER.format("'1'")),
         (lambda: varlen(dropout_p=0.1), NotImplementedError, "dropout_p must be 0, got 0.1"),
         (lambda: varlen(block_table=CU), NotImplementedError, "block_table: paged keys"),
         (lambda: mk.flash_attn_kvpacked_func(Q, K), ValueError, r"kv must have 5 dimensions and 2"),
         (lambda: mk.flash_attn_qkvpacked_func(KV), ValueError, r"qkv must have 5 dim.* and 3 at"),
         (lambda: mk.flash_attn_func(Q, K, K, window_size=(-2, 0)), ValueError, r"got \(-2, 0\)"),
-        (lambda: varlen(CU.long()), ValueError, "cu_seqlens_q must be .*int32, got torch.int64"),
-        (lambda: varlen([0, 10]), ValueError, "cu_seqlens_q must be .*torch.int32, got list"),
+        (lambda: varlen(CU.long()), TypeError, "cu_seqlens_q must be torch.int32, got torch.int64"),
+        (lambda: varlen([0, 10]), TypeError, "cu_seqlens_q must be a tensor, got list"),
         (lambda: varlen(cu_k=CU[None]), ValueError, r"cu_seqlens_k must be .*, got \(1, 3\)"),
         (lambda: varlen(cu_k=CU.to("meta")), ValueError, "cu_seqlens_k must be on cpu like q"),
         (lambda: varlen(cu_k=CU[:2]), ValueError, "cu_seqlens_k must be of 2 sequences .* got 1"),
