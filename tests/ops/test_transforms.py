@@ -1,0 +1,240 @@
+"""The operators under PyTorch's transforms: torch.func, forward mode, fake tensors, tracing.
+
+Each either gives what the plain call gives, or raises an error that names the operator.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import mistral_kernels as mk
+
+BATCH, SEQLEN, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB = 2, 7, 4, 2, 16, 24, 11
+Case = tuple[Callable[..., Tensor], list[Tensor]]
+
+
+def cases(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, Case]:
+    """Functions of floating-point tensors, and arguments for them."""
+
+    def x(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    def int32(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    tables = mk.rotary_tables(SEQLEN, HEAD_DIM, 1e4, device=device)
+    positions = torch.arange(SEQLEN, device=device).expand(BATCH, SEQLEN)
+    cu_seqlens, lengths = int32(0, 3, SEQLEN), int32(1, 2)
+    targets = torch.arange(SEQLEN, device=device) % VOCAB
+    rectangular = [x(BATCH, SEQLEN, h, HEAD_DIM) for h in (HEADS, KV_HEADS, KV_HEADS)]
+    packed = [x(SEQLEN, h, HEAD_DIM) for h in (HEADS, KV_HEADS, KV_HEADS)]
+    caches = [x(BATCH, 5, KV_HEADS, HEAD_DIM) for _ in "kv"]
+    wide = BATCH, SEQLEN, HIDDEN
+    return {
+        "rms_norm": (lambda *a: mk.rms_norm(*a), [x(*wide), x(HIDDEN)]),
+        "rms_norm_residual": (
+            lambda a, w, r: torch.cat(mk.rms_norm(a, w, residual=r)),
+            [x(*wide), x(HIDDEN), x(*wide)],
+        ),
+        "swiglu": (mk.swiglu, [x(*wide), x(*wide)]),
+        "swiglu_fused": (lambda a: mk.swiglu(a), [x(*wide)]),
+        "apply_rotary": (
+            lambda q, k: torch.cat(mk.apply_rotary(q, k, *tables, positions), 2),
+            rectangular[:2],
+        ),
+        "apply_rotary_": (
+            lambda q, k: torch.cat(mk.apply_rotary_(q * 1, k * 1, *tables, positions), 2),
+            rectangular[:2],
+        ),
+        "attention": (lambda *a: mk.attention(*a, sliding_window=3), rectangular),
+        "attention_packed": (
+            lambda *a: mk.attention(*a, sliding_window=3, cu_seqlens_q=cu_seqlens),
+            packed,
+        ),
+        "linear_cross_entropy": (
+            lambda h, w: mk.linear_cross_entropy(h, w, targets),
+            [x(SEQLEN, HIDDEN), x(VOCAB, HIDDEN)],
+        ),
+        "rolling_cache_attention": (
+            lambda *a: mk.rolling_cache_attention(*a, lengths, cu_seqlens, 4, sliding_window=5),
+            [*packed, *caches],
+        ),
+    }
+
+
+NAMES = list(cases())
+ONCE = [name for name in NAMES if not name.startswith("apply_rotary")]
+every_case = pytest.mark.parametrize("name", NAMES)
+
+
+def scalar(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *arguments: function(*arguments).square().sum()
+
+
+def plain_gradients(function: Callable[..., Tensor], arguments: list[Tensor]) -> tuple[Tensor, ...]:
+    leaves = [x.detach().clone().requires_grad_() for x in arguments]
+    return torch.autograd.grad(scalar(function)(*leaves), leaves)
+
+
+def examples(arguments: list[Tensor], count: int = 3) -> list[Tensor]:
+    return [torch.stack([torch.randn_like(x) for _ in range(count)]) for x in arguments]
+
+
+def numbers(arguments: list[Tensor]) -> tuple[int, ...]:
+    return tuple(range(len(arguments)))
+
+
+@every_case
+def test_gradient_and_vmap(name, backend, device):
+    """func.grad, vmap, and both ways of one around the other, are what plain calls give."""
+    function, arguments = cases(device)[name]
+    every = numbers(arguments)
+    gradients = torch.func.grad(scalar(function), argnums=every)(*arguments)
+    torch.testing.assert_close(gradients, plain_gradients(function, arguments))
+
+    batched = examples(arguments)
+    rows = list(zip(*batched))
+    expected = torch.stack([function(*row) for row in rows])
+    torch.testing.assert_close(torch.func.vmap(function)(*batched), expected)
+    # One of the arguments is shared by all examples.
+    shared = torch.func.vmap(function, in_dims=(0, *[None] * (len(arguments) - 1)))
+    expected = torch.stack([function(x, *arguments[1:]) for x in batched[0]])
+    torch.testing.assert_close(shared(batched[0], *arguments[1:]), expected)
+
+    expected = [plain_gradients(function, list(row)) for row in rows]
+    expected = tuple(map(torch.stack, zip(*expected)))
+    per_example = torch.func.vmap(torch.func.grad(scalar(function), argnums=every))(*batched)
+    torch.testing.assert_close(per_example, expected)
+    together = torch.func.grad(scalar(torch.func.vmap(function)), argnums=every)(*batched)
+    torch.testing.assert_close(together, expected)
+
+
+@every_case
+def test_forward_mode_is_refused(name, device):
+    """Tangents are never lost: they would come out as zeros."""
+    function, arguments = cases(device)[name]
+    tangents = [torch.ones_like(x) for x in arguments]
+    operator = name.removesuffix("_").split("_")[0].removeprefix("apply")
+    message = "(?i)" + {"rolling": "attention", "": "rotary"}.get(operator, operator)
+    message += ".* has no forward-mode derivative: use reverse mode"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(function, tuple(arguments), tuple(tangents))
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(arguments, tangents)]
+        with pytest.raises(NotImplementedError, match=message):
+            function(*duals)
+        function(*arguments)  # without tangents there is nothing to lose
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_second_derivative_is_refused(name, device):
+    function, arguments = cases(device)[name]
+
+    def slope(x):
+        return torch.func.grad(scalar(function))(x, *arguments[1:]).sum()
+
+    with pytest.raises(RuntimeError, match="can be differentiated only once; its grad"):
+        torch.func.grad(slope)(arguments[0])
+
+
+@pytest.mark.parametrize("name", ["apply_rotary", "apply_rotary_"])
+def test_second_derivative_of_a_rotation(name, device):
+    """Of the sum of the squares: twice the identity."""
+    function, (q, k) = cases(device)[name]
+    slope = torch.func.grad(scalar(function))
+    direction = torch.randn_like(q)
+    _, pull_back = torch.func.vjp(lambda x: slope(x, k), q)
+    torch.testing.assert_close(pull_back(direction)[0], 2 * direction)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
+@every_case
+def test_traced(name, trained, device):
+    function, arguments = cases(device)[name]
+    arguments = [x.requires_grad_(trained) for x in arguments]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated; constants are recorded
+        traced = torch.jit.trace(function, tuple(arguments), check_trace=False)
+    others = [torch.randn_like(x) for x in arguments]
+    torch.testing.assert_close(traced(*others), function(*others))
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
+@every_case
+def test_fake_and_meta_tensors(name, trained):
+    """Shapes without values: those that real tensors give."""
+    function, arguments = cases()[name]
+    expected = function(*arguments)
+
+    def shapes(device: str) -> None:
+        function, arguments = cases(device)[name]
+        arguments = [x.requires_grad_(trained) for x in arguments]
+        out = function(*arguments)
+        assert out.shape == expected.shape and out.dtype == expected.dtype
+        assert out.device.type == device
+        if trained:
+            out.sum().backward()
+            assert [x.grad.shape for x in arguments] == [x.shape for x in arguments]
+
+    on_lengths = trained and name == "rolling_cache_attention"  # in PyTorch, sequence by sequence
+    if not on_lengths:
+        shapes("meta")
+    with FakeTensorMode():
+        if on_lengths:
+            with pytest.raises(DataDependentOutputException):
+                shapes("cpu")
+        else:
+            shapes("cpu")
+
+
+def test_cache_updates_are_refused(device):
+    """An update writes into its caches, which torch.func cannot follow."""
+    k = torch.randn(3, KV_HEADS, HEAD_DIM, device=device)
+    caches = [torch.zeros(1, 5, KV_HEADS, HEAD_DIM, device=device) for _ in "kv"]
+    lengths = torch.tensor([0], dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor([0, 3], dtype=torch.int32, device=device)
+
+    def update(k: Tensor) -> Tensor:
+        mk.rolling_cache_update_(*caches, k, k, lengths, cu_seqlens, 3)
+        return k.sum()
+
+    transforms: dict[str, Any] = {
+        "grad": lambda: torch.func.grad(update)(k),
+        "vmap": lambda: torch.func.vmap(update)(torch.stack((k, k))),
+        "jvp": lambda: torch.func.jvp(update, (k,), (k,)),
+    }
+    for transform in transforms.values():
+        with pytest.raises(NotImplementedError, match="rolling_cache_update_ writes into its cach"):
+            transform()
+    assert not any(cache.any() for cache in caches)
+
+
+def test_operators_under_vmap(device):
+    """By their own names, too; what is written must be each example's own."""
+    ops = torch.ops.mistral_kernels
+    caches = torch.zeros(2, 3, 1, 5, KV_HEADS, HEAD_DIM, device=device)
+    k = torch.randn(3, 2, KV_HEADS, HEAD_DIM, device=device)
+    lengths = torch.tensor([4], dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor([0, 2], dtype=torch.int32, device=device)
+
+    def update(k_cache: Tensor, v_cache: Tensor, k: Tensor) -> Tensor:
+        ops.rolling_cache_update(k_cache, v_cache, k, k, lengths, cu_seqlens, 2, None, None)
+        return k
+
+    torch.func.vmap(update)(*caches, k)
+    for cache in caches:
+        assert torch.equal(cache[:, 0, [4, 0]], k) and not cache[:, 0, 1:4].any()
+    with pytest.raises(NotImplementedError, match="into the same k_cache; give k_cache a batch"):
+        torch.func.vmap(update, in_dims=(None, None, 0))(*caches[:, 0], k)
+    with pytest.raises(NotImplementedError, match="swiglu_forward.* vmap over no examples at all"):
+        torch.func.vmap(lambda x: ops.swiglu_forward(x, None))(torch.ones(0, 4, device=device))
