@@ -4,8 +4,10 @@
 
 Each call starts from valid arguments of one operator and changes some: dtypes, shapes, strides,
 devices, values, or arguments that are missing. Then the operator raises an exception, or its
-results are those of plain PyTorch in float64 for the same arguments. The number of the call is
-printed before it, so that a crash of the process names its input: the same SEED repeats it.
+results are those of plain PyTorch in float64 for the same arguments. csrc's own operators, below
+the checks in Python, are called as well: of these it is asked only that they stay within memory.
+The number of the call is printed before it, so that a crash of the process names its input: the
+same SEED repeats it.
 """
 
 from __future__ import annotations
@@ -536,6 +538,114 @@ OPERATORS: dict[str, tuple[Callable[..., Any], ...]] = {
 }
 
 
+# csrc's own operators: arguments and the tensors that they write.
+
+
+def csrc_attention(dtype: torch.dtype) -> Arguments:
+    (q, k, v), options = [floats(2, 5, h, 24, dtype=dtype) for h in (6, 2, 2)], (3, 0, 0.3, 0.8)
+    return [q, k, v, torch.empty_like(q), random.choice((None, torch.empty(2, 6, 5))), *options]
+
+
+def csrc_decode_attention(dtype: torch.dtype) -> Arguments:
+    k_cache, v_cache, rows, table = cache(dtype, 2, 2, 24)
+    q = floats(2, 6, 24, dtype=dtype)
+    leftpad = random.choice((None, int32(0, 2)))
+    lengths = int32(*some_lengths(2, 9))
+    return [q, k_cache, v_cache, lengths, 1, rows, leftpad, table, 3, 0.3, torch.empty_like(q)]
+
+
+def csrc_update(dtype: torch.dtype) -> Arguments:
+    if random.random() < 0.5:
+        return [*cache_update_arguments(dtype), None, None, None, None, False]
+    *arguments, q, cos, sin, interleaved = rotary_cache_update_arguments(dtype)
+    return [*arguments, None, None, q, torch.empty_like(q), cos, sin, interleaved]
+
+
+def csrc_rms_norm(dtype: torch.dtype) -> Arguments:
+    x, weight, residual, eps, _ = rms_norm_arguments(dtype)
+    h = None if residual is None else torch.empty_like(x)
+    return [x, residual, weight, eps, torch.empty_like(x), h, torch.empty(x.shape[:-1])]
+
+
+def csrc_rms_norm_backward(dtype: torch.dtype) -> Arguments:
+    dy, dh, h, weight, rstd, *_ = rms_norm_backward_arguments(dtype)
+    return [dy, dh, h, weight, rstd.float(), torch.empty_like(h), torch.empty_like(weight)]
+
+
+def csrc_rotary(dtype: torch.dtype) -> Arguments:
+    q, k, *tables = rotary_arguments(dtype)
+    outputs = [None if x is None else torch.empty_like(x) for x in (q, k)]
+    return [q, k, *outputs, *tables]
+
+
+def csrc_swiglu(dtype: torch.dtype) -> Arguments:
+    gate, up = swiglu_arguments(dtype)
+    return [gate, up, torch.empty(3, 5 if up is None else 10, dtype=dtype)]
+
+
+def csrc_swiglu_backward(dtype: torch.dtype) -> Arguments:
+    dy, gate, up, *_ = swiglu_backward_arguments(dtype)
+    return [dy, gate, up, torch.empty_like(gate), None if up is None else torch.empty_like(up)]
+
+
+def csrc_softmax(dtype: torch.dtype) -> Arguments:
+    targets = torch.randint(0, 13, (6,))
+    tensors = floats(6, 13, dtype=dtype), targets, torch.ones(()), torch.empty(6)
+    return [*tensors, -100, 0.1, 1e-3, 5.0, random.random() < 0.5]
+
+
+def csrc_accumulate(dtype: torch.dtype) -> Arguments:
+    return [torch.zeros(3, 7), floats(3, 7, dtype=dtype)]
+
+
+def csrc_linear(dtype: torch.dtype) -> Arguments:
+    return [
+        floats(3, 24, dtype=dtype),
+        floats(19, 24, dtype=dtype),
+        torch.empty(3, 19, dtype=dtype),
+    ]
+
+
+def csrc_linear_int8(dtype: torch.dtype) -> Arguments:
+    x, _, y = csrc_linear(dtype)
+    return [x, torch.randint(-127, 127, (19, 24), dtype=torch.int8), torch.rand(19), y]
+
+
+def csrc_make_decoder(dtype: torch.dtype) -> Arguments:
+    def x(*shape: int) -> Tensor:
+        return floats(*shape, dtype=dtype)
+
+    layer = [x(16), x(32, 16), None, x(16, 16), None, x(16), x(40, 16), None, x(16, 20), None]
+    layers = [y if y is None else y.clone() for y in layer * 2]
+    return [x(11, 16), layers, x(16), x(11, 16), None, [3, -1], 8, 1e-5]
+
+
+def csrc_decoder_step(dtype: torch.dtype) -> Arguments:
+    decoder = torch.ops.mistral_kernels_cpu.make_decoder(*csrc_make_decoder(dtype))
+    caches = [[floats(2, 4, 1, 8, dtype=dtype) for _ in range(2)] for _ in "kv"]
+    tables = mistral_kernels.rotary_tables(16, 8, 1e4)
+    logits = torch.empty(2, 11, dtype=dtype)
+    return [decoder, torch.randint(0, 11, (2,)), *tables, *caches, int32(2, 9), logits]
+
+
+CSRC: dict[str, Callable[[torch.dtype], Arguments]] = {
+    "attention": csrc_attention,
+    "decode_attention": csrc_decode_attention,
+    "rolling_cache_update": csrc_update,
+    "rms_norm": csrc_rms_norm,
+    "rms_norm_backward": csrc_rms_norm_backward,
+    "rotary": csrc_rotary,
+    "swiglu": csrc_swiglu,
+    "swiglu_backward": csrc_swiglu_backward,
+    "softmax": csrc_softmax,
+    "accumulate": csrc_accumulate,
+    "linear": csrc_linear,
+    "linear_int8": csrc_linear_int8,
+    "make_decoder": csrc_make_decoder,
+    "decoder_step": csrc_decoder_step,
+}
+
+
 # Changes.
 
 INTEGERS = (0, 1, -1, 2, 7, 1 << 24, 2**31 - 1, 2**31, 2**62, 2**63 - 1, -(2**63))
@@ -592,6 +702,11 @@ def change(arguments: Arguments) -> Arguments:
             arguments[i] = random.choice(INTEGERS)
         elif isinstance(x, float):
             arguments[i] = random.choice(NUMBERS)
+        elif isinstance(x, list) and x:
+            j = random.randrange(len(x))
+            arguments[i] = random.choice(
+                (x[:-1], x + x[:1], [*x[:j], *change(x[j : j + 1]), *x[j + 1 :]])
+            )
         elif x is None:
             others = [y for y in arguments if isinstance(y, Tensor)]
             arguments[i] = random.choice((None, *others))
@@ -649,14 +764,30 @@ def check(name: str, arguments: Arguments) -> str | None:
     return None
 
 
+def call_csrc(name: str, dtype: torch.dtype) -> None:
+    """Call one of csrc's own operators with mangled arguments: any exception will do."""
+    arguments = change(CSRC[name](dtype))
+    try:
+        getattr(torch.ops.mistral_kernels_cpu, name)(*arguments)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+        pass
+
+
 def main(seed: int, count: int) -> int:
     torch.set_num_threads(2)
-    extension.load("cpu")
+    library = extension.load("cpu")
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     failures = 0
     for index in range(count):
         random.seed(f"{seed} {index}")
         torch.manual_seed(seed * 1_000_003 + index)
+        if library is not None and index % 3 == 2:
+            name = random.choice(list(CSRC))
+            print(f"call {index}: csrc {name}", flush=True)
+            signal.alarm(SECONDS)
+            call_csrc(name, random.choice(FLOATS[:3]))
+            signal.alarm(0)
+            continue
         name = random.choice(list(OPERATORS))
         dtype = random.choice(FLOATS)
         arguments = OPERATORS[name][2](dtype)

@@ -229,6 +229,7 @@ def test_with_sanitizers(tmp_path):
     here = Path(__file__)
     tests = [*map(str, here.parent.glob("test_cpu_*.py"))]
     tests.append(f"{here.with_name('test_extension.py')}::test_same_bits")
+    tests.append(f"{here.with_name('test_fuzz.py')}::test_mangled_calls")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env=environment,
