@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_checkpoints import SMALL, random_state
 
 from mistral_kernels import convert
-from mistral_kernels.checkpoint import open_checkpoint, save_hf, save_raw
+from mistral_kernels.checkpoint import open_checkpoint, save_hf, save_raw, writing
 
 TOKENIZER = ("tokenizer.model.v3", "tekken.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -134,8 +135,6 @@ def test_target_that_holds_something(
 def test_interrupt(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mistral_kernels.checkpoint import writing
-
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -143,6 +142,52 @@ def test_interrupt(
     assert convert.main([str(raw), str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err.strip().endswith("interrupted")
     assert names(tmp_path) == {"in"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_terminated(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Nothing stays, and the caller's handlers are as they were."""
+    monkeypatch.setattr(writing.SafetensorsWriter, "finish", lambda _: signal.raise_signal(number))
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            convert.main([str(raw), str(tmp_path / "out")])
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert caught.value.code == 128 + number
+    assert names(tmp_path) == {"in"}
+
+
+def test_what_nohup_ignores_stays_ignored(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = writing.SafetensorsWriter.finish
+
+    def hang_up(writer: writing.SafetensorsWriter) -> None:
+        signal.raise_signal(signal.SIGHUP)
+        finish(writer)
+
+    monkeypatch.setattr(writing.SafetensorsWriter, "finish", hang_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert convert.main([str(raw), str(tmp_path / "out")]) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_a_killed_run_left(
+    raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = tmp_path / ".other.partial-0123456789abcdef"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(bytes(100))
+    assert convert.main([str(raw), str(tmp_path / "out")]) == 0
+    assert names(tmp_path) == {"in", "out"}
+    assert f"removed {left}, which an interrupted run had left" in caplog.text
 
 
 @pytest.mark.parametrize(
