@@ -2,22 +2,17 @@
 
     python -m mistral_kernels.convert SOURCE TARGET
 
-Everything but the result goes to stderr. Exit code 0, 2 for bad input, 130 when interrupted, 143
-when terminated. Nothing is left behind then; after SIGKILL, the next conversion into the same
-folder removes what there is.
+Everything but the result goes to stderr. Exit code 0, 2 for bad input, 130 when interrupted. An
+incomplete result is removed; after SIGKILL, by the next conversion into the same parent folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
 
 from torch import Tensor
 from tqdm import tqdm
@@ -46,32 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.source, args.target = args.source or args.input_dir, args.target or args.output_dir
     if args.source is None or args.target is None:
         parser.error("name the checkpoint to read and the folder to write")
-    with _unwinding_when_terminated():
-        return run(_convert, args)
-
-
-@contextmanager
-def _unwinding_when_terminated() -> Iterator[None]:
-    """Exit by an exception on SIGTERM and SIGHUP, so that the unfinished folder is removed."""
-
-    def leave(number: int, frame: Any) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    signals = (signal.SIGTERM, signal.SIGHUP)
-    # Only the main thread may set handlers; one that the caller (nohup) has set is kept.
-    replaced = [
-        number
-        for number in signals
-        if threading.current_thread() is threading.main_thread()
-        and signal.getsignal(number) is signal.SIG_DFL
-    ]
-    for number in replaced:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in replaced:
-            signal.signal(number, signal.SIG_DFL)
+    return run(_convert, args)
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -7,8 +7,9 @@ import reprlib
 from typing import Any
 
 # What a JSON value must be: a type, None, a list of one schema for all items, a mapping from keys
-# to schemas (other keys are ignored, absent ones allowed), or a tuple of alternatives.
-Schema = type | None | list[Any] | dict[str, Any] | tuple[Any, ...]
+# to schemas (other keys are ignored, or have the schema of the key `...`; absent ones are allowed),
+# or a tuple of alternatives.
+Schema = type | None | list[Any] | dict[Any, Any] | tuple[Any, ...]
 
 _TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 _LONGEST_MESSAGE = 1000
@@ -42,7 +43,11 @@ def find_mismatch(value: Any, schema: Schema, name: str = "") -> str | None:
     for each in alternatives:
         if isinstance(each, dict) and isinstance(value, dict):
             prefix = f"{name}." if name else ""
-            parts = ((value[key], each[key], prefix + key) for key in each if key in value)
+            parts = (
+                (value[key], each[key if key in each else ...], prefix + key)
+                for key in value
+                if key in each or ... in each
+            )
         elif isinstance(each, list) and isinstance(value, list):
             parts = ((item, each[0], f"{name}[{i}]") for i, item in enumerate(value))
         elif _admits(each, value):

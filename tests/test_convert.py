@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -142,41 +141,6 @@ def test_interrupt(
     assert convert.main([str(raw), str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err.strip().endswith("interrupted")
     assert names(tmp_path) == {"in"}
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_terminated(
-    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
-) -> None:
-    """Nothing stays, and the caller's handlers are as they were."""
-    monkeypatch.setattr(writing.SafetensorsWriter, "finish", lambda _: signal.raise_signal(number))
-    before = signal.signal(number, signal.SIG_DFL)
-    try:
-        with pytest.raises(SystemExit) as caught:
-            convert.main([str(raw), str(tmp_path / "out")])
-        assert signal.getsignal(number) is signal.SIG_DFL
-    finally:
-        signal.signal(number, before)
-    assert caught.value.code == 128 + number
-    assert names(tmp_path) == {"in"}
-
-
-def test_what_nohup_ignores_stays_ignored(
-    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    finish = writing.SafetensorsWriter.finish
-
-    def hang_up(writer: writing.SafetensorsWriter) -> None:
-        signal.raise_signal(signal.SIGHUP)
-        finish(writer)
-
-    monkeypatch.setattr(writing.SafetensorsWriter, "finish", hang_up)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert convert.main([str(raw), str(tmp_path / "out")]) == 0
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 def test_what_a_killed_run_left(

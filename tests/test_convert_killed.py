@@ -63,7 +63,8 @@ def test_ended_at_random_moments(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert convert.main([str(source), str(out / "whole")]) == 0
     duration = time.perf_counter() - started
     expected = files(out / "whole")
-    codes = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
+    codes = {number: -number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)}
+    codes[signal.SIGINT] = 130
     for i in range(16):
         number, target = list(codes)[i % 4], out / f"target{i}"
         seconds = 0 if i < 4 else random.uniform(0, duration)

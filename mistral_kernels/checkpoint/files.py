@@ -69,7 +69,7 @@ def read_text(path: Path, limit: int = JSON_LIMIT) -> str:
 
 
 def read_json(
-    path: Path, schema: dict[str, Any] | None = None, limit: int = JSON_LIMIT
+    path: Path, schema: dict[Any, Any] | None = None, limit: int = JSON_LIMIT
 ) -> dict[str, Any]:
     """Return the object in a JSON file.
 

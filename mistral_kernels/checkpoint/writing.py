@@ -10,11 +10,13 @@ import os
 import re
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -151,8 +153,8 @@ def new_folder(
 ) -> Iterator[Path]:
     """A folder to write into, beside `target`, that becomes `target` when the block ends well.
 
-    It begins with copies of `extra_files`. On any error, an interrupt included, it is removed and
-    `target` is as it was before. What a killed process has left is removed by the next
+    It begins with copies of `extra_files`. On any error, an interrupt or SIGTERM included, it is
+    removed and `target` is as it was before. What a killed process has left is removed by the next
     `new_folder` in the same parent, with a line in the log. A target that holds something, and a
     disk without `needed_bytes`, are refused before anything is written.
     """
@@ -167,20 +169,48 @@ def new_folder(
                 f"not enough space for {target}: {needed_bytes / 1e9:.2f} GB are needed, "
                 f"{free / 1e9:.2f} GB are free"
             )
-        partial, lock = _make_partial(target)
-        try:
-            for extra in extra_files:
-                _copy(extra, partial / extra.name)
-            yield partial
-            sync_folder(partial)
-            check_target(target)
-            partial.replace(target)
-            sync_folder(target.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            os.close(lock)
+        with _unwinding_when_terminated():
+            partial, lock = _make_partial(target)
+            try:
+                for extra in extra_files:
+                    _copy(extra, partial / extra.name)
+                yield partial
+                sync_folder(partial)
+                check_target(target)
+                partial.replace(target)
+                sync_folder(target.parent)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+                os.close(lock)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}, nothing was kept: {error}") from error
+
+
+@contextmanager
+def _unwinding_when_terminated() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise SystemExit in the block, and end the process after it."""
+    received: list[int] = []
+
+    def unwind(number: int, frame: Any) -> NoReturn:
+        received.append(number)
+        raise SystemExit(128 + number)
+
+    # Only the main thread may set handlers. Those that the program or nohup has set are kept.
+    replaced = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in replaced:
+        signal.signal(number, unwind)
+    try:
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
+        if received:
+            signal.raise_signal(received[0])
 
 
 def _make_partial(target: Path) -> tuple[Path, int]:

@@ -103,7 +103,7 @@ def test_counts_of_another_download(make: Make, tmp_path: Path) -> None:
     "weight_map, message",
     [
         ([], "weight_map must be an object, got []"),
-        ({"a": 3}, "names in weight_map must be strings, got 3"),
+        ({"a": 3}, "weight_map.a must be a string, got 3"),
         ({"a": "../x"}, "points outside its folder: '../x'"),
         ({"a": "/etc/passwd"}, "points outside its folder: '/etc/passwd'"),
         ({"a": "x\ny"}, "hf/x\\ny is missing"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +19,9 @@ from mistral_kernels.checkpoint.writing import new_folder
 
 # A process that writes into a folder and says so, and goes on when it is told to.
 WRITER = """
-    import sys
+    import signal, sys
+    for number in (signal.SIGTERM, signal.SIGHUP):  # nohup would have the latter ignored
+        signal.signal(number, signal.SIG_DFL)
     from mistral_kernels.checkpoint.writing import new_folder
     with new_folder(sys.argv[1], 0) as folder:
         (folder / "part").write_text("x")
@@ -73,6 +77,49 @@ def test_killed_and_living_writers(
     out, _ = living.communicate("\n", timeout=60)
     assert living.returncode == 0 and names(tmp_path) == {"living", "out"}
     assert (tmp_path / "living" / "part").read_text() == "x"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_terminated_writers(
+    tmp_path: Path,
+    writer: Callable[[Path], tuple[subprocess.Popen[str], Path]],
+    number: signal.Signals,
+) -> None:
+    """They die of the signal, as they would without `new_folder`, but leave nothing."""
+    process, _ = writer(tmp_path / "out")
+    process.send_signal(number)
+    assert process.wait() == -number
+    assert names(tmp_path) == set()
+
+
+def test_handlers_of_the_program_are_kept(tmp_path: Path) -> None:
+    """nohup ignores SIGHUP; the default comes back when the folder is written."""
+    seen: list[int] = []
+    before = [signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))]
+    before.append(signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    try:
+        with new_folder(tmp_path / "out", 0):
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGHUP)
+        assert seen == [signal.SIGTERM] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with new_folder(tmp_path / "other", 0):
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGHUP, before[1])
+
+
+def test_a_folder_written_by_a_thread(tmp_path: Path) -> None:
+    def write() -> None:
+        with new_folder(tmp_path / "out", 0) as folder:
+            (folder / "x").touch()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    assert names(tmp_path / "out") == {"x"}
 
 
 def test_what_is_not_ours_is_kept(tmp_path: Path) -> None:
