@@ -2,7 +2,8 @@
 
     python -m mistral_kernels.convert SOURCE TARGET
 
-Everything but the result goes to stderr. Exit code 0, 2 for bad input, 130 when interrupted.
+Everything but the result goes to stderr. Exit code 0, 2 for bad input, 130 when interrupted. An
+incomplete result is removed; after SIGKILL, by the next conversion into the same parent folder.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from mistral_kernels.chat import Conversation
-from mistral_kernels.checkpoint import resolve
+from mistral_kernels.checkpoint import check_folder, resolve
 from mistral_kernels.command import DTYPES, Parser, device_of, run
 from mistral_kernels.distributed import World, check_same, joined, launched
 from mistral_kernels.figures import Figures
@@ -165,6 +165,7 @@ def _generate(args: argparse.Namespace, world: World) -> None:
     if world.size > 1:  # one downloads and compiles, the others find what it has
         world.from_main(lambda: (str(resolve(args.model)), str(extension.load(device.type))))
     path = resolve(args.model)
+    check_folder(path)  # before the tokenizer, which a folder without a checkpoint lacks, too
     overrides = {} if args.window is None else {"sliding_window": _window(args.window)}
     tokenizer = MistralTokenizer.from_pretrained(path)
     if args.chat and tokenizer.chat_version is None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from small_checkpoints import SMALL, random_state
 
 from mistral_kernels import convert
-from mistral_kernels.checkpoint import open_checkpoint, save_hf, save_raw
+from mistral_kernels.checkpoint import open_checkpoint, save_hf, save_raw, writing
 
 TOKENIZER = ("tokenizer.model.v3", "tekken.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -134,8 +134,6 @@ def test_target_that_holds_something(
 def test_interrupt(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from mistral_kernels.checkpoint import writing
-
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -143,6 +141,17 @@ def test_interrupt(
     assert convert.main([str(raw), str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err.strip().endswith("interrupted")
     assert names(tmp_path) == {"in"}
+
+
+def test_what_a_killed_run_left(
+    raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = tmp_path / ".other.partial-0123456789abcdef"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(bytes(100))
+    assert convert.main([str(raw), str(tmp_path / "out")]) == 0
+    assert names(tmp_path) == {"in", "out"}
+    assert f"removed {left}, which an interrupted run had left" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def check_error(result: Result, *parts: str) -> None:
         (["x", "--stop", ""], "--stop must not be empty"),
         (["x", "--seed", "-1"], "--seed must be in [0, 2**64), got -1"),
         (["x", "--seed", str(1 << 64)], "--seed must be in [0, 2**64)"),
-        (["x", "--window", "0"], "sliding_window must be positive or None, got 0"),
+        (["x", "--window", "0"], "sliding_window must be an integer from 1 to"),
         (["x", "--window", "few"], "--window must be a number of tokens or 'none', got 'few'"),
         (["x", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["x", "--device", "meta"], "--device must be auto, cpu, cuda or cuda:N, got 'meta'"),
@@ -267,9 +267,9 @@ def test_bad_prompt_files(run: Command, tmp_path: Path) -> None:
         ({"lose": "tokenizer.model"}, ["no tokenizer found; looked for tekken.json"]),
         ({"change": {"num_local_experts": 8}}, ["a mixture of experts", "config.json"]),
         ({"change": {"vision_config": {"a": 1}}}, ["a vision encoder"]),
-        ({"change": {"quantization_config": {"bits": 4}}}, ["quantised weights"]),
+        ({"change": {"quantization_config": {"bits": 4}}}, ["quantized weights"]),
         ({"change": {"hidden_size": 200}}, ["model.safetensors", "has shape"]),
-        ({"change": {"num_attention_heads": 0}}, ["num_attention_heads must be a positive"]),
+        ({"change": {"num_attention_heads": 0}}, ["num_attention_heads must be an integer from 1"]),
     ],
     ids=str,
 )
@@ -293,7 +293,9 @@ def test_damaged_files(run: Command, tmp_path: Path) -> None:
     check_error(run("x", "--model", folder), "tokenizer.model: not a sentencepiece model")
     shutil.rmtree(folder)
     folder.mkdir()
-    check_error(run("x", "--model", folder), str(folder))
+    check_error(run("x", "--model", folder), f"{folder} has no configuration: expected config.json")
+    (folder / "x.gguf").write_bytes(b"GGUF")
+    check_error(run("x", "--model", folder / "x.gguf"), "GGUF is not supported; give a folder with")
 
 
 def test_the_wrong_tokenizer(run: Command, tmp_path: Path) -> None:

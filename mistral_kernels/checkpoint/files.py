@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
-import reprlib
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
-# What a JSON value must be: a type, None, a list of one schema for all items, a mapping from keys
-# to schemas (other keys are ignored, absent ones allowed), or a tuple of alternatives.
-Schema = type | None | list[Any] | dict[str, Any] | tuple[Any, ...]
+from mistral_kernels.schema import OneLineError, find_mismatch
 
 # Python objects take up to 24 times the memory of the JSON that describes them.
 JSON_LIMIT = 64 << 20
 
-_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
-
-class CheckpointError(ValueError):
+class CheckpointError(OneLineError):
     """A checkpoint cannot be read or written. The message names the file and the remedy."""
+
+
+def expand_user(path: str | Path) -> Path:
+    """Return `path` with the home folder in place of `~`; CheckpointError if there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise CheckpointError(f"no such user: {str(path)!r}; name the folder in full") from None
 
 
 def check_regular(path: Path, limit: int | None = None) -> int:
@@ -66,20 +68,21 @@ def read_text(path: Path, limit: int = JSON_LIMIT) -> str:
         raise CheckpointError(f"{path} must be UTF-8: {error}") from None
 
 
-def read_json(path: Path, schema: dict[str, Any] | None = None) -> dict[str, Any]:
+def read_json(
+    path: Path, schema: dict[Any, Any] | None = None, limit: int = JSON_LIMIT
+) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Args:
-        path: the file, at most `JSON_LIMIT` bytes.
-        schema: the types of the keys that the caller uses. Integers must fit into 64 bits, and
-            numbers must be finite; `float` admits integers, `int` admits no bool.
+        path: the file, at most `limit` bytes.
+        schema: the types of the keys that the caller uses; see `schema.find_mismatch`.
 
     Raises:
         CheckpointError: the file is not JSON, is not an object, or has a value that `schema` does
             not admit; the message names the file and the value. Raises as `check_regular`, too.
     """
     try:
-        contents = json.loads(read_text(path), parse_constant=_refuse_constant)
+        contents = json.loads(read_text(path, limit), parse_constant=_refuse_constant)
     except CheckpointError:
         raise
     except ValueError as error:
@@ -88,43 +91,9 @@ def read_json(path: Path, schema: dict[str, Any] | None = None) -> dict[str, Any
         raise CheckpointError(f"{path} must be JSON of moderate depth: nested too deeply") from None
     if not isinstance(contents, dict):
         raise CheckpointError(f"{path} must be a JSON object, got {type(contents).__name__}")
-    if problem := _mismatch("", contents, schema or {}):
+    if problem := find_mismatch(contents, schema or {}):
         raise CheckpointError(f"{path}: {problem}")
     return contents
-
-
-def _mismatch(name: str, value: Any, schema: Schema) -> str | None:
-    """Describe the first part of `value` that `schema` does not admit; None if there is none."""
-    alternatives = schema if isinstance(schema, tuple) else (schema,)
-    for each in alternatives:
-        if isinstance(each, dict) and isinstance(value, dict):
-            prefix = f"{name}." if name else ""
-            parts = ((prefix + key, value[key], each[key]) for key in each if key in value)
-        elif isinstance(each, list) and isinstance(value, list):
-            parts = ((f"{name}[{i}]", item, each[0]) for i, item in enumerate(value))
-        elif _admits(each, value):
-            return None
-        else:
-            continue
-        return next(filter(None, (_mismatch(*part) for part in parts)), None)
-    expected = " or ".join(map(_describe, alternatives))
-    return f"{name} must be {expected}, got {reprlib.repr(value)}"
-
-
-def _admits(schema: Any, value: Any) -> bool:
-    if schema is None or schema is str or schema is bool:
-        return value is None if schema is None else type(value) is schema
-    if type(value) is int:
-        return schema in (int, float) and -(2**63) <= value < 2**63
-    return schema is float and type(value) is float and math.isfinite(value)
-
-
-def _describe(schema: Any) -> str:
-    if schema is None:
-        return "null"
-    if isinstance(schema, dict):
-        return "an object"
-    return "a list" if isinstance(schema, list) else _TYPE_NAMES[schema]
 
 
 def _refuse_constant(name: str) -> NoReturn:

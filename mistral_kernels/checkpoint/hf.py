@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mistral_kernels.checkpoint.files import read_json
-from mistral_kernels.checkpoint.names import expected_shapes, hf_names, without_redundant
+from mistral_kernels.checkpoint.names import expected_shapes, hf_names, without_tied_head
 from mistral_kernels.checkpoint.reading import (
+    CONFIG_LIMIT,
     Checkpoint,
     find_weights,
     match_tensors,
+    naming,
     read_config,
 )
 from mistral_kernels.checkpoint.writing import (
@@ -27,6 +30,7 @@ from mistral_kernels.checkpoint.writing import (
 from mistral_kernels.model.config import MistralConfig
 
 CONFIG_FILE = "config.json"
+_TOKENS_SCHEMA = {"bos_token_id": (int, None), "eos_token_id": (int, None, [int])}
 
 
 def find_hf_weights(folder: Path) -> list[Path]:
@@ -39,16 +43,20 @@ def find_hf_weights(folder: Path) -> list[Path]:
 def open_hf(folder: Path) -> Checkpoint:
     """Open an HF folder; see `open_checkpoint`."""
     config_file = folder / CONFIG_FILE
-    contents = read_json(config_file)
+    config = read_config(config_file, MistralConfig.from_hf)
     generation_file = folder / "generation_config.json"
     if generation_file.exists():
         # As in transformers, these tokens overrule config.json's when text is generated.
-        generation = read_json(generation_file)
-        keys = ("bos_token_id", "eos_token_id")
-        contents |= {key: generation[key] for key in keys if generation.get(key) is not None}
-    config = read_config(config_file, MistralConfig.from_hf, contents)
-    names = {name: name for name in hf_names(config).values()}
-    return Checkpoint(folder, "hf", config, match_tensors(find_hf_weights(folder), names, config))
+        tokens = read_json(generation_file, _TOKENS_SCHEMA, CONFIG_LIMIT)
+        tokens = {key: tokens[key] for key in _TOKENS_SCHEMA if tokens.get(key) is not None}
+        with naming(generation_file):
+            config = replace(config, **tokens)
+    untied = replace(config, tie_word_embeddings=False)
+    names = {name: name for name in hf_names(untied).values()}
+    # transformers' base model, MistralModel, saves its tensors without this prefix.
+    names |= {name.removeprefix("model."): name for name in names}
+    config, stored = match_tensors(find_hf_weights(folder), names, config)
+    return Checkpoint(folder, "hf", config, stored)
 
 
 def save_hf(
@@ -77,7 +85,7 @@ def save_hf(
     # The embedding's type, by far the largest tensor's, stands for all.
     contents = config.to_hf(str(types[0]).removeprefix("torch."))
     with new_folder(directory, total, extra_files) as folder:
-        write_files(folder, files, without_redundant(tensors, config))
+        write_files(folder, files, without_tied_head(tensors, config))
         if len(files) > 1:
             weight_map = {name: file for file, part in files.items() for name in part}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}

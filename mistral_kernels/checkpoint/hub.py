@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mistral_kernels.checkpoint.files import CheckpointError
+from mistral_kernels.checkpoint.files import CheckpointError, expand_user
 
 _TINY = Path(__file__).parent.parent / "tiny"
 TOKENIZER_PATTERNS = [
@@ -39,10 +39,15 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     `CheckpointError` if there is no such thing.
     """
     name = str(path_or_hub_id)
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if name and path.is_dir():
         return path
-    if path.is_file():
+    if path.suffix.lower() == ".gguf":
+        raise CheckpointError(
+            f"{path}: GGUF is not supported; give a folder with config.json and model.safetensors "
+            "(Hugging Face), or params.json and consolidated.safetensors (Mistral)"
+        )
+    if name and path.exists():
         raise CheckpointError(f"{path} is a file; give the folder that holds the checkpoint")
     if name == "tiny":
         return _TINY

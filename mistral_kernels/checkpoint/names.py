@@ -7,11 +7,13 @@ raw rotates neighbouring pairs (2i, 2i + 1) of a head, HF the pairs (i, i + head
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from mistral_kernels.checkpoint.files import CheckpointError
 from mistral_kernels.model.config import MistralConfig
 
 _MODEL_NAMES = {
@@ -30,7 +32,11 @@ _LAYER_NAMES = {
     "feed_forward.w3.weight": "mlp.up_proj.weight",
     "feed_forward.w2.weight": "mlp.down_proj.weight",
 }
-_HEAD = "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# Parts of names that wrapped modules add: torch.compile, DistributedDataParallel, FSDP and
+# activation checkpoints.
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def hf_names(config: MistralConfig) -> dict[str, str]:
@@ -95,21 +101,41 @@ def half_to_interleaved(weight: Tensor, num_heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows, hidden)
 
 
-def is_redundant(name: str, config: MistralConfig) -> bool:
-    """Whether a tensor, by either format's name, follows from the rest of the checkpoint.
+def unwrapped(name: str) -> str:
+    """Return a tensor's name without the parts that wrapped modules add (`_orig_mod.`)."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
-    Old HF files store the rotary frequencies; some with tied embeddings store the head as well.
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor, by either format's name, follows from the configuration.
+
+    Old HF files store the rotary frequencies.
     """
-    if name.endswith("rotary_emb.inv_freq"):
-        return True
-    return config.tie_word_embeddings and name in (_HEAD, "output.weight")
+    return name.endswith("rotary_emb.inv_freq")
 
 
-def without_redundant(
+def without_tied_head(
     tensors: Iterable[tuple[str, Tensor]], config: MistralConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """`tensors` without those that `is_redundant` names, as a tied model's `state_dict` has."""
+    """`tensors` without what follows from the rest: rotary frequencies, the head of a tied model.
+
+    A tied model's `state_dict` has its head. Raises `CheckpointError` for a head that differs from
+    the embedding although `config` ties them.
+    """
+    tied: dict[str, str] = {}
     for name, tensor in tensors:
-        if not is_redundant(name, config):
+        if config.tie_word_embeddings and name in (EMBEDDING, HEAD):
+            tied[name] = _digest(tensor)
+            if len(set(tied.values())) > 1:
+                raise CheckpointError(
+                    f"{HEAD} must equal {EMBEDDING}, which the configuration ties to it; "
+                    "save with tie_word_embeddings=False to keep both"
+                )
+        if not is_derived(name) and not (name == HEAD and config.tie_word_embeddings):
             yield name, tensor
         del tensor  # a mapped one keeps its pages until it is dropped
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+    return f"{tensor.dtype} {hashlib.sha256(data).hexdigest()}"

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mistral_kernels.checkpoint.files import CheckpointError, read_json
+from mistral_kernels.checkpoint.files import CheckpointError
 from mistral_kernels.checkpoint.names import (
     expected_shapes,
     half_to_interleaved,
     hf_names,
     num_rotary_heads,
-    without_redundant,
+    without_tied_head,
 )
 from mistral_kernels.checkpoint.reading import (
     Checkpoint,
@@ -43,8 +44,9 @@ def find_raw_weights(folder: Path) -> list[Path]:
 def open_raw(folder: Path) -> Checkpoint:
     """Open a raw folder; see `open_checkpoint`."""
     config_file = folder / CONFIG_FILE
-    config = read_config(config_file, MistralConfig.from_raw, read_json(config_file))
-    stored = match_tensors(find_raw_weights(folder), hf_names(config), config)
+    config = read_config(config_file, MistralConfig.from_raw)
+    names = hf_names(replace(config, tie_word_embeddings=False))
+    config, stored = match_tensors(find_raw_weights(folder), names, config)
     return Checkpoint(folder, "raw", config, stored)
 
 
@@ -65,7 +67,7 @@ def save_raw(
     stored = {raw_names[name]: spec for name, spec in specs.items()}
 
     def to_raw() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in without_redundant(tensors, config):
+        for name, tensor in without_tied_head(tensors, config):
             if name not in specs:
                 raise CheckpointError(f"tensor {name!r} is not one of this configuration")
             heads = num_rotary_heads(name, config)

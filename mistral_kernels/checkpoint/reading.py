@@ -2,69 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from mmap import mmap
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mistral_kernels.checkpoint.files import CheckpointError, read_json
 from mistral_kernels.checkpoint.names import (
+    EMBEDDING,
+    HEAD,
     expected_shapes,
     interleaved_to_half,
-    is_redundant,
+    is_derived,
     num_rotary_heads,
+    unwrapped,
+)
+from mistral_kernels.checkpoint.pickles import list_pickled
+from mistral_kernels.checkpoint.stored import (
+    ALIGNMENT,
+    FLOAT_TYPES,
+    StoredTensor,
+    list_safetensors,
+    map_file,
 )
 from mistral_kernels.model.config import ConfigError, MistralConfig
 
-# The types in which unquantised weights are stored, by safetensors' name.
-FLOAT_TYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-
+CONFIG_LIMIT = 4 << 20  # bytes of a configuration file
 _WORTH_A_MAPPING = 1 << 20  # bytes
-# Of weights in memory, of large tensors in files that we write, and of those that are used where
-# they lie: what a processor fetches unasked ends with a page, and rows that lie across pages are
-# read a twentieth to an eighth more slowly.
-ALIGNMENT = 4096
-
 # Parts of tensor names that betray another architecture, and what it is.
 _FOREIGN_NAMES = {
     "a mixture of experts": r"experts?\.|block_sparse_moe|feed_forward\.gate\.|\.router\.",
     "a vision encoder": r"^(model\.)?(vision_|multi_modal_projector|patch_merger|mm_projector)",
-    "quantised weights": r"qscale_|(weight|input|k|v)_scale|qweight|qzeros|\.SCB$|absmax|quant_map",
+    "quantized weights": r"qscale_|(weight|input|k|v)_scale|qweight|qzeros|\.SCB$|absmax|quant_map",
     "LoRA adapters": r"lora_",
 }
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies, and what its file's header says of it.
-
-    `begin`: of a safetensors file, the byte at which its data begin.
-    """
-
-    name: str
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    begin: int | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
+_NO_HEAD = "; this is a base model without an output head: save the model that has one"
 
 # Which part of a tensor: a slice of its rows, and of its columns if not all of them.
 Part = tuple[slice, ...]
@@ -127,37 +107,37 @@ class Checkpoint:
             for name, stored in self.stored.items()
         ]
         budget = max(reading.stored_bytes for reading in readings)
-        get, current, used = None, None, 0
+        contents, current, used = None, None, 0
         for name, reading in zip(self.stored, readings):
             file, cost = reading.stored.file, reading.stored_bytes + reading.copied_bytes
-            if get is None or file != current or used + cost > budget:
-                get = None  # unmaps before the file is mapped afresh
-                get, current, used = _open(file, self.config), file, 0
+            if contents is None or file != current or used + cost > budget:
+                contents = None  # unmaps before the file is mapped afresh
+                contents, current, used = map_file(file), file, 0
             used += cost
-            tensor = reading.of(get(reading.stored.name))
+            tensor = reading.of(reading.stored.read(contents))
             yield name, tensor
             del tensor
 
     def mapped(self, *names: str) -> Tensor | None:
         """Tensors that stay where they lie, as one of all their rows; writes do not reach the file.
 
-        None where they have to be copied: not one behind the other, of several types, permuted on
-        the way, in a pickle, smaller than it is worth, or not from a boundary of `ALIGNMENT` bytes.
+        None where they have to be copied: not one behind the other, of several types, permuted or
+        transposed, smaller than it is worth, or not from a boundary of `ALIGNMENT` bytes.
         """
         parts = [self.stored[name] for name in names]
         first = parts[0]
         begin = end = first.begin
-        if begin is None or end is None or begin % ALIGNMENT:
+        if begin % ALIGNMENT:
             return None
         for name, part in zip(names, parts):
             beside = (part.file, part.dtype, part.begin) == (first.file, first.dtype, end)
-            if not beside or self._rotary_heads(name):
+            if not beside or part.strides or self._rotary_heads(name):
                 return None
             end += part.num_bytes
         if end - begin < _WORTH_A_MAPPING:
             return None
-        file = torch.from_file(str(first.file), shared=False, size=end, dtype=torch.uint8)
-        return file[begin:].view(first.dtype).view(-1, *first.shape[1:]).detach()
+        contents = map_file(first.file, end)
+        return contents[begin:end].view(first.dtype).view(-1, *first.shape[1:]).detach()
 
     def _rotary_heads(self, name: str) -> int:
         """How many heads of the tensor have their rows in another order than HF's."""
@@ -188,12 +168,17 @@ class _Reading:
         return tensor[self.part]
 
 
-def read_config(
-    path: Path, parse: Callable[[dict[str, Any]], MistralConfig], contents: dict[str, Any]
-) -> MistralConfig:
-    """`parse(contents)`, with the file named in its error."""
+def read_config(path: Path, parse: Callable[[dict[str, Any]], MistralConfig]) -> MistralConfig:
+    """Return the configuration that `parse` finds in the JSON file at `path`."""
+    with naming(path):
+        return parse(read_json(path, limit=CONFIG_LIMIT))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file `path` in a `ConfigError` that the block raises."""
     try:
-        return parse(contents)
+        yield
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -208,65 +193,96 @@ def find_weights(folder: Path, stem: str, suffix: str) -> list[Path]:
     if single.exists():
         return [single]
     if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index} has no 'weight_map'")
-        names = sorted({str(name) for name in weight_map.values()})
-        if outside := [name for name in names if Path(name).name != name]:
-            raise CheckpointError(f"{index} points outside its folder: {outside[0]!r}")
-        source = index.name
+        source, names = index.name, _list_index(index)
+        count = len(names)
+        num_missing = sum(not (folder / name).exists() for name in names)
     else:
-        found = sorted(path.name for path in folder.glob(f"{stem}-*-of-*{suffix}"))
-        if not found:
+        shards = sorted(path.name for path in folder.glob(f"{stem}-*-of-*{suffix}"))
+        source = shards[0] if shards else ""
+        written = source.removesuffix(suffix).rpartition("-of-")[2]
+        if not written.isdecimal():
             return []
-        count = found[0].removesuffix(suffix).rpartition("-of-")[2]
-        if not count.isdecimal():
-            return []
-        names = [f"{stem}-{i + 1:0{len(count)}}-of-{count}{suffix}" for i in range(int(count))]
-        source = found[0]
-    if missing := [name for name in names if not (folder / name).exists()]:
-        raise CheckpointError(
-            f"{folder / missing[0]} is missing: {source} tells of {len(names)} shards, "
-            f"{len(missing)} of them not there; download the rest"
-        )
+        shards = [name for name in shards if name.endswith(f"-of-{written}{suffix}")]
+        # A file's name can claim any count: no list is longer than that of the files.
+        count = int(written)
+        names = [
+            f"{stem}-{i + 1:0{len(written)}}-of-{written}{suffix}"
+            for i in range(min(count, len(shards) + 1))
+        ]
+        num_missing = count - len(shards)
+    for name in names:
+        if not (folder / name).exists():
+            raise CheckpointError(
+                f"{folder / name} is missing: {source} tells of {count} shards, {num_missing} of "
+                "them not there; download the rest"
+            )
     return [folder / name for name in names]
+
+
+def _list_index(index: Path) -> list[str]:
+    """Return the names of the files that an index lists, all of them in its folder."""
+    weight_map = read_json(index, {"weight_map": {...: str}}).get("weight_map")
+    if not weight_map:
+        raise CheckpointError(f"{index} has no 'weight_map'")
+    for name in weight_map.values():
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} points outside its folder: {reprlib.repr(name)}")
+    return sorted(set(weight_map.values()))
 
 
 def match_tensors(
     files: Iterable[Path], names: Mapping[str, str], config: MistralConfig
-) -> dict[str, StoredTensor]:
-    """Check the names, shapes and types of all tensors in `files` by their headers alone.
+) -> tuple[MistralConfig, dict[str, StoredTensor]]:
+    """Check the names, shapes and types of all tensors in `files` by their headers.
 
-    `names` gives HF's name of each tensor under the name that the files use; the result is keyed
-    by HF's names. Raises `CheckpointError` that names the tensor, its file and what was expected.
+    `names` gives HF's name of each tensor, the output head included, under the name or names that
+    the files use. Returned are the tensors by HF's names, and `config` as the tensors have it: if
+    it ties the embeddings, but a head is stored that differs from them, both are kept, untied, as
+    transformers does. Raises `CheckpointError` that names the tensor, its file and what was
+    expected.
     """
-    shapes = expected_shapes(config)
-    matched: dict[str, StoredTensor] = {}
+    shapes = expected_shapes(replace(config, tie_word_embeddings=False))
     files = list(files)
+    matched: dict[str, StoredTensor] = {}
     for file in files:
-        for stored in _list(file, config):
-            hf_name = names.get(stored.name)
+        for stored in _list_tensors(file):
+            if is_derived(stored.name):
+                continue
+            hf_name = names.get(unwrapped(stored.name))
             if hf_name is None:
                 missing = next((name for name in names if names[name] not in matched), None)
                 raise CheckpointError(_unexpected(stored, missing))
             if hf_name in matched:
-                raise CheckpointError(
-                    f"{file}: tensor {stored.name!r} is in {matched[hf_name].file.name} as well; "
-                    "tensor-parallel shards are not supported: merge them into one file first"
-                )
+                raise CheckpointError(_repeated(stored, matched[hf_name]))
+            _check_kind(stored)
             if stored.shape != shapes[hf_name]:
                 raise CheckpointError(
                     f"{file}: tensor {stored.name!r} has shape {stored.shape}, "
                     f"the configuration asks for {shapes[hf_name]}"
                 )
             matched[hf_name] = stored
-    if missing_names := [name for name in names if names[name] not in matched]:
-        where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} shards)"
+    if config.tie_word_embeddings and (head := matched.pop(HEAD, None)):
+        embedding = matched.setdefault(EMBEDDING, head)
+        if not _are_equal(embedding, head):
+            matched[HEAD] = head
+            note = (
+                f"tie_word_embeddings = False: the configuration has True, but {head.name} and "
+                f"{embedding.name} differ; both are kept"
+            )
+            config = replace(config, tie_word_embeddings=False, notes=(*config.notes, note))
+    needed = expected_shapes(config)
+    if absent := [name for name in needed if name not in matched]:
+        where = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({len(files)} shards)"
+        name = next(name for name in names if names[name] == absent[0])
         raise CheckpointError(
-            f"{where}: no tensor {missing_names[0]!r} "
-            f"({len(missing_names)} of {len(names)} tensors are missing)"
+            f"{where}: no tensor {name!r} ({len(absent)} of {len(needed)} tensors are missing)"
+            + (_NO_HEAD if absent == [HEAD] else "")
         )
-    return matched
+    return config, matched
+
+
+def _list_tensors(file: Path) -> list[StoredTensor]:
+    return list_safetensors(file) if file.suffix == ".safetensors" else list_pickled(file)
 
 
 def _unexpected(stored: StoredTensor, missing: str | None) -> str:
@@ -274,7 +290,7 @@ def _unexpected(stored: StoredTensor, missing: str | None) -> str:
         if re.search(pattern, stored.name):
             return (
                 f"{stored.file}: the checkpoint has {what} (tensor {stored.name!r}); "
-                "only dense, unquantised Mistral decoders are supported"
+                "only dense, unquantized Mistral decoders are supported"
             )
     hint = f", such as {missing!r}" if missing else ""
     return (
@@ -283,72 +299,34 @@ def _unexpected(stored: StoredTensor, missing: str | None) -> str:
     )
 
 
-def _list(file: Path, config: MistralConfig) -> list[StoredTensor]:
-    """The needed tensors of a file, by its header."""
-    found: list[StoredTensor] = []
-
-    def add(name: str, shape: Iterable[int], kind: Any, begin: int | None) -> None:
-        if is_redundant(name, config):
-            return
-        dtype = FLOAT_TYPES.get(kind, kind)
-        if dtype not in FLOAT_TYPES.values():
-            raise CheckpointError(
-                f"{file}: the checkpoint has quantised weights (tensor {name!r} is stored as "
-                f"{str(kind).removeprefix('torch.')}); only {', '.join(FLOAT_TYPES)} are supported"
-            )
-        found.append(StoredTensor(name, file, tuple(shape), dtype, begin))
-
-    if file.suffix == ".safetensors":
-        with _open_safetensors(file) as opened, file.open("rb") as contents:
-            size = int.from_bytes(contents.read(8), "little")
-            header = json.loads(contents.read(size))
-            for name in opened.offset_keys():
-                tensor = header[name]
-                begin = 8 + size + tensor["data_offsets"][0]
-                add(name, tensor["shape"], tensor["dtype"], begin)
-    else:
-        for name, tensor in _load_pickle(file).items():
-            add(name, tensor.shape, tensor.dtype, None)
-    return found
+def _repeated(stored: StoredTensor, other: StoredTensor) -> str:
+    if stored.file == other.file:
+        return f"{stored.file}: {other.name!r} and {stored.name!r} are the same tensor"
+    return (
+        f"{stored.file}: tensor {stored.name!r} is in {other.file.name} as well; "
+        "tensor-parallel shards are not supported: merge them into one file first"
+    )
 
 
-def _open(file: Path, config: MistralConfig) -> Callable[[str], Tensor]:
-    """A function that maps a tensor of the file by name; the mapping lives as long as both."""
-    if file.suffix == ".safetensors":
-        return _open_safetensors(file).get_tensor
-    return _load_pickle(file).__getitem__
-
-
-def _open_safetensors(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except SafetensorError as error:
+def _check_kind(stored: StoredTensor) -> None:
+    if stored.kind in FLOAT_TYPES:
+        return
+    of = f"tensor {stored.name!r}"
+    if stored.kind.startswith(("I8", "U8", "F8", "F4", "F6")):
         raise CheckpointError(
-            f"{file} is not a whole safetensors file ({error}); download or copy it again"
-        ) from None
+            f"{stored.file}: the checkpoint has quantized weights ({of} is stored as "
+            f"{stored.kind}); only {', '.join(FLOAT_TYPES)} are supported"
+        )
+    raise CheckpointError(
+        f"{stored.file}: {of} must be stored as {', '.join(FLOAT_TYPES)}, got {stored.kind}"
+    )
 
 
-def _load_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file written by `torch.save`, mapped. No code in it is ever run."""
-    try:
-        contents = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"wants to run {wanted[1]}" if wanted else "holds more than plain tensors"
-        raise CheckpointError(
-            f"{file} refused: it {what} when loaded; only files of plain tensors are read"
-        ) from None
-    except RuntimeError as error:
-        if "mmap can only be used" in str(error):
-            reason = "not in the format that torch.save writes since PyTorch 1.6; save it anew"
-        else:
-            reason = f"not whole ({str(error).splitlines()[0]}); download or copy it again"
-        raise CheckpointError(f"{file} is {reason}") from None
-    if not isinstance(contents, dict) or not contents:
-        raise CheckpointError(f"{file} must hold a dict of tensors, not {type(contents).__name__}")
-    for name, value in contents.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{file} must hold tensors by name, but {name!r} is a {type(value).__name__}"
-            )
-    return {str(name): tensor.detach() for name, tensor in contents.items()}
+def _are_equal(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two stored tensors have the same type and bytes."""
+    if (a.file, a.begin, a.strides) == (b.file, b.begin, b.strides):
+        return a.kind == b.kind
+    if a.kind != b.kind:
+        return False
+    x, y = (each.read(map_file(each.file)) for each in (a, b))
+    return torch.equal(x.view(torch.uint8), y.view(torch.uint8))

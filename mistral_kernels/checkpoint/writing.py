@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import math
 import os
+import re
+import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from mistral_kernels.checkpoint.files import CheckpointError
-from mistral_kernels.checkpoint.reading import ALIGNMENT, FLOAT_TYPES
+from mistral_kernels.checkpoint.files import CheckpointError, check_regular, expand_user
+from mistral_kernels.checkpoint.stored import ALIGNMENT, FLOAT_TYPES
 
 # Shape and type of a tensor to be written.
 Spec = tuple[tuple[int, ...], torch.dtype]
+
+_log = logging.getLogger("mistral_kernels")
+
+# Folders that are being written; see `new_folder`.
+_PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{16}", re.DOTALL)
 
 _TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
@@ -142,32 +153,111 @@ def new_folder(
 ) -> Iterator[Path]:
     """A folder to write into, beside `target`, that becomes `target` when the block ends well.
 
-    It begins with copies of `extra_files`.
-    On any error, an interrupt included, it is removed and `target` is as it was before. A target
-    that holds something, and a disk without `needed_bytes`, are refused before anything is done.
+    It begins with copies of `extra_files`. On any error, an interrupt or SIGTERM included, it is
+    removed and `target` is as it was before. What a killed process has left is removed by the next
+    `new_folder` in the same parent, with a line in the log. A target that holds something, and a
+    disk without `needed_bytes`, are refused before anything is written.
     """
-    target = Path(target).expanduser().resolve()
+    target = expand_user(target).resolve()
     check_target(target)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target.parent)
         free = shutil.disk_usage(target.parent).free
         if free < needed_bytes:
             raise CheckpointError(
                 f"not enough space for {target}: {needed_bytes / 1e9:.2f} GB are needed, "
                 f"{free / 1e9:.2f} GB are free"
             )
-        partial.mkdir()
-        for extra in extra_files:
-            shutil.copyfile(extra, partial / extra.name)
-        yield partial
-        sync_folder(partial)
-        partial.replace(target)
-        sync_folder(target.parent)
+        with _unwinding_when_terminated():
+            partial, lock = _make_partial(target)
+            try:
+                for extra in extra_files:
+                    _copy(extra, partial / extra.name)
+                yield partial
+                sync_folder(partial)
+                check_target(target)
+                partial.replace(target)
+                sync_folder(target.parent)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+                os.close(lock)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}, nothing was kept: {error}") from error
+
+
+@contextmanager
+def _unwinding_when_terminated() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise SystemExit in the block, and end the process after it."""
+    received: list[int] = []
+
+    def unwind(number: int, frame: Any) -> NoReturn:
+        received.append(number)
+        raise SystemExit(128 + number)
+
+    # Only the main thread may set handlers. Those that the program or nohup has set are kept.
+    replaced = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in replaced:
+        signal.signal(number, unwind)
+    try:
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for number in replaced:
+            signal.signal(number, signal.SIG_DFL)
+        if received:
+            signal.raise_signal(received[0])
+
+
+def _make_partial(target: Path) -> tuple[Path, int]:
+    """Make a folder beside `target`; return it and a descriptor that locks it while it is open."""
+    while True:
+        partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(8)}")
+        partial.mkdir()
+        # Before it is locked, another process may take it for abandoned and remove it.
+        try:
+            lock = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = partial.exists()
+        except BlockingIOError:
+            is_ours = False
+        except OSError:
+            is_ours = True  # on a file system without locks nothing is ever taken for abandoned
+        if is_ours:
+            return partial, lock
+        os.close(lock)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Remove the folders that `new_folder` made in `parent` for processes that are dead."""
+    try:
+        entries = list(parent.iterdir())
+    except OSError:  # a folder that may be written to, but not listed
+        return
+    for partial in entries:
+        if not _PARTIAL.fullmatch(partial.name) or partial.is_symlink():
+            continue
+        with suppress(OSError), ExitStack() as stack:
+            lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its maker lives
+            shutil.rmtree(partial)
+            _log.warning("removed %s, which an interrupted run had left", partial)
+
+
+def _copy(source: Path, target: Path) -> None:
+    check_regular(source)
+    with source.open("rb") as contents, target.open("wb") as file:
+        shutil.copyfileobj(contents, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def check_target(target: Path) -> None:

@@ -3,50 +3,38 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import reprlib
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-# (our name, the same in a raw params.json). Hugging Face's config.json uses our names.
-_RAW_NAMES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "dim",
-    "intermediate_size": "hidden_dim",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "num_key_value_heads": "n_kv_heads",
-    "head_dim": "head_dim",
-    "rms_norm_eps": "norm_eps",
-}
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
+from mistral_kernels.model.config_formats import (
+    RAW_NAMES,
+    ConfigError,
+    parse_hf,
+    parse_raw,
+    with_raw_names,
 )
 
-_HF_DEFAULTS = {
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-    "max_position_embeddings": 131072,
+__all__ = ["ConfigError", "MistralConfig"]
+
+# Far above any model's sizes: a larger value is an error in a file, and must not become a loop or
+# an allocation. Positions are held in 32 bits.
+_MAX_POSITION = (1 << 31) - 1
+_MAX_SIZES = {
+    **{name: 1 << 24 for name in RAW_NAMES if name != "rms_norm_eps"},
+    "num_hidden_layers": 1 << 12,
+    "max_position_embeddings": _MAX_POSITION,
 }
 
-# Sections of either format that describe something which is not a dense Mistral decoder.
-_UNSUPPORTED = {
-    "moe": "a mixture of experts",
-    "num_local_experts": "a mixture of experts",
-    "vision_encoder": "a vision encoder",
-    "vision_config": "a vision encoder",
-    "quantization": "quantised weights",
-    "quantization_config": "quantised weights",
-    "yarn": "YaRN-scaled rotary embeddings",
-    "lora": "LoRA adapters",
-}
-
-
-class ConfigError(ValueError):
-    """A configuration is malformed, or describes a model that this package does not run."""
+# Fields on which neither the shape nor the meaning of any weight depends.
+_REPLACEABLE = (
+    "sliding_window",
+    "rope_theta",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+)
 
 
 @dataclass(frozen=True)
@@ -75,8 +63,13 @@ class MistralConfig:
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in (*_RAW_NAMES, "max_position_embeddings"):
-            _check_positive(name, getattr(self, name))
+        for name, limit in _MAX_SIZES.items():
+            _check_integer(name, getattr(self, name), 1, limit)
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (number and 0 < value < math.inf):
+                raise ConfigError(f"{name} must be a positive number, got {reprlib.repr(value)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -88,10 +81,17 @@ class MistralConfig:
             windows = _shortest_pattern(tuple(self.sliding_window), self.num_hidden_layers)
             object.__setattr__(self, "sliding_window", windows)
         for window in self.layer_windows:
-            if window is not None and (type(window) is not int or window <= 0):
-                raise ConfigError(f"sliding_window must be positive or None, got {window!r}")
-        if not (isinstance(self.rope_theta, (int, float)) and 0 < self.rope_theta < math.inf):
-            raise ConfigError(f"rope_theta must be a positive number, got {self.rope_theta!r}")
+            if window is not None:
+                _check_integer("sliding_window", window, 1, _MAX_POSITION, " or None")
+        if type(self.tie_word_embeddings) is not bool:
+            got = reprlib.repr(self.tie_word_embeddings)
+            raise ConfigError(f"tie_word_embeddings must be True or False, got {got}")
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        if self.bos_token_id is not None:
+            _check_integer("bos_token_id", self.bos_token_id, 0, self.vocab_size - 1, " or None")
+        for token in self.eos_token_ids:
+            _check_integer("eos_token_id", token, 0, self.vocab_size - 1, " or None")
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
@@ -108,49 +108,37 @@ class MistralConfig:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
+    def with_replaced(self, **changes: Any) -> MistralConfig:
+        """Return a copy with fields replaced, of those on which no weight depends.
+
+        Any other field may be given with the value that it has.
+
+        Raises:
+            TypeError: for a name that is no field.
+            ConfigError: for another value of a field that the weights determine.
+        """
+        allowed = f"what can be replaced: {', '.join(_REPLACEABLE)}"
+        for name, value in changes.items():
+            if name == "notes" or name not in (field.name for field in fields(self)):
+                raise TypeError(f"{name!r} is not an option or a configuration field; {allowed}")
+            if name not in _REPLACEABLE and (own := getattr(self, name)) != value:
+                raise ConfigError(
+                    f"{name} must be {own}, which the checkpoint's weights determine, "
+                    f"got {reprlib.repr(value)}; {allowed}"
+                )
+        return replace(self, **changes)
+
     @classmethod
     def from_raw(cls, params: dict[str, Any]) -> MistralConfig:
         """From the contents of a raw checkpoint's `params.json`.
 
-        Raises `ConfigError` for a missing or malformed field, and for MoE, vision, quantised and
+        Raises `ConfigError` for a missing or malformed field, and for MoE, vision, quantized and
         YaRN models, by name.
         """
-        params = dict(params.get("text_config") or params)
-        _refuse_unsupported(params)
-        values = {ours: params.get(raw) for ours, raw in _RAW_NAMES.items()}
-        window = _parse_window(params.get("sliding_window", params.get("_sliding_window")))
-        # The rule of the reference code of December 2023. Later loaders default to one rope_theta
-        # for all, which is wrong for v0.1 (1e6) or for v0.2 (1e4), and say nothing.
-        with_or_without = "without" if window is None else "with"
-        defaults: dict[str, tuple[Any, str]] = {
-            "num_key_value_heads": (values["num_attention_heads"], "each query head has its own"),
-            "rms_norm_eps": (1e-5, "all released Mistral models use it"),
-            "rope_theta": (
-                1e6 if window is None else 1e4,
-                f"models {with_or_without} a sliding window were trained with it",
-            ),
-            "max_position_embeddings": (32768, "Mistral's default"),
-        }
-        values |= {
-            "sliding_window": window,
-            "rope_theta": params.get("rope_theta"),
-            "max_position_embeddings": params.get(
-                "max_position_embeddings", params.get("max_seq_len")
-            ),
-            "tie_word_embeddings": bool(params.get("tied_embeddings")),
-        }
-        return cls._complete(values, defaults, "params.json")
-
-    def to_raw(self) -> dict[str, Any]:
-        """The contents of `params.json`. `rope_theta` is always written: see `from_raw`'s rule."""
-        params: dict[str, Any] = {raw: getattr(self, ours) for ours, raw in _RAW_NAMES.items()}
-        params["rope_theta"] = self.rope_theta
-        params["max_position_embeddings"] = self.max_position_embeddings
-        if self.sliding_window is not None:
-            params["sliding_window"] = _as_json(self.sliding_window)
-        if self.tie_word_embeddings:
-            params["tied_embeddings"] = True
-        return params
+        try:
+            return cls(**parse_raw(params))
+        except ConfigError as error:
+            raise ConfigError(with_raw_names(str(error))) from None
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> MistralConfig:
@@ -158,38 +146,18 @@ class MistralConfig:
 
         Raises `ConfigError` as `from_raw` does, and for another `model_type` than Mistral's.
         """
-        _refuse_unsupported(config)
-        model_type = config.get("model_type", "mistral")
-        if model_type not in ("mistral", "ministral"):
-            raise ConfigError(
-                f"config.json describes model_type {model_type!r}; only dense Mistral models "
-                "(model_type 'mistral' or 'ministral') are supported"
-            )
-        activation = config.get("hidden_act", "silu")
-        if activation != "silu":
-            raise ConfigError(f"hidden_act {activation!r} is not supported, only 'silu' is")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise ConfigError(f"rope_type {rope_type!r} is not supported, only 'default' is")
-        values = {name: config.get(name) for name in _RAW_NAMES}
-        eos = config.get("eos_token_id", 2)
-        values |= {
-            "sliding_window": _hf_window(config),
-            "rope_theta": rope.get("rope_theta", config.get("rope_theta")),
-            "max_position_embeddings": config.get("max_position_embeddings"),
-            "tie_word_embeddings": bool(config.get("tie_word_embeddings")),
-            "bos_token_id": config.get("bos_token_id", 1),
-            "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
-        }
-        # What transformers takes where a key is absent; for the kv heads, null is not absent.
-        defaults: dict[str, tuple[Any, str]] = {
-            name: (value, "transformers' default") for name, value in _HF_DEFAULTS.items()
-        }
-        if "num_key_value_heads" in config:
-            heads = values["num_attention_heads"]
-            defaults["num_key_value_heads"] = (heads, "each query head has its own")
-        return cls._complete(values, defaults, "config.json")
+        return cls(**parse_hf(config))
+
+    def to_raw(self) -> dict[str, Any]:
+        """The contents of `params.json`. `rope_theta` is always written: see `from_raw`'s rule."""
+        params: dict[str, Any] = {raw: getattr(self, ours) for ours, raw in RAW_NAMES.items()}
+        params["rope_theta"] = self.rope_theta
+        params["max_position_embeddings"] = self.max_position_embeddings
+        if self.sliding_window is not None:
+            params["sliding_window"] = _as_json(self.sliding_window)
+        if self.tie_word_embeddings:
+            params["tied_embeddings"] = True
+        return params
 
     def to_hf(self, dtype: str) -> dict[str, Any]:
         """The contents of a `config.json` for transformers 4 and 5. `dtype`: "bfloat16", ..."""
@@ -199,7 +167,7 @@ class MistralConfig:
             "architectures": ["MistralForCausalLM"],
             "model_type": "ministral" if mixed else "mistral",
             "hidden_act": "silu",
-            **{name: getattr(self, name) for name in _RAW_NAMES},
+            **{name: getattr(self, name) for name in RAW_NAMES},
             "sliding_window": windows[0],
             "max_position_embeddings": self.max_position_embeddings,
             # The first is read by transformers 4, the second by transformers 5.
@@ -227,83 +195,11 @@ class MistralConfig:
             ]
         return config
 
-    @classmethod
-    def _complete(
-        cls, values: dict[str, Any], defaults: dict[str, tuple[Any, str]], source: str
-    ) -> MistralConfig:
-        """Fill in what `source` left out, noting each inferred value and its reason."""
-        for name in _REQUIRED:
-            if values[name] is None:
-                shown = name if source == "config.json" else _RAW_NAMES[name]
-                raise ConfigError(f"{source} has no {shown!r}")
-            _check_positive(name, values[name])
-        if values["head_dim"] is None:
-            size, heads = values["hidden_size"], values["num_attention_heads"]
-            if size % heads:
-                raise ConfigError(f"{source} has no head_dim, and heads do not divide hidden_size")
-            defaults["head_dim"] = (size // heads, "hidden_size / num_attention_heads")
-        notes = []
-        for name, (value, reason) in defaults.items():
-            if values[name] is None:
-                values[name] = value
-                notes.append(f"{name} = {value}: not in {source}; {reason}")
-        try:
-            values["rope_theta"] = float(values["rope_theta"])
-        except (TypeError, ValueError):
-            pass  # the check of the fields names it
-        return cls(**values, notes=tuple(notes))
 
-
-def _check_positive(name: str, value: Any) -> None:
-    kinds = (int, float) if name == "rms_norm_eps" else (int,)
-    if type(value) not in kinds or not 0 < value < math.inf:
-        raise ConfigError(f"{name} must be a positive number, got {value!r}")
-
-
-def _refuse_unsupported(config: dict[str, Any]) -> None:
-    for section, what in _UNSUPPORTED.items():
-        if config.get(section):
-            raise ConfigError(
-                f"the checkpoint has {what} (section {section!r}); "
-                "only dense, unquantised Mistral decoders are supported"
-            )
-
-
-def _parse_window(value: Any) -> int | None | tuple[int | None, ...]:
-    """`sliding_window` as files in the wild write it: a number, a string, null or a list."""
-    if isinstance(value, (list, tuple)):
-        return tuple(_parse_one_window(item) for item in value)
-    return _parse_one_window(value)
-
-
-def _parse_one_window(value: Any) -> int | None:
-    if value is None or (isinstance(value, str) and value.strip().lower() in ("null", "none", "")):
-        return None
-    try:
-        window = int(value)
-        whole = isinstance(value, str) or (window == value and not isinstance(value, bool))
-    except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole:
-        raise ConfigError(f"sliding_window must be a number, null or a list, got {value!r}")
-    return window
-
-
-def _hf_window(config: dict[str, Any]) -> int | None | tuple[int | None, ...]:
-    if config.get("use_sliding_window") is False:
-        return None
-    # transformers' default where the key is absent; an explicit null means no window.
-    window = _parse_window(config.get("sliding_window", 4096))
-    types = config.get("layer_types")
-    if not types or isinstance(window, tuple):
-        return window
-    num_layers = config.get("num_hidden_layers")
-    if len(types) != num_layers:
-        raise ConfigError(f"layer_types has {len(types)} entries for {num_layers} layers")
-    unknown = set(types) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise ConfigError(f"layer_types {sorted(unknown)} are not supported")
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+def _check_integer(name: str, value: Any, low: int, high: int, alternative: str = "") -> None:
+    if type(value) is not int or not low <= value <= high:
+        expected = f"an integer from {low} to {high}{alternative}"
+        raise ConfigError(f"{name} must be {expected}, got {reprlib.repr(value)}")
 
 
 def _shortest_pattern(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +180,14 @@ class MistralForCausalLM(Generation, nn.Module):
             quantize: "int8": the projections and the head are held in 8 bits, which makes decode
                 steps on the CPU nearly twice as fast (see `ops.linear_int8`); embedding, norms and
                 activations keep `dtype`. Such a model cannot be trained or saved.
-            overrides: configuration fields to replace, such as `sliding_window=1024`.
+            overrides: configuration fields to replace, such as `sliding_window=1024`; see
+                `MistralConfig.with_replaced`.
 
         Raises:
             CheckpointError: naming the file or tensor that is missing, corrupt or does not fit.
-            ConfigError: for a model that is not a dense Mistral.
+            ConfigError: for a model that is not a dense Mistral, and for overrides of fields that
+                the weights determine.
+            TypeError: for an override that is no field.
             ValueError: for an unknown `quantize`.
             NotImplementedError: for `quantize` anywhere but on the CPU.
         """
@@ -199,7 +201,7 @@ class MistralForCausalLM(Generation, nn.Module):
         for note in stored.config.notes:
             _log.warning("%s", note)
         with torch.device("meta"):
-            model = cls(replace(stored.config, **overrides))
+            model = cls(stored.config.with_replaced(**overrides))
         if quantize:
             if extension.load("cpu") is None:
                 _log.warning("%s: slower than unquantised weights", extension.status("cpu"))

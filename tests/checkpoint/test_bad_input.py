@@ -154,9 +154,9 @@ def test_tensor_parallel_shards(make: Make) -> None:
         ("layers.0.feed_forward.experts.0.w1.weight", "a mixture of experts"),
         ("vision_encoder.patch_conv.weight", "a vision encoder"),
         ("model.vision_tower.patch_conv.weight", "a vision encoder"),
-        ("model.layers.0.mlp.up_proj.qweight", "quantised weights"),
-        ("layers.0.attention.wq.qscale_act", "quantised weights"),
-        ("model.layers.0.mlp.up_proj.weight_scale", "quantised weights"),
+        ("model.layers.0.mlp.up_proj.qweight", "quantized weights"),
+        ("layers.0.attention.wq.qscale_act", "quantized weights"),
+        ("model.layers.0.mlp.up_proj.weight_scale", "quantized weights"),
         ("model.layers.0.self_attn.q_proj.lora_A.weight", "LoRA adapters"),
     ],
 )
@@ -167,11 +167,11 @@ def test_other_architectures_by_tensor_name(make: Make, name: str, what: str) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
-def test_quantised_types(make: Make, dtype: torch.dtype) -> None:
+def test_quantized_types(make: Make, dtype: torch.dtype) -> None:
     folder, state = make("hf")
     name = "model.layers.0.mlp.up_proj.weight"
     save_file(state | {name: torch.zeros(72, 40).to(dtype)}, folder / "model.safetensors")
-    refused(folder, rf"the checkpoint has quantised weights \(tensor '{name}' is stored as \w+\)")
+    refused(folder, rf"the checkpoint has quantized weights \(tensor '{name}' is stored as \w+\)")
 
 
 def test_other_architectures_by_configuration(make: Make) -> None:
@@ -186,7 +186,7 @@ def test_other_architectures_by_configuration(make: Make) -> None:
         path.write_text(before)
     folder, _ = make("hf")
     edit(folder / "config.json", quantization_config={"quant_method": "gptq"})
-    refused(folder, "config.json: the checkpoint has quantised weights", ConfigError)
+    refused(folder, "config.json: the checkpoint has quantized weights", ConfigError)
 
 
 SAVERS = pytest.mark.parametrize("save", [save_hf, save_raw])

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mistral_kernels import MistralConfig, MistralForCausalLM
-from mistral_kernels.checkpoint.reading import ALIGNMENT
+from mistral_kernels.checkpoint.stored import ALIGNMENT
 from mistral_kernels.checkpoint.writing import SafetensorsWriter
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")

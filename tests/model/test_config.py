@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from typing import Any
 
 import pytest
@@ -104,17 +106,15 @@ def test_raw_without_a_window_has_none() -> None:
 def test_hf_without_a_window_has_transformers_default() -> None:
     assert MistralConfig.from_hf(without(HF_7B, "sliding_window")).sliding_window == 4096
     assert MistralConfig.from_hf(HF_7B | {"sliding_window": None}).sliding_window is None
-    off = HF_7B | {"use_sliding_window": False}
-    assert MistralConfig.from_hf(off).sliding_window is None
 
 
 @pytest.mark.parametrize(
     "written", ["wide", {}, [[7]], [], 4.5, True, float("inf"), "4096.5", 0, -1, [7, 0]]
 )
 def test_windows_refused(written: Any) -> None:
-    with pytest.raises(ConfigError, match="sliding_window must"):
+    with pytest.raises(ConfigError, match=r"sliding_window(\[0\])? must"):
         MistralConfig.from_raw(RAW_7B | {"sliding_window": written})
-    with pytest.raises(ConfigError, match="sliding_window must"):
+    with pytest.raises(ConfigError, match=r"sliding_window(\[0\])? must"):
         MistralConfig.from_hf(HF_7B | {"sliding_window": written})
 
 
@@ -149,10 +149,20 @@ def test_rope_theta_in_hf_files(rope: dict[str, Any]) -> None:
     assert config.rope_theta == 5e5
 
 
-@pytest.mark.parametrize("rope_theta", ["many", [1e4], 0, -1.0, float("nan"), float("inf")])
-def test_rope_theta_refused(rope_theta: Any) -> None:
+@pytest.mark.parametrize(
+    "rope_theta, expected",
+    [
+        *((value, "a number or null") for value in ("many", [1e4], True, math.nan, math.inf)),
+        *((value, "a positive number") for value in (0, -1.0)),
+    ],
+)
+def test_rope_theta_refused(rope_theta: Any, expected: str) -> None:
+    message = re.escape(f"rope_theta must be {expected}, got {rope_theta!r}")
+    for parse, contents in ((MistralConfig.from_raw, RAW_7B), (MistralConfig.from_hf, HF_7B)):
+        with pytest.raises(ConfigError, match=message):
+            parse(contents | {"rope_theta": rope_theta})
     with pytest.raises(ConfigError, match="rope_theta must be a positive number, got"):
-        MistralConfig.from_raw(RAW_7B | {"rope_theta": rope_theta})
+        MistralConfig(rope_theta=rope_theta)
 
 
 def test_every_inferred_value_is_noted() -> None:
@@ -160,9 +170,9 @@ def test_every_inferred_value_is_noted() -> None:
     config = MistralConfig.from_raw(bare)
     inferred = {note.split(" = ")[0] for note in config.notes}
     assert inferred == {
-        "num_key_value_heads",
+        "n_kv_heads",
         "head_dim",
-        "rms_norm_eps",
+        "norm_eps",
         "rope_theta",
         "max_position_embeddings",
     }
@@ -185,7 +195,7 @@ def test_what_hf_files_leave_out_is_what_transformers_takes() -> None:
     [
         ("moe", {"num_experts": 8}, "a mixture of experts"),
         ("vision_encoder", {"hidden_size": 1024}, "a vision encoder"),
-        ("quantization", {"qformat_weight": "fp8_e4m3"}, "quantised weights"),
+        ("quantization", {"qformat_weight": "fp8_e4m3"}, "quantized weights"),
         ("yarn", {"factor": 16}, "YaRN-scaled rotary embeddings"),
         ("lora", {"rank": 64}, "LoRA adapters"),
     ],
@@ -201,7 +211,7 @@ def test_raw_sections_refused(section: str, contents: dict[str, Any], what: str)
     [
         ({"num_local_experts": 8}, "a mixture of experts"),
         ({"vision_config": {"depth": 2}}, "a vision encoder"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
         ({"model_type": "llama"}, "model_type 'llama'; only dense Mistral"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type 'linear' is not supported"),
@@ -215,13 +225,33 @@ def test_hf_configurations_refused(change: dict[str, Any], message: str) -> None
         MistralConfig.from_hf(HF_7B | change)
 
 
-@pytest.mark.parametrize("name", ["dim", "hidden_dim", "n_layers", "n_heads", "vocab_size"])
-@pytest.mark.parametrize("value", [0, -1, "4096", 2.5, True])
-def test_malformed_sizes(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"must be a positive number, got {value!r}"):
-        MistralConfig.from_raw(without(RAW_7B, "head_dim", "n_kv_heads") | {name: value})
-    with pytest.raises(ConfigError, match=f"params.json has no '{name}'"):
-        MistralConfig.from_raw(without(RAW_7B, name))
+SIZES = {
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "hidden_dim": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+}
+
+
+@pytest.mark.parametrize("raw_name, hf_name", SIZES.items())
+@pytest.mark.parametrize("value", [0, -1, "4096", 2.5, True, [], {}, 2**62, 2**64])
+def test_malformed_sizes(raw_name: str, hf_name: str, value: Any) -> None:
+    """Each format's own name is in the message."""
+    fits = type(value) is int and value < 2**63
+    expected = "an integer from 1 to [0-9]+" if fits else "an integer or null"
+    raw, hf = without(RAW_7B, "head_dim", "n_kv_heads"), without(HF_7B, "num_key_value_heads")
+    for name, parse, contents in (
+        (raw_name, MistralConfig.from_raw, raw),
+        (hf_name, MistralConfig.from_hf, hf),
+    ):
+        message = f"^{name} must be {expected}, got {re.escape(repr(value))}$"
+        with pytest.raises(ConfigError, match=message):
+            parse(contents | {name: value})
+        with pytest.raises(ConfigError, match=f"(params|config).json has no '{name}'"):
+            parse(without(contents, name))
+    with pytest.raises(ConfigError, match=f"{hf_name} must be an integer from 1 to [0-9]+, got"):
+        MistralConfig(**{hf_name: value})
 
 
 def test_heads_that_do_not_fit() -> None:
@@ -229,7 +259,7 @@ def test_heads_that_do_not_fit() -> None:
         MistralConfig(num_key_value_heads=5)
     with pytest.raises(ConfigError, match="head_dim must be even"):
         MistralConfig(head_dim=127)
-    with pytest.raises(ConfigError, match="no head_dim, and heads do not divide hidden_size"):
+    with pytest.raises(ConfigError, match="must have a head_dim, since its 32 heads do not divide"):
         MistralConfig.from_raw(without(RAW_7B, "head_dim") | {"dim": 4100})
 
 
@@ -272,7 +302,7 @@ def configs(draw: st.DrawFn) -> MistralConfig:
     kv_heads, window = draw(st.integers(1, 16)), draw(sizes)
     pattern = draw(st.lists(st.sampled_from([None, window]), min_size=1, max_size=6))
     return MistralConfig(
-        vocab_size=draw(sizes),
+        vocab_size=draw(st.integers(3, 2**17)),  # the default eos_token_id is 2
         hidden_size=draw(sizes),
         intermediate_size=draw(sizes),
         num_hidden_layers=draw(st.integers(1, 48)),

@@ -1,0 +1,317 @@
+"""Where tensors lie in files that `torch.save` wrote. Nothing in such a file is ever run.
+
+`torch.load` reads as many bytes as the pickle claims: from a mapped file also those of a record
+that is shorter, compressed or in the other byte order, and past the end of the record. Therefore
+the archive's directory is checked here, and the pickle is interpreted: only the opcodes that
+`torch.save` writes, and only the calls that rebuild a dense tensor, which become descriptions.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mistral_kernels.checkpoint.files import CheckpointError, check_regular
+from mistral_kernels.checkpoint.stored import (
+    FLOAT_TYPES,
+    HEADER_LIMIT,
+    StoredTensor,
+    contiguous_strides,
+    count_elements,
+)
+
+# Bytes of a pickle: about 140 per tensor.
+_PICKLE_LIMIT = 1 << 20
+
+_ZIP = b"PK\x03\x04"
+_ENCODED = 0x61  # flags of a record that is encrypted or a patch
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
+
+# safetensors' names of the types that torch's storage classes hold.
+_KINDS = {
+    "torch.BFloat16Storage": "BF16",
+    "torch.HalfStorage": "F16",
+    "torch.FloatStorage": "F32",
+    "torch.DoubleStorage": "F64",
+    "torch.CharStorage": "I8",
+    "torch.ShortStorage": "I16",
+    "torch.IntStorage": "I32",
+    "torch.LongStorage": "I64",
+    "torch.ByteStorage": "U8",
+    "torch.BoolStorage": "BOOL",
+}
+_ORDERED_DICT = "collections.OrderedDict"
+_REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
+_REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
+_KNOWN = {*_KINDS, _ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER}
+
+
+class _Global(str):
+    """The dotted name of a class or function."""
+
+
+class _Storage(NamedTuple):
+    kind: str
+    key: str
+    size: int  # elements
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int  # elements
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Record(NamedTuple):
+    begin: int
+    size: int  # bytes
+    crc: int
+
+
+class _Refused(Exception):
+    """A pickle holds something other than plain tensors: what, in words."""
+
+
+def list_pickled(file: Path) -> list[StoredTensor]:
+    """List the tensors of a file that `torch.save` wrote, by its directory and its pickle alone.
+
+    Raises `CheckpointError` for a file that is not whole, for records that are compressed or not
+    little-endian, and for a pickle of anything but a dict of plain tensors.
+    """
+    check_regular(file)
+    try:
+        with _BoundedFile(file) as opened:
+            if opened.read(4) != _ZIP:
+                raise CheckpointError(
+                    f"{file} is not in the format that torch.save writes since PyTorch 1.6; "
+                    "save it anew"
+                )
+            records = _list_records(opened)
+            if "byteorder" in records and _read(opened, records["byteorder"]) != b"little":
+                raise _Refused("its byte order is not little-endian; save it anew on this machine")
+            contents = _interpret(_read(opened, records["data.pkl"], _PICKLE_LIMIT))
+        if type(contents) is not dict or not contents:
+            kind = "an empty dict" if contents == {} else type(contents).__name__.lstrip("_")
+            raise CheckpointError(f"{file} must hold a dict of tensors, not {kind}")
+        return [_locate(file, name, value, records) for name, value in contents.items()]
+    except CheckpointError:
+        raise
+    except _Refused as refused:
+        raise CheckpointError(f"{file} refused: {refused}") from None
+    except Exception as error:  # of a parser, by damaged bytes: of nearly every class
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{file} is not whole ({reason}); download or copy it again"
+        ) from None
+
+
+class _BoundedFile(io.FileIO):
+    """A file that refuses to read much at once: zipfile reads a directory whole, however long."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0:
+            size = HEADER_LIMIT + 1
+        if len(data := super().read(min(size, HEADER_LIMIT + 1))) > HEADER_LIMIT:
+            raise ValueError(f"a directory of more than {HEADER_LIMIT} bytes")
+        return data
+
+
+def _list_records(opened: _BoundedFile) -> dict[str, _Record]:
+    """Return the records of a zip file, without their common folder, after a check of each."""
+    records: dict[str, _Record] = {}
+    with zipfile.ZipFile(opened) as archive:
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+        ends = [*(entry.header_offset for entry in entries[1:]), archive.start_dir]
+    for entry, end in zip(entries, ends):
+        folder, _, name = entry.filename.partition("/")
+        if folder != entries[0].filename.partition("/")[0] or name in records:
+            raise ValueError(f"unexpected record {entry.filename!r}")
+        opened.seek(entry.header_offset)
+        signature, name_length, extra_length = _LOCAL_HEADER.unpack(opened.read(30))
+        encoding = "utf-8" if entry.flag_bits & 0x800 else "cp437"
+        if signature != _ZIP or opened.read(name_length) != entry.orig_filename.encode(encoding):
+            raise ValueError(f"record {name!r} has a damaged header")
+        begin = opened.tell() + extra_length
+        is_stored = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & _ENCODED
+        if not is_stored or entry.compress_size != entry.file_size:
+            raise _Refused(f"its record {name!r} is compressed; save it anew with torch.save")
+        if begin + entry.file_size > end:
+            raise ValueError(f"record {name!r} is cut off")
+        records[name] = _Record(begin, entry.file_size, entry.CRC)
+    return records
+
+
+def _read(opened: _BoundedFile, record: _Record, limit: int = 16) -> bytes:
+    if record.size > limit:
+        raise ValueError(f"a record has {record.size} bytes, at most {limit} are expected")
+    opened.seek(record.begin)
+    data = opened.read(record.size)
+    if zlib.crc32(data) != record.crc:
+        raise ValueError("a record does not match its checksum")
+    return data
+
+
+def _interpret(pickle: bytes) -> Any:
+    """Return what a pickle describes, of dicts, lists, tuples, numbers, str and `_Tensor`."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def pop_to_mark() -> list[Any]:
+        mark = marks.pop()
+        items = stack[mark:]
+        del stack[mark:]
+        return items
+
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(pickle):
+        match opcode.name:
+            case "PROTO" if argument > 5:
+                raise ValueError(f"protocol {argument} is unknown")
+            case "PROTO" | "FRAME":
+                pass
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                stack.append(argument)
+            case "BINUNICODE" | "SHORT_BINUNICODE":
+                stack.append(argument)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(pop_to_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                items = [stack.pop() for _ in range(int(opcode.name[-1]))]
+                stack.append(tuple(reversed(items)))
+            case "APPEND":
+                _container(list, stack[-2]).append(stack.pop())
+            case "APPENDS":
+                items = pop_to_mark()
+                _container(list, stack[-1]).extend(items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _container(dict, stack[-1])[_key(key)] = value
+            case "SETITEMS":
+                items = pop_to_mark()
+                keys = map(_key, items[::2])
+                _container(dict, stack[-1]).update(zip(keys, items[1::2], strict=True))
+            case "GLOBAL":
+                stack.append(_name(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                stack.append(_name(module, name))
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(_call(function, arguments))
+            case "BUILD":
+                stack.pop()  # attributes of an OrderedDict: transformers' _metadata
+                _container(dict, stack[-1])
+            case "STOP":
+                return stack.pop()
+            case name:
+                raise _Refused(f"it holds more than plain tensors (opcode {name})")
+    raise EOFError("the pickle has no end")
+
+
+def _name(module: Any, name: Any) -> _Global:
+    if type(module) is not str or type(name) is not str:
+        raise TypeError("the name of a class is not a string")
+    if (full_name := f"{module}.{name}") not in _KNOWN:
+        if module.partition(".")[0] == "torch":
+            raise _Refused(f"it holds more than plain tensors ({full_name})")
+        raise _Refused(
+            f"it wants to run {full_name} when loaded; only files of plain tensors are read"
+        )
+    return _Global(full_name)
+
+
+def _storage(identity: Any) -> _Storage:
+    """Return a storage by its persistent id: "storage", class, key, device, size."""
+    _, storage_class, key, _, size = identity
+    if type(storage_class) is not _Global or type(key) is not str:
+        raise TypeError("malformed storage")
+    return _Storage(_KINDS[storage_class], key, _count(size))
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    """Return what a call rebuilds, of the few that are known."""
+    if type(function) is not _Global or type(arguments) is not tuple:
+        raise TypeError("malformed call")
+    if function == _ORDERED_DICT and not arguments:
+        return {}
+    if function == _REBUILD_PARAMETER and type(arguments[0]) is _Tensor:
+        return arguments[0]
+    if function == _REBUILD_TENSOR:
+        storage, offset, shape, strides, requires_grad, _, *metadata = arguments
+        if any(metadata):
+            raise _Refused("it holds more than plain tensors (one negated or conjugated)")
+        if type(storage) is not _Storage or type(requires_grad) is not bool:
+            raise TypeError("malformed tensor")
+        if len(shape) != len(strides) or len(shape) > 64 or len(metadata) > 1:
+            raise TypeError("malformed tensor")
+        shape, strides = tuple(map(_count, shape)), tuple(map(_count, strides))
+        return _Tensor(storage, _count(offset), shape, strides)
+    raise _Refused(f"it holds more than plain tensors ({function})")
+
+
+def _locate(file: Path, name: Any, value: Any, records: dict[str, _Record]) -> StoredTensor:
+    """Return where a tensor lies, after a check that its record holds all of it."""
+    if type(name) is not str or type(value) is not _Tensor:
+        what = type(name if type(name) is not str else value).__name__
+        raise CheckpointError(f"{file} must hold tensors by name, but {name!r} is a {what}")
+    storage, offset, shape, strides = value
+    if storage.kind not in FLOAT_TYPES:  # only listed, never read
+        return StoredTensor(name, file, shape, storage.kind, 0)
+    itemsize = FLOAT_TYPES[storage.kind].itemsize
+    record = records[f"data/{storage.key}"]
+    if record.size != storage.size * itemsize:
+        raise ValueError(
+            f"tensor {name!r} takes {storage.size * itemsize} bytes of a record of {record.size}"
+        )
+    if offset + count_elements(shape, strides) > storage.size:
+        raise ValueError(f"tensor {name!r} lies outside its storage")
+    begin = record.begin + offset * itemsize
+    if all(
+        size == 1 or stride == expected
+        for size, stride, expected in zip(shape, strides, contiguous_strides(shape))
+    ):
+        return StoredTensor(name, file, shape, storage.kind, begin)
+    return StoredTensor(name, file, shape, storage.kind, begin, strides)
+
+
+def _container(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"expected a {kind.__name__}, got a {type(value).__name__}")
+    return value
+
+
+def _key(key: Any) -> str | int:
+    if type(key) not in (str, int):  # hashing a deeply nested tuple would overflow the C stack
+        raise TypeError(f"a key is a {type(key).__name__}")
+    return key
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise TypeError(f"a size is {value!r}" if type(value) is int else "a size is not a number")
+    return value

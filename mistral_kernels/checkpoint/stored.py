@@ -1,0 +1,121 @@
+"""Where tensors lie in weight files: the headers of safetensors, and reading by memory-mapping."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mistral_kernels.checkpoint.files import CheckpointError, check_regular
+
+# The types in which unquantized weights are stored, by safetensors' name.
+FLOAT_TYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+# Of weights in memory, of large tensors in files that we write, and of those that are used where
+# they lie: what a processor fetches unasked ends with a page, and rows that lie across pages are
+# read a twentieth to an eighth more slowly.
+ALIGNMENT = 4096
+
+# Bytes of a file that describe its tensors, about 100 per tensor; parsed, they take 24 times that.
+HEADER_LIMIT = 8 << 20
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, as the file's header describes it.
+
+    `kind`: its type by safetensors' name, "BF16" or "I64". `begin`: the byte of the file at which
+    its data begin. `strides`: in elements, None for a contiguous tensor.
+    """
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    kind: str
+    begin: int
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return FLOAT_TYPES[self.kind]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, contents: Tensor) -> Tensor:
+        """Return the tensor from the mapped bytes of its file: a view, where that is possible."""
+        strides = self.strides or contiguous_strides(self.shape)
+        extent = count_elements(self.shape, strides)
+        end = self.begin + extent * self.dtype.itemsize
+        if end > contents.numel():
+            raise _shortened(self.file)
+        data = contents[self.begin : end]
+        if self.begin % self.dtype.itemsize:
+            data = data.clone()  # a view of another type must be aligned
+        return data.view(self.dtype).as_strided(self.shape, strides).contiguous()
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def count_elements(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Return how many elements of a storage a tensor spans, from its first to its last."""
+    if not all(shape):
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+
+
+def map_file(file: Path, needed: int = 0) -> Tensor:
+    """Map a file of at least `needed` bytes as a uint8 tensor. Writes do not reach the file."""
+    size = check_regular(file)
+    if size < needed:
+        raise _shortened(file)
+    return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
+
+
+def list_safetensors(file: Path) -> list[StoredTensor]:
+    """List the tensors of a safetensors file in the order of their data, by its header alone.
+
+    Raises `CheckpointError` for a file that is not whole, which safetensors checks: the header is
+    well-formed, and its tensors fill the file without gaps or overlaps.
+    """
+    check_regular(file)
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > HEADER_LIMIT:
+            raise _not_whole(file, f"a header of {length} bytes, more than {HEADER_LIMIT}")
+        encoded = opened.read(length)
+    try:
+        with safe_open(file, framework="pt") as checked:
+            names = checked.offset_keys()
+        header = json.loads(encoded)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _not_whole(file, str(error)) from None
+    found = []
+    for name in names:
+        tensor = header[name]
+        begin = 8 + length + tensor["data_offsets"][0]
+        found.append(StoredTensor(name, file, tuple(tensor["shape"]), tensor["dtype"], begin))
+    return found
+
+
+def _shortened(file: Path) -> CheckpointError:
+    return CheckpointError(f"{file} has become shorter since it was opened")
+
+
+def _not_whole(file: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is not a whole safetensors file ({reason}); download or copy it again"
+    )

@@ -1,0 +1,275 @@
+"""Folders that are not what their names say: other kinds of files, false counts, odd names."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_checkpoints import SMALL, State
+
+from mistral_kernels import MistralForCausalLM
+from mistral_kernels.checkpoint import CheckpointError, check_folder, open_checkpoint, resolve
+from mistral_kernels.checkpoint.stored import HEADER_LIMIT, map_file
+from mistral_kernels.model.config import ConfigError
+
+Make = Callable[..., tuple[Path, State]]
+
+
+def refused(folder: Path, message: str, error: type[Exception] = CheckpointError) -> None:
+    """Opening fails with one printable line that contains `message`."""
+    with pytest.raises(error) as caught:
+        open_checkpoint(folder)
+    text = str(caught.value)
+    assert message in text and text.isprintable(), text
+
+
+def write_safetensors(path: Path, header: bytes, body: bytes, length: int | None = None) -> None:
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + body)
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "a device", "a folder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("hf/config.json", "hf/generation_config.json", "hf/model.safetensors"),
+        *("raw/params.json", "raw/consolidated.safetensors"),
+        *("hf/model.safetensors.index.json", "hf/pytorch_model.bin", "raw/consolidated.00.pth"),
+    ],
+)
+def test_what_is_no_regular_file(make: Make, tmp_path: Path, name: str, kind: str) -> None:
+    """Opened, a FIFO would wait for ever, and a device might never end."""
+    file = tmp_path / name
+    make(file.parent.name)
+    if file.suffix in (".bin", ".pth") or "index" in name:
+        next(file.parent.glob("*.safetensors")).unlink()
+    file.unlink(missing_ok=True)
+    if kind == "a FIFO":
+        os.mkfifo(file)
+    elif kind == "a device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.mkdir()
+    refused(file.parent, f"{file} must be a regular file, got {kind}")
+
+
+def test_links_as_in_the_hubs_cache(make: Make, tmp_path: Path) -> None:
+    folder, state = make("hf")
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    found = dict(open_checkpoint(snapshot).tensors())
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    (folder / "model.safetensors").unlink()
+    refused(snapshot, "has config.json but no weights")
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("model-1-of-9999999999.safetensors", 9999999999),
+        ("model-00001-of-00003.safetensors", 3),
+        (f"model-1-of-{'9' * 90}.safetensors", int("9" * 90)),
+    ],
+)
+def test_counts_in_names(make: Make, name: str, count: int) -> None:
+    """No list is made of shards that a name claims."""
+    folder, _ = make("hf")
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(CheckpointError, match=f"tells of {count} shards, {count - 1} of them not"):
+        open_checkpoint(folder)
+
+
+def test_counts_of_another_download(make: Make, tmp_path: Path) -> None:
+    folder, state = make("hf")
+    names = list(state)
+    for i, part in enumerate((names[:9], names[9:]), start=1):
+        file = folder / f"model-{i}-of-2.safetensors"
+        save_file({name: state[name] for name in part}, file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model-7-of-9.safetensors").touch()
+    assert open_checkpoint(folder).stored.keys() == state.keys()
+    (folder / "model-2-of-2.safetensors").unlink()
+    refused(folder, "model-2-of-2.safetensors is missing: model-1-of-2.safetensors tells of 2 shar")
+
+
+@pytest.mark.parametrize(
+    "weight_map, message",
+    [
+        ([], "weight_map must be an object, got []"),
+        ({"a": 3}, "weight_map.a must be a string, got 3"),
+        ({"a": "../x"}, "points outside its folder: '../x'"),
+        ({"a": "/etc/passwd"}, "points outside its folder: '/etc/passwd'"),
+        ({"a": "x\ny"}, "hf/x\\ny is missing"),
+        ({"a": "x" * 300}, "File name too long"),
+        ({"a": "\0"}, "hf/\\x00 is missing"),
+        ({"a": ".."}, "hf/.. must be a regular file, got a folder"),
+        ({"a": ""}, "hf must be a regular file, got a folder"),
+        ({"a": "config.json"}, "is not in the format that torch.save writes"),
+    ],
+)
+def test_indices(make: Make, weight_map: object, message: str) -> None:
+    folder, _ = make("hf")
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    refused(folder, message)
+
+
+def test_headers_of_safetensors(make: Make) -> None:
+    folder, _ = make("hf")
+    file = folder / "model.safetensors"
+    entry = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    write_safetensors(file, b'{"a":' + entry + b"}", bytes(4), HEADER_LIMIT + 1)
+    refused(folder, f"a header of {HEADER_LIMIT + 1} bytes, more than {HEADER_LIMIT}")
+    write_safetensors(file, b'{"a":' + entry.replace(b"0,4", b"0,8") + b"}", bytes(4))
+    refused(folder, "is not a whole safetensors file (Error while deserializing header")
+    write_safetensors(file, b"[" * 200_000, b"")
+    refused(folder, "is not a whole safetensors file (Error while deserializing header")
+    write_safetensors(file, b'{"a\\n\\u001b[2J":' + entry + b"}", bytes(4))
+    refused(folder, r"unexpected tensor 'a\n\x1b[2J'")
+    overflowing = b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}'
+    write_safetensors(file, overflowing, b"")
+    refused(folder, "is not a whole safetensors file (Error while deserializing header")
+    empty = b'{"lm_head.weight":{"dtype":"F32","shape":[0,40],"data_offsets":[0,0]}}'
+    write_safetensors(file, empty, b"")
+    refused(
+        folder, "tensor 'lm_head.weight' has shape (0, 40), the configuration asks for (61, 40)"
+    )
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\n")
+    refused(folder, "is not a whole safetensors file (a header of")
+
+
+def test_a_tensor_described_twice(make: Make) -> None:
+    """The last counts, as in safetensors."""
+    folder, state = make("hf")
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    wrong = b'{"model.norm.weight": {"dtype": "I32", "shape": [40], "data_offsets": [0, 160]}, '
+    header = data[8 : 8 + length].replace(b"{", wrong, 1)
+    write_safetensors(file, header, data[8 + length :])
+    assert load_file(file)["model.norm.weight"].dtype == torch.float32
+    found = dict(open_checkpoint(folder).tensors())
+    assert torch.equal(found["model.norm.weight"], state["model.norm.weight"])
+
+
+@pytest.mark.parametrize(
+    "dtype, message",
+    [
+        (torch.int64, "tensor 'model.norm.weight' must be stored as BF16, F16, F32, F64, got I64"),
+        (torch.bool, "tensor 'model.norm.weight' must be stored as BF16, F16, F32, F64, got BOOL"),
+        (torch.complex64, "must be stored as BF16, F16, F32, F64, got C64"),
+        (torch.uint8, "has quantized weights (tensor 'model.norm.weight' is stored as U8)"),
+        (torch.float8_e5m2, "quantized weights (tensor 'model.norm.weight' is stored as F8_E5M2)"),
+    ],
+    ids=str,
+)
+def test_types(make: Make, dtype: torch.dtype, message: str) -> None:
+    """Only 8 bits and fewer are what quantization stores; any other type is what it is."""
+    folder, state = make("hf")
+    file = folder / "model.safetensors"
+    save_file(state | {"model.norm.weight": torch.zeros(40).to(dtype)}, file)
+    refused(folder, message)
+    save_file(state | {"model.position_ids": torch.zeros(40).to(dtype)}, file)
+    refused(folder, "unexpected tensor 'model.position_ids'")
+
+
+def test_files_that_become_shorter(make: Make) -> None:
+    for format, name in (("hf", "model.safetensors"), ("raw", "consolidated.safetensors")):
+        folder, _ = make(format)
+        checkpoint = open_checkpoint(folder)
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+        with pytest.raises(CheckpointError, match=f"{name} has become shorter since it was opened"):
+            for _, tensor in checkpoint.tensors():
+                del tensor
+        with pytest.raises(CheckpointError, match=f"{name} has become shorter since it was opened"):
+            map_file(folder / name, len(data))
+
+
+def test_paths_with_line_breaks(make: Make, tmp_path: Path) -> None:
+    folder, _ = make("hf")
+    odd = tmp_path / "a\nb\x1b[2J"
+    folder.rename(odd)
+    assert open_checkpoint(odd).path == odd
+    (odd / "config.json").write_text('{"vocab_size": "x"}')
+    refused(odd, r"a\nb\x1b[2J/config.json: vocab_size must be", ConfigError)
+    (odd / "config.json").write_text("{")
+    refused(odd, r"a\nb\x1b[2J/config.json must be JSON")
+
+
+def test_messages_are_short(make: Make) -> None:
+    folder, state = make("hf")
+    save_file(state | {"x" * 5000: torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder)
+    assert len(str(caught.value)) == 1000 and str(caught.value).endswith("...")
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+@pytest.mark.parametrize("name", ["hf/config.json", "hf/generation_config.json", "raw/params.json"])
+def test_nested_json(make: Make, tmp_path: Path, name: str, opening: str) -> None:
+    make(name.partition("/")[0])
+    (tmp_path / name).write_text(opening * 200_000)
+    refused((tmp_path / name).parent, f"{name} must be JSON of moderate depth: nested too deeply")
+
+
+def test_sizes_beyond_any_model(make: Make) -> None:
+    """Refused before a list of layers, or of what they hold, is made."""
+    folder, _ = make("hf")
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2**62}))
+    message = f"{config}: num_hidden_layers must be an integer from 1 to 4096, got {2**62}"
+    refused(folder, message, ConfigError)
+
+
+def test_gguf(tmp_path: Path, make: Make) -> None:
+    file = tmp_path / "mistral-7b.Q4_0.gguf"
+    file.write_bytes(b"GGUF\3\0\0\0")
+    message = (
+        f"^{file}: GGUF is not supported; give a folder with config.json and model.safetensors "
+        r"\(Hugging Face\), or params.json and consolidated.safetensors \(Mistral\)$"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        resolve(file)
+    refused(tmp_path, "or params.json (Mistral); GGUF is not supported")
+    folder, _ = make("hf")
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+    refused(folder, "expected model*.safetensors; GGUF is not supported")
+
+
+def test_formats_by_names(make: Make, tmp_path: Path) -> None:
+    assert [check_folder(make(format)[0]) for format in ("hf", "raw")] == ["hf", "raw"]
+    with pytest.raises(CheckpointError, match="has no configuration: expected config.json"):
+        check_folder(tmp_path)
+
+
+def test_the_home_of_nobody() -> None:
+    for read in (resolve, open_checkpoint):
+        with pytest.raises(CheckpointError, match="no such user: '~no.such.user'; name the folder"):
+            read("~no.such.user")
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_fields_replaced_on_loading(make: Make, quantize: str | None) -> None:
+    """Those that no weight depends on; the others are refused, not looked up in vain."""
+    folder, _ = make("hf", torch.float32)
+    model = MistralForCausalLM.from_pretrained(
+        folder, quantize=quantize, sliding_window=None, vocab_size=61
+    )
+    assert model.config.sliding_window is None and model.config.vocab_size == SMALL.vocab_size
+    for name, own, value in (("num_hidden_layers", 3, 2), ("vocab_size", 61, 10)):
+        message = (
+            f"^{name} must be {own}, which the checkpoint's weights determine, got {value}; what"
+        )
+        with pytest.raises(ConfigError, match=message):
+            MistralForCausalLM.from_pretrained(folder, quantize=quantize, **{name: value})
+    with pytest.raises(TypeError, match="'head' is not an option or a configuration field; what"):
+        MistralForCausalLM.from_pretrained(folder, head=1)

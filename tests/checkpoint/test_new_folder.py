@@ -1,0 +1,217 @@
+"""Folders that appear when they are complete: what interrupted, killed and rival writers leave."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mistral_kernels.checkpoint import CheckpointError, writing
+from mistral_kernels.checkpoint.writing import new_folder
+
+# A process that writes into a folder and says so, and goes on when it is told to.
+WRITER = """
+    import signal, sys
+    for number in (signal.SIGTERM, signal.SIGHUP):  # nohup would have the latter ignored
+        signal.signal(number, signal.SIG_DFL)
+    from mistral_kernels.checkpoint.writing import new_folder
+    with new_folder(sys.argv[1], 0) as folder:
+        (folder / "part").write_text("x")
+        print(folder, flush=True)
+        sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def writer() -> Iterator[Callable[[Path], tuple[subprocess.Popen[str], Path]]]:
+    processes = []
+
+    def start(target: Path) -> tuple[subprocess.Popen[str], Path]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(WRITER), str(target)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        assert process.stdout is not None
+        return process, Path(process.stdout.readline().strip())
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_killed_and_living_writers(
+    tmp_path: Path,
+    writer: Callable[[Path], tuple[subprocess.Popen[str], Path]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A killed one's folder is removed, whatever its target was; a living one's never."""
+    killed, left = writer(tmp_path / "killed")
+    living, kept = writer(tmp_path / "living")
+    killed.kill()
+    killed.wait()
+    assert names(tmp_path) == {left.name, kept.name}
+    with (
+        caplog.at_level(logging.WARNING, "mistral_kernels"),
+        new_folder(tmp_path / "out", 0) as new,
+    ):
+        assert names(tmp_path) == {kept.name, new.name}
+    assert [record.message for record in caplog.records] == [
+        f"removed {left}, which an interrupted run had left"
+    ]
+    out, _ = living.communicate("\n", timeout=60)
+    assert living.returncode == 0 and names(tmp_path) == {"living", "out"}
+    assert (tmp_path / "living" / "part").read_text() == "x"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_terminated_writers(
+    tmp_path: Path,
+    writer: Callable[[Path], tuple[subprocess.Popen[str], Path]],
+    number: signal.Signals,
+) -> None:
+    """They die of the signal, as they would without `new_folder`, but leave nothing."""
+    process, _ = writer(tmp_path / "out")
+    process.send_signal(number)
+    assert process.wait() == -number
+    assert names(tmp_path) == set()
+
+
+def test_handlers_of_the_program_are_kept(tmp_path: Path) -> None:
+    """nohup ignores SIGHUP; the default comes back when the folder is written."""
+    seen: list[int] = []
+    before = [signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))]
+    before.append(signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    try:
+        with new_folder(tmp_path / "out", 0):
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGHUP)
+        assert seen == [signal.SIGTERM] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with new_folder(tmp_path / "other", 0):
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGHUP, before[1])
+
+
+def test_a_folder_written_by_a_thread(tmp_path: Path) -> None:
+    def write() -> None:
+        with new_folder(tmp_path / "out", 0) as folder:
+            (folder / "x").touch()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    assert names(tmp_path / "out") == {"x"}
+
+
+def test_what_is_not_ours_is_kept(tmp_path: Path) -> None:
+    kept = {".out.partial-12", ".out.partial-x", "out.partial-0123456789abcdef", ".partial"}
+    for name in kept:
+        (tmp_path / name).mkdir()
+    file, link = ".file.partial-0123456789abcdef", ".link.partial-0123456789abcdef"
+    (tmp_path / file).touch()
+    (tmp_path / link).symlink_to(tmp_path / ".partial")
+    with new_folder(tmp_path / "new", 0):
+        pass
+    assert names(tmp_path) == {*kept, file, link, "new"}
+
+
+def test_a_folder_that_is_taken_for_abandoned_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its making and its locking another process may remove it: another one is made."""
+    make, removed = Path.mkdir, []
+
+    def make_and_lose(path: Path, *args: object, **options: object) -> None:
+        make(path, *args, **options)  # type: ignore[arg-type]
+        if ".partial-" in path.name and len(removed) < 2:
+            removed.append(path)
+            writing._remove_abandoned(tmp_path)
+
+    monkeypatch.setattr(Path, "mkdir", make_and_lose)
+    with new_folder(tmp_path / "out", 0) as folder:
+        assert folder not in removed and names(tmp_path) == {folder.name}
+    assert names(tmp_path) == {"out"} and len(removed) == 2
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written to; nothing there is taken for abandoned."""
+    (tmp_path / ".old.partial-0123456789abcdef").mkdir()
+
+    def flock(*_: object) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(writing.fcntl, "flock", flock)
+    with new_folder(tmp_path / "out", 0) as folder:
+        (folder / "x").touch()
+    assert names(tmp_path) == {"out", ".old.partial-0123456789abcdef"}
+
+
+@pytest.mark.parametrize("rival", ["folder", "file"])
+def test_a_target_that_appears_meanwhile(tmp_path: Path, rival: str) -> None:
+    target = tmp_path / "out"
+    message = "out is not empty" if rival == "folder" else "out is a file"
+    with pytest.raises(CheckpointError, match=message), new_folder(target, 0):
+        if rival == "folder":
+            target.mkdir()
+            (target / "mine").touch()
+        else:
+            target.touch()
+    assert names(tmp_path) == {"out"}
+    assert not target.is_dir() or names(target) == {"mine"}
+
+
+def test_two_writers_of_one_target(
+    tmp_path: Path, writer: Callable[[Path], tuple[subprocess.Popen[str], Path]]
+) -> None:
+    """The first to end has it, the second is told."""
+    (first, _), (second, _) = (writer(tmp_path / "out") for _ in range(2))
+    first.communicate("\n", timeout=60)
+    second.communicate("\n", timeout=60)
+    assert (first.returncode, second.returncode) == (0, 1)
+    assert names(tmp_path) == {"out"} and names(tmp_path / "out") == {"part"}
+
+
+def test_extra_files_are_regular(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.model")
+    with (
+        pytest.raises(CheckpointError, match="tokenizer.model must be a regular file, got a FIFO"),
+        new_folder(tmp_path / "out", 0, [tmp_path / "tokenizer.model"]),
+    ):
+        pass
+    assert names(tmp_path) == {"tokenizer.model"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, OSError])
+def test_errors(tmp_path: Path, error: type[BaseException]) -> None:
+    expected = CheckpointError if error is OSError else error
+    with pytest.raises(expected), new_folder(tmp_path / "out", 0) as folder:
+        (folder / "x").touch()
+        raise error
+    assert names(tmp_path) == set()
+
+
+def test_the_home_of_nobody(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CheckpointError, match="no such user: '~no.such.user/x'; name the folder in"),
+        new_folder("~no.such.user/x", 0),
+    ):
+        pass
