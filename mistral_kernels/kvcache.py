@@ -163,7 +163,8 @@ def _check_new(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None) -
     if k is None or v is None:
         return 0
     check_shape("v", v, k.shape)
-    check_same_dtype("q", q, k=k, v=v)
+    check_same_dtype("k", k, "q", q)
+    check_same_dtype("v", v, "q", q)
     check_device("q", q, k=k, v=v)
     return k.shape[1]
 

@@ -71,6 +71,8 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
   d.dtype = dtype_of("q", q);
   for (int64_t sequence = 0; sequence < d.batch; ++sequence) {
     KERNELS_CHECK(d.lengths[sequence] >= 0, "lengths must be >= 0, got ", d.lengths[sequence]);
+    KERNELS_CHECK(!d.leftpad || d.leftpad[sequence] >= 0, "leftpad must be >= 0, got ",
+                  d.leftpad[sequence]);
     const kernels::Span span = kernels::visible(d, sequence);
     const auto check = [&](const char* name, int64_t outer) {
       KERNELS_CHECK(outer >= 0 && outer < k_cache.size(0), name, " must lie in [0, ",

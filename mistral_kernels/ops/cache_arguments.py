@@ -27,8 +27,7 @@ def check_cache(
     """Return the number of sequences of a cache, rings or pages.
 
     Raises:
-        ValueError: naming the argument whose shape or value does not fit. Values are checked on the
-            CPU alone, where that does not wait for the device, and not while compiling.
+        ValueError: naming the argument whose shape does not fit; the values are for `check_places`.
         TypeError: naming the argument whose dtype does not fit.
     """
     check_float("k_cache", k_cache)
@@ -38,7 +37,7 @@ def check_cache(
             f"num_kv_heads > 0, got {tuple(k_cache.shape)}"
         )
     check_shape("v_cache", v_cache, k_cache.shape)
-    check_same_dtype("k_cache", k_cache, v_cache=v_cache)
+    check_same_dtype("v_cache", v_cache, "k_cache", k_cache)
     check_unit_stride("k_cache", k_cache)
     check_unit_stride("v_cache", v_cache)
     if lengths.ndim != 1:
@@ -56,10 +55,16 @@ def check_cache(
         raise ValueError(
             f"k_cache must have a row for each of the {batch} sequences, got {k_cache.shape[0]}"
         )
+    return batch
+
+
+def check_places(
+    k_cache: Tensor, lengths: Tensor, rows: Tensor | None, block_table: Tensor | None
+) -> None:
+    """Raise ValueError for values of index tensors that no cache has, where they can be read."""
     check_range("lengths", lengths, INT32_MAX)
     check_range("rows", rows, k_cache.shape[0] - 1)
     check_range("block_table", block_table, k_cache.shape[0] - 1)
-    return batch
 
 
 def check_one_per_row(k_cache: Tensor, lengths: Tensor) -> None:
@@ -71,9 +76,8 @@ def check_one_per_row(k_cache: Tensor, lengths: Tensor) -> None:
         )
 
 
-def check_packing(cu_seqlens: Tensor, batch: int, max_seqlen: int, total: int) -> None:
-    """Raise unless these are `batch` sequences of `total` tokens, none longer than `max_seqlen`."""
-    check_int32("cu_seqlens", cu_seqlens, (batch + 1,))
+def check_packing(cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
+    """Raise ValueError unless these are `total` tokens in sequences of at most `max_seqlen`."""
     if not can_read(cu_seqlens):
         return
     offsets = cu_seqlens.tolist()
@@ -90,17 +94,15 @@ def check_new_tokens(name: str, x: Tensor, k_cache: Tensor, total: int) -> None:
     """Raise unless `x` holds keys or values of `total` packed tokens for this cache."""
     _, _, num_kv_heads, head_dim = k_cache.shape
     check_shape(name, x, (total, num_kv_heads, head_dim))
-    check_same_dtype("k_cache", k_cache, **{name: x})
+    check_same_dtype(name, x, "k_cache", k_cache)
 
 
-def check_rotation(
-    q: Tensor, cos: Tensor, sin: Tensor, k: Tensor, lengths: Tensor, cu_seqlens: Tensor
-) -> None:
-    """Raise unless q and k, packed, can be rotated by these tables, as far as they reach."""
+def check_rotation(q: Tensor, cos: Tensor, sin: Tensor, k: Tensor) -> None:
+    """Raise unless q and k, packed, can be rotated by these tables."""
     total, _, head_dim = k.shape
     if q.ndim != 3 or q.shape[0] != total or q.shape[1] == 0 or q.shape[-1] != head_dim:
         raise ValueError(f"q must be ({total}, num_heads, {head_dim}) like k, got {tuple(q.shape)}")
-    check_same_dtype("k", k, q=q)
+    check_same_dtype("q", q, "k", k)
     for name, table in (("cos", cos), ("sin", sin)):
         if table.ndim != 2 or table.shape[-1] * 2 != head_dim or len(table) != len(cos):
             raise ValueError(
@@ -109,6 +111,10 @@ def check_rotation(
         if table.dtype != torch.float32:
             raise TypeError(f"{name} must be torch.float32, got {table.dtype}")
         check_unit_stride(name, table)
+
+
+def check_reach(cos: Tensor, lengths: Tensor, cu_seqlens: Tensor) -> None:
+    """Raise ValueError if the new tokens' positions go beyond the tables."""
     if can_read(lengths) and can_read(cu_seqlens):
         offsets = cu_seqlens.tolist()
         spans = zip(lengths.tolist(), offsets, offsets[1:])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_FEW = 64  # values that are read faster one by one
 INT32_MAX = torch.iinfo(torch.int32).max
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,7 +31,7 @@ def check_triton_dtype(name: str, x: Tensor) -> None:
 
 def check_written(name: str, x: Tensor) -> None:
     """Raise ValueError if elements of `x`, which is written in place, share memory."""
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape)):
+    if 0 in x.stride() and any(s == 0 and size > 1 for s, size in zip(x.stride(), x.shape)):
         raise ValueError(
             f"{name} must not hold an element twice, as an expanded tensor does, got strides "
             f"{x.stride()} for {tuple(x.shape)}"
@@ -43,11 +44,10 @@ def check_unit_stride(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}'s last dimension must be contiguous, got strides {x.stride()}")
 
 
-def check_same_dtype(like_name: str, like: Tensor, **others: Tensor | None) -> None:
-    """Raise TypeError unless the `others`, by their names, have the dtype of `like`."""
-    for name, x in others.items():
-        if x is not None and x.dtype != like.dtype:
-            raise TypeError(f"{name} must have {like_name}'s dtype {like.dtype}, got {x.dtype}")
+def check_same_dtype(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise TypeError unless `x` has the dtype of `like`."""
+    if x.dtype != like.dtype:
+        raise TypeError(f"{name} must have {like_name}'s dtype {like.dtype}, got {x.dtype}")
 
 
 def check_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
@@ -58,13 +58,15 @@ def check_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
 
 def is_number(value: Any) -> bool:
     """Return whether `value` is a real number, of Python, NumPy or a trace, and no bool."""
-    if isinstance(value, Tensor):
-        return value.ndim == 0
-    return hasattr(value, "__float__") and not isinstance(value, bool)
+    if isinstance(value, (int, float)):
+        return not isinstance(value, bool)
+    return value.ndim == 0 if isinstance(value, Tensor) else hasattr(value, "__float__")
 
 
 def is_flag(value: Any) -> bool:
     """Return whether `value` is a bool of Python or NumPy, or the integer 0 or 1."""
+    if value is True or value is False:
+        return True
     if type(value) is int:
         return value in (0, 1)
     return type(value).__name__ in ("bool", "bool_", "SymBool")  # NumPy's is either, by version
@@ -93,7 +95,8 @@ def check_range(name: str, x: Tensor | None, highest: int) -> None:
     """Raise ValueError unless all of `x` lies in [0, highest], where its values can be read."""
     if x is None or not x.numel() or not can_read(x):
         return
-    low, high = (int(bound) for bound in x.aminmax())
+    values = x.tolist() if x.numel() < _FEW and x.ndim == 1 else [int(y) for y in x.aminmax()]
+    low, high = min(values), max(values)
     if low < 0 or high > highest:
         raise ValueError(f"{name} must be in [0, {highest}], got {low} to {high}")
 

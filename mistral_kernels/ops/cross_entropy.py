@@ -259,7 +259,7 @@ def _check(
 ) -> None:
     label_smoothing, z_loss, softcap, *_ = args
     check_float("hidden", hidden)
-    check_same_dtype("hidden", hidden, weight=weight)
+    check_same_dtype("weight", weight, "hidden", hidden)
     if (
         hidden.ndim != 2
         or weight.ndim != 2

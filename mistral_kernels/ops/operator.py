@@ -42,21 +42,27 @@ def define(
     torch.library.define(qualified, schema)
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    check_tensors = _tensor_check(operator)
+    check_present, check_devices = _tensor_checks(operator)
 
     def run(*args: Any) -> Any:
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
             _refuse_forward_mode(name)
-        check_tensors(args)
+        check_present(args)
         check(*args)
         return implementation(*args)
 
+    def run_on_gpu(*args: Any) -> Any:
+        check_devices(args)  # the dispatcher calls this for CPU tensors among others
+        return run(*args)
+
     def run_fake(*args: Any) -> Any:
-        check_tensors(args)
+        check_present(args)
+        check_devices(args)
         check(*args)
         return fake(*args)
 
-    torch.library.impl(qualified, ("cpu", "cuda"), run)
+    torch.library.impl(qualified, "cpu", run)
+    torch.library.impl(qualified, "cuda", run_on_gpu)
     torch.library.register_fake(qualified, run_fake)
     torch.library.register_vmap(qualified, _one_by_one(operator))
     if gradient_of is not None:
@@ -87,7 +93,7 @@ class Function(torch.autograd.Function):
 
 def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return the empty tensor that stands for a result which was not asked for."""
-    return torch.empty(0, dtype=dtype or like.dtype, device=like.device)
+    return like.new_empty(0, dtype=dtype)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -149,31 +155,33 @@ def _has_tangent(x: Any) -> bool:
     return forward_ad.unpack_dual(x, level=forward_ad._current_level).tangent is not None
 
 
-def _tensor_check(operator: Any) -> Callable[[tuple[Any, ...]], None]:
-    """Return a check that the tensors of a call are there and on one device.
+Check = Callable[[tuple[Any, ...]], None]
 
-    The dispatcher sends a call with a meta tensor among others to the fake, whose results nobody
-    computes, and hands on None for a tensor.
+
+def _tensor_checks(operator: Any) -> tuple[Check, Check]:
+    """Return checks that the tensors of a call are there, and that they are on one device.
+
+    The dispatcher hands on None for a tensor, and sends a call with a meta tensor among others to
+    the fake, whose results nobody computes.
     """
-    arguments = [
-        (i, argument.name, str(argument.type) == "Tensor")
-        for i, argument in enumerate(operator._schema.arguments)
-        if "Tensor" in str(argument.type)
-    ]
+    arguments = operator._schema.arguments
+    tensors = [(i, x.name) for i, x in enumerate(arguments) if "Tensor" in str(x.type)]
+    required = [(i, x.name) for i, x in enumerate(arguments) if str(x.type) == "Tensor"]
 
-    def check(args: tuple[Any, ...]) -> None:
-        first = None
-        for i, name, required in arguments:
-            x = args[i]
-            if x is None:
-                if required:
-                    raise TypeError(f"{name} must be a tensor, got None")
-            elif first is None:
-                first, device, first_name = x, x.device, name
-            elif x.device != device:
-                raise ValueError(f"{name} must be on {device} like {first_name}, got {x.device}")
+    def check_present(args: tuple[Any, ...]) -> None:
+        for i, name in required:
+            if args[i] is None:
+                raise TypeError(f"{name} must be a tensor, got None")
 
-    return check
+    def check_devices(args: tuple[Any, ...]) -> None:
+        (first, device), *others = [
+            (name, args[i].device) for i, name in tensors if args[i] is not None
+        ]
+        for name, other in others:
+            if other != device:
+                raise ValueError(f"{name} must be on {device} like {first}, got {other}")
+
+    return check_present, check_devices
 
 
 def _one_by_one(operator: Any) -> Callable[..., Any]:

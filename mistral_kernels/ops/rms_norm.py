@@ -270,8 +270,14 @@ def _forward_csrc(
 ) -> Outputs:
     y, h, rstd = _empty_outputs(x, weight, residual, eps, save_rstd)
     outputs = y, None if residual is None else h, rstd if save_rstd else None
-    operators.rms_norm.default(*evenly_spaced(x, residual), weight.contiguous(), eps, *outputs)
+    _run_csrc(operators, x, weight, residual, eps, *outputs)
     return y, h, rstd
+
+
+def _run_csrc(
+    operators: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, *outputs: Any
+) -> None:
+    operators.rms_norm.default(*evenly_spaced(x, residual), weight.contiguous(), eps, *outputs)
 
 
 def _backward_csrc(
@@ -349,9 +355,10 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None, *_: Any) -> None:
             f"x and weight must be (..., hidden) and (hidden,), "
             f"got {tuple(x.shape)} and {tuple(weight.shape)}"
         )
+    check_same_dtype("weight", weight, "x", x)
     if residual is not None:
         check_shape("residual", residual, x.shape)
-    check_same_dtype("x", x, weight=weight, residual=residual)
+        check_same_dtype("residual", residual, "x", x)
 
 
 def _check_backward(
@@ -360,7 +367,7 @@ def _check_backward(
     _check(h, weight, dh)
     check_shape("dy", dy, h.shape)
     check_shape("rstd", rstd, h.shape[:-1])
-    check_same_dtype("h", h, dy=dy)
+    check_same_dtype("dy", dy, "h", h)
     if rstd.dtype != torch.promote_types(h.dtype, torch.float32):
         raise TypeError(f"rstd must be float32, or float64 like h, got {rstd.dtype}")
 
@@ -440,9 +447,14 @@ def rms_norm(
     """
     if operators := direct_cpu_operators(x, weight, residual):
         _check(x, weight, residual)
-        y, h, _ = _forward_csrc(operators, x, weight, residual, eps, False)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        h = None if residual is None else torch.empty_like(y)
+        _run_csrc(operators, x, weight, residual, eps, y, h, None)
     elif needs_gradient(x, weight, residual):
         y, h, _ = RMSNormFunction.apply(x, weight, residual, eps)
     else:
         y, h, _ = _forward_op(x, weight, residual, eps, False)
-    return y if residual is None else (y, h)
+    if residual is None:
+        return y
+    assert h is not None
+    return y, h

@@ -22,9 +22,11 @@ from mistral_kernels.ops.cache_arguments import (
     check_new_tokens,
     check_one_per_row,
     check_packing,
+    check_places,
+    check_reach,
     check_rotation,
 )
-from mistral_kernels.ops.checks import check_triton_dtype, check_written
+from mistral_kernels.ops.checks import check_int32, check_triton_dtype, check_written
 from mistral_kernels.ops.dispatch import (
     BACKEND_VARIABLE,
     device_guard,
@@ -268,7 +270,27 @@ def _implementation(k_cache: Tensor) -> Any:
 def _update(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *args: Any) -> None:
     """The operator without a rotation; args: lengths, cu_seqlens, max_seqlen, rows, block_table."""
     if k.numel():
-        _implementation(k_cache)(k_cache, v_cache, k, v, *args, None, None, None, None, False)
+        _run(k_cache, v_cache, k, v, *args, None, None, None, None, False)
+
+
+def _run(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *args: Any) -> None:
+    def check_values() -> None:
+        lengths, cu_seqlens, max_seqlen, rows, block_table, _, _, cos, *_ = args
+        check_places(k_cache, lengths, rows, block_table)
+        check_packing(cu_seqlens, max_seqlen, k.shape[0])
+        if cos is not None:
+            check_reach(cos, lengths, cu_seqlens)
+
+    implementation = _implementation(k_cache)
+    if implementation in (_update_triton, _update_torch):
+        check_values()
+        implementation(k_cache, v_cache, k, v, *args)
+        return
+    try:
+        implementation(k_cache, v_cache, k, v, *args)
+    except RuntimeError:  # csrc checks values itself: no need to do it twice
+        check_values()
+        raise
 
 
 def _rotary_update(
@@ -287,7 +309,7 @@ def _rotary_update(
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel():
         packed = k, v, lengths, cu_seqlens, max_seqlen, None, None
-        _implementation(k_cache)(k_cache, v_cache, *packed, q, q_out, cos, sin, interleaved)
+        _run(k_cache, v_cache, *packed, q, q_out, cos, sin, interleaved)
     return q_out
 
 
@@ -312,13 +334,13 @@ def _check(
     check_written("v_cache", v_cache)
     check_new_tokens("k", k, k_cache, k.shape[0] if k.ndim else 0)
     check_new_tokens("v", v, k_cache, k.shape[0])
-    check_packing(cu_seqlens, batch, max_seqlen, k.shape[0])
+    check_int32("cu_seqlens", cu_seqlens, (batch + 1,))
 
 
 def _check_rotary(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *args: Any) -> None:
     lengths, cu_seqlens, max_seqlen, q, cos, sin, _ = args
     _check(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, None, None)
-    check_rotation(q, cos, sin, k, lengths, cu_seqlens)
+    check_rotation(q, cos, sin, k)
 
 
 _CACHES = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v"

@@ -193,7 +193,11 @@ def _rotate_csrc(
     q, k = (x if x is None or x.is_contiguous() else by_token(x) for x in (q, k))
     if in_place:
         outputs = q, k
-    operators.rotary.default(q, k, *outputs, *turn.tensors(), turn.interleaved, turn.backwards)
+    try:
+        operators.rotary.default(q, k, *outputs, *turn.tensors(), turn.interleaved, turn.backwards)
+    except RuntimeError:  # csrc checks the positions itself: no need to do it twice
+        check_positions(turn.positions, len(turn.cos))
+        raise
 
 
 def _rotate_torch(q: Tensor | None, k: Tensor | None, outputs: Pair, turn: Turn) -> None:
@@ -226,12 +230,12 @@ def _turn_torch(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, interleaved: b
 def _rotate_into(q: Tensor | None, k: Tensor | None, outputs: Pair, turn: Turn) -> None:
     like = k if q is None else q
     assert like is not None
-    if uses_triton(turn.cos):
-        _rotate_triton(q, k, outputs, turn)
-    elif operators := extension.cpu_operators(like):
+    triton = uses_triton(turn.cos)
+    if not triton and (operators := extension.cpu_operators(like)):
         _rotate_csrc(operators, q, k, outputs, turn)
-    else:
-        _rotate_torch(q, k, outputs, turn)
+        return
+    check_positions(turn.positions, len(turn.cos))
+    (_rotate_triton if triton else _rotate_torch)(q, k, outputs, turn)
 
 
 def rotate(q: Tensor | None, k: Tensor | None, *args: Any) -> Pair:
@@ -260,18 +264,13 @@ def _rotate_in_place(q: Tensor, k: Tensor, *args: Any) -> None:
     _rotate_into(q, k, (q, k), Turn(cos, sin, positions, interleaved, False))
 
 
-def _check(q: Tensor | None, k: Tensor | None, cos: Tensor, *args: Any) -> None:
-    check_rotary(q, k, cos, *args)
-    check_positions(args[1], len(cos))
-
-
 _rotary_op = define(
     "rotary",
     "(Tensor? q, Tensor? k, Tensor cos, Tensor sin, Tensor positions, bool interleaved,"
     " bool backwards) -> (Tensor q_out, Tensor k_out)",
     _rotary,
     _rotary_fake,
-    _check,
+    check_rotary,
 )
 _rotary_in_place_op = define(
     "rotary_",
@@ -279,7 +278,7 @@ _rotary_in_place_op = define(
     " -> ()",
     _rotate_in_place,
     lambda *args: None,
-    _check,
+    check_rotary,
 )
 
 
@@ -381,11 +380,7 @@ def apply_rotary(
         return _turned(q, k, *args)
     q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     check_rotary(q, k, *args)
-    try:
-        _rotate_csrc(operators, q, k, (q_out, k_out), Turn(*args))
-    except RuntimeError:  # csrc checks the positions itself: no need to do it twice
-        check_positions(positions, len(cos))
-        raise
+    _rotate_csrc(operators, q, k, (q_out, k_out), Turn(*args))
     return q_out, k_out
 
 
@@ -412,7 +407,8 @@ def apply_rotary_(
         TypeError: q is not floating point.
     """
     if needs_gradient(q, k):
-        _check(q, k, cos, sin, positions)
+        check_rotary(q, k, cos, sin, positions)
+        check_positions(positions, len(cos))
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform():
             # There PyTorch takes no Function that works in place, or (before 2.13, in a compiled
             # graph) loses its history. Each by itself: vmap may batch only one of them.

@@ -32,7 +32,7 @@ def check_rotary(
                 f"{name} must be (..., num_kv_heads, head_dim) with the leading dimensions and "
                 f"head_dim of {first} {tuple(like.shape)}, got {tuple(x.shape)}"
             )
-        check_same_dtype(first, like, **{name: x})
+        check_same_dtype(name, x, first, like)
     if positions.shape != tokens:
         raise ValueError(
             f"positions must be {tuple(tokens)}, one for each token of {first}, "
@@ -47,7 +47,7 @@ def check_rotary(
             raise ValueError(
                 f"{name} must be (num_positions, {head_dim / 2:g}), got {tuple(table.shape)}"
             )
-    check_same_dtype("cos", cos, sin=sin)
+    check_same_dtype("sin", sin, "cos", cos)
 
 
 def check_positions(positions: Tensor, num_positions: int) -> None:

@@ -232,7 +232,7 @@ def _check(gate: Tensor, up: Tensor | None) -> None:
     check_float("gate", gate)
     if up is not None:
         check_shape("up", up, gate.shape)
-        check_same_dtype("gate", gate, up=up)
+        check_same_dtype("up", up, "gate", gate)
     elif gate.ndim == 0 or gate.shape[-1] % 2:
         raise ValueError(
             "gate without up must be (..., 2 * intermediate), an even last dimension, "
@@ -243,7 +243,7 @@ def _check(gate: Tensor, up: Tensor | None) -> None:
 def _check_backward(dy: Tensor, gate: Tensor, up: Tensor | None, *_: Any) -> None:
     _check(gate, up)
     check_shape("dy", dy, _output_shape(gate, up))
-    check_same_dtype("gate", gate, dy=dy)
+    check_same_dtype("dy", dy, "gate", gate)
 
 
 _forward_op = define(

@@ -271,11 +271,11 @@ CU = torch.tensor([0, 2, 6], dtype=torch.int32)
             NotImplementedError,
             "^alibi_slopes: not supported by mistral_kernels",
         ),
-        (lambda: flash(Q, Q[:, :3], Q[:, :3]), ValueError, "key's 3 heads must divide q's 4"),
+        (lambda: flash(Q, Q[:, :3], Q[:, :3]), ValueError, "key's 3 heads must divide query's 4"),
         (
             lambda: flash(*[torch.zeros(1, 1, 2, 264)] * 3),
             ValueError,
-            "query's head_dim must be at most 256, got 264",
+            "query's head_dim must lie in .1, 256., got 264",
         ),
     ],
 )

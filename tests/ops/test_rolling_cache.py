@@ -288,7 +288,7 @@ def test_caches_need_a_contiguous_last_dimension():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"q": QS[:3]}, ValueError, "cu_seqlens must rise from 0 to the 3 new tokens"),
+        ({"q": QS[:3]}, ValueError, r"k must be \(3, 2, 8\), got \(4, 2, 8\)"),
         ({"q": QS.half()}, TypeError, "k_cache must have q's dtype torch.float16, got torch.float"),
         ({"q": QS[:, :3]}, ValueError, "k_cache's 2 heads must divide q's 3"),
         ({"q": QS[:, :0]}, ValueError, "k_cache's 2 heads must divide q's 0, and both be positive"),

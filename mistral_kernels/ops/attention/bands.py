@@ -84,7 +84,8 @@ def banded_backward(
     """Return the gradients of q, k and v that are `needed`, from recomputed probabilities.
 
     `out` and `lse` may be those of more keys than k and v hold, as in ring attention, which passes
-    the result over all parts: the gradients are then those through this part.
+    the result over all parts: the gradients are then those through this part. An `lse` of no
+    elements stands for that of these keys.
     """
     # A key is in many bands, and many rows of one: its gradient is summed in float32 at least.
     grads = [
@@ -100,7 +101,8 @@ def banded_backward(
                 for grad, s in zip(grads, (rows, keys, keys))
             ]
             inputs = dout[None, rows], q[None, rows], k[None, keys], v[None, keys]
-            _backward(*inputs, out[None, rows], lse[None, :, rows], sequence, parts)
+            sums = lse[None, :, rows] if lse.numel() else lse
+            _backward(*inputs, out[None, rows], sums, sequence, parts)
     return [None if grad is None else grad.to(q.dtype) for grad in grads]
 
 
@@ -128,23 +130,31 @@ def _backward(
     scoring: Scoring,
     grads: list[Tensor | None],
 ) -> None:
-    """Add to `grads`. p = exp(s - lse), dp = dout v^T, ds = p * (dp - rowsum(dout * out))."""
+    """Add to `grads`. p = exp(s - lse), dp = dout v^T, ds = p * (dp - rowsum(dout * out)).
+
+    p is formed as softmax(s) times the share that these keys have of all keys' weights, 1 without
+    others: exp(s - lse) loses a rounding of s, so that large scores' weights would not add up.
+    """
     dq, dk, dv = grads
     biases = _Biases(q, k, scoring)
     groups, dtype = biases.groups, biases.dtype
     for band in _bands(q, k, replace(scoring, return_lse=True)):
         rows = band.shape[0]
-        queries, douts, outs = (_stack(x[:, band.rows].to(dtype), groups) for x in (q, dout, out))
-        sums = lse[:, :, band.rows].unflatten(1, (groups, -1)).flatten(2).unsqueeze(-1)
+        queries, douts = (_stack(x[:, band.rows].to(dtype), groups) for x in (q, dout))
         keys, values = (x[:, band.keys].transpose(1, 2).to(dtype) for x in (k, v))
         scores, cap_slope = _scores(queries, keys, biases.of(band), scoring)
-        p = _probabilities(scores, sums)
+        p = scores.softmax(-1)
+        if lse.numel():
+            sums = lse[:, :, band.rows].unflatten(1, (groups, -1)).flatten(2)
+            p *= _share(scores, p, sums)
         if dv is not None:
             dv[:, band.keys] += (p.mT @ douts).transpose(1, 2)
         if dq is None and dk is None:
             continue
         dp = douts @ values.mT
-        ds = p.mul_(dp.sub_((douts * outs).sum(-1, keepdim=True)))
+        # Without other keys the two are equal, but for the rounding of `out`.
+        of_out = douts * _stack(out[:, band.rows].to(dtype), groups) if lse.numel() else dp * p
+        ds = p.mul_(dp.sub_(of_out.sum(-1, keepdim=True)))
         if cap_slope is not None:
             ds *= cap_slope
         ds *= scoring.scale
@@ -154,18 +164,15 @@ def _backward(
             dq[:, band.rows] = _unstack(ds @ keys, rows)
 
 
-def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    """Return exp(scores - lse); `lse` may cover more keys than `scores`.
-
-    As a softmax times the share of these keys: exp(scores - lse) itself loses a rounding of the
-    score, so that the weights of large scores would not add up to one.
-    """
-    here = scores.logsumexp(-1, keepdim=True)
-    share = here - lse.to(here.dtype)
-    # Equal up to roundings: all the keys are here.
+def _share(scores: Tensor, p: Tensor, lse: Tensor) -> Tensor:
+    """Return exp(logsumexp(scores) - lse) for each row; p is the softmax of the scores."""
+    # The largest weight is exp(max - logsumexp).
+    here = scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+    lse = lse.to(here.dtype).unsqueeze(-1)
+    share = here - lse
+    # Equal up to roundings: there are no other keys.
     share = share.masked_fill(share.abs() <= 4 * torch.finfo(here.dtype).eps * here.abs(), 0.0)
-    share = share.masked_fill(lse == -torch.inf, -torch.inf)  # no keys anywhere
-    return scores.softmax(-1).mul_(share.exp())
+    return share.masked_fill(lse == -torch.inf, -torch.inf).exp()  # no keys anywhere
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,12 @@ from mistral_kernels.ops.attention.checks import check_qkv, check_scoring, check
 from mistral_kernels.ops.attention.op import empty_outputs, lse_dtype
 from mistral_kernels.ops.attention.scoring import Scoring
 from mistral_kernels.ops.attention.window import Window
-from mistral_kernels.ops.cache_arguments import check_cache, check_new_tokens, check_packing
+from mistral_kernels.ops.cache_arguments import (
+    check_cache,
+    check_new_tokens,
+    check_packing,
+    check_places,
+)
 from mistral_kernels.ops.checks import INT32_MAX, check_int32, check_range
 from mistral_kernels.ops.dispatch import uses_triton, with_unit_stride
 from mistral_kernels.ops.operator import absent, define, needs_gradient
@@ -34,12 +39,20 @@ def _cached_attention(
         CacheView(*cache),
         Scoring(Window(left, right), scale, softcap, slopes, return_lse),
     )
-    if uses_triton(q):
+    triton = uses_triton(q)
+    operators = None if triton else extension.cpu_operators(q)
+    if operators is not None and is_decode_step(q, k, view, scoring, max_seqlen_q):
+        if view.cu_seqlens is not None:  # which csrc does not need
+            check_packing(view.cu_seqlens, max_seqlen_q, q.shape[0])
+        try:
+            return _decode_csrc(operators, q, view, scoring), absent(q, lse_dtype(q))
+        except RuntimeError:  # csrc checks values itself: no need to do it twice
+            _check_values(q, view, max_seqlen_q)
+            raise
+    _check_values(q, view, max_seqlen_q)
+    if triton:
         out, lse = decode.launch(q, k, v, view, scoring, max_seqlen_q, splits, counters)
         return out, lse if return_lse else absent(lse)
-    operators = extension.cpu_operators(q)
-    if operators is not None and is_decode_step(q, k, view, scoring, max_seqlen_q):
-        return _decode_csrc(operators, q, view, scoring), absent(q, lse_dtype(q))
     return attend_in_pieces(q, k, v, view, scoring, max_seqlen_q)
 
 
@@ -59,6 +72,16 @@ def _decode_csrc(operators: Any, q: Tensor, cache: CacheView, scoring: Scoring) 
     return out if q.ndim == 3 else out.unsqueeze(1)
 
 
+def _check_values(q: Tensor, view: CacheView, max_seqlen_q: int) -> None:
+    """Raise ValueError for index tensors that do not fit, where their values can be read."""
+    check_places(view.k_cache, view.lengths, view.rows, view.block_table)
+    check_range("leftpad", view.leftpad, INT32_MAX)
+    if view.cu_seqlens is not None:
+        check_packing(view.cu_seqlens, max_seqlen_q, q.shape[0])
+    else:
+        check_range("lengths", view.lengths, INT32_MAX - view.seqlen_new)
+
+
 def _check(q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any) -> None:
     *cache, max_seqlen_q, _, _, scale, softcap, slopes, _, num_splits, counters = args
     view = CacheView(*cache)
@@ -69,7 +92,7 @@ def _check(q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any) -> None:
     if (k is None) != (v is None):
         raise ValueError("k and v must both be given, or both be None")
     if view.cu_seqlens is not None:
-        check_packing(view.cu_seqlens, batch, max_seqlen_q, q.shape[0])
+        check_int32("cu_seqlens", view.cu_seqlens, (batch + 1,))
     elif k is not None:
         raise ValueError("k and v are for packed queries and need cu_seqlens")
     else:
@@ -80,12 +103,10 @@ def _check(q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any) -> None:
             )
         if not 0 <= view.seqlen_new <= INT32_MAX:
             raise ValueError(f"seqlen_new must be in [0, {INT32_MAX}], got {view.seqlen_new}")
-        check_range("lengths", view.lengths, INT32_MAX - view.seqlen_new)
     for name, x in (("k", k), ("v", v)):
         if x is not None:
             check_new_tokens(name, x, view.k_cache, q.shape[0])
     check_int32("leftpad", view.leftpad, (batch,))
-    check_range("leftpad", view.leftpad, INT32_MAX)
     check_slopes(slopes, q.shape[-2], batch)
     check_scoring(scale, softcap)
     if num_splits < 0:
@@ -144,6 +165,7 @@ def attend_cached(
     args = q, k, v, *cache, max_seqlen_q, *scoring_args, num_splits, counters
     if needs_gradient(q, k, v, cache.k_cache, cache.v_cache):
         _check(*args)
+        _check_values(q, cache, max_seqlen_q)
         scoring = Scoring(window, scale, softcap, alibi_slopes, return_lse)
         return attend_in_pieces(q, k, v, cache, scoring, max_seqlen_q)
     return _cached_attention_op(*args)

@@ -33,7 +33,8 @@ def check_qkv(
     check_ndim(k_name, k, kv_ndim or ndim)
     check_shape(v_name, v, k.shape)
     check_float(q_name, q)
-    check_same_dtype(q_name, q, **{k_name: k, v_name: v})
+    check_same_dtype(k_name, k, q_name, q)
+    check_same_dtype(v_name, v, q_name, q)
     heads, kv_heads, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
     if not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{q_name}'s head_dim must lie in [1, {MAX_HEAD_DIM}], got {head_dim}")

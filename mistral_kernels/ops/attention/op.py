@@ -98,8 +98,10 @@ def _check_backward(
     check_shape("dout", dout, q.shape)
     check_shape("out", out, q.shape)
     *batch, seqlen, num_heads, _ = q.shape
-    check_shape("lse", lse, (*batch, num_heads, seqlen))
-    check_same_dtype("q", q, dout=dout, out=out)
+    if lse.shape != (0,) or uses_triton(q):
+        check_shape("lse", lse, (*batch, num_heads, seqlen))
+    check_same_dtype("dout", dout, "q", q)
+    check_same_dtype("out", out, "q", q)
     if lse.dtype != lse_dtype(q):
         raise TypeError(f"lse must be {lse_dtype(q)} for q of {q.dtype}, got {lse.dtype}")
 
@@ -118,7 +120,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tenso
 
 def lse_dtype(q: Tensor) -> torch.dtype:
     """Return the dtype of the log-sum-exp: float32, or float64 like q."""
-    return torch.promote_types(q.dtype, torch.float32)
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def empty_outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
@@ -213,7 +215,6 @@ def attend(
     """Compute `attention` of arguments that have been checked, and the log-sum-exp if wanted."""
     if cu_seqlens_k is cu_seqlens_q:  # torch.compile takes no tensor twice
         cu_seqlens_k = None
-    # The backward pass needs the log-sum-exp.
     differentiable = needs_gradient(q, k, v)
     options = (
         cu_seqlens_q,
@@ -224,7 +225,8 @@ def attend(
         *window,
         softcap,
         alibi_slopes,
-        return_lse or differentiable,
+        # Triton's backward pass needs the log-sum-exp.
+        return_lse or (differentiable and uses_triton(q)),
     )
     if differentiable:
         return AttentionFunction.apply(q, k, v, *options)
