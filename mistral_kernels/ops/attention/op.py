@@ -110,8 +110,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tenso
     *options, return_lse = args
     resolved = _resolve(q, k, *options)
     if uses_triton(q):
-        out, lse = forward.launch(q, k, v, *resolved)
-        return out, lse if return_lse else absent(lse)
+        return forward.launch(q, k, v, *resolved)  # with an lse, for the backward pass
     offsets, _, _, scale, window, softcap, slopes = resolved
     scoring = Scoring(window, scale, softcap, slopes, return_lse)
     out, sums = banded_forward(q, k, v, offsets, scoring)
@@ -132,7 +131,7 @@ def empty_outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
 
 
 def _forward_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return empty_outputs(q, args[-1])
+    return empty_outputs(q, args[-1] or uses_triton(q))
 
 
 def _backward(
@@ -212,10 +211,9 @@ def attend(
     alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `attention` of arguments that have been checked, and the log-sum-exp if wanted."""
+    """Compute `attention`, and its log-sum-exp, which is `absent` unless it is wanted or free."""
     if cu_seqlens_k is cu_seqlens_q:  # torch.compile takes no tensor twice
         cu_seqlens_k = None
-    differentiable = needs_gradient(q, k, v)
     options = (
         cu_seqlens_q,
         cu_seqlens_k,
@@ -225,9 +223,8 @@ def attend(
         *window,
         softcap,
         alibi_slopes,
-        # Triton's backward pass needs the log-sum-exp.
-        return_lse or (differentiable and uses_triton(q)),
+        return_lse,
     )
-    if differentiable:
+    if needs_gradient(q, k, v):
         return AttentionFunction.apply(q, k, v, *options)
     return _forward_op(q, k, v, *options)
