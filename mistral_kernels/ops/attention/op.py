@@ -110,7 +110,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tenso
     *options, return_lse = args
     resolved = _resolve(q, k, *options)
     if uses_triton(q):
-        return forward.launch(q, k, v, *resolved)  # with an lse, for the backward pass
+        out, lse = forward.launch(q, k, v, *resolved)
+        return out, lse if return_lse else absent(lse)
     offsets, _, _, scale, window, softcap, slopes = resolved
     scoring = Scoring(window, scale, softcap, slopes, return_lse)
     out, sums = banded_forward(q, k, v, offsets, scoring)
@@ -131,7 +132,7 @@ def empty_outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
 
 
 def _forward_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return empty_outputs(q, args[-1] or uses_triton(q))
+    return empty_outputs(q, args[-1])
 
 
 def _backward(
@@ -211,9 +212,13 @@ def attend(
     alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `attention`, and its log-sum-exp, which is `absent` unless it is wanted or free."""
+    """Compute `attention` of checked options, and its log-sum-exp, `absent` unless it is wanted."""
     if cu_seqlens_k is cu_seqlens_q:  # torch.compile takes no tensor twice
         cu_seqlens_k = None
+    differentiable = needs_gradient(q, k, v)
+    # Triton's backward pass needs the log-sum-exp. A compiled graph must not depend on the backend:
+    # Inductor finds it again by what it holds.
+    needs_lse = differentiable and (torch.compiler.is_compiling() or uses_triton(q))
     options = (
         cu_seqlens_q,
         cu_seqlens_k,
@@ -223,8 +228,8 @@ def attend(
         *window,
         softcap,
         alibi_slopes,
-        return_lse,
+        return_lse or needs_lse,
     )
-    if needs_gradient(q, k, v):
+    if differentiable:
         return AttentionFunction.apply(q, k, v, *options)
     return _forward_op(q, k, v, *options)
