@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # What a JSON value must be: a type, None, a list of one schema for all items, a mapping from keys
-# to schemas (other keys are ignored, absent ones allowed), or a tuple of alternatives.
-Schema = type | None | list[Any] | dict[str, Any] | tuple[Any, ...]
+# to schemas (other keys are ignored, or have the schema of the key `...`; absent ones are allowed),
+# or a tuple of alternatives.
+Schema = type | None | list[Any] | dict[Any, Any] | tuple[Any, ...]
 
 # Python objects take up to 24 times the memory of the JSON that describes them.
 JSON_LIMIT = 64 << 20
@@ -66,7 +67,7 @@ def read_text(path: Path, limit: int = JSON_LIMIT) -> str:
         raise CheckpointError(f"{path} must be UTF-8: {error}") from None
 
 
-def read_json(path: Path, schema: dict[str, Any] | None = None) -> dict[str, Any]:
+def read_json(path: Path, schema: dict[Any, Any] | None = None) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Args:
@@ -99,7 +100,11 @@ def _mismatch(name: str, value: Any, schema: Schema) -> str | None:
     for each in alternatives:
         if isinstance(each, dict) and isinstance(value, dict):
             prefix = f"{name}." if name else ""
-            parts = ((prefix + key, value[key], each[key]) for key in each if key in value)
+            parts = (
+                (prefix + key, value[key], each[key if key in each else ...])
+                for key in value
+                if key in each or ... in each
+            )
         elif isinstance(each, list) and isinstance(value, list):
             parts = ((f"{name}[{i}]", item, each[0]) for i, item in enumerate(value))
         elif _admits(each, value):
