@@ -36,8 +36,7 @@ MAY_IMPORT = {
     "model": ("model", "ops", "checkpoint"),
     "model.config": (),
     "checkpoint": ("checkpoint", "model.config"),
-    "tokenizer": ("tokenizer_backends", "checkpoint"),
-    "tokenizer_backends": ("tokenizer",),
+    "tokenizer": ("tokenizer", "checkpoint"),
     "streaming": BELOW,
     "chat": ("streaming", *BELOW),
     "command": (),
@@ -60,8 +59,8 @@ MAY_IMPORT = {
 }
 # Only inside functions: not needed before there is something to load.
 LAZILY = {
-    ("tokenizer", "checkpoint"),
-    ("tokenizer", "tokenizer_backends"),
+    ("tokenizer.base", "checkpoint"),
+    ("tokenizer.base", "tokenizer.opening"),
 }
 
 
