@@ -18,17 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mistral_kernels.checkpoint import Checkpoint, open_checkpoint, resolve, save_hf, save_raw
+from mistral_kernels.checkpoint.tokenizer_files import find_tokenizer_files
 from mistral_kernels.command import DTYPES, Parser, run
 
-_TOKENIZER_FILES = (
-    "tokenizer.model*",
-    "tekken.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -53,9 +45,7 @@ def _convert(args: argparse.Namespace) -> None:
         _say(f"--model_size {args.model_size} ignored: the sizes come from the configuration")
     if args.max_position_embeddings is not None:
         config = replace(config, max_position_embeddings=args.max_position_embeddings)
-    tokenizer_files = sorted(
-        {file for pattern in _TOKENIZER_FILES for file in checkpoint.path.glob(pattern)}
-    )
+    tokenizer_files = find_tokenizer_files(checkpoint.path)
     if not tokenizer_files:
         _say(f"no tokenizer in {checkpoint.path}: the result can be loaded, but not talked to")
     to = args.to or ("raw" if checkpoint.format == "hf" else "hf")

@@ -251,7 +251,7 @@ def _complete(
     stats: Figures,
 ) -> None:
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [tokenizer.encode(prompt, eos=False) for prompt in prompts]
     completions = [Completion() for _ in prompts]
     live = len(prompts) == 1 and not args.json
 

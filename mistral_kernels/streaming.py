@@ -82,7 +82,8 @@ def stream_generate(
     """Generate a text for each prompt, yielding the pieces as their tokens come.
 
     Args:
-        prompts: texts (BOS is put in front), or token ids. Lengths may differ; nothing is padded.
+        prompts: texts (with BOS in front where the tokenizer adds it), or token ids. Lengths may
+            differ; nothing is padded.
         max_tokens: at most so many new tokens each.
         sampler: None: greedy.
         stop: a text ends before the first of these strings.
@@ -102,7 +103,10 @@ def stream_generate(
     for prompt in prompts:
         if not len(prompt):
             raise ValueError("the prompt is empty")
-        ids.append(tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt))
+        if isinstance(prompt, str):  # without EOS, even if the tokenizer adds it: the text goes on
+            ids.append(tokenizer.encode(prompt, eos=False))
+        else:
+            ids.append(list(prompt))
     eos = () if ignore_eos else model.config.eos_token_ids
     decoders = [tokenizer.stream(() if standalone else prompt) for prompt in ids]
     filters = [_StopText(stop) for _ in ids]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.checkpoint import open_checkpoint, resolve
-from mistral_kernels.checkpoint.hub import TOKENIZER_PATTERNS
+from mistral_kernels.checkpoint.tokenizer_files import find_tokenizer_files
 from mistral_kernels.checkpoint.writing import check_target
 from mistral_kernels.command import Parser, device_of, run
 from mistral_kernels.distributed import World, check_same, joined, launched
@@ -187,8 +187,7 @@ def train_on_texts(
         files = [Path(scratch, name) for name in (HELD_OUT, "training.json")]
         files[0].write_text(held_out, encoding="utf-8")
         files[1].write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        found = (file for pattern in TOKENIZER_PATTERNS for file in folder.glob(pattern))
-        files += {corpus.tokenizer.path, *filter(Path.is_file, found)}
+        files += {corpus.tokenizer.path, *find_tokenizer_files(folder)}
         run.write(output, files)
     saving.discard()
 

@@ -94,7 +94,7 @@ class Corpus:
     def _encode(self, text: str) -> tuple[Tensor, Tensor]:
         """The text's tokens, and where its paragraphs begin."""
         encode = self.tokenizer.encode
-        paragraphs = [encode(line + "\n", bos=False) for line in text.splitlines()]
+        paragraphs = [encode(line + "\n", bos=False, eos=False) for line in text.splitlines()]
         lengths = torch.tensor([len(paragraph) for paragraph in paragraphs], dtype=torch.int64)
         tokens = [token for paragraph in paragraphs for token in paragraph]
         return torch.tensor(tokens, dtype=torch.int64), lengths.cumsum(0) - lengths

@@ -13,7 +13,10 @@ from small_checkpoints import SMALL, random_state
 from mistral_kernels import convert
 from mistral_kernels.checkpoint import open_checkpoint, save_hf, save_raw, writing
 
-TOKENIZER = ("tokenizer.model.v3", "tekken.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER = (
+    *("tokenizer.model.v3", "tekken.json", "tokenizer_config.json", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template.jinja"),
+)
 
 
 @pytest.fixture

@@ -38,8 +38,7 @@ MAY_IMPORT = {
     "model.config_formats": ("schema",),
     "checkpoint": ("checkpoint", "model.config", "schema"),
     "schema": (),
-    "tokenizer": ("tokenizer_backends", "checkpoint"),
-    "tokenizer_backends": ("tokenizer",),
+    "tokenizer": ("tokenizer", "checkpoint"),
     "streaming": BELOW,
     "chat": ("streaming", *BELOW),
     "command": (),
@@ -62,8 +61,8 @@ MAY_IMPORT = {
 }
 # Only inside functions: not needed before there is something to load.
 LAZILY = {
-    ("tokenizer", "checkpoint"),
-    ("tokenizer", "tokenizer_backends"),
+    ("tokenizer.base", "checkpoint"),
+    ("tokenizer.base", "tokenizer.opening"),
 }
 
 

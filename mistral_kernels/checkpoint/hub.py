@@ -8,9 +8,11 @@ from pathlib import Path
 from mistral_kernels.checkpoint.files import CheckpointError, expand_user
 
 _TINY = Path(__file__).parent.parent / "tiny"
+# Files of a tokenizer: to download, and to copy beside converted or trained weights.
 TOKENIZER_PATTERNS = [
     "tokenizer*",
     "tekken.json",
+    "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.*",
 ]

@@ -75,6 +75,7 @@ SCHEMA = {
     "ids": (int, None, [int]),
     "rope": {"theta": float, "kinds": [str]},
     "template": (str, [{"name": str}]),
+    "tokens": {"first": str, ...: (int, {"id": int})},
 }
 
 
@@ -86,6 +87,7 @@ SCHEMA = {
         {"size": -1e300, "flag": True, "ids": None, "rope": {"theta": 1e4, "x": 0, "kinds": []}},
         {"template": "x"},
         {"template": [{"name": "x", "y": 1}, {}]},
+        {"tokens": {"first": "x", "...": 1, "other": {"id": 2, "y": "z"}}},
     ],
 )
 def test_what_the_schema_admits(tmp_path, contents):
@@ -110,6 +112,9 @@ def test_what_the_schema_admits(tmp_path, contents):
         ('{"rope": {"theta": null}}', "rope.theta must be a number, got None"),
         ('{"rope": {"kinds": ["a", 1]}}', "rope.kinds[1] must be a string, got 1"),
         ('{"template": [{"name": 1}]}', "template[0].name must be a string, got 1"),
+        ('{"tokens": {"first": 1}}', "tokens.first must be a string, got 1"),
+        ('{"tokens": {"other": "x"}}', "tokens.other must be an integer or an object, got 'x'"),
+        ('{"tokens": {"other": {"id": "x"}}}', "tokens.other.id must be an integer, got 'x'"),
     ],
 )
 def test_what_the_schema_refuses(tmp_path, contents, message):

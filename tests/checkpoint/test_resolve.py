@@ -87,7 +87,8 @@ def test_one_format_is_downloaded(hub: Hub) -> None:
     hub.files = [*BOTH, "consolidated.00.pth"]
     resolve("owner/model")
     assert taken(hub) == {"params.json", "tokenizer.model", "consolidated.safetensors"}
-    hub.files = ["params.json", "consolidated.00.pth", "tekken.json"]
+    beside = ["added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"]
+    hub.files = ["params.json", "consolidated.00.pth", "tekken.json", *beside]
     resolve("owner/model")
     assert taken(hub) == set(hub.files)
     hub.files = ["config.json", "pytorch_model.bin", "flax_model.msgpack"]

@@ -1,0 +1,217 @@
+"""Read the files beside a tokenizer: named and added tokens, flags, chat templates."""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from collections.abc import Container
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mistral_kernels.checkpoint.files import (
+    CheckpointError,
+    Schema,
+    check_regular,
+    read_json,
+    read_text,
+)
+from mistral_kernels.checkpoint.hub import TOKENIZER_PATTERNS
+
+TEMPLATE_LIMIT = 1 << 20  # bytes; the longest templates in use have some 20 KB
+ADDED_ID_LIMIT = 1 << 31
+
+_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+_ADDED: Schema = {"content": str, **dict.fromkeys(_FLAGS, bool)}
+_NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+_USUAL_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+_SPECIAL_TOKENS: dict[Any, Schema] = {
+    **dict.fromkeys(_NAMES, (str, None, _ADDED)),
+    "additional_special_tokens": ([(str, _ADDED)], None),
+    "extra_special_tokens": ([(str, _ADDED)], None, {...: (str, None, _ADDED)}),
+}
+_CONFIG: dict[Any, Schema] = {
+    **_SPECIAL_TOKENS,
+    "added_tokens_decoder": {...: _ADDED},
+    "add_bos_token": (bool, None),
+    "add_eos_token": (bool, None),
+    "legacy": (bool, None),
+    "chat_template": (str, None, [{"name": str, "template": str}], {...: str}),
+}
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is found in a text before the vocabulary is applied to the rest.
+
+    `lstrip` and `rstrip`: the token takes the white space on that side. `single_word`: the token
+    is not found inside a word. `normalized`: the token is found in the normalized text.
+    """
+
+    content: str
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = True
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """Contents of the files beside a tokenizer, merged as transformers merges them.
+
+    Attributes:
+        names: the content of each named token, "bos_token" for instance; None where a file has
+            null. A name that no file has is absent.
+        special: special tokens by content: those of `names`, then the nameless ones.
+        added: added tokens by id, ids ascending.
+        add_bos, add_eos: whether a text begins with BOS and ends with EOS. tokenizer.json has a
+            post-processor instead.
+        legacy: whether the text after an added token begins with a space of its own.
+        templates: chat templates by name; a single one is "default".
+        has_config: whether there is a tokenizer_config.json.
+    """
+
+    names: dict[str, str | None]
+    special: dict[str, AddedToken]
+    added: dict[int, AddedToken]
+    add_bos: bool
+    add_eos: bool
+    legacy: bool
+    templates: dict[str, str]
+    has_config: bool
+
+    @property
+    def has_vendor_template(self) -> bool:
+        """Whether a fine-tune brings no chat template of its own; all of Mistral's have [INST]."""
+        return not self.templates or any("[INST]" in each for each in self.templates.values())
+
+    def names_with_usual(self, vocab: Container[str]) -> dict[str, str]:
+        """Return the named tokens, with those that most models have where no file names any."""
+        usual = {name: token for name, token in _USUAL_NAMES.items() if token in vocab}
+        return {name: token for name, token in (usual | self.names).items() if token is not None}
+
+    def special_token(self, content: str) -> AddedToken:
+        """Return the special token of that content, as the files or as transformers has it."""
+        return self.special.get(content) or AddedToken(content, special=True, normalized=False)
+
+
+def find_tokenizer_files(folder: Path) -> list[Path]:
+    """Return all of a tokenizer's files in a folder, for a copy of it.
+
+    Raises CheckpointError for one that is neither a regular file nor a folder.
+    """
+    found = {path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)}
+    files = sorted(path for path in found if not path.is_dir())
+    for path in files:
+        check_regular(path)
+    return files
+
+
+def read_tokenizer_files(folder: Path) -> TokenizerFiles:
+    """Read tokenizer_config.json, special_tokens_map.json, added_tokens.json and chat templates.
+
+    Raises CheckpointError for a file with a value of another type than it must have, for two tokens
+    with one id, and as `read_json`.
+    """
+    path = folder / "tokenizer_config.json"
+    config = _read_optional(path, _CONFIG)
+    if "added_tokens_decoder" not in config:  # else the older file is a copy
+        more = _read_optional(folder / "special_tokens_map.json", _SPECIAL_TOKENS)
+        config |= {key: more[key] for key in more if key in _SPECIAL_TOKENS}
+    tokens, nameless = _special_tokens(path, config)
+    special = {each.content: each for each in (*filter(None, tokens.values()), *nameless)}
+    return TokenizerFiles(
+        {name: token.content if token else None for name, token in tokens.items()},
+        special,
+        _added_tokens(folder, config, special),
+        add_bos=config.get("add_bos_token", True) is True,
+        add_eos=config.get("add_eos_token") is True,
+        legacy=config.get("legacy") is not False,
+        templates=_read_templates(folder, config.get("chat_template")),
+        has_config=os.path.lexists(path),
+    )
+
+
+def _read_optional(path: Path, schema: dict[Any, Schema]) -> dict[str, Any]:
+    """Return the object in a JSON file; {} if nothing has that name, a broken link included."""
+    return read_json(path, schema) if os.path.lexists(path) else {}
+
+
+def _special_tokens(
+    path: Path, config: dict[str, Any]
+) -> tuple[dict[str, AddedToken | None], list[AddedToken]]:
+    """Return the named tokens, those that all tokenizers have first, and the nameless ones."""
+    values = {key: config[key] for key in _NAMES if key in config}
+    # Tokens of a model's own, image_token for instance; add_bos_token is a flag.
+    values |= {k: v for k, v in config.items() if k.endswith("_token") and isinstance(v, str)}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(extra, dict):
+        values |= extra
+        extra = []
+    tokens = {
+        key: None if value in (None, "") else _special_token(path, value)
+        for key, value in values.items()
+    }
+    return tokens, [_special_token(path, value) for value in extra]
+
+
+def _special_token(path: Path, value: str | dict[str, Any]) -> AddedToken:
+    described = {"content": value} if isinstance(value, str) else value
+    return _added_token(path, described | {"special": True})
+
+
+def _added_token(path: Path, described: dict[str, Any]) -> AddedToken:
+    content = described.get("content")
+    if not content:
+        raise CheckpointError(f"{path}: an added token must have a content, got {content!r}")
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        got = reprlib.repr(content)
+        raise CheckpointError(f"{path}: an added token must be text, got {got}") from None
+    flags = {flag: described[flag] for flag in _FLAGS if flag in described}
+    return AddedToken(content, **{"normalized": not flags.get("special", False), **flags})
+
+
+def _added_tokens(
+    folder: Path, config: dict[str, Any], special: Container[str]
+) -> dict[int, AddedToken]:
+    if "added_tokens_decoder" in config:
+        path = folder / "tokenizer_config.json"
+        pairs = [(key, token) for key, token in config["added_tokens_decoder"].items()]
+    else:
+        path = folder / "added_tokens.json"
+        pairs = [
+            (str(token_id), {"content": x, "special": x in special})
+            for x, token_id in _read_optional(path, {...: int}).items()
+        ]
+    added: dict[int, AddedToken] = {}
+    for key, described in pairs:
+        token = _added_token(path, described)
+        name = f"{path}: the id of {reprlib.repr(token.content)}"
+        is_number = key.isascii() and key.isdecimal() and len(key) <= 10
+        if not (is_number and int(key) < ADDED_ID_LIMIT):
+            got = reprlib.repr(key)
+            raise CheckpointError(f"{name} must be in [0, {ADDED_ID_LIMIT}), got {got}")
+        if (other := added.setdefault(int(key), token)) is not token:
+            got = f"{key}, that of {reprlib.repr(other.content)}"
+            raise CheckpointError(f"{name} must be its own, got {got}")
+    return dict(sorted(added.items()))
+
+
+def _read_templates(folder: Path, configured: Any) -> dict[str, str]:
+    """Return the chat templates by name. Files of their own go before tokenizer_config.json."""
+    files = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
+    if os.path.lexists(folder / "chat_template.jinja"):
+        files["default"] = folder / "chat_template.jinja"
+    if files:
+        return {name: read_text(path, TEMPLATE_LIMIT) for name, path in files.items()}
+    if isinstance(configured, list):
+        if not all(each.keys() >= {"name", "template"} for each in configured):
+            path = folder / "tokenizer_config.json"
+            raise CheckpointError(f"{path}: each of chat_template must have a name and a template")
+        configured = {each["name"]: each["template"] for each in configured}
+    if isinstance(configured, str):
+        configured = {"default": configured}
+    return {name: text for name, text in (configured or {}).items() if text}

@@ -1,0 +1,83 @@
+"""Find the tokenizer in a folder, and open it with the library of its kind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mistral_kernels import checkpoint
+from mistral_kernels.checkpoint.files import check_regular, read_bytes, read_json
+from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from mistral_kernels.tokenizer.base import MistralTokenizer, TokenizerError
+from mistral_kernels.tokenizer.huggingface import HuggingFace
+from mistral_kernels.tokenizer.sentencepiece import FILE_NAME, SentencePiece
+from mistral_kernels.tokenizer.tekken import Tekken
+from mistral_kernels.tokenizer.vendor import Vendor
+
+_LOOKED_FOR = "tekken.json, tokenizer.model, tokenizer.model.v* or tokenizer.json"
+# What is read here; the libraries check the rest.
+_TEKKEN = {"config": {"default_num_special_tokens": int}}
+_TOKENIZER_JSON = {"added_tokens": ([{"id": int, "content": str}], None)}
+
+
+def open_tokenizer(name: str | Path) -> MistralTokenizer:
+    """Open the tokenizer of a file, a folder, `"tiny"` or a Hub id.
+
+    Raises TokenizerError and CheckpointError for what is not a tokenizer, OSError for a file that
+    cannot be read.
+    """
+    path = Path(os.path.expanduser(name))
+    if not path.exists():
+        path = checkpoint.resolve(name)
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix == ".json" and "tekken" not in path.name:
+        return _open_huggingface(path, read_tokenizer_files(path.parent))
+    return _open_vendor(path, read_tokenizer_files(path.parent))
+
+
+def _open_folder(folder: Path) -> MistralTokenizer:
+    def version(path: Path) -> tuple[int, str]:
+        match = FILE_NAME.search(path.name)
+        return int(match["version"] or 0) if match else -1, path.name
+
+    # What is no regular file is not passed over: it is refused when it is read.
+    models = [p for p in folder.iterdir() if FILE_NAME.search(p.name) and not p.is_dir()]
+    vendor, fast = folder / "tekken.json", folder / "tokenizer.json"
+    if not os.path.lexists(vendor) and models:
+        vendor = max(models, key=version)
+    files = read_tokenizer_files(folder)
+    if not os.path.lexists(vendor):
+        if not os.path.lexists(fast):
+            raise TokenizerError(f"{folder}: no tokenizer found; looked for {_LOOKED_FOR}")
+        return _open_huggingface(fast, files)
+    tokenizer = _open_vendor(vendor, files)
+    if not os.path.lexists(fast):
+        if max(files.added, default=-1) >= tokenizer.vocab_size:
+            raise TokenizerError(f"{folder}: added tokens need a tokenizer.json, not tekken.json")
+        return tokenizer
+    added = read_json(fast, _TOKENIZER_JSON).get("added_tokens") or []
+    ids = {*files.added, *(token.get("id", -1) for token in added)}
+    if max(ids, default=-1) >= tokenizer._vendor_size or not files.has_vendor_template:
+        return _open_huggingface(fast, files)
+    return tokenizer
+
+
+def _open_vendor(path: Path, files: TokenizerFiles) -> Vendor:
+    if path.suffix == ".json":
+        _check_file(path)
+        return Tekken(path, read_json(path, _TEKKEN), files)
+    if not FILE_NAME.search(path.name):
+        raise TokenizerError(f"{path}: not a tokenizer's file name; expected {_LOOKED_FOR}")
+    _check_file(path)
+    return SentencePiece(path, read_bytes(path), files)
+
+
+def _open_huggingface(path: Path, files: TokenizerFiles) -> HuggingFace:
+    _check_file(path)
+    return HuggingFace(path, read_json(path, _TOKENIZER_JSON), files)
+
+
+def _check_file(path: Path) -> None:
+    if check_regular(path) < 1000 and read_bytes(path).startswith(b"version https://git-lfs."):
+        raise TokenizerError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` there")

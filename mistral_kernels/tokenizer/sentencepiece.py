@@ -1,0 +1,186 @@
+"""tokenizer.model, by sentencepiece, and the tokens that a fine-tune added to it."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import reprlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mistral_kernels.tokenizer.base import StreamDecoder, TokenizerError, library_errors
+from mistral_kernels.tokenizer.chat import render_template
+from mistral_kernels.tokenizer.vendor import Vendor
+
+if TYPE_CHECKING:
+    from mistral_kernels.checkpoint.tokenizer_files import AddedToken, TokenizerFiles
+
+# tokenizer.model, tokenizer.model.v3, mistral_instruct_tokenizer_241114.model.v7m1, ...
+FILE_NAME = re.compile(r"\.model(?:\.v(?P<version>\d+)(?:m\d+)?)?$")
+_REPLACE_EACH_BYTE = "mistral_kernels.replace_each_byte"
+# Behind a model, where protobuf merges it in: `add_dummy_prefix` of the normalizer is false.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class SentencePiece(Vendor):
+    """A sentencepiece model.
+
+    Where a fine-tune added tokens or a chat template of its own, the names of special and added
+    tokens in a text are those tokens, as in transformers' LlamaTokenizer.
+    """
+
+    def __init__(self, path: Path, contents: bytes, files: TokenizerFiles) -> None:
+        self.path, self._files = path, files
+        self._model = model = _load(path, contents)
+        with library_errors(f"{path}: not a sentencepiece model"):  # pieces may be no text
+            ids = list(range(model.vocab_size()))
+            self._pieces: list[str] = model.id_to_piece(ids)
+        self._vendor_size = len(ids)
+        vocab = dict(zip(self._pieces, ids))
+        self._names = files.names_with_usual(vocab)
+        self._added = self._find_added(vocab)
+        self._ids = {token.content: token_id for token_id, token in self._added.items()}
+        self._known_ids = frozenset([*ids, *self._added])
+        self.vocab_size = max(self._known_ids) + 1
+
+        def find(name: str, own: int) -> int | None:
+            if name in files.names:
+                return (vocab | self._ids).get(self._names.get(name, ""))
+            return None if own < 0 else own  # -1: the model has none
+
+        self.bos_token_id = find("bos_token", model.bos_id())
+        self.eos_token_id = find("eos_token", model.eos_id())
+        pad = find("pad_token", model.pad_id())
+        self.pad_token_id = self.eos_token_id if pad is None else pad
+        special = (token_id for token_id, token in self._added.items() if token.special)
+        self.all_special_ids = frozenset(filter(model.IsControl, ids)).union(special)
+        self.chat_version = self._find_chat_version()
+        self._follow_flags()
+
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})").split
+        # A space is put in front of every text between added tokens ("legacy"), or only in front of
+        # a text that begins with none.
+        self._inner_model = model
+        if self._added and not files.legacy:
+            self._inner_model = _load(path, contents + _NO_DUMMY_PREFIX)
+
+    def _find_added(self, vocab: dict[str, int]) -> dict[int, AddedToken]:
+        """Return the tokens to find in a text, by id; none for the vendor's own tokenizer."""
+        files, added = self._files, dict(self._files.added)
+        found = {token.content for token in added.values()}
+        named = dict.fromkeys([*self._names.values(), *files.special])
+        absent = [content for content in named if content not in found]
+        is_extended = max(added, default=-1) >= self._vendor_size or not vocab.keys() >= {*absent}
+        if files.has_vendor_template and not is_extended:
+            return {}
+        for content in absent:
+            after = max([self._vendor_size - 1, *added]) + 1
+            added[vocab.get(content, after)] = files.special_token(content)
+        for token in added.values():
+            if token.single_word:
+                raise TokenizerError(
+                    f"{self.path}: single_word must be false for the added token "
+                    f"{reprlib.repr(token.content)}; it needs a tokenizer.json"
+                )
+        return added
+
+    def _find_chat_version(self) -> str | None:
+        """Go by the file's name, else by the control tokens; v1 has none beyond <s> and </s>."""
+        if self._files.templates and (self._added or not self._files.has_vendor_template):
+            return "jinja"
+        match = FILE_NAME.search(self.path.name)
+        if match and match["version"]:
+            return f"v{match['version']}"
+        names = {self._pieces[i] for i in self.all_special_ids if i < self._vendor_size}
+        for version, token in (("v7", "[SYSTEM_PROMPT]"), ("v3", "[PREFIX]"), ("v2", "[INST]")):
+            if token in names:
+                return version
+        return "v1" if self._vendor_size == 32000 else None  # any other is not the vendor's
+
+    def _encode(self, text: str) -> list[int]:
+        if not self._added:
+            return self._model.encode(text)
+        parts = self._split(text)  # text, token, text, ..., token, text
+        for i in range(1, len(parts), 2):
+            token = self._added[self._ids[parts[i]]]
+            if token.lstrip:
+                parts[i - 1] = parts[i - 1].rstrip()
+            if token.rstrip:
+                parts[i + 1] = parts[i + 1].lstrip()
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self._ids[part])
+            elif part:
+                ids += (self._inner_model if i else self._model).encode(part)
+        return ids
+
+    def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        stream = self._stream(skip_special_tokens)
+        return "".join(map(stream._advance, ids)) + stream.flush()
+
+    def _stream(self, skip_special_tokens: bool) -> StreamDecoder:
+        model, at_start = self._model, True
+
+        def piece(token_id: int) -> bytes | str:
+            nonlocal at_start
+            added = self._added.get(token_id)
+            text = added.content if added else self._pieces[token_id]
+            if token_id in self.all_special_ids:
+                return "" if skip_special_tokens else text
+            if added:
+                at_start = False
+                return text
+            if model.IsByte(token_id):
+                at_start = False
+                return bytes.fromhex(text[3:5])  # "<0xE2>"
+            if at_start:
+                # encode() puts a space before the first word; decode() drops it there and only
+                # there. A token that is nothing even twice leaves us at the start.
+                at_start = not model.decode([token_id, token_id])
+                return model.decode([token_id])
+            if model.IsUnknown(token_id):
+                return model.decode([token_id])
+            return text.replace("\u2581", " ")
+
+        return StreamDecoder(self, piece, _REPLACE_EACH_BYTE)
+
+    def _chat(self, messages: list[dict[str, Any]], **options: Any) -> tuple[list[int], str]:
+        if self.chat_version != "jinja":
+            return super()._chat(messages, **options)
+        text = render_template(self.path, self._files, self._names, messages, **options)
+        return self._encode(text), text
+
+    def _instruct_tokenizer(self) -> Any:
+        from mistral_common.tokens.tokenizers import instruct
+        from mistral_common.tokens.tokenizers.base import TokenizerVersion
+        from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+
+        version = self.chat_version
+        if version is None:
+            raise TokenizerError(f"{self.path}: no chat template is known for this vocabulary")
+        kind = getattr(instruct, f"InstructTokenizer{version.upper()}", None)
+        if kind is None:
+            raise TokenizerError(f"{self.path}: mistral-common has no chat template {version}")
+        # Not from_file(): that takes any file without a version in its name for v1.
+        with library_errors(f"{self.path}: not a vocabulary of {version}"):
+            return kind(SentencePieceTokenizer(self.path, TokenizerVersion(version)))
+
+
+def _load(path: Path, contents: bytes) -> Any:
+    import sentencepiece
+
+    with library_errors(f"{path}: not a sentencepiece model"):
+        if not contents:  # which the library takes for no model at all
+            raise ValueError("the file is empty")
+        return sentencepiece.SentencePieceProcessor(model_proto=contents)
+
+
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    """Write U+FFFD for each undecodable byte, as sentencepiece does; "replace" writes fewer."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error(_REPLACE_EACH_BYTE, _replace_each_byte)

@@ -1,0 +1,59 @@
+"""tekken.json, by mistral-common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mistral_kernels.tokenizer.base import StreamDecoder, library_errors, missing_package
+from mistral_kernels.tokenizer.vendor import Vendor
+
+if TYPE_CHECKING:
+    from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles
+
+_MAX_SPECIAL_TOKENS = 1 << 20  # mistral-common makes a name for each
+
+
+class Tekken(Vendor):
+    """A tekken.json."""
+
+    def __init__(self, path: Path, contents: dict[str, Any], files: TokenizerFiles) -> None:
+        try:
+            from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+            from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as Common
+        except ImportError as error:
+            raise missing_package("reading", path, "mistral-common", "chat") from error
+        self.path, self._files = path, files
+        with library_errors(f"{path}: not a tekken file"):
+            if not 0 <= contents["config"]["default_num_special_tokens"] <= _MAX_SPECIAL_TOKENS:
+                raise ValueError(f"more than {_MAX_SPECIAL_TOKENS} special tokens")
+            self._instruct: Any = Common.from_file(path).instruct_tokenizer
+            self._tekken: Any = self._instruct.tokenizer
+            tekken = self._tekken
+            self.bos_token_id, self.eos_token_id = tekken.bos_id, tekken.eos_id
+            self.pad_token_id = tekken.pad_id if tekken.is_special("<pad>") else tekken.eos_id
+            self.all_special_ids = frozenset(tekken.special_ids)
+        self._policies = SpecialTokenPolicy.KEEP, SpecialTokenPolicy.IGNORE
+        self.vocab_size = self._vendor_size = tekken.n_words
+        self._known_ids = range(self.vocab_size)
+        self.chat_version = tekken.version.value
+        self._follow_flags()
+
+    def _encode(self, text: str) -> list[int]:
+        with library_errors(f"{self.path}: the text cannot be encoded"):
+            return self._tekken.encode(text, bos=False, eos=False)
+
+    def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        with library_errors(f"{self.path}: the ids cannot be decoded"):
+            return self._tekken.decode(ids, self._policies[skip_special_tokens])
+
+    def _stream(self, skip_special_tokens: bool) -> StreamDecoder:
+        def piece(token_id: int) -> bytes | str:
+            if token_id in self.all_special_ids:  # as text: it ends a run of bytes
+                return "" if skip_special_tokens else self._tekken.id_to_piece(token_id)
+            return self._tekken.id_to_byte_piece(token_id)
+
+        return StreamDecoder(self, piece, "replace")
+
+    def _instruct_tokenizer(self) -> Any:
+        return self._instruct

@@ -1,0 +1,190 @@
+"""Which file of a folder is opened, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizer_cases import DATA, SENTENCEPIECE, make_tekken, refused, train_json, write
+
+from mistral_kernels.tokenizer import MistralTokenizer, TokenizerError
+
+
+def test_folder_with_several_files(tmp_path: Path) -> None:
+    """tekken.json, then the highest tokenizer.model, then tokenizer.json."""
+    train_json(tmp_path / "tokenizer.json", byte_level=False)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+
+    def opened() -> str:
+        return MistralTokenizer.from_pretrained(str(tmp_path)).path.name
+
+    write(tmp_path, "v1")
+    assert opened() == "tokenizer.model"
+    assert not MistralTokenizer.from_pretrained(tmp_path).has_chat_template
+    # A tokenizer.json of other special tokens than the vendor's file has is a fine-tune's.
+    added = [*saved["added_tokens"], {**saved["added_tokens"][1], "id": 32000, "content": "<|im|>"}]
+    write(tmp_path, tokenizer=saved | {"added_tokens": added})
+    assert opened() == "tokenizer.json"
+    write(tmp_path, tokenizer=saved)
+    # So is one beside tokens that the vendor's file lacks, even if it has no place for them.
+    write(tmp_path, added_tokens={"<x>": 32000})
+    refused(tmp_path, "tokenizer.json: the added token '<x>' must have the id 32000 of the file")
+    (tmp_path / "added_tokens.json").unlink()
+    # So is one beside a chat template that is not Mistral's.
+    write(tmp_path, tokenizer_config={"chat_template": "<|user|>{{ messages }}"})
+    assert opened() == "tokenizer.json"
+    write(tmp_path, tokenizer_config={"chat_template": "[INST]{{ messages }}[/INST]"})
+    assert opened() == "tokenizer.model"
+    assert MistralTokenizer.from_pretrained(tmp_path).has_chat_template
+
+    for version in ("v3", "v2"):
+        shutil.copy(DATA / SENTENCEPIECE[version], tmp_path / f"tokenizer.model.{version}")
+    (tmp_path / "old.model").mkdir()
+    assert opened() == "tokenizer.model.v3"
+    (tmp_path / "tokenizer.json").unlink()
+    write(tmp_path, tekken=make_tekken())
+    assert opened() == "tekken.json"
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"{}", b"[1]", b'{"config": {}}'])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "tokenizer.model.v3", "tekken.json", "tokenizer.json"]
+)
+def test_corrupt_files(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    what = {"tekken.json": "tekken file", "tokenizer.json": "tokenizer.json"}
+    message = f": not a {what.get(name, 'sentencepiece model')}: "
+    if name.endswith(".json") and not content.startswith(b"{"):
+        message = " must be "
+    for path in (tmp_path, tmp_path / name):
+        refused(path, f"{name}{message}")
+
+
+def test_a_model_whose_pieces_are_no_text(tmp_path: Path) -> None:
+    """sentencepiece opens it; every use of such a piece would fail."""
+    contents = (DATA / SENTENCEPIECE["v1"]).read_bytes()
+    assert contents.count(b"\x0a\x07\xe2\x96\x81quit") == 1
+    broken = contents.replace(b"\x0a\x07\xe2\x96\x81quit", b"\x0a\x07\xe2\x96\xffquit")
+    (tmp_path / "tokenizer.model").write_bytes(broken)
+    refused(tmp_path, "tokenizer.model: not a sentencepiece model: 'utf-8' codec can't decode")
+
+
+def test_paths_that_hold_no_tokenizer(tmp_path: Path) -> None:
+    refused(tmp_path, "no tokenizer found; looked for tekken.json, tokenizer.model, tokenizer.mo")
+    with pytest.raises(TokenizerError, match="no such folder: .*/absent"):
+        MistralTokenizer.from_pretrained(tmp_path / "absent")
+    (tmp_path / "vocab.txt").touch()
+    refused(tmp_path / "vocab.txt", "vocab.txt: not a tokenizer's file name; expected tekken.json")
+    for name in ("tokenizer.model", "tekken.json", "tokenizer.json"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+        refused(tmp_path, f"{name}: a Git LFS pointer, not the file; run `git lfs pull` there")
+        (tmp_path / name).unlink()
+
+
+def test_names_that_are_no_path_are_resolved(monkeypatch: Any) -> None:
+    from mistral_kernels import checkpoint
+
+    resolved = {"owner/model": DATA / SENTENCEPIECE["v3"]}
+    monkeypatch.setattr(checkpoint, "resolve", resolved.__getitem__)
+    assert MistralTokenizer.from_pretrained("owner/model").chat_version == "v3"
+
+
+MAIN = ["tokenizer.model", "tekken.json", "tokenizer.json"]
+BESIDE = [
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "additional_chat_templates/x.jinja"),
+]
+
+
+@pytest.mark.parametrize("name", [*MAIN, *BESIDE])
+def test_nothing_but_regular_files(tmp_path: Path, name: str) -> None:
+    """A FIFO waits for ever, a device may never end, and a file may be larger than memory."""
+    if name in BESIDE:
+        write(tmp_path, "v1")
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    refused(tmp_path, f"{name} must be a regular file, got a FIFO")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    refused(tmp_path, f"{name} must be a regular file, got a device")
+    path.unlink()
+    path.touch()
+    os.truncate(path, 1 << 40)
+    refused(tmp_path, f"{name} must have at most ")
+    path.unlink()
+    path.symlink_to(tmp_path / "nowhere")  # a download that was cut short
+    with pytest.raises(TokenizerError, match=rf"No such file or directory: '{path}'"):
+        MistralTokenizer.from_pretrained(tmp_path)
+    path.unlink()
+    if path.suffix == ".json":  # a folder of a model's name is none
+        path.mkdir()
+        refused(tmp_path, f"{name} must be a regular file, got a folder")
+
+
+@pytest.mark.parametrize("vocabulary", ["v1", None])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("[]", " must be a JSON object, got list"),
+        ("{", " must be JSON: Expecting property name"),
+        ("[" * 200_000, " must be JSON of moderate depth"),
+        ({"bos_token": 1}, ": bos_token must be a string or null or an object, got 1"),
+        ({"eos_token": ["</s>"]}, ": eos_token must be a string or null or an object, got ["),
+        ({"pad_token": {"content": 1}}, ": pad_token.content must be a string, got 1"),
+        ({"cls_token": {}}, ": an added token must have a content, got None"),
+        ({"sep_token": {"content": "s", "lstrip": 1}}, ": sep_token.lstrip must be true or false"),
+        ({"eos_token": "\ud800"}, ": an added token must be text, got '\\ud800'"),
+        ({"image_token": "\ud800"}, ": an added token must be text, got '\\ud800'"),
+        ({"add_bos_token": 1}, ": add_bos_token must be true or false or null, got 1"),
+        ({"add_eos_token": "true"}, ": add_eos_token must be true or false or null, got 'true'"),
+        ({"legacy": "no"}, ": legacy must be true or false or null, got 'no'"),
+        ({"additional_special_tokens": "x"}, ": additional_special_tokens must be a list or null"),
+        ({"additional_special_tokens": [1]}, ": additional_special_tokens[0] must be a string or"),
+        ({"extra_special_tokens": {"x": 1}}, ": extra_special_tokens.x must be a string or null"),
+        ({"extra_special_tokens": 7}, ": extra_special_tokens must be a list or null or an object"),
+        ({"chat_template": 7}, ": chat_template must be a string or null or a list or an object"),
+        ({"chat_template": ["x"]}, ": chat_template[0] must be an object, got 'x'"),
+        ({"chat_template": [{"name": "x"}]}, ": each of chat_template must have a name and a"),
+        ({"chat_template": [{"name": 1, "template": ""}]}, ": chat_template[0].name must be a st"),
+        (
+            {"chat_template": {"default": None}},
+            ": chat_template.default must be a string, got None",
+        ),
+    ],
+)
+def test_values_of_the_wrong_type(
+    tmp_path: Path, vocabulary: str | None, config: Any, message: str
+) -> None:
+    if vocabulary is None:
+        train_json(tmp_path / "tokenizer.json", byte_level=True)
+    write(tmp_path, vocabulary, tokenizer_config=config)
+    refused(tmp_path, f"tokenizer_config.json{message}")
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        (7, "added_tokens must be a list or null, got 7"),
+        ([7], "added_tokens[0] must be an object, got 7"),
+        ([{"id": "x"}], "added_tokens[0].id must be an integer, got 'x'"),
+        ([{"content": None}], "added_tokens[0].content must be a string, got None"),
+    ],
+)
+def test_added_tokens_of_the_wrong_type(tmp_path: Path, added: Any, message: str) -> None:
+    write(tmp_path, tokenizer={"added_tokens": added})
+    refused(tmp_path, f"tokenizer.json: {message}")
+    write(tmp_path, "v1")
+    refused(tmp_path, f"tokenizer.json: {message}")
+
+
+def test_a_text_that_is_no_utf_8(tmp_path: Path) -> None:
+    write(tmp_path, "v1")
+    for name in BESIDE[:4]:
+        (tmp_path / name).write_bytes(b"\xff\xfe{}")
+        refused(tmp_path, f"{name} must be UTF-8: ")
+        (tmp_path / name).unlink()
