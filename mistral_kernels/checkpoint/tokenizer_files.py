@@ -11,12 +11,12 @@ from typing import Any
 
 from mistral_kernels.checkpoint.files import (
     CheckpointError,
-    Schema,
     check_regular,
     read_json,
     read_text,
 )
 from mistral_kernels.checkpoint.hub import TOKENIZER_PATTERNS
+from mistral_kernels.schema import Schema
 
 TEMPLATE_LIMIT = 1 << 20  # bytes; the longest templates in use have some 20 KB
 ADDED_ID_LIMIT = 1 << 31
