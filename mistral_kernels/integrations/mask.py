@@ -53,6 +53,7 @@ class Mask(BlockMask):
     """
 
     shape: tuple[int, ...] = ()  # in place of BlockMask's property
+    ndim = 4  # by which models recognize a mask that `generate` has made
 
     def __init__(
         self,
@@ -74,16 +75,21 @@ class Mask(BlockMask):
         self._packing: tuple[Tensor, Tensor] | None = None
         self._packed_by: tuple[Tensor, Tensor | None] | None = None
 
-    def to(self, device: torch.device | str, *_: Any, **__: Any) -> Mask:
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Mask:
         """Return the mask on another device, to which accelerate moves a layer's inputs."""
+        if not isinstance(device, (torch.device, str, int)):
+            raise MaskError(_READ_BY_ANOTHER)
         names = ("full", "descriptor", "cu_seqlens", "last")
         before = [getattr(self, name) for name in names]
-        after = [None if x is None else x.to(device) for x in before]
+        after = [None if x is None else x.to(device, non_blocking=non_blocking) for x in before]
         if all(x is y for x, y in zip(before, after)):
             return self
         moved = copy.copy(self)
         vars(moved).update(zip(names, after), _held=None, _packing=None, _packed_by=None)
         return moved
+
+    def dim(self) -> int:
+        return self.ndim
 
     def __repr__(self) -> str:
         return f"Mask(shape={self.shape}, starts={self.starts}, cu_seqlens={self.cu_seqlens})"

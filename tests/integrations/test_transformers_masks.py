@@ -24,6 +24,7 @@ from transformers_cases import (  # noqa: E402
     W,
     assert_close,
     batch,
+    both,
     make_model,
     new_cache,
 )
@@ -197,6 +198,22 @@ def test_what_a_mask_becomes() -> None:
         assert torch.equal(made[0, 0] == 0, lower)
 
 
+@torch.no_grad()
+def test_models_that_treat_masks_themselves() -> None:
+    """GPT-2 asks the mask of `generate` for its dimensions; Falcon adds biases to its mask."""
+    sizes = {"vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"hidden_size": 32, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    falcon = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, alibi=True))
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    ids, attention_mask = batch(2 * W, "left")
+    given = {"attention_mask": attention_mask, "max_new_tokens": 4, "do_sample": False}
+    given |= {"output_logits": True, "return_dict_in_generate": True}
+    static = {"cache_implementation": "static", "disable_compile": True}
+    for model, cache in ((falcon, {}), (gpt2, {}), (gpt2, static)):
+        ours, eager = both(model.eval(), model.generate, ids, **given, **cache)
+        assert_close(torch.stack(ours.logits), torch.stack(eager.logits))
+
+
 # Layers that another implementation serves.
 
 
@@ -265,6 +282,9 @@ def test_a_mask_can_be_moved() -> None:
     mask = Mask((1, 1, 2, 5), descriptor=make_descriptor([1], 3, 0, 1, "cpu"), starts=[1])
     moved = mask.to("meta", non_blocking=True)
     assert moved.descriptor.is_meta and moved.shape == (1, 1, 2, 5) and moved.starts == [1]
+    assert mask.to("cpu") is mask and mask.dim() == mask.ndim == 4
+    with pytest.raises(MaskError, match="^attention_mask must be read by"):
+        mask.to(torch.bool)
 
 
 # What is not there.
