@@ -190,7 +190,7 @@ def _is_short(q: Tensor, k: Tensor, sliding_window: int | None) -> bool:
 def attend_single(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None
 ) -> Tensor:
-    """One query a row, over the last `sliding_window` keys, in PyTorch's attention.
+    """One query per row, over the last `sliding_window` keys, in PyTorch's attention.
 
     Takes (batch, heads, seqlen, head_dim) and returns (batch, 1, num_heads, head_dim). The query
     heads of a kv head become the rows of one product, so that its keys are read once.
@@ -206,7 +206,7 @@ def attend_single(
 def _attend_packed(
     q: Tensor, k: Tensor, v: Tensor, lengths: dict[str, Any], scoring: dict[str, Any]
 ) -> Tensor:
-    """The rows of a batch one after the other, divided anew."""
+    """Attention of the rows of a batch one after the other, divided by `lengths`."""
     packed = (x.flatten(0, 1) for x in (q, k, v))
     return _attention(*packed, **lengths, **scoring).unflatten(0, q.shape[:2])
 
@@ -220,7 +220,7 @@ def _attend_in_place(
     sliding_window: int | None,
     **scoring: Any,
 ) -> Tensor:
-    """A few queries over keys where they lie: the last query stands on the last key `held`."""
+    """Attention of a few queries over keys in place; the last query is aligned to key `held`."""
     out, _ = attend_cached(
         *(with_unit_stride(q), None, None),
         CacheView(with_unit_stride(k), with_unit_stride(v), held, leftpad=leftpad),

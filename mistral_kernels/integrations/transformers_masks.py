@@ -150,7 +150,10 @@ def _read(mask: Tensor, *offsets: int | Tensor) -> tuple[list[int], list[int], b
 
 
 def _pattern(mask_function: Callable[..., Any]) -> tuple[bool, Tensor | None]:
-    """Is it causal, or sliding? And the indices of packed sequences it keeps apart, if it does."""
+    """Return whether a pattern is causal or sliding, and the indices of sequences it keeps apart.
+
+    The indices are (batch, seqlen), or None if it keeps none apart.
+    """
     if mask_function is masking_utils.causal_mask_function:
         return True, None
     parts = _made_by(masking_utils.and_masks, mask_function).get("mask_functions", ())
@@ -169,7 +172,7 @@ def _pattern(mask_function: Callable[..., Any]) -> tuple[bool, Tensor | None]:
 
 
 def _made_by(factory: Callable[..., Any], function: Callable[..., Any]) -> dict[str, Any]:
-    """What a function that `factory` made holds on to, by name; nothing if another made it."""
+    """Return the closure of a function that `factory` made, by name; empty if another made it."""
     code = getattr(function, "__code__", None)
     if code is None or code not in factory.__code__.co_consts:
         return {}
@@ -180,7 +183,7 @@ _AND_MASK = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 
 
 def _is_causal_while_tracing(mask_function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    """`_pattern` where one can see who made a function and for whom, but not what it holds."""
+    """Return whether a pattern is causal or sliding where closures cannot be read."""
     if mask_function is masking_utils.causal_mask_function:
         return True
     config = kwargs.get("config")
@@ -195,9 +198,9 @@ def _is_causal_while_tracing(mask_function: Callable[..., Any], kwargs: dict[str
 def _cu_seqlens_while_tracing(
     mask_function: Callable[..., Any], batch: int, seqlen: int, device: torch.device | str
 ) -> Tensor:
-    """(batch * seqlen + 1,) int32: as many sequences as there may be, those at the end empty.
+    """Return (batch * seqlen + 1,) int32: one sequence per token at most, empty ones at the end.
 
-    While tracing transformers takes every batch for a packed one. A sequence begins where a token
+    While tracing, transformers takes every batch for a packed one. A sequence begins where a token
     does not see the one before it.
     """
     rows = torch.arange(batch, device=device)[:, None]
@@ -209,6 +212,6 @@ def _cu_seqlens_while_tracing(
     begins = torch.ones((batch, seqlen), dtype=torch.bool, device=device)
     begins[:, 1:] = ~mask_function(rows, head, after, before)
     total = batch * seqlen
-    places = torch.arange(total, device=device)
-    offsets = torch.where(begins.flatten(), places, total).sort().values
+    indices = torch.arange(total, device=device)
+    offsets = torch.where(begins.flatten(), indices, total).sort().values
     return torch.nn.functional.pad(offsets, (0, 1), value=total).to(torch.int32)
