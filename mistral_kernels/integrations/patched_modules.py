@@ -1,17 +1,18 @@
 """What `apply_mistral_kernels` puts in the place of a module's forward and of its config.
 
-A forward is made from `original`, the function that stood there, and `serves`, which says whether
-the running call is served by these kernels; it is not, `original` serves it. One function is bound
-to all modules of a kind, and finds everything of theirs in `self`. No module is changed here.
+A replaced forward is a method: bound to its module, as others expect to find it there. A deep copy
+of it is bound to the copy of the module. A pickle of it is the class's own forward.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import operator
 from collections.abc import Callable
-from types import CellType, FunctionType
-from typing import Any
+from types import CellType, FunctionType, MethodType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +20,73 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mistral_kernels.integrations.transformers_attention import autocast_dtype
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 from mistral_kernels.ops.rms_norm import rms_norm
 from mistral_kernels.ops.rotary import apply_rotary
 from mistral_kernels.ops.swiglu import swiglu
 
-Forward = Callable[..., Any]
-Serves = Callable[[], bool]
+if TYPE_CHECKING:
+    from mistral_kernels.integrations.patching import Handle
+
+Forward = Callable[..., Any]  # unbound: the module is its first argument
+ABSENT: Any = object()  # the value of an attribute that a module does not have
 
 
-def rms_norm_forward(original: Forward, serves: Serves) -> Forward:
-    @functools.wraps(original)
+class Patch(NamedTuple):
+    """One replaced attribute.
+
+    Attributes:
+        handle: says whether the patch is on.
+        ours: the function or the config that replaces.
+        original: the function or the config that serves when the patch is off.
+        replaced: the value of the attribute before; `ABSENT` if there was none.
+    """
+
+    handle: Handle
+    ours: Any
+    original: Any
+    replaced: Any
+
+
+def patch_of(value: Any) -> Patch | None:
+    """Return the patch that put `value`, an attribute of a module, there."""
+    patch = getattr(value, "_mistral_kernels_patch", None)
+    # Wrappers take over the attributes of the function that they wrap.
+    if patch is None or patch.ours is not getattr(value, "__func__", value):
+        return None
+    return patch
+
+
+def method_of(module: nn.Module) -> tuple[str, Forward]:
+    """Return the name under which a module keeps its forward, and the function, not patched."""
+    # Where accelerate has hooked a module, the hook's forward calls this one.
+    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    method = getattr(module, name)
+    patch = patch_of(method)
+    if patch is not None:
+        return name, patch.original
+    if isinstance(method, MethodType) and method.__self__ is module:
+        return name, method.__func__
+    return name, functools.wraps(method)(lambda self, *args, **kwargs: method(*args, **kwargs))
+
+
+def patched_forward(handle: Handle, ours: Forward, original: Forward, replaced: Any) -> Forward:
+    """Return a function that is `ours` while the handle is on, and otherwise `original`."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (ours if handle.on else original)(self, *args, **kwargs)
+
+    result: Any = forward  # a method is pickled by this name, "forward"
+    result.__module__, result.__doc__ = original.__module__, original.__doc__
+    # Not `__wrapped__`: accelerate takes off whatever has it.
+    result.__signature__ = inspect.signature(original)
+    result._mistral_kernels_patch = Patch(handle, forward, original, replaced)
+    return result
+
+
+def rms_norm_forward(_: Forward) -> Forward:
     def forward(self: Any, hidden_states: Tensor) -> Any:
-        if not serves():
-            return original(self, hidden_states)
         # As x * weight promotes them: fine-tuning may keep the weights of norms in float32.
         dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
         return rms_norm(hidden_states.to(dtype), self.weight.to(dtype), self.variance_epsilon)
@@ -40,52 +94,55 @@ def rms_norm_forward(original: Forward, serves: Serves) -> Forward:
     return forward
 
 
-def swiglu_forward(original: Forward, serves: Serves) -> Forward:
-    @functools.wraps(original)
+def swiglu_forward(_: Forward) -> Forward:
     def forward(self: Any, x: Tensor) -> Any:
-        if not serves():
-            return original(self, x)
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
     return forward
 
 
-def rotary_tables_forward(original: Forward, serves: Serves) -> Forward:
-    """cos and sin in float32; which rope it is, and its scaling, stay the module's affair."""
+def rotary_tables_forward(original: Forward) -> Forward:
+    """cos and sin in float32. The kind of rope, and its scaling, are the module's own."""
 
-    @functools.wraps(original)
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if serves():  # of x, only device and dtype are looked at
-            x = x.new_empty(0, dtype=torch.float32)
-        return original(self, x, *args, **kwargs)
+        # The module reads nothing of x but its device and dtype.
+        return original(self, x.new_empty(0, dtype=torch.float32), *args, **kwargs)
 
     return forward
 
 
-def rotary_attention_forward(original: Forward, serves: Serves) -> Forward:
-    """The attention's own code, but in it `apply_rotary_pos_emb` is ours."""
-    ours = _with_globals(original, apply_rotary_pos_emb=_apply_rotary_pos_emb)
+def rotary_attention_forward(original: Any) -> Forward | None:
+    """Return the attention's own code, in which `apply_rotary_pos_emb` is ours.
 
-    @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (ours if serves() else original)(self, *args, **kwargs)
-
-    return forward
-
-
-def calls_rotary(forward: Any) -> bool:
-    """Whether `rotary_attention_forward` can be made of it: decorators are closures over it."""
-    while (inner := getattr(forward, "__wrapped__", None)) is not None:
-        cells = getattr(forward, "__closure__", None) or ()
-        if not any(cell.cell_contents is inner for cell in cells):
-            return False
-        forward = inner
-    return isinstance(forward, FunctionType) and "apply_rotary_pos_emb" in forward.__code__.co_names
+    The globals of a function are fixed, so it is copied, and so are the decorators around it, which
+    hold it in their closures. None: the attention does not call `apply_rotary_pos_emb`.
+    """
+    if not isinstance(original, FunctionType):
+        return None
+    scope, closure = original.__globals__, original.__closure__ or ()
+    decorated = getattr(original, "__wrapped__", None)
+    if decorated is not None:
+        ours = rotary_attention_forward(decorated)
+        is_held = [cell.cell_contents is decorated for cell in closure]
+        if ours is None or not any(is_held):
+            return None
+        closure = tuple(CellType(ours) if held else x for held, x in zip(is_held, closure))
+    elif "apply_rotary_pos_emb" in original.__code__.co_names:
+        scope = {**scope, "apply_rotary_pos_emb": _apply_rotary_pos_emb}
+        del scope["__name__"]  # or torch.compile would look names up in the module of that name
+    else:
+        return None
+    code, name, defaults = original.__code__, original.__name__, original.__defaults__
+    result = FunctionType(code, scope, name, defaults, closure)
+    result.__kwdefaults__ = original.__kwdefaults__
+    return result
 
 
 def _apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q, k: (batch, heads, seqlen, head_dim); cos, sin: (batch or 1, seqlen, head_dim), each angle
-    twice."""
+    """Rotate q and k, (batch, heads, seqlen, head_dim).
+
+    cos and sin are (batch or 1, seqlen, head_dim), each angle twice.
+    """
     batch, _, seqlen, head_dim = q.shape
     cos, sin = (table[..., : head_dim // 2].flatten(0, -2) for table in (cos, sin))
     rows = torch.arange(cos.shape[0], device=q.device).view(-1, seqlen).expand(batch, seqlen)
@@ -93,25 +150,8 @@ def _apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tup
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
-def _with_globals(function: Any, **names: Any) -> Forward:
-    """A copy of `function`, and of its decorators, that reads these names as its globals."""
-    inner = getattr(function, "__wrapped__", None)
-    closure, scope = function.__closure__, function.__globals__
-    if inner is None:
-        scope = {**scope, **names}
-        del scope["__name__"]  # or torch.compile would look names up in the module of that name
-    else:
-        new = _with_globals(inner, **names)
-        closure = tuple(
-            CellType(new) if cell.cell_contents is inner else cell for cell in closure or ()
-        )
-    copy = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
 def loss_obstacle(model: Any) -> str | None:
-    """Why the loss of a causal language model cannot be had from its last hidden states."""
+    """Return why the loss of a causal language model needs its logits; None: it does not."""
     head = getattr(model, "lm_head", None)
     if head is None:
         return f"{type(model).__name__} has no lm_head"
@@ -129,7 +169,7 @@ def loss_obstacle(model: Any) -> str | None:
 
 
 def loss_forward(original: Forward) -> Forward:
-    """Training with labels: the loss without the logits. All else goes to `original`."""
+    """The loss without the logits, in training with labels. All else goes to `original`."""
     names = [name for name in inspect.signature(original).parameters if name != "self"]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -163,14 +203,15 @@ def _causal_loss(
     shift_labels: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """transformers' ForCausalLMLoss of hidden (batch, seqlen, hidden_size) and labels (batch,
-    seqlen)."""
+    """Return transformers' ForCausalLMLoss.
+
+    hidden is (batch, seqlen, hidden_size) and labels (batch, seqlen).
+    """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(hidden.device)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # as lm_head would
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(hidden.device)
+    if dtype is not None:  # as lm_head would
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     reduction = "mean" if num_items_in_batch is None else "sum"
     hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -182,41 +223,52 @@ def _causal_loss(
     return loss / num_items_in_batch
 
 
-def config_view(config: Any, attn_implementation: str, serves: Serves) -> Any:
-    """The same config: all attributes are shared, but a call that is served reads another
-    `_attn_implementation`, until somebody sets one.
+def config_view(handle: Handle, config: Any, attn_implementation: str) -> Any:
+    """Return a config that shares all attributes of `config`, except for one.
 
-    Its class goes by the name of the config's, by which transformers looks classes up. A copy, or
-    a pickle, of it is a plain config.
+    While the handle is on, and until somebody sets another, its `_attn_implementation` is the one
+    given. Its class has the name of the config's, by which transformers looks classes up. A deep
+    copy is a view of a copy. A pickle is of `config`.
     """
-    plain, attributes, field = type(config), vars(config), "_attn_implementation_internal"
+    cls, attributes, field = type(config), vars(config), "_attn_implementation_internal"
     was_set: list[str] = []
 
+    def plain(self: Any) -> Any:
+        # transformers makes other configs of this class, too, when it saves one.
+        return config if vars(self) is attributes else _sharing(cls, vars(self))
+
     def read(self: Any) -> Any:
-        return attn_implementation if serves() and not was_set else vars(self).get(field)
+        is_ours = handle.on and not was_set and vars(self) is attributes
+        return attn_implementation if is_ours else vars(self).get(field)
 
     def write(self: Any, value: str) -> None:
-        if value == read(self):  # as a model made from this config does
+        if value == read(self):  # as a model does with the config that it is made from
             return
         vars(self)[field] = value
-        if vars(self) is attributes:  # and not a new config of this class, as saving makes one
+        if vars(self) is attributes:
             was_set.append(value)
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _sharing(plain, vars(self)).__reduce_ex__(protocol)
+    def deepcopy(self: Any, memo: Any) -> Any:
+        result = copy.deepcopy(plain(self), memo)
+        is_ours = read(self) == attn_implementation
+        return config_view(handle, result, attn_implementation) if is_ours else result
 
     namespace = {
         field: property(read, write),
-        "__reduce_ex__": reduce,
-        "__init__": plain.__init__,
-        **{name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")},
+        "__copy__": lambda self: copy.copy(plain(self)),
+        "__deepcopy__": deepcopy,
+        "__reduce_ex__": lambda self, protocol: (operator.getitem, ([plain(self)], 0)),
+        "__init__": cls.__init__,
+        **{name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")},
     }
-    metaclass: Any = type(plain)
-    return _sharing(metaclass(plain.__name__, (plain,), namespace), attributes)
+    metaclass: Any = type(cls)
+    view = _sharing(metaclass(cls.__name__, (cls,), namespace), attributes)
+    type(view)._mistral_kernels_patch = Patch(handle, view, config, config)
+    return view
 
 
 def _sharing(cls: type, attributes: dict[str, Any]) -> Any:
-    """An instance of `cls` that lives on these very attributes."""
+    """Return an instance of `cls` whose attributes are this very dictionary."""
     instance: Any = object.__new__(cls)
     object.__setattr__(instance, "__dict__", attributes)
     return instance

@@ -4,18 +4,17 @@
     print(handle)                              # what was changed; what was not, and why
     handle.undo()
 
-Attributes of the model's own modules are replaced (`forward`, `generate`, `config`), never a class
-or a function that other models share; `undo` puts the very objects back. gate.py says how calls in
-other threads are served meanwhile.
+`forward` and `config` of the model's own modules are replaced, never a class or a function that
+models share. What replaces them reads `handle.on`, and is the original where it is False: in the
+wrappers that others put around it, and in deep copies, `undo` need not find it.
 """
 
 from __future__ import annotations
 
-import functools
 import re
-import threading
-from collections import defaultdict
-from collections.abc import Callable
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
@@ -23,22 +22,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mistral_kernels.integrations import patched_modules
-from mistral_kernels.integrations.gate import Gate, Patch, can_serve_loss, method_of
-from mistral_kernels.integrations.patched_modules import Forward, Serves
+from mistral_kernels.integrations.patched_modules import ABSENT, Forward, method_of, patch_of
 from mistral_kernels.integrations.transformers_attention import NAME, register
 
 PARTS = ("attention", "rms_norm", "rotary", "swiglu", "cross_entropy")
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
-# What is known of modules, by the names of their classes; Liger's stand in for transformers'.
+# The modules that are supported, by the names of their classes. Liger's replace transformers'.
 _LLAMAS = ("Llama", "Mistral", "Qwen2", "Qwen3")
 _GEMMAS = ("Gemma", "Gemma2", "Gemma3")
 _NORMS = {f"{family}RMSNorm" for family in _LLAMAS} | {"LigerRMSNorm"}
 _MLPS = {f"{family}MLP" for family in _LLAMAS + _GEMMAS} | {"LigerSwiGLUMLP"}
 _ATTENTIONS = {f"{family}Attention" for family in _LLAMAS + _GEMMAS}
 _MAX_HEAD_DIM = 256
-
-_applying = threading.Lock()
 
 
 def apply_mistral_kernels(
@@ -51,106 +47,98 @@ def apply_mistral_kernels(
 ) -> Handle:
     """Serve one transformers model with these kernels, until `undo()` of the handle.
 
-    Before or after its weights are loaded, before or after PEFT wraps it, beside Liger: in each
-    module, who comes last serves. What cannot be served stays as it is: `repr` of the handle says
-    why. A part that is on already stays with the handle that switched it on.
+    Before or after its weights are loaded, before or after PEFT wraps it, beside Liger: of two
+    patches of a module, the later one serves. What is not supported stays as it is, and `repr` of
+    the handle gives the reason. What is patched already stays with the handle that patched it.
+
+    A deep copy of the model, or of a layer, is patched on its own parameters, and undone by the
+    same handle. A pickle is an unpatched model. Do not apply or undo while another thread runs the
+    model, and do not wrap the model in `nn.DataParallel`, which copies no patches.
 
     Args:
-        model: a Mistral, Llama, Qwen2, Qwen3 or Gemma of transformers, or what wraps one. Gemma's
-            norms and MLPs compute something else and are skipped.
-        attention: as `attn_implementation="mistral_kernels"` would. Meanwhile `config` of the
-            model and its attentions is a view of the config they had.
-        rms_norm: of all norms, those of queries and keys too.
+        model: a Mistral, Llama, Qwen2, Qwen3 or Gemma of transformers, or a module that wraps one.
+            Gemma's norms and MLPs compute something else and are skipped.
+        attention: as `attn_implementation="mistral_kernels"` does. Meanwhile `config` of the model
+            and its attentions is a view of the config they had.
+        rms_norm: all norms, those of queries and keys included.
         rotary: queries and keys in one launch, with tables in float32.
-        swiglu: of MLPs whose activation is SiLU. Their projections run as they are, LoRA included.
+        swiglu: MLPs whose activation is SiLU. Their projections run as they are, LoRA included.
         cross_entropy: of a model that trains (`model.train()`) and is given `labels`: the loss
             comes straight from the last hidden states, and `logits` is None.
 
     Raises:
-        TypeError: there is no transformers model in `model`.
+        TypeError: `model` is no transformers model and holds none.
         ValueError: naming the type of model, which is not one of those.
     """
-    outer = next(iter(_models(model)), None)
+    outer = next(_models(model), None)
     if outer is None:
         raise TypeError(
             f"model must be a transformers PreTrainedModel, or hold one, got {type(model).__name__}"
         )
     if outer.config.model_type not in MODEL_TYPES:
         raise ValueError(
-            f"model is of type {outer.config.model_type!r}; apply_mistral_kernels knows "
-            f"{', '.join(MODEL_TYPES)}"
+            f"model must be of type {', '.join(MODEL_TYPES)}, got {outer.config.model_type!r}"
         )
+    plan = _Plan(outer)
     wanted = zip(PARTS, (attention, rms_norm, rotary, swiglu, cross_entropy))
-    with _applying:
-        gate = Gate.of(outer.base_model)
-        with gate.lock:
-            return _apply(gate, outer, model, [part for part, is_wanted in wanted if is_wanted])
-
-
-def _apply(gate: Gate, outer: PreTrainedModel, model: nn.Module, parts: list[str]) -> Handle:
-    plan = _Plan(gate, outer)
-    for part in parts:
-        if part in gate.on:
-            count = gate.replaced(part)
-            since = f", but {count} of it replaced since: undo that first" if count else ""
-            plan.skip(part, f"already applied{since}")
-        elif part in gate.patches:  # undone, but calls inside still use it
-            plan.replacements[part] = [(x.module, x.name, x.ours) for x in gate.patches[part]]
-        else:
-            getattr(plan, part)()
-    patches = {
-        part: gate.patches.get(part) or [Patch.put(*replacement) for replacement in replacements]
-        for part, replacements in plan.replacements.items()
-    }
-    if patches:
-        gate.switch_on(patches, _models(outer))
+    for part in (part for part, is_wanted in wanted if is_wanted):
+        getattr(plan, part)()
+    handle = plan.handle
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
-    changed = {
-        part: [names.get(patch.module, "") for patch in patches[part]] or [names[outer]]
-        for part in patches
-    }
-    return Handle(gate, type(outer).__name__, changed, plan.skipped)
-
-
-def _kind(module: nn.Module) -> str:
-    """The name of its class, and where that is from unless from transformers or Liger."""
-    cls = type(module)
-    known = cls.__module__.startswith(("transformers.models.", "liger_kernel."))
-    return cls.__name__ if known else f"{cls.__module__}.{cls.__name__}"
-
-
-def _models(module: nn.Module) -> list[PreTrainedModel]:
-    return [x for x in module.modules() if isinstance(x, PreTrainedModel)]
+    for part, module, name, value in plan.replacements:
+        handle.changed.setdefault(part, []).append(names.get(module, ""))
+        handle.put(module, name, value)
+    handle.on = True
+    return handle
 
 
 class Handle:
-    """What one `apply_mistral_kernels` changed. A context manager; `repr` is its report.
+    """What `apply_mistral_kernels` did. `repr` lists it; as a context manager it ends in `undo`.
 
     Attributes:
-        changed: names of the modules that it changed, by part.
-        skipped: why what is not changed is not, by part.
+        on: whether the kernels serve.
+        changed: names of the changed modules, by part.
+        skipped: the reasons for what is not changed, by part.
     """
 
-    def __init__(
-        self,
-        gate: Gate,
-        model: str,
-        changed: dict[str, list[str]],
-        skipped: dict[str, list[str]],
-    ) -> None:
-        self.changed, self.skipped = changed, skipped
-        self._gate, self._model, self._undone = gate, model, False
+    def __init__(self, model: str) -> None:
+        self.on = False
+        self.changed: dict[str, list[str]] = {}
+        self.skipped: dict[str, list[str]] = {}
+        self._model = model
+        self._replaced: list[tuple[weakref.ref[nn.Module], str]] = []
 
     def undo(self) -> None:
-        """Put back what was there before, the very same objects. Twice is once.
+        """Put back what was there before, the very same objects. A second call does nothing.
 
-        Returns at once: calls that are inside the model then finish on the kernels they began on,
-        and what they use is put back when the last of them ends. An attribute that somebody else
-        has replaced since stays as it is, with a warning.
+        An attribute that somebody else has replaced since stays as it is, with a warning.
         """
-        if not self._undone:
-            self._undone = True
-            self._gate.switch_off(self.changed)
+        if not self.on:
+            return
+        self.on = False
+        replaced = []
+        for reference, name in self._replaced:
+            module = reference()
+            if module is None:
+                continue
+            patch = patch_of(vars(module).get(name))
+            if patch is None or patch.handle is not self:
+                replaced.append(f"{type(module).__name__}.{name}")
+            elif patch.replaced is ABSENT:
+                del vars(module)[name]
+            else:
+                vars(module)[name] = patch.replaced
+        if replaced:
+            warnings.warn(
+                f"{', '.join(sorted(set(replaced)))}: replaced after apply_mistral_kernels, in "
+                f"{len(replaced)} places; undo leaves them so",
+                stacklevel=2,
+            )
+
+    def put(self, module: nn.Module, name: str, value: Any) -> None:
+        """Replace an attribute of a module, until `undo`."""
+        vars(module)[name] = value
+        self._replaced.append((weakref.ref(module), name))
 
     def __enter__(self) -> Handle:
         return self
@@ -158,8 +146,12 @@ class Handle:
     def __exit__(self, *_: object) -> None:
         self.undo()
 
+    def __reduce__(self) -> Any:
+        """Pickle a handle that is off, with the forwards that cloudpickle pickles by value."""
+        return Handle, (self._model,)
+
     def __repr__(self) -> str:
-        lines = [f"mistral_kernels in {self._model}{', undone' if self._undone else ''}:"]
+        lines = [f"mistral_kernels in {self._model}{'' if self.on else ', undone'}:"]
         for part in PARTS:
             names = self.changed.get(part, [])
             if names:
@@ -169,33 +161,52 @@ class Handle:
 
 
 def _grouped(names: list[str]) -> list[str]:
-    """model.layers.*.mlp for the mlp of all layers."""
+    """Return names without repetition: model.layers.*.mlp for the mlp of all layers."""
     return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
 
 
-class _Plan:
-    """What can be changed in a model, and why the rest cannot. Looking changes nothing."""
+def _kind(module: nn.Module) -> str:
+    """Return the name of a module's class; with its origin, unless transformers or Liger."""
+    cls = type(module)
+    known = cls.__module__.startswith(("transformers.models.", "liger_kernel."))
+    return cls.__name__ if known else f"{cls.__module__}.{cls.__name__}"
 
-    def __init__(self, gate: Gate, outer: PreTrainedModel) -> None:
-        self.gate, self.outer = gate, outer
-        self.modules = list(gate.base.modules())
-        self.replacements: dict[str, list[tuple[nn.Module, str, Any]]] = defaultdict(list)
-        self.skipped: dict[str, list[str]] = {}
-        self._functions: dict[Any, Forward] = {}
+
+def _models(module: nn.Module) -> Iterator[PreTrainedModel]:
+    return (x for x in module.modules() if isinstance(x, PreTrainedModel))
+
+
+class _Plan:
+    """What is to be replaced in a model, and a handle with the reasons for what is not.
+
+    Planning changes nothing.
+    """
+
+    def __init__(self, outer: PreTrainedModel) -> None:
+        self.outer, self.handle = outer, Handle(type(outer).__name__)
+        self.modules = list(outer.base_model.modules())
+        self.replacements: list[tuple[str, nn.Module, str, Any]] = []  # part, module, name, value
+        self._forwards: dict[Any, Forward] = {}
 
     def skip(self, part: str, reason: str) -> None:
-        if reason not in self.skipped.setdefault(part, []):
-            self.skipped[part].append(reason)
+        reasons = self.handle.skipped.setdefault(part, [])
+        if reason not in reasons:
+            reasons.append(reason)
 
-    def replace_forward(
-        self, part: str, module: nn.Module, make: Callable[[Forward, Serves], Forward]
-    ) -> None:
-        slot, original = method_of(module, "forward")
-        if (make, original) not in self._functions:  # one for all modules of a kind
-            serves = functools.partial(self.gate.serves, part)
-            self._functions[make, original] = make(original, serves)
-        bound = MethodType(self._functions[make, original], module)
-        self.replacements[part].append((module, slot, bound))
+    def replace_forward(self, part: str, module: nn.Module, make: Callable[[Forward], Any]) -> None:
+        name, original = method_of(module)
+        current = vars(module).get(name, ABSENT)
+        patch = patch_of(current)
+        if patch is not None and patch.handle.on:
+            self.skip(part, "already applied")
+            return
+        key = make, original, id(current)  # one function for all modules of a kind
+        if key not in self._forwards:
+            self._forwards[key] = patched_modules.patched_forward(
+                self.handle, make(original), original, current
+            )
+        forward = MethodType(self._forwards[key], module)
+        self.replacements.append((part, module, name, forward))
 
     def rms_norm(self) -> None:
         for module in self.modules:
@@ -222,12 +233,12 @@ class _Plan:
                 self.replace_forward("swiglu", module, patched_modules.swiglu_forward)
 
     def rotary(self) -> None:
-        """All or nothing: who reads the tables must agree with who makes them."""
+        """All or nothing: the attentions must agree with the tables."""
         attentions = self._attentions("rotary")
         for module in attentions:
-            if not patched_modules.calls_rotary(method_of(module, "forward")[1]):
+            if patched_modules.rotary_attention_forward(method_of(module)[1]) is None:
                 self.skip("rotary", f"a {type(module).__name__} has another forward")
-        if "rotary" in self.skipped:
+        if "rotary" in self.handle.skipped:
             return
         for module in attentions:
             self.replace_forward("rotary", module, patched_modules.rotary_attention_forward)
@@ -237,7 +248,7 @@ class _Plan:
 
     def attention(self) -> None:
         attentions = self._attentions("attention")
-        config: Any = self.gate.base.config
+        config: Any = self.outer.base_model.config
         dropout = getattr(config, "attention_dropout", 0.0)
         head_dim = max((module.head_dim for module in attentions), default=0)
         if dropout:
@@ -246,18 +257,21 @@ class _Plan:
             self.skip("attention", f"head_dim is {head_dim}; ours goes to {_MAX_HEAD_DIM}")
         if getattr(config, "use_bidirectional_attention", False):
             self.skip("attention", "config.use_bidirectional_attention: ours is causal here")
-        if config._attn_implementation == NAME:
-            self.skip("attention", f"the config says attn_implementation={NAME!r} already")
-        if "attention" in self.skipped:
+        if "attention" in self.handle.skipped:
             return
         register()
-        serves = functools.partial(self.gate.serves, "attention")
         views: dict[int, Any] = {}
         for module in [*_models(self.outer), *attentions]:
             plain: Any = vars(module)["config"]
-            if id(plain) not in views:
-                views[id(plain)] = patched_modules.config_view(plain, NAME, serves)
-            self.replacements["attention"].append((module, "config", views[id(plain)]))
+            patch = patch_of(plain)
+            if patch is not None and patch.handle.on:
+                self.skip("attention", "already applied")
+            elif plain._attn_implementation == NAME:
+                self.skip("attention", f"the config says attn_implementation={NAME!r} already")
+            else:
+                if id(plain) not in views:
+                    views[id(plain)] = patched_modules.config_view(self.handle, plain, NAME)
+                self.replacements.append(("attention", module, "config", views[id(plain)]))
 
     def _attentions(self, part: str) -> list[Any]:
         found = []
@@ -270,11 +284,13 @@ class _Plan:
         return found
 
     def cross_entropy(self) -> None:
-        """The model's door, which hangs there anyway, leads to it."""
+        _, forward = method_of(self.outer)
+        home = forward.__module__
+        is_own = forward is type(self.outer).forward and home.startswith("transformers.")
         reason = patched_modules.loss_obstacle(self.outer)
-        if not reason and not can_serve_loss(self.outer):
+        if not reason and not is_own and not home.startswith("liger_kernel."):
             reason = f"somebody replaced the forward of {type(self.outer).__name__}"
-        if reason:
+        if reason:  # a wrapper must not be lost
             self.skip("cross_entropy", reason)
         else:
-            self.replacements["cross_entropy"] = []
+            self.replace_forward("cross_entropy", self.outer, patched_modules.loss_forward)

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.utils import logging
 
-from mistral_kernels.integrations import mask
+from mistral_kernels.integrations.mask import Mask, is_tracing
+from mistral_kernels.integrations.transformers_masks import create_mask
 from mistral_kernels.ops.attention import attention, check_qkv
 from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.cached import attend_cached
@@ -26,11 +28,13 @@ _SHORT = 32  # tokens
 
 _UNSAID: Any = object()  # a layer that does not name its window
 
+_logger = logging.get_logger(__name__)
+
 
 def register() -> None:
     """Make `attn_implementation="mistral_kernels"` known to transformers. Twice is once."""
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, mask.create_mask)
+    AttentionMaskInterface.register(NAME, create_mask)
 
 
 def attend(
@@ -38,7 +42,7 @@ def attend(
     query: Tensor,
     key: Any,
     value: Any,
-    attention_mask: Tensor | None,
+    attention_mask: Mask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = _UNSAID,
@@ -52,14 +56,15 @@ def attend(
         module: the layer's attention; its `is_causal` stands in for the argument.
         query: (batch, num_heads, seqlen_q, head_dim), of the dtypes that `attention` takes.
         key, value: (batch, num_kv_heads, seqlen_k, head_dim); or what a `RollingCache` gives.
-        attention_mask: one of `mask.py`'s, or a user's of 4-D, bool or float, which is PyTorch's
-            attention's to serve.
+        attention_mask: a `Mask`; or a mask in full, bool or additive, broadcast to (batch,
+            num_heads, seqlen_q, seqlen_k), which PyTorch serves; or None for causality alone.
         scaling: head_dim^-0.5 if None.
-        sliding_window: how many keys a query sees, its own included; None for no window.
+        sliding_window: how many keys a query sees, its own included; None for no window. A mask in
+            full holds the window already.
         softcap: as in `attention`; None for none.
         kwargs: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k` divide a packed
-            batch, as transformers' `DataCollatorWithFlattening` makes them. What else would change
-            the result raises.
+            batch, as transformers' `DataCollatorWithFlattening` makes them. So do `position_ids`
+            that restart. What else would change the result raises.
 
     Returns:
         (batch, seqlen_q, num_heads, head_dim), 0 for padding on the left; and None, the weights.
@@ -69,6 +74,7 @@ def attend(
         ValueError: naming the argument that does not fit.
     """
     _refuse(dropout, kwargs)
+    _warn_of_attentions(module, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if sliding_window is _UNSAID:
         sliding_window = None
@@ -79,54 +85,103 @@ def attend(
             raise NotImplementedError(
                 "softcap is not supported with RollingCache; use another cache"
             )
+        if isinstance(attention_mask, Mask) and _packed_lengths(attention_mask, kwargs):
+            raise NotImplementedError(
+                "a packed batch is not supported with RollingCache; pad it, or use another cache"
+            )
         windowed = {"scaling": scaling, "sliding_window": sliding_window}
         return key.attend(query, attention_mask, **windowed), None
-    if attention_mask is not None and attention_mask.dtype != torch.int32:  # in full
-        kwargs |= {"scaling": scaling, "is_causal": is_causal, "softcap": softcap or None}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    query, key, value = _autocast(query, key, value)
-    on_torch = serves_directly(query)
-    if on_torch and query.shape[2] == 1 and attention_mask is None and causal and not softcap:
-        if kwargs.get("cu_seq_lens_q") is None:
-            return attend_single(query, key, value, scaling, sliding_window), None
+    full = attention_mask.full if isinstance(attention_mask, Mask) else attention_mask
+    if isinstance(full, Tensor):
+        return _attend_in_full(module, query, key, value, full, scaling, softcap), None
+    mask = _as_mask(attention_mask, query, key, causal)
+    lengths = _packed_lengths(mask, kwargs, causal)
+    scoring: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap or 0.0}
+    if causal or not mask.is_plain:  # a mask decides, in other implementations too
+        scoring["sliding_window"] = sliding_window
+    else:
+        scoring["causal"] = False
+    out = _attend_masked(*_autocast(query, key, value), mask, lengths, scoring)
+    if mask.last is not None:
+        last = _attend_in_full(module, query[:, :, -1:], key, value, mask.last, scaling, softcap)
+        out = torch.cat((out[:, :-1], last), dim=1)
+    return out, None
+
+
+def _attend_masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    lengths: dict[str, Any],
+    scoring: dict[str, Any],
+) -> Tensor:
+    """Attention under a `Mask`, except its `last`; `lengths` divide a packed batch.
+
+    Takes (batch, heads, seqlen, head_dim) and returns (batch, seqlen_q, num_heads, head_dim).
+    """
+    causal = scoring.get("causal", True)
+    window, scaling = scoring.get("sliding_window"), scoring["softmax_scale"]
+    direct = serves_directly(query) and causal and not (lengths or scoring["softcap"])
+    if direct and query.shape[2] == 1 and mask.descriptor is None:
+        return attend_single(query, key, value, scaling, window)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     check_qkv(q, k, v, ndim=4, names=("query", "key", "value"))
-    scoring: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap or 0.0}
-    if not causal:
-        return _attention(q, k, v, causal=False, **scoring), None
-    scoring["sliding_window"] = sliding_window
-    lengths = _packed_lengths(attention_mask, q.shape[1], kwargs)
     if lengths:
-        return _attend_packed(q, k, v, lengths, scoring), None
-    if attention_mask is not None and not mask.is_descriptor(attention_mask):
-        raise ValueError(
-            "attention_mask must be 4-D, bool or float, or transformers' 2-D mask, got "
-            f"{tuple(attention_mask.shape)} of {attention_mask.dtype}"
-        )
+        if mask.descriptor is not None:
+            k, v = k[:, : mask.num_keys], v[:, : mask.num_keys]
+        return _attend_packed(q, k, v, lengths, scoring)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    in_place = not grad and q.shape[1] <= _FEW_QUERIES
-    if attention_mask is None:
-        if on_torch and not (grad or softcap) and _is_short(q, k, sliding_window):
+    in_place = causal and not grad and q.shape[1] <= _FEW_QUERIES
+    if mask.descriptor is None:
+        if direct and not grad and _is_short(q, k, window):
             how: dict[str, Any] = {"is_causal": True, "scale": scaling, "enable_gqa": True}
-            out = F.scaled_dot_product_attention(query, key, value, **how)
-            return out.transpose(1, 2), None
-        if on_torch or not in_place:
-            return _attention(q, k, v, **scoring), None
+            return F.scaled_dot_product_attention(query, key, value, **how).transpose(1, 2)
+        if serves_directly(q) or not in_place:
+            return _attention(q, k, v, **scoring)
         held = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
-        return _attend_in_place(q, k, v, held, None, **scoring), None
-    if in_place or mask.is_tracing():
-        places = mask.held_keys(attention_mask, q.shape[1])
-        return _attend_in_place(q, k, v, *places, **scoring), None
-    return _attend_padded(q, k, v, mask.places_of(attention_mask), scoring), None
+        return _attend_in_place(q, k, v, held, None, **scoring)
+    if in_place or is_tracing(q):
+        return _attend_in_place(q, k, v, *mask.held_keys(), **scoring)
+    k, v = k[:, : mask.num_keys], v[:, : mask.num_keys]
+    if not mask.is_padded:
+        return _attention(q, k, v, **scoring)
+    cu_seqlens_q, cu_seqlens_k = mask.packing()
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    lengths |= {"max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1]}
+    return _attend_packed(q, k, v, lengths, scoring)
+
+
+def _as_mask(attention_mask: Any, query: Tensor, key: Tensor, causal: bool) -> Mask:
+    if isinstance(attention_mask, Mask):
+        return attention_mask
+    (batch, _, seqlen_q, _), seqlen_k = query.shape, key.shape[2]
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask must be a 4-D tensor, bool or floating point, or the mask of "
+            f"attn_implementation={NAME!r}, got {type(attention_mask).__name__}: {_ONE_FOR_ALL}"
+        )
+    if causal and 1 < seqlen_q < seqlen_k:  # implementations differ in which keys come first
+        raise ValueError(
+            f"attention_mask must not be None for {seqlen_q} queries of {seqlen_k} keys: "
+            f"{_ONE_FOR_ALL}"
+        )
+    return Mask((batch, 1, seqlen_q, seqlen_k))
+
+
+_ONE_FOR_ALL = "call set_attn_implementation() on the whole model"
 
 
 def serves_directly(q: Tensor) -> bool:
-    """On the torch backend PyTorch's attention may be called without an operator around it."""
+    """Whether PyTorch's attention may be called without an operator around it.
+
+    It may on the torch backend, except under torch.compile.
+    """
     return not (torch.compiler.is_compiling() or uses_triton(q))
 
 
 def _is_short(q: Tensor, k: Tensor, sliding_window: int | None) -> bool:
-    """Plainly causal, and so short that an operator around PyTorch's attention would show."""
+    """Whether only causality matters, in so few tokens that an operator's overhead would show."""
     seqlen = q.shape[1]
     in_sight = sliding_window is None or seqlen <= sliding_window
     return seqlen == k.shape[1] and seqlen <= _SHORT and in_sight
@@ -135,7 +190,7 @@ def _is_short(q: Tensor, k: Tensor, sliding_window: int | None) -> bool:
 def attend_single(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None
 ) -> Tensor:
-    """One query a row, over the last `sliding_window` keys, in PyTorch's attention.
+    """One query per row, over the last `sliding_window` keys, in PyTorch's attention.
 
     Takes (batch, heads, seqlen, head_dim) and returns (batch, 1, num_heads, head_dim). The query
     heads of a kv head become the rows of one product, so that its keys are read once.
@@ -148,28 +203,10 @@ def attend_single(
     return out.reshape(batch, 1, num_heads, head_dim)
 
 
-def _attend_padded(
-    q: Tensor, k: Tensor, v: Tensor, places: mask.Places, scoring: dict[str, Any]
-) -> Tensor:
-    """Padding on the left, or keys of a static cache that are not yet written. Differentiable."""
-    seqlen = q.shape[1]
-    k, v = (x[:, : places.num_keys(seqlen)] for x in (k, v))
-    if not places.padded:
-        return _attention(q, k, v, **scoring)
-    cu_seqlens_q, cu_seqlens_k = places.packing(seqlen)
-    lengths = {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": seqlen,
-        "max_seqlen_k": k.shape[1],
-    }
-    return _attend_packed(q, k, v, lengths, scoring)
-
-
 def _attend_packed(
     q: Tensor, k: Tensor, v: Tensor, lengths: dict[str, Any], scoring: dict[str, Any]
 ) -> Tensor:
-    """The rows of a batch one after the other, divided anew."""
+    """Attention of the rows of a batch one after the other, divided by `lengths`."""
     packed = (x.flatten(0, 1) for x in (q, k, v))
     return _attention(*packed, **lengths, **scoring).unflatten(0, q.shape[:2])
 
@@ -183,7 +220,7 @@ def _attend_in_place(
     sliding_window: int | None,
     **scoring: Any,
 ) -> Tensor:
-    """A few queries over keys where they lie: the last query stands on the last key `held`."""
+    """Attention of a few queries over keys in place; the last query is aligned to key `held`."""
     out, _ = attend_cached(
         *(with_unit_stride(q), None, None),
         CacheView(with_unit_stride(k), with_unit_stride(v), held, leftpad=leftpad),
@@ -200,19 +237,50 @@ def _attention(*qkv: Tensor, **options: Any) -> Tensor:
     return out
 
 
-def _packed_lengths(
-    attention_mask: Tensor | None, seqlen: int, kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """How a packed batch is divided, for `attention`; empty if it is not packed."""
-    packed = attention_mask is not None and mask.is_packed(attention_mask)
+def _attend_in_full(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention under a mask of queries by keys, in PyTorch's operators.
+
+    Takes (batch, heads, seqlen, head_dim) and returns (batch, seqlen_q, num_heads, head_dim).
+    """
+    if mask.ndim not in (3, 4) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise ValueError(
+            "attention_mask must be a 4-D tensor, bool or floating point, got "
+            f"{tuple(mask.shape)} of {mask.dtype}: {_ONE_FOR_ALL}"
+        )
+    if not softcap:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)[0]
+    num_groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, num_groups), repeat_kv(value, num_groups)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scale / softcap))
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return (weights.to(value.dtype) @ value).transpose(1, 2)
+
+
+def _packed_lengths(mask: Mask, kwargs: dict[str, Any], causal: bool = True) -> dict[str, Any]:
+    """Return `attention`'s arguments that divide a packed batch; none if it is not packed."""
     cu_seqlens_q = kwargs.get("cu_seq_lens_q")
     if cu_seqlens_q is None:
-        if not packed:
+        cu_seqlens = mask.cu_seqlens
+        if cu_seqlens is None:
+            cu_seqlens = mask.packed_by(kwargs.get("position_ids")) if causal else None
+        if cu_seqlens is None:
             return {}
-        # No sequence is longer than a row.
-        lengths = {"max_seqlen_q": seqlen, "max_seqlen_k": seqlen}
-        return {"cu_seqlens_q": attention_mask, **lengths}
-    if attention_mask is not None and not packed:
+        seqlen = mask.shape[2]  # no sequence is longer than a row
+        return {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": seqlen, "max_seqlen_k": seqlen}
+    if mask.descriptor is not None or mask.last is not None:
         raise ValueError("cu_seq_lens_q divides a packed batch, which has no attention_mask")
     return {
         "cu_seqlens_q": cu_seqlens_q,
@@ -226,7 +294,6 @@ _REFUSED = {
     "s_aux": "for attention sinks use attn_implementation='eager'",
     "position_bias": "use attn_implementation='sdpa'",
     "head_mask": "use attn_implementation='eager'",
-    "output_attentions": "the weights are never formed; use attn_implementation='eager'",
     "cache": "for paged caches use attn_implementation='sdpa'",
 }
 
@@ -243,6 +310,18 @@ def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
             raise NotImplementedError(f"{name} is not supported: {remedy}")
 
 
+def _warn_of_attentions(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Warn once and go on, as sdpa, where the weights of attention are wanted."""
+    wanted = kwargs.get("output_attentions")
+    if not wanted and getattr(module, "layer_idx", 0) == 0:  # a config takes long to read
+        wanted = getattr(getattr(module, "config", None), "output_attentions", False)
+    if wanted:
+        _logger.warning_once(
+            f"attn_implementation={NAME!r} does not support output_attentions=True: the weights "
+            "are never formed. Use attn_implementation='eager'"
+        )
+
+
 def _check_has_no_window(module: nn.Module) -> None:
     """Most layers that do not name their window have none; of some, only the mask knows it."""
     window = getattr(getattr(module, "config", None), "sliding_window", None)
@@ -253,10 +332,17 @@ def _check_has_no_window(module: nn.Module) -> None:
         )
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In autocast's dtype, as for PyTorch's own attention: rotation may have widened q and k."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) for x in tensors)
+def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tensors in autocast's dtype, as PyTorch's attention casts its inputs."""
+    dtype = autocast_dtype(query.device)
+    if dtype is None:
+        return query, key, value
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype in which autocast multiplies; None if it is off, as on meta tensors."""
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return None
+    return torch.get_autocast_dtype(kind)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from mistral_kernels.integrations import mask
+from mistral_kernels.integrations.mask import Mask
 from mistral_kernels.integrations.transformers_attention import attend_single, serves_directly
 from mistral_kernels.model import cache as model_cache
 from mistral_kernels.model.cache import CacheLayout, Packing
@@ -78,7 +78,7 @@ class RollingCache(Cache):
         layout = CacheLayout(self.windows, num_kv_heads, head_dim)
         self.rings = model_cache.RollingCache(layout, batch, self.max_length, dtype, device)
 
-    def begin(self, attention_mask: Tensor | None, batch: int, seqlen: int) -> None:
+    def begin(self, attention_mask: Mask | Tensor | None, batch: int, seqlen: int) -> None:
         """A forward pass begins: place its new tokens, (batch, seqlen) with padding on the left."""
         rings = self.rings
         assert rings is not None
@@ -86,7 +86,7 @@ class RollingCache(Cache):
             raise ValueError(
                 f"the cache holds {rings.batch} sequences, got {batch}; make a new one"
             )
-        starts = mask.first_keys(attention_mask, batch)
+        starts = _first_keys(attention_mask, batch)
         for row, (start, seen) in enumerate(zip(starts, rings.host_lengths)):
             shown = max(self.columns - start, 0)
             if shown != seen:
@@ -233,7 +233,7 @@ class PendingKeys:
     def attend(
         self,
         query: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Mask | Tensor | None,
         *,
         scaling: float | None = None,
         sliding_window: int | None = None,
@@ -242,7 +242,7 @@ class PendingKeys:
 
         Args:
             query: (batch, num_heads, seqlen, head_dim), the same tokens' as the keys.
-            attention_mask: the descriptor of `mask.py`; None: no padding.
+            attention_mask: a `Mask`; None: no padding.
             scaling: head_dim^-0.5 if None.
             sliding_window: must be the layer's, if given.
 
@@ -355,6 +355,18 @@ class _Step:
             lengths["cu_seqlens_q"] = self.packing.cu_seqlens
         out: Any = attention(q, k, v, sliding_window=window, softmax_scale=scaling, **lengths)
         return out.flatten(0, 1) if self.packing.rectangular else out
+
+
+def _first_keys(attention_mask: Mask | Tensor | None, batch: int) -> list[int]:
+    """Return the first valid key of each sequence: 0 where there is no padding."""
+    if attention_mask is None:
+        return [0] * batch
+    if isinstance(attention_mask, Mask) and attention_mask.full is attention_mask.last is None:
+        return attention_mask.first_keys
+    raise ValueError(
+        "attention_mask must be causal, with each sequence's padding on its left, got another mask "
+        f"of {tuple(attention_mask.shape)}: RollingCache holds tokens alone"
+    )
 
 
 def _check_fits(key: Tensor, ring: Tensor) -> None:

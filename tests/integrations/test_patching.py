@@ -176,8 +176,7 @@ def test_unknown_models_are_refused() -> None:
     with pytest.raises(ValueError) as error:
         apply_mistral_kernels(model)
     assert str(error.value) == (
-        "model is of type 'gpt2'; apply_mistral_kernels knows gemma, gemma2, gemma3_text, llama, "
-        "mistral, qwen2, qwen3"
+        "model must be of type gemma, gemma2, gemma3_text, llama, mistral, qwen2, qwen3, got 'gpt2'"
     )
     with pytest.raises(TypeError) as error:
         apply_mistral_kernels(nn.Linear(2, 2))

@@ -1,0 +1,366 @@
+"""attn_implementation="mistral_kernels": the switch, its masks, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import pickle
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers", reason="transformers is absent")
+
+from transformers import masking_utils  # noqa: E402
+from transformers_cases import (  # noqa: E402
+    CACHE,
+    OLDER,
+    VOCAB,
+    W,
+    assert_close,
+    batch,
+    both,
+    make_model,
+    new_cache,
+)
+
+from mistral_kernels.integrations import transformers_attention  # noqa: E402
+from mistral_kernels.integrations.mask import Mask, MaskError  # noqa: E402
+from mistral_kernels.integrations.transformers import RollingCache, register  # noqa: E402
+from mistral_kernels.integrations.transformers_attention import attend  # noqa: E402
+from mistral_kernels.integrations.transformers_masks import (  # noqa: E402
+    create_mask,
+    make_descriptor,
+)
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    register()
+
+
+def test_from_pretrained_and_back(tmp_path: Any) -> None:
+    make_model().save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="mistral_kernels"
+    ).eval()
+    ids, _ = batch(2 * W)
+    with torch.no_grad():
+        ours = model(ids).logits
+        for name in ("sdpa", "eager", "mistral_kernels"):
+            model.set_attn_implementation(name)
+            assert model.config._attn_implementation == name
+            assert_close(model(ids).logits, ours)
+    assert torch.equal(model(ids).logits, ours)
+
+
+def layer(model: Any) -> tuple[Any, Tensor, Tensor]:
+    module = model.model.layers[0].self_attn
+    return module, torch.randn(1, 4, 5, 16), torch.randn(1, 2, 5, 16)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"dropout": 0.1},
+            "dropout is not supported, got 0.1: set config.attention_dropout = 0, or use "
+            "attn_implementation='sdpa'",
+        ),
+        (
+            {"s_aux": torch.zeros(4)},
+            "s_aux is not supported: for attention sinks use attn_implementation='eager'",
+        ),
+        (
+            {"position_bias": torch.zeros(1)},
+            "position_bias is not supported: use attn_implementation='sdpa'",
+        ),
+        (
+            {"head_mask": torch.ones(4)},
+            "head_mask is not supported: use attn_implementation='eager'",
+        ),
+        (
+            {"cache": object()},
+            "cache is not supported: for paged caches use attn_implementation='sdpa'",
+        ),
+    ],
+)
+def test_what_is_not_supported(given: dict[str, Any], message: str) -> None:
+    module, q, kv = layer(make_model())
+    with pytest.raises(NotImplementedError) as error:
+        attend(module, q, kv, kv, None, sliding_window=None, **given)
+    assert str(error.value) == message
+
+
+def test_dropout_of_a_model() -> None:
+    model = make_model(attention_dropout=0.5)
+    model.set_attn_implementation("mistral_kernels")
+    ids, _ = batch(5)
+    model(ids)
+    with pytest.raises(NotImplementedError, match="^dropout is not supported, got 0.5: set config"):
+        model.train()(ids)
+
+
+def test_a_layer_that_does_not_name_its_window() -> None:
+    """As of models whose windows only the mask knows: silence would mean no window."""
+    module, q, kv = layer(make_model())
+    with pytest.raises(NotImplementedError) as error:
+        attend(module, q, kv, kv, None)
+    assert str(error.value) == (
+        f"MistralAttention does not say whether config.sliding_window={W} is this layer's: use "
+        "attn_implementation='sdpa'"
+    )
+
+
+def test_bad_input() -> None:
+    module, q, kv = layer(make_model())
+    wide = torch.randn(1, 1, 5, 264)
+    with pytest.raises(ValueError, match="^query's head_dim must be at most 256, got 264$"):
+        attend(module, wide, wide, wide, None, sliding_window=None)
+    remedy = "call set_attn_implementation() on the whole model"
+    for mask in (torch.ones(1, 1, 5, 5, dtype=torch.int32), torch.ones(1, 5, dtype=torch.bool)):
+        with pytest.raises(ValueError) as error:
+            attend(module, q, kv, kv, mask, sliding_window=None)
+        assert str(error.value) == (
+            "attention_mask must be a 4-D tensor, bool or floating point, got "
+            f"{tuple(mask.shape)} of {mask.dtype}: {remedy}"
+        )
+    with pytest.raises(ValueError) as error:
+        attend(module, q, kv, kv, object(), sliding_window=None)
+    assert str(error.value) == (
+        "attention_mask must be a 4-D tensor, bool or floating point, or the mask of "
+        f"attn_implementation='mistral_kernels', got object: {remedy}"
+    )
+    with pytest.raises(ValueError) as error:
+        attend(module, q[:, :, 2:], kv, kv, None, sliding_window=None)
+    message = f"attention_mask must not be None for 3 queries of 5 keys: {remedy}"
+    assert str(error.value) == message
+    offsets = torch.tensor([0, 5], dtype=torch.int32)
+    padded = Mask((1, 1, 5, 5), descriptor=make_descriptor([1], 0, 0, 1, "cpu"))
+    with pytest.raises(ValueError) as error:
+        attend(module, q, kv, kv, padded, sliding_window=None, cu_seq_lens_q=offsets)
+    assert str(error.value) == "cu_seq_lens_q divides a packed batch, which has no attention_mask"
+
+
+def test_bidirectional() -> None:
+    module, q, kv = layer(make_model())
+    module.is_causal = False
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, *(kv.repeat_interleave(2, dim=1),) * 2
+    ).transpose(1, 2)
+    out, _ = attend(module, q, kv, kv, None, sliding_window=None)
+    assert_close(out, expected)
+    out, _ = attend(make_model().model.layers[0].self_attn, q, kv, kv, None, is_causal=False)
+    assert_close(out, expected)
+
+
+def test_what_a_mask_becomes() -> None:
+    """Patterns that are not causal, or more than causal, are made by transformers."""
+
+    def make(function: Any, **given: Any) -> Any:
+        sizes: dict[str, Any] = {"batch_size": 1, "kv_length": 6}
+        if OLDER:
+            sizes["cache_position"] = torch.arange(6)
+        else:
+            sizes["q_length"] = 6
+        return create_mask(**sizes, mask_function=function, **given)
+
+    causal, sliding = (
+        masking_utils.causal_mask_function,
+        masking_utils.sliding_window_causal_mask_function(3),
+    )
+    lower = torch.ones(6, 6, dtype=torch.bool).tril()
+    for plain in (make(causal), make(sliding, local_size=3)):
+        assert plain.is_plain and plain.shape == (1, 1, 6, 6)
+
+    def odd(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return kv_idx % 2 == 1
+
+    chunked = masking_utils.chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.long))
+    blocks = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).bool()
+    for function, expected in (
+        (odd, (torch.arange(6) % 2 == 1).expand(6, 6)),
+        (masking_utils.and_masks(causal, odd), lower & (torch.arange(6) % 2 == 1)),
+        (masking_utils.or_masks(causal, odd), lower | (torch.arange(6) % 2 == 1)),
+        (chunked, lower & blocks),
+        (masking_utils.sliding_window_overlay(3), ~lower.tril(-3)),
+    ):
+        made = make(function)
+        assert torch.equal(made[0, 0] == 0, expected) and made.max() == 0
+    parameters = inspect.signature(masking_utils.create_causal_mask).parameters
+    if "allow_is_causal_skip" in parameters:  # of a caller that will change the mask
+        made = make(causal, allow_is_causal_skip=False)
+        assert torch.equal(made[0, 0] == 0, lower)
+
+
+@torch.no_grad()
+def test_models_that_treat_masks_themselves() -> None:
+    """GPT-2 asks the mask of `generate` for its dimensions; Falcon adds biases to its mask."""
+    sizes = {"vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"hidden_size": 32, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    falcon = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, alibi=True))
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    ids, attention_mask = batch(2 * W, "left")
+    given = {"attention_mask": attention_mask, "max_new_tokens": 4, "do_sample": False}
+    given |= {"output_logits": True, "return_dict_in_generate": True}
+    static = {"cache_implementation": "static", "disable_compile": True}
+    for model, cache in ((falcon, {}), (gpt2, {}), (gpt2, static)):
+        ours, eager = both(model.eval(), model.generate, ids, **given, **cache)
+        assert_close(torch.stack(ours.logits), torch.stack(eager.logits))
+
+
+# Layers that another implementation serves.
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
+@torch.no_grad()
+def test_another_attention_refuses_our_mask(implementation: str, padding: str) -> None:
+    """As a layer has that was copied before the switch, for prompts and for each next token."""
+    model = make_model()
+    model.set_attn_implementation(implementation)
+    foreign = copy.deepcopy(model.model.layers[1])
+    model.set_attn_implementation("mistral_kernels")
+    ids, attention_mask = batch(2 * W, "none" if padding == "holes" else padding)
+    if padding == "holes":
+        attention_mask[:, 3] = 0
+    given = {} if padding == "none" else {"attention_mask": attention_mask}
+    cache = new_cache("dynamic", model, 0)
+    with_cache = dict(given)
+    if given:
+        with_cache["attention_mask"] = attention_mask[:, :-1]
+    model(ids[:, :-1], **{CACHE: cache}, **with_cache)
+    model.model.layers[1] = foreign
+    for step in ({}, {CACHE: cache}):
+        with pytest.raises(MaskError) as error:
+            model(ids[:, -1:] if step else ids, **given, **step)
+        assert str(error.value) == (
+            "attention_mask must be read by attn_implementation='mistral_kernels', for which it "
+            "was made: set the same attn_implementation for the model and for layers with a config "
+            "of their own, or use 'sdpa'"
+        )
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_our_attention_serves_other_masks(implementation: str, padding: str, kind: str) -> None:
+    """As a layer does that was copied while the model was switched."""
+    model = make_model()
+    model.set_attn_implementation("mistral_kernels")
+    ours = copy.deepcopy(model.model.layers[1])
+    assert ours.self_attn.config._attn_implementation == "mistral_kernels"
+    model.set_attn_implementation(implementation)
+    theirs = model.model.layers[1]
+    for seqlen in (W - 2, 2 * W):
+        ids, attention_mask = batch(seqlen, padding)
+        given = {} if padding == "none" else {"attention_mask": attention_mask}
+        logits = []
+        for layer in (theirs, ours):
+            model.model.layers[1] = layer
+            cache, parts = new_cache(kind, model, seqlen + 2), []
+            ends = (seqlen - 3, seqlen - 1, seqlen)
+            if OLDER and kind == "static":  # which takes prompts and tokens
+                ends = (seqlen - 1, seqlen)
+            for begin, end in zip((0, *ends), ends):
+                now = {name: x[:, :end] for name, x in given.items()}
+                if OLDER:
+                    now["cache_position"] = torch.arange(begin, end)
+                parts.append(model(ids[:, begin:end], **{CACHE: cache}, **now).logits)
+            logits.append(torch.cat(parts, 1)[attention_mask.bool()])
+        assert_close(*logits)
+
+
+def test_a_mask_can_be_moved() -> None:
+    """As accelerate moves the inputs of layers."""
+    mask = Mask((1, 1, 2, 5), descriptor=make_descriptor([1], 3, 0, 1, "cpu"), starts=[1])
+    moved = mask.to("meta", non_blocking=True)
+    assert moved.descriptor.is_meta and moved.shape == (1, 1, 2, 5) and moved.starts == [1]
+    assert mask.to("cpu") is mask and mask.dim() == mask.ndim == 4
+    with pytest.raises(MaskError, match="^attention_mask must be read by"):
+        mask.to(torch.bool)
+
+
+# What is not there.
+
+
+@pytest.mark.parametrize("said", ["by the call", "by the config", "by generate"])
+@torch.no_grad()
+def test_output_attentions(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sdpa: a warning, once, and no weights."""
+    warnings: list[str] = []
+    monkeypatch.setattr(transformers_attention._logger, "warning_once", warnings.append)
+    model, (ids, _) = make_model(), batch(W)
+    given = {} if said == "by the config" else {"output_attentions": True}
+    results = []
+    for name in ("sdpa", "mistral_kernels"):
+        if said == "by the config":  # which takes it of eager attention only
+            model.set_attn_implementation("eager")
+            model.config.output_attentions = True
+        model.set_attn_implementation(name)
+        if said == "by generate":
+            given |= {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
+            results.append(model.generate(ids, **given))
+        else:
+            results.append(model(ids, **given))
+    assert results[0].attentions == results[1].attentions
+    assert set(warnings) == {
+        "attn_implementation='mistral_kernels' does not support output_attentions=True: the "
+        "weights are never formed. Use attn_implementation='eager'"
+    }
+
+
+@torch.no_grad()
+def test_a_rolling_cache_refuses_packed_batches_and_padding_on_the_right() -> None:
+    model = make_model()
+    model.set_attn_implementation("mistral_kernels")
+    ids, attention_mask = batch(2 * W, "right")
+    positions = torch.arange(2 * W)[None] % W
+    offsets = torch.tensor([0, 3 * W, 6 * W], dtype=torch.int32)
+    for packed in ({"position_ids": positions}, {"cu_seq_lens_q": offsets}):
+        with pytest.raises(NotImplementedError) as error:
+            model(ids, **{CACHE: RollingCache(model.config)}, **packed)
+        assert str(error.value) == (
+            "a packed batch is not supported with RollingCache; pad it, or use another cache"
+        )
+    with pytest.raises(ValueError) as error:
+        model(ids, attention_mask=attention_mask, **{CACHE: RollingCache(model.config)})
+    assert str(error.value) == (
+        "attention_mask must be causal, with each sequence's padding on its left, got another mask "
+        f"of (3, 1, {2 * W}, {2 * W}): RollingCache holds tokens alone"
+    )
+
+
+def test_an_old_or_missing_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = "mistral_kernels.integrations.transformers needs transformers >= 4.56"
+    name = "mistral_kernels.integrations.versions"
+    versions = importlib.import_module(name)
+    old = types.ModuleType("transformers")
+    old.__version__ = "4.40.1"
+    monkeypatch.setitem(sys.modules, "transformers", old)
+    with pytest.raises(ImportError) as error:
+        importlib.reload(versions)
+    assert str(error.value) == f"{needs}, found 4.40.1; run pip install -U transformers"
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError) as error:
+        importlib.reload(versions)
+    assert str(error.value) == f"{needs}; run pip install 'mistral_kernels[hf]'"
+
+
+@torch.no_grad()
+def test_a_rolling_cache_can_be_pickled() -> None:
+    model, (ids, _) = make_model(), batch(2 * W)
+    model.set_attn_implementation("mistral_kernels")
+    cache = RollingCache(model.config)
+    for make_twin in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
+        model(ids, **{CACHE: cache})
+        token = torch.randint(1, VOCAB, (3, 1))
+        twin = make_twin(cache)
+        expected = model(token, **{CACHE: cache}).logits
+        assert torch.equal(model(token, **{CACHE: twin}).logits, expected)
