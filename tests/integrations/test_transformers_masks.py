@@ -120,7 +120,7 @@ def test_a_layer_that_does_not_name_its_window() -> None:
 def test_bad_input() -> None:
     module, q, kv = layer(make_model())
     wide = torch.randn(1, 1, 5, 264)
-    with pytest.raises(ValueError, match="^query's head_dim must be at most 256, got 264$"):
+    with pytest.raises(ValueError, match="^query's head_dim must lie in .1, 256., got 264$"):
         attend(module, wide, wide, wide, None, sliding_window=None)
     remedy = "call set_attn_implementation() on the whole model"
     for mask in (torch.ones(1, 1, 5, 5, dtype=torch.int32), torch.ones(1, 5, dtype=torch.bool)):
