@@ -1,0 +1,52 @@
+"""What an exception means to a user: bad input, too little memory, or a fault of ours."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+_LONGEST_LINE = 1000
+# PyTorch raises plain RuntimeErrors for these.
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|cannot allocate memory|out of memory|bad_alloc"
+    r"|(calculation|multiplication) overflow",
+    re.IGNORECASE,
+)
+# As does pathlib for an unknown user and, before Python 3.13, for a link that leads to itself, and
+# `ops.extension` where MISTRAL_KERNELS_BUILD=always cannot be served.
+_BAD_INPUT = re.compile(
+    r"Could not determine home directory|Symlink loop from |no library for \w+, and MISTRAL_"
+)
+# Where in PyTorch's sources an error was raised.
+_PLACE = re.compile(r"^\[enforce fail at [^\]]*\] [^.]*\. ")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of Python or PyTorch says that memory does not suffice."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def reason_of(error: BaseException) -> str | None:
+    """Return in one line what the user's input or machine lacks; None for a fault of ours."""
+    if is_out_of_memory(error):
+        text = one_line(_PLACE.sub("", str(error)))
+        return text if text.startswith("out of memory") else f"out of memory: {text}".rstrip(": ")
+    if isinstance(error, RecursionError):
+        return one_line(f"the input is nested too deeply: {error}")
+    expected = (ValueError, OSError, NotImplementedError, OverflowError)
+    if isinstance(error, expected) or _BAD_INPUT.match(str(error)):
+        return one_line(str(error)) or type(error).__name__
+    return None
+
+
+def one_line(text: str) -> str:
+    """Return at most 1000 characters of a text in one line, control characters escaped.
+
+    A terminal obeys those that a path or a name in a file may hold.
+    """
+    words = " ".join(text[: 4 * _LONGEST_LINE].split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+    return line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 3]}..."
