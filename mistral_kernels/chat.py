@@ -44,7 +44,7 @@ class Conversation:
 
     @property
     def full(self) -> bool:
-        """Is there no room for another token?"""
+        """Whether the cache has no room for another token."""
         return self._room() <= 0
 
     def _room(self) -> float:

@@ -152,7 +152,7 @@ def write_out(text: str) -> None:
 
 @contextlib.contextmanager
 def _named(stream: str) -> Iterator[None]:
-    """Inside, errors of the system name the stream."""
+    """Name the stream in errors of the system."""
     try:
         yield
     except OSError as error:
@@ -164,7 +164,7 @@ def run(command: Callable[[T], int | None], argument: T) -> int:
 
     It is what `command` returns (None: 0); 2 for bad input and where memory does not suffice, of
     which one line is written to stderr; 130 when interrupted; 141 when the reader of stdout or
-    stderr has gone. What `command` wrote has been flushed, so that none of it is lost unsaid.
+    stderr has gone. What `command` wrote has been flushed: errors of that count, too.
 
     Raises what a fault of ours raises: its traceback is what a report of it needs.
     """
@@ -177,7 +177,7 @@ def run(command: Callable[[T], int | None], argument: T) -> int:
                 sys.stdout.flush()
             sys.stderr.flush()
     except KeyboardInterrupt:
-        _tell("\ninterrupted\n")
+        _write_error("\ninterrupted\n")
         return INTERRUPTED
     except BrokenPipeError:
         return BROKEN_PIPE
@@ -185,11 +185,11 @@ def run(command: Callable[[T], int | None], argument: T) -> int:
         if (reason := reason_of(error)) is None:
             raise
         # In one write, so that lines of several ranks do not mix.
-        _tell(f"error: {reason}\n")
+        _write_error(f"error: {reason}\n")
         return BAD_INPUT
 
 
-def _tell(text: str) -> None:
+def _write_error(text: str) -> None:
     with contextlib.suppress(OSError):
         sys.stderr.write(text)
         sys.stderr.flush()
@@ -204,10 +204,10 @@ def enter(main: Callable[[], int]) -> NoReturn:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main()
     except KeyboardInterrupt:  # before `run`, or a second one while the first was reported
-        _tell("\ninterrupted\n")
+        _write_error("\ninterrupted\n")
     finally:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends Python's shutdown without a word
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on without a traceback
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()

@@ -214,7 +214,7 @@ def _generate(args: argparse.Namespace, world: World) -> None:
         "ignore_eos": args.ignore_eos,
         "prefill_chunk": args.prefill_chunk,
     }
-    told = not args.quiet
+    reports = not args.quiet
     try:
         if args.chat:
             _chat(args, world, model, tokenizer, prompts, options, stats)
@@ -223,13 +223,13 @@ def _generate(args: argparse.Namespace, world: World) -> None:
                 print("note: an instruct model; --chat applies its template", file=sys.stderr)
             _complete(args, model, tokenizer, prompts, options, stats)
     except KeyboardInterrupt:
-        told = told and stats.first_tokens > 0
+        reports = reports and stats.first_tokens > 0
         raise
     except Exception:
-        told = False
+        reports = False
         raise
     finally:
-        if told:
+        if reports:
             print("", *stats.lines(model), f"seed      {seed}", sep="\n", file=sys.stderr)
 
 
@@ -339,7 +339,7 @@ def _chat(
                 line = world.from_main(lambda: read_stdin(sys.stdin.readline, _MESSAGE_LIMIT))
             finally:
                 if not (args.quiet or sys.stdin.isatty()):
-                    print(file=sys.stderr)  # as who types ends the line
+                    print(file=sys.stderr)  # a terminal shows the line end that is typed
             if not line:
                 return
             if not line.strip():

@@ -246,11 +246,13 @@ class Run:
         check_like("step", step, 0)
         Range(int, 1, recipe.steps).check("step", step)
         check_like("running", state["running"], 0.0)
-        evaluated = [*range(recipe.eval_every, step + 1, recipe.eval_every)]
-        if step == recipe.steps and step % recipe.eval_every:
-            evaluated.append(step)
-        check_like("curve", state["curve"], [(step, 0.0, 0.0) for step in evaluated])
-        if [point[0] for point in state["curve"]] != evaluated:
+        curve, last = state["curve"], step == recipe.steps and step % recipe.eval_every > 0
+        points = step // recipe.eval_every + last
+        if type(curve) is not list or len(curve) != points:
+            raise ValueError(f"curve must be a list of {points} points")
+        check_like("curve", curve, [(0, 0.0, 0.0)] * points)
+        evaluated = [recipe.eval_every * (i + 1) for i in range(points - last)] + last * [step]
+        if [point[0] for point in curve] != evaluated:
             raise ValueError("curve has points at other steps than those of the evaluations")
         torch.Generator().set_state(state["generator"])
 

@@ -97,7 +97,11 @@ class Saving:
 
 @contextmanager
 def naming_damage(path: Path) -> Iterator[None]:
-    """Inside, every error is one of the state at `path`: anything comes out of a damaged file."""
+    """Turn errors into a `CheckpointError` about the state at `path`.
+
+    A damaged file raises errors of every type. Those of the system name their file, and too little
+    memory is no damage.
+    """
     try:
         yield
     except (OSError, CheckpointError):

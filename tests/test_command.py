@@ -208,7 +208,7 @@ def test_closed_streams_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sys.stdin.read() == ""
         print("a text")
         print("a note", file=sys.stderr)
-        raise ValueError("told to nobody")
+        raise ValueError("written to no stream")
 
     assert run(command, None) == 2
     for stream in kept:
