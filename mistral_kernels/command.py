@@ -16,7 +16,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import torch
 
@@ -144,10 +144,14 @@ def plain(text: str) -> str:
 
 def write_out(text: str) -> None:
     """Write to stdout at once. Characters that its encoding lacks are escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
     with _named("standard output"):
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        sys.stdout.flush()
+        _write(sys.stdout, text)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    encoding = stream.encoding or "utf-8"
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
 
 
 @contextlib.contextmanager
@@ -191,8 +195,7 @@ def run(command: Callable[[T], int | None], argument: T) -> int:
 
 def _write_error(text: str) -> None:
     with contextlib.suppress(OSError):
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        _write(sys.stderr, text)
 
 
 def enter(main: Callable[[], int]) -> NoReturn:

@@ -198,6 +198,16 @@ def test_encodings_of_stdout(encoding: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert written == ""
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp037"])
+def test_encodings_of_stderr(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is a stream of a caller's, which refuses what it cannot encode."""
+    sink = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", io.TextIOWrapper(sink, encoding, errors="strict"))
+        assert run(raising(ValueError("漢")), None) == 2
+        assert sink.getvalue().decode(encoding) == "error: \\u6f22\n"
+
+
 def test_closed_streams_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
