@@ -7,12 +7,11 @@ import re
 import torch
 
 _LONGEST_LINE = 1000
-# PyTorch raises plain RuntimeErrors for these.
+# PyTorch raises plain RuntimeErrors for these: too little memory, and sizes past 64 bits.
 _OUT_OF_MEMORY = re.compile(
-    r"can't allocate memory|not enough memory|cannot allocate memory|out of memory|bad_alloc"
-    r"|(calculation|multiplication) overflow",
-    re.IGNORECASE,
+    r"can't allocate memory|not enough memory|cannot allocate memory|out of memory|bad_alloc", re.I
 )
+_TOO_LARGE = re.compile(r"(calculation|multiplication) overflow", re.I)
 # As does pathlib for an unknown user and, before Python 3.13, for a link that leads to itself, and
 # `ops.extension` where MISTRAL_KERNELS_BUILD=always cannot be served.
 _BAD_INPUT = re.compile(
@@ -31,7 +30,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def reason_of(error: BaseException) -> str | None:
     """Return in one line what the user's input or machine lacks; None for a fault of ours."""
-    if is_out_of_memory(error):
+    if is_out_of_memory(error) or (
+        isinstance(error, RuntimeError) and _TOO_LARGE.search(str(error))
+    ):
         text = one_line(_PLACE.sub("", str(error)))
         return text if text.startswith("out of memory") else f"out of memory: {text}".rstrip(": ")
     if isinstance(error, RecursionError):

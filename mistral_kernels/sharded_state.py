@@ -229,7 +229,10 @@ class _Reader(dcp.FileSystemReader):
         """
         folder = Path(self.path)
         with naming_damage(folder), open(folder / _METADATA, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+            try:
+                metadata = _MetadataUnpickler(file).load()
+            except MemoryError:  # what a damaged length asks for
+                raise ValueError(f"{_METADATA} is damaged") from None
             if type(metadata) is not Metadata or type(metadata.state_dict_metadata) is not dict:
                 raise ValueError(f"{_METADATA} does not describe tensors")
             for name, tensor in tensors.items():

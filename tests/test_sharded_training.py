@@ -414,6 +414,41 @@ def test_a_damaged_state_is_named(
     assert step.exists() and not (step / "harm").exists() and not out.exists()
 
 
+@pytest.mark.slow
+def test_mutilated_states(
+    alone: Callable[[list[str]], int], text: Path, starts: dict[str, Path], interrupted: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """With valid checksums: one line, or nothing that matters was changed."""
+    out, step = tmp_path / "out", tmp_path / "out.partial/step-4"
+
+    def advance(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardedRun, "advance", advance)
+    names, refused = [path.name for path in interrupted.glob("*/*") if path.name != "run.pt"], 0
+    for _ in range(120):
+        shutil.rmtree(step.parent, ignore_errors=True)
+        shutil.copytree(interrupted, step.parent)
+        name, other = random.choice([".metadata", *names]), random.choice(names)
+        data, kind = bytearray((step / name).read_bytes()), random.choice(["flip", "cut", "swap"])
+        if kind == "cut":
+            del data[random.randrange(len(data)) :]
+        elif kind == "swap":
+            data = bytearray((step / other).read_bytes())
+        else:
+            for _ in range(random.choice([1, 2, 30])):
+                data[random.randrange(len(data))] = random.randrange(256)
+        with_sum(step, name, bytes(data))
+        code, error = alone(command(text, starts["hf"], out)), capsys.readouterr().err
+        assert code in (2, 130) and "Traceback" not in error, error
+        refused += code == 2
+        errors = [line for line in error.splitlines() if "error: " in line]
+        assert len(errors) == (code == 2), error
+        assert all(line.startswith(f"error: rank 0: {step}") for line in errors), error
+    assert refused >= 30
+
+
 def test_a_state_that_is_not_finite_is_named(
     alone: Callable[[list[str]], int], text: Path, starts: dict[str, Path], interrupted: Path,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
