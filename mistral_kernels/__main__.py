@@ -6,10 +6,8 @@ that of plain PyTorch in the same dtype.
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 import mistral_kernels as mk
+from mistral_kernels.command import Parser, enter, run, write_out
 from mistral_kernels.ops import extension, reference
 from mistral_kernels.ops.dispatch import choose_backend
 
@@ -166,22 +165,30 @@ def _run(function: Callable[..., Any], inputs: list[Tensor]) -> Results:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m mistral_kernels", description=report.__doc__)
+    """Run the command and return its exit code; see `command.run`. 1: `--check` found an error."""
+    return run(_report, argv)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m mistral_kernels", description=report.__doc__)
     parser.add_argument("--check", action="store_true", help="measure each operator's error")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def _report(argv: Sequence[str] | None) -> int:
+    args = _parser().parse_args(argv)
     for line in report():
-        print(line)
+        write_out(f"{line}\n")
     if args.check:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        print(f"\nlargest errors against float64, on {device}:")
+        write_out(f"\nlargest errors against float64, on {device}:\n")
         failed = False
         for line in check(device):
-            print(line, flush=True)
+            write_out(f"{line}\n")
             failed |= line.endswith("eager's")
         return int(failed)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

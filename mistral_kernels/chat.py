@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from mistral_kernels.model.cache import RollingCache
 from mistral_kernels.model.transformer import MistralForCausalLM
-from mistral_kernels.streaming import TextDelta, stream_generate
+from mistral_kernels.streaming import DEFAULT_MAX_TOKENS, TextDelta, stream_generate
 from mistral_kernels.tokenizer import MistralTokenizer
 
 
@@ -41,12 +42,31 @@ class Conversation:
     def cache_bytes(self) -> int:
         return self._cache.nbytes
 
+    @property
+    def full(self) -> bool:
+        """Whether the cache has no room for another token."""
+        return self._room() <= 0
+
+    def _room(self) -> float:
+        """Return how many tokens the cache takes beyond those of the conversation so far."""
+        return math.inf if self._cache.endless else self.max_length - len(self._cached)
+
     def prompt_for(self, message: str) -> list[int]:
-        """The user speaks: the tokens that the cache has yet to see."""
+        """The user speaks: the tokens that the cache has yet to see.
+
+        Raises ValueError for an empty message, and where the context has no room for it: without a
+        window the cache holds every token.
+        """
         if not message.strip():
             raise ValueError("the message is empty")
         self.messages.append({"role": "user", "content": message})
         ids = list(self.tokenizer.apply_chat_template(self.messages))
+        if not self._cache.endless and len(ids) > self.max_length:
+            self.messages.pop()
+            raise ValueError(
+                f"the conversation has {len(ids)} tokens with this message, more than its context "
+                f"of {self.max_length}; make room with --context (max_length), or begin another"
+            )
         common = 0
         # The last token is always computed: its logits are what the answer starts from.
         for ours, theirs in zip(self._cached, ids[:-1]):
@@ -68,10 +88,15 @@ class Conversation:
     def reply(self, prompt: list[int], **options: Any) -> Iterator[TextDelta]:
         """Generate the answer to `prompt_for`'s tokens, and remember it, also if cut short.
 
+        Where the context is full the answer ends, with finish_reason "length".
         Templates have no place for an empty answer: with it, its question is forgotten.
         """
         answer = ""
         tokens: list[int] = []
+        # The last token of an answer is not appended to the cache.
+        room = self._room() + 1
+        if room < options.get("max_tokens", DEFAULT_MAX_TOKENS):
+            options["max_tokens"] = int(room)
         try:
             for delta in stream_generate(
                 self.model,

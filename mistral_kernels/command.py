@@ -1,15 +1,28 @@
-"""What the package's commands share: names of dtypes and devices, one-line errors, exit codes."""
+"""What the package's commands share: options, one-line errors, exit codes.
+
+Every command is entered by `enter`, its `main` calls `run`, and nothing else in the package turns
+exceptions into exit codes.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import re
+import signal
+import stat
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import torch
+
+from mistral_kernels.errors import one_line, reason_of
+from mistral_kernels.ops.dispatch import BACKEND_VARIABLE, choose_backend
+from mistral_kernels.startup import BAD_INPUT, INTERRUPTED, end_on_interrupt, open_closed_streams
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -19,47 +32,188 @@ DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
 }
+BROKEN_PIPE = 141  # an exit code: 128 + SIGPIPE, as shells report it
 
+_BLOCK = 1 << 20
 
-# What a command tells in one line, as its input's fault: too large for the memory, among others.
-BAD_INPUT = (ValueError, OSError, NotImplementedError, torch.OutOfMemoryError)
+T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        # "argument -m/--max-tokens/--max_tokens: must be ..." names the option once.
+        message = re.sub(r"^argument (?:-\w/)?(-[\w-]+|\w+)[^:]*: (?=must )", r"\1 ", message)
+        self.exit(BAD_INPUT, f"error: {one_line(message)}; see {self.prog} --help\n")
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        # Before Python 3.13 the value of `--stop=--` is an empty list.
+        if action.option_strings and action.nargs is None:
+            value = self._get_value(action, *arg_strings)
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
+
+    def print_help(self, file: Any = None) -> None:
+        write_out(self.format_help())  # argparse itself ignores what goes wrong
+
+
+def user_path(text: str) -> Path:
+    """Return the path that an option names, with the home folder in place of `~`."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got ''")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"must be a path, got {text!r}: no such user") from None
 
 
 def device_of(name: str) -> torch.device:
-    """The device that `--device` means; `ValueError` if there is none of that name here."""
+    """Return the device that `--device` means. Raises ValueError where there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,9})?", name):
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; "
             "use --device cpu, or install a PyTorch built for your GPU"
         )
-    return device
+    return torch.device(name)
 
 
-def run(command: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run `command`; its exit code: 0, 2 for bad input, 130 when interrupted."""
+def check_backend(device: torch.device, option: str | None = None) -> None:
+    """Raise ValueError unless a backend can run on `device`.
+
+    `option`: the value of --backend, which the message then names in place of the variable.
+    """
     try:
-        command(args)
+        choose_backend(device)
+    except RuntimeError as error:
+        reason = str(error)
+        if option is not None:
+            reason = reason.replace(f"unset {BACKEND_VARIABLE}", "leave out --backend")
+            reason = reason.replace(f"set {BACKEND_VARIABLE}=", "use --backend ")
+            reason = reason.replace(f"{BACKEND_VARIABLE}=", "--backend ")
+        raise ValueError(reason) from None
+
+
+def read_input(file: Path, limit: int) -> str:
+    """Return the text in a file that the user names, as `plain` makes it.
+
+    A pipe, such as a shell's `<(...)`, is waited for. It and a device may hold at most `limit`
+    bytes: /dev/zero never ends. A regular file may have any size.
+
+    Raises:
+        ValueError: the text is longer, or not UTF-8.
+        OSError: the file cannot be read.
+    """
+    with open(file, "rb") as stream:
+        size = os.fstat(stream.fileno())
+        if stat.S_ISREG(size.st_mode):
+            limit = max(limit, size.st_size)
+        contents = io.BytesIO()
+        while block := stream.read(min(_BLOCK, limit + 1 - contents.tell())):
+            contents.write(block)
+    if contents.tell() > limit:
+        raise ValueError(f"{file} must have at most {limit} bytes; it has more")
+    try:
+        return plain(contents.getvalue().decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from None
+
+
+def read_stdin(read: Callable[[int], str], limit: int) -> str:
+    """Return what `read`, a method of `sys.stdin`, gives of at most `limit` characters."""
+    try:
+        text = read(limit + 1)
+        text.encode()  # in some locales Python keeps foreign bytes as surrogates
+    except UnicodeError as error:
+        raise ValueError(f"standard input is not UTF-8: {error}") from None
+    if len(text) > limit:
+        raise ValueError(f"standard input must have at most {limit} characters; it has more")
+    return plain(text)
+
+
+def plain(text: str) -> str:
+    r"""Return a text without its byte order mark, its lines ended by "\n" alone."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def write_out(text: str) -> None:
+    """Write to stdout at once. Characters that its encoding lacks are escaped."""
+    with _named("standard output"):
+        _write(sys.stdout, text)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    encoding = stream.encoding or "utf-8"
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
+
+
+@contextlib.contextmanager
+def _named(stream: str) -> Iterator[None]:
+    """Name the stream in errors of the system."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, stream) from None
+
+
+def run(command: Callable[[T], int | None], argument: T) -> int:
+    """Call `command(argument)` and return the exit code of the process.
+
+    It is what `command` returns (None: 0); 2 for bad input and where memory does not suffice, of
+    which one line is written to stderr; 130 when interrupted; 141 when the reader of stdout or
+    stderr has gone. What `command` wrote has been flushed: errors of that count, too.
+
+    Raises what a fault of ours raises: its traceback is what a report of it needs.
+    """
+    open_closed_streams()
+    try:
+        try:
+            return command(argument) or 0
+        finally:
+            with _named("standard output"):
+                sys.stdout.flush()
+            sys.stderr.flush()
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+        _write_error("\ninterrupted\n")
+        return INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone; keep the interpreter from complaining as it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except BAD_INPUT as error:
+        return BROKEN_PIPE
+    except Exception as error:
+        if (reason := reason_of(error)) is None:
+            raise
         # In one write, so that lines of several ranks do not mix.
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
-    return 0
+        _write_error(f"error: {reason}\n")
+        return BAD_INPUT
+
+
+def _write_error(text: str) -> None:
+    with contextlib.suppress(OSError):
+        _write(sys.stderr, text)
+
+
+def enter(main: Callable[[], int]) -> NoReturn:
+    """Run `main` as this process, and end the process with the exit code that it returns."""
+    code = INTERRUPTED
+    sys.excepthook = sys.__excepthook__
+    try:
+        if signal.getsignal(signal.SIGINT) is end_on_interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = main()
+    except KeyboardInterrupt:  # before `run`, or a second one while the first was reported
+        _write_error("\ninterrupted\n")
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on without a traceback
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # Python would try again, and complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)

@@ -2,8 +2,8 @@
 
     python -m mistral_kernels.convert SOURCE TARGET
 
-Everything but the result goes to stderr. Exit code 0, 2 for bad input, 130 when interrupted. An
-incomplete result is removed; after SIGKILL, by the next conversion into the same parent folder.
+Everything but the result goes to stderr. Exit codes: see `command.run`. An incomplete result is
+removed; after SIGKILL, by the next conversion into the same parent folder.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ from tqdm import tqdm
 
 from mistral_kernels.checkpoint import Checkpoint, open_checkpoint, resolve, save_hf, save_raw
 from mistral_kernels.checkpoint.tokenizer_files import find_tokenizer_files
-from mistral_kernels.command import DTYPES, Parser, run
+from mistral_kernels.command import DTYPES, Parser, enter, run
+from mistral_kernels.ranges import COUNT
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with `argv`, by default the process's own arguments; the exit code."""
+    """Run the command and return its exit code; see `command.run`."""
+    return run(_run, argv)
+
+
+def _run(argv: Sequence[str] | None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     if (args.source and args.input_dir) or (args.target and args.output_dir):
@@ -33,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.source, args.target = args.source or args.input_dir, args.target or args.output_dir
     if args.source is None or args.target is None:
         parser.error("name the checkpoint to read and the folder to write")
-    return run(_convert, args)
+    _convert(args)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -92,15 +97,9 @@ def _size(text: str) -> int:
         size = int(float(number) * factor)
     except (ValueError, OverflowError):
         size = 0
-    if size <= 0:
-        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MB, got {text!r}")
+    if not 0 < size < 1 << 63:
+        raise argparse.ArgumentTypeError(f"must be a size such as 5GB or 500MB, got {text!r}")
     return size
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return int(text)
 
 
 def _parser() -> Parser:
@@ -128,7 +127,7 @@ def _parser() -> Parser:
     add(
         "--max_position_embeddings",
         "--max-position-embeddings",
-        type=_positive,
+        type=COUNT,
         metavar="N",
         help="write this value (raw checkpoints seldom give it; default: 32768)",
     )
@@ -137,4 +136,4 @@ def _parser() -> Parser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

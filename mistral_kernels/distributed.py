@@ -23,7 +23,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from mistral_kernels.command import BAD_INPUT, device_of
+from mistral_kernels.command import device_of
+from mistral_kernels.errors import reason_of
+from mistral_kernels.startup import BAD_INPUT, INTERRUPTED
 
 TIMEOUT_VARIABLE = "MISTRAL_KERNELS_TIMEOUT"
 _DEFAULT_TIMEOUT = timedelta(minutes=5)
@@ -69,12 +71,14 @@ class World:
         if self.is_main:
             try:
                 made[0] = make()
-            except BAD_INPUT as error:
-                made[1], failure = str(error), error
+            except Exception as error:
+                if (reason := reason_of(error)) is None:
+                    raise
+                made[1], failure = reason, error
         dist.broadcast_object_list(made, src=0, group=self._patient)
-        value, reason = made
-        if reason is not None:
-            raise failure or ValueError(reason)
+        value, why = made
+        if why is not None:
+            raise failure or ValueError(why)
         return value
 
 
@@ -106,15 +110,14 @@ def joined(device_name: str, timeout: timedelta | None = None) -> Iterator[World
     except KeyboardInterrupt:
         if world.is_main:
             raise
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
         raise
-    except BAD_INPUT as error:
-        message = " ".join(str(error).split())
-        if _told_by_main(message, world, store):
-            raise SystemExit(2) from None
-        raise ValueError(f"rank {rank}: {message}") from error
-    except RuntimeError as error:
+    except Exception as error:
+        if (reason := reason_of(error)) is not None:
+            if _told_by_main(reason, world, store):
+                raise SystemExit(BAD_INPUT) from None
+            raise ValueError(f"rank {rank}: {reason}") from error
         if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
             raise
         reason = "another rank ended; see what it says"

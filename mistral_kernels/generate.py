@@ -8,6 +8,7 @@ closing block of figures go to standard error. Started by torchrun, all ranks sh
 from __future__ import annotations
 
 import argparse
+import codecs
 import hashlib
 import json
 import os
@@ -17,25 +18,39 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mistral_kernels.chat import Conversation
 from mistral_kernels.checkpoint import check_folder, resolve
-from mistral_kernels.command import DTYPES, Parser, device_of, run
+from mistral_kernels.command import (
+    DTYPES,
+    Parser,
+    check_backend,
+    device_of,
+    enter,
+    read_input,
+    read_stdin,
+    run,
+    user_path,
+    write_out,
+)
 from mistral_kernels.distributed import World, check_same, joined, launched
 from mistral_kernels.figures import Figures
-from mistral_kernels.model.sampling import Sampler
+from mistral_kernels.model.sampling import RANGES, Sampler
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ops import extension
-from mistral_kernels.ops.dispatch import BACKEND_VARIABLE, choose_backend
+from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
 from mistral_kernels.parallel import ParallelMistralForCausalLM
+from mistral_kernels.ranges import COUNT, SEED
 from mistral_kernels.streaming import Completion, TextDelta, generate, stream_generate
 from mistral_kernels.tokenizer import MistralTokenizer
 
 __all__ = ["Completion", "TextDelta", "generate", "main", "stream_generate"]
+
+# What is read of prompts at most: bytes of a pipe, characters of stdin, and of a line of a chat.
+_PROMPT_LIMIT, _MESSAGE_LIMIT = 1 << 26, 1 << 20
 
 
 def _parser() -> Parser:
@@ -46,7 +61,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("prompt", nargs="?", help="the text to continue; '-' reads stdin")
     parser.add_argument("-p", "--prompt", dest="prompt_option", metavar="TEXT", help="the same")
-    parser.add_argument("--prompt-file", type=Path, metavar="PATH", help="a batch: a prompt a line")
+    parser.add_argument(
+        "--prompt-file", type=user_path, metavar="PATH", help="a batch: a prompt a line"
+    )
     parser.add_argument(
         "--model", default="tiny", help="folder (raw or Hugging Face) or hub id; default: bundled"
     )
@@ -60,26 +77,35 @@ def _parser() -> Parser:
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
     chat.add_argument(
         "--context",
-        type=int,
+        type=COUNT,
         metavar="N",
         help="tokens to make room for in a model without a window; default: up to 32768",
     )
     length = parser.add_argument_group("length")
     length.add_argument(
-        "-m", "--max-tokens", "--max_tokens", type=int, default=256, help="default 256"
+        "-m", "--max-tokens", "--max_tokens", type=COUNT, default=256, help="default 256"
     )
     length.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it")
     length.add_argument("--ignore-eos", action="store_true", help="go on after end-of-text")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
-        "--temperature", "--temp", type=float, default=0.7, help="default 0.7; 0: the likeliest"
+        "--temperature",
+        "--temp",
+        type=RANGES["temperature"],
+        default=0.7,
+        help="default 0.7; 0: the likeliest",
     )
-    sampling.add_argument("--top-k", type=int, default=0, help="default 0: all")
-    sampling.add_argument("--top-p", type=float, default=1.0, help="default 1: all")
-    sampling.add_argument("--min-p", type=float, default=0.0, help="default 0: all")
-    sampling.add_argument("--repetition-penalty", type=float, default=1.0, help="default 1: none")
-    sampling.add_argument("--seed", type=int, help="default: random, and printed")
-    sampling.add_argument("--num-samples", type=int, default=1, help="texts for each prompt")
+    sampling.add_argument("--top-k", type=RANGES["top_k"], default=0, help="default 0: all")
+    sampling.add_argument("--top-p", type=RANGES["top_p"], default=1.0, help="default 1: all")
+    sampling.add_argument("--min-p", type=RANGES["min_p"], default=0.0, help="default 0: all")
+    sampling.add_argument(
+        "--repetition-penalty",
+        type=RANGES["repetition_penalty"],
+        default=1.0,
+        help="default 1: none",
+    )
+    sampling.add_argument("--seed", type=SEED, help="default: random, and printed")
+    sampling.add_argument("--num-samples", type=COUNT, default=1, help="texts for each prompt")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--dtype", choices=["auto", *DTYPES], default="auto")
     machine.add_argument(
@@ -87,8 +113,12 @@ def _parser() -> Parser:
     )
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     machine.add_argument("--backend", choices=["auto", "triton", "torch"])
-    machine.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt tokens in one pass")
-    machine.add_argument("--window", metavar="N|none", help="replace the model's sliding window")
+    machine.add_argument(
+        "--prefill-chunk", type=COUNT, metavar="N", help="prompt tokens in one pass"
+    )
+    machine.add_argument(
+        "--window", type=_window, metavar="N|none", help="replace the model's sliding window"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="a JSON object a text, one a line")
     output.add_argument("--quiet", action="store_true", help="no prompt and figures on stderr")
@@ -96,11 +126,12 @@ def _parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0, 2 for bad input, 130 when interrupted."""
-    return run(_run, _parser().parse_args(argv))
+    """Run the command and return its exit code; see `command.run`."""
+    return run(_run, argv)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(argv: Sequence[str] | None) -> None:
+    args = _parser().parse_args(argv)
     if args.backend:
         os.environ[BACKEND_VARIABLE] = args.backend
     if not launched():
@@ -130,15 +161,10 @@ def _silent(silent: bool) -> Iterator[None]:
 def _generate(args: argparse.Namespace, world: World) -> None:
     """The command, on each rank of `world`: all make the same text of the main rank's prompts."""
     device = world.device
-    try:
-        choose_backend(device)
-    except RuntimeError as error:  # it cannot run here
-        raise ValueError(str(error)) from None
+    check_backend(device, args.backend)
     seed = args.seed
     if seed is None:
         seed = world.from_main(lambda: secrets.randbelow(1 << 31))
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"--seed must be in [0, 2**64), got {seed}")
     sampler = Sampler(
         args.temperature,
         args.top_k,
@@ -147,18 +173,14 @@ def _generate(args: argparse.Namespace, world: World) -> None:
         args.repetition_penalty,
         torch.Generator(device).manual_seed(seed),
     )
-    for option in ("--max-tokens", "--num-samples", "--prefill-chunk"):
-        count = getattr(args, option[2:].replace("-", "_"))
-        if count is not None and count < 1:
-            raise ValueError(f"{option} must be positive, got {count}")
     if not all(args.stop):
         raise ValueError("--stop must not be empty")
     if args.chat and args.num_samples > 1:
         raise ValueError("--num-samples is for texts; --chat holds one conversation")
     if args.system is not None and not args.chat:
         raise ValueError("--system needs --chat")
-    if args.context is not None and not (args.chat and args.context > 0):
-        raise ValueError("--context needs --chat and a positive number of tokens")
+    if args.context is not None and not args.chat:
+        raise ValueError("--context needs --chat")
     prompts = world.from_main(lambda: _prompts(args))
     stats = Figures(world.size)
     started = time.perf_counter()
@@ -166,10 +188,15 @@ def _generate(args: argparse.Namespace, world: World) -> None:
         world.from_main(lambda: (str(resolve(args.model)), str(extension.load(device.type))))
     path = resolve(args.model)
     check_folder(path)  # before the tokenizer, which a folder without a checkpoint lacks, too
-    overrides = {} if args.window is None else {"sliding_window": _window(args.window)}
+    overrides: dict[str, Any] = {}
+    if args.window is not None:
+        overrides["sliding_window"] = None if args.window == "none" else args.window
     tokenizer = MistralTokenizer.from_pretrained(path)
     if args.chat and tokenizer.chat_version is None:
-        raise ValueError(f"--chat: {tokenizer.path} has no chat template; continue a text instead")
+        raise ValueError(
+            f"--chat: model {args.model!r} has no chat template; leave out --chat to continue a "
+            "text, or name an instruct model with --model"
+        )
     if world.size > 1:
         check_same("the tokenizer", hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()[:12])
     family = MistralForCausalLM if world.size == 1 else ParallelMistralForCausalLM
@@ -188,7 +215,7 @@ def _generate(args: argparse.Namespace, world: World) -> None:
         "ignore_eos": args.ignore_eos,
         "prefill_chunk": args.prefill_chunk,
     }
-    figures = not args.quiet
+    reports = not args.quiet
     try:
         if args.chat:
             _chat(args, world, model, tokenizer, prompts, options, stats)
@@ -196,20 +223,24 @@ def _generate(args: argparse.Namespace, world: World) -> None:
             if tokenizer.has_chat_template and not args.quiet:
                 print("note: an instruct model; --chat applies its template", file=sys.stderr)
             _complete(args, model, tokenizer, prompts, options, stats)
-    except Exception:  # after an interrupt, too, there are figures to tell
-        figures = False
+    except KeyboardInterrupt:
+        reports = reports and stats.first_tokens > 0
+        raise
+    except Exception:
+        reports = False
         raise
     finally:
-        if figures:
+        if reports:
             print("", *stats.lines(model), f"seed      {seed}", sep="\n", file=sys.stderr)
 
 
-def _window(text: str) -> int | None:
+def _window(text: str) -> int | str:
     if text.lower() == "none":
-        return None
-    if not text.isdecimal():
-        raise ValueError(f"--window must be a number of tokens or 'none', got {text!r}")
-    return int(text)
+        return "none"
+    try:
+        return COUNT(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; 'none' removes the window") from None
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -217,15 +248,12 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if len(given) > 1:
         raise ValueError("give one of a prompt, --prompt and --prompt-file")
     if args.prompt_file is not None:
-        try:
-            lines = args.prompt_file.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{args.prompt_file} is not UTF-8: {error}") from None
+        if args.chat:
+            raise ValueError("--prompt-file is a batch of texts; --chat holds one conversation")
+        lines = read_input(args.prompt_file, _PROMPT_LIMIT).split("\n")
         prompts = [line for line in lines if line.strip()]
         if not prompts:
             raise ValueError(f"{args.prompt_file} has no prompt in it")
-        if args.chat:
-            raise ValueError("--prompt-file is a batch of texts; --chat holds one conversation")
         return prompts
     if not given:
         if args.chat:
@@ -233,13 +261,18 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         if sys.stdin.isatty():
             raise ValueError("no prompt: give one as an argument, or '-' to read it from stdin")
     prompt = given[0] if given else "-"
-    try:  # what `echo` puts at the end is not part of the prompt
-        prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input is not UTF-8: {error}") from None
-    if not prompts[0].strip():
+    if prompt == "-":  # what `echo` puts at the end is not part of the prompt
+        prompt = read_stdin(sys.stdin.read, _PROMPT_LIMIT).removesuffix("\n")
+    if not prompt.strip():
         raise ValueError("the prompt is empty")
-    return prompts
+    return [prompt]
+
+
+def _write_record(prompt: str, completion: Completion) -> None:
+    """Write a line of JSON, in ASCII where stdout is not UTF-8."""
+    utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    record = {"prompt": prompt, **asdict(completion)}
+    write_out(json.dumps(record, ensure_ascii=not utf8) + "\n")
 
 
 def _complete(
@@ -250,25 +283,27 @@ def _complete(
     options: dict[str, Any],
     stats: Figures,
 ) -> None:
+    encoded = [tokenizer.encode(prompt, eos=False) for prompt in prompts]
+    batch = len(prompts) * args.num_samples
+    # First, since it raises where memory does not suffice for so many texts.
+    cache = model.new_cache(batch, max(map(len, encoded)) + args.max_tokens)
+    stats.cache_bytes = cache.nbytes
     prompts = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    ids = [tokenizer.encode(prompt, eos=False) for prompt in prompts]
+    ids = [tokens for tokens in encoded for _ in range(args.num_samples)]
     completions = [Completion() for _ in prompts]
-    live = len(prompts) == 1 and not args.json
+    live = batch == 1 and not args.json
 
     def finish() -> None:
         if live:
-            print(flush=True)
+            write_out("\n")
         for number, (prompt, completion) in enumerate(zip(prompts, completions), start=1):
             if args.json:
-                record = {"prompt": prompt, **asdict(completion)}
-                print(json.dumps(record, ensure_ascii=False), flush=True)
+                _write_record(prompt, completion)
             elif not live:
                 if not args.quiet:
-                    print(f"[{number}/{len(prompts)}] {prompt}", file=sys.stderr, flush=True)
-                print(completion.text, flush=True)
+                    print(f"[{number}/{batch}] {prompt}", file=sys.stderr, flush=True)
+                write_out(completion.text + "\n")
 
-    cache = model.new_cache(len(ids), max(map(len, ids)) + args.max_tokens)
-    stats.cache_bytes = cache.nbytes
     deltas = stream_generate(model, tokenizer, ids, cache=cache, **options)
     try:
         for delta in stats.time(deltas, sum(map(len, ids))):
@@ -276,9 +311,12 @@ def _complete(
                 print(prompts[0], end="", file=sys.stderr, flush=True)
             completions[delta.index].add(delta)
             if live:
-                print(delta.text, end="", flush=True)
-    except KeyboardInterrupt:
-        finish()  # what there is
+                write_out(delta.text)
+    except (KeyboardInterrupt, Exception) as error:
+        if stats.first_tokens and not isinstance(error, OSError):  # which stdout raises
+            finish()  # what there is
+        if stats.first_tokens and live and not args.quiet:
+            print(file=sys.stderr)  # behind the prompt
         raise
     finish()
 
@@ -298,7 +336,11 @@ def _chat(
         if not messages:
             if not args.quiet:
                 print("> ", end="", file=sys.stderr, flush=True)
-            line = world.from_main(sys.stdin.readline)
+            try:
+                line = world.from_main(lambda: read_stdin(sys.stdin.readline, _MESSAGE_LIMIT))
+            finally:
+                if not (args.quiet or sys.stdin.isatty()):
+                    print(file=sys.stderr)  # a terminal shows the line end that is typed
             if not line:
                 return
             if not line.strip():
@@ -311,13 +353,21 @@ def _chat(
             for delta in stats.time(conversation.reply(prompt, **options), len(prompt)):
                 completion.add(delta)
                 if not args.json:
-                    print(delta.text, end="", flush=True)
+                    write_out(delta.text)
         except KeyboardInterrupt:
             if world.size > 1 or not sys.stdin.isatty():
                 raise  # at a terminal it ends this answer; at the prompt, the conversation
-        record = {"prompt": message, **asdict(completion)}
-        print(json.dumps(record, ensure_ascii=False) if args.json else "", flush=True)
+        if args.json:
+            _write_record(message, completion)
+        else:
+            write_out("\n")
+        if conversation.full:
+            print(
+                f"note: the conversation fills its context of {conversation.max_length} tokens; "
+                "--context makes room for more",
+                file=sys.stderr,
+            )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

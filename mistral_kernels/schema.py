@@ -23,14 +23,13 @@ class OneLineError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        printable = (
-            char if char.isprintable() else char.encode("unicode_escape").decode()
-            for char in message[: 2 * _LONGEST_MESSAGE]
-        )
-        text = "".join(printable)
-        if len(text) > _LONGEST_MESSAGE:
-            text = f"{text[: _LONGEST_MESSAGE - 3]}..."
-        super().__init__(text)
+        super().__init__(escaped(message))
+
+
+def escaped(text: str) -> str:
+    """Return at most 1000 characters of a text, control characters escaped."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: 2 * _LONGEST_MESSAGE])
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[: _LONGEST_MESSAGE - 3]}..."
 
 
 def find_mismatch(value: Any, schema: Schema, name: str = "") -> str | None:

@@ -11,6 +11,7 @@ then the folder before is removed. Any number of ranks reads it again.
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -21,12 +22,21 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from mistral_kernels.checkpoint import CheckpointError
+from mistral_kernels.checkpoint.files import check_regular
 from mistral_kernels.checkpoint.writing import sync_folder
 from mistral_kernels.distributed import World
-from mistral_kernels.training_state import Saving, check_identity, not_whole, read_state
+from mistral_kernels.training_state import (
+    Check,
+    Saving,
+    check_identity,
+    check_like,
+    naming_damage,
+    not_whole,
+    read_state,
+)
 
 T = TypeVar("T")
 _Sums = dict[str, tuple[int, int]]  # by file: its size and CRC-32
@@ -57,27 +67,28 @@ class ShardedSaving(Saving):
             sums |= of_rank
         self.world.from_main(lambda: self._commit(folder, {**rest, "files": sums}))
 
-    def load(self, state: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The newest whole state, None if there is none; no code in it is ever run.
+    def load(self, state: Mapping[str, Any], check: Check) -> dict[str, Any] | None:
+        """Return the newest whole state, None if there is none; no code in it is ever run.
 
         Its tensors are copied to those of `state`. Raises as `Saving.load` does.
         """
-        found = self.world.from_main(lambda: self._find(state.keys() - {"tensors"}))
+        found = self.world.from_main(lambda: self._find(state.keys() - {"tensors"}, check))
         if found is None:
             return None
         folder, saved = found
         files = sorted(saved["files"].items())
         reader = _Reader(folder)
 
-        def check() -> None:
+        def check_own() -> None:
             _check_sums(folder, dict(files[self.world.rank :: self.world.size]))
-            reader.open()
+            reader.open(state["tensors"])
 
-        self._on_all(check)
+        self._on_all(check_own)
         try:
             dcp.load(state["tensors"], storage_reader=reader)
         except CheckpointException as error:
             raise not_whole(folder, _reason(error)) from None
+        self._on_all(lambda: _check_finite(folder, state["tensors"]))
         return {**saved, "tensors": state["tensors"]}
 
     def exists(self) -> bool:
@@ -110,7 +121,7 @@ class ShardedSaving(Saving):
             if older != folder:
                 shutil.rmtree(older)
 
-    def _find(self, parts: Iterable[str]) -> tuple[Path, dict[str, Any]] | None:
+    def _find(self, parts: Iterable[str], check: Check) -> tuple[Path, dict[str, Any]] | None:
         """The main rank's: the newest whole folder, and what is no tensor of it."""
         if self.path.is_file():
             raise CheckpointError(
@@ -125,6 +136,9 @@ class ShardedSaving(Saving):
         folder = whole[-1]
         saved = read_state(folder / _REST, ("identity", "files", *parts))
         check_identity(folder, saved["identity"], self.identity)
+        with naming_damage(folder / _REST):
+            check(saved)
+            _check_files(saved["files"])
         return folder, saved
 
     def _remove_all(self) -> None:
@@ -136,7 +150,8 @@ class ShardedSaving(Saving):
     def _steps(self) -> list[Path]:
         """The folders of steps, the newest last."""
         numbers = ((path.name.removeprefix(_STEP), path) for path in self.path.glob(f"{_STEP}*"))
-        return [path for _, path in sorted((int(n), path) for n, path in numbers if n.isdecimal())]
+        steps = ((int(n), path) for n, path in numbers if re.fullmatch("[0-9]{1,10}", n))
+        return [path for _, path in sorted(steps)]
 
     def _whole(self) -> list[Path]:
         return [folder for folder in self._steps() if (folder / _REST).exists()]
@@ -171,11 +186,29 @@ def _reason(error: CheckpointException) -> str:
 
 def _sum(path: Path) -> tuple[int, int]:
     """Size and CRC-32 of a file."""
+    check_regular(path)
     size = crc = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return size, crc
+
+
+def _check_files(files: Any) -> None:
+    """Raise ValueError unless `files` gives names of files and their sums."""
+    if type(files) is not dict or _METADATA not in files:
+        raise ValueError("files must be a dict that has .metadata")
+    for name, sums in files.items():
+        check_like("a name in files", name, "")
+        if Path(name).name != name:
+            raise ValueError(f"files has {name!r}, which is not in this folder")
+        check_like(f"files[{name!r}]", sums, (0, 0))
+
+
+def _check_finite(folder: Path, tensors: Mapping[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.to_local().isfinite().all():
+            raise not_whole(folder, f"{name} is not finite")
 
 
 def _check_sums(folder: Path, sums: _Sums) -> None:
@@ -189,13 +222,26 @@ def _check_sums(folder: Path, sums: _Sums) -> None:
 class _Reader(dcp.FileSystemReader):
     """Reads the metadata, a pickle, without running what may be in it."""
 
-    def open(self) -> None:
-        """Raises `CheckpointError` for metadata that holds anything else."""
-        with open(Path(self.path) / _METADATA, "rb") as file:
+    def open(self, tensors: Mapping[str, Any]) -> None:
+        """Read the metadata; it must describe `tensors`.
+
+        Raises `CheckpointError` for metadata of other tensors, or that holds anything else.
+        """
+        folder = Path(self.path)
+        with naming_damage(folder), open(folder / _METADATA, "rb") as file:
             try:
-                self._metadata: Metadata = _MetadataUnpickler(file).load()
-            except Exception as error:  # out of such a file comes anything
-                raise not_whole(Path(self.path), str(error).partition("\n")[0]) from None
+                metadata = _MetadataUnpickler(file).load()
+            except MemoryError:  # what a damaged length asks for
+                raise ValueError(f"{_METADATA} is damaged") from None
+            if type(metadata) is not Metadata or type(metadata.state_dict_metadata) is not dict:
+                raise ValueError(f"{_METADATA} does not describe tensors")
+            for name, tensor in tensors.items():
+                stored: Any = metadata.state_dict_metadata.get(name)
+                if type(stored) is not TensorStorageMetadata:
+                    raise ValueError(f"{_METADATA} lacks {name}")
+                if (stored.size, stored.properties.dtype) != (tensor.size(), tensor.dtype):
+                    raise ValueError(f"{name} has another shape or dtype")
+            self._metadata: Metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._metadata

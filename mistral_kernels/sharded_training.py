@@ -138,7 +138,8 @@ class ShardedRun(Run):
         return {**self.progress, "tensors": tensors}
 
     def restore(self, saving: Saving) -> bool:
-        if (state := saving.load(self.state)) is None:  # fills the tensors in place
+        # Fills the tensors in place.
+        if (state := saving.load(self.state, self._check_progress)) is None:
             return False
         self._set_progress(state)
         for weight in self.weights:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mistral_kernels.model.cache import RollingCache
+from mistral_kernels.model.generation import token_ids_of
 from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.model.transformer import MistralForCausalLM
+from mistral_kernels.ranges import Range
 from mistral_kernels.tokenizer import MistralTokenizer
+
+DEFAULT_MAX_TOKENS = 256
+_MAX_TOKENS = Range(int, 0)
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,11 @@ class Completion:
 
 
 class _StopText:
-    """Passes text on until a stop string appears, holding back what may be the start of one."""
+    """Passes text on until a stop string appears, holding back what may be the start of one.
+
+    The stop string that begins earliest in the text counts, wherever the text was cut into pieces:
+    "bc" in the text ends it only when no earlier "abcd" can still become complete.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stop = stop
@@ -49,30 +58,51 @@ class _StopText:
 
     def push(self, text: str, final: bool = False) -> str:
         self.held += text
-        ends = [self.held.find(stop) for stop in self.stop]
-        if any(end >= 0 for end in ends):
-            self.found = True
-            keep = min(end for end in ends if end >= 0)
-            text, self.held = self.held[:keep], ""
-            return text
-        longest = 0
-        if not final:
-            for stop in self.stop:
-                overlaps = (n for n in range(1, len(stop)) if self.held.endswith(stop[:n]))
-                longest = max(longest, *overlaps, 0)
-        cut = len(self.held) - longest
+        end = len(self.held)
+        complete = min((at for at in map(self.held.find, self.stop) if at >= 0), default=end)
+        cut = complete if final else self._first_incomplete(complete)
+        self.found = cut == complete < end
         text, self.held = self.held[:cut], self.held[cut:]
         return text
+
+    def _first_incomplete(self, before: int) -> int:
+        """Return where the held text ends in the beginning of a stop string; `before` if later."""
+        longest = max(map(len, self.stop), default=0)
+        for start in range(max(0, len(self.held) - longest + 1), before):
+            if any(stop.startswith(self.held[start:]) for stop in self.stop):
+                return start
+        return before
+
+
+Prompts = str | Sequence[str | Sequence[int]]
+
+
+def _checked_prompts(prompts: Prompts) -> list[str | Sequence[int]]:
+    """Return a list of prompts; a text alone is one prompt."""
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts must be texts or lists of ids, got {type(prompts).__name__}")
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
+
+def _checked_stop(stop: str | Sequence[str]) -> list[str]:
+    """Return a list of stop strings; a text alone is one."""
+    strings = [stop] if isinstance(stop, str) else list(stop)
+    for each in strings:
+        if not isinstance(each, str):
+            raise TypeError(f"stop must be a string or a list of them, got {type(each).__name__}")
+        if not each:
+            raise ValueError("a stop string must not be empty")
+    return strings
 
 
 def stream_generate(
     model: MistralForCausalLM,
     tokenizer: MistralTokenizer,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Prompts,
     *,
-    max_tokens: int = 256,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
     sampler: Sampler | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     ignore_eos: bool = False,
     cache: RollingCache | None = None,
     context: Sequence[Sequence[int]] | None = None,
@@ -82,11 +112,11 @@ def stream_generate(
     """Generate a text for each prompt, yielding the pieces as their tokens come.
 
     Args:
-        prompts: texts (with BOS in front where the tokenizer adds it), or token ids. Lengths may
-            differ; nothing is padded.
+        prompts: a text, or a list of texts (BOS is put in front where the tokenizer adds it) and of
+            lists of token ids. Lengths may differ; nothing is padded.
         max_tokens: at most so many new tokens each.
         sampler: None: greedy.
-        stop: a text ends before the first of these strings.
+        stop: a string, or several; a text ends before the one that begins first in it.
         ignore_eos: do not end a text at the model's end-of-text token.
         cache: of earlier text, which the prompts continue; see `MistralForCausalLM.stream`.
         context: the tokens of that text, for a repetition penalty to count.
@@ -95,18 +125,20 @@ def stream_generate(
             a first word is not part of them.
 
     Raises:
-        ValueError: for an empty prompt, an empty stop string, or a setting out of range.
+        TypeError: a prompt is neither a text nor token ids; a stop string is not a string.
+        ValueError: an empty prompt, an empty stop string, a setting out of range, or logits that
+            are not finite.
     """
-    if not all(stop):
-        raise ValueError("a stop string must not be empty")
+    max_tokens = _MAX_TOKENS.check("max_tokens", max_tokens)
+    stop = _checked_stop(stop)
     ids = []
-    for prompt in prompts:
-        if not len(prompt):
+    for i, prompt in enumerate(_checked_prompts(prompts)):
+        if not isinstance(prompt, str):
+            prompt = token_ids_of(f"prompts[{i}]", prompt)
+        if not prompt:
             raise ValueError("the prompt is empty")
-        if isinstance(prompt, str):  # without EOS, even if the tokenizer adds it: the text goes on
-            ids.append(tokenizer.encode(prompt, eos=False))
-        else:
-            ids.append(list(prompt))
+        # Without EOS, even if the tokenizer adds it: the text goes on.
+        ids.append(tokenizer.encode(prompt, eos=False) if isinstance(prompt, str) else prompt)
     eos = () if ignore_eos else model.config.eos_token_ids
     decoders = [tokenizer.stream(() if standalone else prompt) for prompt in ids]
     filters = [_StopText(stop) for _ in ids]
@@ -139,10 +171,11 @@ def stream_generate(
 def generate(
     model: MistralForCausalLM,
     tokenizer: MistralTokenizer,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Prompts,
     **options: Any,
 ) -> list[Completion]:
     """The whole texts of `stream_generate`, which see for the options."""
+    prompts = _checked_prompts(prompts)
     completions = [Completion(finish_reason="length") for _ in prompts]
     for delta in stream_generate(model, tokenizer, prompts, **options):
         completions[delta.index].add(delta)

@@ -9,7 +9,6 @@ Under torchrun, its ranks share the model, the optimiser's state and every batch
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -18,7 +17,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.checkpoint import open_checkpoint, resolve
+from mistral_kernels.checkpoint import CheckpointError, open_checkpoint, resolve
 from mistral_kernels.checkpoint.tokenizer_files import find_tokenizer_files
 from mistral_kernels.checkpoint.writing import check_target
-from mistral_kernels.command import Parser, device_of, run
+from mistral_kernels.command import (
+    Parser,
+    check_backend,
+    device_of,
+    enter,
+    read_input,
+    run,
+    user_path,
+)
 from mistral_kernels.distributed import World, check_same, joined, launched
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.transformer import MistralForCausalLM
+from mistral_kernels.ranges import COUNT, Range
 from mistral_kernels.training import DTYPES, Corpus, Recipe, Run, finish
 from mistral_kernels.training_state import Saving
 
@@ -49,30 +57,29 @@ TINY = MistralConfig(
     tie_word_embeddings=True,
 )
 HELD_OUT = "held_out.txt"
+_SAVE_EVERY = Range(int, 0, COUNT.high)
+_PIPE_LIMIT = 1 << 29  # bytes of a text that is no regular file
 
 
 def read_text(paths: Sequence[Path]) -> str:
     """The files' text, hard-wrapped lines joined: a blank line ends a paragraph, one line each."""
-    texts = []
-    for path in paths:
-        try:
-            texts.append(path.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}") from None
-    text = "\n\n".join(texts)
+    text = "\n\n".join(read_input(path, _PIPE_LIMIT) for path in paths)
     paragraphs = (" ".join(block.split()) for block in re.split(r"\n\s*\n", text))
     return "\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
 
 
 def split_held_out(text: str, size: int) -> tuple[str, str]:
     """(training, held out): whole paragraphs of about `size` characters from the end."""
-    if size <= 0 or size >= len(text) // 2:
-        raise ValueError(f"held-out size must be in (0, {len(text) // 2}), got {size}")
+    if not 0 < size < len(text) // 2:
+        raise ValueError(
+            f"--held-out-chars must be at least 1 and less than half of the text's {len(text)} "
+            f"characters, got {size}; hold out less, or give more text"
+        )
     cut = text.index("\n", len(text) - size) + 1
     if cut == len(text):
         raise ValueError(
-            f"the last {size} characters of the text lie in one paragraph; hold out more of it, "
-            "or separate its paragraphs by blank lines"
+            f"the last {size} characters of the text lie in one paragraph; hold out more of it "
+            "(--held-out-chars), or separate its paragraphs by blank lines"
         )
     return text[:cut], text[cut:]
 
@@ -129,9 +136,10 @@ def train_on_texts(
     model on the world's device, and the state is a folder, which any number of ranks reads.
     """
     output = output.expanduser().resolve()
+    if output.is_symlink():
+        raise ValueError(f"{output} is a link that leads to itself; name another output")
     check_target(output)
-    if save_every < 0:
-        raise ValueError(f"save_every must be >= 0, got {save_every}")
+    _SAVE_EVERY.check("save_every", save_every)
     if world is not None and world.size > recipe.batch_size:
         raise ValueError(
             f"batch_size must be at least the number of ranks, {world.size}, "
@@ -156,6 +164,7 @@ def train_on_texts(
             "model": _digest(repr(config).encode()),
         }
         saving = _saving(partial, save_every, identity, world)
+        _on_main(world, lambda: _check_writable(output.parent))
         run = _start(None if source is None else folder, recipe, device, world)
         parameters = sum(p.numel() for p in run.model.parameters())
         print(
@@ -190,6 +199,19 @@ def train_on_texts(
         files += {corpus.tokenizer.path, *find_tokenizer_files(folder)}
         run.write(output, files)
     saving.discard()
+
+
+def _check_writable(folder: Path) -> None:
+    """Create `folder`. Raise CheckpointError, before hours of training, if it takes no files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder}, name another output: {error}") from None
+
+
+def _on_main(world: World | None, action: Callable[[], None]) -> None:
+    action() if world is None else world.from_main(action)
 
 
 def _start(
@@ -230,6 +252,8 @@ def _saving(path: Path, every: int, identity: dict[str, Any], world: World | Non
 
 
 def _check_vocabulary(config: MistralConfig, corpus: Corpus, held_out: Tensor) -> None:
+    if not (len(corpus.tokens) and len(held_out)):
+        raise ValueError(f"{corpus.tokenizer.path} finds no tokens in the text")
     largest = int(torch.cat((corpus.tokens, held_out)).max())
     if largest >= config.vocab_size:
         raise ValueError(
@@ -244,13 +268,19 @@ def _digest(*parts: bytes) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+    """Run the command and return its exit code; see `command.run`."""
+    return run(_run, argv)
+
+
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m mistral_kernels.train",
         description="Pretrain a small Mistral on plain text; the defaults made the bundled model.",
     )
-    parser.add_argument("text", nargs="+", type=Path, help="UTF-8, blank lines between paragraphs")
-    parser.add_argument("--output", type=Path, required=True, help="folder to create")
+    parser.add_argument(
+        "text", nargs="+", type=user_path, help="UTF-8, blank lines between paragraphs"
+    )
+    parser.add_argument("--output", type=user_path, required=True, help="folder to create")
     parser.add_argument(
         "--from",
         dest="source",
@@ -258,11 +288,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="folder or hub id of a checkpoint to train further, with its own tokenizer",
     )
     parser.add_argument(
-        "--held-out-chars", type=int, default=32_000, help="kept from the end for evaluation"
+        "--held-out-chars", type=COUNT, default=32_000, help="kept from the end for evaluation"
     )
     parser.add_argument(
         "--save-every",
-        type=int,
+        type=_SAVE_EVERY,
         default=0,
         metavar="STEPS",
         help="keep the run's state in OUTPUT.partial, from which the same command goes on "
@@ -271,17 +301,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     for option in fields(Recipe):
         name, default = f"--{option.name.replace('_', '-')}", option.default
-        described = option.metadata.get("help", "")
+        described = option.metadata["help"]
         if isinstance(default, bool):
             parser.add_argument(name, action="store_true", help=described)
         else:
             text = f"{described} (default {default})" if described else f"default {default}"
-            parser.add_argument(name, type=type(default), default=default, help=text)
-    return run(_train, parser.parse_args(argv))
+            kind = option.metadata["range"] or str
+            parser.add_argument(name, type=kind, default=default, help=text)
+    return parser
 
 
-def _train(args: argparse.Namespace) -> None:
+def _run(argv: Sequence[str] | None) -> None:
+    args = _parser().parse_args(argv)
+
     def train(device: torch.device, world: World | None = None) -> None:
+        check_backend(device)
         recipe = Recipe(**{option.name: getattr(args, option.name) for option in fields(Recipe)})
         train_on_texts(
             *(args.text, args.output, args.held_out_chars, recipe, args.source, args.save_every),
@@ -296,4 +330,4 @@ def _train(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,14 +17,17 @@ from tqdm import tqdm
 from mistral_kernels.model.cache import Packing
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
+from mistral_kernels.ranges import COUNT, SEED, Range
 from mistral_kernels.tokenizer import MistralTokenizer
-from mistral_kernels.training_state import Saving
+from mistral_kernels.training_state import Saving, check_like
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_REMEDY = "use a lower learning rate (--learning-rate)"
+_LARGEST_BATCH = 1 << 28  # tokens; offsets into a packed batch are int32
 
 
-def _described(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _setting(default: Any, allowed: Range | None = None, text: str = "") -> Any:
+    return field(default=default, metadata={"range": allowed, "help": text})
 
 
 @dataclass(frozen=True)
@@ -33,35 +36,41 @@ class Recipe:
 
     A step sees `accumulate` batches of `batch_size * seqlen` tokens, one after the other.
 
-    Raises `ValueError` naming the field that is out of range.
+    Raises `ValueError` or `TypeError` naming the field that is out of range or no number.
     """
 
-    steps: int = 1400
-    batch_size: int = _described(16, "sequences a batch, over all ranks")
-    seqlen: int = 256
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
-    weight_decay: float = 0.5
-    max_grad_norm: float = 1.0
-    eval_every: int = 100
-    seed: int = 0
-    accumulate: int = _described(1, "batches a step, whose gradients are added up in float32")
-    pack: bool = _described(
+    steps: int = _setting(1400, COUNT)
+    batch_size: int = _setting(16, COUNT, "sequences a batch, over all ranks")
+    seqlen: int = _setting(256, COUNT)
+    learning_rate: float = _setting(2e-3, Range(float, 0))
+    warmup_steps: int = _setting(100, Range(int, 0, COUNT.high))
+    weight_decay: float = _setting(0.5, Range(float, 0))
+    max_grad_norm: float = _setting(1.0, Range(float, 0, above=True))
+    eval_every: int = _setting(100, COUNT)
+    seed: int = _setting(0, SEED)
+    accumulate: int = _setting(1, COUNT, "batches a step, whose gradients are added up in float32")
+    pack: bool = _setting(
         False,
-        "fill a batch's batch-size * seqlen tokens with whole paragraphs, each a sequence of its "
-        "own (one longer than seqlen in stretches of seqlen), the last one cut",
+        text="fill a batch's batch-size * seqlen tokens with whole paragraphs, each a sequence of "
+        "its own (one longer than seqlen in stretches of seqlen), the last one cut",
     )
-    checkpoint_activations: bool = _described(
-        False, "keep each layer's input alone and compute the layer again going backwards"
+    checkpoint_activations: bool = _setting(
+        False, text="keep each layer's input alone and compute the layer again going backwards"
     )
-    dtype: str = _described("bf16", "of the weights, bf16 or fp32; their masters are float32")
+    dtype: str = _setting("bf16", text="of the weights, bf16 or fp32; their masters are float32")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seqlen", "eval_every", "accumulate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for each in fields(self):
+            if (allowed := each.metadata["range"]) is not None:
+                value = allowed.check(each.name, getattr(self, each.name))
+                object.__setattr__(self, each.name, value)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be {' or '.join(DTYPES)}, got {self.dtype!r}")
+        if self.batch_size * self.seqlen > _LARGEST_BATCH:
+            raise ValueError(
+                f"batch_size * seqlen must be at most {_LARGEST_BATCH} tokens, got "
+                f"{self.batch_size} * {self.seqlen}; accumulate more and smaller batches"
+            )
 
     @property
     def tokens_per_step(self) -> int:
@@ -112,7 +121,10 @@ class Corpus:
         """Targets (batch_size, seqlen)."""
         starts = self.starts[self.starts <= len(self.tokens) - seqlen]
         if not len(starts):
-            raise ValueError(f"the text has {len(self.tokens)} tokens, too few for seqlen {seqlen}")
+            raise ValueError(
+                f"the text has {len(self.tokens)} tokens, too few for seqlen {seqlen}; use a "
+                "smaller one (--seqlen), or more text"
+            )
         chosen = starts[torch.randint(len(starts), (batch_size,), generator=generator)]
         return self.tokens[chosen[:, None] + torch.arange(seqlen)]
 
@@ -198,16 +210,51 @@ class Run:
         }
 
     def restore(self, saving: Saving) -> bool:
-        """Go on from the state that was saved, if one was."""
-        if (state := saving.load(self.state)) is None:
+        """Resume from the state that was saved, if there is one."""
+        if (state := saving.load(self.state, self.check_state)) is None:
             return False
         self._set_progress(state)
         self.best = state["best"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        # All else in the optimizer's state follows from the recipe.
+        own = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**own, "state": state["optimizer"]["state"]})
         with torch.no_grad():
             torch._foreach_copy_(self.masters, state["masters"])
         self._update_weights()
         return True
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError for a state that this run cannot have saved."""
+        self._check_progress(state)
+        weights = dict(self.model.state_dict()) if state["curve"] else {}
+        check_like("best", state["best"], weights)
+        check_like("masters", state["masters"], self.masters)
+        if type(state["optimizer"]) is not dict:
+            raise ValueError(f"optimizer must be dict, got {type(state['optimizer']).__name__}")
+        averages = [
+            {"step": torch.tensor(0.0), "exp_avg": master, "exp_avg_sq": master}
+            for group in self.optimizer.param_groups
+            for master in group["params"]
+        ]
+        check_like("optimizer", state["optimizer"]["state"], dict(enumerate(averages)))
+        for each in state["optimizer"]["state"].values():
+            if each["step"] != state["step"]:
+                raise ValueError(f"optimizer is at step {each['step']:g}, not {state['step']}")
+
+    def _check_progress(self, state: Mapping[str, Any]) -> None:
+        recipe, step = self.recipe, state["step"]
+        check_like("step", step, 0)
+        Range(int, 1, recipe.steps).check("step", step)
+        check_like("running", state["running"], 0.0)
+        curve, last = state["curve"], step == recipe.steps and step % recipe.eval_every > 0
+        points = step // recipe.eval_every + last
+        if type(curve) is not list or len(curve) != points:
+            raise ValueError(f"curve must be a list of {points} points")
+        check_like("curve", curve, [(0, 0.0, 0.0)] * points)
+        evaluated = [recipe.eval_every * (i + 1) for i in range(points - last)] + last * [step]
+        if [point[0] for point in curve] != evaluated:
+            raise ValueError("curve has points at other steps than those of the evaluations")
+        torch.Generator().set_state(state["generator"])
 
     def _set_progress(self, state: Mapping[str, Any]) -> None:
         self.step, self.running, self.curve = state["step"], state["running"], state["curve"]
@@ -246,9 +293,7 @@ class Run:
 
     def _check_finite(self, loss: Tensor) -> None:
         if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss.item()} at step {self.step}: lower --learning-rate"
-            )
+            raise ValueError(f"the loss is {loss.item()} at step {self.step}: {_REMEDY}")
 
     def _update_weights(self) -> None:
         with torch.no_grad():
@@ -257,10 +302,20 @@ class Run:
     def held_out_loss(self, corpus: Corpus, tokens: Tensor) -> float:
         return held_out_loss(self.model, corpus, tokens)
 
+    def finite_held_out_loss(self, corpus: Corpus, tokens: Tensor) -> float:
+        """Return `held_out_loss`. Raises ValueError where it is not finite."""
+        loss = self.held_out_loss(corpus, tokens)
+        if not math.isfinite(loss):
+            raise ValueError(f"the held-out loss is {loss} at step {self.step}: {_REMEDY}")
+        return loss
+
     def evaluate(self, corpus: Corpus, held_out: Tensor) -> None:
-        """Add a point to the curve; keep the weights if they are the best so far."""
+        """Add a point to the curve; keep the weights if they are the best so far.
+
+        Raises ValueError for a loss that is not finite.
+        """
         since = self.step - (self.curve[-1][0] if self.curve else 0)
-        loss = self.held_out_loss(corpus, held_out)
+        loss = self.finite_held_out_loss(corpus, held_out)
         self.curve.append((self.step, self.running / since, loss))
         self.running = 0.0
         if loss == min(point[2] for point in self.curve):
@@ -292,7 +347,8 @@ def train(
     stderr) gets a line an evaluation, and where it is a terminal a progress bar.
     Returns (step, training loss, held-out loss) at every evaluation.
 
-    Raises `ValueError` for a loss that is not finite, `CheckpointError` as `Saving` does.
+    Raises `ValueError` for a loss that is not finite, `CheckpointError` as `Saving` does. What has
+    been saved is then a state whose loss was finite.
     """
     return finish(Run(model, recipe), corpus, held_out, log, saving)
 
@@ -317,6 +373,8 @@ def finish(
             if evaluates:
                 run.evaluate(corpus, held_out)
             if saving is not None and saving.every and (last or run.step % saving.every == 0):
+                if not evaluates:  # a state whose loss is not finite must not replace another
+                    run.finite_held_out_loss(corpus, held_out[: recipe.seqlen])
                 saving.save(run.state)
             seconds = time.perf_counter() - started
             rate = f"{(run.step - first) * recipe.tokens_per_step / seconds:,.0f} tokens/s"

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mistral_kernels.checkpoint import CheckpointError
+from mistral_kernels.checkpoint.files import check_regular
 from mistral_kernels.checkpoint.writing import sync_folder
+from mistral_kernels.errors import is_out_of_memory
+
+# Raises ValueError for a state that the run cannot have saved.
+Check = Callable[[Mapping[str, Any]], None]
 
 
 def not_whole(path: Path, reason: str) -> CheckpointError:
@@ -35,7 +43,7 @@ class Saving:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the file at once: whatever happens, it holds this state or the one before."""
-        fresh = self.path.with_name(f"{self.path.name}.new")
+        fresh = self._incomplete
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with fresh.open("wb") as file:
@@ -53,10 +61,10 @@ class Saving:
         finally:
             fresh.unlink(missing_ok=True)
 
-    def load(self, state: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The state in the file, None if there is none; no code in it is ever run.
+    def load(self, state: Mapping[str, Any], check: Check) -> dict[str, Any] | None:
+        """Return the state in the file, None if there is none; no code in it is ever run.
 
-        It has to have the parts of `state`, the run's own before it goes on.
+        It has to have the parts of `state`, the run's own before it resumes, and pass `check`.
 
         Raises `CheckpointError`, naming the file, for one that is damaged or of another run.
         """
@@ -69,6 +77,8 @@ class Saving:
             return None
         saved = read_state(self.path, ("identity", *state))
         check_identity(self.path, saved["identity"], self.identity)
+        with naming_damage(self.path):
+            check(saved)
         return saved
 
     def exists(self) -> bool:
@@ -76,30 +86,58 @@ class Saving:
         return self.path.exists()
 
     def discard(self) -> None:
-        """Remove what was saved."""
-        self.path.unlink(missing_ok=True)
+        """Remove what was saved, and what a killed run had begun to save."""
+        for path in (self.path, self._incomplete):
+            path.unlink(missing_ok=True)
+
+    @property
+    def _incomplete(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.new")
+
+
+@contextmanager
+def naming_damage(path: Path) -> Iterator[None]:
+    """Turn errors into a `CheckpointError` about the state at `path`.
+
+    A damaged file raises errors of every type. Those of the system name their file, and too little
+    memory is no damage.
+    """
+    try:
+        yield
+    except (OSError, CheckpointError):
+        raise  # they name the file themselves
+    except UnpicklingError:
+        raise not_whole(path, "it holds more than plain tensors") from None
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise not_whole(path, reason) from None
 
 
 def read_state(path: Path, parts: Iterable[str]) -> dict[str, Any]:
-    """What `Saving.save` wrote to a file; `CheckpointError` unless it is whole and has `parts`."""
-    try:
+    """Return what `Saving.save` wrote; `CheckpointError` unless it is whole and has `parts`."""
+    check_regular(path)
+    with naming_damage(path):
         with zipfile.ZipFile(path) as file:
-            if damaged := file.testzip():  # torch.load does not look at the checksums
+            if any(record.compress_type != zipfile.ZIP_STORED for record in file.infolist()):
+                raise ValueError("it is compressed")  # to sizes that nothing bounds
+            if damaged := file.testzip():  # torch.load does not check the checksums
                 raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not state.keys() >= set(parts):
             raise ValueError("it lacks parts of one")
-    except OSError:
-        raise  # it names the file itself
-    except Exception as error:  # out of a damaged file comes anything
-        plain = not isinstance(error, UnpicklingError)
-        reason = str(error).partition("\n")[0] if plain else "it holds more than plain tensors"
-        raise not_whole(path, reason) from None
     return state
 
 
-def check_identity(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_identity(path: Path, saved: Any, wanted: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` unless the state at `path` is of the run that is wanted."""
+    with naming_damage(path):
+        if not isinstance(saved, dict):
+            raise ValueError(f"identity must be a dict, got {type(saved).__name__}")
+        for name, value in saved.items():
+            if not isinstance(value, (type(None), bool, int, float, str)):
+                raise ValueError(f"identity has a {type(value).__name__} for {name!r}")
     differences = [
         f"{name} was {saved.get(name)}, is {value}"
         for name, value in wanted.items()
@@ -110,3 +148,34 @@ def check_identity(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, An
             f"{path} is the state of another run ({'; '.join(differences)}); run that "
             "again, remove it, or name another output"
         )
+
+
+def check_like(name: str, value: Any, like: Any) -> None:
+    """Raise ValueError, naming the part, unless `value` has the structure of `like`.
+
+    That is the types, the keys and lengths of dicts, lists and tuples, and of tensors the dtype and
+    shape. Floats, those of tensors included, must be finite.
+    """
+    of_tensors = isinstance(value, Tensor) and isinstance(like, Tensor)  # or Parameters
+    if type(value) is not type(like) and not of_tensors:
+        raise ValueError(f"{name} must be {type(like).__name__}, got {type(value).__name__}")
+    if isinstance(like, dict):
+        if value.keys() != like.keys():
+            raise ValueError(f"{name} must have {len(like)} keys of this run, got others")
+        for key in like:
+            check_like(f"{name}[{key!r}]", value[key], like[key])
+    elif isinstance(like, (list, tuple)):
+        if len(value) != len(like):
+            raise ValueError(f"{name} must have {len(like)} items, got {len(value)}")
+        for i, (item, expected) in enumerate(zip(value, like)):
+            check_like(f"{name}[{i}]", item, expected)
+    elif isinstance(like, Tensor):
+        if (value.dtype, value.shape, value.layout) != (like.dtype, like.shape, torch.strided):
+            raise ValueError(
+                f"{name} must be {like.dtype} of shape {tuple(like.shape)}, got {value.dtype} of "
+                f"shape {tuple(value.shape)}"
+            )
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    elif isinstance(like, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")

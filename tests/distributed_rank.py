@@ -62,6 +62,12 @@ def main_fails(world: World) -> None:
     work_on(world)
 
 
+def last_lacks_memory(world: World) -> None:
+    if world.rank == world.size - 1:
+        torch.empty(1 << 50)
+    work_on(world)
+
+
 def bug(world: World) -> None:
     if world.rank == 1:
         raise ZeroDivisionError
@@ -99,6 +105,7 @@ SCENARIOS: dict[str, tuple[Body, dict[int, dict[str, str]], set[int]]] = {
     "main_refuses": (main_refuses, {}, set()),
     "last_fails": (last_fails, {}, set()),
     "main_fails": (main_fails, {}, set()),
+    "last_lacks_memory": (last_lacks_memory, {}, set()),
     "bug": (bug, {}, set()),
     "interrupted": (interrupted, {}, set()),
     "disagree": (disagree, {}, set()),

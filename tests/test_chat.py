@@ -97,8 +97,40 @@ def test_cache_memory_is_constant(tokenizer: MistralTokenizer) -> None:
 def test_without_a_window_max_length_bounds_the_conversation(tokenizer: MistralTokenizer) -> None:
     conversation = Conversation(make_model(None), tokenizer, max_length=30)
     say(conversation, "Hi", max_tokens=5)
-    with pytest.raises(ValueError, match="does not fit a cache of max_length 30"):
+    with pytest.raises(ValueError, match="more than its context of 30; make room with --context"):
         say(conversation, "word " * 40, max_tokens=5)
+
+
+@pytest.mark.parametrize("window", [None, 512])
+@pytest.mark.parametrize("context", [20, 21, 47])
+def test_an_answer_ends_where_the_context_is_full(
+    tokenizer: MistralTokenizer, context: int, window: int | None
+) -> None:
+    """Every slot of the cache is used; the answer's last token needs none."""
+    model = make_model(window)
+    conversation = Conversation(model, tokenizer, max_length=context)
+    prompt = conversation.prompt_for("Hello there!")
+    assert not conversation.full
+    deltas = list(conversation.reply(prompt, max_tokens=200))
+    assert len(deltas) == context - len(prompt) + 1
+    assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
+    (expected,) = generate(model, tokenizer, [prompt], max_tokens=len(deltas), standalone=True)
+    assert "".join(delta.text for delta in deltas) == expected.text
+    assert conversation.full and conversation._cache.host_lengths == [context]
+    assert conversation.messages[-1] == {"role": "assistant", "content": expected.text}
+    known = list(conversation.messages)
+    with pytest.raises(
+        ValueError, match=rf"has \d+ tokens .+ context of {context}; make room with"
+    ):
+        conversation.prompt_for("And then?")
+    assert conversation.messages == known
+
+
+def test_an_answer_that_fits_is_not_cut(tokenizer: MistralTokenizer) -> None:
+    conversation = Conversation(make_model(None), tokenizer, max_length=60)
+    prompt = conversation.prompt_for("Hello there!")
+    assert len(list(conversation.reply(prompt, max_tokens=60 - len(prompt)))) == 60 - len(prompt)
+    assert not conversation.full
 
 
 def test_an_answer_cut_short_is_remembered(tokenizer: MistralTokenizer) -> None:
@@ -180,6 +212,23 @@ def test_command(
     assert run("--quiet") == (0, "", "")
 
 
+def test_a_full_context(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer ends, what to do is said, and only the next message is refused."""
+    options = ["--model", str(folder), "--chat", "--window", "none", "--context", "25"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("And then?\n"))
+    assert main(["Hello there!", *options, "--json", "--quiet", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    (record,) = map(json.loads, out.splitlines())
+    assert record["finish_reason"] == "length" and record["text"]
+    note, error = err.splitlines()
+    assert note == (
+        "note: the conversation fills its context of 25 tokens; --context makes room for more"
+    )
+    assert error.startswith("error: the conversation has ") and "--context" in error
+
+
 def test_the_template_is_offered(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["hello", "--model", str(folder), "-m", "2"]) == 0
     assert "note: an instruct model; --chat applies its template\n" in capsys.readouterr().err
@@ -189,4 +238,4 @@ def test_a_base_model_does_not_chat(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--chat", "hello"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert "tokenizer.model has no chat template; continue a text instead" in err
+    assert "--chat: model 'tiny' has no chat template; leave out --chat" in err

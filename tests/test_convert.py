@@ -164,9 +164,9 @@ def test_what_a_killed_run_left(
         (["only-one"], "name the checkpoint to read and the folder to write"),
         (["a", "b", "--input_dir", "c"], "name SOURCE and TARGET once"),
         (["a", "b", "--to", "gguf"], "invalid choice: 'gguf'"),
-        (["a", "b", "--max-shard-size", "0"], "expected a size such as 5GB"),
-        (["a", "b", "--max-shard-size", "many"], "expected a size such as 5GB"),
-        (["a", "b", "--max_position_embeddings", "-1"], "expected a positive number"),
+        (["a", "b", "--max-shard-size", "0"], "must be a size such as 5GB"),
+        (["a", "b", "--max-shard-size", "many"], "must be a size such as 5GB"),
+        (["a", "b", "--max_position_embeddings", "-1"], "must be in [1, 1000000000], got -1"),
     ],
 )
 def test_bad_arguments(

@@ -65,6 +65,13 @@ EXPECTED = {
         error("rank 0: only here"),
         *(error(f"rank {rank}: {ENDED}") for rank in (1, 2)),
     ],
+    "last_lacks_memory": [
+        *(error(f"rank {rank}: {ENDED}") for rank in range(2)),
+        error(
+            "rank 2: out of memory: DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 4503599627370496 bytes. Error code 12 (Cannot allocate memory)"
+        ),
+    ],
     "bug": [error(f"rank 0: {ENDED}"), ("traceback", ""), error(f"rank 2: {ENDED}")],
     "interrupted": [(130, "\ninterrupted\n"), (130, ""), (130, "")],
     "disagree": [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_same_text
@@ -14,6 +16,8 @@ from small_checkpoints import SMALL, varied_model
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, Sampler
 from mistral_kernels.generate import Completion, generate, stream_generate
+from mistral_kernels.model import decoding
+from mistral_kernels.streaming import _StopText
 
 W = 7
 EOS = 2
@@ -123,7 +127,7 @@ def test_prefill_chunks_change_nothing(model: MistralForCausalLM) -> None:
     for size in (1, W - 1, W, 2 * W + 3, 100):
         actual = model.generate(prompts, **options, prefill_chunk_size=size)
         assert_same_text(actual, expected, model)
-    with pytest.raises(ValueError, match="chunk_size must be positive, got 0"):
+    with pytest.raises(ValueError, match="chunk_size must be >= 1, got 0"):
         model.generate(prompts, prefill_chunk_size=0)
 
 
@@ -216,17 +220,9 @@ def test_characters_come_whole(tokenizer: MistralTokenizer) -> None:
 
 
 def naive_stop(text: str, stop: Sequence[str]) -> str:
-    """The text before whatever stop string is complete first."""
-    for end in range(len(text) + 1):
-        starts = [end - len(s) for s in stop if text[:end].endswith(s)]
-        if starts:
-            return text[: min(starts)]
-    return text
-
-
-def random_split(text: str) -> list[str]:
-    cuts = sorted(random.choices(range(len(text) + 1), k=random.randint(0, 6)))
-    return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+    """The text before the stop string that begins first in it."""
+    found = [text.find(each) for each in stop if each in text]
+    return text[: min(found)] if found else text
 
 
 def test_stop_strings_that_span_tokens(tokenizer: MistralTokenizer) -> None:
@@ -251,6 +247,28 @@ def test_stop_strings_that_span_tokens(tokenizer: MistralTokenizer) -> None:
     assert 30 < found < 300
 
 
+def test_stop_strings_do_not_depend_on_how_a_text_is_cut() -> None:
+    """A text in pieces of any lengths ends at one place; what no stop string begins is shown."""
+    cut_inside = 0
+    for _ in range(2000):
+        text = "".join(random.choices("ab", k=random.randint(0, 16)))
+        stop = ["".join(random.choices("ab", k=random.randint(1, 6))) for _ in range(3)]
+        expected = naive_stop(text, stop)
+        cuts = sorted(random.choices(range(len(text) + 1), k=random.randint(0, 6)))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        texts, shown, pushed = _StopText(stop), "", ""
+        for i, piece in enumerate(pieces):
+            shown, pushed = shown + texts.push(piece, i == len(pieces) - 1), pushed + piece
+            if texts.found:
+                break
+            held = pushed[len(shown) :]
+            cut_inside += bool(held)
+            assert not held or any(each.startswith(held) and each != held for each in stop)
+        assert shown == expected, (pieces, stop)
+        assert texts.found == any(each in text for each in stop), (pieces, stop)
+    assert cut_inside > 100
+
+
 def test_nothing_that_cannot_be_a_stop_string_is_held(tokenizer: MistralTokenizer) -> None:
     ids = as_bytes("one.\n\ntwo.\nthree")
     options: dict[str, Any] = {"max_tokens": len(ids), "stop": ["\n\nthree"]}
@@ -258,6 +276,43 @@ def test_nothing_that_cannot_be_a_stop_string_is_held(tokenizer: MistralTokenize
     assert texts[:4] == ["o", "n", "e", "."]
     assert texts[4:8] == ["", "", "", "\n\ntw"]
     assert "".join(texts) == "one.\n\ntwo.\nthree"
+
+
+@pytest.mark.parametrize(
+    ("stop", "pieces", "expected"),
+    [
+        (["her", "herself"], ["for herself", " alone"], "for "),
+        (["lf", "herself"], ["for hers", "e", "lf", " alone"], "for "),
+        (["lf", "herselves"], ["for hers", "e", "lf", " alone"], "for herse"),
+        (["b", "abc"], ["a", "b", "x"], "a"),
+        (["b", "abc"], ["ab", "c"], ""),
+        (["b", "abc"], ["ab"], "a"),
+    ],
+)
+def test_the_stop_string_that_begins_first_counts(
+    stop: list[str], pieces: list[str], expected: str
+) -> None:
+    texts = _StopText(stop)
+    shown = ""
+    for i, piece in enumerate(pieces):
+        if not texts.found:
+            shown += texts.push(piece, i == len(pieces) - 1)
+    assert shown == expected and texts.found
+
+
+def test_a_text_alone_is_one_prompt_and_one_stop_string(
+    model: MistralForCausalLM, tokenizer: MistralTokenizer
+) -> None:
+    options: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True}
+    alone = generate(model, tokenizer, "It is", **options)
+    assert alone == generate(model, tokenizer, ["It is"], **options) and len(alone) == 1
+    deltas = list(stream_generate(model, tokenizer, "It is", **options))
+    assert [delta.token_id for delta in deltas] == alone[0].token_ids
+    ids: Any = Script(as_bytes("for herself"))
+    (cut,) = generate(ids, tokenizer, "x", max_tokens=11, stop="her")
+    assert (cut.text, cut.finish_reason) == ("for ", "stop")
+    (whole,) = generate(ids, tokenizer, "x", max_tokens=11, stop="reh")
+    assert (whole.text, whole.finish_reason) == ("for herself", "length")
 
 
 def test_one_text_stops_the_others_go_on(
@@ -318,6 +373,76 @@ def test_seeds(model: MistralForCausalLM) -> None:
     assert model.generate(prompts, temperature=1e-9, **settings) == greedy
 
 
+# Logits that are not finite
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("sampler", [Sampler(0), Sampler(0.7), Sampler(1.0, 9, 0.9, 0.1, 1.3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_that_are_not_finite(
+    value: float, sampler: Sampler, dtype: torch.dtype, model: MistralForCausalLM
+) -> None:
+    """A head that overflows, from the first token on; -inf is so in all logits only."""
+    model = model.to(dtype)
+    with torch.no_grad():
+        model.lm_head.weight[slice(None) if value == -math.inf else slice(7, 9)] = value
+    if value == -math.inf:  # the sign of the product is the hidden state's
+        model.lm_head.register_forward_hook(lambda *_: torch.full((2, 2048), value, dtype=dtype))
+    elif value == math.inf:
+        model.lm_head.register_forward_hook(lambda module, given, out: out.abs())
+    for _ in range(2):
+        with pytest.raises(
+            ValueError,
+            match="the logits of text 0 are not finite after 0 new tokens; load the model in "
+            "another dtype, or check its weights",
+        ):
+            list(model.stream(prompts_of(4, 9), max_new_tokens=5, sampler=sampler))
+
+
+def replayed(run: Any, generator: Any) -> Any:
+    """Stands for a CUDA graph: what the host counts is not recorded."""
+    cache = run.__self__.cache
+
+    def replay() -> None:
+        counted = cache.host_lengths
+        run()
+        cache.host_lengths = counted
+
+    return replay
+
+
+@pytest.mark.parametrize("captures", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_logits_that_cease_to_be_finite(
+    captures: bool, hooked: bool, model: MistralForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a text, by one call of csrc or by modules, with a step ahead or without.
+
+    What was made before it has been yielded, and the cache can go on.
+    """
+    if captures:
+        monkeypatch.setattr(decoding, "can_capture", lambda device: True)
+        monkeypatch.setattr(decoding, "capture", replayed)
+    if hooked:
+        model.model.norm.register_forward_hook(lambda *_: None)
+    prompts, bad = prompts_of(4, 9), []
+    free = list(zip(*model.stream(prompts, max_new_tokens=12)))
+    # The token after which, and not before, the second text becomes NaN.
+    at = next(i for i in range(3, 11) if free[1][i] not in (*free[1][:i], *free[0], *prompts[1]))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[free[1][at]] = math.nan
+    assert not any(free[1][at] in prompt for prompt in prompts)
+    cache = model.new_cache(2, 100)
+    with pytest.raises(ValueError, match=f"logits of text 1 are not finite after {at + 1} new"):
+        for tokens in model.stream(prompts, max_new_tokens=12, cache=cache):
+            bad.append(tokens)
+    assert bad == [list(tokens) for tokens in zip(*free)][: at + 1]
+    assert not cache.torn
+    # A text that has ended may do as it likes.
+    ended = model.stream(prompts, max_new_tokens=12, eos_token_ids=(free[1][at],))
+    assert [tokens[0] for tokens in ended] == list(free[0])
+
+
 # Bad input
 
 
@@ -346,5 +471,122 @@ def test_bad_arguments(model: MistralForCausalLM, tokenizer: MistralTokenizer) -
             generate(model, tokenizer, prompts)
     with pytest.raises(ValueError, match="a stop string must not be empty"):
         generate(model, tokenizer, ["a"], stop=["x", ""])
-    with pytest.raises(ValueError, match="max_new_tokens must be >= 0, got -3"):
+    with pytest.raises(ValueError, match="max_tokens must be >= 0, got -3"):
         generate(model, tokenizer, ["a"], max_tokens=-3, sampler=Sampler())
+
+
+IDS = [5, 9, 2000]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        np.array(IDS),
+        np.array(IDS, dtype=np.uint16),
+        [np.int64(id) for id in IDS],
+        torch.tensor(IDS),
+        torch.tensor(IDS, dtype=torch.int32),
+        list(torch.tensor(IDS)),
+        tuple(IDS),
+        range(5, 8),
+    ],
+    ids=lambda ids: f"{type(ids).__name__} {getattr(ids, 'dtype', '')}",
+)
+def test_integers_of_every_kind(
+    ids: Any, model: MistralForCausalLM, tokenizer: MistralTokenizer
+) -> None:
+    plain = [int(id) for id in ids]
+    expected = model.generate([plain], max_new_tokens=6, eos_token_id=None)
+    given = model.generate([ids], max_new_tokens=np.int64(6), eos_token_id=None)
+    assert given == expected and all(type(id) is int for id in given[0])
+    (completion,) = generate(model, tokenizer, [ids], max_tokens=6, ignore_eos=True)
+    assert completion.token_ids == expected[0][len(plain) :]
+    eos = expected[0][len(plain) + 2]
+    short = model.generate([ids], max_new_tokens=6, eos_token_id=eos)
+    for same in (np.int32(eos), [np.int64(eos)], np.array([eos, 1]), torch.tensor([eos, 1]), {eos}):
+        assert model.generate([ids], max_new_tokens=6, eos_token_id=same) == short
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_tensors_keep_their_dtype(dtype: torch.dtype, model: MistralForCausalLM) -> None:
+    """Also where pads and new tokens are larger than any id of the prompt."""
+    ids = torch.tensor([[3, 4], [5, 6]], dtype=dtype)
+    out = model.generate(ids, max_new_tokens=5, eos_token_id=None)
+    assert out.dtype == dtype and out.max() > 127
+    eos = int(out[0, 3])
+    padded = model.generate(ids, max_new_tokens=5, eos_token_id=eos, pad_token_id=2**31 - 1)
+    assert padded.dtype == dtype and padded.shape[1] <= 7
+
+
+TYPES: list[tuple[Any, dict[str, Any], str]] = [
+    ("It is", {}, "input_ids must be token ids, got a text; encode it with the tokenizer"),
+    (["It is"], {}, r"input_ids\[0\] must be a list of token ids, got str; encode it with the to"),
+    ([b"It"], {}, r"input_ids\[0\] must be a list of token ids, got bytes; encode it"),
+    ([5, 6], {}, r"input_ids\[0\] must be a list of token ids, got int"),
+    ([[5, 6.0]], {}, r"input_ids\[0\]\[1\] must be a token id, an int, got float"),
+    ([[5, True]], {}, r"input_ids\[0\]\[1\] must be a token id, an int, got bool"),
+    ([[5], ["a"]], {}, r"input_ids\[1\]\[0\] must be a token id, an int, got str"),
+    ([np.array([1.0])], {}, r"input_ids\[0\]\[0\] must be a token id, an int, got float"),
+    ([np.array([True])], {}, r"input_ids\[0\]\[0\] must be a token id, an int, got bool"),
+    ([torch.tensor([True])], {}, r"input_ids\[0\]\[0\] must be a token id, an int, got bool"),
+    ([[None]], {}, r"input_ids\[0\]\[0\] must be a token id, an int, got NoneType"),
+    (
+        torch.tensor([[5]], dtype=torch.uint8),
+        {},
+        "input_ids must be int64 or int32, got torch.uint8",
+    ),
+    (torch.tensor([[5]], dtype=torch.int16), {}, "input_ids must be int64 or int32, got torch.int"),
+    (torch.tensor([[5.0]]), {}, "input_ids must be int64 or int32, got torch.float32"),
+    (torch.tensor([[True]]), {}, "input_ids must be int64 or int32, got torch.bool"),
+    ([[5]], {"max_new_tokens": 1.5}, "max_new_tokens must be an integer >= 0, got float"),
+    ([[5]], {"max_new_tokens": True}, "max_new_tokens must be an integer >= 0, got bool"),
+    ([[5]], {"max_new_tokens": None}, "max_new_tokens must be an integer >= 0, got NoneType"),
+    ([[5]], {"top_k": 1.5}, "top_k must be an integer >= 0, got float"),
+    ([[5]], {"top_k": True}, "top_k must be an integer >= 0, got bool"),
+    ([[5]], {"temperature": "1", "do_sample": True}, "temperature must be a number >= 0, got str"),
+    ([[5]], {"top_p": "1"}, r"top_p must be a number in \(0, 1\], got str"),
+    ([[5]], {"min_p": [0]}, r"min_p must be a number in \[0, 1\], got list"),
+    (
+        [[5]],
+        {"repetition_penalty": None},
+        "repetition_penalty must be a number in .*, got NoneType",
+    ),
+    ([[5]], {"prefill_chunk_size": 2.0}, "chunk_size must be an integer >= 1, got float"),
+    ([[5]], {"eos_token_id": 1.5}, r"eos_token_id\[0\] must be a token id, an int, got float"),
+    ([[5]], {"eos_token_id": [2, "x"]}, r"eos_token_id\[1\] must be a token id, an int, got str"),
+    ([[5]], {"eos_token_id": True}, r"eos_token_id\[0\] must be a token id, an int, got bool"),
+    ([[5]], {"pad_token_id": 0.0}, "pad_token_id must be an integer in .*, got float"),
+    (torch.tensor([[5]]), {"attention_mask": [[1]]}, "attention_mask must be a tensor, got list"),
+]
+
+
+@pytest.mark.parametrize(("ids", "options", "message"), TYPES)
+def test_wrong_types(
+    ids: Any, options: dict[str, Any], message: str, model: MistralForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Refused before anything has been generated."""
+    if "prefill_chunk_size" not in options:
+        monkeypatch.setattr(MistralForCausalLM, "prefill", None)
+    with pytest.raises(TypeError, match=f"^{message}"):
+        model.generate(ids, **options)
+
+
+def test_wrong_types_of_texts(model: MistralForCausalLM, tokenizer: MistralTokenizer) -> None:
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        (b"It", {}, "prompts must be texts or lists of ids, got bytes"),
+        (5, {}, "prompts must be texts or lists of ids, got int"),
+        ([5, 6], {}, r"prompts\[0\] must be a list of token ids, got int"),
+        ([b"It"], {}, r"prompts\[0\] must be a list of token ids, got bytes; encode it"),
+        (["a", [1.0]], {}, r"prompts\[1\]\[0\] must be a token id, an int, got float"),
+        (torch.tensor([5, 6]), {}, r"prompts\[0\] must be a list of token ids, got int"),
+        ("a", {"stop": [b"x"]}, "stop must be a string or a list of them, got bytes"),
+        ("a", {"stop": ["x", 5]}, "stop must be a string or a list of them, got int"),
+        ("a", {"max_tokens": 1.5}, "max_tokens must be an integer >= 0, got float"),
+        ("a", {"prefill_chunk": "x"}, "chunk_size must be an integer >= 1, got str"),
+    ]
+    for prompts, options, message in cases:
+        with pytest.raises(TypeError, match=f"^{message}"):
+            generate(model, tokenizer, prompts, **options)
+    with pytest.raises(ValueError, match=r"pad_token_id must be in \[-2147483648, 2147483647\]"):
+        model.generate([[5]], pad_token_id=2**31)

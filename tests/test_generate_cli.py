@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
 import json
 import os
 import random
@@ -11,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +25,7 @@ from small_checkpoints import SMALL, random_state
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, generate
 from mistral_kernels.checkpoint import resolve, save_hf
 from mistral_kernels.generate import main
+from mistral_kernels.ops import dispatch
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
 
 # The expected texts are the CPU's: in bfloat16 a GPU may choose another of two close tokens.
@@ -48,7 +52,10 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     def run(*arguments: str | Path, stdin: str = "") -> Result:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code = main([str(argument) for argument in arguments])
+        try:
+            code: Any = main([str(argument) for argument in arguments])
+        except SystemExit as end:  # the parser's
+            code = end.code
         return Result(code, *capsys.readouterr())
 
     return run
@@ -125,6 +132,30 @@ def test_a_batch_of_unequal_prompts(
     assert [json.loads(line)["text"] for line in records] == [expected(p) for p in prompts]
 
 
+@pytest.mark.parametrize("head", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_files_of_other_systems(run: Command, tmp_path: Path, head: str, end: str) -> None:
+    """A byte order mark and other line ends are no part of a prompt, from a file or stdin."""
+    prompts, file = ["She was", "It is"], tmp_path / "prompts"
+    text = head + "".join(prompt + end for prompt in [prompts[0], "", prompts[1]])
+    file.write_bytes(text.encode())
+    options = (*GREEDY, "--json", "--quiet")
+    records = map(json.loads, run("--prompt-file", file, *options).out.splitlines())
+    assert [record["prompt"] for record in records] == prompts
+    record = json.loads(run("-", *options, stdin=f"{head}She{end}was{end}").out)
+    assert record["prompt"] == "She\nwas"
+
+
+def test_a_prompt_file_may_be_a_pipe(run: Command, tmp_path: Path) -> None:
+    """As a shell's `<(...)` is."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    sender = threading.Thread(target=pipe.write_text, args=("She was\n",))
+    sender.start()
+    assert json.loads(run("--prompt-file", pipe, *GREEDY, "--json").out)["prompt"] == "She was"
+    sender.join()
+
+
 # What it says
 
 
@@ -135,6 +166,30 @@ def test_json(run: Command, expected: Callable[..., str]) -> None:
     assert record.keys() == {"prompt", "text", "token_ids", "finish_reason"}
     assert (record["prompt"], record["text"]) == ("She was", expected("She was"))
     assert len(record["token_ids"]) == 12 and record["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp037", "utf-16"])
+def test_stdout_that_is_not_utf8(
+    encoding: str, run: Command, expected: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records are ASCII then, and no text is lost to a character that the encoding lacks."""
+    for options in (("--json",), ()):
+        sink = io.BytesIO()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", io.TextIOWrapper(sink, encoding))
+            assert run("caf\u00e9 \u6f22", *GREEDY, *options).code == 0
+            out = sink.getvalue().decode(encoding)
+        if options:
+            record = json.loads(out)
+            assert out.isascii() and record["prompt"] == "caf\u00e9 \u6f22"
+            assert record["text"] == expected("caf\u00e9 \u6f22")
+        else:
+            lacking = expected("caf\u00e9 \u6f22").encode(encoding, "backslashreplace")
+            assert out == lacking.decode(encoding) + "\n"
+
+
+def test_records_are_readable_where_stdout_is_utf8(run: Command) -> None:
+    assert '"prompt": "caf\u00e9 \u6f22"' in run("caf\u00e9 \u6f22", *GREEDY, "--json").out
 
 
 def test_seeds_and_samples(run: Command) -> None:
@@ -215,34 +270,62 @@ def check_error(result: Result, *parts: str) -> None:
         (["-"], "the prompt is empty"),
         ([], "the prompt is empty"),
         (["x", "-p", "y"], "give one of a prompt, --prompt and --prompt-file"),
-        (["x", "--temperature", "-1"], "temperature must be >= 0, got -1.0"),
+        (
+            ["x", "--temperature", "-1"],
+            "error: --temperature must be >= 0, got -1.0; see python -m",
+        ),
         (["x", "--temperature", "nan"], "temperature must be >= 0, got nan"),
-        (["x", "--top-p", "0"], "top_p must be in (0, 1], got 0.0"),
-        (["x", "--top-p", "1.5"], "top_p must be in (0, 1], got 1.5"),
-        (["x", "--top-k", "-2"], "top_k must be >= 0"),
-        (["x", "--min-p", "2"], "min_p must be in [0, 1], got 2.0"),
-        (["x", "--repetition-penalty", "0"], "repetition_penalty must be positive, got 0.0"),
-        (["x", "-m", "-1"], "--max-tokens must be positive, got -1"),
-        (["x", "--max-tokens", "0"], "--max-tokens must be positive, got 0"),
-        (["x", "--num-samples", "0"], "--num-samples must be positive, got 0"),
-        (["x", "--prefill-chunk", "0"], "--prefill-chunk must be positive, got 0"),
+        (["x", "--top-p", "0"], "--top-p must be in (0, 1], got 0.0"),
+        (["x", "--top-p", "1.5"], "--top-p must be in (0, 1], got 1.5"),
+        (["x", "--top-k", "-2"], "--top-k must be >= 0, got -2"),
+        (["x", "--min-p", "2"], "--min-p must be in [0, 1], got 2.0"),
+        (
+            ["x", "--repetition-penalty", "0"],
+            "--repetition-penalty must be in [1e-06, 1000000], got 0.0",
+        ),
+        (["x", "-m", "-1"], "error: --max-tokens must be in [1, 1000000000], got -1; see "),
+        (["x", "--max-tokens", "0"], "--max-tokens must be in [1, 1000000000], got 0"),
+        (["x", "--num-samples", "0"], "--num-samples must be in [1, 1000000000], got 0"),
+        (["x", "--prefill-chunk", "0"], "--prefill-chunk must be in [1, 1000000000], got 0"),
         (["x", "--stop", ""], "--stop must not be empty"),
-        (["x", "--seed", "-1"], "--seed must be in [0, 2**64), got -1"),
-        (["x", "--seed", str(1 << 64)], "--seed must be in [0, 2**64)"),
-        (["x", "--window", "0"], "sliding_window must be an integer from 1 to"),
-        (["x", "--window", "few"], "--window must be a number of tokens or 'none', got 'few'"),
+        (["x", "--seed", "-1"], "--seed must be in [0, 18446744073709551615], got -1"),
+        (["x", "--seed", str(1 << 64)], "--seed must be in [0, 18446744073709551615], got 1"),
+        (["x", "--window", "0"], "--window must be in [1, 1000000000], got 0"),
+        (
+            ["x", "--window", "few"],
+            "must be an integer in [1, 1000000000], got 'few'; 'none' removes the window",
+        ),
         (["x", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["x", "--device", "meta"], "--device must be auto, cpu, cuda or cuda:N, got 'meta'"),
         (["x", "--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
         (["x", "--system", "be brief"], "--system needs --chat"),
         (["x", "--chat", "--num-samples", "2"], "--num-samples is for texts"),
-        (["x", "--chat"], "has no chat template; continue a text instead"),
+        (["x", "--chat"], "--chat: model 'tiny' has no chat template; leave out"),
         (["x", "--model", "/no/such/folder"], "no such folder: '/no/such/folder'"),
         (["x", "--model", "tine"], "no such folder: 'tine'"),
         (["x", "--model", __file__], "is a file; give the folder that holds the checkpoint"),
         (["--prompt-file", "/no/such/file"], "No such file or directory: '/no/such/file'"),
         (["--prompt-file", "/"], "Is a directory: '/'"),
         (["lone \ud800 surrogate"], "text has a lone surrogate"),
+        (["x", "--device", "cuda:9999999999999"], "--device must be auto, cpu, cuda or cuda:N"),
+        (["x", "--device", "cuda:\u0663"], "--device must be auto, cpu, cuda or cuda:N"),
+        (["x", "--window", "9" * 30], "--window must be in [1, 1000000000], got 99999999999"),
+        (["x", "--max-tokens", "9" * 5000], "--max-tokens must be an integer in [1, 1000000000]"),
+        (["x", "-m", "1e3"], "--max-tokens must be an integer in [1, 1000000000], got '1e3'"),
+        (["x", "--temp", "warm"], "--temperature must be a number >= 0, got 'warm'"),
+        (["x", "--seed", "1.5"], "--seed must be an integer in [0, 18446744073709551615]"),
+        (["x", "--num-samples", "1000000000"], "out of memory: the cache would take 196,608.0 GB"),
+        (
+            ["x", "--window", "none", "-m", "400000000"],
+            "out of memory: the cache would take 614.4 GB, this machine has",
+        ),
+        (["--prompt-file", "~no-such-user/x"], "--prompt-file must be a path, got '~no-such-user"),
+        (["--prompt-file", ""], "--prompt-file must be a path, got ''"),
+        (["--prompt-file", "/dev/zero"], "/dev/zero must have at most 67108864 bytes; it has more"),
+        (["--prompt-file", "/dev/null"], "/dev/null has no prompt in it"),
+        (["--model", "~no-such-user/x", "x"], ""),  # in the words of what looks it up
+        (["x", "--model", ""], "no such folder: ''"),
+        (["x", "--context", "5"], "--context needs --chat"),
     ],
 )
 def test_bad_arguments(run: Command, arguments: list[str], message: str) -> None:
@@ -298,6 +381,73 @@ def test_damaged_files(run: Command, tmp_path: Path) -> None:
     check_error(run("x", "--model", folder / "x.gguf"), "GGUF is not supported; give a folder with")
 
 
+def test_stdin_that_is_no_prompt(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_error(run("-", stdin="caf\udce9"), "standard input is not UTF-8", "position 3")
+    monkeypatch.setattr(generate, "_PROMPT_LIMIT", 10)
+    check_error(run("-", stdin="x" * 11), "standard input must have at most 10 characters")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs Triton's kernels")
+def test_a_backend_that_cannot_run(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names what chose it: the option or the variable."""
+    dispatch._choose.cache_clear()  # what other tests have run on a driver of theirs
+    reason = "nothing here runs Triton kernels on cpu tensors; move them to a GPU, set "
+    remedy = "TRITON_INTERPRET=1 before Python starts, or "
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        option = run("x", "--backend", "triton")
+        check_error(option, f"error: --backend triton, but {reason}{remedy}leave out --backend\n")
+        monkeypatch.setenv(BACKEND_VARIABLE, "triton")
+        variable = f"error: {BACKEND_VARIABLE}=triton, but {reason}{remedy}unset {BACKEND_VARIABLE}"
+        check_error(run("x"), f"{variable}\n")
+
+
+def test_logits_that_are_not_finite(run: Command, tmp_path: Path) -> None:
+    """What has been generated before is printed; then one line."""
+    state = random_state(dataclasses.replace(SMALL, vocab_size=2048))
+    config = dataclasses.replace(SMALL, vocab_size=2048, sliding_window=3)
+    state["model.norm.weight"].fill_(torch.nan)
+    save_hf(state.items(), config, tmp_path / "m", dtype=torch.float32)
+    shutil.copy(resolve("tiny") / "tokenizer.model", tmp_path / "m")
+    for options in (("--temperature", "0"), (), ("--json",)):
+        result = run("hello", "--model", tmp_path / "m", "--quiet", *options)
+        check_error(result, "the logits of text 0 are not finite after 0 new tokens")
+
+
+@pytest.mark.parametrize("error", [ValueError("in the middle"), KeyboardInterrupt()])
+def test_texts_that_are_cut_short_are_not_lost(
+    error: BaseException, run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch is printed at its end, or what there is of it when something stops it."""
+    real, texts = generate.stream_generate, ["She was", "It is"]
+
+    def stream(*args: Any, **options: Any) -> Any:
+        yield from itertools.islice(real(*args, **options), 7)
+        raise error
+
+    (tmp_path / "prompts").write_text("\n".join(texts))
+    monkeypatch.setattr(generate, "stream_generate", stream)
+    result = run("--prompt-file", tmp_path / "prompts", *GREEDY, "--json", "--quiet")
+    records = [json.loads(line) for line in result.out.splitlines()]
+    assert [record["prompt"] for record in records] == texts
+    assert [len(record["token_ids"]) for record in records] == [4, 3]
+    line = "error: in the middle\n" if isinstance(error, ValueError) else "\ninterrupted\n"
+    assert (result.code, result.err) == (2 if "error" in line else 130, line)
+
+
+def test_an_interrupt_before_the_first_token(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are neither texts nor statistics."""
+
+    def prefill(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    (tmp_path / "prompts").write_text("She was\nIt is")
+    monkeypatch.setattr(MistralForCausalLM, "prefill", prefill)
+    for given in (["She was"], ["She was", "--json"], ["--prompt-file", tmp_path / "prompts"]):
+        assert run(*given, *GREEDY) == (130, "", "\ninterrupted\n")
+
+
 def test_the_wrong_tokenizer(run: Command, tmp_path: Path) -> None:
     """A vocabulary larger than the model's: ids that it has no embedding for."""
     save_hf(random_state(SMALL).items(), SMALL, tmp_path / "m", dtype=torch.float32)
@@ -333,10 +483,9 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
         [sys.executable, "-m", "mistral_kernels.generate", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
         text=True,
         env=environment,
-        **options,
+        **{"stdin": subprocess.DEVNULL, **options},
     )
 
 
@@ -358,8 +507,31 @@ def test_the_reader_goes_away() -> None:
     assert process.stdout.read(1)
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=60) == 141
     assert err == ""
+
+
+@pytest.mark.parametrize("module", ["startup", "chat"])
+def test_ctrl_c_while_importing(module: str) -> None:
+    """One word, and no traceback, as soon as the first module of the package is imported."""
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1", "TRITON_INTERPRET": "0"}
+    process = start("-", env=environment, stdin=subprocess.PIPE)  # for which it would wait
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.endswith(f" mistral_kernels.{module}\n"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    said = [line for line in err.splitlines() if not line.startswith("import time: ")]
+    assert (process.returncode, out, said) == (130, "", ["", "interrupted"])
+
+
+def test_closed_stderr(expected: Callable[..., str]) -> None:
+    """Nothing that belongs there comes on stdout."""
+    shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "mistral_kernels.generate"]
+    for prompt, code, text in (("She was", 0, expected("She was") + "\n"), ("", 2, "")):
+        done = subprocess.run([*shell, prompt, *GREEDY], stdout=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stdout) == (code, text)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs Triton's kernels")
@@ -367,4 +539,8 @@ def test_triton_without_a_gpu() -> None:
     process = start("x", "--backend", "triton")
     out, err = process.communicate(timeout=60)
     result = Result(process.returncode, out, err)
-    check_error(result, "nothing here runs Triton kernels on cpu", "TRITON_INTERPRET=1")
+    check_error(
+        result,
+        "--backend triton, but nothing here runs Triton kernels on cpu",
+        "or leave out --backend",
+    )

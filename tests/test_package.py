@@ -27,22 +27,25 @@ HEAVY = {
     "matplotlib",
 }
 
-BELOW = ("model", "checkpoint", "tokenizer", "ops")
+BELOW = ("model", "checkpoint", "tokenizer", "ops", "ranges", "errors")
 
 # A module, or all below it, and what of ours it may import. The longest name that fits decides.
 MAY_IMPORT = {
     "ops": ("ops",),
     "ops.reference": (),
-    "model": ("model", "ops", "checkpoint"),
+    "startup": (),
+    "schema": (),
+    "errors": ("schema",),
+    "ranges": (),
+    "model": ("model", "ops", "checkpoint", "ranges"),
     "model.config": ("model.config_formats",),
     "model.config_formats": ("schema",),
     "checkpoint": ("checkpoint", "model.config", "schema"),
-    "schema": (),
     "tokenizer": ("tokenizer", "checkpoint"),
     "streaming": BELOW,
     "chat": ("streaming", *BELOW),
-    "command": (),
-    "distributed": ("command",),
+    "command": ("startup", "errors", "ops"),
+    "distributed": ("command", "startup", "errors"),
     "parallel": ("distributed", *BELOW),
     "figures": ("streaming", *BELOW),
     "generate": ("command", "distributed", "parallel", "figures", "chat", "streaming", *BELOW),

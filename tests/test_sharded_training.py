@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from ranks import free_ports
 from small_checkpoints import SMALL
 
@@ -319,10 +320,16 @@ def with_sum(step: Path, name: str, data: bytes) -> None:
     torch.save(rest, step / "run.pt")
 
 
-def without_part(step: Path) -> None:
+def edited(step: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     rest = torch.load(step / "run.pt", weights_only=True)
-    del rest["curve"]
+    change(rest)
     torch.save(rest, step / "run.pt")
+
+
+def with_metadata(step: Path, change: Callable[[Any], Any]) -> None:
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    change(metadata)
+    with_sum(step, ".metadata", pickle.dumps(metadata))
 
 
 # What is done to the folder of step 4, and what is said of it.
@@ -334,7 +341,51 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda step: (step / "__0_0.distcp").unlink(),
         r"__0_0\.distcp is missing",
     ),
-    "a part is missing": (without_part, "it lacks parts of one"),
+    "a part is missing": (
+        lambda step: edited(step, lambda rest: rest.pop("curve")),
+        "it lacks parts of one",
+    ),
+    "a step that is no number": (
+        lambda step: edited(step, lambda rest: rest.update(step="4")),
+        "step must be int, got str",
+    ),
+    "a curve of other steps": (
+        lambda step: edited(step, lambda rest: rest.update(curve=[(3, 1.0, 1.0)] * 4)),
+        "curve has points at other steps than those of the evaluations",
+    ),
+    "a generator of something else": (
+        lambda step: edited(step, lambda rest: rest.update(generator=torch.ones(9))),
+        "RNG state must be a torch.ByteTensor",
+    ),
+    "files that are no names": (
+        lambda step: edited(step, lambda rest: rest.update(files=["__0_0.distcp"])),
+        r"files must be a dict that has \.metadata",
+    ),
+    "a file elsewhere": (
+        lambda step: edited(step, lambda rest: rest["files"].update({"../x": (1, 2)})),
+        r"files has '\.\./x', which is not in this folder",
+    ),
+    "a sum that is none": (
+        lambda step: edited(step, lambda rest: rest["files"].update({".metadata": (1.5, 2)})),
+        r"files\['\.metadata'\]\[0\] must be int, got float",
+    ),
+    "metadata of no tensors": (
+        lambda step: with_sum(step, ".metadata", pickle.dumps({"a": 1})),
+        r"\.metadata does not describe tensors",
+    ),
+    "metadata that lacks a tensor": (
+        lambda step: with_metadata(step, lambda data: data.state_dict_metadata.popitem()),
+        r"\.metadata lacks \S+",
+    ),
+    "metadata of another shape": (
+        lambda step: with_metadata(
+            step,
+            lambda data: setattr(
+                data.state_dict_metadata["master.model.norm.weight"], "size", torch.Size([41])
+            ),
+        ),
+        r"master\.model\.norm\.weight has another shape or dtype",
+    ),
     "code in the metadata": (
         lambda step: with_sum(step, ".metadata", pickle.dumps(Harmful(step / "harm"))),
         "it holds more than plain tensors",
@@ -361,6 +412,71 @@ def test_a_damaged_state_is_named(
     expected = rf"{where} is not the whole state of a run \({reason}\); remove it to begin anew"
     assert re.fullmatch(f"error: rank 0: {expected}", error), error
     assert step.exists() and not (step / "harm").exists() and not out.exists()
+
+
+@pytest.mark.slow
+def test_mutilated_states(
+    alone: Callable[[list[str]], int], text: Path, starts: dict[str, Path], interrupted: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """With valid checksums: one line, or nothing that matters was changed."""
+    out, step = tmp_path / "out", tmp_path / "out.partial/step-4"
+
+    def advance(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardedRun, "advance", advance)
+    names, refused = [path.name for path in interrupted.glob("*/*") if path.name != "run.pt"], 0
+    for _ in range(120):
+        shutil.rmtree(step.parent, ignore_errors=True)
+        shutil.copytree(interrupted, step.parent)
+        name, other = random.choice([".metadata", *names]), random.choice(names)
+        data, kind = bytearray((step / name).read_bytes()), random.choice(["flip", "cut", "swap"])
+        if kind == "cut":
+            del data[random.randrange(len(data)) :]
+        elif kind == "swap":
+            data = bytearray((step / other).read_bytes())
+        else:
+            for _ in range(random.choice([1, 2, 30])):
+                data[random.randrange(len(data))] = random.randrange(256)
+        with_sum(step, name, bytes(data))
+        code, error = alone(command(text, starts["hf"], out)), capsys.readouterr().err
+        assert code in (2, 130) and "Traceback" not in error, error
+        refused += code == 2
+        errors = [line for line in error.splitlines() if "error: " in line]
+        assert len(errors) == (code == 2), error
+        assert all(line.startswith(f"error: rank 0: {step}") for line in errors), error
+    assert refused >= 30
+
+
+def test_a_state_that_is_not_finite_is_named(
+    alone: Callable[[list[str]], int], text: Path, starts: dict[str, Path], interrupted: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, real = tmp_path / "out", dcp.load
+
+    def load(tensors: dict[str, Any], **options: Any) -> None:
+        real(tensors, **options)
+        tensors["best.model.norm.weight"].to_local()[3] = torch.nan
+
+    shutil.copytree(interrupted, tmp_path / "out.partial")
+    monkeypatch.setattr(dcp, "load", load)
+    assert alone(command(text, starts["hf"], out)) == 2
+    error = capsys.readouterr().err
+    assert "step-4 is not the whole state of a run (best.model.norm.weight is not finite)" in error
+
+
+def test_a_loss_that_is_not_finite(
+    ranks: Ranks, text: Path, starts: dict[str, Path], tmp_path: Path
+) -> None:
+    """Told by the main rank; nothing is written in the place of a trained model."""
+    out = tmp_path / "out"
+    fast = ("--learning-rate", "1e38", "--warmup-steps", "0", "--save-every", "1")
+    ended = ranks(2, command(text, starts["hf"], out, *fast))
+    assert [code for code, _ in ended] == [2, 2]
+    said = "error: rank 0: the held-out loss is nan at step 1: use a lower learning rate"
+    assert said in ended[0][1] and ended[1][1] == "", ended
+    assert not out.exists() and not list(tmp_path.glob("out.partial/*/run.pt"))
 
 
 def test_a_state_is_only_for_its_own_run(
@@ -400,7 +516,7 @@ FULL = OSError(28, "No space left on device")
 # What fails while step 6 is saved, at which call. (Three files' checksums are read before.)
 FAILURES = {
     "writing": (os, "fsync", 1),
-    "new folder": (Path, "mkdir", 1),
+    "new folder": (Path, "mkdir", 2),  # the first is that of the output's parent
     "sums": (zlib, "crc32", 4),
 }
 

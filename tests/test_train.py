@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import os
 import random
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ import torch
 from small_checkpoints import SMALL
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, train, training
-from mistral_kernels.checkpoint import open_checkpoint, resolve
+from mistral_kernels.checkpoint import CheckpointError, open_checkpoint, resolve
 from mistral_kernels.train import main
-from mistral_kernels.training import Corpus, held_out_loss, packed_loss
+from mistral_kernels.training import Corpus, Recipe, held_out_loss, packed_loss
+from mistral_kernels.training_state import Saving
 
 QUICK = ("--steps", "6", "--batch-size", "2", "--seqlen", "24", "--eval-every", "3")
 CONFIG = dataclasses.replace(SMALL, vocab_size=300, tie_word_embeddings=True)
@@ -103,28 +106,45 @@ def test_a_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert all(equal) == same
 
 
+COUNTS, SELF = "in [1, 1000000000]", "python -m mistral_kernels.train"
 ENOUGH = "\n\n".join(f"paragraph {i} of a text that is too short" for i in range(40))
 BAD: dict[str, tuple[bytes | None, tuple[str, ...], str]] = {
     "missing file": (None, (), "No such file or directory"),
     "not UTF-8": (b"caf\xe9\n\nmore", (), "text.txt is not UTF-8"),
-    "empty": (b"", (), "held-out size must be in (0, 0), got 32000"),
-    "shorter than what is held out": (b"word " * 99, (), "held-out size must be in (0, 247)"),
-    "nothing held out": (ENOUGH.encode(), ("--held-out-chars", "0"), "got 0"),
+    "empty": (b"", (), "half of the text's 1 characters, got 32000"),
+    "shorter than what is held out": (
+        b"word " * 99,
+        (),
+        "error: --held-out-chars must be at least 1 and less than half of the text's 495 "
+        "characters, got 32000; hold out less, or give more text\n",
+    ),
+    "nothing held out": (
+        ENOUGH.encode(),
+        ("--held-out-chars", "0"),
+        f"held-out-chars must be {COUNTS}, got 0;",
+    ),
     "one paragraph": (b"word " * 99, ("--held-out-chars", "9"), "lie in one paragraph"),
     "too short a text": (ENOUGH.encode(), ("--held-out-chars", "99"), "too short to train a vocab"),
-    "no steps": (ENOUGH.encode(), ("--steps", "0"), "steps must be positive, got 0"),
-    "no batch": (ENOUGH.encode(), ("--batch-size", "-2"), "batch_size must be positive, got -2"),
-    "no evaluation": (ENOUGH.encode(), ("--eval-every", "0"), "eval_every must be positive, got 0"),
+    "no steps": (ENOUGH.encode(), ("--steps", "0"), f"error: --steps must be {COUNTS}, got 0;"),
+    "no batch": (
+        ENOUGH.encode(),
+        ("--batch-size", "-2"),
+        f"--batch-size must be {COUNTS}, got -2;",
+    ),
+    "no evaluation": (
+        ENOUGH.encode(),
+        ("--eval-every", "0"),
+        f"--eval-every must be {COUNTS}, got 0",
+    ),
     "no batch to accumulate": (
         ENOUGH.encode(),
         ("--accumulate", "0"),
-        "error: accumulate must be positive, got 0\n",
+        f"error: --accumulate must be {COUNTS}, got 0; see {SELF} --help\n",
     ),
     "not a number": (
         ENOUGH.encode(),
         ("--accumulate", "x"),
-        "error: argument --accumulate: invalid int value: 'x'; "
-        "see python -m mistral_kernels.train --help\n",
+        f"error: --accumulate must be an integer {COUNTS}, got 'x'; see {SELF} --help\n",
     ),
     "a flag with a value": (
         ENOUGH.encode(),
@@ -140,7 +160,26 @@ BAD: dict[str, tuple[bytes | None, tuple[str, ...], str]] = {
     "saved too often": (
         ENOUGH.encode(),
         ("--save-every", "-1"),
-        "error: save_every must be >= 0, got -1\n",
+        f"error: --save-every must be in [0, 1000000000], got -1; see {SELF} --help\n",
+    ),
+    **{
+        f"{option} {value}": (ENOUGH.encode(), (f"{option}={value}",), f"error: {option} must be ")
+        for option, values in {
+            "--warmup-steps": "-1 1.5",
+            "--learning-rate": "-1 nan inf x",
+            "--weight-decay": "-0.1 nan",
+            "--max-grad-norm": "0 -1 nan",
+            "--seed": "-1 18446744073709551616",
+            "--steps": "1000000001 1e3",
+            "--held-out-chars": "99999999999999999999 x",
+        }.items()
+        for value in values.split()
+    },
+    "too large a batch": (
+        ENOUGH.encode(),
+        ("--batch-size", "1000000", "--seqlen", "1000000"),
+        "error: batch_size * seqlen must be at most 268435456 tokens, got 1000000 * 1000000; "
+        "accumulate more and smaller batches\n",
     ),
     "no such device": (
         ENOUGH.encode(),
@@ -184,6 +223,83 @@ def test_bad_output(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert main([str(text), "--output", str(out)]) == 2
         assert capsys.readouterr().err == f"error: {out} {message} folder\n"
     assert (full / "keep").read_text() == "me" and file.read_text() == "keep me"
+
+
+@pytest.mark.parametrize("below", ["file", "loop"])
+def test_an_output_that_cannot_be_written(
+    below: str, text: Path, start: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Known before the training, not after it."""
+    (tmp_path / "file").touch()
+    os.symlink("loop", tmp_path / "loop")
+    monkeypatch.setattr(training, "packed_loss", None)
+    out = tmp_path / below / "out" if below == "file" else tmp_path / below
+    assert main(command(text, start, out)) == 2
+    out_of, error = capsys.readouterr()
+    assert out_of == "" and error.count("\n") == 1 and str(tmp_path / below) in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_texts_of_other_systems(text: Path, tmp_path: Path) -> None:
+    """A byte order mark and other line ends change nothing."""
+    plain, other = text.read_text(), tmp_path / "other.txt"
+    for end in ("\r\n", "\r"):
+        other.write_bytes(b"\xef\xbb\xbf" + plain.replace("\n", end).encode())
+        assert train.read_text([other]) == train.read_text([text])
+    with pytest.raises(ValueError, match="/dev/zero must have at most 1000 bytes; it has more"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "_PIPE_LIMIT", 1000)
+            train.read_text([text, Path("/dev/zero")])
+
+
+@pytest.mark.parametrize("save_every", ["0", "1"])
+@pytest.mark.parametrize(
+    ("rate", "message"),
+    [
+        ("1e12", r"the (held-out )?loss is (nan|inf) at step [12]: use a lower learning rate"),
+        ("1e38", r"the held-out loss is nan at step 1: use a lower learning rate"),
+    ],
+)
+def test_a_loss_that_is_not_finite(
+    rate: str, message: str, save_every: str, text: Path, start: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Stops the run with one line; nothing is written in the place of a trained model."""
+    options = ("--learning-rate", rate, "--warmup-steps", "0", "--eval-every", "1")
+    out = tmp_path / "out"
+    assert main([*command(text, start, out, *options), "--save-every", save_every]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"error: {message} \(--learning-rate\)", error), error
+    assert not out.exists()
+    assert save_every == "1" or not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_the_last_good_state_is_kept(
+    evaluates: bool, text: Path, start: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Weights that overflow in the third step, whose own loss was still finite, are not saved."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    real = training.Run.advance
+
+    def advance(run: training.Run, *args: Any) -> float:
+        loss = real(run, *args)
+        if run.step == 3:
+            for weight in (*run.masters, *run.weights):
+                weight.detach().fill_(math.nan)
+        return loss
+
+    options = ("--save-every", "1", "--eval-every", "3" if evaluates else "9")
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "advance", advance)
+        assert main(command(text, start, out, *options)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the held-out loss is nan at step 3: use a lower"), error
+    assert torch.load(partial, weights_only=True)["step"] == 2 and not out.exists()
+    assert main(command(text, start, out, *options)) == 0
+    assert f"going on from step 2, saved in {partial}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp32"])
@@ -330,7 +446,8 @@ def test_interrupted_while_saving(
 
 def interrupted(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(training, "packed_loss", Interruption(packed_loss, 5, KeyboardInterrupt()))
+        # Four steps, a look at the loss before the first save, and an evaluation.
+        patch.setattr(training, "packed_loss", Interruption(packed_loss, 6, KeyboardInterrupt()))
         assert main([*arguments, "--save-every", "2"]) == 130
 
 
@@ -420,6 +537,122 @@ def test_a_damaged_state_is_named(
     expected = rf"{partial} is not the whole state of a run \({reason}\); remove it to begin anew"
     assert re.fullmatch(f"error: {expected}", error), error
     assert partial.read_bytes() == before and not harm.exists() and not out.exists()
+
+
+def edit(state: Any, path: tuple[Any, ...], value: Any) -> None:
+    *parents, last = path
+    for key in parents:
+        state = state[key]
+    state[last] = value
+
+
+def like(tensor: torch.Tensor) -> list[Any]:
+    """What a tensor of a state may be mistaken for."""
+    return [
+        tensor.double(), tensor[..., :-1], tensor[None], tensor.to_sparse(), tensor * math.inf,
+        tensor.tolist(), None,
+    ]  # fmt: skip
+
+
+SCALARS = [None, True, "1", 2.5, -1, 0, 2**70, math.nan, math.inf, [1], {}, (), torch.tensor(1)]
+WEIGHT = "model.norm.weight"
+POINT = (4, 1.5, 1.5)
+EDITS: dict[tuple[Any, ...], Callable[[Any], list[Any]]] = {
+    ("step",): lambda old: [*SCALARS, 10, 2, 3],
+    ("running",): lambda old: [x for x in SCALARS if x != 2.5],
+    ("curve",): lambda old: [
+        *SCALARS, [POINT, POINT], [], [list(POINT)], [(4, 1.5)], [(3, 1.5, 1.5)],
+        [(4, math.nan, 1.5)], [(4, 1.5, math.inf)], [(True, 1.5, 1.5)], ["abc"],
+    ],
+    ("generator",): lambda old: [*SCALARS, old[:-1], old.long(), torch.zeros_like(old)],
+    ("identity",): lambda old: [*SCALARS, {"steps": torch.ones(3)}, {"steps": [9]}, {1: {}}],
+    ("identity", "steps"): lambda old: [*SCALARS, torch.ones(2)],
+    ("masters",): lambda old: [*SCALARS, old[1:], tuple(old), dict(enumerate(old))],
+    ("masters", 0): lambda old: [*SCALARS, *like(old)],
+    ("best",): lambda old: [*SCALARS, {}, {**old, "more": old[WEIGHT]}, {1: old[WEIGHT]}],
+    ("best", WEIGHT): lambda old: [*SCALARS, *like(old)],
+    ("optimizer",): lambda old: [*SCALARS, {"param_groups": old["param_groups"]}],
+    ("optimizer", "state"): lambda old: [*SCALARS, dict(list(old.items())[1:])],
+    ("optimizer", "state", 0): lambda old: [*SCALARS, {"step": old["step"]}],
+    ("optimizer", "state", 0, "step"): lambda old: [*SCALARS, old - 1, old * math.nan, old[None]],
+    ("optimizer", "state", 1, "exp_avg_sq"): lambda old: [*SCALARS, *like(old)],
+}  # fmt: skip
+
+
+def test_an_edited_state_is_named(
+    text: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With valid checksums: refused in one line, whatever stands in the place of a part."""
+    partial = tmp_path / "out.partial"
+    interrupted(command(text, start, tmp_path / "out"), monkeypatch)
+    whole = partial.read_bytes()
+    state = torch.load(partial, weights_only=True)
+    identity = state["identity"]
+    recipe = Recipe(**{option.name: identity[option.name] for option in dataclasses.fields(Recipe)})
+    run = train._start(start, recipe, "cpu", None)
+    saving = Saving(partial, 2, identity)
+    untouched = [weight.clone() for weight in run.weights]
+    named = rf"{partial} is (not the whole state of a run \(.+\)|.+ another run \(.+\))"
+    for path, values in EDITS.items():
+        old = state
+        for key in path:
+            old = old[key]
+        for value in values(old):
+            edited = torch.load(io.BytesIO(whole), weights_only=True)
+            edit(edited, path, value)
+            torch.save(edited, partial)
+            with pytest.raises(CheckpointError) as caught:
+                run.restore(saving)
+            assert re.match(named, str(caught.value)), (path, value, caught.value)
+            assert "\n" not in str(caught.value)
+    assert run.step == 0 and all(map(torch.equal, run.weights, untouched))
+    partial.write_bytes(whole)
+    assert run.restore(saving) and run.step == 4
+
+
+@pytest.mark.parametrize("options", [(), ("--save-every", "2")])
+def test_what_a_killed_run_had_begun_to_save_is_removed(
+    options: tuple[str, ...], text: Path, start: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out.partial.new").write_bytes(b"half a state")
+    assert main(command(text, start, tmp_path / "out", *options)) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_state_says_of_settings_is_not_used(
+    text: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the recipe's: a state that has others ends in the same model."""
+    whole, out, partial = (tmp_path / name for name in ("whole", "out", "out.partial"))
+    assert main(command(text, start, whole)) == 0
+    interrupted(command(text, start, out), monkeypatch)
+    state = torch.load(partial, weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        group.update(lr=math.nan, betas="x", weight_decay=9.0)
+    torch.save(state, partial)
+    assert main(command(text, start, out)) == 0
+    assert files_of(out) == files_of(whole)
+
+
+def test_a_state_that_is_no_file_of_ours(
+    text: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A pipe would be waited for; what is compressed may have any size."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    interrupted(command(text, start, out), monkeypatch)
+    with zipfile.ZipFile(partial) as stored:
+        contents = {name: stored.read(name) for name in stored.namelist()}
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as deflated:
+        for name, data in contents.items():
+            deflated.writestr(name, data)
+    capsys.readouterr()
+    assert main(command(text, start, out)) == 2
+    assert "is not the whole state of a run (it is compressed)" in capsys.readouterr().err
+    partial.unlink()
+    os.mkfifo(partial)
+    assert main(command(text, start, out)) == 2
+    assert f"error: {partial} must be a regular file, got a FIFO\n" in capsys.readouterr().err
 
 
 def test_a_finished_run_whose_result_could_not_be_written(

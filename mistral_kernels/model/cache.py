@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.model.config import MistralConfig
-from mistral_kernels.model.memory import zeros
+from mistral_kernels.model.memory import physical_memory, zeros
 from mistral_kernels.ops.attention.decode import num_counters
 
 
@@ -78,7 +78,8 @@ class RollingCache:
     With a window in every layer, text may go on for ever. A layer without one needs every key:
     appending past `max_length` then raises.
 
-    Raises `ValueError` for a batch or a `max_length` that is not positive.
+    Raises `ValueError` for a batch or a `max_length` that is not positive, and `MemoryError` for
+    rings on the CPU that are larger than the machine's memory.
     """
 
     def __init__(
@@ -97,8 +98,11 @@ class RollingCache:
         self.max_length = max_length
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        for window in windows:
-            capacity = max_length if window is None else min(window, max_length)
+        capacities = [max_length if w is None else min(w, max_length) for w in windows]
+        slot = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        if torch.device(device).type == "cpu":
+            _check_fits(batch * sum(capacities) * slot)
+        for capacity in capacities:
             shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
             self.keys.append(zeros(shape, dtype, device, large_pages=True))
             self.values.append(zeros(shape, dtype, device, large_pages=True))
@@ -228,3 +232,16 @@ class RollingCache:
         """Count, on the host, the tokens that every layer has written and the device counted."""
         self.torn = False
         self.host_lengths = [a + b for a, b in zip(self.host_lengths, seqlens)]
+
+
+def _check_fits(nbytes: int) -> None:
+    """Raise MemoryError for more bytes than the machine has.
+
+    Linux grants each ring by itself, and ends the process when the sum is used.
+    """
+    memory = physical_memory()
+    if memory is not None and nbytes > memory:
+        raise MemoryError(
+            f"out of memory: the cache would take {nbytes / 1e9:,.1f} GB, this machine has "
+            f"{memory / 1e9:,.1f} GB; ask for fewer tokens or texts, or for a sliding window"
+        )

@@ -7,6 +7,7 @@ later ones replay it, through the cache's wrap and beyond. Elsewhere the same st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,12 @@ def capture(step: Callable[[], None], generator: torch.Generator | None) -> Call
     return graph.replay
 
 
+def _parts(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return views of a step's choice (2 batch,): token ids, and scores in float32, (batch,)."""
+    token_ids, scores = chosen.chunk(2)
+    return token_ids, scores.view(torch.float32)[: len(token_ids)]
+
+
 class DecodeStep:
     """Called, appends each sequence's newest token to the cache and chooses the next.
 
@@ -53,10 +60,12 @@ class DecodeStep:
         self.model, self.cache, self.sampler, self.seen = model, cache, sampler, seen
         self.captures = can_capture(model.device)
         model.model.check(cache)
-        self.token_ids = torch.zeros(cache.batch, dtype=torch.long, device=model.device)
+        # Tokens and, behind them, the scores by which they were chosen: one copy reads both.
+        self._chosen = torch.zeros(2 * cache.batch, dtype=torch.long, device=model.device)
+        self.token_ids, self._scores = _parts(self._chosen)
         self._decoder = model.decoder(self.token_ids)
         on_gpu = model.device.type == "cuda"
-        self._host = torch.zeros(cache.batch, dtype=torch.long, pin_memory=on_gpu)
+        self._host = torch.zeros(2 * cache.batch, dtype=torch.long, pin_memory=on_gpu)
         self._copied = torch.cuda.Event() if on_gpu else None
         self._replay: Callable[[], None] | None = None
         self._warm = False
@@ -64,22 +73,26 @@ class DecodeStep:
 
     def choose(self, logits: Tensor) -> None:
         """Take the next tokens from logits (batch, vocab_size)."""
-        token_ids = self.sampler(logits, self.seen)
+        scores = self.sampler.scores(logits, self.seen)
+        torch.max(scores.detach(), dim=-1, out=(self._scores, self.token_ids))
         if self.seen is not None:
-            self.seen.scatter_(1, token_ids.unsqueeze(1), True)
-        self.token_ids.copy_(token_ids)
+            self.seen.scatter_(1, self.token_ids.unsqueeze(1), True)
 
     def begin_read(self) -> None:
         """Start copying the newest tokens to the host; the next step may follow at once."""
-        self._host.copy_(self.token_ids, non_blocking=True)
+        self._host.copy_(self._chosen, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
 
-    def finish_read(self) -> list[int]:
-        """The tokens of the last `begin_read`, waiting for them alone."""
+    def finish_read(self) -> list[int | None]:
+        """Return the tokens of the last `begin_read`, waiting for them alone.
+
+        None stands where the logits are not finite, so that no token can be chosen.
+        """
         if self._copied is not None:
             self._copied.synchronize()
-        return self._host.tolist()
+        token_ids, scores = (part.tolist() for part in _parts(self._host))
+        return [token if math.isfinite(score) else None for token, score in zip(token_ids, scores)]
 
     def __call__(self) -> None:
         if not self.captures:

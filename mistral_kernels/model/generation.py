@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +13,13 @@ from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.decoding import DecodeStep
 from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.ops.decoder_step import Decoder
+from mistral_kernels.ranges import Range
 
 # Bounds of the tokens that a sequence contributes to one prefill pass, when nobody says.
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 512, 4096
+
+_NEW_TOKENS, _CHUNK = Range(int, 0), Range(int, 1)
+_PADDING = Range(int, -(2**31), 2**31 - 1)  # what the narrowest `input_ids` hold
 
 
 class Generation:
@@ -50,8 +54,7 @@ class Generation:
         if chunk_size is None:
             widest = max(window or _LARGEST_CHUNK for window in self.config.layer_windows)
             chunk_size = min(max(widest, _SMALLEST_CHUNK), _LARGEST_CHUNK)
-        if chunk_size <= 0:
-            raise ValueError(f"chunk_size must be positive, got {chunk_size}")
+        chunk_size = _CHUNK.check("chunk_size", chunk_size)
         if not all(prompts):
             raise ValueError("every prompt needs at least one token")
         last = torch.empty(
@@ -114,15 +117,20 @@ class Generation:
         continue it; afterwards it holds everything but the last token yielded (of a text that ended
         before the others, also what nobody saw). `context`, that text's tokens, serves a repetition
         penalty alone.
+
+        Raises:
+            TypeError: a token id is not an integer.
+            ValueError: an empty prompt, an argument out of range, or logits that are not finite.
         """
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
-        if not prompts or not all(len(prompt) for prompt in prompts):
+        max_new_tokens = _NEW_TOKENS.check("max_new_tokens", max_new_tokens)
+        prompts = [token_ids_of(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
+        eos_token_ids = token_ids_of("eos_token_ids", eos_token_ids)
+        if not prompts or not all(prompts):
             raise ValueError("every prompt needs at least one token")
-        for token in (min(map(min, prompts)), max(map(max, prompts))):
-            if not 0 <= token < self.config.vocab_size:
+        for extreme in (min(map(min, prompts)), max(map(max, prompts))):
+            if not 0 <= extreme < self.config.vocab_size:
                 raise ValueError(
-                    f"token id {token} is not in the model's vocabulary of "
+                    f"token id {extreme} is not in the model's vocabulary of "
                     f"{self.config.vocab_size}: is this its tokenizer?"
                 )
         if max_new_tokens == 0:
@@ -148,8 +156,16 @@ class Generation:
                 step()
             wanted = False
             try:
-                tokens = step.finish_read()
-                yield [None if done else token for token, done in zip(tokens, ended)]
+                chosen = step.finish_read()
+                for row, (token, done) in enumerate(zip(chosen, ended)):
+                    if token is None and not done:
+                        raise ValueError(
+                            f"the logits of text {row} are not finite after "
+                            f"{max_new_tokens - 1 - remaining} new tokens; load the model in "
+                            "another dtype, or check its weights"
+                        )
+                tokens = [None if done else token for token, done in zip(chosen, ended)]
+                yield tokens
                 ended = [done or token in eos_token_ids for token, done in zip(tokens, ended)]
                 wanted = remaining > 0 and not all(ended)
             finally:
@@ -180,7 +196,8 @@ class Generation:
         """Prompt and new tokens, as transformers' `generate` returns them.
 
         Args:
-            input_ids: (batch, seqlen), or a list of prompts of any lengths: no padding is needed.
+            input_ids: (batch, seqlen), int64 or int32, or a list of prompts of any lengths: no
+                padding is needed.
             attention_mask: (batch, seqlen); tokens where it is 0 are padding, left or right, and
                 play no part.
             max_new_tokens: at most so many new tokens.
@@ -195,19 +212,25 @@ class Generation:
             (batch, seqlen + new) for a tensor, a list of lists of ids for a list.
 
         Raises:
-            ValueError: naming the argument that is out of range; an empty prompt.
+            TypeError: naming the argument that is no integer or number; `input_ids` of another
+                dtype. Nothing has been generated then.
+            ValueError: naming the argument that is out of range; an empty prompt; logits that are
+                not finite.
         """
         if isinstance(eos_token_id, str):
             if eos_token_id != "config":
                 raise ValueError(
                     f"eos_token_id must be 'config', ids or None, got {eos_token_id!r}"
                 )
-            eos_token_ids = self.config.eos_token_ids
+            eos_token_ids = list(self.config.eos_token_ids)
         elif eos_token_id is None:
-            eos_token_ids = ()
+            eos_token_ids = []
         else:
-            single = isinstance(eos_token_id, int)
-            eos_token_ids = (eos_token_id,) if single else tuple(eos_token_id)  # type: ignore
+            ids = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
+            ids = ids if isinstance(ids, Iterable) else [ids]
+            eos_token_ids = token_ids_of("eos_token_id", ids)
+        if pad_token_id is not None:
+            pad_token_id = _PADDING.check("pad_token_id", pad_token_id)
         sampler = Sampler(
             temperature if do_sample else 0.0,
             top_k,
@@ -241,17 +264,39 @@ class Generation:
         return torch.cat((input_ids, added.view(len(rows), longest)), dim=1)
 
 
+def token_ids_of(name: str, ids: Any) -> list[int]:
+    """Return the plain ints in a list, a tensor or an array of token ids (n,).
+
+    Raises TypeError, naming the part, for anything that is not an integer: a float, a bool, a text.
+    """
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+        remedy = "; encode it with the tokenizer" if isinstance(ids, (str, bytes)) else ""
+        raise TypeError(f"{name} must be a list of token ids, got {type(ids).__name__}{remedy}")
+    plain = [x.tolist() if hasattr(x, "tolist") else x for x in ids]
+    for i, token in enumerate(plain):
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise TypeError(f"{name}[{i}] must be a token id, an int, got {type(token).__name__}")
+    return plain
+
+
 def _unpadded(
     input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None
 ) -> list[list[int]]:
     if not isinstance(input_ids, Tensor):
         if attention_mask is not None:
             raise ValueError("attention_mask belongs to a padded tensor; a list needs no padding")
-        return [list(prompt) for prompt in input_ids]
+        if isinstance(input_ids, (str, bytes)):
+            raise TypeError("input_ids must be token ids, got a text; encode it with the tokenizer")
+        return [token_ids_of(f"input_ids[{i}]", prompt) for i, prompt in enumerate(input_ids)]
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids must be (batch, seqlen), got {tuple(input_ids.shape)}")
     if attention_mask is None:
         return input_ids.tolist()
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask must be {tuple(input_ids.shape)} like input_ids, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import os
 from collections.abc import Sequence
 
 import torch
@@ -38,3 +39,11 @@ def zeros(
             memory.madvise(mmap.MADV_HUGEPAGE)
     # Detached, it is nobody's view: of these autograd lets some operators write no more than one.
     return torch.frombuffer(memory, dtype=dtype).view(tuple(shape)).detach()
+
+
+def physical_memory() -> int | None:
+    """Return the bytes of this machine's memory; None where the system does not report them."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -8,6 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mistral_kernels.ranges import Range
+
+RANGES = {
+    "temperature": Range(float, 0),
+    "top_k": Range(int, 0),
+    "top_p": Range(float, 0, 1, above=True),
+    "min_p": Range(float, 0, 1),
+    # Far beyond its use. Without bounds the product with a logit may not be finite.
+    "repetition_penalty": Range(float, 1e-6, 10**6),
+}
+_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
 
 @dataclass
 class Sampler:
@@ -20,10 +32,10 @@ class Sampler:
             (arXiv:1904.09751); 1 keeps all.
         min_p: keep tokens at least min_p times as likely as the likeliest (arXiv:2407.01082).
         repetition_penalty: divide the positive, multiply the negative logits of tokens already in
-            the text (arXiv:1909.05858); 1 for none.
+            the text (arXiv:1909.05858); 1 for none. From 1e-6 to 1e6.
         generator: source of randomness, on the logits' device; None: PyTorch's default one.
 
-    Raises `ValueError` naming the setting that is out of range.
+    Raises, naming the setting, TypeError unless it is a number and ValueError out of its range.
     """
 
     temperature: float = 1.0
@@ -34,37 +46,37 @@ class Sampler:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be >= 0 (0 keeps all tokens), got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
+        for name, allowed in RANGES.items():
+            setattr(self, name, allowed.check(name, getattr(self, name)))
 
     def __call__(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
-        """(batch,) token ids for logits (batch, vocab_size), without a look at the host.
+        """Return token ids (batch,) for logits (batch, vocab_size), without reading on the host.
 
-        `seen`, (batch, vocab_size) booleans, marks the tokens of each text so far; it is needed
+        `seen`, (batch, vocab_size) booleans, marks the tokens of each text so far; it is required
         when there is a repetition penalty.
         """
+        return self.scores(logits, seen).argmax(dim=-1)
+
+    def scores(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Return float32 (batch, vocab_size), whose largest element in each row is the choice.
+
+        The largest element of a row is finite if and only if that of its logits is, and no logit
+        is NaN: every other row has no token to choose.
+        """
         if self.temperature == 0:
-            return self._penalise(logits, seen).argmax(dim=-1)
+            return self._penalise(logits, seen)
         probabilities = self.probabilities(logits, seen)
         # As torch.multinomial draws, less its checks on the host: of exponential clocks, each as
         # fast as its token is likely, the first to ring.
         clocks = torch.empty_like(probabilities).exponential_(generator=self.generator)
-        return probabilities.div_(clocks).argmax(dim=-1)
+        return probabilities.div_(clocks)
 
     def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """What is drawn from, float32 (batch, vocab_size), at a temperature above 0."""
         logits = self._penalise(logits, seen)
         # From the largest down, so that no temperature, however small, overflows.
         logits = logits - logits.amax(dim=-1, keepdim=True)
-        temperature = max(self.temperature, torch.finfo(torch.float32).tiny)
+        temperature = min(max(self.temperature, _TINY), _HUGE)
         return self._truncate(logits / temperature).softmax(dim=-1)
 
     def _penalise(self, logits: Tensor, seen: Tensor | None) -> Tensor:
@@ -86,7 +98,7 @@ class Sampler:
             ordered, order = logits.sort(dim=-1, descending=True)
             probabilities = ordered.softmax(dim=-1)
             # A token falls out when those before it already reach top_p; the first never does.
-            dropped = probabilities.cumsum(dim=-1) - probabilities >= self.top_p
+            dropped = probabilities.cumsum(dim=-1) - probabilities >= max(self.top_p, _TINY)
             logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
         if self.min_p > 0:
             # p >= min_p * p_max, with the normalisation cancelled.

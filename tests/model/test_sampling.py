@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -88,6 +90,46 @@ def test_a_vanishing_temperature_is_greedy(temperature: float) -> None:
     assert Sampler(temperature=temperature)(logits).tolist() == [49] * 8
 
 
+EXTREMES: list[dict[str, Any]] = [
+    {"temperature": 1e308},
+    {"temperature": 5e-324},
+    {"top_p": 5e-324},
+    {"min_p": 5e-324},
+    {"top_k": 10**30},
+    {"repetition_penalty": 1e-6},
+    {"repetition_penalty": 1e6, "temperature": 1e-300, "top_p": 1e-46, "min_p": 1e-46},
+]
+
+
+@pytest.mark.parametrize("settings", EXTREMES, ids=str)
+def test_extreme_settings(settings: dict[str, Any]) -> None:
+    """Probabilities stay probabilities, and a token that cannot be chosen is not."""
+    logits = torch.randn(40, 97) * random.choice([1, 100])
+    logits[:, ::3] = -torch.inf
+    seen = torch.rand(40, 97) < 0.3
+    sampler = Sampler(**settings)
+    probabilities = sampler.probabilities(logits, seen)
+    torch.testing.assert_close(probabilities.sum(dim=-1), torch.ones(40))
+    assert not probabilities[:, ::3].any() and (probabilities >= 0).all()
+    chosen = sampler(logits, seen)
+    assert logits.gather(1, chosen[:, None]).isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {}, *SETTINGS, *EXTREMES], ids=str)
+def test_the_largest_score_is_finite_where_logits_are(settings: dict[str, Any]) -> None:
+    logits = torch.randn(60, 97) * 10
+    seen = torch.rand(60, 97) < 0.3
+    rows = torch.arange(60)
+    logits[rows % 5 == 1, rows[rows % 5 == 1] % 97] = torch.nan
+    logits[rows % 5 == 2, rows[rows % 5 == 2] % 97] = torch.inf
+    logits[rows % 5 == 3] = -torch.inf
+    logits[rows % 5 == 4, 5:] = -torch.inf
+    scores = Sampler(**settings).scores(logits, seen)
+    assert scores.dtype == torch.float32
+    finite = scores.max(dim=-1).values.isfinite()
+    assert torch.equal(finite, (rows % 5 == 0) | (rows % 5 == 4))
+
+
 def test_truncation_never_leaves_nothing() -> None:
     logits = torch.randn(16, 1000) * 10
     for sampler in (Sampler(top_p=1e-9), Sampler(min_p=1.0), Sampler(top_k=1)):
@@ -147,14 +189,25 @@ def test_a_generator_decides_alone() -> None:
         ({"temperature": -0.1}, "temperature must be >= 0, got -0.1"),
         ({"temperature": float("nan")}, "temperature must be >= 0, got nan"),
         ({"temperature": float("inf")}, "temperature must be >= 0, got inf"),
-        ({"top_k": -1}, "top_k must be >= 0 .0 keeps all tokens., got -1"),
+        ({"top_k": -1}, "top_k must be >= 0, got -1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"min_p": -0.5}, r"min_p must be in \[0, 1\], got -0.5"),
         ({"min_p": 1.01}, r"min_p must be in \[0, 1\], got 1.01"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, got 0.0"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must be in \[1e-06, 1000000\], got 0.0"),
     ],
 )
 def test_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampler(**settings)
+
+
+def test_numbers_are_plain() -> None:
+    """Those of NumPy come as Python's, which PyTorch takes everywhere; others are refused."""
+    sampler = Sampler(np.float32(0.5), np.int64(3), np.float64(1), np.int8(0), np.float16(2))
+    values = (sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p)
+    assert [(type(x), x) for x in values] == [(float, 0.5), (int, 3), (float, 1.0), (float, 0.0)]
+    with pytest.raises(TypeError, match="top_k must be an integer >= 0, got float"):
+        Sampler(top_k=1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="temperature must be a number >= 0, got NoneType"):
+        Sampler(temperature=None)  # type: ignore[arg-type]

@@ -1,0 +1,317 @@
+"""The boundary of the commands: exit codes, one line for each error, streams of every kind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mistral_kernels import startup
+from mistral_kernels.command import Parser, read_input, run, user_path, write_out
+from mistral_kernels.errors import one_line, reason_of
+
+
+def raising(error: BaseException) -> Callable[[Any], int]:
+    def command(_: Any) -> int:
+        raise error
+
+    return command
+
+
+def recurse(depth: Any) -> int:
+    return recurse(depth) + 1
+
+
+def allocate(_: Any) -> int:
+    return torch.empty(1 << 50).numel()
+
+
+def overflow(_: Any) -> int:
+    return torch.empty(1 << 62, 1 << 62).numel()
+
+
+CUDA_OOM = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 79 GiB"
+BAD: list[tuple[Callable[[Any], int], str]] = [
+    (raising(ValueError("no\n  such \x1b[2Jthing\x00")), "no such \\x1b[2Jthing\\x00"),
+    (raising(ValueError()), "ValueError"),
+    (raising(FileNotFoundError(2, "No such file", "x")), "[Errno 2] No such file: 'x'"),
+    (raising(NotImplementedError("not offered")), "not offered"),
+    (raising(MemoryError()), "out of memory"),
+    (raising(MemoryError("out of memory: 5 GB")), "out of memory: 5 GB"),
+    (
+        raising(torch.OutOfMemoryError(CUDA_OOM)),
+        "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity "
+        "of 79 GiB",
+    ),
+    (
+        allocate,
+        "out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+        "4503599627370496 bytes. Error code 12 (Cannot allocate memory)",
+    ),
+    (lambda _: int(1e400), "cannot convert float infinity to integer"),
+    (
+        raising(RuntimeError("no library for cpu, and MISTRAL_KERNELS_BUILD=always: g++\n fails")),
+        "no library for cpu, and MISTRAL_KERNELS_BUILD=always: g++ fails",
+    ),
+    (lambda _: Path("~no-such-user").expanduser().is_dir(), "Could not determine home directory."),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), BAD)
+def test_bad_input_is_one_line(
+    command: Callable[[Any], int], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command, None) == 2
+    assert capsys.readouterr() == ("", f"error: {message}\n")
+
+
+@pytest.mark.parametrize("command", [recurse, overflow])
+def test_limits_of_python_and_pytorch(
+    command: Callable[[Any], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their words differ by version."""
+    assert run(command, None) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    assert "nested too deeply" in err or "out of memory: " in err
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda _: None, None) == 0
+    assert run(lambda code: code, 1) == 1
+    assert run(raising(BrokenPipeError(32, "Broken pipe")), None) == 141
+    assert capsys.readouterr() == ("", "")
+    assert run(raising(KeyboardInterrupt()), None) == 130
+    assert capsys.readouterr() == ("", "\ninterrupted\n")
+    with pytest.raises(SystemExit) as ended:
+        run(raising(SystemExit(7)), None)
+    assert ended.value.code == 7
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError(), TypeError("x"), KeyError("memory"), AssertionError(), RuntimeError("x")],
+)
+def test_faults_of_ours_keep_their_traceback(error: Exception) -> None:
+    assert reason_of(error) is None
+    with pytest.raises(type(error)):
+        run(raising(error), None)
+
+
+def test_lines_are_short_and_printable() -> None:
+    for _ in range(200):
+        highest = random.choice([0x80, 0x100, 0x110000])
+        text = "".join(chr(random.randrange(highest)) for _ in range(random.randint(0, 3000)))
+        line = one_line(text)
+        assert line.isprintable() and len(line) <= 1000
+    assert one_line("é漢 'x'") == "é漢 'x'"
+
+
+def test_options() -> None:
+    assert user_path("~") == Path.home() and user_path("a/b") == Path("a/b")
+    parser = Parser(prog="x")
+    parser.add_argument("--stop", action="append")
+    assert parser.parse_args(["--stop=--", "--stop", "-"]).stop == ["--", "-"]
+
+
+# Streams
+
+
+class Gone(io.RawIOBase):
+    """A stream that fails, as one does whose reader has gone or whose disk is full."""
+
+    def __init__(self, error: int) -> None:
+        self.error = error
+        self.failing = True
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if self.failing:
+            raise OSError(self.error, os.strerror(self.error))
+        return len(data)
+
+
+@contextlib.contextmanager
+def gone(name: str, error: int) -> Iterator[None]:
+    """Inside, a standard stream is one that fails."""
+    device = Gone(error)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(device), "utf-8"))
+        yield
+    device.failing = False  # what it holds is written when it is collected
+
+
+@pytest.mark.parametrize(("error", "code"), [(32, 141), (28, 2), (9, 2)])
+@pytest.mark.parametrize("late", [False, True])
+def test_broken_stdout(
+    error: int, code: int, late: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where nothing is flushed before the end."""
+    with gone("stdout", error):
+        assert run(lambda _: print("text") if late else write_out("text"), None) == code
+    line = f"error: [Errno {error}] {os.strerror(error)}: 'standard output'\n"
+    assert capsys.readouterr().err == (line if code == 2 else "")
+
+
+@pytest.mark.parametrize("error", [32, 28])
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (raising(ValueError("x")), 2),
+        (raising(KeyboardInterrupt()), 130),
+        (lambda _: 0, 0),
+        (lambda _: print("a note", file=sys.stderr), None),
+    ],
+)
+def test_broken_stderr(error: int, command: Callable[[Any], int], code: int | None) -> None:
+    with gone("stderr", error):
+        assert run(command, None) == ({32: 141, 28: 2}[error] if code is None else code)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp037", "shift_jis", "utf-8", "utf-16"])
+def test_encodings_of_stdout(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an encoding lacks is escaped, what it has stays as it is."""
+    sink, text = io.BytesIO(), "é漢😀 \ud800!\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(sink, encoding))
+        write_out(text)
+        written = sink.getvalue().decode(encoding)
+    for char in text:
+        try:
+            char.encode(encoding)
+        except UnicodeEncodeError:
+            char = char.encode("ascii", "backslashreplace").decode()
+        assert written.startswith(char), (written, char)
+        written = written[len(char) :]
+    assert written == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp037"])
+def test_encodings_of_stderr(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is a stream of a caller's, which refuses what it cannot encode."""
+    sink = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", io.TextIOWrapper(sink, encoding, errors="strict"))
+        assert run(raising(ValueError("漢")), None) == 2
+        assert sink.getvalue().decode(encoding) == "error: \\u6f22\n"
+
+
+def test_closed_streams_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    kept = [sys.stdin, sys.stdout, sys.stderr]
+
+    def command(_: Any) -> int:
+        kept[:] = [sys.stdin, sys.stdout, sys.stderr]
+        assert sys.stdin.read() == ""
+        print("a text")
+        print("a note", file=sys.stderr)
+        raise ValueError("written to no stream")
+
+    assert run(command, None) == 2
+    for stream in kept:
+        stream.close()
+
+
+STANDARD = "import os, sys; sys.argv = ['-m']; sys.path.insert(0, {folder!r}); import startup; "
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)])
+def test_no_file_takes_the_number_of_a_closed_stream(closed: tuple[int, ...]) -> None:
+    code = STANDARD.format(folder=str(Path(startup.__file__).parent))
+    code += "taken = os.open('/', os.O_RDONLY); print('x', file=sys.stderr); os._exit(taken)"
+    redirections = " ".join(f"{number}>&-" for number in closed)
+    shell = f'exec "$0" -c "$1" {redirections}'
+    done = subprocess.run(["sh", "-c", shell, sys.executable, code], capture_output=True, text=True)
+    assert done.returncode > 2 and done.stdout == ""
+    assert done.stderr == ("" if 2 in closed else "x\n")
+
+
+def test_nothing_happens_outside_a_command() -> None:
+    code = STANDARD.format(folder=str(Path(startup.__file__).parent)).replace("['-m']", "['x.py']")
+    code += "import signal; print(sys.excepthook is sys.__excepthook__, sys.stderr, "
+    code += "signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    shell = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, code]
+    assert subprocess.run(shell, capture_output=True, text=True).stdout == "True None True\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            "ModuleNotFoundError(\"No module named 'torch'\", name='torch')",
+            "No module named 'torch'",
+        ),
+        ("ImportError('libtorch.so: failed to\\nmap')", "libtorch.so: failed to map"),
+        ("MemoryError", "MemoryError"),
+    ],
+)
+def test_an_import_that_fails_is_one_line(error: str, message: str) -> None:
+    code = STANDARD.format(folder=str(Path(startup.__file__).parent)) + f"raise {error}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"error: cannot import what the command needs: {message}\n"
+
+
+def test_an_import_of_ours_that_fails_keeps_its_traceback() -> None:
+    code = STANDARD.format(folder=str(Path(startup.__file__).parent))
+    code += "raise ImportError('x', name='mistral_kernels.ops')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback ")
+
+
+# Files that a user names
+
+
+def test_texts_are_plain(tmp_path: Path) -> None:
+    file = tmp_path / "text"
+    for data, text in (
+        (b"", ""),
+        (b"\xef\xbb\xbfa\r\nb\rc\n", "a\nb\nc\n"),
+        ("é\u2028\0".encode(), "é\u2028\0"),
+        (b"\xef\xbb\xbf\xef\xbb\xbfx", "\ufeffx"),
+    ):
+        file.write_bytes(data)
+        assert read_input(file, 100) == text
+    file.write_bytes(b"x" * 3_000_000)
+    assert len(read_input(file, 10)) == 3_000_000, "regular files may have any size"
+    file.write_bytes(b"ok \xff")
+    with pytest.raises(ValueError, match=f"{file} is not UTF-8: .* 0xff in position 3"):
+        read_input(file, 100)
+    with pytest.raises(IsADirectoryError):
+        read_input(tmp_path, 100)
+
+
+@pytest.mark.parametrize("size", [0, 5, 1 << 20, (1 << 20) + 1, 2_500_000])
+def test_pipes(size: int, tmp_path: Path) -> None:
+    """All of it, however it comes; but not more than the limit."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def send() -> None:
+        with pipe.open("wb") as file:
+            for start in range(0, size, 70_000):
+                file.write(b"x" * min(70_000, size - start))
+
+    for limit in (size, size + 1, 1 << 28):
+        sender = threading.Thread(target=send)
+        sender.start()
+        assert len(read_input(pipe, limit)) == size
+        sender.join()
+
+
+def test_a_device_without_end() -> None:
+    with pytest.raises(ValueError, match="/dev/zero must have at most 5000000 bytes; it has more"):
+        read_input(Path("/dev/zero"), 5_000_000)
