@@ -278,9 +278,29 @@ def _meet(world: World, store: dist.Store, timeout: timedelta) -> dist.ProcessGr
         dist.init_process_group(
             backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout
         )
-        return dist.new_group(backend="gloo", timeout=timedelta(days=365))
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+        with _quiet_store():
+            _await_connections(world, store, timeout)
     except RuntimeError as error:
         raise ValueError(f"{backend} cannot connect: {str(error).splitlines()[0]}") from None
+    return patient
+
+
+def _await_connections(world: World, store: dist.Store, timeout: timedelta) -> None:
+    """Wait for the others: a rank that left now would break the connections that they still make.
+
+    Gloo logs that at length, and the reason would seem to be the network's.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    count = store.add("connected", 1)
+    while count < world.size:
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"only {count} of {world.size} ranks connected within "
+                f"{timeout.total_seconds():g} s ({TIMEOUT_VARIABLE})"
+            )
+        time.sleep(_POLL)
+        count = store.add("connected", 0)
 
 
 def _call_roll(world: World, store: dist.Store, timeout: timedelta) -> None:

@@ -390,7 +390,10 @@ def test_stdin_that_is_no_prompt(run: Command, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs Triton's kernels")
 def test_a_backend_that_cannot_run(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message names what chose it: the option or the variable."""
-    dispatch._choose.cache_clear()  # what other tests have run on a driver of theirs
+    dispatch._choose.cache_clear()
+    from triton.runtime import driver
+
+    monkeypatch.setattr(driver, "_active", None)  # other tests may have a driver for the CPU
     reason = "nothing here runs Triton kernels on cpu tensors; move them to a GPU, set "
     remedy = "TRITON_INTERPRET=1 before Python starts, or "
     if os.environ.get("TRITON_INTERPRET") != "1":

@@ -166,8 +166,12 @@ def test_counters(triton_backend, device):
         assert torch.equal(out, wanted) and not counters.any()
     counters += 1  # programs that count from elsewhere never find that they are the last
     assert not torch.equal(rolling_cache_attention(**inputs, **options, counters=counters), wanted)
-    for bad in (counters[:15], counters.long(), counters.to("meta")):
-        with pytest.raises(ValueError, match="counters must hold 16 zeros of torch.int32 on "):
+    for bad, message in (
+        (counters[:15], "counters must hold 16 zeros of torch.int32, got 15 of torch.int32"),
+        (counters.long(), "counters must hold 16 zeros of torch.int32, got 16 of torch.int64"),
+        (counters.to("meta"), f"counters must be on {device} like q, got meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
             rolling_cache_attention(**inputs, **options, counters=bad)
 
 
