@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from mistral_kernels.checkpoint import CheckpointError
-from mistral_kernels.checkpoint.files import check_regular
 from mistral_kernels.checkpoint.writing import sync_folder
 from mistral_kernels.distributed import World
+from mistral_kernels.files import check_regular
 from mistral_kernels.training_state import (
     Check,
     Saving,

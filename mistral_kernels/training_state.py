@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.checkpoint import CheckpointError
-from mistral_kernels.checkpoint.files import check_regular
 from mistral_kernels.checkpoint.writing import sync_folder
 from mistral_kernels.errors import is_out_of_memory
+from mistral_kernels.files import check_regular
 
 # Raises ValueError for a state that the run cannot have saved.
 Check = Callable[[Mapping[str, Any]], None]

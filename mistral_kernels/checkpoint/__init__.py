@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from mistral_kernels.checkpoint import hf, raw
-from mistral_kernels.checkpoint.files import CheckpointError, expand_user
 from mistral_kernels.checkpoint.hf import save_hf
 from mistral_kernels.checkpoint.hub import resolve
 from mistral_kernels.checkpoint.raw import save_raw
 from mistral_kernels.checkpoint.reading import Checkpoint, Part, whole
+from mistral_kernels.files import CheckpointError, expand_user
 
 __all__ = [
     "Checkpoint",

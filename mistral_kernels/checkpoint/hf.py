@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mistral_kernels.checkpoint.files import read_json
 from mistral_kernels.checkpoint.names import expected_shapes, hf_names, without_tied_head
 from mistral_kernels.checkpoint.reading import (
     CONFIG_LIMIT,
@@ -27,6 +26,7 @@ from mistral_kernels.checkpoint.writing import (
     write_files,
     write_json,
 )
+from mistral_kernels.files import read_json
 from mistral_kernels.model.config import MistralConfig
 
 CONFIG_FILE = "config.json"

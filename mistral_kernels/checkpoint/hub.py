@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mistral_kernels.checkpoint.files import CheckpointError, expand_user
+from mistral_kernels.files import CheckpointError, expand_user
 
 _TINY = Path(__file__).parent.parent / "tiny"
 # Files of a tokenizer: to download, and to copy beside converted or trained weights.

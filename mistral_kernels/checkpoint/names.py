@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from mistral_kernels.checkpoint.files import CheckpointError
+from mistral_kernels.files import CheckpointError
 from mistral_kernels.model.config import MistralConfig
 
 _MODEL_NAMES = {

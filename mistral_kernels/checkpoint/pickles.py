@@ -16,7 +16,6 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mistral_kernels.checkpoint.files import CheckpointError, check_regular
 from mistral_kernels.checkpoint.stored import (
     FLOAT_TYPES,
     HEADER_LIMIT,
@@ -24,6 +23,7 @@ from mistral_kernels.checkpoint.stored import (
     contiguous_strides,
     count_elements,
 )
+from mistral_kernels.files import CheckpointError, check_regular
 
 # Bytes of a pickle: about 140 per tensor.
 _PICKLE_LIMIT = 1 << 20

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mistral_kernels.checkpoint.files import CheckpointError
 from mistral_kernels.checkpoint.names import (
     expected_shapes,
     half_to_interleaved,
@@ -30,6 +29,7 @@ from mistral_kernels.checkpoint.writing import (
     write_files,
     write_json,
 )
+from mistral_kernels.files import CheckpointError
 from mistral_kernels.model.config import MistralConfig
 
 CONFIG_FILE = "params.json"

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mistral_kernels.checkpoint.files import CheckpointError, read_json
 from mistral_kernels.checkpoint.names import (
     EMBEDDING,
     HEAD,
@@ -33,6 +32,7 @@ from mistral_kernels.checkpoint.stored import (
     list_safetensors,
     map_file,
 )
+from mistral_kernels.files import CheckpointError, read_json
 from mistral_kernels.model.config import ConfigError, MistralConfig
 
 CONFIG_LIMIT = 4 << 20  # bytes of a configuration file

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mistral_kernels.checkpoint.files import CheckpointError, check_regular
+from mistral_kernels.files import CheckpointError, check_regular
 
 # The types in which unquantized weights are stored, by safetensors' name.
 FLOAT_TYPES = {

@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from mistral_kernels.checkpoint.files import CheckpointError, check_regular, expand_user
 from mistral_kernels.checkpoint.stored import ALIGNMENT, FLOAT_TYPES
+from mistral_kernels.files import CheckpointError, check_regular, expand_user
 
 # Shape and type of a tensor to be written.
 Spec = tuple[tuple[int, ...], torch.dtype]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from mistral_kernels.files import read_json
 from mistral_kernels.ops.dispatch import DeviceProperties
 from mistral_kernels.ops.launch_configs import Config
 
@@ -57,8 +58,10 @@ def fastest(
 
 def path() -> Path:
     """The file of answers."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "mistral_kernels" / "tuned.json"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # as the XDG base directory specification has it
+        cache = Path.home() / ".cache"
+    return cache / "mistral_kernels" / "tuned.json"
 
 
 def _seconds(run: Callable[[Config], None], config: Config) -> float:
@@ -75,11 +78,11 @@ def _seconds(run: Callable[[Config], None], config: Config) -> float:
 @functools.cache  # forgotten when something new is kept
 def _kept(file: Path) -> dict[str, dict[str, Any]]:
     try:
-        return json.loads(file.read_text())
+        return read_json(file, {...: {}})
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); delete it to measure again") from None
+        raise ValueError(f"{error}; delete the file to measure again") from None
 
 
 def _keep(file: Path, name: str, config: Config) -> None:

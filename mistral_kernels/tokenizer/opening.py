@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from mistral_kernels import checkpoint
-from mistral_kernels.checkpoint.files import check_regular, read_bytes, read_json
 from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from mistral_kernels.files import check_regular, read_bytes, read_json
 from mistral_kernels.tokenizer.base import MistralTokenizer, TokenizerError
 from mistral_kernels.tokenizer.huggingface import HuggingFace
 from mistral_kernels.tokenizer.sentencepiece import FILE_NAME, SentencePiece

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,11 +64,26 @@ def test_an_answer_that_is_no_candidate_any_more(timed):
     assert best["BLOCK_M"] == 32 and len(timed) == 5
 
 
-def test_a_damaged_file_is_named(timed):
-    tuning.path().parent.mkdir()
-    tuning.path().write_text("{")
-    with pytest.raises(ValueError, match=r"tuned.json is damaged .* delete it to measure again"):
+@pytest.mark.parametrize(
+    ("contents", "problem"),
+    [
+        ("{", " must be JSON: "),
+        ("[]", " must be a JSON object, got list"),
+        ('{"op": 3}', ": op must be an object, got 3"),
+        (None, " must be a regular file, got a FIFO"),
+    ],
+)
+def test_a_damaged_file_is_named(contents, problem, timed):
+    file = tuning.path()
+    file.parent.mkdir()
+    os.mkfifo(file) if contents is None else file.write_text(contents)
+    with pytest.raises(ValueError, match=f"^{file}{problem}.*; delete the file to measure again$"):
         tuning.fastest(("op",), DEVICE, CANDIDATES, lambda _: None)
+
+
+def test_a_relative_folder_is_none(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    assert tuning.path() == Path.home() / ".cache" / "mistral_kernels" / "tuned.json"
 
 
 @pytest.mark.parametrize(("setting", "expected"), [(None, False), ("0", False), ("1", True)])

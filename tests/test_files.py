@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from mistral_kernels.checkpoint.files import CheckpointError, check_regular, read_json, read_text
+from mistral_kernels.files import CheckpointError, check_regular, read_json, read_text
 
 
 def test_regular_files_and_links_to_them(tmp_path):
