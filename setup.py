@@ -24,12 +24,12 @@ CSRC = Path("csrc")
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
-def load_extension() -> ModuleType:
-    """mistral_kernels.ops.extension without the package around it."""
-    spec = importlib.util.spec_from_file_location("extension", "mistral_kernels/ops/extension.py")
-    extension = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(extension)
-    return extension
+def load_compiler() -> ModuleType:
+    """mistral_kernels.ops.compiler without the package around it."""
+    spec = importlib.util.spec_from_file_location("compiler", "mistral_kernels/ops/compiler.py")
+    compiler = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compiler)
+    return compiler
 
 
 def architectures(nvcc: str) -> str:
@@ -45,20 +45,20 @@ def build_libraries(folder: Path) -> None:
     if (setting := os.environ.get("MISTRAL_KERNELS_BUILD")) == "never":
         return
     try:
-        extension = load_extension()
+        compiler = load_compiler()
     except Exception as error:  # no PyTorch, as in an isolated build, or a broken one
         if setting == "always":
             raise
         print(f"mistral_kernels: csrc is left to the first use: {error}", file=sys.stderr)
         return
-    extension.build_setting()  # raises if it is no such thing
-    for device_type in extension.DEVICE_TYPES:
-        nvcc = extension.nvcc() if device_type == "cuda" else None
+    compiler.build_setting()  # raises if it is no such thing
+    for device_type in compiler.DEVICE_TYPES:
+        nvcc = compiler.nvcc() if device_type == "cuda" else None
         try:
-            library = folder / extension.library_name(device_type)
-            extension.build(device_type, library, architectures(nvcc) if nvcc else "")
+            library = folder / compiler.library_name(device_type)
+            compiler.build(device_type, library, architectures(nvcc) if nvcc else "")
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            needed = device_type == "cpu" or extension.torch.version.cuda is not None
+            needed = device_type == "cpu" or compiler.torch.version.cuda is not None
             if setting == "always" and needed:
                 raise
             reason = str(error).splitlines()[0]

@@ -18,6 +18,7 @@ from torch import Tensor
 import mistral_kernels as mk
 from mistral_kernels.command import Parser, enter, run, write_out
 from mistral_kernels.ops import extension, reference
+from mistral_kernels.ops.compiler import DEVICE_TYPES
 from mistral_kernels.ops.dispatch import choose_backend
 
 _EXTRAS = {"chat": ("mistral_common",), "hf": ("huggingface_hub", "tokenizers", "transformers")}
@@ -57,7 +58,7 @@ def report() -> Iterator[str]:
             yield f"backend         {device}: none, {error}"
             continue
         yield f"backend         {device}: {backend.name} ({backend.reason})"
-    for device in extension.DEVICE_TYPES:
+    for device in DEVICE_TYPES:
         yield f"csrc            {device}: {extension.status(device)}"
 
 

@@ -27,21 +27,25 @@ HEAVY = {
     "matplotlib",
 }
 
-BELOW = ("model", "checkpoint", "tokenizer", "ops", "ranges", "errors")
+BELOW = ("model", "checkpoint", "tokenizer", "ops", "files", "ranges", "errors")
 
 # A module, or all below it, and what of ours it may import. The longest name that fits decides.
 MAY_IMPORT = {
     "ops": ("ops",),
     "ops.reference": (),
+    "ops.compiler": (),  # which setup.py loads alone
+    "ops.build_cache": ("ops.compiler", "files"),
+    "ops.tuning": ("ops", "files"),
     "startup": (),
     "schema": (),
+    "files": ("schema",),
     "errors": ("schema",),
     "ranges": (),
     "model": ("model", "ops", "checkpoint", "ranges"),
     "model.config": ("model.config_formats",),
     "model.config_formats": ("schema",),
-    "checkpoint": ("checkpoint", "model.config", "schema"),
-    "tokenizer": ("tokenizer", "checkpoint"),
+    "checkpoint": ("checkpoint", "model.config", "files", "schema"),
+    "tokenizer": ("tokenizer", "checkpoint", "files"),
     "streaming": BELOW,
     "chat": ("streaming", *BELOW),
     "command": ("startup", "errors", "ops"),

@@ -1,72 +1,39 @@
 """The compiled operators of csrc, one library for each type of device: found, or built once.
 
-A library is taken from the package, where `setup.py` puts what it could build; else from PyTorch's
-cache of extensions; else it is compiled into that cache. Nothing here is needed: without a library
-other backends serve, and `status` says why there is none. MISTRAL_KERNELS_BUILD=never compiles
-nothing; MISTRAL_KERNELS_BUILD=always raises where a library can neither be found nor built.
-MISTRAL_KERNELS_CPU names the instruction set of the kernels for the CPU, otherwise the best. CXX,
-CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS and TORCH_EXTENSIONS_DIR mean what they mean to
-torch.utils.cpp_extension, which itself is of no use here: its lock outlives a killed build and
-stops everybody else, and it compiles no CUDA beside a CPU build of PyTorch, as `setup.py` does.
+A library is taken from the package, where `setup.py` puts what it could build; else from the cache
+of PyTorch's extensions; else it is compiled into that cache. Nothing here is needed: without a
+library other backends serve, and `status` says why there is none. MISTRAL_KERNELS_BUILD=never
+compiles nothing; MISTRAL_KERNELS_BUILD=always raises where a library can neither be found nor
+built. MISTRAL_KERNELS_CPU names the instruction set of the kernels for the CPU, otherwise the best.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
-import platform
 import re
-import shlex
-import shutil
-import struct
-import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch._appdirs
 
-BUILD_VARIABLE = "MISTRAL_KERNELS_BUILD"
+from mistral_kernels.ops import build_cache
+from mistral_kernels.ops.compiler import (
+    BUILD_VARIABLE,
+    DEVICE_TYPES,
+    INSTALLED,
+    BuildError,
+    NotBuiltError,
+    build,
+    build_setting,
+    fingerprint,
+    library_name,
+)
+
 CPU_VARIABLE = "MISTRAL_KERNELS_CPU"
-DEVICE_TYPES = ("cpu", "cuda")
-
-_PACKAGE = Path(__file__).parent.parent
-INSTALLED = _PACKAGE / "csrc"  # what an installed package has: the sources, and libraries
-SOURCES = INSTALLED if INSTALLED.is_dir() else _PACKAGE.parent / "csrc"
-
-_FLAGS = [
-    "-O3",
-    "-std=c++17",
-    # One binary for this PyTorch and all later ones; what is newer does not compile.
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
-]
-_HOST_FLAGS = [
-    "-fPIC",
-    "-ffp-contract=off",  # products are rounded before they are added, as on the GPU
-    "-fvisibility=hidden",  # both libraries define the same names, and PyTorch loads them globally
-]
-
-# The sources in cpu/kernels are compiled for each of these; csrc/cpu/dispatch.cpp asks the
-# processor for what the flags name.
-_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-_INSTRUCTION_SETS: dict[str, list[str]] = {"plain": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    _INSTRUCTION_SETS |= {
-        "avx2": _AVX2,
-        "avx512": _AVX512,
-        "avx512_bf16": [*_AVX512, "-mavx512bf16"],
-    }
-
-
-class BuildError(RuntimeError):
-    """A library could not be built; the message holds the compiler's own words."""
 
 
 class _Library(NamedTuple):
@@ -113,149 +80,6 @@ def status(device_type: str) -> str:
     return _libraries[device_type].status
 
 
-def build_setting() -> str:
-    """MISTRAL_KERNELS_BUILD: auto, never or always; ValueError if it is anything else."""
-    setting = os.environ.get(BUILD_VARIABLE, "auto")
-    if setting not in ("auto", "never", "always"):
-        raise ValueError(f"{BUILD_VARIABLE} is {setting!r}; expected 'auto', 'never' or 'always'")
-    return setting
-
-
-def library_name(device_type: str) -> str:
-    """The file name of a library, which is the namespace of its operators too."""
-    return f"mistral_kernels_{device_type}.so"
-
-
-def build(device_type: str, library: Path, architectures: str = "") -> None:
-    """Compile and link `library`, which appears whole or not at all.
-
-    Args:
-        architectures: of the GPUs to build for, as TORCH_CUDA_ARCH_LIST gives them.
-
-    Raises:
-        BuildError: there is no compiler, or it failed.
-        OSError: `library` cannot be written.
-    """
-    compiler = _compiler(device_type)
-    if shutil.which(compiler[0]) is None:
-        raise BuildError(f"no compiler: {compiler[0]} is not on PATH")
-    compilations = _compilations(device_type, architectures)
-    library = library.absolute()
-    library.parent.mkdir(parents=True, exist_ok=True)
-    print(
-        f"mistral_kernels: compiling the {device_type} operators, once, for about a minute, "
-        f"into {library.parent}",
-        file=sys.stderr,
-    )
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".building-") as folder:
-        objects = [os.path.join(folder, f"{i}.o") for i in range(len(compilations))]
-        commands = [[*compiler, "-c", *x, "-o", path] for x, path in zip(compilations, objects)]
-        unfinished = os.path.join(folder, library.name)
-        jobs = os.environ.get("MAX_JOBS", "")
-        try:
-            with ThreadPoolExecutor(int(jobs) if jobs.isdigit() else os.cpu_count()) as pool:
-                list(pool.map(_run, commands))
-            _run([*compiler, "-shared", *objects, *_link_flags(device_type), "-o", unfinished])
-        except BuildError as failure:
-            remedy = f"{BUILD_VARIABLE}=never stops further attempts"
-            print(f"mistral_kernels: {_one_line(failure)}; {remedy}", file=sys.stderr)
-            raise
-        os.replace(unfinished, library)
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(
-        command,
-        cwd=SOURCES,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-    )
-    if done.returncode:
-        raise BuildError(f"{command[0]} ended with {done.returncode}\n{done.stdout}")
-
-
-def nvcc() -> str | None:
-    """The path of nvcc, looked for where torch.utils.cpp_extension does."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    folder = os.path.join(home, "bin") if home else None
-    return shutil.which("nvcc", path=folder) or (
-        None if home else shutil.which("nvcc", path="/usr/local/cuda/bin")
-    )
-
-
-def _compiler(device_type: str) -> list[str]:
-    cxx = shlex.split(os.environ.get("CXX", ""))
-    if device_type == "cpu":
-        return cxx or ["c++"]
-    compiler = nvcc()
-    if compiler is None:
-        raise BuildError("no nvcc: neither on PATH nor in CUDA_HOME; install the CUDA toolkit")
-    _check_cuda_version(compiler)
-    return [compiler, *(f"-ccbin={word}" for word in cxx[-1:])]  # the first may be ccache
-
-
-def _compilations(device_type: str, architectures: str) -> list[list[str]]:
-    """The arguments that compile each object of a library, in the folder of the sources."""
-    flags = [
-        *_FLAGS,
-        f"-DKERNELS_NAMESPACE={library_name(device_type).removesuffix('.so')}",
-        f"-DKERNELS_DEVICE={device_type.upper()}",
-        "-isystem",
-        str(Path(torch.__file__).parent / "include"),
-    ]
-    if device_type == "cuda":
-        flags += ["-DKERNELS_FOR_CUDA", f"-Xcompiler={','.join(_HOST_FLAGS)}"]
-        flags += _gencode(architectures)
-        threads = f"--threads={os.environ.get('MAX_JOBS') or 0}"  # 0: one for each processor
-        return [[*flags, "bindings.cpp"], [*flags, threads, "rolling_cache.cu"]]
-    flags += _HOST_FLAGS
-    kernels = [
-        [*flags, *options, f"-DINSTRUCTION_SET={name}", source]
-        for name, options in _INSTRUCTION_SETS.items()
-        for source in _sources("cpu/kernels")
-    ]
-    return [*([*flags, source] for source in ("bindings.cpp", *_sources("cpu"))), *kernels]
-
-
-def _sources(folder: str) -> list[str]:
-    return [f"{folder}/{source.name}" for source in sorted((SOURCES / folder).glob("*.cpp"))]
-
-
-def _link_flags(device_type: str) -> list[str]:
-    flags = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu"]
-    if device_type == "cuda":
-        # PyTorch's own runtime; and nothing is used of libtorch but that it brings libtorch_cuda.
-        flags = ["--cudart=shared", "-Xlinker=--no-as-needed", *flags]
-    return flags
-
-
-def _gencode(architectures: str) -> list[str]:
-    flags = []
-    for name in re.split(r"[;\s]+", architectures.strip("; ")):
-        number = name.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if name.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
-
-
-def _check_cuda_version(compiler: str) -> None:
-    """A library needs the runtime of nvcc's major version, and has that of PyTorch."""
-    if torch.version.cuda is None:  # built for another PyTorch
-        return
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True)
-    release = re.search(r"release (\d+)\.", done.stdout)
-    if release is None or release[1] != _cuda_major():
-        found = f"of CUDA {release[1]}" if release else "of no known version"
-        raise BuildError(f"{compiler} is {found}, this PyTorch of CUDA {torch.version.cuda}")
-
-
-def _cuda_major() -> str:
-    return str(torch.version.cuda).partition(".")[0]
-
-
 def _find(device_type: str) -> _Library:
     setting = build_setting()
     installed = INSTALLED / library_name(device_type)
@@ -268,21 +92,44 @@ def _find(device_type: str) -> _Library:
     try:
         if installed.exists():
             with _remembering(failures):
+                build_cache.check_whole(installed)
                 return _open(device_type, installed)
-        cached = _cached(device_type, architectures := _architectures(device_type))
-        if cached.exists():
-            with _remembering(failures):
-                return _open(device_type, cached)
-        if setting == "never":
-            raise BuildError(f"not compiled, since {BUILD_VARIABLE}=never")
-        build(device_type, cached, architectures)
-        return _open(device_type, cached)
+        return _from_cache(device_type, setting, failures)
     except (BuildError, OSError) as error:
         failures.append(error)
     if setting == "always":
         reasons = "\n".join(map(str, failures))
         raise RuntimeError(f"no library for {device_type}, and {BUILD_VARIABLE}=always: {reasons}")
+    if not isinstance(failures[-1], NotBuiltError):
+        remedy = f"{BUILD_VARIABLE}=never stops further attempts"
+        print(f"mistral_kernels: {_one_line(failures[-1])}; {remedy}", file=sys.stderr)
     return _Library(None, f"not loaded: {'; '.join(map(_one_line, failures))}")
+
+
+def _from_cache(device_type: str, setting: str, failures: list[Exception]) -> _Library:
+    architectures = _architectures(device_type)
+    folder = build_cache.folder_of(fingerprint(device_type, architectures))
+    cached = folder / library_name(device_type)
+    refused = None
+    if os.path.lexists(cached):
+        with _remembering(failures):
+            build_cache.check_private(folder)
+            refused = build_cache.check_whole(cached)
+            return _open(device_type, cached)
+    if setting == "never":
+        raise NotBuiltError(f"not compiled, since {BUILD_VARIABLE}=never")
+    with build_cache.locked(folder):
+        if not _is_built_meanwhile(cached, refused):
+            build(device_type, cached, architectures)
+    return _open(device_type, cached)
+
+
+def _is_built_meanwhile(cached: Path, refused: str | None) -> bool:
+    """Return whether there is a library now, other than the one whose checksum is `refused`."""
+    try:
+        return build_cache.check_whole(cached) != refused
+    except (BuildError, OSError):
+        return False
 
 
 def _why_not_here(device_type: str) -> str | None:
@@ -297,8 +144,6 @@ def _why_not_here(device_type: str) -> str | None:
 
 
 def _open(device_type: str, library: Path) -> _Library:
-    if _ends_too_soon(library):
-        raise BuildError(f"{library} does not load: it is not whole")
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
@@ -320,26 +165,11 @@ def _choose_instruction_set(operators: Any) -> str:
     return setting
 
 
-def _ends_too_soon(library: Path) -> bool:
-    """Loading such a file would kill the process. In ELF the section headers come last."""
-    with library.open("rb") as file:
-        header = file.read(64)
-    if not header.startswith(b"\x7fELF"):
-        return False
-    if len(header) < 64:
-        return True
-    (offset,), (size, count) = (
-        struct.unpack_from("<Q", header, 40),
-        struct.unpack_from("<HH", header, 58),
-    )
-    return library.stat().st_size < offset + size * count
-
-
-@contextlib.contextmanager
+@contextmanager
 def _remembering(failures: list[Exception]) -> Iterator[None]:
     try:
         yield
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         failures.append(error)
 
 
@@ -351,23 +181,9 @@ def _architectures(device_type: str) -> str:
     if setting not in ("", "native"):
         return setting
     if not torch.cuda.is_available():
-        raise BuildError("no GPU is present, and TORCH_CUDA_ARCH_LIST names no architecture")
+        raise NotBuiltError("no GPU is present, and TORCH_CUDA_ARCH_LIST names no architecture")
     capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
-
-
-def _cached(device_type: str, architectures: str) -> Path:
-    """Where a library is kept: by what went into it, so that none is ever out of date."""
-    digest = hashlib.sha256()
-    for source in sorted(SOURCES.rglob("*")):
-        if source.suffix in (".h", ".cpp", ".cu"):
-            digest.update(source.read_bytes())
-    compiler = (_FLAGS, _HOST_FLAGS, _INSTRUCTION_SETS, os.environ.get("CXX"), platform.machine())
-    cuda = (_cuda_major(), architectures) if device_type == "cuda" else None
-    digest.update(repr((compiler, cuda)).encode())
-    root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    root = root or torch._appdirs.user_cache_dir("torch_extensions")
-    return Path(root, "mistral_kernels", digest.hexdigest()[:16], library_name(device_type))
 
 
 def _one_line(error: Exception) -> str:

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mistral_kernels.ops import extension
+from mistral_kernels.ops import compiler, extension
 
 
-@pytest.fixture(params=extension._INSTRUCTION_SETS)
+@pytest.fixture(params=compiler.INSTRUCTION_SETS)
 def operators(request, monkeypatch):
     """The library with its kernels for one instruction set."""
     library = extension.load("cpu")

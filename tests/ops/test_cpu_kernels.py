@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers import FLOATS, assert_as_accurate
 
-from mistral_kernels.ops import extension
+from mistral_kernels.ops import compiler, extension
 from mistral_kernels.ops.cross_entropy import _Options, _softmax_torch
 
 CASES = {
@@ -185,15 +185,15 @@ def test_an_unknown_instruction_set(setting, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
-@pytest.mark.parametrize("name", extension._INSTRUCTION_SETS)
+@pytest.mark.parametrize("name", compiler.INSTRUCTION_SETS)
 def test_kernels_share_no_code(name, tmp_path):
     """The linker could take such code, compiled for one processor, for that of another."""
-    commands = [x for x in extension._compilations("cpu", "") if f"-DINSTRUCTION_SET={name}" in x]
+    commands = [x for x in compiler._compilations("cpu", "") if f"-DINSTRUCTION_SET={name}" in x]
     assert commands
     for command in commands:
         built = tmp_path / "kernel.o"
-        compiling = [*extension._compiler("cpu"), *command, "-c", "-o", str(built)]
-        subprocess.run(compiling, cwd=extension.SOURCES, check=True)
+        compiling = [*compiler._compiler("cpu"), *command, "-c", "-o", str(built)]
+        subprocess.run(compiling, cwd=compiler.SOURCES, check=True)
         listed = subprocess.check_output(
             ["nm", "-C", "--defined-only", "--extern-only", str(built)], text=True
         )
@@ -224,7 +224,7 @@ def test_with_sanitizers(tmp_path):
         "LD_PRELOAD": " ".join(preloaded),
         "ASAN_OPTIONS": "detect_leaks=0",
         "TORCH_EXTENSIONS_DIR": str(tmp_path),
-        extension.BUILD_VARIABLE: "always",
+        compiler.BUILD_VARIABLE: "always",
     }
     here = Path(__file__)
     tests = [*map(str, here.parent.glob("test_cpu_*.py"))]

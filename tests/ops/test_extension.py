@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
+from builds import fake_compiler, finish, libraries, start
 from helpers import FLOATS
 from rolling_cache_cases import CASES, assert_same_bits, expected, make_arguments
 
-from mistral_kernels.ops import extension
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
-)
-
-STATUS = """
-from mistral_kernels.ops import extension
-print(extension.load("cpu") is not None, extension.status("cpu"), sep="\\n")
-"""
+from mistral_kernels.ops import build_cache, compiler, extension
 
 
 @pytest.fixture(scope="module")
@@ -126,128 +113,6 @@ def test_no_streams(cpu_update):
     assert re.findall(".*std::.*(?:stream|locale|codecvt).*", imported) == []
 
 
-def start(cache: Path, code: str = STATUS, **environment: str) -> subprocess.Popen[str]:
-    settings = {"TORCH_EXTENSIONS_DIR": str(cache), extension.BUILD_VARIABLE: "auto", **environment}
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env={**os.environ, **settings},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[bool, str, str]:
-    """Whether the library was loaded, its status but for the instruction set, stderr."""
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
-    loaded, status = out.splitlines()
-    status, kernels, _ = status.partition(", kernels for ")
-    assert bool(kernels) == (loaded == "True")
-    return loaded == "True", status, error
-
-
-def compiler(folder: Path, *commands: str) -> str:
-    """A compiler that does what the shell commands say, for CXX."""
-    path = folder / "compiler"
-    path.write_text("\n".join(("#!/bin/sh", *commands)))
-    path.chmod(0o755)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def cxx(tmp_path_factory) -> str:
-    """For builds that have to succeed: what has been compiled once is copied from then on."""
-    objects = tmp_path_factory.mktemp("objects")
-    return compiler(
-        objects,
-        'if [ "$1" = -c ]; then',
-        "  for out; do :; done  # the last argument",
-        "  all=$*",
-        f"  object={objects}/$(echo \"${{all% -o *}}\" | cksum | tr ' ' -)",
-        '  [ -e "$object" ] && exec cp "$object" "$out"',
-        '  c++ "$@" && cp "$out" "$object.$$" && mv "$object.$$" "$object"',
-        "else",
-        '  exec c++ "$@"',
-        "fi",
-    )
-
-
-def libraries(cache: Path) -> list[Path]:
-    return list(cache.rglob("*.so"))
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_built_once(tmp_path, cxx):
-    """The first process says so and builds; the second finds it, also if it may not build."""
-    loaded, status, error = finish(start(tmp_path, CXX=cxx))
-    (library,) = libraries(tmp_path)
-    assert loaded and status == f"loaded from {library}"
-    assert error.splitlines() == [
-        f"mistral_kernels: compiling the cpu operators, once, for about a minute, "
-        f"into {library.parent}"
-    ]
-    assert [path.name for path in library.parent.iterdir()] == [library.name]
-    for setting in ("never", "always", "auto"):
-        again = finish(start(tmp_path, CXX=cxx, MISTRAL_KERNELS_BUILD=setting))
-        assert again == (True, status, "")
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_a_corrupt_library(tmp_path, cxx):
-    """Where nothing may be built, it is the reason; else it is built again."""
-    finish(start(tmp_path, CXX=cxx))
-    (library,) = libraries(tmp_path)
-    whole = library.read_bytes()
-    for corrupt in (b"", b"text", whole[:1000], whole[: random.randrange(len(whole))]):
-        library.write_bytes(corrupt)
-        with pytest.raises(extension.BuildError, match="does not load: "):
-            extension._open("cpu", library)
-    loaded, status, error = finish(start(tmp_path, CXX=cxx, MISTRAL_KERNELS_BUILD="never"))
-    assert not loaded and error == ""
-    assert f"{library} does not load: " in status and "MISTRAL_KERNELS_BUILD=never" in status
-    loaded, status, error = finish(start(tmp_path, CXX=cxx))
-    assert loaded and status == f"loaded from {library}" and "compiling" in error
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_two_at_once(tmp_path, cxx):
-    processes = [start(tmp_path, CXX=cxx), start(tmp_path, CXX=cxx)]
-    results = [finish(process)[:2] for process in processes]
-    (library,) = libraries(tmp_path)
-    assert results == 2 * [(True, f"loaded from {library}")]
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_killed_while_building(tmp_path, cxx):
-    """What it leaves stops nobody."""
-    wrapper = compiler(
-        tmp_path,
-        f"if [ ! -e {tmp_path}/begun ]; then touch {tmp_path}/begun; sleep 100; fi",
-        f'exec {cxx} "$@"',
-    )
-    cache = tmp_path / "cache"
-    killed = subprocess.Popen(
-        [sys.executable, "-c", STATUS],
-        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(cache), "CXX": wrapper},
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "begun").exists():
-        assert time.monotonic() < deadline and killed.poll() is None
-        time.sleep(0.05)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert libraries(cache) == []
-    loaded, status, _ = finish(start(cache, CXX=wrapper))
-    assert loaded and status == f"loaded from {libraries(cache)[0]}"
-
-
 def test_no_compiler(tmp_path):
     loaded, status, error = finish(start(tmp_path, PATH="", CXX=""))
     assert not loaded and status == "not loaded: no compiler: c++ is not on PATH"
@@ -256,7 +121,7 @@ def test_no_compiler(tmp_path):
 
 def test_a_broken_compiler(tmp_path):
     """The reason is the line that names the error; it is said where it was tried."""
-    broken = compiler(
+    broken = fake_compiler(
         tmp_path, "echo in file x", "echo x.h:3: fatal error: no such header", "exit 4"
     )
     loaded, status, error = finish(start(tmp_path, CXX=broken))
@@ -268,13 +133,6 @@ def test_a_broken_compiler(tmp_path):
     assert libraries(tmp_path) == []
 
 
-@pytest.mark.slow
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    loaded, status, _ = finish(start(tmp_path / "file"))
-    assert not loaded and "Not a directory" in status
-
-
 def test_build_never(tmp_path):
     loaded, status, error = finish(start(tmp_path, MISTRAL_KERNELS_BUILD="never"))
     assert not loaded and error == ""
@@ -282,7 +140,7 @@ def test_build_never(tmp_path):
 
 
 RAISES = """
-from mistral_kernels.ops import extension
+from mistral_kernels.ops import build_cache, compiler, extension
 try:
     extension.load("cpu")
 except (RuntimeError, ValueError) as error:
@@ -294,7 +152,7 @@ print(extension.status("cpu"))
 @pytest.mark.slow
 def test_build_always(tmp_path):
     """Raises, with all that the compiler said."""
-    broken = compiler(tmp_path, "echo one", "echo error: two", "echo three", "exit 1")
+    broken = fake_compiler(tmp_path, "echo one", "echo error: two", "echo three", "exit 1")
     process = start(tmp_path, RAISES, MISTRAL_KERNELS_BUILD="always", CXX=broken)
     raised, status = process.communicate(timeout=120)[0].splitlines()
     assert raised.startswith("RuntimeError no library for cpu, and MISTRAL_KERNELS_BUILD=always")
@@ -328,10 +186,11 @@ def test_an_installed_library_comes_first(tmp_path, monkeypatch):
     monkeypatch.setattr(
         extension, "_open", lambda *x: opened.append(x) or extension._Library(1, "")
     )
-    for device_type in extension.DEVICE_TYPES:
-        (tmp_path / extension.library_name(device_type)).write_text("")
+    monkeypatch.setattr(build_cache, "check_whole", lambda library: "checksum")
+    for device_type in compiler.DEVICE_TYPES:
+        (tmp_path / compiler.library_name(device_type)).write_text("")
         extension.load(device_type)
-    assert opened == [("cpu", tmp_path / extension.library_name("cpu"))]
+    assert opened == [("cpu", tmp_path / compiler.library_name("cpu"))]
     assert "was built at installation and is left alone" in extension.status("cuda")
 
 
@@ -344,4 +203,4 @@ def test_an_installed_library_comes_first(tmp_path, monkeypatch):
     ],
 )
 def test_architectures(listed, codes):
-    assert extension._gencode(listed) == [f"-gencode=arch=compute_{code}" for code in codes]
+    assert compiler._gencode(listed) == [f"-gencode=arch=compute_{code}" for code in codes]

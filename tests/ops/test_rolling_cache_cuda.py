@@ -12,7 +12,7 @@ import torch
 from helpers import FLOATS, TARGETS
 from rolling_cache_cases import CASES, assert_same_bits, expected, make_arguments
 
-from mistral_kernels.ops import extension
+from mistral_kernels.ops import compiler
 
 ROTARY = [None, "half-split", "interleaved"]
 KERNELS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
@@ -51,17 +51,17 @@ class CudaUpdate:
     def __init__(self, ptxrun: Any, folder: Any) -> None:
         self.ptxrun = ptxrun
         self.module = ptxrun.compile_cuda(
-            extension.SOURCES / "rolling_cache.cu", options=["-std=c++17"]
+            compiler.SOURCES / "rolling_cache.cu", options=["-std=c++17"]
         )
         source, library = folder / "capture.cpp", folder / "rolling_cache_capture.so"
         source.write_text(CAPTURE)
-        bindings = extension._compilations("cpu", "")[0]
+        bindings = compiler._compilations("cpu", "")[0]
         bindings[bindings.index("-DKERNELS_NAMESPACE=mistral_kernels_cpu")] = (
             f"-DKERNELS_NAMESPACE={library.stem}"
         )
-        command = [*extension._compiler("cpu"), "-shared", "-I.", *bindings, str(source)]
-        command += [*extension._link_flags("cpu"), "-o", str(library)]
-        subprocess.run(command, cwd=extension.SOURCES, check=True)
+        command = [*compiler._compiler("cpu"), "-shared", "-I.", *bindings, str(source)]
+        command += [*compiler._link_flags("cpu"), "-o", str(library)]
+        subprocess.run(command, cwd=compiler.SOURCES, check=True)
         torch.ops.load_library(str(library))
         self.fill = torch.ops.rolling_cache_capture.rolling_cache_update
         self.header = ctypes.CDLL(str(library))
@@ -192,9 +192,9 @@ def test_more_than_a_grid(cuda_update):
 @pytest.mark.slow
 def test_whole_library(tmp_path):
     """Bindings and kernels compile and link for every architecture, beside any PyTorch."""
-    if extension.nvcc() is None:
+    if compiler.nvcc() is None:
         pytest.skip("nvcc, which compiles CUDA, is absent")
     numbers = [str(target.arch) for target in TARGETS.values() if target.backend == "cuda"]
-    library = tmp_path / extension.library_name("cuda")
-    extension.build("cuda", library, ";".join(f"{n[:-1]}.{n[-1]}" for n in numbers))
+    library = tmp_path / compiler.library_name("cuda")
+    compiler.build("cuda", library, ";".join(f"{n[:-1]}.{n[-1]}" for n in numbers))
     assert b"rolling_cache_update(" in library.read_bytes()

@@ -1,0 +1,71 @@
+"""Processes that find or build csrc's library for the CPU in a cache of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mistral_kernels.ops.compiler import BUILD_VARIABLE
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
+)
+
+STATUS = """
+from mistral_kernels.ops import extension
+print(extension.load("cpu") is not None, extension.status("cpu"), sep="\\n")
+"""
+
+
+def start(cache: Path, code: str = STATUS, **environment: str) -> subprocess.Popen[str]:
+    settings = {"TORCH_EXTENSIONS_DIR": str(cache), BUILD_VARIABLE: "auto", **environment}
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[bool, str, str]:
+    """Whether the library was loaded, its status but for the instruction set, stderr."""
+    out, error = process.communicate(timeout=600)
+    assert process.returncode == 0, error
+    loaded, status = out.splitlines()
+    status, kernels, _ = status.partition(", kernels for ")
+    assert bool(kernels) == (loaded == "True")
+    return loaded == "True", status, error
+
+
+def fake_compiler(folder: Path, *commands: str) -> str:
+    """A compiler that does what the shell commands say, for CXX."""
+    path = folder / "compiler"
+    path.write_text("\n".join(("#!/bin/sh", *commands)))
+    path.chmod(0o755)
+    return str(path)
+
+
+def libraries(cache: Path) -> list[Path]:
+    return list(cache.rglob("*.so"))
+
+
+def compiled_once(objects: Path) -> str:
+    """A compiler, for CXX, that copies what it has compiled before, from the folder `objects`."""
+    return fake_compiler(
+        objects,
+        'if [ "$1" = -c ]; then',
+        "  for out; do :; done  # the last argument",
+        "  all=$*",
+        f"  object={objects}/$(echo \"${{all% -o *}}\" | cksum | tr ' ' -)",
+        '  [ -e "$object" ] && exec cp "$object" "$out"',
+        '  c++ "$@" && cp "$out" "$object.$$" && mv "$object.$$" "$object"',
+        "else",
+        '  exec c++ "$@"',
+        "fi",
+    )

@@ -1,0 +1,356 @@
+"""The cache of compiled libraries: built once, verified, private, and never in anybody's way."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from builds import compiled_once, fake_compiler, finish, libraries, needs_compiler, start
+
+from mistral_kernels.ops import build_cache, extension
+from mistral_kernels.ops.compiler import BuildError, checksum_file
+
+
+@pytest.fixture(scope="module")
+def cxx(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return compiled_once(tmp_path_factory.mktemp("objects"))
+
+
+def unfinished(cache: Path) -> list[str]:
+    return [path.parent.name for path in cache.rglob(".building-*")]
+
+
+def test_only_private_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True, mode=0o700)
+    build_cache.check_private(folder)
+    for place, mode, message in (
+        (folder, 0o777, f"{folder} may be written to by all users; "),
+        (folder, 0o1777, f"{folder} may be written to by all users; "),
+        (folder.parent, 0o757, f"{folder.parent} may be written to by all users; "),
+        (folder.parent, 0o1777, None),  # as /tmp
+        (folder, 0o755, None),
+    ):
+        place.chmod(mode)
+        if message is None:
+            build_cache.check_private(folder)
+        else:
+            with pytest.raises(BuildError, match=message + "set TORCH_EXTENSIONS_DIR to a folder"):
+                build_cache.check_private(folder)
+        place.chmod(0o700)
+
+
+def test_writable_by_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that is this user's alone does no harm."""
+    tmp_path.chmod(0o770)
+    monkeypatch.setattr(build_cache, "_is_own_group", lambda gid: gid == tmp_path.stat().st_gid)
+    build_cache.check_private(tmp_path)
+    monkeypatch.setattr(build_cache, "_is_own_group", lambda gid: False)
+    with pytest.raises(BuildError, match=f"^{tmp_path} may be written to by its group; set TORCH"):
+        build_cache.check_private(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+@pytest.mark.parametrize("above", [False, True])
+def test_of_another_user(above: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    place = folder.parent if above else folder
+    os.chown(place, 12345, -1)
+    with pytest.raises(BuildError, match=f"^{place} belongs to another user .uid 12345.; set "):
+        build_cache.check_private(folder)
+
+
+def test_folders_are_made_for_this_user_alone(tmp_path: Path) -> None:
+    mask = os.umask(0)
+    try:
+        with build_cache.locked(tmp_path / "a" / "b"):
+            pass
+    finally:
+        os.umask(mask)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "a/b")] == [0o700] * 2
+    (tmp_path / "a").chmod(0o777)
+    with (
+        pytest.raises(BuildError, match=f"^{tmp_path}/a may be written to by all"),
+        build_cache.locked(tmp_path / "a" / "c"),
+    ):
+        pass
+    assert not (tmp_path / "a" / "c").exists()
+
+
+def test_refused_where_others_may_write(tmp_path: Path) -> None:
+    """One line on stderr, and other backends serve."""
+    tmp_path.chmod(0o777)
+    loaded, status, error = finish(start(tmp_path))
+    reason = f"{tmp_path} may be written to by all users; set TORCH_EXTENSIONS_DIR to a folder "
+    assert not loaded and status.startswith(f"not loaded: {reason}")
+    (line,) = error.splitlines()
+    assert line.startswith(f"mistral_kernels: {reason}")
+
+
+@pytest.mark.parametrize(
+    "variables", [{"TORCH_EXTENSIONS_DIR": "here"}, {"XDG_CACHE_HOME": ""}, {"XDG_CACHE_HOME": "x"}]
+)
+def test_no_relative_path(
+    variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BuildError, match=r"'.+', is relative; set TORCH_EXTENSIONS_DIR to an abs"):
+        build_cache.folder_of("digest")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(BuildError, match=f"^{tmp_path} cannot be locked .No locks available.; set "),
+        build_cache.locked(tmp_path),
+    ):
+        pass
+
+
+def test_what_killed_builds_left(tmp_path: Path) -> None:
+    """Under the lock nobody else builds here; elsewhere only what is old is surely abandoned."""
+    for folder, age in (("here", 0), ("old", 7200), ("new", 0)):
+        made = tmp_path / folder / ".building-x"
+        made.mkdir(parents=True)
+        (made / "0.o").write_bytes(b"object")
+        os.utime(made, (time.time() - age,) * 2)
+    with build_cache.locked(tmp_path / "here"):
+        assert unfinished(tmp_path) == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"MAX_JOBS": "0"}, "MAX_JOBS is '0'; expected a positive integer"),
+        ({"MAX_JOBS": "many"}, "MAX_JOBS is 'many'; expected a positive integer"),
+        ({"CXX": "'c++"}, """CXX is "'c++": No closing quotation"""),
+    ],
+)
+@needs_compiler
+def test_malformed_variables(variables: dict[str, str], reason: str, tmp_path: Path) -> None:
+    loaded, status, error = finish(start(tmp_path, **variables))
+    assert not loaded and status == f"not loaded: {reason}"
+    remedy = "MISTRAL_KERNELS_BUILD=never stops further attempts"
+    assert error == f"mistral_kernels: {reason}; {remedy}\n"
+
+
+@needs_compiler
+def test_interrupted(tmp_path: Path) -> None:
+    """Ctrl-C ends the compilers at once, and leaves nothing."""
+    compiler = fake_compiler(tmp_path, f"echo $$ >>{tmp_path}/begun", "sleep 100")
+    process = start(tmp_path / "cache", CXX=compiler, MAX_JOBS="2")
+    await_file(tmp_path / "begun", process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in error
+    assert unfinished(tmp_path) == []
+    for pid in (tmp_path / "begun").read_text().split():
+        assert not Path("/proc", pid).exists()
+
+
+def await_file(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_built_once(tmp_path: Path, cxx: str) -> None:
+    """The first process says so and builds; the second finds it, also if it may not build."""
+    loaded, status, error = finish(start(tmp_path, CXX=cxx))
+    (library,) = libraries(tmp_path)
+    assert loaded and status == f"loaded from {library}"
+    assert error.splitlines() == [
+        f"mistral_kernels: compiling the cpu operators, once, for about a minute, "
+        f"into {library.parent}"
+    ]
+    names = {path.name for path in library.parent.iterdir()}
+    assert names == {library.name, checksum_file(library).name, ".lock"}
+    for setting in ("never", "always", "auto"):
+        again = finish(start(tmp_path, CXX=cxx, MISTRAL_KERNELS_BUILD=setting))
+        assert again == (True, status, "")
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_one_builds_while_others_wait(tmp_path: Path, cxx: str) -> None:
+    processes = [start(tmp_path, CXX=cxx) for _ in range(3)]
+    results = [finish(process) for process in processes]
+    (library,) = libraries(tmp_path)
+    assert [result[:2] for result in results] == 3 * [(True, f"loaded from {library}")]
+    said = [line for *_, error in results for line in error.splitlines()]
+    assert sum("compiling the cpu operators" in line for line in said) == 1
+    assert {line for line in said if "compiling the cpu" not in line} <= {
+        f"mistral_kernels: waiting for a process that compiles {library.parent}"
+    }
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_killed_while_building(tmp_path: Path, cxx: str) -> None:
+    """What it leaves stops nobody, and is removed."""
+    wrapper = fake_compiler(
+        tmp_path,
+        f"if [ ! -e {tmp_path}/begun ]; then touch {tmp_path}/begun; exec sleep 100; fi",
+        f'exec {cxx} "$@"',
+    )
+    cache = tmp_path / "cache"
+    killed = start(cache, CXX=wrapper, MAX_JOBS="1")
+    await_file(tmp_path / "begun", killed)
+    killed.kill()
+    killed.wait()
+    assert libraries(cache) == [] and len(unfinished(cache)) == 1
+    loaded, status, _ = finish(start(cache, CXX=wrapper))
+    assert loaded and status == f"loaded from {libraries(cache)[0]}"
+    assert unfinished(cache) == []
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    loaded, status, _ = finish(start(tmp_path / "file"))
+    assert not loaded and "Not a directory" in status
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_damaged_where_nothing_may_be_built(tmp_path: Path, cxx: str) -> None:
+    finish(start(tmp_path, CXX=cxx))
+    (library,) = libraries(tmp_path)
+    library.write_bytes(library.read_bytes()[:-1])
+    loaded, status, error = finish(start(tmp_path, CXX=cxx, MISTRAL_KERNELS_BUILD="never"))
+    assert not loaded and error == ""
+    assert f"{library} does not load: its checksum is not " in status
+    assert status.endswith("; not compiled, since MISTRAL_KERNELS_BUILD=never")
+
+
+def damages(generator: random.Random) -> dict[str, Callable[[Path], object]]:
+    """What befalls files: crashes before the disk was written, other programs, pranks."""
+
+    def bytes_like(change: Callable[[bytearray], object]) -> Callable[[Path], object]:
+        def damage(path: Path) -> None:
+            contents = bytearray(path.read_bytes())
+            change(contents)
+            path.write_bytes(contents)
+
+        return damage
+
+    def replaced(make: Callable[[Path], object]) -> Callable[[Path], object]:
+        def damage(path: Path) -> None:
+            path.unlink()
+            make(path)
+
+        return damage
+
+    def zero_a_quarter(contents: bytearray) -> None:
+        quarter = -(-len(contents) // 4)
+        begin = generator.randrange(4) * quarter
+        contents[begin : begin + quarter] = bytes(len(contents[begin : begin + quarter]))
+
+    def overwrite(contents: bytearray) -> None:
+        for _ in range(64):
+            contents[generator.randrange(min(20_000, len(contents)))] = generator.randrange(256)
+
+    def truncate(contents: bytearray) -> None:
+        del contents[generator.randrange(len(contents)) :]
+
+    def sparse(path: Path) -> None:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+
+    return {
+        "a quarter zeroed": bytes_like(zero_a_quarter),
+        "bytes overwritten": bytes_like(overwrite),
+        "truncated": bytes_like(truncate),
+        "empty": bytes_like(bytearray.clear),
+        "a program": lambda path: shutil.copy(os.path.realpath(sys.executable), path),
+        "a terabyte": sparse,
+        "absent": replaced(lambda path: None),
+        "a FIFO": replaced(os.mkfifo),
+        "a device": replaced(lambda path: path.symlink_to("/dev/zero")),
+        "a loop": replaced(lambda path: path.symlink_to(path)),
+        "a dangling link": replaced(lambda path: path.symlink_to("nowhere")),
+        "a folder": replaced(lambda path: (path / "x").mkdir(parents=True)),
+    }
+
+
+# A process for each line that comes: a crash is one of that process.
+FORKING = """
+import os, sys, torch
+from mistral_kernels.ops import extension
+for _ in sys.stdin:
+    if not os.fork():
+        loaded = extension.load("cpu")
+        print(loaded is not None and len(loaded.instruction_sets()) > 0, flush=True)
+        os._exit(0)
+    print("ended with", os.wait()[1], flush=True)
+"""
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_any_damage_is_mended(tmp_path: Path, cxx: str) -> None:
+    """Whatever is in the place of a library, or of its checksum: it is built again, and serves."""
+    finish(start(tmp_path, CXX=cxx))
+    (library,) = libraries(tmp_path)
+    generator = random.Random(random.getrandbits(32))
+    errors = tmp_path / "errors"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", FORKING],
+            env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": cxx},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+    assert process.stdin is not None and process.stdout is not None
+    signal.signal(signal.SIGALRM, lambda *_: process.kill())
+    for _ in range(5):
+        for name, damage in damages(generator).items():
+            file = generator.choice([library, library, checksum_file(library)])
+            damage(file)
+            what = f"{name} in the place of {file.name}"
+            signal.alarm(60)  # with what is compiled already, a build takes a second or two
+            process.stdin.write("\n")
+            process.stdin.flush()
+            said = [process.stdout.readline(), process.stdout.readline()]
+            signal.alarm(0)
+            assert said == ["True\n", "ended with 0\n"], (what, errors.read_text()[-2000:])
+            assert build_cache.check_whole(library), what
+    process.stdin.close()
+    assert process.wait(20) == 0
+    assert unfinished(tmp_path) == []
+
+
+@needs_compiler
+def test_a_library_of_another_make(tmp_path: Path) -> None:
+    """A valid one under our name, which lacks our operators, is told by its checksum."""
+    library = tmp_path / "mistral_kernels_cpu.so"
+    (tmp_path / "x.c").write_text("int x;")
+    compiling = ["cc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "x.c")]
+    subprocess.run(compiling, check=True)
+    checksum_file(library).write_text(64 * "0")
+    with pytest.raises(BuildError, match=f"^{library} does not load: its checksum is not '000"):
+        build_cache.check_whole(library)
+    assert extension._is_built_meanwhile(library, None) is False
