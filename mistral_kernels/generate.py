@@ -15,15 +15,17 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mistral_kernels.chat import Conversation
 from mistral_kernels.checkpoint import check_folder, resolve
+from mistral_kernels.checkpoint.tokenizer_files import find_tokenizer_files
 from mistral_kernels.command import (
     DTYPES,
     Parser,
@@ -184,8 +186,8 @@ def _generate(args: argparse.Namespace, world: World) -> None:
     prompts = world.from_main(lambda: _prompts(args))
     stats = Figures(world.size)
     started = time.perf_counter()
-    if world.size > 1:  # one downloads and compiles, the others find what it has
-        world.from_main(lambda: (str(resolve(args.model)), str(extension.load(device.type))))
+    if world.size > 1:  # one downloads, the others find what it has
+        world.from_main(lambda: str(resolve(args.model)))
     path = resolve(args.model)
     check_folder(path)  # before the tokenizer, which a folder without a checkpoint lacks, too
     overrides: dict[str, Any] = {}
@@ -198,7 +200,7 @@ def _generate(args: argparse.Namespace, world: World) -> None:
             "text, or name an instruct model with --model"
         )
     if world.size > 1:
-        check_same("the tokenizer", hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()[:12])
+        check_same("the tokenizer", _digest({tokenizer.path, *find_tokenizer_files(path)}))
     family = MistralForCausalLM if world.size == 1 else ParallelMistralForCausalLM
     model = family.from_pretrained(
         path,
@@ -207,6 +209,7 @@ def _generate(args: argparse.Namespace, world: World) -> None:
         quantize=args.quantize,
         **overrides,
     )
+    extension.load(device.type)  # which may compile: no part of the prompt's time
     stats.load_seconds = time.perf_counter() - started
     options = {
         "max_tokens": args.max_tokens,
@@ -232,6 +235,13 @@ def _generate(args: argparse.Namespace, world: World) -> None:
     finally:
         if reports:
             print("", *stats.lines(model), f"seed      {seed}", sep="\n", file=sys.stderr)
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(hashlib.sha256(path.name.encode() + b"\0" + path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
 
 
 def _window(text: str) -> int | str:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mistral_kernels.model.cache import Packing
 from mistral_kernels.model.transformer import MistralForCausalLM
+from mistral_kernels.ops import extension
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 from mistral_kernels.ranges import COUNT, SEED, Range
 from mistral_kernels.tokenizer import MistralTokenizer
@@ -362,6 +363,7 @@ def finish(
     if saving is not None and run.restore(saving):
         print(f"going on from step {run.step}, saved in {saving.path}", file=log, flush=True)
     batches = corpus.batches(recipe, run.generator)
+    extension.load(run.model.device.type)  # which may compile: no part of a step's time
     first, started = run.step, time.perf_counter()
     with tqdm(
         total=recipe.steps, initial=first, unit="step", file=log, disable=not log.isatty()

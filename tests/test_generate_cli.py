@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from small_checkpoints import SMALL, random_state
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, generate
 from mistral_kernels.checkpoint import resolve, save_hf
 from mistral_kernels.generate import main
-from mistral_kernels.ops import dispatch
+from mistral_kernels.ops import dispatch, extension
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
 
 # The expected texts are the CPU's: in bfloat16 a GPU may choose another of two close tokens.
@@ -449,6 +450,26 @@ def test_an_interrupt_before_the_first_token(
     monkeypatch.setattr(MistralForCausalLM, "prefill", prefill)
     for given in (["She was"], ["She was", "--json"], ["--prompt-file", tmp_path / "prompts"]):
         assert run(*given, *GREEDY) == (130, "", "\ninterrupted\n")
+
+
+def test_compiling_is_loading(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token's time is without it; an interrupt meanwhile leaves one word."""
+
+    def compiling(device_type: str) -> None:
+        patch.setattr(extension, "load", lambda device_type: None)  # from now on
+        time.sleep(0.5)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extension, "load", compiling)
+        result = run("She was", *GREEDY)
+    figures = dict(re.findall(r"(load|first token after) +([0-9.]+) s", result.err))
+    assert result.code == 0 and float(figures["load"]) >= 0.5
+
+    def interrupted(device_type: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(extension, "load", interrupted)
+    assert run("She was", *GREEDY) == (130, "", "\ninterrupted\n")
 
 
 def test_the_wrong_tokenizer(run: Command, tmp_path: Path) -> None:
