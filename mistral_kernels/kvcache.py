@@ -98,9 +98,6 @@ def flash_attn_with_kvcache(
         )
     check_qkv(q, k_cache, v_cache, ndim=4, names=("q", "k_cache", "v_cache"))
     check_tensor("alibi_slopes", alibi_slopes)
-    check_device("q", q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes)
-    check_unit_stride("k_cache", k_cache)
-    check_unit_stride("v_cache", v_cache)
     if block_table is not None and (block_table.ndim != 2 or 0 in block_table.shape[1:]):
         raise ValueError(f"block_table must be (batch, pages), got {tuple(block_table.shape)}")
     if k_cache.shape[1] == 0:
@@ -110,11 +107,15 @@ def flash_attn_with_kvcache(
     new = _check_new(q, k_cache, k, v)
     lengths = _lengths(cache_seqlens, q, capacity, new)
     _check_places(k_cache, lengths, cache_batch_idx, cache_leftpad, block_table, batch, new)
-    check_slopes(alibi_slopes, q.shape[-2], batch)
     check_options(causal, softmax_scale, softcap)
-    check_scoring(softmax_scale, softcap)
-    if num_splits < 0:
-        raise ValueError(f"num_splits must be >= 0, got {num_splits}")
+    if k is not None:  # what the operators check would come when one of them has written
+        check_device("q", q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes)
+        check_unit_stride("k_cache", k_cache)
+        check_unit_stride("v_cache", v_cache)
+        check_slopes(alibi_slopes, q.shape[-2], batch)
+        check_scoring(softmax_scale, softcap)
+        if num_splits < 0:
+            raise ValueError(f"num_splits must be >= 0, got {num_splits}")
     cache_batch_idx, cache_leftpad, block_table = (
         x if x is None else x.contiguous() for x in (cache_batch_idx, cache_leftpad, block_table)
     )
@@ -206,21 +207,24 @@ def _check_places(
         )
     if rows is not None and block_table is not None:
         raise ValueError("cache_batch_idx and block_table both say where a sequence is: give one")
-    bounds = {
-        "cache_seqlens": (lengths, (batch,), capacity - new),
-        "cache_batch_idx": (rows, (batch,), rows_there - 1),
-        "cache_leftpad": (leftpad, (batch,), capacity),
-        "block_table": (block_table, (batch, capacity // k_cache.shape[1]), rows_there - 1),
-    }
-    for name, (x, shape, highest) in bounds.items():
-        if x is None:
-            continue
-        if x.dtype != torch.int32 or x.shape != shape or x.device != k_cache.device:
-            raise ValueError(
-                f"{name} must be {shape} of torch.int32 on {k_cache.device}, "
-                f"got {tuple(x.shape)} of {x.dtype} on {x.device}"
-            )
-        check_range(name, x, highest)
+    _check_index("cache_seqlens", lengths, (batch,), capacity - new, k_cache)
+    _check_index("cache_batch_idx", rows, (batch,), rows_there - 1, k_cache)
+    _check_index("cache_leftpad", leftpad, (batch,), capacity, k_cache)
+    pages = batch, capacity // k_cache.shape[1]
+    _check_index("block_table", block_table, pages, rows_there - 1, k_cache)
+
+
+def _check_index(
+    name: str, x: Tensor | None, shape: tuple[int, ...], highest: int, cache: Tensor
+) -> None:
+    if x is None:
+        return
+    if x.dtype != torch.int32 or x.shape != shape or x.device != cache.device:
+        raise ValueError(
+            f"{name} must be {shape} of torch.int32 on {cache.device}, "
+            f"got {tuple(x.shape)} of {x.dtype} on {x.device}"
+        )
+    check_range(name, x, highest)
 
 
 def _check_tables(cos: Tensor, sin: Tensor, q: Tensor, lengths: Tensor, new: int) -> None:

@@ -42,9 +42,9 @@ def check_cache(
     check_unit_stride("v_cache", v_cache)
     if lengths.ndim != 1:
         raise ValueError(f"lengths must be (batch,), got {tuple(lengths.shape)}")
-    batch = lengths.shape[0]
-    check_int32("lengths", lengths, (batch,))
-    check_int32("rows", rows, (batch,))
+    batch = len(lengths)
+    check_int32("lengths", lengths, lengths.shape)
+    check_int32("rows", rows, lengths.shape)
     if block_table is not None:
         if rows is not None:
             raise ValueError("rows and block_table both say where a sequence is: give one")

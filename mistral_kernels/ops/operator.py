@@ -93,7 +93,7 @@ class Function(torch.autograd.Function):
 
 def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return the empty tensor that stands for a result which was not asked for."""
-    return like.new_empty(0, dtype=dtype)
+    return torch.empty(0, dtype=dtype or like.dtype, device=like.device)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

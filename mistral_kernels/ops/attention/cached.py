@@ -15,7 +15,12 @@ from mistral_kernels.ops import extension
 from mistral_kernels.ops.attention import decode
 from mistral_kernels.ops.attention.cache_torch import attend_in_pieces, is_decode_step
 from mistral_kernels.ops.attention.cache_view import CacheView
-from mistral_kernels.ops.attention.checks import check_qkv, check_scoring, check_slopes
+from mistral_kernels.ops.attention.checks import (
+    check_heads,
+    check_ndim,
+    check_scoring,
+    check_slopes,
+)
 from mistral_kernels.ops.attention.op import empty_outputs, lse_dtype
 from mistral_kernels.ops.attention.scoring import Scoring
 from mistral_kernels.ops.attention.window import Window
@@ -25,7 +30,7 @@ from mistral_kernels.ops.cache_arguments import (
     check_packing,
     check_places,
 )
-from mistral_kernels.ops.checks import INT32_MAX, check_int32, check_range
+from mistral_kernels.ops.checks import INT32_MAX, check_int32, check_range, check_same_dtype
 from mistral_kernels.ops.dispatch import uses_triton, with_unit_stride
 from mistral_kernels.ops.operator import absent, define, needs_gradient
 
@@ -83,16 +88,16 @@ def _check_values(q: Tensor, view: CacheView, max_seqlen_q: int) -> None:
 
 
 def _check(q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any) -> None:
-    *cache, max_seqlen_q, _, _, scale, softcap, slopes, _, num_splits, counters = args
-    view = CacheView(*cache)
-    batch = check_cache(view.k_cache, view.v_cache, view.lengths, view.rows, view.block_table)
-    names = "q", "k_cache", "v_cache"
-    ndim = 4 if view.cu_seqlens is None else 3
-    check_qkv(q, view.k_cache, view.v_cache, ndim, names, kv_ndim=4)
+    k_cache, v_cache, lengths, cu_seqlens, seqlen_new, rows, leftpad, block_table, *rest = args
+    max_seqlen_q, _, _, scale, softcap, slopes, _, num_splits, counters = rest
+    batch = check_cache(k_cache, v_cache, lengths, rows, block_table)
+    check_ndim("q", q, 4 if cu_seqlens is None else 3)
+    check_same_dtype("k_cache", k_cache, "q", q)
+    check_heads("q", q, "k_cache", k_cache)
     if (k is None) != (v is None):
         raise ValueError("k and v must both be given, or both be None")
-    if view.cu_seqlens is not None:
-        check_int32("cu_seqlens", view.cu_seqlens, (batch + 1,))
+    if cu_seqlens is not None:
+        check_int32("cu_seqlens", cu_seqlens, (batch + 1,))
     elif k is not None:
         raise ValueError("k and v are for packed queries and need cu_seqlens")
     else:
@@ -101,22 +106,23 @@ def _check(q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any) -> None:
                 f"q must hold {batch} sequences of at most max_seqlen_q {max_seqlen_q} tokens, "
                 f"got {tuple(q.shape)}"
             )
-        if not 0 <= view.seqlen_new <= INT32_MAX:
-            raise ValueError(f"seqlen_new must be in [0, {INT32_MAX}], got {view.seqlen_new}")
-    for name, x in (("k", k), ("v", v)):
-        if x is not None:
-            check_new_tokens(name, x, view.k_cache, q.shape[0])
-    check_int32("leftpad", view.leftpad, (batch,))
+        if not 0 <= seqlen_new <= INT32_MAX:
+            raise ValueError(f"seqlen_new must be in [0, {INT32_MAX}], got {seqlen_new}")
+    if k is not None and v is not None:
+        check_new_tokens("k", k, k_cache, q.shape[0])
+        check_new_tokens("v", v, k_cache, q.shape[0])
+    check_int32("leftpad", leftpad, (batch,))
     check_slopes(slopes, q.shape[-2], batch)
     check_scoring(scale, softcap)
     if num_splits < 0:
         raise ValueError(f"num_splits must be >= 0, got {num_splits}")
-    needed = decode.num_counters(view.k_cache.shape[0], view.k_cache.shape[2])
-    if counters is not None and (counters.numel() < needed or counters.dtype != torch.int32):
-        raise ValueError(
-            f"counters must hold {needed} zeros of torch.int32, "
-            f"got {counters.numel()} of {counters.dtype}"
-        )
+    if counters is not None:
+        needed = decode.num_counters(k_cache.shape[0], k_cache.shape[2])
+        if counters.numel() < needed or counters.dtype != torch.int32:
+            raise ValueError(
+                f"counters must hold {needed} zeros of torch.int32, "
+                f"got {counters.numel()} of {counters.dtype}"
+            )
 
 
 def _cached_attention_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -25,21 +25,25 @@ def check_qkv(
     v: Tensor,
     ndim: int,
     names: tuple[str, ...] = ("q", "k", "v"),
-    kv_ndim: int | None = None,
 ) -> None:
     """Raise unless q, k and v, by whatever names, fit one another: see `attention`."""
     q_name, k_name, v_name = names
     check_ndim(q_name, q, ndim)
-    check_ndim(k_name, k, kv_ndim or ndim)
+    check_ndim(k_name, k, ndim)
     check_shape(v_name, v, k.shape)
     check_float(q_name, q)
     check_same_dtype(k_name, k, q_name, q)
     check_same_dtype(v_name, v, q_name, q)
-    heads, kv_heads, head_dim = q.shape[-2], k.shape[-2], q.shape[-1]
+    check_heads(q_name, q, k_name, k)
+
+
+def check_heads(q_name: str, q: Tensor, k_name: str, k: Tensor) -> None:
+    """Raise ValueError unless the heads of q and k go together."""
+    (heads, head_dim), (kv_heads, kv_head_dim) = q.shape[-2:], k.shape[-2:]
     if not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{q_name}'s head_dim must lie in [1, {MAX_HEAD_DIM}], got {head_dim}")
-    if k.shape[-1] != head_dim:
-        raise ValueError(f"{k_name} must have q's head_dim {head_dim}, got {k.shape[-1]}")
+    if kv_head_dim != head_dim:
+        raise ValueError(f"{k_name} must have q's head_dim {head_dim}, got {kv_head_dim}")
     if not heads or not kv_heads or heads % kv_heads:
         raise ValueError(
             f"{k_name}'s {kv_heads} heads must divide {q_name}'s {heads}, and both be positive "
