@@ -1,4 +1,4 @@
-"""What the package's commands share: options, one-line errors, exit codes.
+"""Parts that the package's commands share: options, one-line errors, exit codes.
 
 Every command is entered by `enter`, its `main` calls `run`, and nothing else in the package turns
 exceptions into exit codes.

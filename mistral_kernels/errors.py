@@ -1,4 +1,4 @@
-"""What an exception means to a user: bad input, too little memory, or a fault of ours."""
+"""Tell bad input and too little memory from faults of the package, in one line."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def test_broken_stderr(error: int, command: Callable[[Any], int], code: int | No
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp037", "shift_jis", "utf-8", "utf-16"])
 def test_encodings_of_stdout(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an encoding lacks is escaped, what it has stays as it is."""
+    """Characters that an encoding lacks are escaped, others stay as they are."""
     sink, text = io.BytesIO(), "é漢😀 \ud800!\n"
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", io.TextIOWrapper(sink, encoding))

@@ -31,7 +31,7 @@ CODES = {0, 2, 130, 141}
 
 
 def check_outcome(call: dict[str, Any], outcome: dict[str, Any]) -> None:
-    """What every call of a command promises, whatever its arguments and streams are."""
+    """Check what a command promises whatever its arguments and streams are."""
     assert outcome["failure"] is None, (call, outcome["failure"])
     code, out, err = outcome["code"], outcome["stdout"], outcome["stderr"]
     # 1: `--check` in the middle of other work may find rounding that is out of the ordinary.
@@ -183,7 +183,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_training_killed_at_random_moments(arguments: list[str], tmp_path: Path) -> None:
-    """By SIGKILL, SIGTERM and SIGINT: it ends with the bytes of a run that never was."""
+    """A run stopped by SIGKILL, SIGTERM and SIGINT ends with the bytes of one that never was."""
     whole, out, partial = tmp_path / "whole", tmp_path / "out", tmp_path / "out.partial"
     assert main([*arguments, "--output", str(whole)]) == 0
     command = [sys.executable, "-m", "mistral_kernels.train", *arguments, "--output", str(out)]
@@ -213,7 +213,7 @@ def test_training_killed_at_random_moments(arguments: list[str], tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def state(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run that is interrupted after eight steps leaves."""
+    """Return the state that a run leaves which is interrupted after eight steps."""
     out = tmp_path_factory.mktemp("state") / "out"
     advance = train.Run.advance
 

@@ -148,7 +148,7 @@ def test_files_of_other_systems(run: Command, tmp_path: Path, head: str, end: st
 
 
 def test_a_prompt_file_may_be_a_pipe(run: Command, tmp_path: Path) -> None:
-    """As a shell's `<(...)` is."""
+    """A pipe, like a shell's `<(...)`."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     sender = threading.Thread(target=pipe.write_text, args=("She was\n",))
@@ -406,7 +406,7 @@ def test_a_backend_that_cannot_run(run: Command, monkeypatch: pytest.MonkeyPatch
 
 
 def test_logits_that_are_not_finite(run: Command, tmp_path: Path) -> None:
-    """What has been generated before is printed; then one line."""
+    """The text so far is printed; then one line."""
     state = random_state(dataclasses.replace(SMALL, vocab_size=2048))
     config = dataclasses.replace(SMALL, vocab_size=2048, sliding_window=3)
     state["model.norm.weight"].fill_(torch.nan)
@@ -441,7 +441,7 @@ def test_texts_that_are_cut_short_are_not_lost(
 def test_an_interrupt_before_the_first_token(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There are neither texts nor statistics."""
+    """Neither texts nor statistics are printed."""
 
     def prefill(*_: Any) -> Any:
         raise KeyboardInterrupt

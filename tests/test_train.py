@@ -547,7 +547,7 @@ def edit(state: Any, path: tuple[Any, ...], value: Any) -> None:
 
 
 def like(tensor: torch.Tensor) -> list[Any]:
-    """What a tensor of a state may be mistaken for."""
+    """Values that a tensor of a state may be mistaken for."""
     return [
         tensor.double(), tensor[..., :-1], tensor[None], tensor.to_sparse(), tensor * math.inf,
         tensor.tolist(), None,

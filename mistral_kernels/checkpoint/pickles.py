@@ -1,4 +1,4 @@
-"""Where tensors lie in files that `torch.save` wrote. Nothing in such a file is ever run.
+"""Find the tensors in files that `torch.save` wrote. Nothing in such a file is ever run.
 
 `torch.load` reads as many bytes as the pickle claims: from a mapped file also those of a record
 that is shorter, compressed or in the other byte order, and past the end of the record. Therefore

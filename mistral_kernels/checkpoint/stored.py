@@ -1,4 +1,4 @@
-"""Where tensors lie in weight files: the headers of safetensors, and reading by memory-mapping."""
+"""Find and map the tensors in weight files: headers of safetensors, and memory-mapped reading."""
 
 from __future__ import annotations
 

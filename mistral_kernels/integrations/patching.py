@@ -93,7 +93,7 @@ def apply_mistral_kernels(
 
 
 class Handle:
-    """What `apply_mistral_kernels` did. `repr` lists it; as a context manager it ends in `undo`.
+    """Handle of a patched model. `repr` lists the changes; as a context manager it ends in `undo`.
 
     Attributes:
         on: whether the kernels serve.
@@ -177,7 +177,7 @@ def _models(module: nn.Module) -> Iterator[PreTrainedModel]:
 
 
 class _Plan:
-    """What is to be replaced in a model, and a handle with the reasons for what is not.
+    """Return what is to be replaced in a model, and a handle with the reasons for what is not.
 
     Planning changes nothing.
     """

@@ -1,4 +1,4 @@
-"""Where compiled libraries are kept: folders that only this user may write to, verified files.
+"""Keep compiled libraries in folders that only this user may write to, with checksums.
 
 A library is native code that runs as this user: nobody else may be able to put one there. Before it
 is loaded its checksum is compared, since loading a damaged one kills the process. One process of a

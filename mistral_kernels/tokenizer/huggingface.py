@@ -121,7 +121,7 @@ def _check_merges(model: Any) -> None:
 
 
 class _Boundary(Enum):
-    """Where a text can be cut so that its parts, decoded behind one another, join to the text."""
+    """Return where to cut a text so that its parts, decoded one after another, join to the text."""
 
     ANYWHERE = auto()
     OUTSIDE_BYTE_TOKENS = auto()  # a run of them is decoded as a whole

@@ -293,7 +293,7 @@ def check_values(folder: Path) -> None:
 
 
 def check_config(file: Path) -> None:
-    """Where transformers reads a `config.json` that we read, it reads the same."""
+    """Compare with transformers wherever it reads a `config.json` that we read."""
     from transformers import AutoConfig
 
     try:

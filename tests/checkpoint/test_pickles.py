@@ -160,7 +160,7 @@ def test_archives(folder: Folder) -> None:
 
 
 def test_a_directory_that_claims_gigabytes(folder: Folder, tmp_path: Path) -> None:
-    """Of a sparse file: zipfile would read all of it at once."""
+    """A sparse file: zipfile would read all of it at once."""
     size = 3 << 30
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, size, 8, 0)
     with folder.file.open("wb") as file:

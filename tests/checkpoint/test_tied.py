@@ -48,7 +48,7 @@ def tied(tmp_path: Path) -> Tied:
 def test_a_different_head_is_kept(
     tied: Tied, format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By open_checkpoint, from_pretrained and both conversions, bit by bit, with a warning."""
+    """open_checkpoint, from_pretrained and both conversions agree bit by bit, with a warning."""
     head = torch.randn(SMALL.vocab_size, SMALL.hidden_size)
     folder, state = tied(format, head)
     checkpoint = open_checkpoint(folder)

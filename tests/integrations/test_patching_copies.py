@@ -84,7 +84,7 @@ def test_a_copy_is_patched_on_its_own_weights(how: str) -> None:
 @pytest.mark.parametrize("name", ["", "self_attn", "mlp", "input_layernorm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_copied_layer(name: str, dtype: torch.dtype) -> None:
-    """Of a patched model, in place of its own layer, and in that of an unpatched model's."""
+    """The copy serves in place of its original and of an unpatched model's layer."""
     tolerance = 2e-5 if dtype == torch.float32 else 0.05
     model, given = make().to(dtype), padded_batch()
     expected = real_logits(model, *given)

@@ -148,7 +148,7 @@ def test_compiled_training(case: str) -> None:
 @pytest.mark.skipif(OLDER, reason="these transformers make every mask in full while compiling")
 @torch.no_grad()
 def test_compiled_packed_over_a_cache() -> None:
-    """What cannot be told apart while compiling is not served as one sequence."""
+    """Sequences that cannot be told apart while compiling are not served as one."""
     model = make_model(num_hidden_layers=1)
     model.set_attn_implementation("mistral_kernels")
     ids = torch.randint(1, VOCAB, (1, 3 * W))

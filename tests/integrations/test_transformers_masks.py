@@ -107,7 +107,7 @@ def test_dropout_of_a_model() -> None:
 
 
 def test_a_layer_that_does_not_name_its_window() -> None:
-    """As of models whose windows only the mask knows: silence would mean no window."""
+    """Models whose windows only the mask knows: silence would mean no window."""
     module, q, kv = layer(make_model())
     with pytest.raises(NotImplementedError) as error:
         attend(module, q, kv, kv, None)
@@ -221,7 +221,7 @@ def test_models_that_treat_masks_themselves() -> None:
 @pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
 @torch.no_grad()
 def test_another_attention_refuses_our_mask(implementation: str, padding: str) -> None:
-    """As a layer has that was copied before the switch, for prompts and for each next token."""
+    """A layer that was copied before the switch has one, for prompts and for each next token."""
     model = make_model()
     model.set_attn_implementation(implementation)
     foreign = copy.deepcopy(model.model.layers[1])
@@ -251,7 +251,7 @@ def test_another_attention_refuses_our_mask(implementation: str, padding: str) -
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
 def test_our_attention_serves_other_masks(implementation: str, padding: str, kind: str) -> None:
-    """As a layer does that was copied while the model was switched."""
+    """A layer that was copied while the model was switched does so."""
     model = make_model()
     model.set_attn_implementation("mistral_kernels")
     ours = copy.deepcopy(model.model.layers[1])
@@ -278,7 +278,7 @@ def test_our_attention_serves_other_masks(implementation: str, padding: str, kin
 
 
 def test_a_mask_can_be_moved() -> None:
-    """As accelerate moves the inputs of layers."""
+    """accelerate moves the inputs of layers so."""
     mask = Mask((1, 1, 2, 5), descriptor=make_descriptor([1], 3, 0, 1, "cpu"), starts=[1])
     moved = mask.to("meta", non_blocking=True)
     assert moved.descriptor.is_meta and moved.shape == (1, 1, 2, 5) and moved.starts == [1]
@@ -293,7 +293,7 @@ def test_a_mask_can_be_moved() -> None:
 @pytest.mark.parametrize("said", ["by the call", "by the config", "by generate"])
 @torch.no_grad()
 def test_output_attentions(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As sdpa: a warning, once, and no weights."""
+    """A warning, once, and no weights, like sdpa."""
     warnings: list[str] = []
     monkeypatch.setattr(transformers_attention._logger, "warning_once", warnings.append)
     model, (ids, _) = make_model(), batch(W)

@@ -1,4 +1,4 @@
-"""What the tests of attn_implementation="mistral_kernels" share: small models and batches."""
+"""Small models and batches for the tests of attn_implementation="mistral_kernels"."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def make_model(name: str = "mistral", **changes: Any) -> Any:
 
 
 def both(model: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """What a call gives with our attention, and with eager's."""
+    """Return the results of a call with our attention, and with eager's."""
     model.set_attn_implementation("mistral_kernels")
     ours = call(*args, **kwargs)
     model.set_attn_implementation("eager")
@@ -95,7 +95,7 @@ def packed_positions(lengths: tuple[int, ...]) -> Tensor:
 def gradients(
     model: Any, ids: Tensor, real: Tensor, given: dict[str, Any], forward: Any = None
 ) -> dict[str, Tensor]:
-    """Of a random function of the real tokens' logits: the weights' gradients, and the logits."""
+    """Return the logits, and the weights' gradients of a random function of the real ones."""
     model.zero_grad()
     run = model if forward is None else forward
     logits = run(ids, use_cache=False, **given).logits[real]

@@ -1,4 +1,4 @@
-"""What configurations are refused by name, and which of two contradicting values counts."""
+"""Configurations that are refused by name, and which of two contradicting values counts."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_rope_scaling_in_params_json() -> None:
     ],
 )
 def test_rope_theta_is_transformers(rope: dict[str, Any]) -> None:
-    """Where transformers 5 takes one of two values, so do we, with a note; or refuse."""
+    """We take the value that transformers 5 takes, with a note, or refuse."""
     transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is absent")
     contents = without(HF_7B, "rope_theta", "model_type", "architectures") | rope
     theirs = transformers.MistralConfig(**copy.deepcopy(contents)).rope_parameters["rope_theta"]

@@ -188,7 +188,7 @@ def attention(q, k, v, *options):
 
 
 def attention_backward(dout, q, k, v, out, lse, *options):
-    """Of `out` and `lse` that fit: a part of the keys is the business of another test."""
+    """Return `out` and `lse` of these very keys: parts are the business of another test."""
     options, mask = options[:-3], options[-3:]
     like(q, dout, out)
     require(dout.shape == out.shape == q.shape)
@@ -737,7 +737,7 @@ def describe(arguments: Arguments) -> str:
 
 
 def check(name: str, arguments: Arguments) -> str | None:
-    """What is wrong with the operator's answer to these arguments; None if it is right."""
+    """Return what is wrong with the operator's answer to these arguments; None if it is right."""
     call, definition, _ = OPERATORS[name]
     try:
         results = call(*arguments)

@@ -208,7 +208,7 @@ def test_one_builds_while_others_wait(tmp_path: Path, cxx: str) -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_killed_while_building(tmp_path: Path, cxx: str) -> None:
-    """What it leaves stops nobody, and is removed."""
+    """Its leavings stop nobody, and are removed."""
     wrapper = fake_compiler(
         tmp_path,
         f"if [ ! -e {tmp_path}/begun ]; then touch {tmp_path}/begun; exec sleep 100; fi",
@@ -245,7 +245,7 @@ def test_damaged_where_nothing_may_be_built(tmp_path: Path, cxx: str) -> None:
 
 
 def damages(generator: random.Random) -> dict[str, Callable[[Path], object]]:
-    """What befalls files: crashes before the disk was written, other programs, pranks."""
+    """Return damages by name: crashes before the disk was written, other programs, pranks."""
 
     def bytes_like(change: Callable[[bytearray], object]) -> Callable[[Path], object]:
         def damage(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What operators refuse, and what they must get right at the edges of what they take."""
+"""Arguments that operators refuse, and results at the edges of what they take."""
 
 from __future__ import annotations
 

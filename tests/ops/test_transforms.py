@@ -149,7 +149,7 @@ def test_second_derivative_is_refused(name, device):
 
 @pytest.mark.parametrize("name", ["apply_rotary", "apply_rotary_"])
 def test_second_derivative_of_a_rotation(name, device):
-    """Of the sum of the squares: twice the identity."""
+    """The sum of the squares has twice the identity."""
     function, (q, k) = cases(device)[name]
     slope = torch.func.grad(scalar(function))
     direction = torch.randn_like(q)
@@ -220,7 +220,7 @@ def test_cache_updates_are_refused(device):
 
 
 def test_operators_under_vmap(device):
-    """By their own names, too; what is written must be each example's own."""
+    """Operators by their own names, too; each example must have the tensor that is written."""
     ops = torch.ops.mistral_kernels
     caches = torch.zeros(2, 3, 1, 5, KV_HEADS, HEAD_DIM, device=device)
     k = torch.randn(3, 2, KV_HEADS, HEAD_DIM, device=device)

@@ -67,7 +67,7 @@ def test_added_tokens_are_the_models_own(tmp_path: Path, form: str) -> None:
 
 
 def test_texts_between_added_tokens_are_encoded_alone(tmp_path: Path) -> None:
-    """As the slow tokenizers of transformers have it: each begins with a space ("legacy")."""
+    """Each begins with a space ("legacy"), as in the slow tokenizers of transformers."""
     tokenizer = MistralTokenizer.from_pretrained(write(tmp_path, "v1", **FORMS["decoder"]))
     plain = MistralTokenizer.from_pretrained(DATA / SENTENCEPIECE["v1"])
     ids = {"<s>": 1, "<unk>": 0, START: 32001, END: 32000}

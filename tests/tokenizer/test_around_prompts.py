@@ -1,4 +1,4 @@
-"""What generation, training and conversion make of a tokenizer's special and unknown tokens."""
+"""Special and unknown tokens in generation, training and conversion."""
 
 from __future__ import annotations
 

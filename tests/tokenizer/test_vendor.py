@@ -253,7 +253,7 @@ def test_tools_and_what_only_a_folders_own_template_takes(open_tokenizer: Any) -
 
 
 def test_a_message_without_content(open_tokenizer: Any) -> None:
-    """As OpenAI's clients have it: None counts as absent."""
+    """None counts as absent, as OpenAI's clients have it."""
     call = {"id": "123456789", "function": {"name": "f", "arguments": "{}"}}
     answer = {"role": "assistant", "tool_calls": [call]}
     result = {"role": "tool", "content": "2", "tool_call_id": "123456789"}

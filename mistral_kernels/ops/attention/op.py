@@ -47,7 +47,7 @@ def _resolve(
     softcap: float,
     alibi_slopes: Tensor | None,
 ) -> tuple[Offsets | None, int, int, float, Window, float, Tensor | None]:
-    """What `_OPTIONS` mean for these tensors, in the order in which both backends take them."""
+    """Return the values of `_OPTIONS` for these tensors, in the order that both backends take."""
     offsets, max_seqlen_q, max_seqlen_k = packed.check(
         q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     )
