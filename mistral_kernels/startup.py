@@ -3,13 +3,14 @@
 `python -m mistral_kernels.generate` imports the package, and with it PyTorch, before it runs the
 command. Importing this module first closes two gaps: Ctrl-C during those imports would print a
 traceback, and a file that an import opens would take the number of a closed standard stream.
-Nothing happens where the package is imported for any other reason.
+Nothing happens where another program imports the package.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from types import FrameType, TracebackType
@@ -43,7 +44,10 @@ def end_on_interrupt(number: int, frame: FrameType | None) -> None:
 def end_on_failed_import(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    """End the process with one line where a dependency is missing or does not fit the memory."""
+    """Print one line in place of the traceback of an ImportError, MemoryError or OSError.
+
+    A module of this package that is missing is a fault of the package: it keeps its traceback.
+    """
     ours = (getattr(error, "name", None) or "").startswith("mistral_kernels")
     if ours or not isinstance(error, (ImportError, MemoryError, OSError)):
         return sys.__excepthook__(kind, error, traceback)
@@ -53,8 +57,16 @@ def end_on_failed_import(
     os._exit(BAD_INPUT)
 
 
-# Python's documentation of -m: sys.argv[0] is "-m" while the module is being located.
-if getattr(sys, "argv", [])[:1] == ["-m"]:
+def is_starting_command() -> bool:
+    """Return whether Python is importing this package in order to run a module of it (`-m`)."""
+    arguments = getattr(sys, "argv", [])
+    if arguments[:1] != ["-m"]:  # what it is while the module is being located
+        return False
+    module = sys.orig_argv[-len(arguments)]  # behind it come the command's own arguments
+    return re.match(r"(-\w*m)?mistral_kernels(\.|$)", module) is not None
+
+
+if is_starting_command():
     open_closed_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_on_interrupt)

@@ -225,7 +225,11 @@ def test_closed_streams_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
         stream.close()
 
 
-STANDARD = "import os, sys; sys.argv = ['-m']; sys.path.insert(0, {folder!r}); import startup; "
+STANDARD = (
+    "import os, sys; sys.argv = ['-m', 'x']; "
+    "sys.orig_argv = ['python', '-m', 'mistral_kernels', 'x']; "
+    "sys.path.insert(0, {folder!r}); import startup; "
+)
 
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)])
@@ -239,8 +243,19 @@ def test_no_file_takes_the_number_of_a_closed_stream(closed: tuple[int, ...]) ->
     assert done.stderr == ("" if 2 in closed else "x\n")
 
 
-def test_nothing_happens_outside_a_command() -> None:
-    code = STANDARD.format(folder=str(Path(startup.__file__).parent)).replace("['-m']", "['x.py']")
+@pytest.mark.parametrize(
+    ("ours", "other"),
+    [
+        ("['-m', 'x']", "['x.py', 'x']"),
+        ("'mistral_kernels'", "'mistral_kernelsx'"),
+        ("'-m', 'x'", "'-m'"),
+    ],
+)
+def test_nothing_happens_outside_a_command(ours: str, other: str) -> None:
+    """Another program is started, perhaps with `-m`, too, or with such an argument."""
+    code = STANDARD.format(folder=str(Path(startup.__file__).parent))
+    assert ours in code
+    code = code.replace(ours, other)
     code += "import signal; print(sys.excepthook is sys.__excepthook__, sys.stderr, "
     code += "signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     shell = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, code]
