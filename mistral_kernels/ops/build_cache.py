@@ -43,7 +43,7 @@ def folder_of(digest: str) -> Path:
             f"the path of the cache of compiled libraries, {root!r}, is relative; set "
             f"{ROOT_VARIABLE} to an absolute path"
         )
-    return Path(os.path.realpath(root), "mistral_kernels", digest)
+    return Path(os.path.realpath(os.path.join(root, "mistral_kernels", digest)))
 
 
 def check_whole(library: Path) -> str:
@@ -67,11 +67,13 @@ def check_whole(library: Path) -> str:
 def check_private(folder: Path) -> None:
     """Raise BuildError if another user than root could put a library into `folder`.
 
-    That takes write permission for it, or for a folder above it where the sticky bit does not
-    protect what is in it.
+    Another user could if that user owns, or may write to, the folder or one above it that has no
+    sticky bit.
     """
     for place in (folder, *folder.parents):
-        status = place.stat()
+        status = place.lstat()  # a symbolic link here was made after `folder_of`
+        if not stat.S_ISDIR(status.st_mode):
+            raise BuildError(f"{place} must be a folder; {_REMEDY}")
         is_root = place == place.parent  # in a container its owner may be anybody
         if not is_root and status.st_uid not in (0, os.geteuid()):
             raise BuildError(f"{place} belongs to another user (uid {status.st_uid}); {_REMEDY}")
@@ -98,7 +100,7 @@ def _is_own_group(gid: int) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Inside, no other process builds in `folder`, which exists and is private.
+    """Hold the build lock of `folder`, which is created private if it is absent.
 
     Waits for one that does, and says so on stderr. What killed builds have left is removed.
 

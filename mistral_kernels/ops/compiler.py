@@ -18,8 +18,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -64,19 +66,19 @@ class BuildError(RuntimeError):
 
 
 class NotBuiltError(BuildError):
-    """Nothing was tried, as is usual on such a machine: no compiler, no GPU, or not wanted."""
+    """No build was attempted: no compiler, no GPU, or MISTRAL_KERNELS_BUILD=never."""
 
 
 def build_setting() -> str:
-    """MISTRAL_KERNELS_BUILD: auto, never or always; ValueError if it is anything else."""
+    """Return the value of MISTRAL_KERNELS_BUILD; ValueError if it is no known one."""
     setting = os.environ.get(BUILD_VARIABLE, "auto")
     if setting not in ("auto", "never", "always"):
-        raise ValueError(f"{BUILD_VARIABLE} is {setting!r}; expected 'auto', 'never' or 'always'")
+        raise ValueError(f"{BUILD_VARIABLE} must be 'auto', 'never' or 'always', got {setting!r}")
     return setting
 
 
 def library_name(device_type: str) -> str:
-    """The file name of a library, which is the namespace of its operators too."""
+    """Return the file name of a library; its stem is the namespace of its operators."""
     return f"mistral_kernels_{device_type}.so"
 
 
@@ -139,11 +141,27 @@ def _sync(path: Path) -> None:
 
 
 def _run(commands: Sequence[list[str]], jobs: int) -> None:
-    """Run commands in the folder of the sources, `jobs` at a time, until one fails."""
+    """Run commands in the folder of the sources, `jobs` at a time, until one fails.
+
+    In a thread: an interrupt reaches the main one alone, so no command escapes between its start
+    and its place in the list of those to be killed.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            future = pool.submit(_run_until, stop, commands, jobs)
+            while wait([future], timeout=0.1).not_done:  # a signal need not wake a longer wait
+                pass
+            future.result()
+        finally:
+            stop.set()
+
+
+def _run_until(stop: threading.Event, commands: Sequence[list[str]], jobs: int) -> None:
     waiting = list(reversed(commands))
     running: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
     try:
-        while waiting or running:
+        while (waiting or running) and not stop.is_set():
             while waiting and len(running) < jobs:
                 running.append(_start(waiting.pop()))
             ended = [each for each in running if each[0].poll() is not None]
@@ -181,12 +199,12 @@ def _jobs() -> int:
     """Return how many compilers run at a time."""
     setting = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     if not re.fullmatch(r"0*[1-9][0-9]{0,5}", setting):
-        raise BuildError(f"MAX_JOBS is {setting!r}; expected a positive integer")
+        raise BuildError(f"MAX_JOBS must be a positive integer, got {setting!r}")
     return int(setting)
 
 
 def nvcc() -> str | None:
-    """The path of nvcc, looked for where torch.utils.cpp_extension does."""
+    """Return the path of nvcc, looked for where torch.utils.cpp_extension does."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     folder = os.path.join(home, "bin") if home else None
     return shutil.which("nvcc", path=folder) or (
@@ -254,7 +272,8 @@ def _sources(folder: str) -> list[str]:
 def _link_flags(device_type: str) -> list[str]:
     flags = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu"]
     if device_type == "cuda":
-        # PyTorch's own runtime; and nothing is used of libtorch but that it brings libtorch_cuda.
+        # The CUDA runtime that PyTorch uses. No symbol of libtorch is used: --no-as-needed keeps
+        # it, because it loads libtorch_cuda.
         flags = ["--cudart=shared", "-Xlinker=--no-as-needed", *flags]
     return flags
 
@@ -270,7 +289,7 @@ def _gencode(architectures: str) -> list[str]:
 
 
 def _check_cuda_version(compiler: str) -> None:
-    """A library needs the runtime of nvcc's major version, and has that of PyTorch."""
+    """Raise NotBuiltError unless nvcc has the CUDA major version of this PyTorch."""
     if torch.version.cuda is None:  # built for another PyTorch
         return
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True)

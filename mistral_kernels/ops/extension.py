@@ -110,24 +110,26 @@ def _from_cache(device_type: str, setting: str, failures: list[Exception]) -> _L
     architectures = _architectures(device_type)
     folder = build_cache.folder_of(fingerprint(device_type, architectures))
     cached = folder / library_name(device_type)
-    refused = None
     if os.path.lexists(cached):
+        whole = False
         with _remembering(failures):
             build_cache.check_private(folder)
-            refused = build_cache.check_whole(cached)
+            whole = bool(build_cache.check_whole(cached))
             return _open(device_type, cached)
+        if whole:  # it would be compiled to the same at every start
+            raise BuildError(f"{failures.pop()}; remove {folder} to compile it again")
     if setting == "never":
         raise NotBuiltError(f"not compiled, since {BUILD_VARIABLE}=never")
     with build_cache.locked(folder):
-        if not _is_built_meanwhile(cached, refused):
+        if not _is_built_meanwhile(cached):
             build(device_type, cached, architectures)
     return _open(device_type, cached)
 
 
-def _is_built_meanwhile(cached: Path, refused: str | None) -> bool:
-    """Return whether there is a library now, other than the one whose checksum is `refused`."""
+def _is_built_meanwhile(cached: Path) -> bool:
+    """Return whether another process has built the library while this one waited for the lock."""
     try:
-        return build_cache.check_whole(cached) != refused
+        return bool(build_cache.check_whole(cached))
     except (BuildError, OSError):
         return False
 
@@ -149,6 +151,8 @@ def _open(device_type: str, library: Path) -> _Library:
     except OSError as error:
         raise BuildError(f"{library} does not load: {error.__cause__ or error}") from error
     operators = getattr(torch.ops, library_name(device_type).removesuffix(".so"))
+    if not hasattr(operators, "rolling_cache_update"):
+        raise BuildError(f"{library} does not load: it lacks the operators")
     status = f"loaded from {library}"
     if device_type == "cpu":
         status += f", kernels for {_choose_instruction_set(operators)}"

@@ -71,6 +71,19 @@ def test_of_another_user(above: bool, tmp_path: Path) -> None:
         build_cache.check_private(folder)
 
 
+def test_links_are_followed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is named without links; one that is put there later is refused."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "mistral_kernels").symlink_to(tmp_path / "real")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder = build_cache.folder_of("digest")
+    assert folder == tmp_path / "real" / "digest"
+    folder.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(BuildError, match=f"^{folder} must be a folder; set TORCH_EXTENSIONS_DIR"):
+        build_cache.check_private(folder)
+
+
 def test_folders_are_made_for_this_user_alone(tmp_path: Path) -> None:
     mask = os.umask(0)
     try:
@@ -139,8 +152,8 @@ def test_what_killed_builds_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
-        ({"MAX_JOBS": "0"}, "MAX_JOBS is '0'; expected a positive integer"),
-        ({"MAX_JOBS": "many"}, "MAX_JOBS is 'many'; expected a positive integer"),
+        ({"MAX_JOBS": "0"}, "MAX_JOBS must be a positive integer, got '0'"),
+        ({"MAX_JOBS": "many"}, "MAX_JOBS must be a positive integer, got 'many'"),
         ({"CXX": "'c++"}, """CXX is "'c++": No closing quotation"""),
     ],
 )
@@ -242,6 +255,31 @@ def test_damaged_where_nothing_may_be_built(tmp_path: Path, cxx: str) -> None:
     assert not loaded and error == ""
     assert f"{library} does not load: its checksum is not " in status
     assert status.endswith("; not compiled, since MISTRAL_KERNELS_BUILD=never")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("int x;", "does not load: it lacks the operators"),
+        ("extern int nowhere(void); int x(void) { return nowhere(); }", "undefined symbol"),
+    ],
+)
+def test_a_compiler_whose_libraries_are_of_no_use(source: str, reason: str, tmp_path: Path) -> None:
+    """They are not compiled again and again; the remedy is named."""
+    (tmp_path / "x.c").write_text(source)
+    wrapper = fake_compiler(
+        tmp_path,
+        'for out; do :; done; [ "$1" = -c ] && exec touch "$out"',
+        f'exec cc -shared -fPIC -Wl,-z,now -o "$out" {tmp_path}/x.c',
+    )
+    cache = tmp_path / "cache"
+    loaded, status, error = finish(start(cache, CXX=wrapper))
+    assert not loaded and reason in status and "compiling" in error
+    (library,) = libraries(cache)
+    loaded, status, error = finish(start(cache, CXX=wrapper))
+    assert not loaded and reason in status and "compiling" not in error
+    assert f"; remove {library.parent} to compile it again" in status
 
 
 def damages(generator: random.Random) -> dict[str, Callable[[Path], object]]:
@@ -353,4 +391,4 @@ def test_a_library_of_another_make(tmp_path: Path) -> None:
     checksum_file(library).write_text(64 * "0")
     with pytest.raises(BuildError, match=f"^{library} does not load: its checksum is not '000"):
         build_cache.check_whole(library)
-    assert extension._is_built_meanwhile(library, None) is False
+    assert not extension._is_built_meanwhile(library)

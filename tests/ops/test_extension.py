@@ -163,7 +163,7 @@ def test_build_always(tmp_path):
 def test_a_bad_setting(tmp_path):
     process = start(tmp_path, RAISES, MISTRAL_KERNELS_BUILD="yes")
     raised, status = process.communicate(timeout=120)[0].splitlines()
-    words = "MISTRAL_KERNELS_BUILD is 'yes'; expected 'auto', 'never' or 'always'"
+    words = "MISTRAL_KERNELS_BUILD must be 'auto', 'never' or 'always', got 'yes'"
     assert raised == f"ValueError {words}" and status == f"not loaded: {words}"
 
 
