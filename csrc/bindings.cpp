@@ -113,6 +113,7 @@ void rolling_cache_update(const Tensor& k_cache, const Tensor& v_cache, const Te
   u.lengths = int32s("lengths", lengths, {kAny});
   u.cu_seqlens = int32s("cu_seqlens", cu_seqlens, {batch + 1});
   int64_t capacity = k_cache.size(1);
+  KERNELS_CHECK(capacity <= UINT32_MAX, "k_cache must have at most 2^32 - 1 places a row");
   u.page_size = static_cast<uint32_t>(capacity);
   if (rows) {
     u.rows = int32s("rows", *rows, {batch});

@@ -16,11 +16,11 @@ from torch import Tensor
 from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.cached import attend_cached
 from mistral_kernels.ops.attention.checks import (
+    check_num_splits,
     check_options,
     check_qkv,
     check_scoring,
     check_slopes,
-    check_tensor,
 )
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.checks import (
@@ -29,9 +29,12 @@ from mistral_kernels.ops.checks import (
     check_range,
     check_same_dtype,
     check_shape,
+    check_tensors,
     check_unit_stride,
+    is_flag,
 )
 from mistral_kernels.ops.dispatch import with_unit_stride
+from mistral_kernels.ops.operator import in_transform
 from mistral_kernels.ops.rolling_cache import capacity_of, update_op
 
 
@@ -90,14 +93,31 @@ def flash_attn_with_kvcache(
         TypeError: `cache_seqlens` is neither an integer nor a tensor.
         NotImplementedError: something here requires a gradient.
     """
-    tensors = q, k_cache, v_cache, k, v
+    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+    places = cache_batch_idx, cache_leftpad, block_table
+    tensors = q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes
+    optional = {
+        "k": k,
+        "v": v,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "alibi_slopes": alibi_slopes,
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "block_table": block_table,
+    }
+    check_tensors(**{name: x for name, x in optional.items() if x is not None})
+    if in_transform() and any(map(_is_wrapped, (cache_seqlens, *places))):
+        raise NotImplementedError(
+            "flash_attn_with_kvcache has no rule for torch.func over its index tensors: call it "
+            "outside of transforms"
+        )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise NotImplementedError(
             "flash_attn_with_kvcache has no backward pass; call it under torch.no_grad(), or train "
             "with flash_attn_func"
         )
     check_qkv(q, k_cache, v_cache, ndim=4, names=("q", "k_cache", "v_cache"))
-    check_tensor("alibi_slopes", alibi_slopes)
     if block_table is not None and (block_table.ndim != 2 or 0 in block_table.shape[1:]):
         raise ValueError(f"block_table must be (batch, pages), got {tuple(block_table.shape)}")
     if k_cache.shape[1] == 0:
@@ -108,14 +128,15 @@ def flash_attn_with_kvcache(
     lengths = _lengths(cache_seqlens, q, capacity, new)
     _check_places(k_cache, lengths, cache_batch_idx, cache_leftpad, block_table, batch, new)
     check_options(causal, softmax_scale, softcap)
+    check_num_splits(num_splits)
+    if not is_flag(return_softmax_lse):
+        raise TypeError(f"return_softmax_lse must be True or False, got {return_softmax_lse!r}")
     if k is not None:  # what the operators check would come when one of them has written
         check_device("q", q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes)
         check_unit_stride("k_cache", k_cache)
         check_unit_stride("v_cache", v_cache)
         check_slopes(alibi_slopes, q.shape[-2], batch)
         check_scoring(softmax_scale, softcap)
-        if num_splits < 0:
-            raise ValueError(f"num_splits must be >= 0, got {num_splits}")
     cache_batch_idx, cache_leftpad, block_table = (
         x if x is None else x.contiguous() for x in (cache_batch_idx, cache_leftpad, block_table)
     )
@@ -134,9 +155,9 @@ def flash_attn_with_kvcache(
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * new
         packed = (with_unit_stride(x).flatten(0, 1) for x in (k, v))
         update_op(k_cache, v_cache, *packed, lengths, cu_seqlens, new, cache_batch_idx, block_table)
-    places = lengths, None, new, cache_batch_idx, cache_leftpad, block_table
+    view = lengths, None, new, cache_batch_idx, cache_leftpad, block_table
     out, lse = attend_cached(
-        *(q, None, None, CacheView(k_cache, v_cache, *places)),
+        *(q, None, None, CacheView(k_cache, v_cache, *view)),
         window=window,
         max_seqlen_q=seqlen_q,
         softmax_scale=softmax_scale,
@@ -177,10 +198,11 @@ def _lengths(cache_seqlens: int | Tensor | None, q: Tensor, capacity: int, new: 
         cache_seqlens = capacity
     batch = q.shape[0]
     if not isinstance(cache_seqlens, Tensor):
-        if not hasattr(cache_seqlens, "__index__"):
+        try:
+            cache_seqlens = operator.index(cache_seqlens)
+        except TypeError:
             kind = type(cache_seqlens).__name__
-            raise TypeError(f"cache_seqlens must be an integer or a tensor, got {kind}")
-        cache_seqlens = operator.index(cache_seqlens)
+            raise TypeError(f"cache_seqlens must be an integer or a tensor, got {kind}") from None
         if not 0 <= cache_seqlens <= capacity - new:
             raise ValueError(
                 f"cache_seqlens must be in [0, {capacity - new}] for {new} new tokens in "
@@ -225,6 +247,12 @@ def _check_index(
             f"got {tuple(x.shape)} of {x.dtype} on {x.device}"
         )
     check_range(name, x, highest)
+    if torch.compiler.is_compiling() and x.is_cpu and x.numel():  # no values yet: when they come
+        torch._assert_async(((x >= 0) & (x <= highest)).all(), f"{name} must be in [0, {highest}]")
+
+
+def _is_wrapped(x: object) -> bool:
+    return isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _check_tables(cos: Tensor, sin: Tensor, q: Tensor, lengths: Tensor, new: int) -> None:

@@ -568,7 +568,7 @@ BAD = [
     ({"alibi_slopes": [0.5] * 4}, "alibi_slopes must be a tensor, got list"),
     (
         {"softmax_scale": math.nan},
-        "softmax_scale must be positive and finite, got nan",
+        "softmax_scale must be in (0, 3.4e+38], got nan",
     ),
     ({"q": Q[0]}, "q must be (batch, seqlen, heads, head_dim), got (3, 4, 8)"),
     ({"k_cache": CACHE[0]}, "k_cache must be (batch, seqlen, heads, head_dim), got (10, 2, 8)"),
@@ -666,9 +666,9 @@ BAD = [
         {"alibi_slopes": torch.ones(4).int()},
         "alibi_slopes must be float16, bfloat16, float32 or float64, got torch.int32",
     ),
-    ({"num_splits": -1}, "num_splits must be >= 0, got -1"),
-    ({"softcap": -0.5}, "softcap must be >= 0 and finite, got -0.5"),
-    ({"softmax_scale": 0.0}, "softmax_scale must be positive and finite, got 0.0"),
+    ({"num_splits": -1}, "num_splits must be in [0, 2147483647], got -1"),
+    ({"softcap": -0.5}, "softcap must be 0, or in [1.2e-38, 3.4e+38], got -0.5"),
+    ({"softmax_scale": 0.0}, "softmax_scale must be in (0, 3.4e+38], got 0.0"),
     ({"window_size": (3, 2, 1)}, "window_size must be (left, right), got (3, 2, 1)"),
     (
         {"window_size": (-2, 0)},
@@ -729,7 +729,7 @@ def test_good_input():
     ("change", "message"),
     [
         ({"q": Q.int()}, "q must be float16, bfloat16, float32 or float64, got torch.int32"),
-        ({"window_size": (1.5, 0)}, "window_size must hold integers, got float"),
+        ({"window_size": (1.5, 0)}, "window_size must be two integers, got float"),
         ({"cache_seqlens": 3.7}, "cache_seqlens must be an integer or a tensor, got float"),
     ],
     ids=str,

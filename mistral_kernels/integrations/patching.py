@@ -1,12 +1,12 @@
-"""These kernels inside one transformers model, and out again.
+"""Patch one transformers model to use these kernels, and undo it.
 
     handle = apply_mistral_kernels(model)      # or: with apply_mistral_kernels(model): ...
     print(handle)                              # what was changed; what was not, and why
     handle.undo()
 
 `forward` and `config` of the model's own modules are replaced, never a class or a function that
-models share. What replaces them reads `handle.on`, and is the original where it is False: in the
-wrappers that others put around it, and in deep copies, `undo` need not find it.
+models share. Each replacement calls the original while `handle.on` is False, so `undo` also reaches
+replacements that are inside other wrappers and in deep copies.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def apply_mistral_kernels(
     swiglu: bool = True,
     cross_entropy: bool = True,
 ) -> Handle:
-    """Serve one transformers model with these kernels, until `undo()` of the handle.
+    """Patch one transformers model to use these kernels, until `undo()` of the handle.
 
     Before or after its weights are loaded, before or after PEFT wraps it, beside Liger: of two
     patches of a module, the later one serves. What is not supported stays as it is, and `repr` of

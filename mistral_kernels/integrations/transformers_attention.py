@@ -26,13 +26,13 @@ _FEW_QUERIES = 16
 
 _SHORT = 32  # tokens
 
-_UNSAID: Any = object()  # a layer that does not name its window
+_NOT_PASSED: Any = object()  # the layer did not pass `sliding_window`
 
 _logger = logging.get_logger(__name__)
 
 
 def register() -> None:
-    """Make `attn_implementation="mistral_kernels"` known to transformers. Twice is once."""
+    """Make `attn_implementation="mistral_kernels"` known to transformers; once suffices."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, create_mask)
 
@@ -45,7 +45,7 @@ def attend(
     attention_mask: Mask | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = _UNSAID,
+    sliding_window: int | None = _NOT_PASSED,
     softcap: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
@@ -76,7 +76,7 @@ def attend(
     _refuse(dropout, kwargs)
     _warn_of_attentions(module, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if sliding_window is _UNSAID:
+    if sliding_window is _NOT_PASSED:
         sliding_window = None
         if causal:
             _check_has_no_window(module)
@@ -323,7 +323,7 @@ def _warn_of_attentions(module: nn.Module, kwargs: dict[str, Any]) -> None:
 
 
 def _check_has_no_window(module: nn.Module) -> None:
-    """Most layers that do not name their window have none; of some, only the mask knows it."""
+    """Raise NotImplementedError if a layer does not pass its window but its config has one."""
     window = getattr(getattr(module, "config", None), "sliding_window", None)
     if window is not None:
         raise NotImplementedError(

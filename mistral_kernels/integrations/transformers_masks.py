@@ -69,8 +69,8 @@ def create_mask(
         if isinstance(q_offset, int) and q_length == kv_length:
             cu_seqlens = _cu_seqlens_while_tracing(mask_function, batch_size, q_length, device)
             return Mask(shape, cu_seqlens=cu_seqlens)
-    # Static caches forbid the skip for single tokens; where callers cannot forbid it, for prompts,
-    # too. A caller forbids it that is going to change the mask.
+    # Static caches pass False for single tokens, and in versions where callers cannot pass it, for
+    # prompts, too. Otherwise False means that the caller will modify the mask.
     if _CALLERS_MAY_FORBID and not allow_is_causal_skip and q_length > 1:
         return in_full(masking_utils.eager_mask)
     if tracing and (older or attention_mask is not None):

@@ -10,8 +10,16 @@ from torch import Tensor
 
 _FEW = 64  # values that are read faster one by one
 INT32_MAX = torch.iinfo(torch.int32).max
+FLOAT32 = torch.finfo(torch.float32)  # in which kernels take their scalars
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensors(**tensors: Any) -> None:
+    """Raise TypeError unless these, by their names, are tensors."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
 def check_float(name: str, x: Tensor) -> None:
@@ -40,7 +48,7 @@ def check_written(name: str, x: Tensor) -> None:
 
 def check_unit_stride(name: str, x: Tensor) -> None:
     """Raise ValueError unless the last dimension of `x` is contiguous."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
+    if x.ndim and x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"{name}'s last dimension must be contiguous, got strides {x.stride()}")
 
 
@@ -60,7 +68,9 @@ def is_number(value: Any) -> bool:
     """Return whether `value` is a real number, of Python, NumPy or a trace, and no bool."""
     if isinstance(value, (int, float)):
         return not isinstance(value, bool)
-    return value.ndim == 0 if isinstance(value, Tensor) else hasattr(value, "__float__")
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and value.dtype != torch.bool
+    return hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0 and not is_flag(value)
 
 
 def is_flag(value: Any) -> bool:
@@ -70,6 +80,14 @@ def is_flag(value: Any) -> bool:
     if type(value) is int:
         return value in (0, 1)
     return type(value).__name__ in ("bool", "bool_", "SymBool")  # NumPy's is either, by version
+
+
+def check_softcap(softcap: float) -> None:
+    """Raise ValueError unless it is 0, or a normal float32 and positive."""
+    if softcap != 0 and not FLOAT32.tiny <= softcap <= FLOAT32.max:
+        raise ValueError(
+            f"softcap must be 0, or in [{FLOAT32.tiny:.2g}, {FLOAT32.max:.2g}], got {softcap}"
+        )
 
 
 def check_device(like_name: str, like: Tensor, **others: Tensor | None) -> None:

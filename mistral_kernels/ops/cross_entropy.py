@@ -25,6 +25,8 @@ from mistral_kernels.ops.checks import (
     check_float,
     check_same_dtype,
     check_shape,
+    check_softcap,
+    check_tensors,
     check_triton_dtype,
 )
 from mistral_kernels.ops.device_functions import tanh
@@ -281,9 +283,9 @@ def _check(
             )
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-    for name, value in (("z_loss", z_loss), ("softcap", softcap)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be >= 0 and finite, got {value}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be >= 0 and finite, got {z_loss}")
+    check_softcap(softcap)
 
 
 _forward_op = define(
@@ -303,6 +305,7 @@ def _scaled(gradients: tuple[Tensor | None, ...], dloss: Tensor) -> tuple[Tensor
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or in_transform()
+        or torch._C._functorch.is_legacy_batchedtensor(dloss)  # of is_grads_batched
         # Whether the engine was asked to retain the graph; true outside of it.
         or torch._C._autograd._get_current_graph_task_keep_graph()
     ):
@@ -315,6 +318,8 @@ def _scaled(gradients: tuple[Tensor | None, ...], dloss: Tensor) -> tuple[Tensor
 
 
 class LinearCrossEntropyFunction(Function):
+    public_name = "linear_cross_entropy"
+
     @staticmethod
     def forward(hidden: Tensor, weight: Tensor, *args: Any) -> Outputs:
         return _forward_op(hidden, weight, *args)
@@ -376,8 +381,9 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    check_tensors(hidden=hidden, weight=weight, targets=targets)
     args = (targets, ignore_index, reduction == "mean", label_smoothing, z_loss, softcap)
     if needs_gradient(hidden, weight):
         mask = needs_gradient(hidden), needs_gradient(weight)
-        return LinearCrossEntropyFunction.apply(hidden, weight, *args, *mask)[0]
+        return LinearCrossEntropyFunction.call(hidden, weight, *args, *mask)[0]
     return _forward_op(hidden, weight, *args, False, False)[0]

@@ -184,7 +184,7 @@ def float32_precision(x: torch.Tensor) -> str:
 
 def with_unit_stride(x: torch.Tensor) -> torch.Tensor:
     """``x``, or a copy if its last dimension is not contiguous: all other strides kernels take."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.ndim == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
 def width_of(x: torch.Tensor) -> int:

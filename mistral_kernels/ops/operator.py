@@ -8,7 +8,7 @@ derivatives that do not exist. Derivatives that exist are those of an operator's
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,13 +29,13 @@ def define(
     """Define `torch.ops.mistral_kernels.<name>` and return its overload.
 
     Args:
-        schema: without the name, in the grammar of `torch.library`. Without defaults; results are
-            tensors, never None, so that `torch.jit.trace` can record them: `absent` stands for one
-            that was not asked for.
+        schema: without the name, in the grammar of `torch.library`, without default values. Every
+            result is a tensor, since `torch.jit.trace` cannot record None: return `absent` for one
+            that the caller did not request.
         implementation: called with CPU or CUDA tensors, all on one device.
         fake: called with meta or fake tensors; returns empty tensors with true shapes and strides.
-        check: called with the arguments before either; raises unless they fit one another. That
-            tensors are there and on one device is checked here.
+        check: called with the arguments before either; raises for shapes, dtypes and numbers that
+            do not fit. `define` itself checks that tensors are given, on one device.
         gradient_of: the public function whose backward pass this operator is, for `run_backward`.
     """
     qualified = f"{NAMESPACE}::{name}"
@@ -49,6 +49,9 @@ def define(
             _refuse_forward_mode(name)
         check_present(args)
         check(*args)
+        if torch.is_autocast_enabled("cpu"):  # which would turn PyTorch's own operators in here
+            with torch.autocast("cpu", enabled=False):
+                return implementation(*args)
         return implementation(*args)
 
     def run_on_gpu(*args: Any) -> Any:
@@ -77,15 +80,24 @@ class Function(torch.autograd.Function):
     """
 
     generate_vmap_rule = True
+    public_name: ClassVar[str]  # of the function that it is the derivative of, for messages
 
     @classmethod
-    def apply(cls, *args: Any) -> Any:
+    def call(cls, *args: Any) -> Any:
+        """Return what `apply` returns, sooner."""
         if torch.compiler.is_compiling():
-            return super().apply(*args)
+            if in_transform():
+                # There torch.compile runs `forward` alone, and takes its derivative for ours: zero.
+                # Where it may, it leaves the transform to eager execution instead.
+                raise NotImplementedError(
+                    f"{cls.public_name} inside torch.func cannot be compiled: transform a compiled "
+                    "function, do not compile a transformed one"
+                )
+            return cls.apply(*args)
         if in_transform():
             if forward_ad._current_level >= 0:
-                _refuse_forward_mode(cls.__name__.removesuffix("Function"))
-            return super().apply(*args)
+                _refuse_forward_mode(cls.public_name)
+            return cls.apply(*args)
         # Not the method of torch.autograd.Function, which inspects the signature of `forward` to
         # fill in defaults: 20 us per call.
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
@@ -97,9 +109,9 @@ def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Return whether autograd has to see a call with these tensors: call a `Function` then.
+    """Return whether a call with these tensors must go through a `Function`.
 
-    Always inside a transform of `torch.func`, where a tensor hides what outer transforms want.
+    Always inside a transform of `torch.func`: `requires_grad` of outer levels cannot be read.
     """
     if in_transform():
         return True
@@ -117,13 +129,15 @@ def run_backward(operator: Any, *args: Any) -> Any:
         *(x for x in args if isinstance(x, Tensor))
     ):
         return operator(*args)
-    return _OnceFunction.apply(operator, *args)
+    return _OnceFunction.call(operator, *args)
 
 
 _gradient_of: dict[Any, str] = {}
 
 
 class _OnceFunction(Function):
+    public_name = "a gradient"
+
     @staticmethod
     def forward(operator: Any, *args: Any) -> Any:
         return operator(*args)
@@ -196,7 +210,9 @@ def _one_by_one(operator: Any) -> Callable[..., Any]:
                     f"into the same {argument.name}; give {argument.name} a batch dimension, too"
                 )
         if info.batch_size == 0:
-            raise NotImplementedError(f"{operator.name()}: vmap over no examples at all")
+            raise NotImplementedError(
+                f"vmap over {operator.name()} must have a batch size > 0, got 0"
+            )
         results = [
             operator(*(x.select(d, i) if isinstance(d, int) else x for x, d in zip(args, in_dims)))
             for i in range(info.batch_size)

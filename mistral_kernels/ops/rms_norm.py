@@ -20,6 +20,7 @@ from L2.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,9 @@ from mistral_kernels.ops.checks import (
     check_float,
     check_same_dtype,
     check_shape,
+    check_tensors,
     check_triton_dtype,
+    is_number,
 )
 from mistral_kernels.ops.dispatch import (
     as_rows,
@@ -348,8 +351,12 @@ def _backward(dy: Tensor, *args: Any) -> Gradients:
     return _backward_csrc(operators, dy, *args) if operators else _backward_torch(dy, *args)
 
 
-def _check(x: Tensor, weight: Tensor, residual: Tensor | None, *_: Any) -> None:
+def _check(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float = 0.0, *_: Any) -> None:
     check_float("x", x)
+    if not is_number(eps):
+        raise TypeError(f"eps must be a number, got {eps!r}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be >= 0 and finite, got {eps}")
     if x.ndim == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(
             f"x and weight must be (..., hidden) and (hidden,), "
@@ -392,6 +399,8 @@ _backward_op = define(
 
 
 class RMSNormFunction(Function):
+    public_name = "rms_norm"
+
     @staticmethod
     def forward(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> Outputs:
         return _forward_op(x, weight, residual, eps, True)
@@ -443,15 +452,17 @@ def rms_norm(
 
     Raises:
         TypeError: a dtype is not supported, or differs from that of ``x``.
-        ValueError: a shape does not fit ``x``, or a tensor is on another device.
+        ValueError: a shape does not fit ``x``, a tensor is on another device, or ``eps`` is
+            negative or not finite.
     """
+    check_tensors(x=x, weight=weight)
     if operators := direct_cpu_operators(x, weight, residual):
-        _check(x, weight, residual)
+        _check(x, weight, residual, eps)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         h = None if residual is None else torch.empty_like(y)
         _run_csrc(operators, x, weight, residual, eps, y, h, None)
     elif needs_gradient(x, weight, residual):
-        y, h, _ = RMSNormFunction.apply(x, weight, residual, eps)
+        y, h, _ = RMSNormFunction.call(x, weight, residual, eps)
     else:
         y, h, _ = _forward_op(x, weight, residual, eps, False)
     if residual is None:

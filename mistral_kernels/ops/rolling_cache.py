@@ -26,7 +26,7 @@ from mistral_kernels.ops.cache_arguments import (
     check_reach,
     check_rotation,
 )
-from mistral_kernels.ops.checks import check_int32, check_triton_dtype, check_written
+from mistral_kernels.ops.checks import check_int32, check_tensors, check_triton_dtype, check_written
 from mistral_kernels.ops.dispatch import (
     BACKEND_VARIABLE,
     device_guard,
@@ -449,6 +449,9 @@ def rolling_cache_update_(
             "rolling_cache_update_ writes into its caches and has no rule for torch.func: call it "
             "outside of transforms, or use mistral_kernels.ops.reference.rolling_cache_update"
         )
+    check_tensors(
+        k_cache=k_cache, v_cache=v_cache, k=k, v=v, lengths=lengths, cu_seqlens=cu_seqlens
+    )
     check_one_per_row(k_cache, lengths)
     if q is None and (cos is not None or sin is not None):
         raise ValueError("cos and sin require q")

@@ -11,13 +11,14 @@ before they are added (no fused multiply-add), so that every backend gives the s
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mistral_kernels.ops import extension, launch_configs
-from mistral_kernels.ops.checks import check_triton_dtype
+from mistral_kernels.ops.checks import check_tensors, check_triton_dtype
 from mistral_kernels.ops.dispatch import (
     device_guard,
     direct_cpu_operators,
@@ -285,6 +286,8 @@ _rotary_in_place_op = define(
 class RotaryFunction(Function):
     """The derivative is the inverse rotation, so there are derivatives of any order."""
 
+    public_name = "apply_rotary"
+
     @staticmethod
     def forward(q: Tensor | None, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
         return _rotary_op(q, k, *args)
@@ -326,7 +329,7 @@ class RotaryInPlaceFunction(torch.autograd.Function):
 
 def _turned(q: Tensor | None, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     if needs_gradient(q, k):
-        return RotaryFunction.apply(q, k, *args)
+        return RotaryFunction.call(q, k, *args)
     return _rotary_op(q, k, *args)
 
 
@@ -335,10 +338,20 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every angle, each (num_positions, head_dim / 2) in float32.
 
-    Raises `ValueError` for an odd `head_dim`.
+    Raises:
+        ValueError: `num_positions` is negative, `head_dim` odd or not positive (channels turn in
+            pairs), or `theta` not positive and finite.
+        TypeError: `num_positions` or `head_dim` is no integer.
     """
-    if head_dim % 2:
-        raise ValueError(f"head_dim must be even, for channels turn in pairs, got {head_dim}")
+    for name, value in (("num_positions", num_positions), ("head_dim", head_dim)):
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+    if num_positions < 0:
+        raise ValueError(f"num_positions must be >= 0, got {num_positions}")
+    if head_dim % 2 or head_dim <= 0:
+        raise ValueError(f"head_dim must be even and positive, got {head_dim}")
+    if not 0 < theta < math.inf:
+        raise ValueError(f"theta must be positive and finite, got {theta}")
     channels = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device)
     positions = torch.arange(num_positions, dtype=torch.float64, device=device)
     angles = torch.outer(positions, theta ** (-channels / head_dim))
@@ -374,6 +387,7 @@ def apply_rotary(
             a position outside the tables.
         TypeError: q is not floating point.
     """
+    check_tensors(q=q, k=k, cos=cos, sin=sin, positions=positions)
     args = cos, sin, positions, interleaved, False
     operators = direct_cpu_operators(q, k, cos, sin, positions)
     if operators is None:
@@ -406,6 +420,7 @@ def apply_rotary_(
             as in an expanded tensor, or where q and k overlap.
         TypeError: q is not floating point.
     """
+    check_tensors(q=q, k=k, cos=cos, sin=sin, positions=positions)
     if needs_gradient(q, k):
         check_rotary(q, k, cos, sin, positions)
         check_positions(positions, len(cos))

@@ -24,6 +24,7 @@ from mistral_kernels.ops.checks import (
     check_float,
     check_same_dtype,
     check_shape,
+    check_tensors,
     check_triton_dtype,
 )
 from mistral_kernels.ops.dispatch import (
@@ -261,6 +262,8 @@ _backward_op = define(
 
 
 class SwiGLUFunction(Function):
+    public_name = "swiglu"
+
     @staticmethod
     def forward(gate: Tensor, up: Tensor | None) -> Tensor:
         return _forward_op(gate, up)
@@ -292,9 +295,10 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         ValueError: shapes or devices differ, or a fused gate has an odd last dimension.
         TypeError: gate's dtype is not supported, or up has another.
     """
+    check_tensors(gate=gate)
     if operators := direct_cpu_operators(gate, up):
         _check(gate, up)
         return _forward_csrc(operators, gate, up)
     if needs_gradient(gate, up):
-        return SwiGLUFunction.apply(gate, up)
+        return SwiGLUFunction.call(gate, up)
     return _forward_op(gate, up)

@@ -301,7 +301,11 @@ H, W, T = torch.ones(3, 4), torch.ones(5, 4), torch.zeros(3, dtype=torch.int64)
         ((H, W, T - 1), ValueError, r"targets must lie in \[0, 5\) or be -100, got -1"),
         ((H, W, T, -100, "sum", 1.5), ValueError, r"label_smoothing must lie in \[0, 1\], got 1.5"),
         ((H, W, T, -100, "sum", 0.0, -1.0), ValueError, "z_loss must be >= 0 .*, got -1.0"),
-        ((H, W, T, -100, "sum", 0.0, 0.0, -1.0), ValueError, "softcap must be >= 0 .*, got -1.0"),
+        (
+            (H, W, T, -100, "sum", 0.0, 0.0, -1.0),
+            ValueError,
+            "softcap must be 0, or in .*, got -1.0",
+        ),
     ],
 )
 def test_bad_input(arguments, error, message):

@@ -299,7 +299,11 @@ def test_caches_need_a_contiguous_last_dimension():
         ({**STEP, "q": QS[:2, :, :4]}, ValueError, "k_cache must have q's head_dim 4"),
         ({**STEP, "q": QS[:2, :3]}, ValueError, "k_cache's 2 heads must divide q's 3"),
         ({"sliding_window": 0}, ValueError, "sliding_window must be positive"),
-        ({"sliding_window": 1.5}, TypeError, "sliding_window must hold integers, got float"),
+        (
+            {"sliding_window": 1.5},
+            TypeError,
+            "sliding_window must be an integer or None, got float",
+        ),
     ],
 )
 def test_bad_attention(change, error, message):

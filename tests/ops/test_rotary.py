@@ -264,7 +264,7 @@ def test_bad_input(arguments, error, message):
 
 
 def test_odd_head_dim():
-    with pytest.raises(ValueError, match="head_dim must be even, .* got 7"):
+    with pytest.raises(ValueError, match="head_dim must be even and positive, got 7"):
         rotary_tables(10, 7, 1e4)
 
 

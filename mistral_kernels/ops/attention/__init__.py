@@ -21,11 +21,11 @@ from mistral_kernels.ops.attention.checks import (
     check_ndim,
     check_options,
     check_qkv,
-    check_tensor,
 )
 from mistral_kernels.ops.attention.op import attend
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.cache_arguments import check_one_per_row
+from mistral_kernels.ops.checks import check_tensors
 from mistral_kernels.ops.dispatch import with_unit_stride
 
 
@@ -79,9 +79,13 @@ def attention(
         TypeError: q, k or v is not floating point, or a window or length is not of integers.
     """
     check_options(causal, softmax_scale, softcap)
-    check_tensor("cu_seqlens_q", cu_seqlens_q)
-    check_tensor("cu_seqlens_k", cu_seqlens_k)
-    check_tensor("alibi_slopes", alibi_slopes)
+    check_tensors(q=q, k=k, v=v)
+    optional = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "alibi_slopes": alibi_slopes,
+    }
+    check_tensors(**{name: x for name, x in optional.items() if x is not None})
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if value is not None and cu_seqlens_q is None:
             raise ValueError(f"{name} is for packed batches and needs cu_seqlens_q too")
@@ -148,6 +152,7 @@ def rolling_cache_attention(
         ValueError: naming the argument that does not fit.
         TypeError: q, k or v is not floating point, or a window is not of integers.
     """
+    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths, cu_seqlens=cu_seqlens)
     check_one_per_row(k_cache, lengths)
     if (k is None) != (v is None):
         raise ValueError("k and v must both be given, or both be None")

@@ -29,11 +29,11 @@ def attend_in_pieces(
     Reads `lengths` on the host.
     """
     return_lse = scoring.return_lse
+    if not cache.lengths.numel():
+        return empty_outputs(q, return_lse)
     whole_rows = cache.rows is None and cache.block_table is None
     if whole_rows and is_decode_step(q, k, cache, scoring, max_seqlen_q):
         return _decode(q, cache, scoring), absent(q, lse_dtype(q))
-    if not cache.lengths.numel():
-        return empty_outputs(q, return_lse)
     packed = cache.cu_seqlens is not None
     offsets = cache.cu_seqlens.tolist() if cache.cu_seqlens is not None else []
     outs, sums = [], []
@@ -110,7 +110,7 @@ def _decode(q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
     batch, window = cache.lengths.shape[0], scoring.window
     k_cache, v_cache = cache.k_cache[:batch], cache.v_cache[:batch]
     _, capacity, groups, head_dim = k_cache.shape
-    totals = cache.lengths + (cache.seqlen_new if cache.cu_seqlens is None else 1)
+    totals = cache.lengths.long() + (cache.seqlen_new if cache.cu_seqlens is None else 1)
     counts = totals.clamp(max=capacity)
     narrow = 0 <= window.left < capacity - 1  # the cache keeps more than the window shows
     begin = 0

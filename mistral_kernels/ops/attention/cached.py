@@ -18,6 +18,7 @@ from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.checks import (
     check_heads,
     check_ndim,
+    check_num_splits,
     check_scoring,
     check_slopes,
 )
@@ -30,7 +31,13 @@ from mistral_kernels.ops.cache_arguments import (
     check_packing,
     check_places,
 )
-from mistral_kernels.ops.checks import INT32_MAX, check_int32, check_range, check_same_dtype
+from mistral_kernels.ops.checks import (
+    INT32_MAX,
+    check_device,
+    check_int32,
+    check_range,
+    check_same_dtype,
+)
 from mistral_kernels.ops.dispatch import uses_triton, with_unit_stride
 from mistral_kernels.ops.operator import absent, define, needs_gradient
 
@@ -114,8 +121,7 @@ def _check(q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any) -> None:
     check_int32("leftpad", leftpad, (batch,))
     check_slopes(slopes, q.shape[-2], batch)
     check_scoring(scale, softcap)
-    if num_splits < 0:
-        raise ValueError(f"num_splits must be >= 0, got {num_splits}")
+    check_num_splits(num_splits)
     if counters is not None:
         needed = decode.num_counters(k_cache.shape[0], k_cache.shape[2])
         if counters.numel() < needed or counters.dtype != torch.int32:
@@ -170,6 +176,8 @@ def attend_cached(
     scoring_args = *window, scale, softcap, alibi_slopes, return_lse
     args = q, k, v, *cache, max_seqlen_q, *scoring_args, num_splits, counters
     if needs_gradient(q, k, v, cache.k_cache, cache.v_cache):
+        tensors = {"k": k, "v": v, **cache._asdict(), "alibi_slopes": alibi_slopes}
+        check_device("q", q, **{n: x for n, x in tensors.items() if isinstance(x, Tensor)})
         _check(*args)
         _check_values(q, cache, max_seqlen_q)
         scoring = Scoring(window, scale, softcap, alibi_slopes, return_lse)

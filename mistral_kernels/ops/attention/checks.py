@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mistral_kernels.ops.checks import (
+    FLOAT32,
+    INT32_MAX,
     check_float,
     check_same_dtype,
     check_shape,
+    check_softcap,
     is_flag,
     is_number,
 )
@@ -30,11 +33,11 @@ def check_qkv(
     q_name, k_name, v_name = names
     check_ndim(q_name, q, ndim)
     check_ndim(k_name, k, ndim)
+    check_heads(q_name, q, k_name, k)
     check_shape(v_name, v, k.shape)
     check_float(q_name, q)
     check_same_dtype(k_name, k, q_name, q)
     check_same_dtype(v_name, v, q_name, q)
-    check_heads(q_name, q, k_name, k)
 
 
 def check_heads(q_name: str, q: Tensor, k_name: str, k: Tensor) -> None:
@@ -56,12 +59,6 @@ def check_ndim(name: str, x: Tensor, ndim: int) -> None:
     if x.ndim != ndim:
         layout = "batch, seqlen" if ndim == 4 else "tokens"
         raise ValueError(f"{name} must be ({layout}, heads, head_dim), got {tuple(x.shape)}")
-
-
-def check_tensor(name: str, x: Any) -> None:
-    """Raise TypeError unless `x` is a tensor or None."""
-    if x is not None and not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor) -> int:
@@ -95,8 +92,21 @@ def check_options(causal: Any, softmax_scale: Any, softcap: Any) -> None:
 
 
 def check_scoring(softmax_scale: float | None, softcap: float) -> None:
-    """Raise ValueError for numbers with which scores would be NaN, or one backend's own."""
-    if softmax_scale is not None and not 0 < softmax_scale < math.inf:
-        raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be >= 0 and finite, got {softcap}")
+    """Raise ValueError for numbers that give NaN, or results that depend on the backend."""
+    if softmax_scale is not None and not 0 < softmax_scale <= FLOAT32.max:
+        raise ValueError(f"softmax_scale must be in (0, {FLOAT32.max:.2g}], got {softmax_scale}")
+    check_softcap(softcap)
+
+
+def check_num_splits(num_splits: Any) -> None:
+    """Raise unless it is an integer from 0 on that fits 32 bits."""
+    if type(num_splits) is int and 0 <= num_splits <= INT32_MAX:
+        return
+    if torch.compiler.is_compiling():  # it may be symbolic
+        return
+    try:
+        number = operator.index(num_splits)
+    except TypeError:
+        raise TypeError(f"num_splits must be an integer, got {num_splits!r}") from None
+    if not 0 <= number <= INT32_MAX:
+        raise ValueError(f"num_splits must be in [0, {INT32_MAX}], got {number}")

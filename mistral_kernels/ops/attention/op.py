@@ -175,6 +175,8 @@ _backward_op = define(
 
 
 class AttentionFunction(Function):
+    public_name = "attention"
+
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
         return _forward_op(q, k, v, *options)
@@ -231,5 +233,5 @@ def attend(
         return_lse or needs_lse,
     )
     if differentiable:
-        return AttentionFunction.apply(q, k, v, *options)
+        return AttentionFunction.call(q, k, v, *options)
     return _forward_op(q, k, v, *options)

@@ -31,10 +31,13 @@ _seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def make_cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """(len(lengths) + 1,) int32, of sequences of these lengths: `check` need not look at it."""
+    """Return (len(lengths) + 1,) int32 for sequences of these lengths, which nobody may change.
+
+    `check` takes its values from here and never reads them.
+    """
     offsets = [0, *accumulate(lengths)]
     cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
-    _remember(cu_seqlens, lengths, offsets[-1])
+    _seen[cu_seqlens] = _describe(cu_seqlens, lengths, offsets[-1])
     return cu_seqlens
 
 
@@ -48,10 +51,10 @@ def check(
 ) -> tuple[Offsets | None, int, int]:
     """The offsets of a packed batch, checked, and its longest sequences; no offsets if rectangular.
 
-    cu_seqlens_k is cu_seqlens_q if None. Values are read once per tensor, not at every call: on a
-    GPU that waits for the device. What is then known is used: empty sequences at the end are left
-    away, and max_seqlen need not be tight. While a CUDA graph is captured nothing may wait, and
-    tensors not seen before are taken on trust.
+    cu_seqlens_k is cu_seqlens_q if None. On a GPU, where reading values waits for the device, it is
+    done once for each version of a tensor. What is then known is used: empty sequences at the end
+    are left away, and max_seqlen need not be tight. While a CUDA graph is captured nothing may
+    wait, and tensors not seen before are taken on trust.
 
     Raises:
         ValueError: sequences overlap, begin before 0, end past the tokens, or are longer than
@@ -83,7 +86,9 @@ def _check(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> _Seen
             raise ValueError(
                 f"cu_seqlens_{name} must begin with 0 and never decrease, got {offsets}"
             )
-        seen = _remember(cu_seqlens, lengths, offsets[-1])
+        seen = _describe(cu_seqlens, lengths, offsets[-1])
+        if not cu_seqlens.is_cpu and not cu_seqlens.is_inference():  # which counts no versions
+            _seen[cu_seqlens] = seen
     if seen.end > tokens:
         raise ValueError(
             f"cu_seqlens_{name} ends at {seen.end}, past the {tokens} tokens of {name}"
@@ -96,13 +101,12 @@ def _check(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> _Seen
     return seen
 
 
-def _remember(cu_seqlens: Tensor, lengths: Sequence[int], end: int) -> _Seen:
+def _describe(cu_seqlens: Tensor, lengths: Sequence[int], end: int) -> _Seen:
     sequences = len(lengths)
     while sequences and not lengths[sequences - 1]:
         sequences -= 1
     longest = max(lengths, default=0)
-    seen = _seen[cu_seqlens] = _Seen(_version(cu_seqlens), sequences, longest, end)
-    return seen
+    return _Seen(_version(cu_seqlens), sequences, longest, end)
 
 
 def _version(x: Tensor) -> int:

@@ -56,7 +56,7 @@ def resolve_window(
     if sliding_window is not None:
         if window_size is not None:
             raise ValueError("give sliding_window or window_size, not both")
-        count = _as_int("sliding_window", sliding_window)
+        count = _as_int("sliding_window", sliding_window, "an integer or None")
         if count <= 0:
             raise ValueError(f"sliding_window must be positive or None (no window), got {count}")
         return Window(min(count - 1, UNBOUNDED), 0)
@@ -65,7 +65,7 @@ def resolve_window(
     if not hasattr(window_size, "__len__") or len(window_size) != 2:
         raise ValueError(f"window_size must be (left, right), got {window_size}")
     left, right = (
-        -1 if distance is None else min(_as_int("window_size", distance), UNBOUNDED)
+        -1 if distance is None else min(_as_int("window_size", distance, "two integers"), UNBOUNDED)
         for distance in window_size
     )
     if left < -1 or right < -1:
@@ -75,11 +75,11 @@ def resolve_window(
     return Window(left, 0 if causal else right)
 
 
-def _as_int(name: str, value: Any) -> int:
+def _as_int(name: str, value: Any, expected: str) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must hold integers, got {type(value).__name__}") from None
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}") from None
 
 
 @jit
