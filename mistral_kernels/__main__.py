@@ -25,7 +25,7 @@ _EXTRAS = {"chat": ("mistral_common",), "hf": ("huggingface_hub", "tokenizers", 
 
 
 def report() -> Iterator[str]:
-    """The lines of the report."""
+    """Return the lines of the report."""
     yield f"mistral_kernels {mk.__version__}"
     yield f"python          {platform.python_version()} on {platform.platform()}"
     yield f"torch           {torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}"
@@ -171,7 +171,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m mistral_kernels", description=report.__doc__)
+    parser = Parser(
+        prog="python -m mistral_kernels",
+        description="Print what is installed, which backend runs, and why.",
+    )
     parser.add_argument("--check", action="store_true", help="measure each operator's error")
     return parser
 

@@ -52,15 +52,19 @@ class Conversation:
         return math.inf if self._cache.endless else self.max_length - len(self._cached)
 
     def prompt_for(self, message: str) -> list[int]:
-        """The user speaks: the tokens that the cache has yet to see.
+        """Append a user message and return the tokens that are not in the cache yet.
 
-        Raises ValueError for an empty message, and where the context has no room for it: without a
-        window the cache holds every token.
+        Raises ValueError for an empty message, a template that renders nothing, and where the
+        context has no room for the message: without a window the cache holds every token.
         """
         if not message.strip():
             raise ValueError("the message is empty")
         self.messages.append({"role": "user", "content": message})
         ids = list(self.tokenizer.apply_chat_template(self.messages))
+        if not ids:
+            self.messages.pop()
+            folder = self.tokenizer.path.parent
+            raise ValueError(f"the chat template in {folder} must render a prompt, got no tokens")
         if not self._cache.endless and len(ids) > self.max_length:
             self.messages.pop()
             raise ValueError(

@@ -22,6 +22,7 @@ import torch
 
 from mistral_kernels.errors import one_line, reason_of
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE, choose_backend
+from mistral_kernels.signals import unwinding_when_terminated
 from mistral_kernels.startup import BAD_INPUT, INTERRUPTED, end_on_interrupt, open_closed_streams
 
 DTYPES = {
@@ -168,18 +169,20 @@ def run(command: Callable[[T], int | None], argument: T) -> int:
 
     It is what `command` returns (None: 0); 2 for bad input and where memory does not suffice, of
     which one line is written to stderr; 130 when interrupted; 141 when the reader of stdout or
-    stderr has gone. What `command` wrote has been flushed: errors of that count, too.
+    stderr has gone. What `command` wrote has been flushed: errors of that count, too. SIGTERM and
+    SIGHUP end the process after the `finally` blocks of `command`.
 
     Raises what a fault of ours raises: its traceback is what a report of it needs.
     """
     open_closed_streams()
     try:
-        try:
-            return command(argument) or 0
-        finally:
-            with _named("standard output"):
-                sys.stdout.flush()
-            sys.stderr.flush()
+        with unwinding_when_terminated():
+            try:
+                return command(argument) or 0
+            finally:
+                with _named("standard output"):
+                    sys.stdout.flush()
+                sys.stderr.flush()
     except KeyboardInterrupt:
         _write_error("\ninterrupted\n")
         return INTERRUPTED

@@ -14,8 +14,9 @@ _OUT_OF_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|cannot allocate memory|out of memory|bad_alloc", re.I
 )
 _TOO_LARGE = re.compile(r"(calculation|multiplication) overflow", re.I)
-# As does pathlib for an unknown user and, before Python 3.13, for a link that leads to itself, and
-# `ops.extension` where MISTRAL_KERNELS_BUILD=always cannot be served.
+# RuntimeErrors that mean bad input. pathlib raises one for an unknown user and, before Python 3.13,
+# for a symbolic link loop; ops.extension raises one if MISTRAL_KERNELS_BUILD=always and there is no
+# library.
 _BAD_INPUT = re.compile(
     r"Could not determine home directory|Symlink loop from |no library for \w+, and MISTRAL_"
 )

@@ -1,4 +1,7 @@
-"""Read files that come from elsewhere: regular files only, bounded sizes, JSON of a known shape."""
+"""Read files that come from elsewhere: regular files only, bounded sizes, JSON of a known shape.
+
+`create_anew` writes a file beside files that come from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import errno
 import json
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from mistral_kernels.schema import OneLineError, find_mismatch
 
@@ -27,6 +31,14 @@ def expand_user(path: str | Path) -> Path:
         raise CheckpointError(f"no such user: {str(path)!r}; name the folder in full") from None
 
 
+def is_taken(path: Path) -> bool:
+    """Return whether anything has this name; a symbolic link that leads nowhere has it, too.
+
+    Raises OSError if that cannot be found out. Reading such a link raises an error that names it.
+    """
+    return path.exists() or path.is_symlink()
+
+
 def check_regular(path: Path, limit: int | None = None) -> int:
     """Return the size in bytes of a regular file, or of the one that a symbolic link leads to.
 
@@ -34,16 +46,34 @@ def check_regular(path: Path, limit: int | None = None) -> int:
     reading a device may never end.
 
     Raises:
-        CheckpointError: `path` is a folder, a FIFO, a socket or a device, or has more than `limit`
-            bytes.
+        CheckpointError: `path` is a folder, a FIFO, a socket, a device or a link that leads
+            nowhere, or has more than `limit` bytes.
         OSError: there is no such file, or it cannot be accessed.
     """
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        nowhere = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+        if nowhere and os.path.islink(path):
+            got = "a symbolic link that leads nowhere"
+            raise CheckpointError(f"{path} must be a regular file, got {got}") from None
+        raise
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} must be a regular file, got {_kind(status.st_mode)}")
     if limit is not None and status.st_size > limit:
         raise CheckpointError(f"{path} must have at most {limit} bytes, got {status.st_size}")
     return status.st_size
+
+
+def create_anew(path: Path) -> IO[bytes]:
+    """Open a new file for writing, after removing what has its name, except a folder.
+
+    An open by name alone would wait at a FIFO, and overwrite the file that a link leads to.
+    """
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(os.open(path, flags, 0o666), "wb")
 
 
 def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:

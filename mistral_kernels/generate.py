@@ -48,6 +48,7 @@ from mistral_kernels.parallel import ParallelMistralForCausalLM
 from mistral_kernels.ranges import COUNT, SEED
 from mistral_kernels.streaming import Completion, TextDelta, generate, stream_generate
 from mistral_kernels.tokenizer import MistralTokenizer
+from mistral_kernels.tokenizer.base import check_text
 
 __all__ = ["Completion", "TextDelta", "generate", "main", "stream_generate"]
 
@@ -177,6 +178,8 @@ def _generate(args: argparse.Namespace, world: World) -> None:
     )
     if not all(args.stop):
         raise ValueError("--stop must not be empty")
+    for text in args.stop:
+        check_text("--stop", text)
     if args.chat and args.num_samples > 1:
         raise ValueError("--num-samples is for texts; --chat holds one conversation")
     if args.system is not None and not args.chat:
@@ -226,7 +229,7 @@ def _generate(args: argparse.Namespace, world: World) -> None:
             if tokenizer.has_chat_template and not args.quiet:
                 print("note: an instruct model; --chat applies its template", file=sys.stderr)
             _complete(args, model, tokenizer, prompts, options, stats)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter by SIGTERM
         reports = reports and stats.first_tokens > 0
         raise
     except Exception:

@@ -179,7 +179,7 @@ class ShardedSaving(Saving):
 def _reason(error: CheckpointException) -> str:
     """Why the first rank that failed did; an interrupt goes on as one."""
     first, _ = error.failures[min(error.failures)]
-    if isinstance(first, KeyboardInterrupt):
+    if isinstance(first, (KeyboardInterrupt, SystemExit)):
         raise first from None
     return str(first).partition("\n")[0]
 
@@ -228,6 +228,7 @@ class _Reader(dcp.FileSystemReader):
         Raises `CheckpointError` for metadata of other tensors, or that holds anything else.
         """
         folder = Path(self.path)
+        check_regular(folder / _METADATA)  # its checksum may be another rank's to check
         with naming_damage(folder), open(folder / _METADATA, "rb") as file:
             try:
                 metadata = _MetadataUnpickler(file).load()

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from mistral_kernels.checkpoint import Part, save_hf
+from mistral_kernels.checkpoint.stored import check_cast
 from mistral_kernels.distributed import World
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.transformer import MistralForCausalLM
@@ -71,8 +72,10 @@ def sharded_model(
         return slice(low - first, high - first), shard[low - start : high - start]
 
     for name, tensor in tensors(lambda name, _: (own(name)[0],)):
-        own(name)[1].copy_(tensor.to(dtype))
-        del tensor  # a mapped one keeps its pages until it is dropped
+        cast = tensor.to(dtype)
+        check_cast(name, tensor, cast)
+        own(name)[1].copy_(cast)
+        del tensor, cast  # a mapped one keeps its pages until it is dropped
     return model
 
 

@@ -12,6 +12,7 @@ from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ranges import Range
 from mistral_kernels.tokenizer import MistralTokenizer
+from mistral_kernels.tokenizer.base import check_text
 
 DEFAULT_MAX_TOKENS = 256
 _MAX_TOKENS = Range(int, 0)
@@ -92,6 +93,7 @@ def _checked_stop(stop: str | Sequence[str]) -> list[str]:
             raise TypeError(f"stop must be a string or a list of them, got {type(each).__name__}")
         if not each:
             raise ValueError("a stop string must not be empty")
+        check_text("a stop string", each)
     return strings
 
 
@@ -126,8 +128,8 @@ def stream_generate(
 
     Raises:
         TypeError: a prompt is neither a text nor token ids; a stop string is not a string.
-        ValueError: an empty prompt, an empty stop string, a setting out of range, or logits that
-            are not finite.
+        ValueError: an empty prompt or stop string, a lone surrogate in one, a setting out of range,
+            or logits that are not finite.
     """
     max_tokens = _MAX_TOKENS.check("max_tokens", max_tokens)
     stop = _checked_stop(stop)

@@ -18,7 +18,7 @@ from torch import Tensor
 from mistral_kernels.checkpoint import CheckpointError
 from mistral_kernels.checkpoint.writing import sync_folder
 from mistral_kernels.errors import is_out_of_memory
-from mistral_kernels.files import check_regular
+from mistral_kernels.files import check_regular, create_anew, is_taken
 
 # Raises ValueError for a state that the run cannot have saved.
 Check = Callable[[Mapping[str, Any]], None]
@@ -46,20 +46,23 @@ class Saving:
         fresh = self._incomplete
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with fresh.open("wb") as file:
-                torch.save({"identity": dict(self.identity), **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(self.path)
+            file = create_anew(fresh)
+            try:
+                with file:
+                    torch.save({"identity": dict(self.identity), **state}, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                fresh.replace(self.path)
+            finally:
+                fresh.unlink(missing_ok=True)
             sync_folder(self.path.parent)
         except (OSError, RuntimeError) as error:
-            # torch.save covers what stopped it, a full disk or Ctrl-C, with an error of its own.
+            # torch.save replaces the original exception (disk full, Ctrl-C) by its own; the
+            # original is its __context__.
             reason = error.__context__ or error
-            if isinstance(reason, KeyboardInterrupt):
+            if isinstance(reason, (KeyboardInterrupt, SystemExit)):
                 raise reason from None
             raise CheckpointError(f"cannot save to {self.path}: {reason}") from error
-        finally:
-            fresh.unlink(missing_ok=True)
 
     def load(self, state: Mapping[str, Any], check: Check) -> dict[str, Any] | None:
         """Return the state in the file, None if there is none; no code in it is ever run.
@@ -73,7 +76,7 @@ class Saving:
                 f"{self.path} is the state of a run under torchrun; go on with torchrun "
                 "(--nproc-per-node 1 will do), remove it, or name another output"
             )
-        if not self.path.exists():
+        if not self.exists():
             return None
         saved = read_state(self.path, ("identity", *state))
         check_identity(self.path, saved["identity"], self.identity)
@@ -82,13 +85,14 @@ class Saving:
         return saved
 
     def exists(self) -> bool:
-        """Is there a state to go on from?"""
-        return self.path.exists()
+        """Return whether there is a state to resume from."""
+        return is_taken(self.path)
 
     def discard(self) -> None:
         """Remove what was saved, and what a killed run had begun to save."""
         for path in (self.path, self._incomplete):
-            path.unlink(missing_ok=True)
+            if not path.is_dir():  # which is not ours
+                path.unlink(missing_ok=True)
 
     @property
     def _incomplete(self) -> Path:
@@ -121,7 +125,8 @@ def read_state(path: Path, parts: Iterable[str]) -> dict[str, Any]:
     with naming_damage(path):
         with zipfile.ZipFile(path) as file:
             if any(record.compress_type != zipfile.ZIP_STORED for record in file.infolist()):
-                raise ValueError("it is compressed")  # to sizes that nothing bounds
+                # A compressed record can expand to any size.
+                raise ValueError("it is compressed")
             if damaged := file.testzip():  # torch.load does not check the checksums
                 raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -172,6 +172,19 @@ def test_an_empty_message(tokenizer: MistralTokenizer) -> None:
         Conversation(make_model(7), tokenizer).prompt_for("  ")
 
 
+def test_a_template_that_renders_nothing(
+    tokenizer: MistralTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template is at fault, not the user, and the message is not remembered."""
+    conversation = Conversation(make_model(7), tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(MistralTokenizer, "apply_chat_template", lambda *_: [])
+        with pytest.raises(ValueError, match=f"the chat template in {DATA} must render a prompt"):
+            conversation.prompt_for("Hello")
+    assert conversation.messages == []
+    assert conversation.prompt_for("Hello")
+
+
 # The command
 
 

@@ -99,3 +99,9 @@ def test_as_a_module() -> None:
         [sys.executable, "-m", "mistral_kernels"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("mistral_kernels ") and done.stderr == ""
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        doctor.main(["--help"])
+    assert "Print what is installed, which backend runs, and why." in capsys.readouterr().out

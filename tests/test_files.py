@@ -8,7 +8,14 @@ import socket
 
 import pytest
 
-from mistral_kernels.files import CheckpointError, check_regular, read_json, read_text
+from mistral_kernels.files import (
+    CheckpointError,
+    check_regular,
+    create_anew,
+    is_taken,
+    read_json,
+    read_text,
+)
 
 
 def test_regular_files_and_links_to_them(tmp_path):
@@ -37,6 +44,27 @@ def test_nothing_but_regular_files(tmp_path):
         assert str(caught.value) == f"{tmp_path / name} must be a regular file, got {kind}"
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "absent")
+    for name, target in (("dangling", "nowhere"), ("loop", "loop"), ("deep", "device/x")):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(CheckpointError, match="got a symbolic link that leads nowhere$"):
+            read_json(tmp_path / name)
+        assert is_taken(tmp_path / name) and not is_taken(tmp_path / target / "x")
+
+
+def test_a_new_file_in_the_place_of_another(tmp_path):
+    """A FIFO is not waited for, and nothing is written through a link; a folder is kept."""
+    mine, new = tmp_path / "mine", tmp_path / "new"
+    mine.write_text("mine")
+    ways = (lambda: None, new.touch, lambda: os.mkfifo(new), lambda: new.symlink_to(mine))
+    for make in (*ways, lambda: os.link(mine, new), lambda: new.symlink_to("nowhere")):
+        make()
+        with create_anew(new) as file:
+            file.write(b"new")
+        assert new.read_text() == "new" and not new.is_symlink() and mine.read_text() == "mine"
+        new.unlink()
+    new.mkdir()
+    with pytest.raises(IsADirectoryError):
+        create_anew(new)
 
 
 def test_size_is_bounded(tmp_path):

@@ -471,6 +471,8 @@ def test_bad_arguments(model: MistralForCausalLM, tokenizer: MistralTokenizer) -
             generate(model, tokenizer, prompts)
     with pytest.raises(ValueError, match="a stop string must not be empty"):
         generate(model, tokenizer, ["a"], stop=["x", ""])
+    with pytest.raises(ValueError, match="a stop string has a lone surrogate, '.udcff'"):
+        generate(model, tokenizer, ["a"], stop=["x", "y\udcff"])
     with pytest.raises(ValueError, match="max_tokens must be >= 0, got -3"):
         generate(model, tokenizer, ["a"], max_tokens=-3, sampler=Sampler())
 

@@ -308,6 +308,7 @@ def check_error(result: Result, *parts: str) -> None:
         (["--prompt-file", "/no/such/file"], "No such file or directory: '/no/such/file'"),
         (["--prompt-file", "/"], "Is a directory: '/'"),
         (["lone \ud800 surrogate"], "text has a lone surrogate"),
+        (["x", "--stop", "a", "--stop", "y\udcff"], "--stop has a lone surrogate, '\\udcff', at"),
         (["x", "--device", "cuda:9999999999999"], "--device must be auto, cpu, cuda or cuda:N"),
         (["x", "--device", "cuda:\u0663"], "--device must be auto, cpu, cuda or cuda:N"),
         (["x", "--window", "9" * 30], "--window must be in [1, 1000000000], got 99999999999"),

@@ -29,7 +29,7 @@ from ranks import free_ports
 from small_checkpoints import SMALL
 
 from mistral_kernels import MistralForCausalLM, sharded_training, train
-from mistral_kernels.checkpoint import open_checkpoint
+from mistral_kernels.checkpoint import CheckpointError, open_checkpoint
 from mistral_kernels.distributed import World
 from mistral_kernels.sharded_training import ShardedRun, share
 from mistral_kernels.train import main
@@ -395,6 +395,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "it holds more than plain tensors",
     ),
 }
+
+
+def test_metadata_that_is_a_fifo(tmp_path: Path) -> None:
+    """Each rank reads it, but only one compares its checksum first: it must not be waited for."""
+    from mistral_kernels.sharded_state import _Reader
+
+    os.mkfifo(tmp_path / ".metadata")
+    with pytest.raises(CheckpointError, match=r"\.metadata must be a regular file, got a FIFO"):
+        _Reader(tmp_path).open({})
 
 
 @pytest.mark.parametrize("name", DAMAGES)

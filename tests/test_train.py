@@ -619,6 +619,58 @@ def test_what_a_killed_run_had_begun_to_save_is_removed(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("kind", ["FIFO", "link", "loop", "folder"])
+@pytest.mark.parametrize("options", [(), ("--save-every", "2")])
+def test_what_is_in_the_way_of_a_save(
+    options: tuple[str, ...], kind: str, text: Path, start: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A FIFO would be waited for, and what a link leads to overwritten; a folder is kept."""
+    mine, taken = tmp_path / "mine", tmp_path / "out.partial.new"
+    mine.write_text("mine")
+    if kind == "FIFO":
+        os.mkfifo(taken)
+    elif kind == "folder":
+        taken.mkdir()
+    else:
+        taken.symlink_to(mine if kind == "link" else taken)
+    code = main(command(text, start, tmp_path / "out", *options))
+    left = {path.name for path in tmp_path.iterdir()} - {"mine"}
+    assert mine.read_text() == "mine"
+    if kind == "folder" and options:
+        error = f"error: cannot save to {tmp_path / 'out.partial'}: [Errno 21] Is a directory"
+        assert code == 2 and error in capsys.readouterr().err and left == {taken.name}
+    else:
+        assert code == 0 and left == {"out", *([taken.name] if kind == "folder" else [])}
+
+
+def test_a_state_that_is_a_link_to_nothing(
+    text: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is not taken for the absence of a state."""
+    partial = tmp_path / "out.partial"
+    partial.symlink_to("nowhere")
+    assert main(command(text, start, tmp_path / "out")) == 2
+    got = "a symbolic link that leads nowhere"
+    assert f"error: {partial} must be a regular file, got {got}\n" in capsys.readouterr().err
+
+
+def test_terminated_while_saving(tmp_path: Path) -> None:
+    """SIGTERM raises SystemExit, which torch.save replaces by an error of its own."""
+
+    def terminate(*_: Any) -> None:
+        raise SystemExit(143)
+
+    class Terminated:
+        def __reduce__(self) -> Any:
+            return terminate()
+
+    saving = Saving(tmp_path / "state", 1, {})
+    with pytest.raises(SystemExit):
+        saving.save({"step": Terminated()})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_state_says_of_settings_is_not_used(
     text: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

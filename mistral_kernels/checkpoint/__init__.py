@@ -10,7 +10,7 @@ from mistral_kernels.checkpoint.hf import save_hf
 from mistral_kernels.checkpoint.hub import resolve
 from mistral_kernels.checkpoint.raw import save_raw
 from mistral_kernels.checkpoint.reading import Checkpoint, Part, whole
-from mistral_kernels.files import CheckpointError, expand_user
+from mistral_kernels.files import CheckpointError, expand_user, is_taken
 
 __all__ = [
     "Checkpoint",
@@ -47,7 +47,7 @@ def check_folder(folder: Path) -> Literal["raw", "hf"]:
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"
         raise CheckpointError(f"{what}: {str(folder)!r}")
-    has_hf, has_raw = ((folder / each.CONFIG_FILE).exists() for each in (hf, raw))
+    has_hf, has_raw = (is_taken(folder / each.CONFIG_FILE) for each in (hf, raw))
     if has_hf and hf.find_hf_weights(folder):
         return "hf"
     if has_raw and raw.find_raw_weights(folder):

@@ -26,7 +26,7 @@ from mistral_kernels.checkpoint.writing import (
     write_files,
     write_json,
 )
-from mistral_kernels.files import read_json
+from mistral_kernels.files import is_taken, read_json
 from mistral_kernels.model.config import MistralConfig
 
 CONFIG_FILE = "config.json"
@@ -45,7 +45,7 @@ def open_hf(folder: Path) -> Checkpoint:
     config_file = folder / CONFIG_FILE
     config = read_config(config_file, MistralConfig.from_hf)
     generation_file = folder / "generation_config.json"
-    if generation_file.exists():
+    if is_taken(generation_file):
         # As in transformers, these tokens overrule config.json's when text is generated.
         tokens = read_json(generation_file, _TOKENS_SCHEMA, CONFIG_LIMIT)
         tokens = {key: tokens[key] for key in _TOKENS_SCHEMA if tokens.get(key) is not None}

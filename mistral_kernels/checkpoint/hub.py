@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mistral_kernels.files import CheckpointError, expand_user
@@ -51,6 +54,8 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         )
     if name and path.exists():
         raise CheckpointError(f"{path} is a file; give the folder that holds the checkpoint")
+    if name and path.is_symlink():
+        raise CheckpointError(f"{path} is a symbolic link that leads nowhere")
     if name == "tiny":
         return _TINY
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
@@ -71,10 +76,12 @@ def _download(repo_id: str) -> Path:
     # huggingface_hub's errors, and those of the HTTP library below it, have no common base that is
     # the same in all versions.
     try:
-        files = list_repo_files(repo_id)
+        with _silent_retries():
+            files = list_repo_files(repo_id)
     except Exception as error:
         try:
-            return Path(snapshot_download(repo_id, local_files_only=True))
+            with _silent_retries():
+                return Path(snapshot_download(repo_id, local_files_only=True))
         except Exception:
             raise CheckpointError(
                 f"no such folder: {repo_id!r}, and the hub has no answer: {_one_line(error)}"
@@ -87,9 +94,22 @@ def _download(repo_id: str) -> Path:
     if (patterns := next(known, None)) is None:
         raise CheckpointError(f"hub model {repo_id!r} has no weights in a format known here")
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns + TOKENIZER_PATTERNS))
+        with _silent_retries():
+            return Path(snapshot_download(repo_id, allow_patterns=patterns + TOKENIZER_PATTERNS))
     except Exception as error:
         raise CheckpointError(f"download of {repo_id!r} failed: {_one_line(error)}") from None
+
+
+@contextmanager
+def _silent_retries() -> Iterator[None]:
+    """Hide the warnings of huggingface_hub: it logs each attempt to reach a hub that is away."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _one_line(error: Exception) -> str:

@@ -104,7 +104,7 @@ def list_pickled(file: Path) -> list[StoredTensor]:
         raise
     except _Refused as refused:
         raise CheckpointError(f"{file} refused: {refused}") from None
-    except Exception as error:  # of a parser, by damaged bytes: of nearly every class
+    except Exception as error:  # damaged bytes make the parsers raise almost any exception
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
             f"{file} is not whole ({reason}); download or copy it again"
@@ -239,9 +239,7 @@ def _name(module: Any, name: Any) -> _Global:
     if (full_name := f"{module}.{name}") not in _KNOWN:
         if module.partition(".")[0] == "torch":
             raise _Refused(f"it holds more than plain tensors ({full_name})")
-        raise _Refused(
-            f"it wants to run {full_name} when loaded; only files of plain tensors are read"
-        )
+        raise _Refused(f"it would call {full_name} when loaded; only plain tensors are supported")
     return _Global(full_name)
 
 

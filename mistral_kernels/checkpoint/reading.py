@@ -32,7 +32,7 @@ from mistral_kernels.checkpoint.stored import (
     list_safetensors,
     map_file,
 )
-from mistral_kernels.files import CheckpointError, read_json
+from mistral_kernels.files import CheckpointError, is_taken, read_json
 from mistral_kernels.model.config import ConfigError, MistralConfig
 
 CONFIG_LIMIT = 4 << 20  # bytes of a configuration file
@@ -190,12 +190,12 @@ def find_weights(folder: Path, stem: str, suffix: str) -> list[Path]:
     """
     single = folder / f"{stem}{suffix}"
     index = folder / f"{stem}{suffix}.index.json"
-    if single.exists():
+    if is_taken(single):
         return [single]
-    if index.exists():
+    if is_taken(index):
         source, names = index.name, _list_index(index)
         count = len(names)
-        num_missing = sum(not (folder / name).exists() for name in names)
+        num_missing = sum(not is_taken(folder / name) for name in names)
     else:
         shards = sorted(path.name for path in folder.glob(f"{stem}-*-of-*{suffix}"))
         source = shards[0] if shards else ""
@@ -211,10 +211,10 @@ def find_weights(folder: Path, stem: str, suffix: str) -> list[Path]:
         ]
         num_missing = count - len(shards)
     for name in names:
-        if not (folder / name).exists():
+        if not is_taken(folder / name):
             raise CheckpointError(
-                f"{folder / name} is missing: {source} tells of {count} shards, {num_missing} of "
-                "them not there; download the rest"
+                f"{folder / name} is missing: {source} lists {count} shards, {num_missing} are "
+                "absent; download them"
             )
     return [folder / name for name in names]
 

@@ -10,19 +10,18 @@ import os
 import re
 import secrets
 import shutil
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mistral_kernels.checkpoint.stored import ALIGNMENT, FLOAT_TYPES
-from mistral_kernels.files import CheckpointError, check_regular, expand_user
+from mistral_kernels.checkpoint.stored import ALIGNMENT, FLOAT_TYPES, check_cast
+from mistral_kernels.files import CheckpointError, check_regular, expand_user, is_taken
+from mistral_kernels.signals import unwinding_when_terminated
 
 # Shape and type of a tensor to be written.
 Spec = tuple[tuple[int, ...], torch.dtype]
@@ -36,7 +35,7 @@ _TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file tensor by tensor, in any order.
+    """Write one safetensors file tensor by tensor, in any order.
 
     safetensors' own `save_file` needs all tensors at once. Since every shape and type is known
     beforehand, the header can go first, and each tensor to its place when it comes. The format:
@@ -76,10 +75,7 @@ class SafetensorsWriter:
             )
         tensor = tensor.detach().cpu()
         data = tensor.to(dtype).contiguous()
-        if dtype == torch.float16 != tensor.dtype and torch.isinf(data).any():
-            raise CheckpointError(
-                f"tensor {name!r} has values beyond float16's range; use bfloat16 or float32"
-            )
+        check_cast(name, tensor, data)
         self._file.seek(self._places.pop(name))
         self._file.write(data.view(torch.uint8).numpy().data)
 
@@ -151,14 +147,14 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> None:
 def new_folder(
     target: str | Path, needed_bytes: int, extra_files: Iterable[Path] = ()
 ) -> Iterator[Path]:
-    """A folder to write into, beside `target`, that becomes `target` when the block ends well.
+    """Create a temporary folder and rename it to `target` if the block succeeds.
 
-    It begins with copies of `extra_files`. On any error, an interrupt or SIGTERM included, it is
-    removed and `target` is as it was before. What a killed process has left is removed by the next
-    `new_folder` in the same parent, with a line in the log. A target that holds something, and a
-    disk without `needed_bytes`, are refused before anything is written.
+    The folder, beside `target`, begins with copies of `extra_files`. On any error, an interrupt or
+    SIGTERM included, it is removed and `target` is as it was before. What a killed process has left
+    is removed by the next `new_folder` in the same parent, with a line in the log. A target that
+    holds something, and a disk without `needed_bytes`, are refused before anything is written.
     """
-    target = expand_user(target).resolve()
+    target = Path(os.path.realpath(expand_user(target)))  # resolve() raises at a loop of links
     check_target(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +165,7 @@ def new_folder(
                 f"not enough space for {target}: {needed_bytes / 1e9:.2f} GB are needed, "
                 f"{free / 1e9:.2f} GB are free"
             )
-        with _unwinding_when_terminated():
+        with unwinding_when_terminated():
             partial, lock = _make_partial(target)
             try:
                 for extra in extra_files:
@@ -184,33 +180,6 @@ def new_folder(
                 os.close(lock)
     except OSError as error:
         raise CheckpointError(f"cannot write {target}, nothing was kept: {error}") from error
-
-
-@contextmanager
-def _unwinding_when_terminated() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise SystemExit in the block, and end the process after it."""
-    received: list[int] = []
-
-    def unwind(number: int, frame: Any) -> NoReturn:
-        received.append(number)
-        raise SystemExit(128 + number)
-
-    # Only the main thread may set handlers. Those that the program or nohup has set are kept.
-    replaced = [
-        number
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if threading.current_thread() is threading.main_thread()
-        and signal.getsignal(number) is signal.SIG_DFL
-    ]
-    for number in replaced:
-        signal.signal(number, unwind)
-    try:
-        yield
-    finally:
-        for number in replaced:
-            signal.signal(number, signal.SIG_DFL)
-        if received:
-            signal.raise_signal(received[0])
 
 
 def _make_partial(target: Path) -> tuple[Path, int]:
@@ -267,8 +236,9 @@ def check_target(target: Path) -> None:
             raise CheckpointError(f"{target} is not empty; name a new folder")
         if target.is_mount():
             raise CheckpointError(f"{target} is a mount point; name a new folder inside it")
-    elif target.exists():
-        raise CheckpointError(f"{target} is a file; name a new folder")
+    elif is_taken(target):
+        what = "file" if target.exists() else "symbolic link that leads nowhere"
+        raise CheckpointError(f"{target} is a {what}; name a new folder")
 
 
 def sync_folder(path: Path) -> None:

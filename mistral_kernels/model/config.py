@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -68,8 +69,11 @@ class MistralConfig:
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and 0 < value < math.inf):
-                raise ConfigError(f"{name} must be a positive number, got {reprlib.repr(value)}")
+            # Models have an eps of 1e-6 to 1e-5; a large one would make every norm return zeros.
+            high, bound = (1, " of at most 1") if name == "rms_norm_eps" else (math.inf, "")
+            if not (number and 0 < value <= high and value < math.inf):
+                got = reprlib.repr(value)
+                raise ConfigError(f"{name} must be a positive number{bound}, got {got}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -118,9 +122,8 @@ class MistralConfig:
             ConfigError: for another value of a field that the weights determine.
         """
         allowed = f"what can be replaced: {', '.join(_REPLACEABLE)}"
+        check_fields(changes)
         for name, value in changes.items():
-            if name == "notes" or name not in (field.name for field in fields(self)):
-                raise TypeError(f"{name!r} is not an option or a configuration field; {allowed}")
             if name not in _REPLACEABLE and (own := getattr(self, name)) != value:
                 raise ConfigError(
                     f"{name} must be {own}, which the checkpoint's weights determine, "
@@ -194,6 +197,18 @@ class MistralConfig:
                 "full_attention" if window is None else "sliding_attention" for window in windows
             ]
         return config
+
+
+def check_fields(changes: Iterable[str], options: str = "") -> None:
+    """Raise TypeError, listing the fields that can be replaced, for a name that is no field.
+
+    `options`: what else the caller accepts.
+    """
+    known = {field.name for field in fields(MistralConfig)} - {"notes"}
+    for name in changes:
+        if name not in known:
+            also = f"options are {options}, and the fields" if options else "fields are"
+            raise TypeError(f"unexpected keyword {name!r}; {also} {', '.join(_REPLACEABLE)}")
 
 
 def _check_integer(name: str, value: Any, low: int, high: int, alternative: str = "") -> None:

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 from mistral_kernels import checkpoint
+from mistral_kernels.checkpoint.stored import check_cast
 from mistral_kernels.model.cache import Packing, RollingCache, cache_layout
-from mistral_kernels.model.config import MistralConfig
+from mistral_kernels.model.config import MistralConfig, check_fields
 from mistral_kernels.model.generation import Generation
 from mistral_kernels.model.layers import (
     MLP,
@@ -184,13 +185,17 @@ class MistralForCausalLM(Generation, nn.Module):
                 `MistralConfig.with_replaced`.
 
         Raises:
-            CheckpointError: naming the file or tensor that is missing, corrupt or does not fit.
+            CheckpointError: naming the file or tensor that is missing, corrupt or does not fit, or
+                has values beyond the range of `dtype`.
             ConfigError: for a model that is not a dense Mistral, and for overrides of fields that
                 the weights determine.
-            TypeError: for an override that is no field.
+            TypeError: for an override that is no field, and a `dtype` of another type.
             ValueError: for an unknown `quantize`.
             NotImplementedError: for `quantize` anywhere but on the CPU.
         """
+        check_fields(overrides, "dtype, device and quantize")
+        if not isinstance(dtype, (torch.dtype, type(None))):
+            raise TypeError(f"dtype must be a torch.dtype or None, got {dtype!r}")
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize must be None or 'int8', got {quantize!r}")
         if quantize and torch.device(device).type != "cpu":
@@ -212,7 +217,10 @@ class MistralForCausalLM(Generation, nn.Module):
         with tqdm(total=stored.num_bytes, unit="B", unit_scale=True, delay=2) as progress:
             for name, tensor in stored.tensors(model.part_of):
                 if name not in mapped:
-                    destinations[name].copy_(tensor)
+                    destination = destinations[name]
+                    destination.copy_(tensor)
+                    cast = destination if isinstance(destination, Tensor) else destination.scales
+                    check_cast(name, tensor, cast)
                 progress.update(stored.stored[name].num_bytes)
                 del tensor  # its pages are unmapped before the next one's are read
         if quantize and model.config.tie_word_embeddings:

@@ -269,8 +269,7 @@ def _implementation(k_cache: Tensor) -> Any:
 
 def _update(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *args: Any) -> None:
     """The operator without a rotation; args: lengths, cu_seqlens, max_seqlen, rows, block_table."""
-    if k.numel():
-        _run(k_cache, v_cache, k, v, *args, None, None, None, None, False)
+    _run(k_cache, v_cache, k, v, *args, None, None, None, None, False)
 
 
 def _run(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *args: Any) -> None:
@@ -281,6 +280,9 @@ def _run(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *args: Any) -> 
         if cos is not None:
             check_reach(cos, lengths, cu_seqlens)
 
+    if not k.numel():
+        check_values()
+        return
     implementation = _implementation(k_cache)
     if implementation in (_update_triton, _update_torch):
         check_values()
@@ -307,9 +309,8 @@ def _rotary_update(
     interleaved: bool,
 ) -> Tensor:
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if q.numel():
-        packed = k, v, lengths, cu_seqlens, max_seqlen, None, None
-        _run(k_cache, v_cache, *packed, q, q_out, cos, sin, interleaved)
+    packed = k, v, lengths, cu_seqlens, max_seqlen, None, None
+    _run(k_cache, v_cache, *packed, q, q_out, cos, sin, interleaved)
     return q_out
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import codecs
 import functools
 import itertools
 import json
+import math
+import re
 import reprlib
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -26,6 +29,11 @@ if TYPE_CHECKING:
     from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles
 
 
+_MAX_GROWTH = 10_000
+# Parts of regular expressions that match the empty string, which occurs beside every character.
+_MAY_BE_EMPTY = re.compile(r"^$|[*?|^$]|\(\)|\{0*,|\{0+[,}]|\\[AbBGKyYzZ]")
+
+
 class HuggingFace(MistralTokenizer):
     """A tokenizer.json."""
 
@@ -37,6 +45,12 @@ class HuggingFace(MistralTokenizer):
         self.path, self._files = path, files
         with library_errors(f"{path}: not a tokenizer.json"):
             _check_merges(contents.get("model"))
+            for part in ("normalizer", "decoder"):
+                if (growth := _growth(contents.get(part))) > _MAX_GROWTH:
+                    raise TokenizerError(
+                        f"{path}: {part} must make a text at most {_MAX_GROWTH} times as long, its "
+                        f"stages can make it {growth:.3g} times as long"
+                    )
             self._model: Any = tokenizers.Tokenizer.from_str(json.dumps(contents))
             # Left in the file by training scripts: a prompt must not be cut in silence.
             model = self._model
@@ -118,6 +132,26 @@ def _check_merges(model: Any) -> None:
                 parts = merge.split(" ") if isinstance(merge, str) else merge
                 if not (prefix.isascii() and str(parts[-1]).startswith(prefix)):
                     raise ValueError(f"a merge must end in {prefix!r} and more, got {merge!r}")
+
+
+def _growth(stage: Any) -> float:
+    """Return how many times as long a normalizer or decoder can make a text of one character."""
+    match stage:
+        case {"type": "Sequence", "normalizers": list(stages)}:
+            return math.prod(map(_growth, stages), start=1.0)
+        case {"type": "Sequence", "decoders": list(stages)}:
+            return math.prod(map(_growth, stages), start=1.0)
+        case {"type": "Prepend", "prepend": str(text)}:
+            return 1.0 + len(text)
+        case {"type": "Replace", "content": str(text), "pattern": {"String": str(pattern)}}:
+            return max(1.0, len(text) / len(pattern)) if pattern else 1.0 + len(text)
+        case {"type": "Replace", "content": str(text), "pattern": {"Regex": str(pattern)}}:
+            return max(1.0, len(text) + bool(text and _MAY_BE_EMPTY.search(pattern)))
+        case {"type": "Precompiled", "precompiled_charsmap": str(encoded)}:
+            charsmap = base64.b64decode(encoded)  # the size of a trie, the trie, texts
+            texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")
+            return max(1.0, *(len(text.decode("utf-8", "replace")) for text in texts))
+    return 1.0
 
 
 class _Boundary(Enum):

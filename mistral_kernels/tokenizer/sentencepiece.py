@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 # tokenizer.model, tokenizer.model.v3, mistral_instruct_tokenizer_241114.model.v7m1, ...
 FILE_NAME = re.compile(r"\.model(?:\.v(?P<version>\d+)(?:m\d+)?)?$")
 _REPLACE_EACH_BYTE = "mistral_kernels.replace_each_byte"
-# Behind a model, where protobuf merges it in: `add_dummy_prefix` of the normalizer is false.
+# Appended to a serialized model, this sets normalizer_spec.add_dummy_prefix to false: protobuf
+# merges repeated messages.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
@@ -139,7 +140,8 @@ class SentencePiece(Vendor):
                 return bytes.fromhex(text[3:5])  # "<0xE2>"
             if at_start:
                 # encode() puts a space before the first word; decode() drops it there and only
-                # there. A token that is nothing even twice leaves us at the start.
+                # there. A token that decodes to "" even when repeated leaves the position at the
+                # start.
                 at_start = not model.decode([token_id, token_id])
                 return model.decode([token_id])
             if model.IsUnknown(token_id):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_checkpoints import SMALL, State, random_state
 
+from mistral_kernels import MistralForCausalLM
 from mistral_kernels.checkpoint import CheckpointError, open_checkpoint, save_hf, save_raw, writing
 from mistral_kernels.model.config import ConfigError
 
@@ -63,9 +66,9 @@ def test_missing_shards(make: Make, tmp_path: Path) -> None:
     save_hf(state.items(), SMALL, folder, dtype=torch.float32, max_shard_bytes=20_000)
     shards = sorted(folder.glob("*.safetensors"))
     shards[1].unlink()
-    refused(folder, rf"{shards[1].name} is missing: .*index.json tells of {len(shards)} shards, 1 ")
+    refused(folder, rf"{shards[1].name} is missing: .*index.json lists {len(shards)} shards, 1 ")
     (folder / "model.safetensors.index.json").unlink()
-    refused(folder, rf"{shards[1].name} is missing: .* tells of {len(shards)} shards")
+    refused(folder, rf"{shards[1].name} is missing: .* lists {len(shards)} shards")
     index = {"weight_map": {"lm_head.weight": "../hf/model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(folder, "points outside its folder: '../hf/model.safetensors'")
@@ -109,7 +112,7 @@ def test_pickle_that_wants_to_run_code(make: Make, tmp_path: Path) -> None:
     folder, _ = make("raw")
     (folder / "consolidated.safetensors").unlink()
     torch.save({"norm.weight": Malicious(tmp_path / "hacked")}, folder / "consolidated.00.pth")
-    refused(folder, r"consolidated.00.pth refused: it wants to run \w+.mkdir when loaded")
+    refused(folder, r"consolidated.00.pth refused: it would call \w+.mkdir when loaded")
     assert not (tmp_path / "hacked").exists()
 
 
@@ -223,6 +226,42 @@ def test_values_beyond_float16(tmp_path: Path, save: Callable[..., None]) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+CASTS = [  # from, to, value, whether it becomes infinite
+    *((F32, BF16, 3.4028e38, True), (F64, BF16, -1e300, True), (F64, F32, 1e300, True)),
+    *((F64, F16, -7e4, True), (BF16, F16, 7e4, True), (F64, F64, 1e300, False)),
+    *((F32, BF16, 3.38e38, False), (F32, F16, 65519.0, False), (F64, F32, 3.4e38, False)),
+    *((source, to, math.inf, False) for source in (F32, F64) for to in (F16, BF16, F32)),
+]
+
+
+@SAVERS
+@pytest.mark.parametrize("source, to, value, lost", CASTS)
+def test_casts_that_lose_values(
+    tmp_path: Path, save: Callable[..., None],
+    source: torch.dtype, to: torch.dtype, value: float, lost: bool,
+) -> None:  # fmt: skip
+    """Refused when saving and when loading; what was infinite before stays so."""
+    state = random_state(SMALL, source)
+    name = "model.layers.1.mlp.down_proj.weight"
+    state[name][2, 1], state[name][0, 0] = value, math.nan
+    message = f"w2.weight|{name}' has values beyond {str(to)[6:]}'s range; use "
+    with pytest.raises(CheckpointError, match=message) if lost else nullcontext():
+        save(state.items(), SMALL, tmp_path / "cast", dtype=to)
+    assert lost != (tmp_path / "cast").exists()
+    save(state.items(), SMALL, tmp_path / "out", dtype=source)
+    with pytest.raises(CheckpointError, match=message) if lost else nullcontext():
+        MistralForCausalLM.from_pretrained(tmp_path / "out", dtype=to)
+
+
+def test_int8_scales_that_are_lost(tmp_path: Path) -> None:
+    state = random_state(SMALL, F64)
+    state["model.layers.1.mlp.down_proj.weight"][2, 1] = 1e300
+    save_hf(state.items(), SMALL, tmp_path / "out", dtype=F64)
+    with pytest.raises(CheckpointError, match="down_proj.weight' has values beyond float32's ran"):
+        MistralForCausalLM.from_pretrained(tmp_path / "out", dtype=F32, quantize="int8")
+
+
 @SAVERS
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
 def test_interrupted_writing_leaves_nothing(
@@ -278,6 +317,9 @@ def test_targets(tmp_path: Path, save: Callable[..., None]) -> None:
     with pytest.raises(CheckpointError, match="note is a file; name a new folder"):
         save(state.items(), SMALL, tmp_path / "full" / "note", dtype=torch.float32)
     assert (tmp_path / "full" / "note").read_text() == "mine"
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match="loop is a symbolic link that leads nowhere; name"):
+        save(state.items(), SMALL, tmp_path / "loop", dtype=torch.float32)
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "new/deeper"):
         save(state.items(), SMALL, tmp_path / folder, dtype=torch.float32)

@@ -58,6 +58,35 @@ def test_what_is_no_regular_file(make: Make, tmp_path: Path, name: str, kind: st
     refused(file.parent, f"{file} must be a regular file, got {kind}")
 
 
+@pytest.mark.parametrize("kind", ["dangling", "loop"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("hf/config.json", "hf/generation_config.json", "hf/model.safetensors"),
+        *("raw/params.json", "raw/consolidated.safetensors", "raw/consolidated.00.pth"),
+        *("hf/model.safetensors.index.json", "hf/model-00001-of-00001.safetensors"),
+    ],
+)
+def test_links_that_lead_nowhere(make: Make, tmp_path: Path, name: str, kind: str) -> None:
+    """Named, and neither passed over nor taken for the absence of the file."""
+    file = tmp_path / name
+    make(file.parent.name)
+    if file.suffix == ".pth" or "index" in name or "-of-" in name:
+        next(file.parent.glob("*.safetensors")).unlink()
+    file.unlink(missing_ok=True)
+    file.symlink_to(file if kind == "loop" else "nowhere")
+    refused(file.parent, f"{file} must be a regular file, got a symbolic link that leads nowhere")
+
+
+def test_folders_that_are_links_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    for name in ("tiny", "owner/model"):
+        (tmp_path / name).symlink_to("nowhere")
+        with pytest.raises(CheckpointError, match=f"^{name} is a symbolic link that leads nowhere"):
+            resolve(name)
+
+
 def test_links_as_in_the_hubs_cache(make: Make, tmp_path: Path) -> None:
     folder, state = make("hf")
     snapshot = tmp_path / "snapshots" / "main"
@@ -67,7 +96,7 @@ def test_links_as_in_the_hubs_cache(make: Make, tmp_path: Path) -> None:
     found = dict(open_checkpoint(snapshot).tensors())
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
     (folder / "model.safetensors").unlink()
-    refused(snapshot, "has config.json but no weights")
+    refused(snapshot, "main/model.safetensors must be a regular file, got a symbolic link that le")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +111,7 @@ def test_counts_in_names(make: Make, name: str, count: int) -> None:
     """No list is made of shards that a name claims."""
     folder, _ = make("hf")
     (folder / "model.safetensors").rename(folder / name)
-    with pytest.raises(CheckpointError, match=f"tells of {count} shards, {count - 1} of them not"):
+    with pytest.raises(CheckpointError, match=f"lists {count} shards, {count - 1} are absent"):
         open_checkpoint(folder)
 
 
@@ -96,7 +125,7 @@ def test_counts_of_another_download(make: Make, tmp_path: Path) -> None:
     (folder / "model-7-of-9.safetensors").touch()
     assert open_checkpoint(folder).stored.keys() == state.keys()
     (folder / "model-2-of-2.safetensors").unlink()
-    refused(folder, "model-2-of-2.safetensors is missing: model-1-of-2.safetensors tells of 2 shar")
+    refused(folder, "model-2-of-2.safetensors is missing: model-1-of-2.safetensors lists 2 shards")
 
 
 @pytest.mark.parametrize(
@@ -271,5 +300,12 @@ def test_fields_replaced_on_loading(make: Make, quantize: str | None) -> None:
         )
         with pytest.raises(ConfigError, match=message):
             MistralForCausalLM.from_pretrained(folder, quantize=quantize, **{name: value})
-    with pytest.raises(TypeError, match="'head' is not an option or a configuration field; what"):
-        MistralForCausalLM.from_pretrained(folder, head=1)
+    for name in ("head", "torch_dtype", "device_map"):
+        options = "dtype, device and quantize, and the fields sliding_window, rope_theta, "
+        message = f"^unexpected keyword '{name}'; options are {options}"
+        with pytest.raises(TypeError, match=message):
+            MistralForCausalLM.from_pretrained(folder, **{name: 1})
+    for dtype in ("x", "float32", 1):
+        message = f"^dtype must be a torch.dtype or None, got {dtype!r}$"
+        with pytest.raises(TypeError, match=message):
+            MistralForCausalLM.from_pretrained(folder, dtype=dtype)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,6 +110,34 @@ def test_offline(hub: Hub) -> None:
     assert "\n" not in str(caught.value)
     hub.cached = True
     assert resolve("owner/model") == hub.folder
+
+
+def test_retries_are_not_logged(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    """huggingface_hub warns of each attempt; outside our calls it goes on to."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
+    hub.online, listed, loaded = False, hub.list_repo_files, hub.snapshot_download
+
+    def warn(*_: Any) -> None:
+        logger.warning("Retrying in 1s [Retry 1/5].")
+
+    def list_repo_files(repo_id: str) -> list[str]:
+        warn()
+        return listed(repo_id)
+
+    def snapshot_download(repo_id: str, **options: Any) -> str:
+        warn()
+        return loaded(repo_id, **options)
+
+    hub.list_repo_files = list_repo_files  # type: ignore[method-assign]
+    hub.snapshot_download = snapshot_download  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError):
+        resolve("owner/model")
+    hub.online = True
+    assert resolve("owner/model") == hub.folder
+    assert caplog.messages == []
+    warn()
+    assert caplog.messages == ["Retrying in 1s [Retry 1/5]."]
 
 
 def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 import reprlib
 from collections.abc import Callable
@@ -149,7 +150,10 @@ def test_tokens_of_a_list() -> None:
         ),
         ({"vocab_size": 0}, "vocab_size must be an integer from 1 to 16777216, got 0"),
         ({"head_dim": 0}, "head_dim must be an integer from 1 to 16777216, got 0"),
-        ({"rms_norm_eps": True}, "rms_norm_eps must be a positive number, got True"),
+        ({"rms_norm_eps": True}, "rms_norm_eps must be a positive number of at most 1, got True"),
+        ({"rms_norm_eps": 1e308}, "rms_norm_eps must be a positive number of at most 1"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a positive number of at most 1"),
+        ({"rope_theta": math.inf}, "rope_theta must be a positive number, got inf"),
         ({"rope_theta": "1e4"}, "rope_theta must be a positive number, got '1e4'"),
         (
             {"tie_word_embeddings": "false"},
@@ -252,6 +256,7 @@ def test_fields_that_can_be_replaced() -> None:
         config.with_replaced(num_hidden_layers=2)
     with pytest.raises(ConfigError, match="^sliding_window must be"):
         config.with_replaced(sliding_window=0)
-    for name in ("foo", "notes"):
-        with pytest.raises(TypeError, match=f"'{name}' is not an option or a configuration field"):
+    for name in ("foo", "notes", "dtype"):
+        message = f"^unexpected keyword '{name}'; fields are sliding_window, rope_theta, "
+        with pytest.raises(TypeError, match=message):
             config.with_replaced(**{name: ()})

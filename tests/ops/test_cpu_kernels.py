@@ -207,16 +207,16 @@ def test_kernels_share_no_code(name, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads GCC's sanitizer")
 def test_with_sanitizers(tmp_path):
     """All of the above and the rolling cache with every access and every operation checked."""
-    compiler = os.environ.get("CXX", "c++")
+    cxx = os.environ.get("CXX", "c++")
     preloaded = []
     for name in ("libasan.so", "libstdc++.so"):  # it intercepts what the second throws
-        command = [compiler, f"-print-file-name={name}"]
+        command = [cxx, f"-print-file-name={name}"]
         preloaded.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
         if not Path(preloaded[-1]).is_absolute():
-            pytest.skip(f"{compiler} has no {name}")
+            pytest.skip(f"{cxx} has no {name}")
     script = tmp_path / "c++"  # its options come last, for -O3 takes long over what is checked
     options = "-fsanitize=address,undefined -fno-sanitize-recover=all -g1 -O1"
-    script.write_text(f'#!/bin/sh\nexec {compiler} "$@" {options}\n')
+    script.write_text(f'#!/bin/sh\nexec {cxx} "$@" {options}\n')
     script.chmod(0o755)
     environment = {
         **os.environ,

@@ -118,7 +118,7 @@ def test_nothing_but_regular_files(tmp_path: Path, name: str) -> None:
     refused(tmp_path, f"{name} must have at most ")
     path.unlink()
     path.symlink_to(tmp_path / "nowhere")  # a download that was cut short
-    with pytest.raises(TokenizerError, match=rf"No such file or directory: '{path}'"):
+    with pytest.raises(TokenizerError, match=f"{path} .* link that leads nowhere"):
         MistralTokenizer.from_pretrained(tmp_path)
     path.unlink()
     if path.suffix == ".json":  # a folder of a model's name is none

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import random
 from pathlib import Path
 from random import choice
@@ -230,6 +232,56 @@ def test_merges_whose_prefix_tokenizers_would_cut_through(tmp_path: Path, merges
     saved["model"] |= {"continuing_subword_prefix": "\u2581", "merges": [["a", "\u2581a"]]}
     write(tmp_path, tokenizer=saved)
     refused(tmp_path, "tokenizer.json: not a tokenizer.json: a merge must end in '\u2581' and more")
+
+
+def replace(pattern: str, content: str, kind: str = "String") -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+PRECOMPILED = {
+    "type": "Precompiled",
+    "precompiled_charsmap": base64.b64encode(b"\4\0\0\0trieab\0" + b"x" * 150).decode(),
+}
+
+
+@pytest.mark.parametrize(
+    "growth, stages",
+    [
+        (1e10, [replace("a", "a" * 100)] * 5),
+        (1e6, [{"type": "Sequence", "inner": [replace("a", "b" * 1000)]}] * 2),
+        (10001, [replace("a", "a" * 10001)]),
+        (20000, [replace("ab", "a" * 40000)]),
+        (1e6, [replace("[ab]", "a" * 1000, "Regex")] * 2),
+        (2**14, [replace("b*", "b", "Regex")] * 14),
+        (1e24, [replace("", "a" * 999)] * 8),
+        (math.inf, [replace("a", "a" * 1000)] * 200),
+        (10001, [{"type": "Prepend", "prepend": "a" * 10000}]),
+        (22500, [PRECOMPILED] * 2),
+    ],
+)
+@pytest.mark.parametrize("part, name", [("normalizer", "normalizers"), ("decoder", "decoders")])
+def test_stages_that_multiply_a_text(
+    tmp_path: Path, part: str, name: str, growth: float, stages: list[Any]
+) -> None:
+    """One letter could become gigabytes: refused when the file is opened."""
+    stages = [{name if k == "inner" else k: v for k, v in stage.items()} for stage in stages]
+    saved = json.loads(make_model("bpe").to_str()) | {part: {"type": "Sequence", name: stages}}
+    write(tmp_path, tokenizer=saved)
+    refused(
+        tmp_path,
+        f"tokenizer.json: {part} must make a text at most 10000 times as long, its stages can make "
+        f"it {growth:.3g} times as long",
+    )
+
+
+def test_stages_that_models_have(tmp_path: Path) -> None:
+    """Many, with no growth to speak of."""
+    stages = [{"type": "Prepend", "prepend": "\u2581"}, replace(" ", "\u2581")]
+    stages += [replace("``", '"'), replace(" {2,}", "\u2581", "Regex")] * 100
+    stages += [replace("[^a-z ]+", "", "Regex")] * 20 + [replace("a", "b" * 1000)]
+    saved = json.loads(make_model("bpe").to_str())
+    write(tmp_path, tokenizer=saved | {"normalizer": {"type": "Sequence", "normalizers": stages}})
+    assert len(MistralTokenizer.from_pretrained(tmp_path).encode("a fox")) > 900
 
 
 def test_a_text_of_one_character(json_folder: Path) -> None:

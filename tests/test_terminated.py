@@ -1,0 +1,104 @@
+"""Commands ended by SIGTERM and SIGHUP: they clean up, and die of the signal."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mistral_kernels.command import run
+from mistral_kernels.ops.compiler import BUILD_VARIABLE
+
+NUMBERS = (signal.SIGTERM, signal.SIGHUP)
+# nohup would have a command ignore SIGHUP.
+COMMAND = "import signal, sys, runpy; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+COMMAND += "sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__')"
+
+
+def ended(
+    number: int, ready: Callable[[], bool], module: str, *arguments: str, **environment: str
+) -> tuple[int, str]:
+    """Send the signal to a command when it is `ready`; return its exit code and stderr."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, f"mistral_kernels.{module}", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", **environment},
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and not ready() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_training_leaves_no_tokenizer(tmp_path: Path, number: int) -> None:
+    words = ["".join(random.choices("abcdefghijklmno", k=random.randint(2, 9))) for _ in range(900)]
+    text, scratch, out = tmp_path / "text", tmp_path / "scratch", tmp_path / "out"
+    text.write_text("\n\n".join(" ".join(random.choices(words, k=60)) for _ in range(100)))
+    scratch.mkdir()
+    small = ("--batch-size", "2", "--seqlen", "24", "--held-out-chars", "900", "--device", "cpu")
+    code, errors = ended(
+        *(number, lambda: any(scratch.glob("*/tokenizer.model")), "train"),
+        *(str(text), "--output", str(out), "--steps", "1000000", *small),
+        TMPDIR=str(scratch),
+    )
+    assert code == -number and "Traceback" not in errors
+    assert list(scratch.iterdir()) == [] and not out.exists()
+
+
+def test_compilers_end_with_the_command(tmp_path: Path) -> None:
+    """The build's folder is removed, and no compiler goes on as an orphan."""
+    compiler, pids, cache = tmp_path / "c++", tmp_path / "pids", tmp_path / "cache"
+    compiler.write_text(f"#!/bin/sh\necho $$ >> {pids}\nexec sleep 600\n")
+    compiler.chmod(0o755)
+    cache.mkdir(mode=0o700)
+    settings = {BUILD_VARIABLE: "auto", "CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(cache)}
+    settings["MAX_JOBS"] = "2"
+    arguments = ("She was", "-m", "1", "--device", "cpu")
+
+    def started() -> bool:
+        both = pids.exists() and pids.read_text().count("\n") == 2
+        time.sleep(0.2 * both)  # the command notes the second, too
+        return both
+
+    code, errors = ended(signal.SIGTERM, started, "generate", *arguments, **settings)
+    assert code == -signal.SIGTERM and "Traceback" not in errors
+    for pid in map(int, pids.read_text().split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert [path for path in cache.rglob("*") if path.name.startswith(".building-")] == []
+
+
+def test_handlers_are_put_back() -> None:
+    """Only the default is replaced, and only while a command runs."""
+    before = [signal.signal(number, signal.SIG_DFL) for number in NUMBERS]
+    seen = []
+
+    def command(_: None) -> None:
+        seen.extend(map(signal.getsignal, NUMBERS))
+
+    try:
+        assert run(command, None) == 0
+        assert all(map(callable, seen)) and signal.SIG_DFL not in seen
+        assert [signal.getsignal(number) for number in NUMBERS] == [signal.SIG_DFL] * 2
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert run(command, None) == 0
+        assert seen[3] is signal.SIG_IGN
+    finally:
+        for number, handler in zip(NUMBERS, before):
+            signal.signal(number, handler)
