@@ -193,12 +193,14 @@ def attention_backward(dout, q, k, v, out, lse, *options):
     like(q, dout, out)
     require(dout.shape == out.shape == q.shape)
     *batch, seqlen, heads, _ = q.shape
-    require(lse.shape == (*batch, heads, seqlen), lse.is_cpu)
+    absent = lse.shape == (0,)  # then it is computed anew
+    require(absent or lse.shape == (*batch, heads, seqlen), lse.is_cpu)
     require(lse.dtype == torch.promote_types(q.dtype, torch.float32))
     leaves = [x.detach().double().clone().requires_grad_() for x in (q, k, v)]
     pieces = list(attention_pieces(q, k, v, *options))
     fitting, sums = attention(q, k, v, *options, True)
-    if not (close(out, fitting) and close(lse, sums)):
+    # An error of theirs comes back larger in the gradients.
+    if not (close(out, fitting, share=0.1) and (absent or close(lse, sums, share=0.1))):
         return (None,) * 3
     result = leaves[0] * 0
     for rows, keys, definition in pieces:
@@ -685,7 +687,7 @@ def change_tensor(x: Tensor) -> Tensor | None:
         return None
     if x.numel() and x.dtype in (torch.int32, torch.int64):
         x = x.clone()
-        x.view(-1)[random.randrange(x.numel())] = random.choice(INDICES)
+        x[tuple(map(random.randrange, x.shape))] = random.choice(INDICES)
     return x
 
 
@@ -713,9 +715,14 @@ def change(arguments: Arguments) -> Arguments:
     return arguments
 
 
-def close(actual: Tensor, exact: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Within what roundings to `dtype` explain; where `exact` is finite, so is `actual`."""
-    eps = {torch.float16: 2e-2, torch.bfloat16: 8e-2}.get(dtype or actual.dtype, 1e-4)
+def close(
+    actual: Tensor, exact: Tensor, dtype: torch.dtype | None = None, share: float = 1.0
+) -> bool:
+    """Return whether roundings to `dtype` explain a difference, or a share of them does.
+
+    Where `exact` is finite, `actual` must be, too.
+    """
+    eps = {torch.float16: 2e-2, torch.bfloat16: 8e-2}.get(dtype or actual.dtype, 1e-4) * share
     exact = exact.double()
     exact = exact.where(exact.abs() < torch.finfo(actual.dtype).max, torch.nan)
     both = exact.isfinite() & actual.isfinite()

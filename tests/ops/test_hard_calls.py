@@ -252,3 +252,19 @@ def test_a_root_of_less_than_nothing(eps: float) -> None:
         mk.rms_norm(Q, torch.ones(8), eps)
     with pytest.raises(ValueError, match="^eps must be >= 0 and finite, got "):
         mk.rms_norm(Q.clone().requires_grad_(), torch.ones(8), eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_leftpad_in_a_ring_that_has_wrapped(dtype: torch.dtype) -> None:
+    """Padding counts positions, which are not the ring's slots any more."""
+    keys, values = torch.randn(2, 1, 7, 2, 8, dtype=dtype)
+    caches = [torch.cat((x[:, 4:], x[:, 3:4]), 1) for x in (keys, values)]  # 3 to 6 in 4 slots
+    q = Q[0, :1].to(dtype)
+    for leftpad in (0, 4, 6):
+        out = torch.ops.mistral_kernels.cached_attention(
+            *(q, None, None, *caches, int32(6), int32(0, 1), 1, None, int32(leftpad), None),
+            *(1, -1, 0, 8**-0.5, 0.0, None, False, 0, None),
+        )[0]
+        first = max(leftpad, 3)
+        seen = keys[:, first:], values[:, first:]
+        torch.testing.assert_close(out, reference.attention(q[None], *seen)[0][0])

@@ -126,10 +126,11 @@ def _decode(q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
     if ragged or narrow:
         slots = torch.arange(k_cache.shape[1], device=q.device)
         mask = slots < counts[:, None]
-        if cache.leftpad is not None:  # of a flat cache, whose slots are positions
-            mask &= slots >= cache.leftpad[:, None]
+        age = (totals[:, None] - 1 - slots) % capacity  # how many tokens came after the slot's
+        if cache.leftpad is not None:
+            mask &= totals[:, None] - 1 - age >= cache.leftpad[:, None]
         if narrow:
-            mask &= visible(-((totals[:, None] - 1 - slots) % capacity), window)
+            mask &= visible(-age, window)
         bias = mask[:, None, None]
     # The query heads of a kv head become the rows of one product, so its keys are read once.
     out = F.scaled_dot_product_attention(
