@@ -90,8 +90,11 @@ def flash_attn_with_kvcache(
         ValueError: naming the argument that does not fit; on the CPU also a value of
             `cache_seqlens`, `cache_batch_idx`, `cache_leftpad` or `block_table` outside its range,
             where on a GPU a look would wait. The caches are then untouched.
-        TypeError: `cache_seqlens` is neither an integer nor a tensor.
-        NotImplementedError: something here requires a gradient.
+        TypeError: what must be a tensor, a number or a flag is none, or has another dtype.
+        NotImplementedError: something here requires a gradient, or torch.func transforms an index
+            tensor.
+        RuntimeError: in a compiled call on the CPU, where values are seen only when it runs: a
+            value outside its range.
     """
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     places = cache_batch_idx, cache_leftpad, block_table
