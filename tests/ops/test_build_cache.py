@@ -242,7 +242,7 @@ def test_killed_while_building(tmp_path: Path, cxx: str) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     loaded, status, _ = finish(start(tmp_path / "file"))
-    assert not loaded and "Not a directory" in status
+    assert not loaded and f"{tmp_path / 'file'} must be a folder" in status
 
 
 @needs_compiler
