@@ -99,17 +99,13 @@ def flash_attn_with_kvcache(
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     places = cache_batch_idx, cache_leftpad, block_table
     tensors = q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes
-    optional = {
-        "k": k,
-        "v": v,
-        "rotary_cos": rotary_cos,
-        "rotary_sin": rotary_sin,
-        "alibi_slopes": alibi_slopes,
-        "cache_batch_idx": cache_batch_idx,
-        "cache_leftpad": cache_leftpad,
-        "block_table": block_table,
-    }
-    check_tensors(**{name: x for name, x in optional.items() if x is not None})
+    for name, x in (
+        *(("k", k), ("v", v), ("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)),
+        *(("alibi_slopes", alibi_slopes), ("cache_batch_idx", cache_batch_idx)),
+        *(("cache_leftpad", cache_leftpad), ("block_table", block_table)),
+    ):
+        if x is not None:
+            check_tensors(**{name: x})
     if in_transform() and any(map(_is_wrapped, (cache_seqlens, *places))):
         raise NotImplementedError(
             "flash_attn_with_kvcache has no rule for torch.func over its index tensors: call it "

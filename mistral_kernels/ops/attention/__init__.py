@@ -80,12 +80,13 @@ def attention(
     """
     check_options(causal, softmax_scale, softcap)
     check_tensors(q=q, k=k, v=v)
-    optional = {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "alibi_slopes": alibi_slopes,
-    }
-    check_tensors(**{name: x for name, x in optional.items() if x is not None})
+    for name, x in (
+        ("cu_seqlens_q", cu_seqlens_q),
+        ("cu_seqlens_k", cu_seqlens_k),
+        ("alibi_slopes", alibi_slopes),
+    ):
+        if x is not None:
+            check_tensors(**{name: x})
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if value is not None and cu_seqlens_q is None:
             raise ValueError(f"{name} is for packed batches and needs cu_seqlens_q too")
