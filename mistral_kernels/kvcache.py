@@ -26,6 +26,7 @@ from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.checks import (
     can_read,
     check_device,
+    check_optional_tensors,
     check_range,
     check_same_dtype,
     check_shape,
@@ -90,7 +91,8 @@ def flash_attn_with_kvcache(
         ValueError: naming the argument that does not fit; on the CPU also a value of
             `cache_seqlens`, `cache_batch_idx`, `cache_leftpad` or `block_table` outside its range,
             where on a GPU a look would wait. The caches are then untouched.
-        TypeError: what must be a tensor, a number or a flag is none, or has another dtype.
+        TypeError: an argument is not the tensor, number or flag that it must be, or has another
+            dtype.
         NotImplementedError: something here requires a gradient, or torch.func transforms an index
             tensor.
         RuntimeError: in a compiled call on the CPU, where values are seen only when it runs: a
@@ -99,13 +101,16 @@ def flash_attn_with_kvcache(
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     places = cache_batch_idx, cache_leftpad, block_table
     tensors = q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes
-    for name, x in (
-        *(("k", k), ("v", v), ("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)),
-        *(("alibi_slopes", alibi_slopes), ("cache_batch_idx", cache_batch_idx)),
-        *(("cache_leftpad", cache_leftpad), ("block_table", block_table)),
-    ):
-        if x is not None:
-            check_tensors(**{name: x})
+    check_optional_tensors(
+        k=k,
+        v=v,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        alibi_slopes=alibi_slopes,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        block_table=block_table,
+    )
     if in_transform() and any(map(_is_wrapped, (cache_seqlens, *places))):
         raise NotImplementedError(
             "flash_attn_with_kvcache has no rule for torch.func over its index tensors: call it "

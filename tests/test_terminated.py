@@ -62,7 +62,7 @@ def test_training_leaves_no_tokenizer(tmp_path: Path, number: int) -> None:
 
 
 def test_compilers_end_with_the_command(tmp_path: Path) -> None:
-    """The build's folder is removed, and no compiler goes on as an orphan."""
+    """The build's folder is removed, and no compiler is left running."""
     compiler, pids, cache = tmp_path / "c++", tmp_path / "pids", tmp_path / "cache"
     compiler.write_text(f"#!/bin/sh\necho $$ >> {pids}\nexec sleep 600\n")
     compiler.chmod(0o755)

@@ -34,7 +34,7 @@ def folder_of(digest: str) -> Path:
     It is in `$TORCH_EXTENSIONS_DIR/mistral_kernels`, by default that of PyTorch's extensions. All
     symbolic links on the way are followed now, and none later.
 
-    Raises BuildError if the path is relative: whoever made the current folder could fill it.
+    Raises BuildError if the path is relative: the current folder may be another user's.
     """
     root = os.environ.get(ROOT_VARIABLE)
     root = root or torch._appdirs.user_cache_dir("torch_extensions")

@@ -22,6 +22,13 @@ def check_tensors(**tensors: Any) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
+def check_optional_tensors(**tensors: Any) -> None:
+    """Raise TypeError unless these, by their names, are tensors or None."""
+    for name, x in tensors.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
 def check_float(name: str, x: Tensor) -> None:
     """Raise TypeError unless `x` has a dtype that some backend computes with."""
     if x.dtype not in _ALL_DTYPES:

@@ -44,19 +44,19 @@ def define(
 
     check_present, check_devices = _tensor_checks(operator)
 
-    def run(*args: Any) -> Any:
+    def run(*args: Any, device_type: str = "cpu") -> Any:
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
             _refuse_forward_mode(name)
         check_present(args)
         check(*args)
-        if torch.is_autocast_enabled("cpu"):  # which would turn PyTorch's own operators in here
-            with torch.autocast("cpu", enabled=False):
+        if torch.is_autocast_enabled(device_type):  # it would cast for PyTorch's operators in here
+            with torch.autocast(device_type, enabled=False):
                 return implementation(*args)
         return implementation(*args)
 
     def run_on_gpu(*args: Any) -> Any:
         check_devices(args)  # the dispatcher calls this for CPU tensors among others
-        return run(*args)
+        return run(*args, device_type="cuda")
 
     def run_fake(*args: Any) -> Any:
         check_present(args)

@@ -113,7 +113,7 @@ def test_offline(hub: Hub) -> None:
 
 
 def test_retries_are_not_logged(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
-    """huggingface_hub warns of each attempt; outside our calls it goes on to."""
+    """huggingface_hub warns of each attempt; only inside our calls is that hidden."""
     logger = logging.getLogger("huggingface_hub.utils._http")
     logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
     hub.online, listed, loaded = False, hub.list_repo_files, hub.snapshot_download

@@ -34,7 +34,7 @@ def start(cache: Path, code: str = STATUS, **environment: str) -> subprocess.Pop
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[bool, str, str]:
-    """Whether the library was loaded, its status but for the instruction set, stderr."""
+    """Return whether the library was loaded, its status without the instruction set, stderr."""
     out, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     loaded, status = out.splitlines()

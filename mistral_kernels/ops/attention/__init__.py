@@ -25,7 +25,7 @@ from mistral_kernels.ops.attention.checks import (
 from mistral_kernels.ops.attention.op import attend
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.cache_arguments import check_one_per_row
-from mistral_kernels.ops.checks import check_tensors
+from mistral_kernels.ops.checks import check_optional_tensors, check_tensors
 from mistral_kernels.ops.dispatch import with_unit_stride
 
 
@@ -80,13 +80,9 @@ def attention(
     """
     check_options(causal, softmax_scale, softcap)
     check_tensors(q=q, k=k, v=v)
-    for name, x in (
-        ("cu_seqlens_q", cu_seqlens_q),
-        ("cu_seqlens_k", cu_seqlens_k),
-        ("alibi_slopes", alibi_slopes),
-    ):
-        if x is not None:
-            check_tensors(**{name: x})
+    check_optional_tensors(
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes
+    )
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if value is not None and cu_seqlens_q is None:
             raise ValueError(f"{name} is for packed batches and needs cu_seqlens_q too")
