@@ -176,7 +176,7 @@ def speed(
             entry["peak"] = of_limit / statistics.median(trial.all_times(limit))
             entry["of_peak"] = statistics.median(
                 entry[unit] / own * theirs / of_limit
-                for own, theirs in zip(times, trial.all_times(limit))
+                for own, theirs in zip(times, trial.all_times(limit), strict=True)
             )
         benchmark.extra_info.update(entry)
         benchmark.group = f"{operator.name} {case}"

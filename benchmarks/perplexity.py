@@ -18,9 +18,9 @@ from torch import Tensor
 
 from mistral_kernels import MistralForCausalLM
 from mistral_kernels.checkpoint import resolve
-from mistral_kernels.command import DTYPES
+from mistral_kernels.cli.command import DTYPES
 from mistral_kernels.train import HELD_OUT
-from mistral_kernels.training import Corpus
+from mistral_kernels.training.loop import Corpus
 
 TOKENS = 32  # in a pass
 
@@ -31,7 +31,7 @@ def losses(model: MistralForCausalLM, corpus: Corpus) -> Tensor:
     cache = model.new_cache(1, len(corpus.tokens))
     inputs = corpus.with_bos(corpus.tokens)
     found = []
-    for ids, targets in zip(inputs.split(TOKENS), corpus.tokens.split(TOKENS)):
+    for ids, targets in zip(inputs.split(TOKENS), corpus.tokens.split(TOKENS), strict=True):
         hidden = model.model(ids, cache.packing([len(ids)]), cache)
         found.append(F.cross_entropy(model.lm_head(hidden).double(), targets, reduction="none"))
     return torch.cat(found)

@@ -14,14 +14,14 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import FuncFormatter, LogLocator  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from benchmarks.registry import OURS, PROVIDERS
 from benchmarks.report import Row
 
-MARKERS = dict(zip(PROVIDERS, "oosvp^<>dDPXhsXDP*o"))
+MARKERS = dict(zip(PROVIDERS, "oosvp^<>dDPXhsXDP*o", strict=True))
 STYLE = {
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
@@ -74,7 +74,7 @@ def lines(
         if len(points) < 2:
             continue
         axes.plot(
-            *zip(*points),
+            *zip(*points, strict=True),
             color=PROVIDERS[name].colour,
             marker=MARKERS[name],
             linewidth=2.4 if name == OURS.name else 1.2,
@@ -114,7 +114,9 @@ def legend(figure: Any, grid: list[Axes]) -> None:
     """One for all panels, below them."""
     found = {}
     for axes in grid:
-        found.update({label: handle for handle, label in zip(*axes.get_legend_handles_labels())})
+        found.update(
+            {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        )
     columns = 4 if figure.get_figwidth() > 6 else 2
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns)
 
@@ -138,7 +140,7 @@ def speedups(rows: Sequence[Row], base: str) -> Any:
     if not groups:
         return None
     figure, grid = figure_of(len(groups))
-    for axes, ((direction, window, dtype), group) in zip(grid, groups):
+    for axes, ((direction, window, dtype), group) in zip(grid, groups, strict=True):
         lines(axes, group, "S", speedup)
         seen = f"window {length(window)}" if window else "no window"
         axes.set_title(f"{direction}, {seen}, {dtype}")
@@ -159,7 +161,7 @@ def decoding(rows: Sequence[Row]) -> Any:
     if not groups:
         return None
     figure, grid = figure_of(len(groups))
-    for axes, ((model, batch, dtype), group) in zip(grid, groups):
+    for axes, ((model, batch, dtype), group) in zip(grid, groups, strict=True):
         lines(axes, group, "tokens", lambda row: row.sizes["B"] / row.median, log=False)
         axes.set_title(f"decoding, {model} parameters, batch {batch}, {dtype}")
         axes.set_xlabel("tokens before")
@@ -181,7 +183,7 @@ def memory(rows: Sequence[Row]) -> Any:
     if not groups:
         return None
     figure, grid = figure_of(len(groups))
-    for axes, (op, model, dtype, x, group) in zip(grid, groups):
+    for axes, (op, model, dtype, x, group) in zip(grid, groups, strict=True):
         lines(axes, group, x, lambda row: (row.peak_memory or 0) / 1e6)
         what = "training step" if op == "training_step" else "prompt"
         axes.set_title(f"{what}, {model} parameters, {dtype}")

@@ -20,7 +20,7 @@ from torch import Tensor
 from mistral_kernels.ops import reference
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-import helpers  # noqa: E402  # the tolerance rule of the tests
+from support import helpers  # the tolerance rule of the tests
 
 HALVES = (torch.float16, torch.bfloat16)
 

@@ -115,7 +115,9 @@ class Trial:
         """Times over ours of the same round."""
         if OURS.name not in self.times:
             return None
-        return [a / b for a, b in zip(self.all_times(provider), self.all_times(OURS.name))]
+        return [
+            a / b for a, b in zip(self.all_times(provider), self.all_times(OURS.name), strict=True)
+        ]
 
 
 def hold(

@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for operator, call in calls(dtype).items():
             with helpers.compile_only(name) as kernels:
                 call()
-            for kernel in dict((kernel.name, kernel) for kernel in kernels).values():
+            for kernel in {kernel.name: kernel for kernel in kernels}.values():
                 r = resources(kernel)
                 share = "-" if r.occupancy is None else f"{r.occupancy:.0%}"
                 print(

@@ -79,7 +79,7 @@ class CacheUpdate(TensorOperator):
                     for name, x in inputs.items()
                 }
                 results.append(run(small, **own))
-            for name, *three in zip(("q", "k_cache", "v_cache"), *results):
+            for name, *three in zip(("q", "k_cache", "v_cache"), *results, strict=True):
                 helpers.assert_as_accurate(*three, name)
 
     def flops(self, case: Case) -> float:

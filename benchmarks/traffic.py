@@ -81,7 +81,7 @@ def size(*tensors: Tensor) -> int:
     """Bytes; what is expanded lies in memory once."""
     total = 0
     for x in tensors:
-        stored = [n for n, stride in zip(x.shape, x.stride()) if stride]
+        stored = [n for n, stride in zip(x.shape, x.stride(), strict=True) if stride]
         total += torch.Size(stored).numel() * x.element_size()
     return total
 

@@ -5,7 +5,7 @@ Operators take and return plain tensors and are differentiable; `MistralForCausa
 package touches no GPU and imports neither triton nor transformers.
 """
 
-from mistral_kernels import startup  # noqa: F401  # first: it prepares the process of a command
+from mistral_kernels.cli import startup  # noqa: F401  # first: it prepares the process of a command
 
 # isort: split
 from mistral_kernels.flash_attn import (

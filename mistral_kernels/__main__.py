@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import mistral_kernels as mk
-from mistral_kernels.command import Parser, enter, run, write_out
+from mistral_kernels.cli.command import Parser, enter, run, write_out
 from mistral_kernels.ops import extension, reference
 from mistral_kernels.ops.compiler import DEVICE_TYPES
 from mistral_kernels.ops.dispatch import choose_backend
@@ -150,8 +150,8 @@ Results = tuple[list[Tensor], list[Tensor]]
 
 def _errors(results: Results, exact: Results) -> tuple[float, float]:
     outputs, gradients = (
-        max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want))
-        for got, want in zip(results, exact)
+        max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want, strict=True))
+        for got, want in zip(results, exact, strict=True)
     )
     return outputs, gradients
 

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from mistral_kernels.checkpoint import Checkpoint, open_checkpoint, resolve, save_hf, save_raw
 from mistral_kernels.checkpoint.tokenizer_files import find_tokenizer_files
-from mistral_kernels.command import DTYPES, Parser, enter, run
-from mistral_kernels.ranges import COUNT
+from mistral_kernels.cli.command import DTYPES, Parser, enter, run
+from mistral_kernels.utils.ranges import COUNT
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 

@@ -2,7 +2,7 @@
 
 The command writes generated text, and nothing else, to standard output; the prompt, notes and a
 closing block of figures go to standard error. Started by torchrun, all ranks share the model's work
-(see `mistral_kernels.parallel`), and the first speaks for them.
+(see `mistral_kernels.distributed.tensor_parallel`), and the first speaks for them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from typing import Any
 
 import torch
 
-from mistral_kernels.chat import Conversation
 from mistral_kernels.checkpoint import check_folder, resolve
 from mistral_kernels.checkpoint.tokenizer_files import find_tokenizer_files
-from mistral_kernels.command import (
+from mistral_kernels.cli.command import (
     DTYPES,
     Parser,
     check_backend,
@@ -38,17 +37,18 @@ from mistral_kernels.command import (
     user_path,
     write_out,
 )
-from mistral_kernels.distributed import World, check_same, joined, launched
-from mistral_kernels.figures import Figures
+from mistral_kernels.distributed.process_group import World, check_same, joined, launched
+from mistral_kernels.distributed.tensor_parallel import ParallelMistralForCausalLM
 from mistral_kernels.model.sampling import RANGES, Sampler
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ops import extension
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
-from mistral_kernels.parallel import ParallelMistralForCausalLM
-from mistral_kernels.ranges import COUNT, SEED
-from mistral_kernels.streaming import Completion, TextDelta, generate, stream_generate
+from mistral_kernels.text.chat import Conversation
+from mistral_kernels.text.stats import Figures
+from mistral_kernels.text.streaming import Completion, TextDelta, generate, stream_generate
 from mistral_kernels.tokenizer import MistralTokenizer
 from mistral_kernels.tokenizer.base import check_text
+from mistral_kernels.utils.ranges import COUNT, SEED
 
 __all__ = ["Completion", "TextDelta", "generate", "main", "stream_generate"]
 
@@ -309,7 +309,9 @@ def _complete(
     def finish() -> None:
         if live:
             write_out("\n")
-        for number, (prompt, completion) in enumerate(zip(prompts, completions), start=1):
+        for number, (prompt, completion) in enumerate(
+            zip(prompts, completions, strict=True), start=1
+        ):
             if args.json:
                 _write_record(prompt, completion)
             elif not live:

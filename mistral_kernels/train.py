@@ -28,7 +28,7 @@ from torch import Tensor
 from mistral_kernels.checkpoint import CheckpointError, open_checkpoint, resolve
 from mistral_kernels.checkpoint.tokenizer_files import find_tokenizer_files
 from mistral_kernels.checkpoint.writing import check_target
-from mistral_kernels.command import (
+from mistral_kernels.cli.command import (
     Parser,
     check_backend,
     device_of,
@@ -37,12 +37,12 @@ from mistral_kernels.command import (
     run,
     user_path,
 )
-from mistral_kernels.distributed import World, check_same, joined, launched
+from mistral_kernels.distributed.process_group import World, check_same, joined, launched
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.transformer import MistralForCausalLM
-from mistral_kernels.ranges import COUNT, Range
-from mistral_kernels.training import DTYPES, Corpus, Recipe, Run, finish
-from mistral_kernels.training_state import Saving
+from mistral_kernels.training.loop import DTYPES, Corpus, Recipe, Run, finish
+from mistral_kernels.training.state import Saving
+from mistral_kernels.utils.ranges import COUNT, Range
 
 TINY = MistralConfig(
     vocab_size=2048,
@@ -191,7 +191,9 @@ def train_on_texts(
             "training_tokens": len(corpus.tokens),
             "held_out_loss": loss,
             "held_out_bits_per_byte": loss * len(tokens) / len(held_out.encode()) / math.log(2),
-            "curve": [dict(zip(("step", "loss", "held_out_loss"), point)) for point in curve],
+            "curve": [
+                dict(zip(("step", "loss", "held_out_loss"), point, strict=True)) for point in curve
+            ],
         }
         files = [Path(scratch, name) for name in (HELD_OUT, "training.json")]
         files[0].write_text(held_out, encoding="utf-8")
@@ -227,7 +229,7 @@ def _start(
     if world is None:
         return Run(model.to(device), recipe)
     # Importing torch.distributed's parts takes longer than all the rest, and few runs need them.
-    from mistral_kernels.sharded_training import PartOf, ShardedRun, sharded_model
+    from mistral_kernels.training.fsdp import PartOf, ShardedRun, sharded_model
 
     def new_weights(part_of: PartOf) -> Iterable[tuple[str, Tensor]]:
         for name, weight in model.state_dict().items():
@@ -244,7 +246,7 @@ def _start(
 def _saving(path: Path, every: int, identity: dict[str, Any], world: World | None) -> Saving:
     if world is None:
         return Saving(path, every, identity)
-    from mistral_kernels.sharded_state import ShardedSaving
+    from mistral_kernels.training.fsdp_state import ShardedSaving
 
     for name, value in {**identity, "output": path, "save_every": every}.items():
         check_same(name, value)

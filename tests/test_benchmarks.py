@@ -105,7 +105,8 @@ def test_sittings_are_spread_over_the_session() -> None:
     operator = Counting(cases, breaks_after=3)
     plan = [(operator, case, list(operator.providers)) for case in cases]
     trials = sittings.hold(plan, CPU, seconds=0.0, sittings=3)
-    assert operator.prepared == 4 and operator.released == 2
+    assert operator.prepared == 4
+    assert operator.released == 2
     order = [case for case, _ in operator.called]
     assert [case for case, _ in itertools.groupby(order)] == 3 * cases
     for case in cases:
@@ -160,7 +161,8 @@ def test_a_step_is_profiled_operator_by_operator() -> None:
     operators = {operator["name"]: operator for operator in found["operators"]}
     for name, field, other in (("mm", "kernel", "dispatch"), ("t", "dispatch", "kernel")):
         operator = operators[f"aten::{name}"]
-        assert operator["calls"] == 3 and operator[field] > 0 == operator[other]
+        assert operator["calls"] == 3
+        assert operator[field] > 0 == operator[other]
     assert found["python_calls"] >= 6
     assert report.profiles(synthetic()) == ""
     rows = [replace(row, profile=found) for row in synthetic() if row.op == "generation"]
@@ -221,9 +223,16 @@ def synthetic() -> list[report.Row]:
         for i, size in enumerate(sizes):
             for j, provider in enumerate(("ours", "eager", "flash-attn 2")):
                 info = {
-                    **{"op": operator, "sizes": size, "dtype": "bfloat16", "direction": direction},
-                    **{"provider": provider, "bound": "FLOP", "flops": 1e9, "bytes": 1e6},
-                    **{"of_peak": 0.1, "peak_memory": 10_000_000 * (i + j + 1)},
+                    "op": operator,
+                    "sizes": size,
+                    "dtype": "bfloat16",
+                    "direction": direction,
+                    "provider": provider,
+                    "bound": "FLOP",
+                    "flops": 1e9,
+                    "bytes": 1e6,
+                    "of_peak": 0.1,
+                    "peak_memory": 10_000_000 * (i + j + 1),
                     "noise": 0.1,
                 }
                 rows.append(report.row_of(info, median=0.01 * (i + 1) * (j + 1)))
@@ -260,7 +269,8 @@ def test_a_provider_has_one_colour() -> None:
 def test_bad_options(options: Options, message: str) -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and message in done.stderr + done.stdout
+    assert done.returncode != 0
+    assert message in done.stderr + done.stdout
 
 
 @pytest.mark.slow

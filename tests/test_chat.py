@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_checkpoints import SMALL, varied_model
+from support.small_checkpoints import SMALL, varied_model
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer
-from mistral_kernels.chat import Conversation
 from mistral_kernels.generate import generate, main
+from mistral_kernels.text.chat import Conversation
 
 mistral_common = pytest.importorskip("mistral_common", reason="extra `chat` is not installed")
 
@@ -58,7 +58,8 @@ def test_turns_equal_rendering_from_scratch(
         whole = tokenizer.apply_chat_template(history)
         (expected,) = generate(model, tokenizer, [whole], max_tokens=15, standalone=True)
         answer, computed = say(conversation, message, max_tokens=15)
-        assert answer == expected.text and answer
+        assert answer == expected.text
+        assert answer
         history.append({"role": "assistant", "content": answer})
         assert conversation.messages == history
         assert computed <= len(whole)
@@ -116,7 +117,8 @@ def test_an_answer_ends_where_the_context_is_full(
     assert [delta.finish_reason for delta in deltas] == [None] * (len(deltas) - 1) + ["length"]
     (expected,) = generate(model, tokenizer, [prompt], max_tokens=len(deltas), standalone=True)
     assert "".join(delta.text for delta in deltas) == expected.text
-    assert conversation.full and conversation._cache.host_lengths == [context]
+    assert conversation.full
+    assert conversation._cache.host_lengths == [context]
     assert conversation.messages[-1] == {"role": "assistant", "content": expected.text}
     known = list(conversation.messages)
     with pytest.raises(
@@ -216,7 +218,8 @@ def test_command(
     system = ("--system", "Be brief.")
     code, out, err = run(MESSAGES[0], *system, stdin=lines)
     assert (code, out) == (0, "".join(answer + "\n" for answer in answers))
-    assert err.startswith("> ") and "generate  27 tokens" in err
+    assert err.startswith("> ")
+    assert "generate  27 tokens" in err
     code, out, err = run(*system, "--quiet", "--json", stdin=MESSAGES[0] + "\n" + lines)
     records = [json.loads(line) for line in out.split("\n")[:-1]]
     assert (code, err) == (0, "")
@@ -234,12 +237,14 @@ def test_a_full_context(
     assert main(["Hello there!", *options, "--json", "--quiet", "--device", "cpu"]) == 2
     out, err = capsys.readouterr()
     (record,) = map(json.loads, out.splitlines())
-    assert record["finish_reason"] == "length" and record["text"]
+    assert record["finish_reason"] == "length"
+    assert record["text"]
     note, error = err.splitlines()
     assert note == (
         "note: the conversation fills its context of 25 tokens; --context makes room for more"
     )
-    assert error.startswith("error: the conversation has ") and "--context" in error
+    assert error.startswith("error: the conversation has ")
+    assert "--context" in error
 
 
 def test_the_template_is_offered(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,5 +255,6 @@ def test_the_template_is_offered(folder: Path, capsys: pytest.CaptureFixture[str
 def test_a_base_model_does_not_chat(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--chat", "hello"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1
+    assert out == ""
+    assert err.count("\n") == 1
     assert "--chat: model 'tiny' has no chat template; leave out --chat" in err

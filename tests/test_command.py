@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from mistral_kernels import startup
-from mistral_kernels.command import Parser, read_input, run, user_path, write_out
-from mistral_kernels.errors import one_line, reason_of
+from mistral_kernels.cli import startup
+from mistral_kernels.cli.command import Parser, read_input, run, user_path, write_out
+from mistral_kernels.utils.errors import one_line, reason_of
 
 
 def raising(error: BaseException) -> Callable[[Any], int]:
@@ -82,7 +82,9 @@ def test_limits_of_python_and_pytorch(
     """Their words differ by version."""
     assert run(command, None) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
     assert "nested too deeply" in err or "out of memory: " in err
 
 
@@ -113,12 +115,14 @@ def test_lines_are_short_and_printable() -> None:
         highest = random.choice([0x80, 0x100, 0x110000])
         text = "".join(chr(random.randrange(highest)) for _ in range(random.randint(0, 3000)))
         line = one_line(text)
-        assert line.isprintable() and len(line) <= 1000
+        assert line.isprintable()
+        assert len(line) <= 1000
     assert one_line("é漢 'x'") == "é漢 'x'"
 
 
 def test_options() -> None:
-    assert user_path("~") == Path.home() and user_path("a/b") == Path("a/b")
+    assert user_path("~") == Path.home()
+    assert user_path("a/b") == Path("a/b")
     parser = Parser(prog="x")
     parser.add_argument("--stop", action="append")
     assert parser.parse_args(["--stop=--", "--stop", "-"]).stop == ["--", "-"]
@@ -239,7 +243,8 @@ def test_no_file_takes_the_number_of_a_closed_stream(closed: tuple[int, ...]) ->
     redirections = " ".join(f"{number}>&-" for number in closed)
     shell = f'exec "$0" -c "$1" {redirections}'
     done = subprocess.run(["sh", "-c", shell, sys.executable, code], capture_output=True, text=True)
-    assert done.returncode > 2 and done.stdout == ""
+    assert done.returncode > 2
+    assert done.stdout == ""
     assert done.stderr == ("" if 2 in closed else "x\n")
 
 
@@ -276,7 +281,8 @@ def test_nothing_happens_outside_a_command(ours: str, other: str) -> None:
 def test_an_import_that_fails_is_one_line(error: str, message: str) -> None:
     code = STANDARD.format(folder=str(Path(startup.__file__).parent)) + f"raise {error}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2
+    assert done.stdout == ""
     assert done.stderr == f"error: cannot import what the command needs: {message}\n"
 
 
@@ -284,7 +290,8 @@ def test_an_import_of_ours_that_fails_keeps_its_traceback() -> None:
     code = STANDARD.format(folder=str(Path(startup.__file__).parent))
     code += "raise ImportError('x', name='mistral_kernels.ops')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("Traceback ")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback ")
 
 
 # Files that a user names

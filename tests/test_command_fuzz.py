@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import TESTS
-from small_checkpoints import SMALL
+from support.ranks import TESTS
+from support.small_checkpoints import SMALL
 
 from mistral_kernels import MistralForCausalLM, train
 from mistral_kernels.train import main
@@ -56,7 +56,7 @@ def test_random_command_lines(tmp_path: Path, pytestconfig: pytest.Config) -> No
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     arguments = [tmp_path / "files", pytestconfig.option.seed, LINES]
     done = subprocess.run(
-        [sys.executable, TESTS / "command_fuzz.py", *map(str, arguments)],
+        [sys.executable, TESTS / "support" / "command_fuzz.py", *map(str, arguments)],
         env=environment,
         capture_output=True,
         text=True,
@@ -65,7 +65,7 @@ def test_random_command_lines(tmp_path: Path, pytestconfig: pytest.Config) -> No
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and len(records) == 2 * LINES, (records[-1], done.stderr[-2000:])
     reached: dict[tuple[str, int], int] = {}
-    for call, outcome in zip(records[::2], records[1::2]):
+    for call, outcome in zip(records[::2], records[1::2], strict=True):
         check_outcome(call, outcome)
         key = call["command"], outcome["code"]
         reached[key] = reached.get(key, 0) + 1
@@ -147,7 +147,8 @@ def test_readers_that_go(line: str) -> None:
     """The exit code is 141, as after SIGPIPE, or 0 where all had been written before."""
     done = in_a_shell(f"{line}; exit ${{PIPESTATUS[0]}}")
     assert done.returncode in ((141,) if "100000" in line else (0, 141)), done
-    assert "Traceback" not in done.stderr and "error" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "error" not in done.stderr
 
 
 # Training
@@ -208,7 +209,8 @@ def test_training_killed_at_random_moments(arguments: list[str], tmp_path: Path)
         assert main([*arguments, "--output", str(out)]) == 0
     assert killed
     assert files_of(out) == files_of(whole)
-    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"} and not partial.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+    assert not partial.exists()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_checkpoints import SMALL, random_state
+from support.small_checkpoints import SMALL, random_state
 
 from mistral_kernels import convert
 from mistral_kernels.checkpoint import open_checkpoint, save_hf, save_raw, writing
@@ -158,7 +158,7 @@ def test_what_a_killed_run_left(
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ([], "name the checkpoint to read and the folder to write"),
         (["only-one"], "name the checkpoint to read and the folder to write"),

@@ -11,10 +11,10 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_rank import SCENARIOS, SECONDS
-from ranks import LAUNCHERS, TESTS, finish, free_ports, start
+from support.distributed_rank import SCENARIOS, SECONDS
+from support.ranks import LAUNCHERS, TESTS, finish, free_ports, start
 
-from mistral_kernels.distributed import joined, launched
+from mistral_kernels.distributed.process_group import joined, launched
 
 ENDED = "another rank ended; see what it says"
 QUIET = (2, "")  # another rank tells why
@@ -28,7 +28,7 @@ def error(text: str) -> tuple[int, str]:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[object, str]]]:
     """Of each rank, what became of each scenario."""
     folder = tmp_path_factory.mktemp("outcomes")
-    ranks = start(3, TESTS / "distributed_rank.py", folder, *free_ports(len(SCENARIOS)))
+    ranks = start(3, TESTS / "support" / "distributed_rank.py", folder, *free_ports(len(SCENARIOS)))
     ended = finish(ranks, 120)
     # The last scenario kills rank 1, and nothing was written past what `run` tells.
     assert [each.code for each in ended] == [0, -9, 0], ended
@@ -93,7 +93,8 @@ def test_outcome(scenario: str, outcomes: list[dict[str, tuple[object, str]]]) -
 def test_no_answer(outcomes: list[dict[str, tuple[object, str]]]) -> None:
     """One rank is silent too long: those who waited say so, and then it finds itself alone."""
     for rank, (code, err) in enumerate(each["silent"] for each in outcomes):
-        assert code == 2 and err.count("\n") == 1
+        assert code == 2
+        assert err.count("\n") == 1
         reason = r"another rank (did not answer within 3 s \(MISTRAL_KERNELS_TIMEOUT\)|ended; .+)"
         assert re.fullmatch(rf"error: rank {rank}: {reason}\n", err)
     assert "did not answer" in outcomes[0]["silent"][1] + outcomes[2]["silent"][1]
@@ -102,13 +103,14 @@ def test_no_answer(outcomes: list[dict[str, tuple[object, str]]]) -> None:
 def test_no_main_rank(outcomes: list[dict[str, tuple[object, str]]]) -> None:
     for rank in (1, 2):
         code, err = outcomes[rank]["missing_main"]
-        assert code == 2 and err.count("\n") == 1
+        assert code == 2
+        assert err.count("\n") == 1
         reason = r"rank 0 did not come within 3 s \(MISTRAL_KERNELS_TIMEOUT\): Connection refused"
         assert re.fullmatch(rf"error: rank {rank}: cannot meet at 127.0.0.1:\d+: {reason}\n", err)
 
 
 def test_a_rank_that_comes_twice(outcomes: list[dict[str, tuple[object, str]]]) -> None:
-    codes, lines = zip(*(each["twice"] for each in outcomes))
+    codes, lines = zip(*(each["twice"] for each in outcomes), strict=True)
     assert codes == (2, 2, 2)
     assert lines[0] == f"error: rank 0: {late(2)}\n"
     second = "error: rank 1: it was started twice; does another launch use this port (MASTER_PORT)?"
@@ -192,7 +194,8 @@ def test_the_port_is_in_use(alone: pytest.MonkeyPatch) -> None:
                 pass
             text = str(caught.value)
             assert text.startswith(f"rank {rank}: cannot meet at 127.0.0.1:{port}: ")
-            assert text.endswith(reason) and "\n" not in text
+            assert text.endswith(reason)
+            assert "\n" not in text
 
 
 def test_gpus_of_the_ranks(alone: pytest.MonkeyPatch) -> None:

@@ -91,14 +91,16 @@ def test_check_finds_a_wrong_operator(
     monkeypatch.setattr(mistral_kernels, "swiglu", wrong)
     assert doctor.main(["--check"]) == 1
     flagged = [line for line in capsys.readouterr().out.splitlines() if "more than twice" in line]
-    assert len(flagged) >= 1 and all(line.startswith("swiglu ") for line in flagged)
+    assert len(flagged) >= 1
+    assert all(line.startswith("swiglu ") for line in flagged)
 
 
 def test_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mistral_kernels"], capture_output=True, text=True, check=True
     )
-    assert done.stdout.startswith("mistral_kernels ") and done.stderr == ""
+    assert done.stdout.startswith("mistral_kernels ")
+    assert done.stderr == ""
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

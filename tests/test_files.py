@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from mistral_kernels.files import (
+from mistral_kernels.utils.files import (
     CheckpointError,
     check_regular,
     create_anew,
@@ -48,7 +48,8 @@ def test_nothing_but_regular_files(tmp_path):
         (tmp_path / name).symlink_to(target)
         with pytest.raises(CheckpointError, match="got a symbolic link that leads nowhere$"):
             read_json(tmp_path / name)
-        assert is_taken(tmp_path / name) and not is_taken(tmp_path / target / "x")
+        assert is_taken(tmp_path / name)
+        assert not is_taken(tmp_path / target / "x")
 
 
 def test_a_new_file_in_the_place_of_another(tmp_path):
@@ -60,7 +61,9 @@ def test_a_new_file_in_the_place_of_another(tmp_path):
         make()
         with create_anew(new) as file:
             file.write(b"new")
-        assert new.read_text() == "new" and not new.is_symlink() and mine.read_text() == "mine"
+        assert new.read_text() == "new"
+        assert not new.is_symlink()
+        assert mine.read_text() == "mine"
         new.unlink()
     new.mkdir()
     with pytest.raises(IsADirectoryError):

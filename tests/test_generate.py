@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_text
-from small_checkpoints import SMALL, varied_model
+from support.helpers import assert_same_text
+from support.small_checkpoints import SMALL, varied_model
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, Sampler
 from mistral_kernels.generate import Completion, generate, stream_generate
 from mistral_kernels.model import decoding
-from mistral_kernels.streaming import _StopText
+from mistral_kernels.text.streaming import _StopText
 
 W = 7
 EOS = 2
@@ -63,10 +63,10 @@ def prompts_of(*lengths: int) -> list[list[int]]:
 def test_all_faces_agree(model: MistralForCausalLM, tokenizer: MistralTokenizer) -> None:
     prompts, new = prompts_of(3, 19, 1), 40
     whole = model.generate(prompts, max_new_tokens=new, eos_token_id=None)
-    ids = [row[len(prompt) :] for row, prompt in zip(whole, prompts)]
+    ids = [row[len(prompt) :] for row, prompt in zip(whole, prompts, strict=True)]
     assert all(len(set(row)) > 5 for row in ids), "the text must be varied to prove anything"
     steps = list(model.stream(prompts, max_new_tokens=new))
-    assert [list(row) for row in zip(*steps)] == ids
+    assert [list(row) for row in zip(*steps, strict=True)] == ids
     options: dict[str, Any] = {"max_tokens": new, "ignore_eos": True}
     completions = generate(model, tokenizer, prompts, **options)
     assert [c.token_ids for c in completions] == ids
@@ -74,7 +74,7 @@ def test_all_faces_agree(model: MistralForCausalLM, tokenizer: MistralTokenizer)
     for delta in stream_generate(model, tokenizer, prompts, **options):
         streamed[delta.index].add(delta)
     assert streamed == completions
-    for completion, prompt in zip(completions, prompts):
+    for completion, prompt in zip(completions, prompts, strict=True):
         before = tokenizer.decode(prompt, skip_special_tokens=True)
         after = tokenizer.decode(prompt + completion.token_ids, skip_special_tokens=True)
         # A character may stand half in the prompt: only then are the two not simply joined.
@@ -97,8 +97,9 @@ def test_text_prompts_begin_with_bos(
 def test_batch_mates_change_nothing(model: MistralForCausalLM) -> None:
     prompts, new = prompts_of(1, 33, W, W + 1, 2), 4 * W
     together = model.generate(prompts, max_new_tokens=new, eos_token_id=None)
-    for prompt, row in zip(prompts, together):
-        assert row[: len(prompt)] == prompt and len(row) == len(prompt) + new
+    for prompt, row in zip(prompts, together, strict=True):
+        assert row[: len(prompt)] == prompt
+        assert len(row) == len(prompt) + new
         alone = model.generate([prompt], max_new_tokens=new, eos_token_id=None)
         assert_same_text(alone, [row], model)
 
@@ -114,9 +115,10 @@ def test_padding_plays_no_part(model: MistralForCausalLM, side: str) -> None:
         ids[row, start : start + len(prompt)] = torch.tensor(prompt)
         mask[row, start : start + len(prompt)] = 1
     out = model.generate(ids, mask, max_new_tokens=new, eos_token_id=None)
-    assert isinstance(out, torch.Tensor) and out.dtype == ids.dtype
+    assert isinstance(out, torch.Tensor)
+    assert out.dtype == ids.dtype
     assert torch.equal(out[:, :25], ids)
-    actual = [prompt + row for prompt, row in zip(prompts, out[:, 25:].tolist())]
+    actual = [prompt + row for prompt, row in zip(prompts, out[:, 25:].tolist(), strict=True)]
     assert_same_text(actual, expected, model)
 
 
@@ -191,7 +193,8 @@ def test_end_of_text(tokenizer: MistralTokenizer) -> None:
     ended, cut = generate(script, tokenizer, ["a", "b"], max_tokens=len(text) + 1)
     assert (ended.text.strip(), ended.finish_reason) == ("the end", "eos")
     assert ended.token_ids == [*text, EOS]
-    assert cut.text == "goes on and on"[: len(text) + 1] and cut.finish_reason == "length"
+    assert cut.text == "goes on and on"[: len(text) + 1]
+    assert cut.finish_reason == "length"
     # An end-of-text token that is an ordinary piece is no part of the text either.
     script = Script(as_bytes("a.b"))
     script.config = dataclasses.replace(SMALL, eos_token_id=(EOS, *as_bytes(".")))
@@ -199,7 +202,8 @@ def test_end_of_text(tokenizer: MistralTokenizer) -> None:
     assert (dot.text, dot.finish_reason) == ("a", "eos")
     script = Script([*text, EOS, *as_bytes("!")])
     (on,) = generate(script, tokenizer, ["a"], max_tokens=len(text) + 2, ignore_eos=True)
-    assert on.text.strip() == "the end!" and on.finish_reason == "length"
+    assert on.text.strip() == "the end!"
+    assert on.finish_reason == "length"
 
 
 def test_characters_come_whole(tokenizer: MistralTokenizer) -> None:
@@ -213,7 +217,8 @@ def test_characters_come_whole(tokenizer: MistralTokenizer) -> None:
     for cut, tail in ((len("né 漢".encode()) - 1, []), (len("né 漢".encode()) - 2, [EOS])):
         script: Any = Script([*ids[:cut], *tail])
         (completion,) = generate(script, tokenizer, ["x"], max_tokens=cut + len(tail))
-        assert completion.text.rstrip("\ufffd") == "né " and completion.text.endswith("\ufffd")
+        assert completion.text.rstrip("\ufffd") == "né "
+        assert completion.text.endswith("\ufffd")
 
 
 # Stop strings
@@ -255,7 +260,7 @@ def test_stop_strings_do_not_depend_on_how_a_text_is_cut() -> None:
         stop = ["".join(random.choices("ab", k=random.randint(1, 6))) for _ in range(3)]
         expected = naive_stop(text, stop)
         cuts = sorted(random.choices(range(len(text) + 1), k=random.randint(0, 6)))
-        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         texts, shown, pushed = _StopText(stop), "", ""
         for i, piece in enumerate(pieces):
             shown, pushed = shown + texts.push(piece, i == len(pieces) - 1), pushed + piece
@@ -297,7 +302,8 @@ def test_the_stop_string_that_begins_first_counts(
     for i, piece in enumerate(pieces):
         if not texts.found:
             shown += texts.push(piece, i == len(pieces) - 1)
-    assert shown == expected and texts.found
+    assert shown == expected
+    assert texts.found
 
 
 def test_a_text_alone_is_one_prompt_and_one_stop_string(
@@ -305,7 +311,8 @@ def test_a_text_alone_is_one_prompt_and_one_stop_string(
 ) -> None:
     options: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True}
     alone = generate(model, tokenizer, "It is", **options)
-    assert alone == generate(model, tokenizer, ["It is"], **options) and len(alone) == 1
+    assert alone == generate(model, tokenizer, ["It is"], **options)
+    assert len(alone) == 1
     deltas = list(stream_generate(model, tokenizer, "It is", **options))
     assert [delta.token_id for delta in deltas] == alone[0].token_ids
     ids: Any = Script(as_bytes("for herself"))
@@ -329,7 +336,8 @@ def test_one_text_stops_the_others_go_on(
     )
     stopped, other = generate(model, tokenizer, prompts, stop=[stop], **options)
     assert stopped.text == free[0].text[: free[0].text.index(stop)]
-    assert stopped.finish_reason == "stop" and len(stopped.token_ids) < 25
+    assert stopped.finish_reason == "stop"
+    assert len(stopped.token_ids) < 25
     assert other == free[1]
 
 
@@ -426,7 +434,7 @@ def test_logits_that_cease_to_be_finite(
     if hooked:
         model.model.norm.register_forward_hook(lambda *_: None)
     prompts, bad = prompts_of(4, 9), []
-    free = list(zip(*model.stream(prompts, max_new_tokens=12)))
+    free = list(zip(*model.stream(prompts, max_new_tokens=12), strict=True))
     # The token after which, and not before, the second text becomes NaN.
     at = next(i for i in range(3, 11) if free[1][i] not in (*free[1][:i], *free[0], *prompts[1]))
     with torch.no_grad():
@@ -436,7 +444,7 @@ def test_logits_that_cease_to_be_finite(
     with pytest.raises(ValueError, match=f"logits of text 1 are not finite after {at + 1} new"):
         for tokens in model.stream(prompts, max_new_tokens=12, cache=cache):
             bad.append(tokens)
-    assert bad == [list(tokens) for tokens in zip(*free)][: at + 1]
+    assert bad == [list(tokens) for tokens in zip(*free, strict=True)][: at + 1]
     assert not cache.torn
     # A text that has ended may do as it likes.
     ended = model.stream(prompts, max_new_tokens=12, eos_token_ids=(free[1][at],))
@@ -500,7 +508,8 @@ def test_integers_of_every_kind(
     plain = [int(id) for id in ids]
     expected = model.generate([plain], max_new_tokens=6, eos_token_id=None)
     given = model.generate([ids], max_new_tokens=np.int64(6), eos_token_id=None)
-    assert given == expected and all(type(id) is int for id in given[0])
+    assert given == expected
+    assert all(type(id) is int for id in given[0])
     (completion,) = generate(model, tokenizer, [ids], max_tokens=6, ignore_eos=True)
     assert completion.token_ids == expected[0][len(plain) :]
     eos = expected[0][len(plain) + 2]
@@ -514,10 +523,12 @@ def test_tensors_keep_their_dtype(dtype: torch.dtype, model: MistralForCausalLM)
     """Also where pads and new tokens are larger than any id of the prompt."""
     ids = torch.tensor([[3, 4], [5, 6]], dtype=dtype)
     out = model.generate(ids, max_new_tokens=5, eos_token_id=None)
-    assert out.dtype == dtype and out.max() > 127
+    assert out.dtype == dtype
+    assert out.max() > 127
     eos = int(out[0, 3])
     padded = model.generate(ids, max_new_tokens=5, eos_token_id=eos, pad_token_id=2**31 - 1)
-    assert padded.dtype == dtype and padded.shape[1] <= 7
+    assert padded.dtype == dtype
+    assert padded.shape[1] <= 7
 
 
 TYPES: list[tuple[Any, dict[str, Any], str]] = [

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from small_checkpoints import SMALL, random_state
+from support.small_checkpoints import SMALL, random_state
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, generate
 from mistral_kernels.checkpoint import resolve, save_hf
@@ -163,10 +163,12 @@ def test_a_prompt_file_may_be_a_pipe(run: Command, tmp_path: Path) -> None:
 def test_json(run: Command, expected: Callable[..., str]) -> None:
     result = run("She was", *GREEDY, "--json", "--quiet")
     record = json.loads(result.out)
-    assert result.out.count("\n") == 1 and result.err == ""
+    assert result.out.count("\n") == 1
+    assert result.err == ""
     assert record.keys() == {"prompt", "text", "token_ids", "finish_reason"}
     assert (record["prompt"], record["text"]) == ("She was", expected("She was"))
-    assert len(record["token_ids"]) == 12 and record["finish_reason"] == "length"
+    assert len(record["token_ids"]) == 12
+    assert record["finish_reason"] == "length"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp037", "utf-16"])
@@ -182,7 +184,8 @@ def test_stdout_that_is_not_utf8(
             out = sink.getvalue().decode(encoding)
         if options:
             record = json.loads(out)
-            assert out.isascii() and record["prompt"] == "caf\u00e9 \u6f22"
+            assert out.isascii()
+            assert record["prompt"] == "caf\u00e9 \u6f22"
             assert record["text"] == expected("caf\u00e9 \u6f22")
         else:
             lacking = expected("caf\u00e9 \u6f22").encode(encoding, "backslashreplace")
@@ -204,7 +207,8 @@ def test_seeds_and_samples(run: Command) -> None:
     assert len(several) == len(set(several)) == 3
     drawn = run("She was", "-m", "20", "--json")
     seed = re.search(r"^seed +(\d+)$", drawn.err, re.MULTILINE)
-    assert seed and json.loads(drawn.out)["text"] == sample("--seed", seed[1])[0]
+    assert seed
+    assert json.loads(drawn.out)["text"] == sample("--seed", seed[1])[0]
 
 
 def test_stop_and_length(run: Command, expected: Callable[..., str]) -> None:
@@ -464,7 +468,8 @@ def test_compiling_is_loading(run: Command, monkeypatch: pytest.MonkeyPatch) -> 
         patch.setattr(extension, "load", compiling)
         result = run("She was", *GREEDY)
     figures = dict(re.findall(r"(load|first token after) +([0-9.]+) s", result.err))
-    assert result.code == 0 and float(figures["load"]) >= 0.5
+    assert result.code == 0
+    assert float(figures["load"]) >= 0.5
 
     def interrupted(device_type: str) -> None:
         raise KeyboardInterrupt
@@ -521,14 +526,17 @@ def test_ctrl_c_keeps_what_there_is() -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert len(head) == 40 and (head + out).endswith("\n")
-    assert "Traceback" not in err and err.rstrip().endswith("interrupted")
+    assert len(head) == 40
+    assert (head + out).endswith("\n")
+    assert "Traceback" not in err
+    assert err.rstrip().endswith("interrupted")
     assert re.search(r"^generate +\d+ tokens", err, re.MULTILINE)
 
 
 def test_the_reader_goes_away() -> None:
     process = start("She was", "-m", "1000000", "--ignore-eos", "--quiet")
-    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     assert process.stdout.read(1)
     process.stdout.close()
     err = process.stderr.read()

@@ -7,10 +7,10 @@ import random
 
 import pytest
 import torch
-from attention_cases import eager
-from helpers import assert_as_accurate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.attention_cases import eager
+from support.helpers import assert_as_accurate
 
 from mistral_kernels import flash_attn_with_kvcache
 from mistral_kernels.ops import reference
@@ -112,7 +112,7 @@ class Definition:
         self.local = self.options.get("causal", False) or tuple(window) != (-1, -1)
         self.q = self.turned(a["q"], 1 if self.local else 0)
         self.caches = [a["k_cache"].clone(), a["v_cache"].clone()]
-        for cache, x in zip(self.caches, (self.turned(a["k"], 1), a["v"])):
+        for cache, x in zip(self.caches, (self.turned(a["k"], 1), a["v"]), strict=True):
             for i, length in enumerate(self.cached if self.new else ()):
                 cache[self.places(i, range(length, length + self.new))] = x[i]
 
@@ -160,7 +160,7 @@ class Definition:
             own = slopes if slopes is None or slopes.ndim == 1 else slopes[i : i + 1]
             text = (x.to(dtype) for x in (self.q[i : i + 1], keys, values))
             results.append(attention(*text, **self.options, alibi_slopes=own))
-        return [torch.cat(x) for x in zip(*results)]
+        return [torch.cat(x) for x in zip(*results, strict=True)]
 
 
 def check(arguments):
@@ -169,7 +169,7 @@ def check(arguments):
     dtype = arguments["q"].dtype
     kept = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor)}
     out, lse = flash_attn_with_kvcache(**arguments, return_softmax_lse=True)
-    for name, x in zip(("k_cache", "v_cache"), definition.caches):
+    for name, x in zip(("k_cache", "v_cache"), definition.caches, strict=True):
         assert torch.equal(arguments[name], x), name
         del kept[name]
     assert all(torch.equal(arguments[name], x) for name, x in kept.items())
@@ -369,12 +369,17 @@ def test_returns(seqlen_q, backend, device):
     for heads, window_size in (((4, 2), (-1, -1)), ((4, 2), (100, 0))):
         arguments = make_arguments(device, F16, seqlen_q, heads, window_size=window_size)
         out, lse = flash_attn_with_kvcache(**arguments, return_softmax_lse=True)
-        assert out.shape == arguments["q"].shape and out.dtype == F16
-        assert lse.shape == (3, 4, seqlen_q) and lse.dtype == F32
-        assert lse[1].isneginf().all() and (out[1] == 0).all()  # a sequence of no keys
-        assert lse[0].isfinite().all() and (out[0] != 0).any(-1).all()
+        assert out.shape == arguments["q"].shape
+        assert out.dtype == F16
+        assert lse.shape == (3, 4, seqlen_q)
+        assert lse.dtype == F32
+        assert lse[1].isneginf().all()
+        assert (out[1] == 0).all()
+        assert lse[0].isfinite().all()
+        assert (out[0] != 0).any(-1).all()
         alone = flash_attn_with_kvcache(**arguments)
-        assert isinstance(alone, torch.Tensor) and alone.dtype == F16
+        assert isinstance(alone, torch.Tensor)
+        assert alone.dtype == F16
         torch.testing.assert_close(alone, out, rtol=0, atol=0 if backend == "triton" else 2e-3)
 
 
@@ -408,7 +413,7 @@ def test_strides(cache, backend, device):
     check({**arguments, "q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache})
     strided = [torch.stack((x, -x), -1)[..., 0] for x in (q, k, v)]
     assert all(x.stride(-1) == 2 for x in strided)
-    strided = dict(zip("qkv", strided))
+    strided = dict(zip("qkv", strided, strict=True))
     check({**arguments, **strided, "k_cache": k_cache, "v_cache": v_cache})
 
 
@@ -477,10 +482,11 @@ def check_nan(arguments):
     poisoned, worse = with_nan(arguments, seen), with_nan(arguments, [seen[0][1:], *seen[1:]])
     out, lse = flash_attn_with_kvcache(**arguments, return_softmax_lse=True)
     for x, expected in zip(
-        flash_attn_with_kvcache(**poisoned, return_softmax_lse=True), (out, lse)
+        flash_attn_with_kvcache(**poisoned, return_softmax_lse=True), (out, lse), strict=True
     ):
         assert torch.equal(x, expected)
-    assert out.isfinite().all() and flash_attn_with_kvcache(**worse)[0].isnan().any()
+    assert out.isfinite().all()
+    assert flash_attn_with_kvcache(**worse)[0].isnan().any()
 
 
 @pytest.mark.kernels
@@ -535,7 +541,8 @@ def test_nothing_to_do(shape, backend, device):
     arguments["q"] = arguments["q"][:, :0] if shape == "no-queries" else arguments["q"]
     caches = Definition(arguments).caches
     out, lse = flash_attn_with_kvcache(**arguments, return_softmax_lse=True)
-    assert out.shape == arguments["q"].shape and lse.shape == (len(out), 4, out.shape[1])
+    assert out.shape == arguments["q"].shape
+    assert lse.shape == (len(out), 4, out.shape[1])
     assert torch.equal(arguments["k_cache"], caches[0])
     assert torch.equal(arguments["v_cache"], caches[1])
 
@@ -552,7 +559,7 @@ GOOD = {
     "rotary_sin": TABLE,
     "cache_seqlens": LENGTHS,
 }
-NO_NEW = {name: None for name in ("k", "v", "rotary_cos", "rotary_sin")}
+NO_NEW = dict.fromkeys(("k", "v", "rotary_cos", "rotary_sin"))
 PAGES = int32([[0, 1], [1, 0]], "cpu")
 ROTARY = (
     "rotary_cos and rotary_sin must be (num_positions, rotary_dim / 2) with rotary_dim at most 8, "

@@ -27,45 +27,31 @@ HEAVY = {
     "matplotlib",
 }
 
-BELOW = ("model", "checkpoint", "tokenizer", "ops", "files", "ranges", "errors")
+BELOW = ("model", "checkpoint", "tokenizer", "ops", "utils")
 
 # A module, or all below it, and what of ours it may import. The longest name that fits decides.
 MAY_IMPORT = {
     "ops": ("ops",),
     "ops.reference": (),
     "ops.compiler": (),  # which setup.py loads alone
-    "ops.build_cache": ("ops.compiler", "files"),
-    "ops.tuning": ("ops", "files"),
-    "startup": (),
-    "schema": (),
-    "signals": (),
-    "files": ("schema",),
-    "errors": ("schema",),
-    "ranges": (),
-    "model": ("model", "ops", "checkpoint", "ranges"),
+    "ops.build_cache": ("ops.compiler", "utils.files"),
+    "ops.tuning": ("ops", "utils.files"),
+    "utils": ("utils",),
+    "model": ("model", "ops", "checkpoint", "utils"),
     "model.config": ("model.config_formats",),
-    "model.config_formats": ("schema",),
-    "checkpoint": ("checkpoint", "model.config", "files", "schema", "signals"),
-    "tokenizer": ("tokenizer", "checkpoint", "files"),
-    "streaming": BELOW,
-    "chat": ("streaming", *BELOW),
-    "command": ("startup", "errors", "ops", "signals"),
-    "distributed": ("command", "startup", "errors"),
-    "parallel": ("distributed", *BELOW),
-    "figures": ("streaming", *BELOW),
-    "generate": ("command", "distributed", "parallel", "figures", "chat", "streaming", *BELOW),
-    "convert": ("command", *BELOW),
-    "flash_attn": ("ops", "kvcache"),
-    "kvcache": ("ops",),
+    "model.config_formats": ("utils.schema",),
+    "checkpoint": ("checkpoint", "model.config", "utils"),
+    "tokenizer": ("tokenizer", "checkpoint", "utils"),
+    "text": ("text", *BELOW),
+    "cli": ("cli", "ops", "utils"),
+    "cli.startup": (),
+    "distributed": ("distributed", "cli", *BELOW),
+    "flash_attn": ("flash_attn", "ops"),
     "integrations": ("integrations", "model", "ops"),
-    "training_state": BELOW,
-    "training": ("training_state", *BELOW),
-    "sharded_state": ("distributed", "training_state", *BELOW),
-    "sharded_training": ("distributed", "training", "training_state", *BELOW),
-    "train": (
-        *("command", "distributed", "training", "training_state"),
-        *("sharded_training", "sharded_state", *BELOW),
-    ),
+    "training": ("training", "distributed", *BELOW),
+    "generate": ("cli", "distributed", "text", *BELOW),
+    "convert": ("cli", *BELOW),
+    "train": ("cli", "distributed", "training", *BELOW),
 }
 # Only inside functions: not needed before there is something to load.
 LAZILY = {

@@ -18,23 +18,23 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_rank import GREEDY, PROMPTS, SCENARIOS, results_of
-from ranks import TESTS, environment, finish, free_ports, start
-from small_checkpoints import SMALL, random_state, varied_model
+from support.parallel_rank import GREEDY, PROMPTS, SCENARIOS, results_of
+from support.ranks import TESTS, environment, finish, free_ports, start
+from support.small_checkpoints import SMALL, random_state, varied_model
 
 from benchmarks.make_checkpoint import CONFIGS, random_tensors
 from mistral_kernels import MistralConfig, MistralForCausalLM, MistralTokenizer
 from mistral_kernels.checkpoint import open_checkpoint, resolve, save_hf, save_raw, whole
 from mistral_kernels.checkpoint.names import expected_shapes
-from mistral_kernels.generate import generate
-from mistral_kernels.model.config import ConfigError
-from mistral_kernels.parallel import (
+from mistral_kernels.distributed.tensor_parallel import (
     Machine,
     ParallelMistralForCausalLM,
     Share,
     memory_per_rank,
     step_seconds,
 )
+from mistral_kernels.generate import generate
+from mistral_kernels.model.config import ConfigError
 
 # 8 query and 2 key/value heads: 4 ranks hold the latter twice. 61 tokens divide by no number.
 CONFIG = replace(SMALL, num_attention_heads=8, num_key_value_heads=2)
@@ -71,7 +71,7 @@ def ranks(checkpoints: Path, chat_models: None) -> dict[int, list[dict[str, Any]
     """The results of each rank, of 2 and of 4."""
     results = {}
     for size, ports in ((2, free_ports(len(SCENARIOS))), (4, [])):
-        processes = start(size, TESTS / "parallel_rank.py", checkpoints, *ports)
+        processes = start(size, TESTS / "support" / "parallel_rank.py", checkpoints, *ports)
         ended = finish(processes, 240)
         assert all(each == (0, "", "") for each in ended), ended
         results[size] = [
@@ -158,7 +158,8 @@ def test_a_random_seed_and_the_prompt_are_the_main_ranks(
 
 def test_chat(ranks: dict[int, list[dict[str, Any]]]) -> None:
     main, other = of_command(ranks, "chat")
-    assert (main[0], main[2]) == (0, "") and main[1].count("\n") >= 2
+    assert (main[0], main[2]) == (0, "")
+    assert main[1].count("\n") >= 2
     assert other == (0, "", "")
 
 
@@ -182,7 +183,8 @@ def test_bad_input_is_told_once(
 
 def test_a_gpu_by_number(ranks: dict[int, list[dict[str, Any]]]) -> None:
     for code, out, err in of_command(ranks, "gpu"):
-        assert (code, out, err.count("\n")) == (2, "", 1) and "--device cuda:0" in err
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "--device cuda:0" in err
 
 
 # What each rank has
@@ -258,7 +260,7 @@ def test_reading_a_part(save: Any, tmp_path: Path) -> None:
 
         def part_of(name: str, shape: tuple[int, ...], parts: Any = parts) -> tuple[slice, ...]:
             ends = [sorted(torch.randint(0, n + 1, (2,)).tolist()) for n in shape]
-            ends = [(a, b) if a < b else (0, n) for (a, b), n in zip(ends, shape)]
+            ends = [(a, b) if a < b else (0, n) for (a, b), n in zip(ends, shape, strict=True)]
             parts[name] = tuple(slice(a, b) for a, b in ends)[: 1 + len(parts) % 2]
             return parts[name]
 
@@ -307,7 +309,7 @@ def test_no_rank_holds_the_whole(save: Any, tmp_path: Path) -> None:
     tensors = random_tensors(config, torch.bfloat16)
     save(tensors, config, tmp_path / "m", dtype=torch.bfloat16)
     for size in (2, 4):
-        ended = finish(start(size, TESTS / "parallel_memory.py", tmp_path / "m"), 200)
+        ended = finish(start(size, TESTS / "support" / "parallel_memory.py", tmp_path / "m"), 200)
         assert all(each.code == 0 for each in ended), ended
         for each in ended:
             share, peak = map(int, each.out.split())
@@ -343,7 +345,7 @@ def test_time_of_a_step() -> None:
         65 * (5e-6 + 6e-6 + 1.5 * reduced / 1e11) + 5e-6 + 3e-6 + 0.75 * gathered / 1e11
     )
     # The table at the top of the module.
-    text = sys.modules["mistral_kernels.parallel"].__doc__ or ""
+    text = sys.modules["mistral_kernels.distributed.tensor_parallel"].__doc__ or ""
     (steps,) = re.findall(r"a step +([\d. ]+) ms", text)
     expected = [sum(step_seconds(config, size)) * 1e3 for size in (1, 2, 4, 8)]
     assert [float(step) for step in steps.split()] == [round(step, 2) for step in expected]
@@ -365,7 +367,8 @@ def test_ctrl_c_ends_all_ranks() -> None:
     # PyTorch warns of a collective that was cut off, if one was.
     warning = r"\[W.*? ProcessGroup\.cpp:\d+\] Warning: .*?\(function ~WorkRegistry\)\n"
     main_err, other_err = (re.sub(warning, "", x.err, flags=re.DOTALL) for x in (main, other))
-    assert main_err.endswith("\ninterrupted\n") and "Traceback" not in main_err
+    assert main_err.endswith("\ninterrupted\n")
+    assert "Traceback" not in main_err
     assert "on rank 0 of 2" in main_err
     assert (other.out, other_err) == ("", "")
 
@@ -374,10 +377,12 @@ def test_ctrl_c_ends_all_ranks() -> None:
 def test_a_rank_that_is_killed_ends_the_others() -> None:
     arguments = ("-m", "mistral_kernels.generate", *GREEDY[:-1], "1000000", "--ignore-eos")
     processes = start(2, *arguments)
-    assert processes[0].stdout is not None and processes[0].stdout.read(20)
+    assert processes[0].stdout is not None
+    assert processes[0].stdout.read(20)
     processes[1].kill()
     main, other = finish(processes, 60)
-    assert other.code == -signal.SIGKILL and main.code == 2
+    assert other.code == -signal.SIGKILL
+    assert main.code == 2
     assert main.err.endswith("error: rank 0: another rank ended; see what it says\n")
 
 
@@ -414,6 +419,8 @@ def test_ctrl_c_under_torchrun() -> None:
     os.killpg(process.pid, signal.SIGINT)
     started = time.monotonic()
     (ended,) = finish([process], 100)
-    assert len(head) == 20 and ended.code != 0 and time.monotonic() - started < 60
+    assert len(head) == 20
+    assert ended.code != 0
+    assert time.monotonic() - started < 60
     assert ended.err.count("\ninterrupted\n") == 1, ended.err
     assert "mistral_kernels" not in ended.err.partition("Traceback")[2], ended.err

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_checkpoints import SMALL, varied_model
+from support.small_checkpoints import SMALL, varied_model
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer
 from mistral_kernels.generate import main
@@ -16,7 +16,7 @@ from mistral_kernels.model import transformer
 from mistral_kernels.model.layers import FusedLinear, Linear
 from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.ops import extension
-from mistral_kernels.streaming import generate
+from mistral_kernels.text.streaming import generate
 
 CONFIGS = {"untied": SMALL, "tied": replace(SMALL, tie_word_embeddings=True)}
 
@@ -32,7 +32,8 @@ def models(request: Any, tmp_path: Path) -> tuple[MistralForCausalLM, MistralFor
     for name, module in plain.named_modules():
         if isinstance(module, Linear):
             int8 = others[name]
-            assert isinstance(int8, Linear) and int8.scales is not None
+            assert isinstance(int8, Linear)
+            assert int8.scales is not None
             wide = int8.weight * int8.scales[:, None]
             assert ((wide - module.weight).abs() <= 0.501 * int8.scales[:, None]).all(), name
             assert (int8.weight.int().abs().amax(dim=1) == 127).all()
@@ -68,7 +69,7 @@ def test_logits(models: tuple[MistralForCausalLM, MistralForCausalLM]) -> None:
             steps = [model.prefill(ids[:, :9].tolist(), cache)]
             steps += [model.decode(tokens, cache) for tokens in ids[:, 9:].T]
         results.append((whole, torch.stack(steps, dim=1)))
-    for actual, expected in zip(*results):
+    for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -99,7 +100,8 @@ def test_dtypes() -> None:
     before = model(ids)
     assert before.dtype == torch.bfloat16
     model.to(torch.float32)
-    assert model.dtype == torch.float32 and model(ids).dtype == torch.float32
+    assert model.dtype == torch.float32
+    assert model(ids).dtype == torch.float32
     assert torch.equal(model.to(torch.bfloat16)(ids), before)
 
 

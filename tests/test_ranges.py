@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mistral_kernels.ranges import COUNT, SEED, Range
+from mistral_kernels.utils.ranges import COUNT, SEED, Range
 
 WHOLE, SHARE, POSITIVE = Range(int, 0, 9), Range(float, 0, 1, above=True), Range(float, 0)
 
@@ -19,11 +19,14 @@ WHOLE, SHARE, POSITIVE = Range(int, 0, 9), Range(float, 0, 1, above=True), Range
 def test_admitted_values_come_back_as_plain_numbers() -> None:
     for value in (0, 9, np.int64(4), np.uint8(4), np.int32(0)):
         checked = WHOLE.check("x", value)
-        assert type(checked) is int and checked == value
+        assert type(checked) is int
+        assert checked == value
     for value in (1, 0.25, np.float32(0.5), np.int8(1), Fraction(1, 4)):
         checked = SHARE.check("x", value)
-        assert type(checked) is float and checked == value
-    assert COUNT.check("x", 10**9) == 10**9 and SEED.check("x", 2**64 - 1) == 2**64 - 1
+        assert type(checked) is float
+        assert checked == value
+    assert COUNT.check("x", 10**9) == 10**9
+    assert SEED.check("x", 2**64 - 1) == 2**64 - 1
 
 
 @pytest.mark.parametrize(

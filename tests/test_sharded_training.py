@@ -25,14 +25,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from ranks import free_ports
-from small_checkpoints import SMALL
+from support.ranks import free_ports
+from support.small_checkpoints import SMALL
 
-from mistral_kernels import MistralForCausalLM, sharded_training, train
+from mistral_kernels import MistralForCausalLM, train
 from mistral_kernels.checkpoint import CheckpointError, open_checkpoint
-from mistral_kernels.distributed import World
-from mistral_kernels.sharded_training import ShardedRun, share
+from mistral_kernels.distributed.process_group import World
 from mistral_kernels.train import main
+from mistral_kernels.training import fsdp as sharded_training
+from mistral_kernels.training.fsdp import ShardedRun, share
 
 CONFIG = dataclasses.replace(SMALL, vocab_size=300)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
@@ -41,7 +42,12 @@ LIMIT = 120  # seconds, after which ranks are killed
 # Ranks are forked from a process that has imported all (FSDP wants dynamo) and run nothing.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
-    [__name__, "mistral_kernels.sharded_state", "mistral_kernels.sharded_training", "torch._dynamo"]
+    [
+        __name__,
+        "mistral_kernels.training.fsdp_state",
+        "mistral_kernels.training.fsdp",
+        "torch._dynamo",
+    ]
 )
 
 Sabotage = tuple[str, int]  # what is called when the rank dies, and at which call of it
@@ -114,7 +120,7 @@ class Ranks:
             process.join()
         # What gloo itself logs of a lost connection is not ours.
         texts = [re.sub(r"(?m)^\[.*\n", "", log.read_text()) for log in logs]
-        return [(process.exitcode, text) for process, text in zip(processes, texts)]
+        return [(process.exitcode, text) for process, text in zip(processes, texts, strict=True)]
 
 
 @pytest.fixture
@@ -183,7 +189,7 @@ def assert_same_run(out: Path, reference: Path, noise: float = 1e-5) -> None:
     """The same loss curve, weights and files, but for rounding."""
     curve, expected = curve_of(out), curve_of(reference)
     assert [step for step, *_ in curve] == [step for step, *_ in expected]
-    for (step, *losses), (_, *wanted) in zip(curve, expected):
+    for (step, *losses), (_, *wanted) in zip(curve, expected, strict=True):
         assert losses == pytest.approx(wanted, rel=noise), step
     theirs = weights_of(reference)
     for name, weight in weights_of(out).items():
@@ -399,7 +405,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 def test_metadata_that_is_a_fifo(tmp_path: Path) -> None:
     """Each rank reads it, but only one compares its checksum first: it must not be waited for."""
-    from mistral_kernels.sharded_state import _Reader
+    from mistral_kernels.training.fsdp_state import _Reader
 
     os.mkfifo(tmp_path / ".metadata")
     with pytest.raises(CheckpointError, match=r"\.metadata must be a regular file, got a FIFO"):
@@ -420,7 +426,9 @@ def test_a_damaged_state_is_named(
     where = rf"{step}(/run\.pt)?"
     expected = rf"{where} is not the whole state of a run \({reason}\); remove it to begin anew"
     assert re.fullmatch(f"error: rank 0: {expected}", error), error
-    assert step.exists() and not (step / "harm").exists() and not out.exists()
+    assert step.exists()
+    assert not (step / "harm").exists()
+    assert not out.exists()
 
 
 @pytest.mark.slow
@@ -485,7 +493,8 @@ def test_a_loss_that_is_not_finite(
     assert [code for code, _ in ended] == [2, 2]
     said = "error: rank 0: the held-out loss is nan at step 1: use a lower learning rate"
     assert said in ended[0][1] and ended[1][1] == "", ended
-    assert not out.exists() and not list(tmp_path.glob("out.partial/*/run.pt"))
+    assert not out.exists()
+    assert not list(tmp_path.glob("out.partial/*/run.pt"))
 
 
 def test_a_state_is_only_for_its_own_run(
@@ -561,11 +570,13 @@ def test_interrupted_while_saving(
         assert code == 2
         assert re.fullmatch(rf"{where}\[Errno 28\] No space left on device", said.splitlines()[-1])
     else:
-        assert code == 130 and said.endswith("\ninterrupted\n")
+        assert code == 130
+        assert said.endswith("\ninterrupted\n")
         assert f"the same command again goes on from the state in {partial}\n" in said
     assert not out.exists()
     assert alone(saved) == 0
-    assert "going on from step 4" in capsys.readouterr().err and not partial.exists()
+    assert "going on from step 4" in capsys.readouterr().err
+    assert not partial.exists()
     assert_same_run(out, whole)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mistral_kernels.command import run
+from mistral_kernels.cli.command import run
 from mistral_kernels.ops.compiler import BUILD_VARIABLE
 
 NUMBERS = (signal.SIGTERM, signal.SIGHUP)
@@ -57,8 +57,10 @@ def test_training_leaves_no_tokenizer(tmp_path: Path, number: int) -> None:
         *(str(text), "--output", str(out), "--steps", "1000000", *small),
         TMPDIR=str(scratch),
     )
-    assert code == -number and "Traceback" not in errors
-    assert list(scratch.iterdir()) == [] and not out.exists()
+    assert code == -number
+    assert "Traceback" not in errors
+    assert list(scratch.iterdir()) == []
+    assert not out.exists()
 
 
 def test_compilers_end_with_the_command(tmp_path: Path) -> None:
@@ -77,7 +79,8 @@ def test_compilers_end_with_the_command(tmp_path: Path) -> None:
         return both
 
     code, errors = ended(signal.SIGTERM, started, "generate", *arguments, **settings)
-    assert code == -signal.SIGTERM and "Traceback" not in errors
+    assert code == -signal.SIGTERM
+    assert "Traceback" not in errors
     for pid in map(int, pids.read_text().split()):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -94,11 +97,12 @@ def test_handlers_are_put_back() -> None:
 
     try:
         assert run(command, None) == 0
-        assert all(map(callable, seen)) and signal.SIG_DFL not in seen
+        assert all(map(callable, seen))
+        assert signal.SIG_DFL not in seen
         assert [signal.getsignal(number) for number in NUMBERS] == [signal.SIG_DFL] * 2
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         assert run(command, None) == 0
         assert seen[3] is signal.SIG_IGN
     finally:
-        for number, handler in zip(NUMBERS, before):
+        for number, handler in zip(NUMBERS, before, strict=True):
             signal.signal(number, handler)

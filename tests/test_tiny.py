@@ -15,7 +15,7 @@ from mistral_kernels.checkpoint import resolve
 from mistral_kernels.generate import generate
 from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.train import HELD_OUT
-from mistral_kernels.training import Corpus, held_out_loss
+from mistral_kernels.training.loop import Corpus, held_out_loss
 
 FOLDER = resolve("tiny")
 PROMPTS = ["She was", "It is a truth universally", "Mr. Darcy", "The next morning"]
@@ -110,8 +110,10 @@ def test_a_text_of_50_000_tokens(model: MistralForCausalLM) -> None:
         text.append(token)
         if len(text) == total // 10:
             early = resident()
-    assert len(text) == total + 1 and len(set(text)) > 500
-    assert cache.nbytes == size and cache.host_lengths == [total]
+    assert len(text) == total + 1
+    assert len(set(text)) > 500
+    assert cache.nbytes == size
+    assert cache.host_lengths == [total]
     assert resident() - early < 30e6
     stepped = exact.decode(torch.tensor(text[-1:]), cache)
     whole = exact.prefill([text], exact.new_cache(1, total + 1), 1024)

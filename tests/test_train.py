@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 import torch
-from small_checkpoints import SMALL
+from support.small_checkpoints import SMALL
 
-from mistral_kernels import MistralForCausalLM, MistralTokenizer, train, training
+from mistral_kernels import MistralForCausalLM, MistralTokenizer, train
 from mistral_kernels.checkpoint import CheckpointError, open_checkpoint, resolve
 from mistral_kernels.train import main
-from mistral_kernels.training import Corpus, Recipe, held_out_loss, packed_loss
-from mistral_kernels.training_state import Saving
+from mistral_kernels.training import loop as training
+from mistral_kernels.training.loop import Corpus, Recipe, held_out_loss, packed_loss
+from mistral_kernels.training.state import Saving
 
 QUICK = ("--steps", "6", "--batch-size", "2", "--seqlen", "24", "--eval-every", "3")
 CONFIG = dataclasses.replace(SMALL, vocab_size=300, tie_word_embeddings=True)
@@ -53,7 +54,18 @@ def start(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(text: Path, start: Path, out: Path, *options: str) -> list[str]:
-    quick = "--held-out-chars 900 --steps 9 --batch-size 2 --seqlen 24 --eval-every 4".split()
+    quick = [
+        "--held-out-chars",
+        "900",
+        "--steps",
+        "9",
+        "--batch-size",
+        "2",
+        "--seqlen",
+        "24",
+        "--eval-every",
+        "4",
+    ]
     return [str(text), "--from", str(start), "--output", str(out), *quick, *options]
 
 
@@ -66,10 +78,12 @@ def test_a_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     arguments = (str(text), "--held-out-chars", "1500", *QUICK)
     assert main([*arguments, "--output", str(out)]) == 0
     captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 3
+    assert captured.out == ""
+    assert captured.err.count("\n") == 3
 
     report = json.loads((out / "training.json").read_text())
-    assert report["texts"] == ["words.txt"] and report["recipe"]["steps"] == 6
+    assert report["texts"] == ["words.txt"]
+    assert report["recipe"]["steps"] == 6
     assert [point["step"] for point in report["curve"]] == [3, 6]
     model = MistralForCausalLM.from_pretrained(out)
     tokenizer = MistralTokenizer.from_pretrained(out)
@@ -80,7 +94,8 @@ def test_a_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     paragraphs = [" ".join(block.split()) for block in text.read_text().split("\n\n")]
     held_out = (out / "held_out.txt").read_text(encoding="utf-8")
     kept = held_out.splitlines()
-    assert kept == paragraphs[-len(kept) :] and 1500 >= len(held_out) > 1500 - 700
+    assert kept == paragraphs[-len(kept) :]
+    assert 1500 >= len(held_out) > 1500 - 700
 
     # Its recorded loss is that of the best evaluation, and of the files as they are.
     corpus = Corpus(held_out, out / "tokenizer.model")
@@ -222,7 +237,8 @@ def test_bad_output(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for out, message in ((full, "is not empty; name a new"), (file, "is a file; name a new")):
         assert main([str(text), "--output", str(out)]) == 2
         assert capsys.readouterr().err == f"error: {out} {message} folder\n"
-    assert (full / "keep").read_text() == "me" and file.read_text() == "keep me"
+    assert (full / "keep").read_text() == "me"
+    assert file.read_text() == "keep me"
 
 
 @pytest.mark.parametrize("below", ["file", "loop"])
@@ -237,7 +253,9 @@ def test_an_output_that_cannot_be_written(
     out = tmp_path / below / "out" if below == "file" else tmp_path / below
     assert main(command(text, start, out)) == 2
     out_of, error = capsys.readouterr()
-    assert out_of == "" and error.count("\n") == 1 and str(tmp_path / below) in error
+    assert out_of == ""
+    assert error.count("\n") == 1
+    assert str(tmp_path / below) in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
 
 
@@ -297,7 +315,8 @@ def test_the_last_good_state_is_kept(
         assert main(command(text, start, out, *options)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: the held-out loss is nan at step 3: use a lower"), error
-    assert torch.load(partial, weights_only=True)["step"] == 2 and not out.exists()
+    assert torch.load(partial, weights_only=True)["step"] == 2
+    assert not out.exists()
     assert main(command(text, start, out, *options)) == 0
     assert f"going on from step 2, saved in {partial}\n" in capsys.readouterr().err
 
@@ -329,9 +348,8 @@ def test_further_training(text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     held_out = (out / "held_out.txt").read_text()
     corpus = Corpus(held_out, out)
     report = json.loads((out / "training.json").read_text())
-    assert report["from"] == "tiny" and report["held_out_loss"] < held_out_loss(
-        before, corpus, corpus.tokens
-    )
+    assert report["from"] == "tiny"
+    assert report["held_out_loss"] < held_out_loss(before, corpus, corpus.tokens)
     # What it learnt before is not lost.
     old = (resolve("tiny") / "held_out.txt").read_text()[:4000]
     losses = [held_out_loss(m, corpus, corpus.encode(old)) for m in (trained, before)]
@@ -389,7 +407,8 @@ def test_an_interrupted_run_goes_on_exactly(
         if code == 0:
             break
         said = capsys.readouterr().err
-        assert code == 130 and said.endswith("\ninterrupted\n")
+        assert code == 130
+        assert said.endswith("\ninterrupted\n")
         if partial.exists():
             assert f"the same command again goes on from the state in {partial}\n" in said
         else:
@@ -427,6 +446,7 @@ def test_interrupted_while_saving(
         real(state, file)
         owner, name = (os, "fsync") if moment == "syncing" else (Path, "replace")
         patch.setattr(owner, name, Interruption(getattr(owner, name), 0, error))
+        return None
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
@@ -482,7 +502,8 @@ def test_a_state_is_only_for_its_own_run(
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith(f"error: {partial} is the state of another run ({message}"), error
         assert error.endswith("run that again, remove it, or name another output")
-        assert partial.read_bytes() == state and not out.exists()
+        assert partial.read_bytes() == state
+        assert not out.exists()
     # How often states are saved is no part of the run.
     assert main(command(text, start, out, "--save-every", "0")) == 0
     assert not partial.exists()
@@ -536,7 +557,9 @@ def test_a_damaged_state_is_named(
     reason = reasons.get(damage, "File is not a zip file")
     expected = rf"{partial} is not the whole state of a run \({reason}\); remove it to begin anew"
     assert re.fullmatch(f"error: {expected}", error), error
-    assert partial.read_bytes() == before and not harm.exists() and not out.exists()
+    assert partial.read_bytes() == before
+    assert not harm.exists()
+    assert not out.exists()
 
 
 def edit(state: Any, path: tuple[Any, ...], value: Any) -> None:
@@ -605,9 +628,11 @@ def test_an_edited_state_is_named(
                 run.restore(saving)
             assert re.match(named, str(caught.value)), (path, value, caught.value)
             assert "\n" not in str(caught.value)
-    assert run.step == 0 and all(map(torch.equal, run.weights, untouched))
+    assert run.step == 0
+    assert all(map(torch.equal, run.weights, untouched))
     partial.write_bytes(whole)
-    assert run.restore(saving) and run.step == 4
+    assert run.restore(saving)
+    assert run.step == 4
 
 
 @pytest.mark.parametrize("options", [(), ("--save-every", "2")])
@@ -639,9 +664,12 @@ def test_what_is_in_the_way_of_a_save(
     assert mine.read_text() == "mine"
     if kind == "folder" and options:
         error = f"error: cannot save to {tmp_path / 'out.partial'}: [Errno 21] Is a directory"
-        assert code == 2 and error in capsys.readouterr().err and left == {taken.name}
+        assert code == 2
+        assert error in capsys.readouterr().err
+        assert left == {taken.name}
     else:
-        assert code == 0 and left == {"out", *([taken.name] if kind == "folder" else [])}
+        assert code == 0
+        assert left == {"out", *([taken.name] if kind == "folder" else [])}
 
 
 def test_a_state_that_is_a_link_to_nothing(
@@ -737,5 +765,6 @@ def test_bad_starting_points(
     ):
         assert main(command(text, source, out)) == 2
         error = capsys.readouterr().err
-        assert error.startswith(message) and error.count("\n") == 1
+        assert error.startswith(message)
+        assert error.count("\n") == 1
     assert error.endswith("beyond the model's vocabulary of 300: is this its tokenizer?\n")

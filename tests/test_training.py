@@ -12,16 +12,34 @@ from typing import Any
 
 import pytest
 import torch
-from small_checkpoints import SMALL, varied_model
+from support.small_checkpoints import SMALL, varied_model
 from torch import Tensor
 
-from mistral_kernels import MistralForCausalLM, MistralTokenizer, train, training
+from mistral_kernels import MistralForCausalLM, MistralTokenizer, train
 from mistral_kernels.train import TINY
-from mistral_kernels.training import Corpus, Recipe, held_out_loss, packed_loss
+from mistral_kernels.training import loop as training
+from mistral_kernels.training.loop import Corpus, Recipe, held_out_loss, packed_loss
 
 VOCAB = 300
 CONFIG = dataclasses.replace(SMALL, vocab_size=VOCAB, tie_word_embeddings=True)
-WORDS = "the a cat dog sat ran on over to and mat hill small old one again".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "over",
+    "to",
+    "and",
+    "mat",
+    "hill",
+    "small",
+    "old",
+    "one",
+    "again",
+]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +96,7 @@ def test_every_gradient_is_that_of_transformers(corpus: Corpus) -> None:
         kind = name.split(".")[-2]
         names = [name.replace(kind, part) for part in fused.get(kind, (kind,))]
         parts = grad.split([len(expected[each]) for each in names])
-        for each, part in zip(names, parts):
+        for each, part in zip(names, parts, strict=True):
             assert relative_error(part, expected[each]) < 1e-4, each
             compared += 1
     assert compared == len(expected) == 3 + 9 * CONFIG.num_hidden_layers
@@ -102,7 +120,8 @@ def test_the_loss_falls_and_the_best_weights_stay(tmp_path: Path) -> None:
     best = min(loss for _, _, loss in curve)
     assert best < before - 1
     assert held_out_loss(model, corpus, held_out) == best
-    assert log.getvalue().count("\n") == 6 and f"held-out {curve[-1][2]:.4f}" in log.getvalue()
+    assert log.getvalue().count("\n") == 6
+    assert f"held-out {curve[-1][2]:.4f}" in log.getvalue()
 
 
 def test_windows_begin_where_paragraphs_do(tmp_path: Path) -> None:
@@ -113,7 +132,8 @@ def test_windows_begin_where_paragraphs_do(tmp_path: Path) -> None:
     assert sampled.shape == (64, 4)
     assert {tuple(row) for row in sampled.tolist()} == starts
     inputs = corpus.with_bos(sampled)
-    assert (inputs[:, 0] == 1).all() and torch.equal(inputs[:, 1:], sampled[:, :-1])
+    assert (inputs[:, 0] == 1).all()
+    assert torch.equal(inputs[:, 1:], sampled[:, :-1])
     tokenizer = MistralTokenizer.from_pretrained(tmp_path / "tokenizer.model")
     joined = tokenizer.decode(corpus.tokens.tolist()).replace("\n ", "\n")
     assert joined == "\n".join(lines * 3) + "\n"
@@ -125,7 +145,8 @@ def test_learning_rate() -> None:
         assert recipe.learning_rate_at(step) == pytest.approx(expected)
     assert recipe.learning_rate_at(1100) == pytest.approx(0.05)
     rates = [recipe.learning_rate_at(step) for step in range(1100)]
-    assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[:100] == sorted(rates[:100])
+    assert rates[100:] == sorted(rates[100:], reverse=True)
     assert Recipe(steps=1, warmup_steps=0).learning_rate_at(0) == pytest.approx(2e-3)
 
 
@@ -141,7 +162,8 @@ def test_packed_batches_are_whole_paragraphs(text: Path, corpus: Corpus) -> None
         tuple(corpus.encode(line).tolist()) for line in train.read_text([text]).split("\n")
     ]
     stretches = {p[i : i + 40] for p in paragraphs for i in range(0, len(p), 40)}
-    assert any(len(p) > 40 for p in paragraphs) and any(len(p) < 20 for p in paragraphs)
+    assert any(len(p) > 40 for p in paragraphs)
+    assert any(len(p) < 20 for p in paragraphs)
     seen = set()
     for batch in itertools.islice(corpus.batches(recipe, torch.Generator().manual_seed(0)), 100):
         assert sum(map(len, batch)) == 5 * 40
@@ -184,7 +206,7 @@ def test_accumulated_batches_are_one_large_one(
         losses.append(training.train(model, corpus, corpus.tokens[:9], recipe, io.StringIO())[0][1])
         model.load_state_dict(weights)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    for one, three in zip(*seen):
+    for one, three in zip(*seen, strict=True):
         assert relative_error(three, one) < 1e-5
 
 
@@ -203,7 +225,7 @@ def test_accumulation_is_in_float32(corpus: Corpus, monkeypatch: pytest.MonkeyPa
     )
     run = training.Run(model, Recipe(accumulate=64))
     run.advance(corpus, itertools.repeat(batch))
-    for mean, once in zip(seen[0], expected):
+    for mean, once in zip(seen[0], expected, strict=True):
         assert mean.dtype == torch.float32
         torch.testing.assert_close(mean, once, rtol=1e-5, atol=0)
 
@@ -257,7 +279,7 @@ def test_a_cache_is_written_once() -> None:
     before = [ring.clone() for ring in (*cache.keys, *cache.values)]
     logits.sum().backward()
     assert cache.host_lengths == [3]
-    for ring, old in zip((*cache.keys, *cache.values), before):
+    for ring, old in zip((*cache.keys, *cache.values), before, strict=True):
         assert torch.equal(ring, old)
 
 
@@ -277,12 +299,15 @@ def test_progress(corpus: Corpus) -> None:
     lines = plain.splitlines()
     assert [line.split()[:2] for line in lines] == [["step", "2"], ["step", "3"]]
     assert "\r" not in plain
-    assert "3/3" in shown and "100%" in shown
+    assert "3/3" in shown
+    assert "100%" in shown
     assert shown.count("tokens/s") > 2
     first, second = (line.rpartition("  ")[0] for line in lines)  # but for the rate
-    assert first in shown and second in shown
+    assert first in shown
+    assert second in shown
     *_, bar = [piece for piece in shown.split("\r") if "3/3" in piece]
-    assert "loss " in bar and "tokens/s" in bar
+    assert "loss " in bar
+    assert "tokens/s" in bar
 
 
 def test_a_recipe_is_plain_adamw(corpus: Corpus) -> None:
@@ -333,6 +358,6 @@ def test_kernels_train_as_torch_does(
         torch.manual_seed(0)
         model = MistralForCausalLM(TINY).to(device, torch.bfloat16)
         curves[backend] = training.train(model, corpus, corpus.tokens[:5], recipe, io.StringIO())
-    for (step, *losses), (_, *others) in zip(curves["torch"], curves["triton"]):
+    for (step, *losses), (_, *others) in zip(curves["torch"], curves["triton"], strict=True):
         assert others == pytest.approx(losses, rel=5e-3), step  # ten times what is seen
     assert curves["triton"][-1][1] < curves["triton"][0][1] - 1

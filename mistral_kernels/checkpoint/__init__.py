@@ -10,7 +10,7 @@ from mistral_kernels.checkpoint.hf import save_hf
 from mistral_kernels.checkpoint.hub import resolve
 from mistral_kernels.checkpoint.raw import save_raw
 from mistral_kernels.checkpoint.reading import Checkpoint, Part, whole
-from mistral_kernels.files import CheckpointError, expand_user, is_taken
+from mistral_kernels.utils.files import CheckpointError, expand_user, is_taken
 
 __all__ = [
     "Checkpoint",

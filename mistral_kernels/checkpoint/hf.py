@@ -26,8 +26,8 @@ from mistral_kernels.checkpoint.writing import (
     write_files,
     write_json,
 )
-from mistral_kernels.files import is_taken, read_json
 from mistral_kernels.model.config import MistralConfig
+from mistral_kernels.utils.files import is_taken, read_json
 
 CONFIG_FILE = "config.json"
 _TOKENS_SCHEMA = {"bos_token_id": (int, None), "eos_token_id": (int, None, [int])}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mistral_kernels.files import CheckpointError, expand_user
+from mistral_kernels.utils.files import CheckpointError, expand_user
 
 _TINY = Path(__file__).parent.parent / "tiny"
 # Files of a tokenizer: to download, and to copy beside converted or trained weights.
@@ -24,8 +24,13 @@ TOKENIZER_PATTERNS = [
 _FORMATS = (
     (
         r"model(-\d+-of-\d+)?\.safetensors",
-        ["config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"]
-        + ["model.safetensors.index.json"],
+        [
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "model-*-of-*.safetensors",
+            "model.safetensors.index.json",
+        ],
     ),
     (r"consolidated(-\d+-of-\d+)?\.safetensors", ["params.json", "consolidated*.safetensors*"]),
     (r"consolidated\.\d\d\.pth", ["params.json", "consolidated.*.pth"]),

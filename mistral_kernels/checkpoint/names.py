@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from mistral_kernels.files import CheckpointError
 from mistral_kernels.model.config import MistralConfig
+from mistral_kernels.utils.files import CheckpointError
 
 _MODEL_NAMES = {
     "tok_embeddings.weight": "model.embed_tokens.weight",

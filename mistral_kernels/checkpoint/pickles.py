@@ -23,7 +23,7 @@ from mistral_kernels.checkpoint.stored import (
     contiguous_strides,
     count_elements,
 )
-from mistral_kernels.files import CheckpointError, check_regular
+from mistral_kernels.utils.files import CheckpointError, check_regular
 
 # Bytes of a pickle: about 140 per tensor.
 _PICKLE_LIMIT = 1 << 20
@@ -128,7 +128,7 @@ def _list_records(opened: _BoundedFile) -> dict[str, _Record]:
     with zipfile.ZipFile(opened) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
         ends = [*(entry.header_offset for entry in entries[1:]), archive.start_dir]
-    for entry, end in zip(entries, ends):
+    for entry, end in zip(entries, ends, strict=True):
         folder, _, name = entry.filename.partition("/")
         if folder != entries[0].filename.partition("/")[0] or name in records:
             raise ValueError(f"unexpected record {entry.filename!r}")
@@ -291,7 +291,7 @@ def _locate(file: Path, name: Any, value: Any, records: dict[str, _Record]) -> S
     begin = record.begin + offset * itemsize
     if all(
         size == 1 or stride == expected
-        for size, stride, expected in zip(shape, strides, contiguous_strides(shape))
+        for size, stride, expected in zip(shape, strides, contiguous_strides(shape), strict=True)
     ):
         return StoredTensor(name, file, shape, storage.kind, begin)
     return StoredTensor(name, file, shape, storage.kind, begin, strides)

@@ -29,8 +29,8 @@ from mistral_kernels.checkpoint.writing import (
     write_files,
     write_json,
 )
-from mistral_kernels.files import CheckpointError
 from mistral_kernels.model.config import MistralConfig
+from mistral_kernels.utils.files import CheckpointError
 
 CONFIG_FILE = "params.json"
 

@@ -32,8 +32,8 @@ from mistral_kernels.checkpoint.stored import (
     list_safetensors,
     map_file,
 )
-from mistral_kernels.files import CheckpointError, is_taken, read_json
 from mistral_kernels.model.config import ConfigError, MistralConfig
+from mistral_kernels.utils.files import CheckpointError, is_taken, read_json
 
 CONFIG_LIMIT = 4 << 20  # bytes of a configuration file
 _WORTH_A_MAPPING = 1 << 20  # bytes
@@ -108,7 +108,7 @@ class Checkpoint:
         ]
         budget = max(reading.stored_bytes for reading in readings)
         contents, current, used = None, None, 0
-        for name, reading in zip(self.stored, readings):
+        for name, reading in zip(self.stored, readings, strict=True):
             file, cost = reading.stored.file, reading.stored_bytes + reading.copied_bytes
             if contents is None or file != current or used + cost > budget:
                 contents = None  # unmaps before the file is mapped afresh
@@ -129,7 +129,7 @@ class Checkpoint:
         begin = end = first.begin
         if begin % ALIGNMENT:
             return None
-        for name, part in zip(names, parts):
+        for name, part in zip(names, parts, strict=True):
             beside = (part.file, part.dtype, part.begin) == (first.file, first.dtype, end)
             if not beside or part.strides or self._rotary_heads(name):
                 return None

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mistral_kernels.files import CheckpointError, check_regular
+from mistral_kernels.utils.files import CheckpointError, check_regular
 
 # The types in which unquantized weights are stored, by safetensors' name.
 FLOAT_TYPES = {
@@ -92,7 +92,7 @@ def count_elements(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Return how many elements of a storage a tensor spans, from its first to its last."""
     if not all(shape):
         return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def map_file(file: Path, needed: int = 0) -> Tensor:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mistral_kernels.checkpoint.hub import TOKENIZER_PATTERNS
-from mistral_kernels.files import (
+from mistral_kernels.utils.files import (
     CheckpointError,
     check_regular,
     read_json,
     read_text,
 )
-from mistral_kernels.schema import Schema
+from mistral_kernels.utils.schema import Schema
 
 TEMPLATE_LIMIT = 1 << 20  # bytes; the longest templates in use have some 20 KB
 ADDED_ID_LIMIT = 1 << 31

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.checkpoint.stored import ALIGNMENT, FLOAT_TYPES, check_cast
-from mistral_kernels.files import CheckpointError, check_regular, expand_user, is_taken
-from mistral_kernels.signals import unwinding_when_terminated
+from mistral_kernels.utils.files import CheckpointError, check_regular, expand_user, is_taken
+from mistral_kernels.utils.signals import unwinding_when_terminated
 
 # Shape and type of a tensor to be written.
 Spec = tuple[tuple[int, ...], torch.dtype]

@@ -82,10 +82,12 @@ class Mask(BlockMask):
         names = ("full", "descriptor", "cu_seqlens", "last")
         before = [getattr(self, name) for name in names]
         after = [None if x is None else x.to(device, non_blocking=non_blocking) for x in before]
-        if all(x is y for x, y in zip(before, after)):
+        if all(x is y for x, y in zip(before, after, strict=True)):
             return self
         moved = copy.copy(self)
-        vars(moved).update(zip(names, after), _held=None, _packing=None, _packed_by=None)
+        vars(moved).update(
+            zip(names, after, strict=True), _held=None, _packing=None, _packed_by=None
+        )
         return moved
 
     def dim(self) -> int:
@@ -202,7 +204,9 @@ def cu_seqlens_of(begins: Tensor) -> Tensor | None:
     begins[:, 0] = True
     offsets = begins.flatten().nonzero().flatten().tolist()
     ends = [*offsets[1:], begins.numel()]
-    return make_cu_seqlens([end - begin for begin, end in zip(offsets, ends)], begins.device)
+    return make_cu_seqlens(
+        [end - begin for begin, end in zip(offsets, ends, strict=True)], begins.device
+    )
 
 
 def is_tracing(x: Tensor) -> bool:

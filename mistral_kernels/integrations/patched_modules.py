@@ -126,7 +126,9 @@ def rotary_attention_forward(original: Any) -> Forward | None:
         is_held = [cell.cell_contents is decorated for cell in closure]
         if ours is None or not any(is_held):
             return None
-        closure = tuple(CellType(ours) if held else x for held, x in zip(is_held, closure))
+        closure = tuple(
+            CellType(ours) if held else x for held, x in zip(is_held, closure, strict=True)
+        )
     elif "apply_rotary_pos_emb" in original.__code__.co_names:
         scope = {**scope, "apply_rotary_pos_emb": _apply_rotary_pos_emb}
         del scope["__name__"]  # or torch.compile would look names up in the module of that name
@@ -173,7 +175,7 @@ def loss_forward(original: Forward) -> Forward:
     names = [name for name in inspect.signature(original).parameters if name != "self"]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args)), **kwargs}
+        given = {**dict(zip(names, args, strict=True)), **kwargs}
         labels = given.pop("labels", None)
         to_keep = given.pop("logits_to_keep", 0)
         return_dict = given.get("return_dict")

@@ -80,7 +80,7 @@ def apply_mistral_kernels(
             f"model must be of type {', '.join(MODEL_TYPES)}, got {outer.config.model_type!r}"
         )
     plan = _Plan(outer)
-    wanted = zip(PARTS, (attention, rms_norm, rotary, swiglu, cross_entropy))
+    wanted = zip(PARTS, (attention, rms_norm, rotary, swiglu, cross_entropy), strict=True)
     for part in (part for part, is_wanted in wanted if is_wanted):
         getattr(plan, part)()
     handle = plan.handle

@@ -117,7 +117,8 @@ def _sdpa_backward(
         dout, q, k, v, o, logsumexp, *dense, dropout_p, is_causal, *random, scale=scale
     )
     return tuple(
-        _laid_out_like(x, grad.transpose(1, 2)) for x, grad in zip((query, key, value), grads)
+        _laid_out_like(x, grad.transpose(1, 2))
+        for x, grad in zip((query, key, value), grads, strict=True)
     )
 
 
@@ -210,7 +211,9 @@ def _backward(
         *(grad_out, *inputs, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, scale),
         *(*_window(is_causal, window_size_left, window_size_right), 0.0, None, True, True, True),
     )
-    return tuple(_laid_out_like(x, grad) for x, grad in zip((query, key, value), grads))
+    return tuple(
+        _laid_out_like(x, grad) for x, grad in zip((query, key, value), grads, strict=True)
+    )
 
 
 _OPERATORS = {

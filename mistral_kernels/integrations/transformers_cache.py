@@ -87,7 +87,7 @@ class RollingCache(Cache):
                 f"the cache holds {rings.batch} sequences, got {batch}; make a new one"
             )
         starts = _first_keys(attention_mask, batch)
-        for row, (start, seen) in enumerate(zip(starts, rings.host_lengths)):
+        for row, (start, seen) in enumerate(zip(starts, rings.host_lengths, strict=True)):
             shown = max(self.columns - start, 0)
             if shown != seen:
                 raise ValueError(
@@ -108,7 +108,8 @@ class RollingCache(Cache):
 
     def finish(self) -> None:
         """Every layer has written its new tokens."""
-        assert self.rings is not None and self.step is not None
+        assert self.rings is not None
+        assert self.step is not None
         self.rings.advance(self.step.packing)
         self.columns += self.step.shape[1]
         self.step = None
@@ -391,7 +392,7 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
         types = ["sliding_attention" if windowed else "full_attention"] * count
     configs = getattr(config, "per_layer_config", None) or [config] * count
     windows: list[int | None] = []
-    for i, (kind, layer_config) in enumerate(zip(types, configs)):
+    for i, (kind, layer_config) in enumerate(zip(types, configs, strict=True)):
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"layer {i} is {kind}; a RollingCache serves full and sliding ones")
         windows.append(layer_config.sliding_window if kind == "sliding_attention" else None)

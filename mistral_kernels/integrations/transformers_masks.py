@@ -176,7 +176,13 @@ def _made_by(factory: Callable[..., Any], function: Callable[..., Any]) -> dict[
     code = getattr(function, "__code__", None)
     if code is None or code not in factory.__code__.co_consts:
         return {}
-    return dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ())))
+    return dict(
+        zip(
+            code.co_freevars,
+            (cell.cell_contents for cell in function.__closure__ or ()),
+            strict=True,
+        )
+    )
 
 
 _AND_MASK = masking_utils.and_masks(masking_utils.causal_mask_function).__code__

@@ -32,8 +32,8 @@ class Packing:
     def of(cls, seqlens: list[int], starts: list[int], device: torch.device) -> Packing:
         """Sequences of `seqlens` new tokens, the first of each at absolute position `starts`."""
         offsets = torch.tensor([0, *seqlens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        spans = [torch.arange(start, start + n) for n, start in zip(seqlens, starts)]
-        end = max(start + n for start, n in zip(starts, seqlens))
+        spans = [torch.arange(start, start + n) for n, start in zip(seqlens, starts, strict=True)]
+        end = max(start + n for start, n in zip(starts, seqlens, strict=True))
         return cls(tuple(seqlens), end, offsets.to(device), torch.cat(spans).to(device))
 
     @property
@@ -138,7 +138,7 @@ class RollingCache:
             raise ValueError("a pass over this cache was interrupted half-way; make a new one")
         if len(seqlens) != len(self.host_lengths):
             raise ValueError(f"the cache holds {self.batch} sequences, got {len(seqlens)}")
-        end = max(length + new for length, new in zip(self.host_lengths, seqlens))
+        end = max(length + new for length, new in zip(self.host_lengths, seqlens, strict=True))
         if end > self.max_length and not self.endless:
             raise ValueError(
                 f"a sequence of {end} tokens does not fit a cache of max_length "
@@ -184,6 +184,7 @@ class RollingCache:
         for mine, theirs in zip(
             (*chosen.keys, *chosen.values, chosen.lengths),
             (*self.keys, *self.values, self.lengths),
+            strict=True,
         ):
             mine.copy_(theirs[index])
         chosen.host_lengths = [self.host_lengths[i] for i in sequences]
@@ -231,7 +232,7 @@ class RollingCache:
     def advance_host(self, seqlens: Sequence[int]) -> None:
         """Count, on the host, the tokens that every layer has written and the device counted."""
         self.torn = False
-        self.host_lengths = [a + b for a, b in zip(self.host_lengths, seqlens)]
+        self.host_lengths = [a + b for a, b in zip(self.host_lengths, seqlens, strict=True)]
 
 
 def _check_fits(nbytes: int) -> None:

@@ -56,7 +56,7 @@ class MistralConfig:
     head_dim: int = 128
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    sliding_window: int | None | tuple[int | None, ...] = 4096
+    sliding_window: int | tuple[int | None, ...] | None = 4096
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
@@ -219,7 +219,7 @@ def _check_integer(name: str, value: Any, low: int, high: int, alternative: str 
 
 def _shortest_pattern(
     windows: tuple[int | None, ...], num_layers: int
-) -> int | None | tuple[int | None, ...]:
+) -> int | tuple[int | None, ...] | None:
     """The shortest pattern that repeats to the same windows, so that equal models compare equal."""
     if not windows:
         raise ConfigError("sliding_window must not be an empty list")

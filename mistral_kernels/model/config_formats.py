@@ -6,7 +6,7 @@ import re
 import reprlib
 from typing import Any
 
-from mistral_kernels.schema import OneLineError, find_mismatch
+from mistral_kernels.utils.schema import OneLineError, find_mismatch
 
 # (our name, the same in a raw params.json). Hugging Face's config.json uses our names.
 RAW_NAMES = {
@@ -42,7 +42,7 @@ _COMMON_SCHEMA = {
     "max_position_embeddings": (int, None),
 }
 _RAW_SCHEMA = _COMMON_SCHEMA | {
-    **{raw: (int, None) for raw in RAW_NAMES.values()},
+    **dict.fromkeys(RAW_NAMES.values(), (int, None)),
     "norm_eps": (float, None),
     "_sliding_window": _COMMON_SCHEMA["sliding_window"],
     "max_seq_len": (int, None),
@@ -50,7 +50,7 @@ _RAW_SCHEMA = _COMMON_SCHEMA | {
 }
 _ROPE = ({"rope_type": str, "type": str, "rope_theta": float}, None)
 _HF_SCHEMA = _COMMON_SCHEMA | {
-    **{name: (int, None) for name in RAW_NAMES},
+    **dict.fromkeys(RAW_NAMES, (int, None)),
     "rms_norm_eps": (float, None),
     "rope_parameters": _ROPE,
     "rope_scaling": _ROPE,
@@ -207,7 +207,7 @@ def _refuse_unsupported(config: dict[str, Any], unsupported: dict[str, str]) -> 
             )
 
 
-def _parse_window(value: Any) -> int | None | tuple[int | None, ...]:
+def _parse_window(value: Any) -> int | tuple[int | None, ...] | None:
     """`sliding_window` as files in the wild write it: a number, a string, null or a list."""
     if isinstance(value, (list, tuple)):
         return tuple(_parse_one_window(item) for item in value)
@@ -252,7 +252,7 @@ def _parse_rope(config: dict[str, Any]) -> dict[str, Any]:
     return sections[0] if sections else {}
 
 
-def _hf_window(config: dict[str, Any]) -> int | None | tuple[int | None, ...]:
+def _hf_window(config: dict[str, Any]) -> int | tuple[int | None, ...] | None:
     # transformers' default where the key is absent; an explicit null means no window.
     window = _parse_window(config.get("sliding_window", 4096))
     types = config.get("layer_types")

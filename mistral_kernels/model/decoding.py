@@ -92,7 +92,10 @@ class DecodeStep:
         if self._copied is not None:
             self._copied.synchronize()
         token_ids, scores = (part.tolist() for part in _parts(self._host))
-        return [token if math.isfinite(score) else None for token, score in zip(token_ids, scores)]
+        return [
+            token if math.isfinite(score) else None
+            for token, score in zip(token_ids, scores, strict=True)
+        ]
 
     def __call__(self) -> None:
         if not self.captures:

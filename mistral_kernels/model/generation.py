@@ -13,7 +13,7 @@ from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.decoding import DecodeStep
 from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.ops.decoder_step import Decoder
-from mistral_kernels.ranges import Range
+from mistral_kernels.utils.ranges import Range
 
 # Bounds of the tokens that a sequence contributes to one prefill pass, when nobody says.
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 512, 4096
@@ -143,7 +143,7 @@ class Generation:
         if sampler.repetition_penalty != 1.0:
             seen = torch.zeros(batch, self.config.vocab_size, dtype=torch.bool, device=self.device)
             for texts in (prompts, context or ()):
-                for row, text in zip(seen, texts):
+                for row, text in zip(seen, texts, strict=True):
                     row[torch.tensor(text, dtype=torch.long, device=self.device)] = True
         step = DecodeStep(self, cache, sampler, seen)
         step.choose(self.prefill(prompts, cache, chunk_size))
@@ -157,16 +157,21 @@ class Generation:
             wanted = False
             try:
                 chosen = step.finish_read()
-                for row, (token, done) in enumerate(zip(chosen, ended)):
+                for row, (token, done) in enumerate(zip(chosen, ended, strict=True)):
                     if token is None and not done:
                         raise ValueError(
                             f"the logits of text {row} are not finite after "
                             f"{max_new_tokens - 1 - remaining} new tokens; load the model in "
                             "another dtype, or check its weights"
                         )
-                tokens = [None if done else token for token, done in zip(chosen, ended)]
+                tokens = [
+                    None if done else token for token, done in zip(chosen, ended, strict=True)
+                ]
                 yield tokens
-                ended = [done or token in eos_token_ids for token, done in zip(tokens, ended)]
+                ended = [
+                    done or token in eos_token_ids
+                    for token, done in zip(tokens, ended, strict=True)
+                ]
                 wanted = remaining > 0 and not all(ended)
             finally:
                 if ahead and not wanted:
@@ -188,7 +193,7 @@ class Generation:
         top_p: float = 1.0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
-        eos_token_id: int | Sequence[int] | None | str = "config",
+        eos_token_id: int | Sequence[int] | str | None = "config",
         pad_token_id: int | None = None,
         generator: torch.Generator | None = None,
         prefill_chunk_size: int | None = None,
@@ -252,11 +257,11 @@ class Generation:
             eos_token_ids=eos_token_ids,
             chunk_size=prefill_chunk_size,
         ):
-            for text, token in zip(new, tokens):
+            for text, token in zip(new, tokens, strict=True):
                 if token is not None:
                     text.append(token)
         if not isinstance(input_ids, Tensor):
-            return [list(prompt) + text for prompt, text in zip(prompts, new)]
+            return [list(prompt) + text for prompt, text in zip(prompts, new, strict=True)]
         pad = pad_token_id if pad_token_id is not None else next(iter(eos_token_ids), 0)
         longest = max(map(len, new))
         rows = [text + [pad] * (longest - len(text)) for text in new]
@@ -303,4 +308,4 @@ def _unpadded(
             f"got {tuple(attention_mask.shape)}"
         )
     kept = attention_mask.bool()
-    return [row[keep].tolist() for row, keep in zip(input_ids, kept)]
+    return [row[keep].tolist() for row, keep in zip(input_ids, kept, strict=True)]

@@ -79,7 +79,7 @@ class FusedLinear(Linear):
         """Each projection's key and weight, where this module's own keys would have `prefix`."""
         parent = prefix.removesuffix(".").rpartition(".")[0]
         keys = (f"{parent}.{name}.weight".removeprefix(".") for name in self.parts)
-        return dict(zip(keys, self.weight.detach().split(tuple(self.parts.values()))))
+        return dict(zip(keys, self.weight.detach().split(tuple(self.parts.values())), strict=True))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._refuse_quantized()

@@ -26,8 +26,8 @@ class Int8Rows(NamedTuple):
             )
         rows = max(1, _BLOCK // tensor.shape[1])
         parts = (x.split(rows) for x in (tensor, self.weight, self.scales))
-        for values, weight, scales in zip(*parts):
-            for own, quantized in zip((weight, scales), quantize_int8(values)):
+        for values, weight, scales in zip(*parts, strict=True):
+            for own, quantized in zip((weight, scales), quantize_int8(values), strict=True):
                 own.copy_(quantized)
 
 
@@ -53,7 +53,7 @@ def destinations(model: nn.Module) -> dict[str, Tensor | Int8Rows]:
             assert module.scales is not None
             parts = module.parts_in_state_dict(f"{prefix}.")
             scales = module.scales.split([len(weight) for weight in parts.values()])
-            found |= dict(zip(parts, map(Int8Rows, parts.values(), scales)))
+            found |= dict(zip(parts, map(Int8Rows, parts.values(), scales), strict=True))
         else:
             own = module.named_parameters(prefix, recurse=False)
             found |= {name: weight.detach() for name, weight in own}

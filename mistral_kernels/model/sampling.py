@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mistral_kernels.ranges import Range
+from mistral_kernels.utils.ranges import Range
 
 RANGES = {
     "temperature": Range(float, 0),

@@ -334,7 +334,7 @@ def _map(stored: checkpoint.Checkpoint, model: nn.Module) -> set[str]:
             files = [stored.stored.get(name) for name in tensors]
             if any(
                 file is None or (file.dtype, file.shape) != (x.dtype, x.shape)
-                for file, x in zip(files, tensors.values())
+                for file, x in zip(files, tensors.values(), strict=True)
             ):
                 continue
             mapped = stored.mapped(*tensors)

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch._appdirs
 
-from mistral_kernels.files import read_bytes
 from mistral_kernels.ops.compiler import UNFINISHED, BuildError, checksum_file
+from mistral_kernels.utils.files import read_bytes
 
 ROOT_VARIABLE = "TORCH_EXTENSIONS_DIR"
 _REMEDY = f"set {ROOT_VARIABLE} to a folder that is yours alone"

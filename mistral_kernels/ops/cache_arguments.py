@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -81,7 +83,7 @@ def check_packing(cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
     if not can_read(cu_seqlens):
         return
     offsets = cu_seqlens.tolist()
-    counts = [end - start for start, end in zip(offsets, offsets[1:])]
+    counts = [end - start for start, end in itertools.pairwise(offsets)]
     shortest, longest = min(counts, default=0), max(counts, default=0)
     if offsets[0] != 0 or offsets[-1] != total or shortest < 0 or longest > max_seqlen:
         raise ValueError(
@@ -117,7 +119,7 @@ def check_reach(cos: Tensor, lengths: Tensor, cu_seqlens: Tensor) -> None:
     """Raise ValueError if the new tokens' positions go beyond the tables."""
     if can_read(lengths) and can_read(cu_seqlens):
         offsets = cu_seqlens.tolist()
-        spans = zip(lengths.tolist(), offsets, offsets[1:])
+        spans = zip(lengths.tolist(), offsets, offsets[1:], strict=True)
         end = max(
             (length + stop - start for length, start, stop in spans if stop > start), default=0
         )

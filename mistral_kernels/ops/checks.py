@@ -46,7 +46,9 @@ def check_triton_dtype(name: str, x: Tensor) -> None:
 
 def check_written(name: str, x: Tensor) -> None:
     """Raise ValueError if elements of `x`, which is written in place, share memory."""
-    if 0 in x.stride() and any(s == 0 and size > 1 for s, size in zip(x.stride(), x.shape)):
+    if 0 in x.stride() and any(
+        s == 0 and size > 1 for s, size in zip(x.stride(), x.shape, strict=True)
+    ):
         raise ValueError(
             f"{name} must not hold an element twice, as an expanded tensor does, got strides "
             f"{x.stride()} for {tuple(x.shape)}"

@@ -113,7 +113,9 @@ def build(device_type: str, library: Path, architectures: str = "") -> None:
     )
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=UNFINISHED) as folder:
         objects = [os.path.join(folder, f"{i}.o") for i in range(len(compilations))]
-        commands = [[*compiler, "-c", *x, "-o", path] for x, path in zip(compilations, objects)]
+        commands = [
+            [*compiler, "-c", *x, "-o", path] for x, path in zip(compilations, objects, strict=True)
+        ]
         unfinished = Path(folder, library.name)
         _run(commands, jobs)
         link = [*compiler, "-shared", *objects, *_link_flags(device_type), "-o", str(unfinished)]

@@ -203,7 +203,8 @@ def _forward(
     options = _Options(ignore_index, label_smoothing, z_loss, softcap)
     outputs = _empty_outputs(hidden, weight, needs_dhidden, needs_dweight)
     total, dhidden, dweight_out = (
-        x if need else None for x, need in zip(outputs, (True, needs_dhidden, needs_dweight))
+        x if need else None
+        for x, need in zip(outputs, (True, needs_dhidden, needs_dweight), strict=True)
     )
     assert total is not None
     total.zero_()
@@ -251,7 +252,7 @@ def _empty_outputs(hidden: Tensor, weight: Tensor, *args: Any) -> Outputs:
     loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     dhidden, dweight = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else absent(x)
-        for x, need in zip((hidden, weight), args[-2:])
+        for x, need in zip((hidden, weight), args[-2:], strict=True)
     )
     return loss, dhidden, dweight
 
@@ -344,7 +345,9 @@ class LinearCrossEntropyFunction(Function):
             refuse_second_derivative("linear_cross_entropy")
         gradients: tuple[Tensor | None, ...] = (None, None)
         if dloss is not None:
-            needed = (x if need else None for x, need in zip(ctx.saved_tensors, ctx.mask))
+            needed = (
+                x if need else None for x, need in zip(ctx.saved_tensors, ctx.mask, strict=True)
+            )
             gradients = _scaled(tuple(needed), dloss)
         return *gradients, *[None] * 8
 

@@ -69,7 +69,7 @@ def linear_int8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         operators.linear_int8.default(x, weight, scales, y)
         return y
     rows = max(1, _BLOCK // max(1, weight.shape[1]))
-    blocks = zip(weight.split(rows), scales.split(rows))
+    blocks = zip(weight.split(rows), scales.split(rows), strict=True)
     return torch.cat([F.linear(x, _dequantized(*block, x.dtype)) for block in blocks], dim=1)
 
 

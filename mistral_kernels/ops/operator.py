@@ -203,7 +203,7 @@ def _one_by_one(operator: Any) -> Callable[..., Any]:
     arguments = operator._schema.arguments
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        for argument, dim in zip(arguments, in_dims):
+        for argument, dim in zip(arguments, in_dims, strict=True):
             if dim is None and argument.alias_info is not None and argument.alias_info.is_write:
                 raise NotImplementedError(
                     f"{operator.name()}: vmap over its other arguments would write every example "
@@ -214,13 +214,18 @@ def _one_by_one(operator: Any) -> Callable[..., Any]:
                 f"vmap over {operator.name()} must have a batch size > 0, got 0"
             )
         results = [
-            operator(*(x.select(d, i) if isinstance(d, int) else x for x, d in zip(args, in_dims)))
+            operator(
+                *(
+                    x.select(d, i) if isinstance(d, int) else x
+                    for x, d in zip(args, in_dims, strict=True)
+                )
+            )
             for i in range(info.batch_size)
         ]
         if results[0] is None:
             return None, None
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
-        return tuple(map(torch.stack, zip(*results))), (0,) * len(results[0])
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
     return rule

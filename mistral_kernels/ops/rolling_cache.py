@@ -226,7 +226,8 @@ def _update_torch(
     if q is not None and q_out is not None and cos is not None:
         *_, position = places_of_tokens(lengths, cu_seqlens, total)
         turned_q, turned_k = rotate(q, k, cos, sin, position, interleaved, False)
-        assert turned_q is not None and turned_k is not None
+        assert turned_q is not None
+        assert turned_k is not None
         q_out.copy_(turned_q)
         k = turned_k
     if k_cache.device.type == "cpu" and max_seqlen > 1 and block_table is None:

@@ -206,7 +206,7 @@ def _rotate_torch(q: Tensor | None, k: Tensor | None, outputs: Pair, turn: Turn)
     dtype = next(torch.promote_types(x.dtype, turn.cos.dtype) for x in (q, k) if x is not None)
     cos, sin = (table[turn.positions].unsqueeze(-2).to(dtype) for table in tables)
     sin = -sin if turn.backwards else sin
-    for x, out in zip((q, k), outputs):
+    for x, out in zip((q, k), outputs, strict=True):
         if x is not None and out is not None:
             _turn_torch(x, out, cos, sin, turn.interleaved)
 
@@ -304,7 +304,7 @@ class RotaryFunction(Function):
         dq, dk = dq if needs_dq else None, dk if needs_dk else None
         if dq is not None or dk is not None:
             inverse = _turned(dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.backwards)
-            dq, dk = (None if x is None else y for x, y in zip((dq, dk), inverse))
+            dq, dk = (None if x is None else y for x, y in zip((dq, dk), inverse, strict=True))
         return dq, dk, None, None, None, None, None
 
 

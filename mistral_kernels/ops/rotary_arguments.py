@@ -79,7 +79,7 @@ def _memory_of(name: str, x: Tensor) -> tuple[int, int, int]:
     tokens, heads, end = rows.shape
     row = (heads - 1) * rows.stride(1) + end
     apart = rows.data_ptr() == x.data_ptr()  # else it was copied
-    for stride, size in sorted(zip(rows.stride()[:2], (tokens, heads))):
+    for stride, size in sorted(zip(rows.stride()[:2], (tokens, heads), strict=True)):
         apart &= size == 1 or stride >= end
         end += (size - 1) * stride
     if not apart:

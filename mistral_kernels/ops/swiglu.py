@@ -276,7 +276,7 @@ class SwiGLUFunction(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         mask = ctx.needs_input_grad
         gradients = run_backward(_backward_op, dy, *ctx.saved_tensors, *mask)
-        return tuple(x if need else None for x, need in zip(gradients, mask))
+        return tuple(x if need else None for x, need in zip(gradients, mask, strict=True))
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from mistral_kernels.files import read_json
 from mistral_kernels.ops.dispatch import DeviceProperties
 from mistral_kernels.ops.launch_configs import Config
+from mistral_kernels.utils.files import read_json
 
 VARIABLE = "MISTRAL_KERNELS_AUTOTUNE"
 

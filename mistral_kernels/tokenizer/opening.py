@@ -7,12 +7,12 @@ from pathlib import Path
 
 from mistral_kernels import checkpoint
 from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles, read_tokenizer_files
-from mistral_kernels.files import check_regular, read_bytes, read_json
 from mistral_kernels.tokenizer.base import MistralTokenizer, TokenizerError
 from mistral_kernels.tokenizer.huggingface import HuggingFace
 from mistral_kernels.tokenizer.sentencepiece import FILE_NAME, SentencePiece
 from mistral_kernels.tokenizer.tekken import Tekken
 from mistral_kernels.tokenizer.vendor import Vendor
+from mistral_kernels.utils.files import check_regular, read_bytes, read_json
 
 _LOOKED_FOR = "tekken.json, tokenizer.model, tokenizer.model.v* or tokenizer.json"
 # What is read here; the libraries check the rest.

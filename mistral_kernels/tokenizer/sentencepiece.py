@@ -37,7 +37,7 @@ class SentencePiece(Vendor):
             ids = list(range(model.vocab_size()))
             self._pieces: list[str] = model.id_to_piece(ids)
         self._vendor_size = len(ids)
-        vocab = dict(zip(self._pieces, ids))
+        vocab = dict(zip(self._pieces, ids, strict=True))
         self._names = files.names_with_usual(vocab)
         self._added = self._find_added(vocab)
         self._ids = {token.content: token_id for token_id, token in self._added.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_checkpoints import SMALL, State, random_state
+from support.small_checkpoints import SMALL, State, random_state
 
 from mistral_kernels.checkpoint import save_hf, save_raw
 from mistral_kernels.model.config import MistralConfig

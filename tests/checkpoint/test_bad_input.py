@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_checkpoints import SMALL, State, random_state
+from support.small_checkpoints import SMALL, State, random_state
 
 from mistral_kernels import MistralForCausalLM
 from mistral_kernels.checkpoint import CheckpointError, open_checkpoint, save_hf, save_raw, writing
@@ -49,7 +49,7 @@ def test_folder_without_its_parts(make: Make, tmp_path: Path) -> None:
     refused(raw, "has params.json but no weights: expected consolidated")
 
 
-@pytest.mark.parametrize("format, config", [("hf", "config.json"), ("raw", "params.json")])
+@pytest.mark.parametrize(("format", "config"), [("hf", "config.json"), ("raw", "params.json")])
 def test_configuration_that_is_no_object(make: Make, format: str, config: str) -> None:
     folder, _ = make(format)
     (folder / config).write_text('{"dim": ')
@@ -151,7 +151,7 @@ def test_tensor_parallel_shards(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, what",
+    ("name", "what"),
     [
         ("model.layers.0.block_sparse_moe.gate.weight", "a mixture of experts"),
         ("layers.0.feed_forward.experts.0.w1.weight", "a mixture of experts"),
@@ -236,7 +236,7 @@ CASTS = [  # from, to, value, whether it becomes infinite
 
 
 @SAVERS
-@pytest.mark.parametrize("source, to, value, lost", CASTS)
+@pytest.mark.parametrize(("source", "to", "value", "lost"), CASTS)
 def test_casts_that_lose_values(
     tmp_path: Path, save: Callable[..., None],
     source: torch.dtype, to: torch.dtype, value: float, lost: bool,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_checkpoints import SMALL, State
+from support.small_checkpoints import SMALL, State
 
 from mistral_kernels import MistralForCausalLM
 from mistral_kernels.checkpoint import CheckpointError, check_folder, open_checkpoint, resolve
@@ -100,7 +100,7 @@ def test_links_as_in_the_hubs_cache(make: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, count",
+    ("name", "count"),
     [
         ("model-1-of-9999999999.safetensors", 9999999999),
         ("model-00001-of-00003.safetensors", 3),
@@ -129,7 +129,7 @@ def test_counts_of_another_download(make: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "weight_map, message",
+    ("weight_map", "message"),
     [
         ([], "weight_map must be an object, got []"),
         ({"a": 3}, "weight_map.a must be a string, got 3"),
@@ -190,7 +190,7 @@ def test_a_tensor_described_twice(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype, message",
+    ("dtype", "message"),
     [
         (torch.int64, "tensor 'model.norm.weight' must be stored as BF16, F16, F32, F64, got I64"),
         (torch.bool, "tensor 'model.norm.weight' must be stored as BF16, F16, F32, F64, got BOOL"),
@@ -239,7 +239,8 @@ def test_messages_are_short(make: Make) -> None:
     save_file(state | {"x" * 5000: torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(folder)
-    assert len(str(caught.value)) == 1000 and str(caught.value).endswith("...")
+    assert len(str(caught.value)) == 1000
+    assert str(caught.value).endswith("...")
 
 
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
@@ -293,7 +294,8 @@ def test_fields_replaced_on_loading(make: Make, quantize: str | None) -> None:
     model = MistralForCausalLM.from_pretrained(
         folder, quantize=quantize, sliding_window=None, vocab_size=61
     )
-    assert model.config.sliding_window is None and model.config.vocab_size == SMALL.vocab_size
+    assert model.config.sliding_window is None
+    assert model.config.vocab_size == SMALL.vocab_size
     for name, own, value in (("num_hidden_layers", 3, 2), ("vocab_size", 61, 10)):
         message = (
             f"^{name} must be {own}, which the checkpoint's weights determine, got {value}; what"

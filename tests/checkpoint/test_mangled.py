@@ -11,16 +11,18 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("mangled_checkpoints.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "mangled_checkpoints.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, count", [("safetensors", 700), ("pickles", 700), ("configs", 600)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("safetensors", 700), ("pickles", 700), ("configs", 600)]
+)
 def test_mangled_files(
     kind: str, count: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """In a process of their own: what mapped files can do to it, they do not do to this one."""
-    folders = [str(SCRIPT.parent), str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH", "")]
+    folders = [str(Path(__file__).parent), str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]
     seed = request.config.option.seed
     ended = subprocess.run(
         [sys.executable, SCRIPT, kind, str(count), str(seed), tmp_path],

@@ -52,7 +52,8 @@ def test_what_is_mapped(folder: Path) -> None:
     """Projections that are one weight too, whose parts lie side by side in files that we write."""
     model = MistralForCausalLM.from_pretrained(folder)
     norms = {name for name, _ in model.named_parameters() if "norm" in name}
-    assert len(norms) == 3 and mapped(model) == dict(model.named_parameters()).keys() - norms
+    assert len(norms) == 3
+    assert mapped(model) == dict(model.named_parameters()).keys() - norms
     assert all(x.data_ptr() % ALIGNMENT == 0 for x in model.parameters())
     stored = load_file(folder / "model.safetensors")
     for name, tensor in model.state_dict().items():
@@ -133,5 +134,7 @@ def test_the_folder_may_go(folder: Path) -> None:
     expected = MistralForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = MistralForCausalLM.from_pretrained(folder)
     shutil.rmtree(folder)
-    for (name, x), y in zip(model.state_dict().items(), expected.state_dict().values()):
+    for (name, x), y in zip(
+        model.state_dict().items(), expected.state_dict().values(), strict=True
+    ):
         assert torch.equal(x.float(), y), name

@@ -29,7 +29,7 @@ def rotate(x: torch.Tensor, position: int, interleaved: bool) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("heads, dim", [(1, 2), (3, 10), (4, 16)])
+@pytest.mark.parametrize(("heads", "dim"), [(1, 2), (3, 10), (4, 16)])
 def test_permutation_keeps_attention_scores(heads: int, dim: int) -> None:
     wq, wk = torch.randn(2, heads * dim, 5, dtype=torch.float64)
     x, y = torch.randn(2, 5, dtype=torch.float64)

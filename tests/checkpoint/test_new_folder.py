@@ -74,8 +74,9 @@ def test_killed_and_living_writers(
     assert [record.message for record in caplog.records] == [
         f"removed {left}, which an interrupted run had left"
     ]
-    out, _ = living.communicate("\n", timeout=60)
-    assert living.returncode == 0 and names(tmp_path) == {"living", "out"}
+    _out, _ = living.communicate("\n", timeout=60)
+    assert living.returncode == 0
+    assert names(tmp_path) == {"living", "out"}
     assert (tmp_path / "living" / "part").read_text() == "x"
 
 
@@ -101,7 +102,8 @@ def test_handlers_of_the_program_are_kept(tmp_path: Path) -> None:
         with new_folder(tmp_path / "out", 0):
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGHUP)
-        assert seen == [signal.SIGTERM] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert seen == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with new_folder(tmp_path / "other", 0):
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
@@ -148,8 +150,10 @@ def test_a_folder_that_is_taken_for_abandoned_at_once(
 
     monkeypatch.setattr(Path, "mkdir", make_and_lose)
     with new_folder(tmp_path / "out", 0) as folder:
-        assert folder not in removed and names(tmp_path) == {folder.name}
-    assert names(tmp_path) == {"out"} and len(removed) == 2
+        assert folder not in removed
+        assert names(tmp_path) == {folder.name}
+    assert names(tmp_path) == {"out"}
+    assert len(removed) == 2
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +191,8 @@ def test_two_writers_of_one_target(
     first.communicate("\n", timeout=60)
     second.communicate("\n", timeout=60)
     assert (first.returncode, second.returncode) == (0, 1)
-    assert names(tmp_path) == {"out"} and names(tmp_path / "out") == {"part"}
+    assert names(tmp_path) == {"out"}
+    assert names(tmp_path / "out") == {"part"}
 
 
 def test_extra_files_are_regular(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_checkpoints import SMALL, State, random_state
+from support.small_checkpoints import SMALL, State, random_state
 
 from mistral_kernels.checkpoint import CheckpointError, open_checkpoint, save_hf
 
@@ -81,7 +81,7 @@ def side_by_side(state: State) -> State:
     names = sorted(state)
     storage = torch.cat([state[name].flatten() for name in names])
     parts = storage.split([state[name].numel() for name in names])
-    return {name: part.view(state[name].shape) for name, part in zip(names, parts)}
+    return {name: part.view(state[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,17 @@ def side_by_side(state: State) -> State:
         lambda state: state | {NAME: torch.ones(1).expand(SMALL.hidden_size)},
         lambda state: state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)},
     ],
-    ids="ordered shared parameters bf16 f64 transposed strided expanded derived".split(),
+    ids=[
+        "ordered",
+        "shared",
+        "parameters",
+        "bf16",
+        "f64",
+        "transposed",
+        "strided",
+        "expanded",
+        "derived",
+    ],
 )
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_values(folder: Folder, change: Callable[[State], State], protocol: int) -> None:
@@ -171,7 +181,7 @@ def test_a_directory_that_claims_gigabytes(folder: Folder, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "value, message",
+    ("value", "message"),
     [
         (torch.eye(40).to_sparse(), "torch._utils._rebuild_sparse_tensor"),
         (torch.ones(40, device="meta"), "torch._utils._rebuild_meta_tensor_no_storage"),
@@ -201,7 +211,7 @@ def test_nested_and_quantized_tensors(folder: Folder) -> None:
 
 
 @pytest.mark.parametrize(
-    "contents, message",
+    ("contents", "message"),
     [
         ({}, "must hold a dict of tensors, not an empty dict"),
         ([torch.ones(1)], "must hold a dict of tensors, not list"),
@@ -258,7 +268,7 @@ def tensor_of(offset: object, shape: object, strides: object, numel: object = 40
 
 
 @pytest.mark.parametrize(
-    "arguments, reason",
+    ("arguments", "reason"),
     [
         ((1, (40,), (1,)), f"tensor '{NAME}' lies outside its storage"),
         ((0, (41,), (1,)), f"tensor '{NAME}' lies outside its storage"),
@@ -339,7 +349,7 @@ TUPLES = b"\x85" * 100_000  # each around the last
 
 
 @pytest.mark.parametrize(
-    "data, reason",
+    ("data", "reason"),
     [
         (b"", "ValueError: pickle exhausted before seeing STOP"),
         (b"\x80\x02", "ValueError: pickle exhausted before seeing STOP"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_checkpoints import SMALL, State, random_state
+from support.small_checkpoints import SMALL, State, random_state
 
 from mistral_kernels.checkpoint import Checkpoint, open_checkpoint, save_hf, save_raw
 from mistral_kernels.checkpoint.names import hf_names, interleaved_to_half
@@ -200,7 +200,7 @@ def test_tied_head_in_the_state_is_left_out(tmp_path: Path) -> None:
 
 
 def test_both_formats_in_one_folder(make: Make) -> None:
-    raw, state = make("raw")
+    raw, _state = make("raw")
     hf, hf_state = make("hf")
     shutil.copy(hf / "config.json", raw)  # as if only Mistral's weights were downloaded
     assert open_checkpoint(raw).format == "raw"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_checkpoints import SMALL, State, random_state
+from support.small_checkpoints import SMALL, State, random_state
 
 from mistral_kernels import MistralForCausalLM, convert
 from mistral_kernels.checkpoint import CheckpointError, open_checkpoint, save_hf, save_raw
@@ -57,7 +57,8 @@ def test_a_different_head_is_kept(
         "tie_word_embeddings = False: the configuration has True, but "
         f"{names} differ; both are kept"
     )
-    assert checkpoint.config == SMALL and checkpoint.config.notes == (note,)
+    assert checkpoint.config == SMALL
+    assert checkpoint.config.notes == (note,)
     model = MistralForCausalLM.from_pretrained(folder)
     assert torch.equal(model.lm_head.weight, head)
     assert torch.equal(model.model.embed_tokens.weight, state[EMBEDDING])
@@ -67,7 +68,8 @@ def test_a_different_head_is_kept(
     assert convert.main([str(tmp_path / "out"), str(tmp_path / "back")]) == 0
     for other in ("out", "back"):
         again = open_checkpoint(tmp_path / other)
-        assert again.config == SMALL and again.config.notes == ()
+        assert again.config == SMALL
+        assert again.config.notes == ()
         found = {name: tensor.clone() for name, tensor in again.tensors()}
         assert found.keys() == {HEAD, *state}
         assert all(torch.equal(found[name], x) for name, x in (state | {HEAD: head}).items())
@@ -108,7 +110,8 @@ def test_an_equal_head_is_tied(tied: Tied, format: str) -> None:
     tensors = load_file(file)
     save_file(tensors | {name_in(format, HEAD): state[EMBEDDING].clone()}, file)
     checkpoint = open_checkpoint(folder)
-    assert checkpoint.config == TIED and checkpoint.config.notes == ()
+    assert checkpoint.config == TIED
+    assert checkpoint.config.notes == ()
     assert HEAD not in checkpoint.stored
 
 

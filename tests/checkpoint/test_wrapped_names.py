@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_checkpoints import SMALL, State
+from support.small_checkpoints import SMALL, State
 
 from mistral_kernels.checkpoint import CheckpointError, open_checkpoint
 from mistral_kernels.checkpoint.names import unwrapped

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_text, unpadded
+from support.helpers import assert_same_text, unpadded
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers", reason="transformers, to be patched, is absent")
 
-from patching_cases import (  # noqa: E402
+from support.patching_cases import (  # noqa: E402
     GEMMAS,
     LLAMAS,
     OPS,
@@ -60,9 +60,9 @@ def summed_errors(
     """Relative ones, of ours and of plain bfloat16; each may be unlucky within bounds."""
     assert actual.keys() == exact.keys()
     errors = [[relative_error(x[name], exact[name]) for x in (actual, plain)] for name in exact]
-    for name, (ours, theirs) in zip(exact, errors):
+    for name, (ours, theirs) in zip(exact, errors, strict=True):
         assert ours <= 2 * theirs + 2 * torch.finfo(torch.bfloat16).eps, name
-    ours, theirs = map(sum, zip(*errors))
+    ours, theirs = map(sum, zip(*errors, strict=True))
     return ours, theirs
 
 
@@ -76,7 +76,7 @@ def test_bfloat16_is_as_accurate_as_eager(family: str) -> None:
         plain = train_step(model, batch)
         apply_mistral_kernels(model)
         errors.append(summed_errors(train_step(model, batch), plain, exact))
-    ours, theirs = map(sum, zip(*errors))
+    ours, theirs = map(sum, zip(*errors, strict=True))
     assert ours <= 1.2 * theirs
 
 
@@ -121,7 +121,8 @@ def test_generation(family: str) -> None:
     for actual in (dynamic, static):
         texts = (unpadded(x, mask) for x in (actual, expected))
         assert_same_text(*texts, lambda ids: model(ids).logits)
-    assert operators.counts["rms_norm_forward"] and operators.counts["rotary"]
+    assert operators.counts["rms_norm_forward"]
+    assert operators.counts["rotary"]
 
 
 # What cannot be done is said.
@@ -218,7 +219,8 @@ def test_the_loss_is_left_to_the_model_where_logits_are_wanted() -> None:
         kept = model(ids, labels=labels[:, -4:], logits_to_keep=4)
         assert kept.logits.shape == (2, 4, VOCAB)
         outputs = model(ids, labels=labels, use_cache=True, output_hidden_states=True)
-        assert outputs.logits is None and len(outputs.hidden_states) == 3
+        assert outputs.logits is None
+        assert len(outputs.hidden_states) == 3
         assert outputs.past_key_values.get_seq_length() == 23
         model.eval()
         assert model(**batch).logits.shape == (2, 23, VOCAB)
@@ -262,7 +264,8 @@ def test_the_loss_is_left_to_the_model_where_lm_head_is_hooked() -> None:
     model, batch, seen = make(), make_batch(), []
     with apply_mistral_kernels(model):
         hook = model.lm_head.register_forward_hook(lambda *_: seen.append(1))
-        assert model(**batch).logits is not None and seen
+        assert model(**batch).logits is not None
+        assert seen
         hook.remove()
         assert model(**batch).logits is None
 
@@ -291,7 +294,7 @@ def test_compiled_in_one_graph_and_undone_after(dynamic: bool) -> None:
     counters = torch._dynamo.utils.counters["stats"]
     counters.clear()
     with apply_mistral_kernels(model):
-        for batch, results in zip(batches[: 1 + dynamic], expected):
+        for batch, results in zip(batches[: 1 + dynamic], expected, strict=True):
             assert_close(train_step(compiled, batch), results)
         assert counters["unique_graphs"] == 1
         assert compiled(**batch).logits is None

@@ -12,7 +12,7 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="transformers, to be patched, is absent")
 
-from patching_cases import (  # noqa: E402
+from support.patching_cases import (  # noqa: E402
     OPS,
     VOCAB,
     Operators,
@@ -35,7 +35,8 @@ def test_base_model() -> None:
     with apply_mistral_kernels(model), Operators() as operators:
         actual = model(ids).last_hidden_state
     assert relative_error(actual, expected) < 2e-5
-    assert operators.counts["rms_norm_forward"] == 5 and operators.counts["rotary"] == 2
+    assert operators.counts["rms_norm_forward"] == 5
+    assert operators.counts["rotary"] == 2
     assert_identical(model, before)
 
 
@@ -94,7 +95,8 @@ def test_saved_and_copied_while_patched(tmp_path: Path) -> None:
     assert_close(train_step(twin, batch), expected)
     with apply_mistral_kernels(twin) as other, Operators() as operators:
         assert_close(train_step(twin, batch), expected)
-    assert set(other.changed) == set(PARTS) and operators.counts["swiglu_forward"] == 2
+    assert set(other.changed) == set(PARTS)
+    assert operators.counts["swiglu_forward"] == 2
 
 
 def with_lora(model: Any, *targets: str) -> Any:
@@ -223,5 +225,6 @@ def test_under_hooks_of_accelerate() -> None:
     before = attributes(model)
     with apply_mistral_kernels(model), Operators() as operators:
         assert_close(train_step(model, batch), expected)
-    assert len(seen) == 4 and operators.counts["rms_norm_forward"] == 5
+    assert len(seen) == 4
+    assert operators.counts["rms_norm_forward"] == 5
     assert_identical(model, before)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers", reason="transformers, to be patched, is absent")
 
-from patching_cases import (  # noqa: E402
+from support.patching_cases import (  # noqa: E402
     OPS,
     VOCAB,
     Operators,
@@ -75,8 +75,10 @@ def test_a_copy_is_patched_on_its_own_weights(how: str) -> None:
         assert served_parts(twin) == served_parts(model) == (set(PARTS) if on else set())
         handle.undo()
     with apply_mistral_kernels(twin) as other:
-        assert set(other.changed) == set(PARTS) and not other.skipped
-        assert served_parts(twin) == set(PARTS) and served_parts(model) == set()
+        assert set(other.changed) == set(PARTS)
+        assert not other.skipped
+        assert served_parts(twin) == set(PARTS)
+        assert served_parts(model) == set()
         assert relative_error(real_logits(twin, *given), changed) < 2e-5
     assert served_parts(twin) == set()
 
@@ -156,14 +158,14 @@ def test_copies_of_the_config() -> None:
     model = make()
     handle = apply_mistral_kernels(model)
     shallow, deep = copy.copy(model.config), copy.deepcopy(model.config)
-    assert (
-        shallow._attn_implementation == "eager" and deep._attn_implementation == "mistral_kernels"
-    )
+    assert shallow._attn_implementation == "eager"
+    assert deep._attn_implementation == "mistral_kernels"
     shallow.use_cache = deep.use_cache = False
     assert model.config.use_cache
     model.config.use_cache = False
     handle.undo()
-    assert deep._attn_implementation == "eager" and not model.config.use_cache
+    assert deep._attn_implementation == "eager"
+    assert not model.config.use_cache
 
 
 def test_two_models() -> None:
@@ -179,7 +181,7 @@ def test_two_models() -> None:
     assert [served_parts(model) for model in models] == [set(), set(PARTS)]
     handles[1].undo()
     assert config._attn_implementation == "eager"
-    for model, logits in zip(models, expected):
+    for model, logits in zip(models, expected, strict=True):
         assert torch.equal(real_logits(model, *given), logits)
 
 
@@ -233,7 +235,8 @@ def test_unwrapped_by_accelerate() -> None:
         unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     finally:
         accelerate.state.AcceleratorState._reset_state(True)
-    assert unwrapped is model and unwrapped(**make_batch()).logits is None
+    assert unwrapped is model
+    assert unwrapped(**make_batch()).logits is None
     for _ in range(2):
         assert relative_error(real_logits(model, *given), expected) < 2e-5
         handle.undo()

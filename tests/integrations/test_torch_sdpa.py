@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_as_accurate, assert_matches_reference
+from support.helpers import assert_as_accurate, assert_matches_reference
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -53,7 +53,9 @@ def make_inputs(
 ) -> dict[str, Tensor]:
     """(batch, heads, seqlen, head_dim) tensors; in memory heads come before tokens, or after."""
     inputs = {}
-    for name, length, h in zip("qkv", (lengths[0], lengths[1], lengths[1]), (*heads, heads[1])):
+    for name, length, h in zip(
+        "qkv", (lengths[0], lengths[1], lengths[1]), (*heads, heads[1]), strict=True
+    ):
         shape = (2, h, length, head_dim) if heads_first else (2, length, h, head_dim)
         x = torch.randn(shape, device=device).to(dtype)
         inputs[name] = (x if heads_first else x.transpose(1, 2)).requires_grad_()
@@ -195,7 +197,7 @@ def check_pages(device: torch.device) -> None:
             reference.attention(*(x.to(dtype) for x in (q[None, rows], k, v)), window_size=(20, 0))
             for dtype in (torch.float32, torch.float64)
         )
-        for actual, p, e in zip((out[rows], lse[:, rows]), plain, exact):
+        for actual, p, e in zip((out[rows], lse[:, rows]), plain, exact, strict=True):
             assert_as_accurate(actual, p[0], e[0], f"sequence {i}")
 
 
@@ -228,14 +230,16 @@ def test_only_while_activated() -> None:
     torch_sdpa.register()
     torch_sdpa.register()
     assert "mistral_kernels" in list_flash_attention_impls()
-    assert current_flash_attention_impl() is None and registrations() == before
+    assert current_flash_attention_impl() is None
+    assert registrations() == before
     for _ in range(2):
         activate_flash_attention_impl("mistral_kernels")
         assert current_flash_attention_impl() == "mistral_kernels"
-        assert all(a != b for a, b in zip(registrations(), before))
+        assert all(a != b for a, b in zip(registrations(), before, strict=True))
         torch_sdpa.restore()
         torch_sdpa.restore()
-        assert current_flash_attention_impl() is None and registrations() == before
+        assert current_flash_attention_impl() is None
+        assert registrations() == before
 
 
 def test_the_torch_backend_does_not_call_itself(torch_backend: None) -> None:

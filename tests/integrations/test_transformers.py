@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_as_accurate
+from support.helpers import assert_as_accurate
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="transformers is absent")
 
-from transformers_cases import (  # noqa: E402
+from support.transformers_cases import (  # noqa: E402
     CACHE,
     MODELS,
     OLDER,
@@ -194,7 +194,9 @@ def test_bfloat16() -> None:
     real = attention_mask.bool()
     model.set_attn_implementation("eager")
     model.double()
-    exact = torch.cat([model(row[shown][None]).logits[0] for row, shown in zip(ids, real)])
+    exact = torch.cat(
+        [model(row[shown][None]).logits[0] for row, shown in zip(ids, real, strict=True)]
+    )
     model.bfloat16()
     ours, eager = both_logits(model, ids, attention_mask=attention_mask)
     assert_as_accurate(ours[real], eager[real], exact, "logits")

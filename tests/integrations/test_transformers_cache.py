@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_as_accurate, assert_same_text, unpadded
+from support.helpers import assert_as_accurate, assert_same_text, unpadded
 from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
@@ -192,23 +192,29 @@ def rings_of(cache: Any) -> list[int]:
 def test_memory_is_constant() -> None:
     model = mistral()
     cache = RollingCache(model.config)
-    assert cache.nbytes == 0 and cache.batch_size == -1 and not cache.layers[0].is_initialized
+    assert cache.nbytes == 0
+    assert cache.batch_size == -1
+    assert not cache.layers[0].is_initialized
     generate(model, cache, prompts(2, 5), max_new_tokens=1)
     size, places = cache.nbytes, rings_of(cache)
-    assert size == 2 * 3 * 2 * W * 2 * 16 * 4 and cache.batch_size == 2
+    assert size == 2 * 3 * 2 * W * 2 * 16 * 4
+    assert cache.batch_size == 2
     cache.reset()
     assert cache.get_seq_length() == 0
     generate(model, cache, prompts(2, 40), max_new_tokens=30)
     assert cache.get_seq_length() == 69
-    assert cache.nbytes == size and rings_of(cache) == places
+    assert cache.nbytes == size
+    assert rings_of(cache) == places
 
 
 def test_what_is_said_before_the_first_token() -> None:
     model = mistral()
     for max_length, longest in ((None, -1), (W, -1), (W - 1, W - 1)):
         cache = RollingCache(model.config, max_length)
-        assert len(cache) == 3 and cache.is_sliding == [True] * 3
-        assert not cache.is_compileable and cache.get_seq_length() == 0
+        assert len(cache) == 3
+        assert cache.is_sliding == [True] * 3
+        assert not cache.is_compileable
+        assert cache.get_seq_length() == 0
         asked = getattr(cache, "get_max_length", None) or cache.get_max_cache_shape
         assert asked() == longest
         assert repr(cache.layers[0]) == f"RollingLayer(sliding_window={W})"
@@ -225,7 +231,8 @@ def test_room_made_beforehand() -> None:
     cache.early_initialization(3, 2, 16, torch.float64, torch.device("cpu"))
     places = rings_of(cache)
     actual = generate(model, cache, (inputs := prompts(3, 6)))
-    assert torch.equal(actual, generate(model, None, inputs)) and rings_of(cache) == places
+    assert torch.equal(actual, generate(model, None, inputs))
+    assert rings_of(cache) == places
 
 
 class Recording(RollingCache):
@@ -251,7 +258,8 @@ def test_assisted(draft: str) -> None:
         options = {"assistant_model": assistant}
     cache = Recording(model.config)
     actual = generate(model, cache, inputs, **options)
-    assert torch.equal(actual, generate(model, None, inputs)) and cache.dropped > 0
+    assert torch.equal(actual, generate(model, None, inputs))
+    assert cache.dropped > 0
     if draft == "lookup":
         with pytest.raises(ValueError, match="can be cropped|cannot take . tokens back"):
             generate(model, RollingCache(model.config), prompts(1, 45), **options)
@@ -301,7 +309,8 @@ def test_rows_can_be_chosen_and_copied() -> None:
     twin.reorder_cache(torch.tensor([1, 0]))
     actual = step(model, twin, next_ids.flip(0), grown.flip(0))
     assert_close(actual, expected.flip(0))
-    assert cache.get_seq_length() == 15 and cache.rings.host_lengths == [11, 15]
+    assert cache.get_seq_length() == 15
+    assert cache.rings.host_lengths == [11, 15]
     assert_close(step(model, cache, next_ids, grown), expected)
 
 

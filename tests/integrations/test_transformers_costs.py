@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from allocations import Allocations
-from helpers import assert_same_text, unpadded
+from support.allocations import Allocations
+from support.helpers import assert_same_text, unpadded
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 transformers = pytest.importorskip("transformers", reason="transformers is absent")
 
-from transformers_cases import (  # noqa: E402
+from support.transformers_cases import (  # noqa: E402
     CACHE,
     OLDER,
     PADDING,

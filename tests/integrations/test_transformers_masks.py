@@ -16,8 +16,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="transformers is absent")
 
-from transformers import masking_utils  # noqa: E402
-from transformers_cases import (  # noqa: E402
+from support.transformers_cases import (  # noqa: E402
     CACHE,
     OLDER,
     VOCAB,
@@ -28,6 +27,7 @@ from transformers_cases import (  # noqa: E402
     make_model,
     new_cache,
 )
+from transformers import masking_utils  # noqa: E402
 
 from mistral_kernels.integrations import transformers_attention  # noqa: E402
 from mistral_kernels.integrations.mask import Mask, MaskError  # noqa: E402
@@ -176,7 +176,8 @@ def test_what_a_mask_becomes() -> None:
     )
     lower = torch.ones(6, 6, dtype=torch.bool).tril()
     for plain in (make(causal), make(sliding, local_size=3)):
-        assert plain.is_plain and plain.shape == (1, 1, 6, 6)
+        assert plain.is_plain
+        assert plain.shape == (1, 1, 6, 6)
 
     def odd(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
         return kv_idx % 2 == 1
@@ -191,7 +192,8 @@ def test_what_a_mask_becomes() -> None:
         (masking_utils.sliding_window_overlay(3), ~lower.tril(-3)),
     ):
         made = make(function)
-        assert torch.equal(made[0, 0] == 0, expected) and made.max() == 0
+        assert torch.equal(made[0, 0] == 0, expected)
+        assert made.max() == 0
     parameters = inspect.signature(masking_utils.create_causal_mask).parameters
     if "allow_is_causal_skip" in parameters:  # of a caller that will change the mask
         made = make(causal, allow_is_causal_skip=False)
@@ -268,7 +270,7 @@ def test_our_attention_serves_other_masks(implementation: str, padding: str, kin
             ends = (seqlen - 3, seqlen - 1, seqlen)
             if OLDER and kind == "static":  # which takes prompts and tokens
                 ends = (seqlen - 1, seqlen)
-            for begin, end in zip((0, *ends), ends):
+            for begin, end in zip((0, *ends), ends, strict=True):
                 now = {name: x[:, :end] for name, x in given.items()}
                 if OLDER:
                     now["cache_position"] = torch.arange(begin, end)
@@ -281,8 +283,11 @@ def test_a_mask_can_be_moved() -> None:
     """accelerate moves the inputs of layers so."""
     mask = Mask((1, 1, 2, 5), descriptor=make_descriptor([1], 3, 0, 1, "cpu"), starts=[1])
     moved = mask.to("meta", non_blocking=True)
-    assert moved.descriptor.is_meta and moved.shape == (1, 1, 2, 5) and moved.starts == [1]
-    assert mask.to("cpu") is mask and mask.dim() == mask.ndim == 4
+    assert moved.descriptor.is_meta
+    assert moved.shape == (1, 1, 2, 5)
+    assert moved.starts == [1]
+    assert mask.to("cpu") is mask
+    assert mask.dim() == mask.ndim == 4
     with pytest.raises(MaskError, match="^attention_mask must be read by"):
         mask.to(torch.bool)
 

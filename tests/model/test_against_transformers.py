@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_text
+from support.helpers import assert_same_text
 
 from mistral_kernels import MistralConfig, MistralForCausalLM
 
@@ -49,7 +49,8 @@ def theirs_like(ours: MistralForCausalLM, dtype: torch.dtype) -> Any:
     config = transformers.MistralConfig(**fields, attn_implementation="eager")
     theirs = transformers.MistralForCausalLM(config)
     missing = theirs.load_state_dict(ours.state_dict())
-    assert not missing.missing_keys and not missing.unexpected_keys
+    assert not missing.missing_keys
+    assert not missing.unexpected_keys
     return theirs.to(dtype).eval()
 
 

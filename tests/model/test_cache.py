@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from small_checkpoints import SMALL
+from support.small_checkpoints import SMALL
 
 from mistral_kernels import MistralConfig, MistralForCausalLM, RollingCache
 from mistral_kernels.model.cache import Packing
@@ -34,14 +34,15 @@ def empty_cache(config: MistralConfig = SMALL, batch: int = 2, length: int = 64)
     [(W, 64, [7, 7, 7]), (W, 5, [5, 5, 5]), (None, 33, [33] * 3), ((W, None), 20, [7, 20, 7])],
 )
 def test_capacity_of_each_layer(
-    window: int | None | tuple[int | None, ...], max_length: int, capacities: list[int]
+    window: int | tuple[int | None, ...] | None, max_length: int, capacities: list[int]
 ) -> None:
     config = dataclasses.replace(SMALL, sliding_window=window)
     cache = RollingCache(config, 3, max_length, torch.bfloat16)
     shapes = [(3, capacity, 2, 16) for capacity in capacities]
     assert [tuple(k.shape) for k in cache.keys] == [tuple(v.shape) for v in cache.values] == shapes
     assert cache.nbytes == 2 * sum(capacities) * 3 * 2 * 16 * 2
-    assert cache.batch == 3 and cache.lengths.tolist() == cache.host_lengths == [0, 0, 0]
+    assert cache.batch == 3
+    assert cache.lengths.tolist() == cache.host_lengths == [0, 0, 0]
     assert cache.endless == (window == W and max_length >= W)
 
 
@@ -85,7 +86,8 @@ def test_packing_places_tokens_behind_what_was_seen() -> None:
     assert packing.positions.tolist() == [4, 5, 0, 2, 3, 4]
     assert packing.last_tokens.tolist() == [1, 2, 5]
     assert (packing.seqlens, packing.end, packing.max_seqlen) == ((2, 1, 3), 6, 3)
-    assert not packing.rectangular and Packing.of([3, 3], [0, 5], CPU).rectangular
+    assert not packing.rectangular
+    assert Packing.of([3, 3], [0, 5], CPU).rectangular
     assert cache.host_lengths == [4, 0, 2], "packing() alone counts nothing"
     cache.advance(packing)
     assert cache.host_lengths == cache.lengths.tolist() == [6, 1, 5]
@@ -115,7 +117,7 @@ def test_sizes_must_be_positive(batch: int, length: int) -> None:
 
 @pytest.mark.parametrize("window", [W, None, (None, W)])
 @torch.inference_mode()
-def test_rewind_forgets(window: int | None | tuple[int | None, ...]) -> None:
+def test_rewind_forgets(window: int | tuple[int | None, ...] | None) -> None:
     model = make_model(sliding_window=window)
     first, second = [random_ids(6), random_ids(7)], [random_ids(9), random_ids(4)]
     for kept in (0, 1, 5, 6):
@@ -124,7 +126,7 @@ def test_rewind_forgets(window: int | None | tuple[int | None, ...]) -> None:
         cache.rewind(kept)
         assert cache.host_lengths == cache.lengths.tolist() == [kept, kept]
         actual = model.prefill(second, cache)
-        whole = [a[:kept] + b for a, b in zip(first, second)]
+        whole = [a[:kept] + b for a, b in zip(first, second, strict=True)]
         expected = model.prefill(whole, model.new_cache(2, 64))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
@@ -237,5 +239,6 @@ def test_a_cache_of_another_model(
     cache = RollingCache(config, 1, 64, dtype, device)
     with pytest.raises(ValueError, match=message):
         make_model().prefill([random_ids(3)], cache)
-    assert cache.host_lengths == [0] and not cache.torn
+    assert cache.host_lengths == [0]
+    assert not cache.torn
     assert cache.keys[0].is_meta or not any(ring.any() for ring in cache.keys)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from small_checkpoints import SMALL
+from support.small_checkpoints import SMALL
 from torch import Tensor
 
 from mistral_kernels import RollingCache, rolling_cache_attention, rolling_cache_update_
@@ -47,8 +47,10 @@ class Machine(RuleBasedStateMachine):
     def grow(self, layer: int, q: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> Tensor:
         """What the new tokens see of everything there ever was."""
         outs, window = [], self.windows[layer]
-        for i, new in enumerate(zip(*(x.split(counts) for x in (q, k, v)))):
-            keys, values = (torch.cat(pair) for pair in zip(self.texts[layer][i], new[1:]))
+        for i, new in enumerate(zip(*(x.split(counts) for x in (q, k, v)), strict=True)):
+            keys, values = (
+                torch.cat(pair) for pair in zip(self.texts[layer][i], new[1:], strict=True)
+            )
             self.texts[layer][i] = keys, values
             out, _ = reference.attention(
                 *(x.double()[None] for x in (new[0], keys, values)),

@@ -75,7 +75,7 @@ def test_nemo() -> None:
 
 
 @pytest.mark.parametrize(
-    "written, windows",
+    ("written", "windows"),
     [
         (4096, (4096, 4096, 4096, 4096)),
         (4096.0, (4096, 4096, 4096, 4096)),
@@ -118,12 +118,13 @@ def test_windows_refused(written: Any) -> None:
         MistralConfig.from_hf(HF_7B | {"sliding_window": written})
 
 
-@pytest.mark.parametrize("window, theta", [(4096, 1e4), (None, 1e6), ([None, 8], 1e4)])
+@pytest.mark.parametrize(("window", "theta"), [(4096, 1e4), (None, 1e6), ([None, 8], 1e4)])
 def test_absent_rope_theta_follows_the_window(window: Any, theta: float) -> None:
     config = MistralConfig.from_raw(RAW_7B | {"sliding_window": window})
     assert config.rope_theta == theta
     note = next(note for note in config.notes if note.startswith("rope_theta"))
-    assert str(theta) in note and "not in params.json" in note
+    assert str(theta) in note
+    assert "not in params.json" in note
 
 
 @pytest.mark.parametrize("window", [4096, None])
@@ -150,7 +151,7 @@ def test_rope_theta_in_hf_files(rope: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "rope_theta, expected",
+    ("rope_theta", "expected"),
     [
         *((value, "a number or null") for value in ("many", [1e4], True, math.nan, math.inf)),
         *((value, "a positive number") for value in (0, -1.0)),
@@ -191,7 +192,7 @@ def test_what_hf_files_leave_out_is_what_transformers_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    "section, contents, what",
+    ("section", "contents", "what"),
     [
         ("moe", {"num_experts": 8}, "a mixture of experts"),
         ("vision_encoder", {"hidden_size": 1024}, "a vision encoder"),
@@ -207,7 +208,7 @@ def test_raw_sections_refused(section: str, contents: dict[str, Any], what: str)
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         ({"num_local_experts": 8}, "a mixture of experts"),
         ({"vision_config": {"depth": 2}}, "a vision encoder"),
@@ -234,7 +235,7 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("raw_name, hf_name", SIZES.items())
+@pytest.mark.parametrize(("raw_name", "hf_name"), SIZES.items())
 @pytest.mark.parametrize("value", [0, -1, "4096", 2.5, True, [], {}, 2**62, 2**64])
 def test_malformed_sizes(raw_name: str, hf_name: str, value: Any) -> None:
     """Each format's own name is in the message."""

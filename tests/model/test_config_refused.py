@@ -132,7 +132,7 @@ def test_tokens_of_a_list() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "message"),
     [
         ({"num_hidden_layers": 2**62}, "num_hidden_layers must be an integer from 1 to 4096, got"),
         (
@@ -167,7 +167,7 @@ def test_configurations_built_in_python(changes: dict[str, Any], message: str) -
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    ("change", "message"),
     [
         (
             {"rope_scaling": {"rope_theta": 7.0}},
@@ -231,9 +231,16 @@ def test_use_sliding_window_is_ignored_as_in_transformers(model_type: str, off: 
     """The logits of both: within the window they agree with or without it, beyond they do not."""
     transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is absent")
     contents = HF_7B | {
-        **{"vocab_size": 50, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2},
-        **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
-        **{"model_type": model_type, "sliding_window": 5, "use_sliding_window": off},
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "model_type": model_type,
+        "sliding_window": 5,
+        "use_sliding_window": off,
     }
     theirs = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**copy.deepcopy(contents)), dtype=torch.float32

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_checkpoints import SMALL, varied_model
+from support.small_checkpoints import SMALL, varied_model
 from torch import Tensor
 from torch._C import DispatchKey
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,11 +101,35 @@ def test_a_step_on_a_gpu_never_changes(sampler: Sampler) -> None:
 
 
 # What only makes views, or memory (which the tests fill), or looks at CPU tensors on the host.
-FREE = """
-    alias as_strided atleast_1d contiguous detach empty empty_like expand fill_ flatten new_empty
-    permute promote_types reshape resolve_conj resolve_neg select slice split_with_sizes squeeze
-    transpose unflatten unsqueeze view item split is_inference
-""".split()
+FREE = [
+    "alias",
+    "as_strided",
+    "atleast_1d",
+    "contiguous",
+    "detach",
+    "empty",
+    "empty_like",
+    "expand",
+    "fill_",
+    "flatten",
+    "new_empty",
+    "permute",
+    "promote_types",
+    "reshape",
+    "resolve_conj",
+    "resolve_neg",
+    "select",
+    "slice",
+    "split_with_sizes",
+    "squeeze",
+    "transpose",
+    "unflatten",
+    "unsqueeze",
+    "view",
+    "item",
+    "split",
+    "is_inference",
+]
 
 
 @torch.inference_mode()
@@ -182,12 +206,12 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    yield StandIn(monkeypatch)
+    return StandIn(monkeypatch)
 
 
 def stream(model: MistralForCausalLM, prompts: list[list[int]], **options: Any) -> list[list[int]]:
     steps = model.stream(prompts, **options)
-    return [[token for token in text if token is not None] for text in zip(*steps)]
+    return [[token for token in text if token is not None] for text in zip(*steps, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -268,11 +292,11 @@ def test_those_that_end_do_not_disturb_the_others(model: MistralForCausalLM) -> 
     caches = [model.new_cache(2, 100) for _ in range(2)]
     runs = [
         stream(model, prompts, max_new_tokens=30, cache=cache, eos_token_ids=ids)
-        for cache, ids in zip(caches, ((), (eos,)))
+        for cache, ids in zip(caches, ((), (eos,)), strict=True)
     ]
     assert len(runs[1][0]) < len(runs[0][0]) == len(runs[0][1]) == len(runs[1][1])
     assert runs[0][1] == runs[1][1] == whole[1]
-    for a, b in zip(*(cache.keys + cache.values for cache in caches)):
+    for a, b in zip(*(cache.keys + cache.values for cache in caches), strict=True):
         assert torch.equal(a[1], b[1])
 
 
@@ -294,7 +318,8 @@ def test_logits_are_the_same_bits_in_any_batch(
     together = model.new_cache(len(prompts), 4 * W)
     for ring, rows in zip(
         (*together.keys, *together.values, together.lengths),
-        zip(*((*cache.keys, *cache.values, cache.lengths) for cache in alone)),
+        zip(*((*cache.keys, *cache.values, cache.lengths) for cache in alone), strict=True),
+        strict=True,
     ):
         ring.copy_(torch.cat(rows))
     together.host_lengths = lengths.copy()

@@ -25,16 +25,22 @@ with_large_pages = pytest.mark.skipif(
 @pytest.mark.parametrize("large_pages", [False, True])
 def test_zeros(large_pages, shape, dtype):
     x = zeros(shape, dtype, "cpu", large_pages)
-    assert x.shape == shape and x.dtype == dtype and x.is_contiguous() and not x._is_view()
+    assert x.shape == shape
+    assert x.dtype == dtype
+    assert x.is_contiguous()
+    assert not x._is_view()
     assert not x.any()
     x.fill_(1)
-    assert x.sum(dtype=torch.int64) == x.numel() and not zeros(shape, dtype, "cpu").any()
+    assert x.sum(dtype=torch.int64) == x.numel()
+    assert not zeros(shape, dtype, "cpu").any()
     assert x.data_ptr() % mmap.PAGESIZE == 0
 
 
 def test_other_devices():
     x = zeros((2, 3), torch.float16, "meta")
-    assert x.is_meta and x.shape == (2, 3) and x.dtype == torch.float16
+    assert x.is_meta
+    assert x.shape == (2, 3)
+    assert x.dtype == torch.float16
 
 
 def test_more_than_there_is():

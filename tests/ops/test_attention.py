@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from allocations import Allocations
-from attention_cases import OPTIONS, WINDOW, definition_of, eager, freeze, make_qkv
-from helpers import assert_matches_reference, values_and_gradients
+from support.allocations import Allocations
+from support.attention_cases import OPTIONS, WINDOW, definition_of, eager, freeze, make_qkv
+from support.helpers import assert_matches_reference, values_and_gradients
 
 from mistral_kernels.ops import extension, reference
 from mistral_kernels.ops.attention import attention, bands, packed
@@ -120,7 +120,8 @@ def test_a_single_key_has_weight_one(dtype, device):
     rtol = roundings * torch.finfo(dtype).eps
     torch.testing.assert_close(out, v.expand_as(out), rtol=rtol, atol=0)
     dq, dk = torch.autograd.grad(out.sum(), (q, k))
-    assert dq.abs().max() < 1e-4 and dk.abs().max() < 1e-4
+    assert dq.abs().max() < 1e-4
+    assert dk.abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("options", ["causal", "full", "softcap", "both-sides"])
@@ -192,10 +193,13 @@ def test_rows_that_see_nothing(device):
     for softcap in (0.0, 2.0):
         out, lse = attention(**inputs, softcap=softcap, return_lse=True)
         alone = attention(**inputs, softcap=softcap)
-        assert (out[:, :130] == 0).all() and (alone[:, :130] == 0).all()
-        assert lse[:, :, :130].isneginf().all() and lse[:, :, 130:].isfinite().all()
+        assert (out[:, :130] == 0).all()
+        assert (alone[:, :130] == 0).all()
+        assert lse[:, :, :130].isneginf().all()
+        assert lse[:, :, 130:].isfinite().all()
         (dq,) = torch.autograd.grad(alone.sum(), inputs["q"])
-        assert (dq[:, :130] == 0).all() and (dq[:, 131:] != 0).any()
+        assert (dq[:, :130] == 0).all()
+        assert (dq[:, 131:] != 0).any()
 
 
 PATHS = [{}, {"softcap": 5.0}, {"alibi_slopes": torch.tensor([0.001, 0.002])}]
@@ -252,7 +256,8 @@ def test_cost_and_memory_follow_the_window(seqlen, window, options, device, serv
     with Allocations() as backward:
         out.backward(torch.ones_like(out))
     linear = out.numel()  # 32 elements a token; scores would take 2 * seqlen
-    assert forward.largest_new <= linear and backward.largest_new <= linear
+    assert forward.largest_new <= linear
+    assert backward.largest_new <= linear
     needed = 2 * (seqlen * window - window * (window - 1) // 2)
     if device.type == "cpu" and served_by == "PyTorch":
         # A band of 64 rows forms at most 63 scores a row more.
@@ -327,7 +332,7 @@ def test_backward_is_bitwise_repeatable(dtype, device):
         return torch.autograd.grad(out.float().square().sum(), list(inputs.values()))
 
     first = gradients()
-    assert all(torch.equal(a, b) for _ in range(3) for a, b in zip(first, gradients()))
+    assert all(torch.equal(a, b) for _ in range(3) for a, b in zip(first, gradients(), strict=True))
 
 
 def test_second_derivative_raises(device):
@@ -424,11 +429,14 @@ def test_what_is_known_of_packed_lengths():
     cu_seqlens = torch.tensor([0, 4, 4, 9, 9, 9], dtype=torch.int32)
     offsets, longest_q, longest_k = packed.check(q, q, cu_seqlens, None, 9, 9)
     assert offsets.q.tolist() == offsets.k.tolist() == [0, 4, 4, 9]
-    assert offsets.covers_q and offsets.covers_k
+    assert offsets.covers_q
+    assert offsets.covers_k
     assert (longest_q, longest_k) == (5, 5)
     made = packed.make_cu_seqlens([4, 0, 5, 0, 0], q.device)
     assert torch.equal(made, cu_seqlens)
     longer = packed.make_cu_seqlens([1, 2, 3, 1, 0], q.device)  # of keys: what has keys stays
     offsets, *longest = packed.check(q, q, made, longer, 5, 3)
-    assert offsets.q.tolist() == [0, 4, 4, 9, 9] and offsets.k.tolist() == [0, 1, 3, 6, 7]
-    assert not offsets.covers_k and longest == [5, 3]
+    assert offsets.q.tolist() == [0, 4, 4, 9, 9]
+    assert offsets.k.tolist() == [0, 1, 3, 6, 7]
+    assert not offsets.covers_k
+    assert longest == [5, 3]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import TARGETS, compile_only
+from support.helpers import TARGETS, compile_only
 
 from mistral_kernels.ops.attention import attention
 
@@ -137,7 +137,8 @@ def test_cost_of_the_main_loops(target):
         print(target, name, *(f"{x:.3f}" for x in figures), loop["mufu_under_wgmma"])
         assert loop["spills"] == 0
         assert costs["nonmma_per_hmma_equiv"] <= instructions + 0.005
-        assert costs["bound_a"] >= bound - 0.005 and costs["est_m"] >= estimate
+        assert costs["bound_a"] >= bound - 0.005
+        assert costs["est_m"] >= estimate
         if target == "sm_90":  # the exponentials hide under matrix products
             hidden, all_of_them = loop["mufu_under_wgmma"]
             assert hidden >= all_of_them - (name != "_forward_kernel")

@@ -8,9 +8,9 @@ import functools
 import pytest
 import torch
 import torch._dynamo.testing
-from allocations import Allocations
-from attention_cases import OPTIONS, WINDOW, definition_of, eager, freeze, make_qkv
-from helpers import assert_matches_reference, values_and_gradients
+from support.allocations import Allocations
+from support.attention_cases import OPTIONS, WINDOW, definition_of, eager, freeze, make_qkv
+from support.helpers import assert_matches_reference, values_and_gradients
 
 from mistral_kernels.ops import reference
 from mistral_kernels.ops.attention import attention, tile_table
@@ -94,7 +94,7 @@ def test_alibi(options, per_batch, triton_backend, device):
 
 def packed_case(heads, head_dim, dtype, device, pairs):
     """Inputs of `pairs` of lengths one after the other, and what tells where each begins."""
-    lengths_q, lengths_k = (torch.tensor([0, *x]) for x in zip(*pairs))
+    lengths_q, lengths_k = (torch.tensor([0, *x]) for x in zip(*pairs, strict=True))
     total_q, total_k = int(lengths_q.sum()), int(lengths_k.sum())
     rectangular = make_qkv(max(total_q, total_k), total_k, heads, head_dim, dtype, device)
     sizes = {"q": total_q, "k": total_k, "v": total_k}
@@ -179,9 +179,12 @@ def test_tokens_of_no_sequence(backend, device):
     inputs, _ = packed_case((2, 1), 16, F32, device, [(40, 40)])
     lengths = torch.tensor([0, 10, 33], dtype=torch.int32, device=device)
     out, lse = attention(**inputs, cu_seqlens_q=lengths, return_lse=True)
-    assert (out[33:] == 0).all() and lse[:, 33:].isneginf().all() and (out[:33] != 0).any(-1).all()
+    assert (out[33:] == 0).all()
+    assert lse[:, 33:].isneginf().all()
+    assert (out[:33] != 0).any(-1).all()
     for grad in torch.autograd.grad(out.sum(), list(inputs.values())):
-        assert (grad[33:] == 0).all() and (grad[:33] != 0).any()
+        assert (grad[33:] == 0).all()
+        assert (grad[:33] != 0).any()
 
 
 @contextlib.contextmanager
@@ -289,10 +292,13 @@ def test_frozen_inputs_cost_nothing(triton_backend, device):
 def test_rows_that_see_nothing(triton_backend, device):
     inputs = make_qkv(200, 70, (4, 2), 16, F16, device)
     out, lse = attention(**inputs, return_lse=True)
-    assert (out[:, :130] == 0).all() and (out[:, 130:] != 0).any(-1).all()
-    assert lse[:, :, :130].isneginf().all() and lse[:, :, 130:].isfinite().all()
+    assert (out[:, :130] == 0).all()
+    assert (out[:, 130:] != 0).any(-1).all()
+    assert lse[:, :, :130].isneginf().all()
+    assert lse[:, :, 130:].isfinite().all()
     (dq,) = torch.autograd.grad(out.sum(), inputs["q"])
-    assert (dq[:, :130] == 0).all() and (dq[:, 131:] != 0).any()
+    assert (dq[:, :130] == 0).all()
+    assert (dq[:, 131:] != 0).any()
 
 
 @pytest.mark.kernels
@@ -349,14 +355,14 @@ def test_offsets_past_int32(far, triton_backend, device):
         "tokens": (0, stride, 16, 1),
         "heads": (0, 16, stride, 1),
     }[far]
-    size = sum((n - 1) * s for n, s in zip(shape, strides)) + 1
+    size = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
     inputs = {}
     for name in "qkv":
         memory = torch.UntypedStorage(size * 2, device=device)
         x = torch.empty(0, dtype=F16, device=device).set_(memory, 0, shape, strides)
         x.copy_(torch.randn(shape))
         inputs[name] = x.requires_grad_()
-    assert max((n - 1) * s for n, s in zip(shape, strides)) >= 2**31
+    assert max((n - 1) * s for n, s in zip(shape, strides, strict=True)) >= 2**31
     exact = {name: x.detach().contiguous().requires_grad_() for name, x in inputs.items()}
     cotangents = [torch.randn(shape, device=device).half()]
     far_off = values_and_gradients(attention, inputs, cotangents)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from builds import compiled_once, fake_compiler, finish, libraries, needs_compiler, start
+from support.builds import compiled_once, fake_compiler, finish, libraries, needs_compiler, start
 
 from mistral_kernels.ops import build_cache, extension
 from mistral_kernels.ops.compiler import BuildError, checksum_file
@@ -106,7 +106,8 @@ def test_refused_where_others_may_write(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     loaded, status, error = finish(start(tmp_path))
     reason = f"{tmp_path} may be written to by all users; set TORCH_EXTENSIONS_DIR to a folder "
-    assert not loaded and status.startswith(f"not loaded: {reason}")
+    assert not loaded
+    assert status.startswith(f"not loaded: {reason}")
     (line,) = error.splitlines()
     assert line.startswith(f"mistral_kernels: {reason}")
 
@@ -160,7 +161,8 @@ def test_what_killed_builds_left(tmp_path: Path) -> None:
 @needs_compiler
 def test_malformed_variables(variables: dict[str, str], reason: str, tmp_path: Path) -> None:
     loaded, status, error = finish(start(tmp_path, **variables))
-    assert not loaded and status == f"not loaded: {reason}"
+    assert not loaded
+    assert status == f"not loaded: {reason}"
     remedy = "MISTRAL_KERNELS_BUILD=never stops further attempts"
     assert error == f"mistral_kernels: {reason}; {remedy}\n"
 
@@ -173,7 +175,8 @@ def test_interrupted(tmp_path: Path) -> None:
     await_file(tmp_path / "begun", process)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in error
+    assert process.returncode == -signal.SIGINT
+    assert "KeyboardInterrupt" in error
     assert unfinished(tmp_path) == []
     for pid in (tmp_path / "begun").read_text().split():
         assert not Path("/proc", pid).exists()
@@ -182,7 +185,8 @@ def test_interrupted(tmp_path: Path) -> None:
 def await_file(path: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
     while not path.exists():
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.05)
 
 
@@ -192,7 +196,8 @@ def test_built_once(tmp_path: Path, cxx: str) -> None:
     """The first process says so and builds; the second finds it, also if it may not build."""
     loaded, status, error = finish(start(tmp_path, CXX=cxx))
     (library,) = libraries(tmp_path)
-    assert loaded and status == f"loaded from {library}"
+    assert loaded
+    assert status == f"loaded from {library}"
     assert error.splitlines() == [
         f"mistral_kernels: compiling the cpu operators, once, for about a minute, "
         f"into {library.parent}"
@@ -232,9 +237,11 @@ def test_killed_while_building(tmp_path: Path, cxx: str) -> None:
     await_file(tmp_path / "begun", killed)
     killed.kill()
     killed.wait()
-    assert libraries(cache) == [] and len(unfinished(cache)) == 1
+    assert libraries(cache) == []
+    assert len(unfinished(cache)) == 1
     loaded, status, _ = finish(start(cache, CXX=wrapper))
-    assert loaded and status == f"loaded from {libraries(cache)[0]}"
+    assert loaded
+    assert status == f"loaded from {libraries(cache)[0]}"
     assert unfinished(cache) == []
 
 
@@ -242,7 +249,8 @@ def test_killed_while_building(tmp_path: Path, cxx: str) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     loaded, status, _ = finish(start(tmp_path / "file"))
-    assert not loaded and f"{tmp_path / 'file'} must be a folder" in status
+    assert not loaded
+    assert f"{tmp_path / 'file'} must be a folder" in status
 
 
 @needs_compiler
@@ -252,7 +260,8 @@ def test_damaged_where_nothing_may_be_built(tmp_path: Path, cxx: str) -> None:
     (library,) = libraries(tmp_path)
     library.write_bytes(library.read_bytes()[:-1])
     loaded, status, error = finish(start(tmp_path, CXX=cxx, MISTRAL_KERNELS_BUILD="never"))
-    assert not loaded and error == ""
+    assert not loaded
+    assert error == ""
     assert f"{library} does not load: its checksum is not " in status
     assert status.endswith("; not compiled, since MISTRAL_KERNELS_BUILD=never")
 
@@ -275,10 +284,14 @@ def test_a_compiler_whose_libraries_are_of_no_use(source: str, reason: str, tmp_
     )
     cache = tmp_path / "cache"
     loaded, status, error = finish(start(cache, CXX=wrapper))
-    assert not loaded and reason in status and "compiling" in error
+    assert not loaded
+    assert reason in status
+    assert "compiling" in error
     (library,) = libraries(cache)
     loaded, status, error = finish(start(cache, CXX=wrapper))
-    assert not loaded and reason in status and "compiling" not in error
+    assert not loaded
+    assert reason in status
+    assert "compiling" not in error
     assert f"; remove {library.parent} to compile it again" in status
 
 
@@ -362,7 +375,8 @@ def test_any_damage_is_mended(tmp_path: Path, cxx: str) -> None:
             stderr=stderr,
             text=True,
         )
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     signal.signal(signal.SIGALRM, lambda *_: process.kill())
     for _ in range(5):
         for name, damage in damages(generator).items():

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import compile_only
+from support.helpers import compile_only
 
 from mistral_kernels.ops.attention import attention, rolling_cache_attention
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FLOATS, assert_as_accurate
+from support.helpers import FLOATS, assert_as_accurate
 from torch import Tensor
 
 from mistral_kernels.ops import reference
@@ -54,7 +54,8 @@ def test_attention(case, dtype, operators):
         plain, _ = reference.attention(q, k, v, **how)
     assert_as_accurate(out, plain, exact, "out")
     seen = torch.isfinite(exact_lse)
-    assert torch.equal(torch.isfinite(lse), seen) and (lse[~seen] == -torch.inf).all()
+    assert torch.equal(torch.isfinite(lse), seen)
+    assert (lse[~seen] == -torch.inf).all()
     torch.testing.assert_close(lse[seen].double(), exact_lse[seen], rtol=1e-5, atol=1e-5)
 
 
@@ -64,10 +65,10 @@ def test_with_any_number_of_threads_and_batch_mates(dtype, operators):
     expected = attend(operators, q, k, v, 40, 0, 0.0)
     for threads in (2, 3, 4):
         torch.set_num_threads(threads)
-        for x, y in zip(attend(operators, q, k, v, 40, 0, 0.0), expected):
+        for x, y in zip(attend(operators, q, k, v, 40, 0, 0.0), expected, strict=True):
             assert torch.equal(x, y)
     alone = attend(operators, q[1:], k[1:], v[1:], 40, 0, 0.0)
-    for x, y in zip(alone, expected):
+    for x, y in zip(alone, expected, strict=True):
         assert torch.equal(x, y[1:])
 
 
@@ -83,7 +84,7 @@ def test_of_views(dtype, operators):
         views.append(memory[..., 1:].unflatten(-1, (heads, 43))[..., :40].copy_(x))
     turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
     for strided in (views, turned):
-        for x, y in zip(attend(operators, *strided, 30, 0, 0.0), expected):
+        for x, y in zip(attend(operators, *strided, 30, 0, 0.0), expected, strict=True):
             assert torch.equal(x, y)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FLOATS
+from support.helpers import FLOATS
 from torch import Tensor, nn
 
 from mistral_kernels import MistralForCausalLM, RollingCache
@@ -77,9 +77,10 @@ class Step:
             else:
                 logits = self.model.decode_with(decoder, self.token_ids, self.cache)
         assert self.cache.lengths.tolist() == [5 * i % 19 + 1 for i in range(self.cache.batch)]
-        assert self.cache.host_lengths == self.cache.lengths.tolist() and not self.cache.torn
+        assert self.cache.host_lengths == self.cache.lengths.tolist()
+        assert not self.cache.torn
         after = [ring.clone() for ring in self.rings]
-        for ring, old in zip(self.rings, before):
+        for ring, old in zip(self.rings, before, strict=True):
             ring.copy_(old)
         return [logits, *after]
 
@@ -89,8 +90,9 @@ def assert_same_bits(step: Step) -> None:
         one_by_one = step.run(alone=True)
         assert step.calls == 0
         for decoder in (None, step.model.decoder(step.token_ids)):
-            for a, b in zip(step.run(decoder=decoder), one_by_one):
-                assert a.isfinite().all() and torch.equal(a, b)
+            for a, b in zip(step.run(decoder=decoder), one_by_one, strict=True):
+                assert a.isfinite().all()
+                assert torch.equal(a, b)
     assert step.calls == 2
 
 
@@ -196,7 +198,8 @@ def test_modules_that_have_to_be_called(change, monkeypatch):
     change(step.model)
     with torch.no_grad():
         step.run()
-        assert step.calls == 0 and step.model.decoder(step.token_ids) is None
+        assert step.calls == 0
+        assert step.model.decoder(step.token_ids) is None
 
 
 def test_a_hook_for_every_module(monkeypatch):
@@ -208,7 +211,8 @@ def test_a_hook_for_every_module(monkeypatch):
             step.run()
     finally:
         hook.remove()
-    assert step.calls == 0 and step.model.model.layers[0].mlp in seen
+    assert step.calls == 0
+    assert step.model.model.layers[0].mlp in seen
 
 
 def test_generation_looks_modules_up_once(operators, monkeypatch):
@@ -249,7 +253,8 @@ def test_tokens_of_other_kinds(operators, monkeypatch):
         logits, *_ = step.run()
         apart = step.token_ids.repeat_interleave(2)[::2]
         for step.token_ids, calls in ((apart, 2), (apart.int(), 2)):
-            assert torch.equal(step.run()[0], logits) and step.calls == calls
+            assert torch.equal(step.run()[0], logits)
+            assert step.calls == calls
 
 
 def test_a_refused_step_leaves_the_cache_usable(operators, monkeypatch):
@@ -261,7 +266,7 @@ def test_a_refused_step_leaves_the_cache_usable(operators, monkeypatch):
             step.run()
         assert not step.cache.torn
         step.token_ids = good
-        for a, b in zip(step.run(), expected):
+        for a, b in zip(step.run(), expected, strict=True):
             assert torch.equal(a, b)
     assert step.calls == 3
 
@@ -362,7 +367,7 @@ def test_weights_live_as_long_as_their_decoder(operators, monkeypatch):
         decoder = step.model.decoder(step.token_ids)
         for weight in step.model.parameters():
             weight.data = torch.full_like(weight, torch.nan)
-        for a, b in zip(step.run(decoder=decoder), expected):
+        for a, b in zip(step.run(decoder=decoder), expected, strict=True):
             assert torch.equal(a, b)
         number = decoder._number
         del decoder

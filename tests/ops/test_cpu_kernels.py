@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FLOATS, assert_as_accurate
+from support.helpers import FLOATS, assert_as_accurate
 
 from mistral_kernels.ops import compiler, extension
 from mistral_kernels.ops.cross_entropy import _Options, _softmax_torch
@@ -49,7 +49,7 @@ def test_softmax(shape, dtype, case, operators):
     assert torch.equal(untouched, logits)
     actual = run(operators, logits, *rest, options)
     assert torch.equal(actual[0], losses)
-    for name, *results in zip(("losses", "gradient"), actual, plain, exact):
+    for name, *results in zip(("losses", "gradient"), actual, plain, exact, strict=True):
         assert_as_accurate(*results, name)
 
 
@@ -114,7 +114,8 @@ def test_extreme_logits(operators):
     losses, gradient = run(operators, logits, targets, torch.tensor(1.0), CASES["plain"])
     torch.testing.assert_close(losses, exact_losses.float(), equal_nan=True)
     torch.testing.assert_close(gradient[:9], exact.grad[:9].float(), equal_nan=True)
-    assert not losses[9:].any() and not gradient[9:].any()
+    assert not losses[9:].any()
+    assert not gradient[9:].any()
 
 
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
@@ -145,7 +146,7 @@ def test_each_set_has_its_own_kernels(operators):
         assert torch.equal(gradient, usual) == (widths[name] == widths[chosen])
 
 
-LOGITS, TARGETS, SCALE, LOSSES = make_rows(3, 5, torch.float32) + (torch.empty(3),)
+LOGITS, TARGETS, SCALE, LOSSES = (*make_rows(3, 5, torch.float32), torch.empty(3))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FLOATS, assert_as_accurate
+from support.helpers import FLOATS, assert_as_accurate
 from torch import Tensor
 
 from mistral_kernels.ops import extension
@@ -97,8 +97,9 @@ def test_kernel_of_extremes(dtype, operators):
     x = x.to(dtype)
     actual = multiply(operators, x, weight, scales)
     exact = F.linear(x.double(), dequantized(weight, scales))
-    assert not torch.isfinite(exact[1:4]).any() and torch.isfinite(exact[4, 8])
-    tolerance = dict(rtol=0.05, atol=0.2, equal_nan=True)
+    assert not torch.isfinite(exact[1:4]).any()
+    assert torch.isfinite(exact[4, 8])
+    tolerance = {"rtol": 0.05, "atol": 0.2, "equal_nan": True}
     torch.testing.assert_close(actual, exact.to(dtype), **tolerance)
 
 
@@ -133,12 +134,15 @@ def test_quantization(dtype):
     weight = (torch.randn(65, 43) * 10.0 ** torch.randint(-3, 3, (65, 1))).to(dtype)
     weight[3] = 0
     quantized, scales = quantize_int8(weight)
-    assert quantized.dtype == torch.int8 and scales.dtype == torch.float32
+    assert quantized.dtype == torch.int8
+    assert scales.dtype == torch.float32
     largest = quantized.int().abs().amax(dim=1)
-    assert (largest[torch.arange(65) != 3] == 127).all() and largest[3] == 0
+    assert (largest[torch.arange(65) != 3] == 127).all()
+    assert largest[3] == 0
     error = (dequantized(quantized, scales) - weight.double()).abs()
     assert (error <= 0.5001 * scales[:, None]).all()
-    assert torch.isfinite(scales).all() and (scales > 0).all()
+    assert torch.isfinite(scales).all()
+    assert (scales > 0).all()
 
 
 @pytest.mark.parametrize(

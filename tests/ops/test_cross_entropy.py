@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
-from allocations import Allocations
-from helpers import FLOATS, TARGETS, assert_as_accurate, compile_only, values_and_gradients
+from support.allocations import Allocations
+from support.helpers import FLOATS, TARGETS, assert_as_accurate, compile_only, values_and_gradients
 
 from mistral_kernels.ops import cross_entropy, extension, reference
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
@@ -60,7 +60,8 @@ def assert_matches(inputs, targets, **options):
     # of the logits and its own, in float32 if those are shorter. Gradients follow the rule, with
     # room for those of few elements.
     loss, exact_loss = actual.pop("differentiable output 0"), exact["differentiable output 0"]
-    assert loss.dtype == torch.promote_types(dtype, torch.float32) and loss.shape == ()
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert loss.shape == ()
     logits = inputs["hidden"].double() @ inputs["weight"].double().T
     bound = 2 * torch.finfo(dtype).eps * logits.abs().max()
     if options.get("reduction") == "sum":
@@ -239,8 +240,8 @@ def test_backward_twice(device):
     results = [torch.autograd.grad(x * loss, leaves, retain_graph=True) for x in factors]
     results[1][0].zero_()
     results.append(torch.autograd.grad(5 * loss, leaves))
-    for i, (factor, gradients) in enumerate(zip((*factors, 5.0), results)):
-        for gradient, expected in zip(gradients, fresh(factor)):
+    for i, (factor, gradients) in enumerate(zip((*factors, 5.0), results, strict=True)):
+        for gradient, expected in zip(gradients, fresh(factor), strict=True):
             assert (i == 1 and gradient is results[1][0]) or torch.equal(gradient, expected)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(loss, leaves)
@@ -266,7 +267,7 @@ def test_accumulated_gradients(device):
         torch.autograd.grad(linear_cross_entropy(**inputs, targets=half), list(inputs.values()))
         for half in halves
     ]
-    for x, *gradients in zip(inputs.values(), *expected):
+    for x, *gradients in zip(inputs.values(), *expected, strict=True):
         torch.testing.assert_close(x.grad, 2 * sum(gradients))
 
 
@@ -327,7 +328,7 @@ def test_torch_compile(backend, device):
         targets = some_targets(tokens, 50, device)
         losses = [f(*inputs.values(), targets) for f in (compiled, linear_cross_entropy)]
         grads = [torch.autograd.grad(loss, list(inputs.values())) for loss in losses]
-        for a, b in zip((losses[0], *grads[0]), (losses[1], *grads[1])):
+        for a, b in zip((losses[0], *grads[0]), (losses[1], *grads[1]), strict=True):
             torch.testing.assert_close(a, b)
     assert counter.frame_count == 1
 

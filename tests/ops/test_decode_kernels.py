@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from helpers import TARGETS, assert_as_accurate, compile_only
-from rolling_cache_cases import CASES, assert_same_bits, expected, make_arguments
+from support.helpers import TARGETS, assert_as_accurate, compile_only
+from support.rolling_cache_cases import CASES, assert_same_bits, expected, make_arguments
 
 from mistral_kernels.ops import reference
 from mistral_kernels.ops.attention import rolling_cache_attention
@@ -33,7 +33,7 @@ def make_inputs(lengths, counts, capacity, heads, head_dim, dtype, device):
     total, batch = sum(counts), len(counts)
     tokens = {
         name: torch.randn(total, n, head_dim, device=device).to(dtype)
-        for name, n in zip("qkv", (num_heads, num_kv_heads, num_kv_heads))
+        for name, n in zip("qkv", (num_heads, num_kv_heads, num_kv_heads), strict=True)
     }
     shape = (batch, capacity, num_kv_heads, head_dim)
     rings = {x: torch.randn(shape, device=device).to(dtype) for x in ("k_cache", "v_cache")}
@@ -116,7 +116,7 @@ def test_gradients(triton_backend, device):
     wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
     exact = reference.rolling_cache_attention(**wide, sliding_window=25)
     wanted = torch.autograd.grad(exact, [wide[name] for name in names], cotangent.double())
-    for a, b in zip(actual, wanted):
+    for a, b in zip(actual, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
@@ -136,7 +136,8 @@ def test_unseen_slots_may_hold_anything(fresh, triton_backend, device):
         for name in ("k_cache", "v_cache"):
             inputs[name][sequence, unseen] = math.nan
     out = rolling_cache_attention(**inputs, max_seqlen=1, sliding_window=window)
-    assert torch.equal(out, wanted) and not out.isnan().any()
+    assert torch.equal(out, wanted)
+    assert not out.isnan().any()
 
 
 @pytest.mark.kernels
@@ -163,7 +164,8 @@ def test_counters(triton_backend, device):
     counters = torch.zeros(16, dtype=torch.int32, device=device)
     for _ in range(2):
         out = rolling_cache_attention(**inputs, **options, counters=counters)
-        assert torch.equal(out, wanted) and not counters.any()
+        assert torch.equal(out, wanted)
+        assert not counters.any()
     counters += 1  # programs that count from elsewhere never find that they are the last
     assert not torch.equal(rolling_cache_attention(**inputs, **options, counters=counters), wanted)
     for bad, message in (
@@ -230,7 +232,7 @@ def test_gradients_of_the_fused_update(interleaved, backend, device):
     cotangents = [torch.randn_like(x) for x in (turned, *rings)]
     actual = torch.autograd.grad((turned, *rings), leaves, cotangents)
     exact = torch.autograd.grad((definition[0], *wanted), leaves, cotangents)
-    for name, a, b in zip(names, actual, exact):
+    for name, a, b in zip(names, actual, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from helpers import TARGETS, compile_only
+from support.helpers import TARGETS, compile_only
 from torch._subclasses import FakeTensorMode
 
 from mistral_kernels.ops import dispatch, extension

@@ -21,7 +21,8 @@ def shown() -> dict[str, Any]:
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     test.globs = names
     result = runner.run(test, clear_globs=False)
-    assert result.attempted > 15 and result.failed == 0
+    assert result.attempted > 15
+    assert result.failed == 0
     return names
 
 

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from builds import fake_compiler, finish, libraries, start
-from helpers import FLOATS
-from rolling_cache_cases import CASES, assert_same_bits, expected, make_arguments
+from support.builds import fake_compiler, finish, libraries, start
+from support.helpers import FLOATS
+from support.rolling_cache_cases import CASES, assert_same_bits, expected, make_arguments
 
 from mistral_kernels.ops import build_cache, compiler, extension
 
@@ -115,7 +115,8 @@ def test_no_streams(cpu_update):
 
 def test_no_compiler(tmp_path):
     loaded, status, error = finish(start(tmp_path, PATH="", CXX=""))
-    assert not loaded and status == "not loaded: no compiler: c++ is not on PATH"
+    assert not loaded
+    assert status == "not loaded: no compiler: c++ is not on PATH"
     assert error == ""
 
 
@@ -126,16 +127,19 @@ def test_a_broken_compiler(tmp_path):
     )
     loaded, status, error = finish(start(tmp_path, CXX=broken))
     reason = "x.h:3: fatal error: no such header"
-    assert not loaded and status == f"not loaded: {reason}"
+    assert not loaded
+    assert status == f"not loaded: {reason}"
     compiling, failed = error.splitlines()
-    assert "compiling" in compiling and reason in failed
+    assert "compiling" in compiling
+    assert reason in failed
     assert "MISTRAL_KERNELS_BUILD=never" in failed
     assert libraries(tmp_path) == []
 
 
 def test_build_never(tmp_path):
     loaded, status, error = finish(start(tmp_path, MISTRAL_KERNELS_BUILD="never"))
-    assert not loaded and error == ""
+    assert not loaded
+    assert error == ""
     assert status == "not loaded: not compiled, since MISTRAL_KERNELS_BUILD=never"
 
 
@@ -164,7 +168,8 @@ def test_a_bad_setting(tmp_path):
     process = start(tmp_path, RAISES, MISTRAL_KERNELS_BUILD="yes")
     raised, status = process.communicate(timeout=120)[0].splitlines()
     words = "MISTRAL_KERNELS_BUILD must be 'auto', 'never' or 'always', got 'yes'"
-    assert raised == f"ValueError {words}" and status == f"not loaded: {words}"
+    assert raised == f"ValueError {words}"
+    assert status == f"not loaded: {words}"
 
 
 def test_devices_without_a_library(monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 
 from mistral_kernels.ops.extension import BUILD_VARIABLE
 
-PROGRAM = Path(__file__).with_name("fuzz_operators.py")
+PROGRAM = Path(__file__).parents[1] / "support" / "fuzz_operators.py"
 
 
 def fuzz(seed: int, count: int, **environment: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FLOATS, assert_as_accurate, assert_matches_reference
+from support.helpers import FLOATS, assert_as_accurate, assert_matches_reference
 
 from mistral_kernels.ops.linear import KERNEL_ROWS, linear
 

@@ -45,7 +45,7 @@ def attention_row_by_row(q, k, v, causal, window_size, scale, softcap, slopes):
                     scores.append(score - slopes[b][h] * abs(place - j))
                 total = math.fsum(math.exp(score) for score in scores)
                 lse[b, h, i] = math.log(total) if keys else -math.inf
-                for j, score in zip(keys, scores):
+                for j, score in zip(keys, scores, strict=True):
                     out[b, i, h] += math.exp(score) / total * v[b, j, g]
     return out, lse
 
@@ -90,11 +90,15 @@ def test_attention_like_pytorch(seqlens):
 def test_attention_of_rows_that_see_nothing():
     q, k, v = (x.requires_grad_() for x in qkv(7, 3))
     out, lse = reference.attention(q, k, v, causal=True)
-    assert (out[:, :4] == 0).all() and (out[:, 4:] != 0).all()
-    assert lse[:, :, :4].isneginf().all() and lse[:, :, 4:].isfinite().all()
+    assert (out[:, :4] == 0).all()
+    assert (out[:, 4:] != 0).all()
+    assert lse[:, :, :4].isneginf().all()
+    assert lse[:, :, 4:].isfinite().all()
     dq, dk, dv = torch.autograd.grad((out, lse[:, :, 4:]), (q, k, v), (out, lse[:, :, 4:]))
-    assert (dq[:, :4] == 0).all() and (dq[:, 4:] != 0).all()
-    assert dk.isfinite().all() and dv.isfinite().all()
+    assert (dq[:, :4] == 0).all()
+    assert (dq[:, 4:] != 0).all()
+    assert dk.isfinite().all()
+    assert dv.isfinite().all()
 
 
 def test_gradients():
@@ -134,7 +138,9 @@ def test_rotary_turns_complex_numbers():
     positions = torch.randint(100, (2, 5))
     cos, sin = rotary_tables(100, 6, 1e4)
     turn = torch.complex(cos.double(), sin.double())[positions].unsqueeze(-2)
-    for x, turned in zip((q, k), reference.apply_rotary(q, k, cos, sin, positions, True)):
+    for x, turned in zip(
+        (q, k), reference.apply_rotary(q, k, cos, sin, positions, True), strict=True
+    ):
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
         torch.testing.assert_close(turned, torch.view_as_real(pairs * turn).flatten(-2))
 
@@ -144,7 +150,7 @@ def test_rotary_like_hugging_face():
     positions = torch.randint(100, (2, 5))
     cos, sin = (table.double() for table in rotary_tables(100, 6, 1e4))
     wide_cos, wide_sin = (torch.cat((t, t), -1)[positions].unsqueeze(2) for t in (cos, sin))
-    for x, turned in zip((q, k), reference.apply_rotary(q, k, cos, sin, positions)):
+    for x, turned in zip((q, k), reference.apply_rotary(q, k, cos, sin, positions), strict=True):
         rotated_half = torch.cat((-x[..., 3:], x[..., :3]), dim=-1)
         torch.testing.assert_close(turned, x * wide_cos + rotated_half * wide_sin)
 
@@ -176,17 +182,17 @@ def test_rolling_cache_is_attention_over_the_whole_text(window):
     k_cache = torch.full((2, window, 2, 3), math.nan, **float64)
     v_cache, seen, outs = k_cache.clone(), [0, 0], ([], [])
     for counts in ([1, 0], [4, 7], [8, 2]):
-        new = [[x[s : s + n] for x in text] for text, s, n in zip(texts, seen, counts)]
-        q, k, v = (torch.cat(parts) for parts in zip(*new))
+        new = [[x[s : s + n] for x in text] for text, s, n in zip(texts, seen, counts, strict=True)]
+        q, k, v = (torch.cat(parts) for parts in zip(*new, strict=True))
         ring = torch.tensor(seen, dtype=torch.int32), torch.tensor([0, counts[0], sum(counts)])
         out = reference.rolling_cache_attention(
             q, k, v, k_cache, v_cache, *ring, sliding_window=window
         )
         k_cache, v_cache = reference.rolling_cache_update(k_cache, v_cache, k, v, *ring)
-        for kept, part in zip(outs, out.split(counts)):
+        for kept, part in zip(outs, out.split(counts), strict=True):
             kept.append(part)
-        seen = [s + n for s, n in zip(seen, counts)]
-    for index, ((q, k, v), kept) in enumerate(zip(texts, outs)):
+        seen = [s + n for s, n in zip(seen, counts, strict=True)]
+    for index, ((q, k, v), kept) in enumerate(zip(texts, outs, strict=True)):
         expected, _ = reference.attention(
             q[None], k[None], v[None], causal=True, window_size=(window - 1, 0)
         )
@@ -201,7 +207,8 @@ def test_half_precision_is_computed_in_float32(dtype):
     q, k, v = (x.to(dtype) for x in qkv(6, 6))
     out, lse = reference.attention(q, k, v, causal=True)
     wide, wide_lse = reference.attention(q.float(), k.float(), v.float(), causal=True)
-    assert torch.equal(out, wide.to(dtype)) and torch.equal(lse, wide_lse)
+    assert torch.equal(out, wide.to(dtype))
+    assert torch.equal(lse, wide_lse)
     assert lse.dtype == torch.float32
     gate, up = torch.randn(2, 99).to(dtype)
     assert torch.equal(reference.swiglu(gate, up), (F.silu(gate.float()) * up).to(dtype))

@@ -41,7 +41,9 @@ def whole_and_parts(kind: str, seqlen: int, split: int) -> tuple[Part, list[Part
 def merge(outs: list[Tensor], sums: list[Tensor]) -> tuple[Tensor, Tensor]:
     lse = torch.logsumexp(torch.stack(sums), 0)
     shares = [(x - lse).nan_to_num(-torch.inf, -torch.inf, -torch.inf).exp() for x in sums]
-    out = sum(x * share.transpose(-1, -2).unsqueeze(-1) for x, share in zip(outs, shares))
+    out = sum(
+        x * share.transpose(-1, -2).unsqueeze(-1) for x, share in zip(outs, shares, strict=True)
+    )
     return out, lse
 
 
@@ -95,6 +97,6 @@ def test_parts_add_up(kind, packed, dtype, backend, device):
         dk.append(grads[1].view(batch, -1, KV_HEADS, HEAD_DIM))
         dv.append(grads[2].view(batch, -1, KV_HEADS, HEAD_DIM))
     actual = dq.view_as(q), torch.cat(dk, 1), torch.cat(dv, 1)
-    for name, x, y in zip("qkv", actual, expected):
+    for name, x, y in zip("qkv", actual, expected, strict=True):
         error = (x.double() - y).abs().max() / y.abs().max()
         assert error < (1e-12 if dtype == torch.float64 else 3e-6), f"d{name}: {error:.2g}"

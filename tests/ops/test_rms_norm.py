@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import FLOATS, TARGETS, assert_matches_reference, compile_only
+from support.helpers import FLOATS, TARGETS, assert_matches_reference, compile_only
 from torch import Tensor
 
 from mistral_kernels.ops import reference

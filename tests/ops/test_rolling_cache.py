@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from helpers import FLOATS, assert_as_accurate, assert_matches_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.helpers import FLOATS, assert_as_accurate, assert_matches_reference
 
 from mistral_kernels.ops import reference
 from mistral_kernels.ops.attention import rolling_cache_attention
@@ -56,7 +56,7 @@ class GrowingCache:
     def append(self, q, k, v, counts, window):
         """What each of the new tokens sees of everything up to itself."""
         outs = []
-        for i, new in enumerate(zip(*(x.split(counts) for x in (q, k, v)))):
+        for i, new in enumerate(zip(*(x.split(counts) for x in (q, k, v)), strict=True)):
             self.keys[i] = torch.cat((self.keys[i], new[1]))
             self.values[i] = torch.cat((self.values[i], new[2]))
             text = (x[None].double() for x in (new[0], self.keys[i], self.values[i]))
@@ -97,8 +97,8 @@ def test_any_sequence_of_chunks(data):
             out = rolling_cache_attention(q, None, None, **ring, sliding_window=window)
             torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
         lengths = lengths + int32(counts)
-        for texts, cache in zip((grown.keys, grown.values), rings):
-            for text, slots in zip(texts, cache):
+        for texts, cache in zip((grown.keys, grown.values), rings, strict=True):
+            for text, slots in zip(texts, cache, strict=True):
                 held = range(max(0, len(text) - capacity), len(text))
                 assert all(torch.equal(slots[p % capacity], text[p]) for p in held)
                 assert slots[len(held) :].isnan().all()
@@ -125,7 +125,7 @@ def test_update(lengths, counts, capacity, dtype, device):
     where = int32(lengths, device), offsets(counts, device)
     expected = reference.rolling_cache_update(*rings, k, v, *where)
     rolling_cache_update_(*rings, k, v, *where, max(counts))
-    assert all(torch.equal(a, b) for a, b in zip(rings, expected))
+    assert all(torch.equal(a, b) for a, b in zip(rings, expected, strict=True))
 
 
 @pytest.mark.parametrize("counts", [[9, 0, 4], [6, 0, 1], [1, 1, 1]], ids=str)
@@ -164,7 +164,7 @@ ATTENTIONS = [
 def test_attention_and_gradients(lengths, counts, capacity, window, device):
     q, k, v = make_tokens(sum(counts), torch.float32, device)
     rings = make_ring(len(lengths), capacity, torch.float32, device)
-    inputs = dict(zip(("q", "k", "v", "k_cache", "v_cache"), (q, k, v, *rings)))
+    inputs = dict(zip(("q", "k", "v", "k_cache", "v_cache"), (q, k, v, *rings), strict=True))
     # Alone with itself a token has weight 1: no gradient to measure.
     frozen = ("q", "k", "k_cache") if window == 1 or counts == [0] else ()
     inputs = {name: x.requires_grad_(name not in frozen) for name, x in inputs.items()}
@@ -282,7 +282,8 @@ def test_caches_need_a_contiguous_last_dimension():
         arguments = {**GOOD, "k_cache": C.clone(), "v_cache": C.clone(), **change}
         with pytest.raises(ValueError, match=f"{next(iter(change))}'s last dimension must be cont"):
             rolling_cache_update_(**arguments)
-        assert not arguments["k_cache"].any() and not arguments["v_cache"].any()
+        assert not arguments["k_cache"].any()
+        assert not arguments["v_cache"].any()
 
 
 @pytest.mark.parametrize(

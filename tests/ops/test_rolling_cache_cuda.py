@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import FLOATS, TARGETS
-from rolling_cache_cases import CASES, assert_same_bits, expected, make_arguments
+from support.helpers import FLOATS, TARGETS
+from support.rolling_cache_cases import CASES, assert_same_bits, expected, make_arguments
 
 from mistral_kernels.ops import compiler
 

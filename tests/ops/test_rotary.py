@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import FLOATS, TARGETS, assert_as_accurate, compile_only
+from support.helpers import FLOATS, TARGETS, assert_as_accurate, compile_only
 
 from mistral_kernels.ops import reference
 from mistral_kernels.ops.rotary import apply_rotary, apply_rotary_, rotary_tables
@@ -53,8 +53,9 @@ def test_each_pair_turns_by_its_angle(head_dim, dtype, interleaved, backend, dev
     outs = apply_rotary(q, k, cos, sin, positions, interleaved)
     cotangents = [torch.randn_like(x) for x in (q, k)]
     gradients = torch.autograd.grad(outs, (q, k), cotangents)
-    for x, out, dout, dx in zip((q, k), outs, cotangents, gradients):
-        assert out.dtype == dx.dtype == dtype and out.shape == x.shape
+    for x, out, dout, dx in zip((q, k), outs, cotangents, gradients, strict=True):
+        assert out.dtype == dx.dtype == dtype
+        assert out.shape == x.shape
         for start, end, angle in ((x, out, turn), (dout, dx, turn.conj())):
             exact = as_complex(start.double(), interleaved) * angle
             error = (as_complex(end.detach().double(), interleaved) - exact).abs()
@@ -70,7 +71,7 @@ def test_layouts_differ_by_a_permutation(backend, device):
 
     expected = [interleave(x) for x in apply_rotary(q, k, *rest)]
     actual = apply_rotary(interleave(q), interleave(k), *rest, interleaved=True)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_float64_on_the_torch_backend(device, torch_backend):
@@ -81,7 +82,7 @@ def test_float64_on_the_torch_backend(device, torch_backend):
         assert torch.autograd.gradgradcheck(lambda q, k: apply_rotary(q, k, *rest), (q, k))
         exact = reference.apply_rotary(q, k, *rest, interleaved)
         actual = apply_rotary(q, k, *rest, interleaved)
-        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(actual, exact))
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(actual, exact, strict=True))
 
 
 @pytest.mark.parametrize("frozen", ["q", "k"])
@@ -89,7 +90,7 @@ def test_float64_on_the_torch_backend(device, torch_backend):
 def test_frozen_inputs_and_unused_outputs(used, frozen, backend, device):
     q, k, *rest = make_inputs(torch.float32, device)
     (q if frozen == "q" else k).requires_grad_(False)
-    outs = dict(zip("qk", apply_rotary(q, k, *rest)))
+    outs = dict(zip("qk", apply_rotary(q, k, *rest), strict=True))
     (leaf,) = (x for x in (q, k) if x.requires_grad)
     loss = sum((outs[name].square().sum() for name in used), 0 * leaf.sum())
     (grad,) = torch.autograd.grad(loss, leaf)
@@ -116,9 +117,9 @@ def test_inputs_stay_and_may_be_views(backend, device):
     before = fused.clone()
     views = apply_rotary(*fused.split((4, 2), dim=2), *rest)
     assert torch.equal(fused, before)
-    assert all(torch.equal(a, b) for a, b in zip(views, apply_rotary(q, k, *rest)))
+    assert all(torch.equal(a, b) for a, b in zip(views, apply_rotary(q, k, *rest), strict=True))
     packed = apply_rotary(q.flatten(0, 1), k.flatten(0, 1), *rest[:2], rest[2].flatten().int())
-    assert all(torch.equal(a, b.flatten(0, 1)) for a, b in zip(packed, views))
+    assert all(torch.equal(a, b.flatten(0, 1)) for a, b in zip(packed, views, strict=True))
     none = apply_rotary(q[:, :0], k[:, :0], *rest[:2], rest[2][:, :0])
     assert [x.shape for x in none] == [(2, 0, 4, 20), (2, 0, 2, 20)]
 
@@ -151,18 +152,20 @@ def test_in_place(where, dtype, interleaved, backend, device):
     gradients = torch.autograd.grad(outs, leaves, places(dout))
     expected, dexpected = memory.clone(), dout.clone()
     for whole, values in ((expected, outs), (dexpected, gradients)):
-        for place, value in zip(places(whole), values):
+        for place, value in zip(places(whole), values, strict=True):
             place.copy_(value.detach())
 
     leaf = memory.clone().requires_grad_()
     out = leaf.clone()
     apply_rotary_(*places(out), *rest)
     (dx,) = torch.autograd.grad(out, leaf, dout)
-    assert torch.equal(out, expected) and torch.equal(dx, dexpected)
+    assert torch.equal(out, expected)
+    assert torch.equal(dx, dexpected)
 
     q, k = places(memory)
     turned = apply_rotary_(q, k, *rest)
-    assert turned[0] is q and turned[1] is k
+    assert turned[0] is q
+    assert turned[1] is k
     assert torch.equal(memory, expected)
 
 
@@ -176,7 +179,8 @@ def test_in_place_with_one_frozen(backend, device):
     leaf, k, *rest = make_inputs(torch.float32, device)
     q, k = leaf.clone(), k.detach().clone()
     apply_rotary_(q, k, *rest)
-    assert q.requires_grad and not k.requires_grad
+    assert q.requires_grad
+    assert not k.requires_grad
     (grad,) = torch.autograd.grad(q.square().sum(), leaf)
     torch.testing.assert_close(grad, 2 * leaf)
 
@@ -193,7 +197,8 @@ def test_what_autograd_needs_is_not_overwritten(backend, device):
         before = q.detach().clone(), k.detach().clone()
         with pytest.raises(RuntimeError, match=message):
             apply_rotary_(q, k, *rest)
-        assert torch.equal(q, before[0]) and torch.equal(k, before[1])
+        assert torch.equal(q, before[0])
+        assert torch.equal(k, before[1])
     saved = leaf.clone()
     square = saved.square()
     apply_rotary_(saved, plain, *rest)
@@ -201,7 +206,7 @@ def test_what_autograd_needs_is_not_overwritten(backend, device):
         square.sum().backward()
     q, k = memory.split((4, 2), dim=-2)  # which have no history
     expected = apply_rotary(q, k, *rest)
-    assert all(torch.equal(x, y) for x, y in zip(apply_rotary_(q, k, *rest), expected))
+    assert all(torch.equal(x, y) for x, y in zip(apply_rotary_(q, k, *rest), expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -277,7 +282,7 @@ def test_without_gradients(dtype, interleaved, backend, device):
         plain = reference.apply_rotary(q, k, *rest, interleaved)
     with torch.no_grad():
         actual = apply_rotary(q, k, *rest, interleaved)
-    for ours, eager, want in zip(actual, plain, exact):
+    for ours, eager, want in zip(actual, plain, exact, strict=True):
         assert_as_accurate(ours, eager.detach(), want.detach(), "rotated")
 
 
@@ -318,7 +323,7 @@ def test_torch_compile(interleaved, backend, device):
             apply_rotary(q, k, cos, sin, positions, interleaved),
         )
         grads = [torch.autograd.grad(sum(x.square().sum() for x in out), (q, k)) for out in outs]
-        for a, b in zip((*outs[0], *grads[0]), (*outs[1], *grads[1])):
+        for a, b in zip((*outs[0], *grads[0]), (*outs[1], *grads[1]), strict=True):
             torch.testing.assert_close(a, b)
     assert counter.frame_count == 1
 
@@ -341,7 +346,8 @@ def test_torch_compile_in_place(backend, device):
         leaf = memory.clone().requires_grad_()
         outs = apply_rotary(memory[..., :4, :], memory[..., 4:, :], cos, sin, positions)
         inside = compiled(memory, leaf, cos, sin, positions)
-        assert torch.equal(memory, torch.cat(outs, dim=-2)) and torch.equal(inside, memory)
+        assert torch.equal(memory, torch.cat(outs, dim=-2))
+        assert torch.equal(inside, memory)
         (grad,) = torch.autograd.grad(inside.square().sum(), leaf)
         torch.testing.assert_close(grad, 2 * leaf)
     assert counter.frame_count == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
-from helpers import FLOATS, TARGETS, assert_matches_reference, compile_only
+from support.helpers import FLOATS, TARGETS, assert_matches_reference, compile_only
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mistral_kernels.ops import reference
@@ -65,7 +65,9 @@ def test_halves_of_a_fused_projection(dtype, backend, device):
     spread = torch.stack((wide, wide), dim=-1)[..., 0]
     for fused in (wide, wide.transpose(0, 1), wide[..., :64], spread):
         halves = fused.chunk(2, dim=-1)
-        inputs = dict(zip(("gate", "up"), (x.detach().requires_grad_() for x in halves)))
+        inputs = dict(
+            zip(("gate", "up"), (x.detach().requires_grad_() for x in halves), strict=True)
+        )
         assert_matches_reference(swiglu, eager, inputs, strided_gradients=True)
         whole = {"gate": fused.detach().requires_grad_()}
         assert_matches_reference(swiglu, eager, whole, strided_gradients=True)
@@ -73,7 +75,8 @@ def test_halves_of_a_fused_projection(dtype, backend, device):
         assert torch.equal(*outs)
         dy = torch.randn_like(outs[0])
         *parts, dwhole = torch.autograd.grad(outs, (*inputs.values(), *whole.values()), (dy, dy))
-        assert torch.equal(torch.cat(parts, dim=-1), dwhole) and dwhole.is_contiguous()
+        assert torch.equal(torch.cat(parts, dim=-1), dwhole)
+        assert dwhole.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -103,7 +103,7 @@ def test_gradient_and_vmap(name, backend, device):
     torch.testing.assert_close(gradients, plain_gradients(function, arguments))
 
     batched = examples(arguments)
-    rows = list(zip(*batched))
+    rows = list(zip(*batched, strict=True))
     expected = torch.stack([function(*row) for row in rows])
     torch.testing.assert_close(torch.func.vmap(function)(*batched), expected)
     # One of the arguments is shared by all examples.
@@ -112,7 +112,7 @@ def test_gradient_and_vmap(name, backend, device):
     torch.testing.assert_close(shared(batched[0], *arguments[1:]), expected)
 
     expected = [plain_gradients(function, list(row)) for row in rows]
-    expected = tuple(map(torch.stack, zip(*expected)))
+    expected = tuple(map(torch.stack, zip(*expected, strict=True)))
     per_example = torch.func.vmap(torch.func.grad(scalar(function), argnums=every))(*batched)
     torch.testing.assert_close(per_example, expected)
     together = torch.func.grad(scalar(torch.func.vmap(function)), argnums=every)(*batched)
@@ -130,7 +130,7 @@ def test_forward_mode_is_refused(name, device):
     with pytest.raises(NotImplementedError, match=message):
         torch.func.jvp(function, tuple(arguments), tuple(tangents))
     with forward_ad.dual_level():
-        duals = [forward_ad.make_dual(x, t) for x, t in zip(arguments, tangents)]
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(arguments, tangents, strict=True)]
         with pytest.raises(NotImplementedError, match=message):
             function(*duals)
         function(*arguments)  # without tangents there is nothing to lose
@@ -180,7 +180,8 @@ def test_fake_and_meta_tensors(name, trained):
         function, arguments = cases(device)[name]
         arguments = [x.requires_grad_(trained) for x in arguments]
         out = function(*arguments)
-        assert out.shape == expected.shape and out.dtype == expected.dtype
+        assert out.shape == expected.shape
+        assert out.dtype == expected.dtype
         assert out.device.type == device
         if trained:
             out.sum().backward()
@@ -233,7 +234,8 @@ def test_operators_under_vmap(device):
 
     torch.func.vmap(update)(*caches, k)
     for cache in caches:
-        assert torch.equal(cache[:, 0, [4, 0]], k) and not cache[:, 0, 1:4].any()
+        assert torch.equal(cache[:, 0, [4, 0]], k)
+        assert not cache[:, 0, 1:4].any()
     with pytest.raises(NotImplementedError, match="into the same k_cache; give k_cache a batch"):
         torch.func.vmap(update, in_dims=(None, None, 0))(*caches[:, 0], k)
     with pytest.raises(

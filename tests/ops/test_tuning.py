@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TARGETS, compile_only
+from support.helpers import TARGETS, compile_only
 
 from mistral_kernels.ops import launch_configs, tuning
 from mistral_kernels.ops.attention import attention, tile_table
@@ -46,7 +46,8 @@ def test_measured_once_and_kept(timed, cache):
     for _ in range(3):
         tuning._kept.cache_clear()  # as in another process
         assert tuning.fastest(("op", 128), DEVICE, CANDIDATES, runs.append)["BLOCK_M"] == 64
-    assert timed == [128, 64, 32] and len(runs) == 3
+    assert timed == [128, 64, 32]
+    assert len(runs) == 3
     assert tuning.path().is_relative_to(cache)
     assert [x.name for x in tuning.path().parent.iterdir()] == ["tuned.json"]
 
@@ -55,13 +56,15 @@ def test_other_devices_and_calls_are_measured_anew(timed):
     tuning.fastest(("op", 128), DEVICE, CANDIDATES, lambda _: None)
     tuning.fastest(("op", 64), DEVICE, CANDIDATES, lambda _: None)
     tuning.fastest(("op", 128), DEVICE._replace(arch=90), CANDIDATES, lambda _: None)
-    assert len(timed) == 9 and len(json.loads(tuning.path().read_text())) == 3
+    assert len(timed) == 9
+    assert len(json.loads(tuning.path().read_text())) == 3
 
 
 def test_an_answer_that_is_no_candidate_any_more(timed):
     tuning.fastest(("op",), DEVICE, CANDIDATES, lambda _: None)
     best = tuning.fastest(("op",), DEVICE, CANDIDATES[::2], lambda _: None)
-    assert best["BLOCK_M"] == 32 and len(timed) == 5
+    assert best["BLOCK_M"] == 32
+    assert len(timed) == 5
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,8 @@ def test_attention_tuned(timed, triton_backend, device, monkeypatch):
     out = attention(q, k, v)
     (dq,) = torch.autograd.grad(out.sum(), q)
     kernels = {name.split(", ")[3] for name in json.loads(tuning.path().read_text())}
-    assert kernels == {"attention_forward", "attention_dq"} and len(timed) == 4
+    assert kernels == {"attention_forward", "attention_dq"}
+    assert len(timed) == 4
     monkeypatch.delenv(tuning.VARIABLE)
     expected = attention(q, k, v)
     torch.testing.assert_close(out, expected, rtol=0.01, atol=0.001)
@@ -132,7 +136,8 @@ def test_the_next_smaller_configuration_where_the_first_does_not_fit(monkeypatch
         attention(q, k, v)
         (misfits,) = attention_launch._misfits.values()
         attention(q, k, v)
-    assert len(kernels) == 2 and misfits > 0
+    assert len(kernels) == 2
+    assert misfits > 0
     assert [misfits] == list(attention_launch._misfits.values())
 
 

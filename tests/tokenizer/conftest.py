@@ -14,7 +14,7 @@ from mistral_kernels.tokenizer import MistralTokenizer
 
 @pytest.fixture(scope="session")
 def open_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from tokenizer_cases import DATA, JSON, train_json
+    from support.tokenizer_cases import DATA, JSON, train_json
 
     @functools.cache
     def open_(name: str) -> MistralTokenizer:
@@ -30,7 +30,7 @@ def open_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(params=["byte_fallback", "byte_level"])
 def json_folder(request: Any, tmp_path: Path) -> Path:
     """A fine-tune's folder: tokenizer.json, its configuration and a chat template."""
-    from tokenizer_cases import train_json
+    from support.tokenizer_cases import train_json
 
     train_json(tmp_path / "tokenizer.json", byte_level=request.param == "byte_level")
     config = {

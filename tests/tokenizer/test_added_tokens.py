@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizer_cases import DATA, SENTENCEPIECE, USER, make_tekken, refused, streamed, write
+from support.tokenizer_cases import DATA, SENTENCEPIECE, USER, make_tekken, refused, streamed, write
 
 from mistral_kernels.tokenizer import MistralTokenizer
 
@@ -54,7 +54,8 @@ FORMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_added_tokens_are_the_models_own(tmp_path: Path, form: str) -> None:
     tokenizer = MistralTokenizer.from_pretrained(write(tmp_path, "v1", **FORMS[form]))
-    assert tokenizer.path.name == "tokenizer.model" and len(tokenizer) == 32002
+    assert tokenizer.path.name == "tokenizer.model"
+    assert len(tokenizer) == 32002
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 32000)
     assert tokenizer.encode(TURN) == [1, *TURN_IDS]
     # The special one is skipped; the other is text.
@@ -110,7 +111,8 @@ def test_white_space_that_an_added_token_takes(tmp_path: Path) -> None:
 def test_a_named_token_that_nothing_has_comes_last(tmp_path: Path) -> None:
     config = {"pad_token": "[PAD]", "additional_special_tokens": [START, described("<call>")]}
     tokenizer = MistralTokenizer.from_pretrained(write(tmp_path, "v1", tokenizer_config=config))
-    assert tokenizer.pad_token_id == 32000 and len(tokenizer) == 32003
+    assert tokenizer.pad_token_id == 32000
+    assert len(tokenizer) == 32003
     assert tokenizer.encode(f"[PAD]{START}<call>") == [1, 32000, 32001, 32002]
     assert tokenizer.all_special_ids == {0, 1, 2, 32000, 32001, 32002}
 
@@ -122,13 +124,15 @@ def test_the_vendors_own_tokens_add_nothing(tmp_path: Path) -> None:
     tokenizer = MistralTokenizer.from_pretrained(write(tmp_path, "v1", tokenizer_config=config))
     plain = MistralTokenizer.from_pretrained(DATA / SENTENCEPIECE["v1"])
     text = "<s>[INST] Hi</s>"
-    assert tokenizer.encode(text) == plain.encode(text) and len(tokenizer) == 32000
+    assert tokenizer.encode(text) == plain.encode(text)
+    assert len(tokenizer) == 32000
 
 
 def test_an_added_token_in_the_place_of_another(tmp_path: Path) -> None:
     files = {"added_tokens": {"<call>": 700, END: 32007}, "tokenizer_config": NAMES}
     tokenizer = MistralTokenizer.from_pretrained(write(tmp_path, "v1", **files))
-    assert tokenizer.encode(f"<call>{END}") == [1, 700, 32007] and len(tokenizer) == 32008
+    assert tokenizer.encode(f"<call>{END}") == [1, 700, 32007]
+    assert len(tokenizer) == 32008
     assert tokenizer.decode([700, 32003, 32007]) == f"<call>{END}"
 
 
@@ -136,7 +140,8 @@ def test_conversations(tmp_path: Path) -> None:
     config = NAMES | {"chat_template": CHATML}
     folder = write(tmp_path, "v1", added_tokens=ADDED, tokenizer_config=config)
     tokenizer = MistralTokenizer.from_pretrained(folder)
-    assert tokenizer.chat_version == "jinja" and tokenizer.has_chat_template
+    assert tokenizer.chat_version == "jinja"
+    assert tokenizer.has_chat_template
     message = USER | {"content": "Hi there"}
     assert tokenizer.apply_chat_template([message], tokenize=False) == TURN
     assert tokenizer.apply_chat_template([message]) == TURN_IDS
@@ -144,7 +149,8 @@ def test_conversations(tmp_path: Path) -> None:
     (folder / "added_tokens.json").unlink()
     write(folder, tokenizer_config={"chat_template": CHATML})
     plain = MistralTokenizer.from_pretrained(folder)
-    assert plain.chat_version == "jinja" and len(plain) == 32000
+    assert plain.chat_version == "jinja"
+    assert len(plain) == 32000
     assert plain.decode(plain.apply_chat_template([message])) == TURN
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_checkpoints import SMALL, random_state
-from tokenizer_cases import write
+from support.small_checkpoints import SMALL, random_state
+from support.tokenizer_cases import write
 
 from mistral_kernels import MistralTokenizer, convert
 from mistral_kernels.checkpoint import resolve, save_hf
 from mistral_kernels.generate import generate, main
-from mistral_kernels.training import Corpus
+from mistral_kernels.training.loop import Corpus
 
 PROMPTS = ["It is a truth", "Her"]
 
@@ -30,7 +30,7 @@ class Script:
 
     def stream(self, prompts: Any, **_: Any) -> Iterator[list[int | None]]:
         self.prompts = prompts
-        yield from map(list, zip(*self.texts))
+        yield from map(list, zip(*self.texts, strict=True))
 
 
 @pytest.fixture

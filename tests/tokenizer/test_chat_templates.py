@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizer_cases import ANSWER, SYSTEM, USER, transformers, write
+from support.tokenizer_cases import ANSWER, SYSTEM, USER, transformers, write
 
 from mistral_kernels.tokenizer import MistralTokenizer, TokenizerError
 
@@ -74,7 +74,8 @@ def test_names_of_special_tokens_become_the_tokens(folder: Path) -> None:
     tokenizer = open_with(folder, "{{ bos_token }}{{ messages[0].content }}{{ sep_token }}")
     ids = tokenizer.apply_chat_template([USER])
     middle = tokenizer.encode("Hi", bos=False)
-    assert ids == [1, *middle, *tokenizer.encode("<sep>", bos=False)] and len(ids) > len(middle) + 1
+    assert ids == [1, *middle, *tokenizer.encode("<sep>", bos=False)]
+    assert len(ids) > len(middle) + 1
     out = tokenizer.apply_chat_template([USER], return_dict=True)
     assert out == {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
@@ -95,7 +96,8 @@ def test_several_templates(folder: Path, form: str) -> None:
     def render(**options: Any) -> str:
         return tokenizer.apply_chat_template([USER], tokenize=False, **options)
 
-    assert render() == "D1" and render(tools=[TOOL]) == "T"
+    assert render() == "D1"
+    assert render(tools=[TOOL]) == "T"
     assert render(chat_template="rag", documents=[{"a": 1}]) == "R{'a': 1}"
     assert render(chat_template="given {{ messages[0].role }}") == "given user"
     if form != "list":
@@ -141,7 +143,8 @@ def test_errors_are_one_line(folder: Path) -> None:
 def test_a_folder_without_a_template(json_folder: Path) -> None:
     write(json_folder, tokenizer_config={})
     base = MistralTokenizer.from_pretrained(json_folder)
-    assert base.chat_version is None and not base.has_chat_template
+    assert base.chat_version is None
+    assert not base.has_chat_template
     with pytest.raises(TokenizerError, match="no chat template, neither .* is it a base model"):
         base.apply_chat_template([USER])
     assert base.apply_chat_template([USER], chat_template="x", tokenize=False) == "x"

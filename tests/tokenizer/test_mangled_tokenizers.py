@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.tokenizer_cases import CORPUS, make_tekken, tokenizers, train_json, write
 from test_added_tokens import CHATML, NAMES, described
 from test_tokenizer_json import make_model
-from tokenizer_cases import CORPUS, make_tekken, tokenizers, train_json, write
 
 from mistral_kernels.tokenizer import MistralTokenizer
 
 COUNT = 400
-SCRIPT = Path(__file__).with_name("mangled_tokenizers.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "mangled_tokenizers.py"
 
 
 def run_mangled(kind: str, folder: Path, seed: int) -> None:

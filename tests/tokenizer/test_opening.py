@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizer_cases import DATA, SENTENCEPIECE, make_tekken, refused, train_json, write
+from support.tokenizer_cases import DATA, SENTENCEPIECE, make_tekken, refused, train_json, write
 
 from mistral_kernels.tokenizer import MistralTokenizer, TokenizerError
 

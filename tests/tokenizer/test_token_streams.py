@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizer_cases import (
+from support.tokenizer_cases import (
     ALL,
     CORPUS,
     JSON,
@@ -125,7 +125,8 @@ def test_stream_of_a_model_that_removes_extra_spaces(
         minloglevel=2,
     )
     tokenizer = MistralTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.chat_version is None and not tokenizer.has_chat_template
+    assert tokenizer.chat_version is None
+    assert not tokenizer.has_chat_template
     with pytest.raises(TokenizerError, match="no chat template is known for this vocabulary"):
         tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
     space = tokenizer.encode("a  b", bos=False)[0]
@@ -213,7 +214,8 @@ def test_decoders_in_a_sequence_stream_as_they_do_alone(tmp_path: Path, byte_lev
     write(tmp_path, tokenizer=saved)
     nested = MistralTokenizer.from_pretrained(tmp_path)
     assert [*map(nested.stream().push, ids)] == expected
-    assert text.startswith("".join(expected)) and "the fox 漢 jumps" in "".join(expected)
+    assert text.startswith("".join(expected))
+    assert "the fox 漢 jumps" in "".join(expected)
 
 
 def test_a_decoder_that_needs_the_whole_text_streams_at_the_end(tmp_path: Path) -> None:

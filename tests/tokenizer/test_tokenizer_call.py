@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizer_cases import JSON, SENTENCEPIECE, TEKKEN
+from support.tokenizer_cases import JSON, SENTENCEPIECE, TEKKEN
 
 from mistral_kernels.tokenizer import MistralTokenizer, TokenizerError, TokenizerOutput
 
@@ -26,8 +26,10 @@ def test_call_gives_what_transformers_users_expect(open_tokenizer: Any) -> None:
     assert tokenizer(["one", "and two more"]).input_ids == [one, two]
     assert tokenizer("one", add_special_tokens=False).input_ids == one[1:]
     out = tokenizer("one", return_tensors="pt").to("cpu")
-    assert isinstance(out, TokenizerOutput) and out.input_ids.dtype == torch.int64
-    assert out["input_ids"].tolist() == [one] and {**out}.keys() == {"input_ids", "attention_mask"}
+    assert isinstance(out, TokenizerOutput)
+    assert out.input_ids.dtype == torch.int64
+    assert out["input_ids"].tolist() == [one]
+    assert {**out}.keys() == {"input_ids", "attention_mask"}
     assert out.to("meta").input_ids.device.type == "meta"
     with pytest.raises(AttributeError, match="token_type_ids"):
         out.token_type_ids  # noqa: B018

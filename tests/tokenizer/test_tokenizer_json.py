@@ -11,7 +11,7 @@ from random import choice
 from typing import Any
 
 import pytest
-from tokenizer_cases import (
+from support.tokenizer_cases import (
     ANSWER,
     CORPUS,
     TEXTS,
@@ -51,7 +51,8 @@ def test_a_fine_tune_equals_transformers(json_folder: Path) -> None:
     theirs, ours = open_both(json_folder)
     assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
     check_equal(theirs, ours, TEXTS)
-    assert ours.has_chat_template and ours.chat_version == "jinja"
+    assert ours.has_chat_template
+    assert ours.chat_version == "jinja"
     for prompt in (True, False):
         arguments: dict[str, Any] = {"tokenize": False, "add_generation_prompt": prompt}
         text = theirs.apply_chat_template([USER, ANSWER], **arguments)
@@ -131,7 +132,8 @@ def test_the_post_processor_decides_what_is_put_around_a_text(
     write(tmp_path, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast"} | names | flags)
     ours = MistralTokenizer.from_pretrained(tmp_path)
     bare = ours.encode("the fox", bos=False, eos=False)
-    assert bare and ours.encode("the fox") == before + bare + behind
+    assert bare
+    assert ours.encode("the fox") == before + bare + behind
     assert ours.encode("the fox", bos=True) == [1, *bare, *behind]
     assert ours.encode("the fox", eos=True) == [*before, *bare, 2]
     assert ours.encode("the fox", bos=False) == bare + behind
@@ -190,7 +192,8 @@ def test_a_vocabulary_with_holes_and_with_an_id_twice(tmp_path: Path) -> None:
     ours = MistralTokenizer.from_pretrained(tmp_path)
     assert len(ours) == 2**31 + 1
     assert ours.encode("the fox dog cat") == [2**31, 7, 7, 0]
-    assert ours.decode([2**31, 3]) == "the" and ours.decode([3, 6]) == ""
+    assert ours.decode([2**31, 3]) == "the"
+    assert ours.decode([3, 6]) == ""
     stream = ours.stream()
     assert [*map(stream.push, [3, 2**31, 5]), stream.flush()] == ["", "the", "", ""]
 
@@ -245,7 +248,7 @@ PRECOMPILED = {
 
 
 @pytest.mark.parametrize(
-    "growth, stages",
+    ("growth", "stages"),
     [
         (1e10, [replace("a", "a" * 100)] * 5),
         (1e6, [{"type": "Sequence", "inner": [replace("a", "b" * 1000)]}] * 2),
@@ -259,7 +262,7 @@ PRECOMPILED = {
         (22500, [PRECOMPILED] * 2),
     ],
 )
-@pytest.mark.parametrize("part, name", [("normalizer", "normalizers"), ("decoder", "decoders")])
+@pytest.mark.parametrize(("part", "name"), [("normalizer", "normalizers"), ("decoder", "decoders")])
 def test_stages_that_multiply_a_text(
     tmp_path: Path, part: str, name: str, growth: float, stages: list[Any]
 ) -> None:
@@ -299,7 +302,8 @@ def test_a_failure_in_the_library_is_one_line(tmp_path: Path) -> None:
     stages = [{"type": "Fuse"}, {"type": "Strip", "content": "f", "start": 0, "stop": 1}]
     write(tmp_path, tokenizer=saved | {"decoder": {"type": "Sequence", "decoders": stages}})
     tokenizer = MistralTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.decode([]) == "" and tokenizer.decode([3]) == "<pad>"
+    assert tokenizer.decode([]) == ""
+    assert tokenizer.decode([3]) == "<pad>"
     with pytest.raises(
         TokenizerError, match="json: the ids cannot be decoded: index out of bounds"
     ):

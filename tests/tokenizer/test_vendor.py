@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from tokenizer_cases import (
+from support.tokenizer_cases import (
     AGAIN,
     ALL,
     ANSWER,
@@ -154,14 +154,16 @@ def vendor_chat(name: str, messages: list[Any]) -> list[int]:
 def test_chat_is_the_vendors(open_tokenizer: Any, name: str, messages: list[Any]) -> None:
     tokenizer, expected = open_tokenizer(name), vendor_chat(name, messages)
     version = open_vendor(name).version.value
-    assert tokenizer.has_chat_template and tokenizer.chat_version == version
+    assert tokenizer.has_chat_template
+    assert tokenizer.chat_version == version
     assert tokenizer.apply_chat_template(messages) == expected
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text == tokenizer.decode(expected)
     tensor = tokenizer.apply_chat_template(messages, return_tensors="pt")
     assert tensor.tolist() == [expected]
     both = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
-    assert torch.equal(both.input_ids, tensor) and both.attention_mask.all()
+    assert torch.equal(both.input_ids, tensor)
+    assert both.attention_mask.all()
 
 
 @pytest.mark.parametrize("name", [SENTENCEPIECE["v3"], SENTENCEPIECE["v7"], TEKKEN])

@@ -98,7 +98,7 @@ def launch(
         (torch.empty_like if whole else torch.zeros_like)(x, memory_format=torch.contiguous_format)
         if need
         else None
-        for x, need, whole in zip((q, k, v), output_mask, covered)
+        for x, need, whole in zip((q, k, v), output_mask, covered, strict=True)
     )
     if dout.stride(-1) != 1:
         dout = dout.contiguous()

@@ -90,7 +90,7 @@ def banded_backward(
     # A key is in many bands, and many rows of one: its gradient is summed in float32 at least.
     grads = [
         torch.zeros(x.shape, dtype=_wide(x.dtype), device=x.device) if need else None
-        for x, need in zip((q, k, v), needed)
+        for x, need in zip((q, k, v), needed, strict=True)
     ]
     if offsets is None:
         _backward(dout, q, k, v, out, lse, scoring, grads)
@@ -98,7 +98,7 @@ def banded_backward(
         for rows, keys, sequence in _sequences(offsets, scoring):
             parts = [
                 None if grad is None else grad[None, s]
-                for grad, s in zip(grads, (rows, keys, keys))
+                for grad, s in zip(grads, (rows, keys, keys), strict=True)
             ]
             inputs = dout[None, rows], q[None, rows], k[None, keys], v[None, keys]
             sums = lse[None, :, rows] if lse.numel() else lse

@@ -65,10 +65,7 @@ def attend_in_pieces(
         )
         outs.append(out.squeeze(0))
         sums.append(lse)
-    if packed:
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
-    else:
-        out = torch.stack(outs)
+    out = (outs[0] if len(outs) == 1 else torch.cat(outs)) if packed else torch.stack(outs)
     if not return_lse:
         return out, absent(q, lse_dtype(q))
     together = torch.cat(sums, -1 if packed else 0)

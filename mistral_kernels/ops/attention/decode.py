@@ -209,48 +209,47 @@ def _decode_kernel(
                     acc = acc * rescale[:, None]
                     acc = tl.dot(p.to(q.dtype), v, acc, input_precision=PRECISION)
 
-    if SPLIT:
-        if parts > 1:
-            # Parts lie as (splits, tokens, heads, HEAD_DIM), normalised, their sums in base 2.
-            heads = num_kv_heads * GROUP
-            first_token = start if VARLEN else batch * seqlen_q
-            first_row = tl.cast(first_token, tl.int64) * heads
-            row_lse = part_lse_ptr + (first_row + query * heads + head)
-            mine = split.to(tl.int64) * part_stride
-            in_parts = query < seqlen_q
-            sum_or_1 = tl.where(row_sum == 0.0, 1.0, row_sum)
-            store_rows(
-                parts_ptr + (first_row + mine) * HEAD_DIM, acc * (1.0 / sum_or_1)[:, None],
+    if SPLIT and parts > 1:
+        # Parts lie as (splits, tokens, heads, HEAD_DIM), normalised, their sums in base 2.
+        heads = num_kv_heads * GROUP
+        first_token = start if VARLEN else batch * seqlen_q
+        first_row = tl.cast(first_token, tl.int64) * heads
+        row_lse = part_lse_ptr + (first_row + query * heads + head)
+        mine = split.to(tl.int64) * part_stride
+        in_parts = query < seqlen_q
+        sum_or_1 = tl.where(row_sum == 0.0, 1.0, row_sum)
+        store_rows(
+            parts_ptr + (first_row + mine) * HEAD_DIM, acc * (1.0 / sum_or_1)[:, None],
+            query, head, seqlen_q, heads * HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+        part_lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))
+        tl.store(row_lse + mine, part_lse, mask=in_parts)
+        tl.debug_barrier()  # all of this program's part is written before it is counted
+        counter = counters_ptr + ((batch * num_kv_heads + kv_head) * tiles + tile)
+        if tl.atomic_add(counter, 1, sem="acq_rel") != parts - 1:
+            return
+        tl.store(counter, 0)  # for the next call
+        row_max = tl.full([BLOCK_M], -1.0e38, tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        # The maximum first: then no part waits for the one before it, and loads overlap.
+        for first in tl.range(0, parts, 64):
+            others = first + tl.arange(0, 64)[None, :]
+            lses = tl.load(
+                row_lse[:, None] + others.to(tl.int64) * part_stride,
+                mask=in_parts[:, None] & (others < parts), other=float("-inf"),
+            )  # fmt: skip
+            row_max = tl.maximum(row_max, tl.max(lses, 1))
+        for other in tl.range(0, parts, loop_unroll_factor=4):
+            theirs = tl.cast(other, tl.int64) * part_stride
+            part_lse = tl.load(row_lse + theirs, mask=in_parts, other=float("-inf"))
+            o = load_rows(
+                parts_ptr + (first_row + theirs) * HEAD_DIM,
                 query, head, seqlen_q, heads * HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
-            part_lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum))
-            tl.store(row_lse + mine, part_lse, mask=in_parts)
-            tl.debug_barrier()  # all of this program's part is written before it is counted
-            counter = counters_ptr + ((batch * num_kv_heads + kv_head) * tiles + tile)
-            if tl.atomic_add(counter, 1, sem="acq_rel") != parts - 1:
-                return
-            tl.store(counter, 0)  # for the next call
-            row_max = tl.full([BLOCK_M], -1.0e38, tl.float32)
-            row_sum = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            # The maximum first: then no part waits for the one before it, and loads overlap.
-            for first in tl.range(0, parts, 64):
-                others = first + tl.arange(0, 64)[None, :]
-                lses = tl.load(
-                    row_lse[:, None] + others.to(tl.int64) * part_stride,
-                    mask=in_parts[:, None] & (others < parts), other=float("-inf"),
-                )  # fmt: skip
-                row_max = tl.maximum(row_max, tl.max(lses, 1))
-            for other in tl.range(0, parts, loop_unroll_factor=4):
-                theirs = tl.cast(other, tl.int64) * part_stride
-                part_lse = tl.load(row_lse + theirs, mask=in_parts, other=float("-inf"))
-                o = load_rows(
-                    parts_ptr + (first_row + theirs) * HEAD_DIM,
-                    query, head, seqlen_q, heads * HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D,
-                )  # fmt: skip
-                weight = tl.exp2(part_lse - row_max)
-                row_sum += weight
-                acc += o * weight[:, None]
+            weight = tl.exp2(part_lse - row_max)
+            row_sum += weight
+            acc += o * weight[:, None]
 
     # A row that saw no key has the sum 0: its output is 0 and its log-sum-exp -inf.
     out = acc * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]

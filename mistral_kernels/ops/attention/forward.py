@@ -164,7 +164,7 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exp of a batch, rectangular or packed."""
     problem = Problem(q, k, offsets, window, alibi_slopes)
-    *_, num_heads, head_dim = q.shape
+    *_, _num_heads, head_dim = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
     if offsets is not None and not offsets.covers_q:

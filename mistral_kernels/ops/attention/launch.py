@@ -117,7 +117,7 @@ def fits_descriptors(*tensors: Tensor) -> bool:
 
 def offsets_within(reach: str, tokens: int, *tensors: Tensor) -> str:
     """`reach` if 32 bits hold the offset of any of so many tokens, "element" if not."""
-    return reach if all([x.stride(-3) * tokens < 2**31 for x in tensors]) else "element"
+    return reach if all(x.stride(-3) * tokens < 2**31 for x in tensors) else "element"
 
 
 def same_strides(config: Config, x: Tensor, y: Tensor) -> bool:
@@ -141,3 +141,4 @@ def run_first_that_fits(arguments: tuple[Any, ...], run: Callable[[Config], None
             if i == len(configs) - 1:
                 raise
             _misfits[arguments] = i + 1
+    return None

@@ -152,7 +152,7 @@ def _backward(
 def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(
         torch.empty(x.shape if need else (0,), dtype=x.dtype, device=x.device)
-        for x, need in zip((q, k, v), args[-3:])
+        for x, need in zip((q, k, v), args[-3:], strict=True)
     )
 
 
@@ -195,7 +195,7 @@ class AttentionFunction(Function):
         grads: tuple[Tensor | None, ...] = (None, None, None)
         if dout is not None:
             found = run_backward(_backward_op, dout, *tensors, *ctx.numbers, slopes, *mask)
-            grads = tuple(x if need else None for x, need in zip(found, mask))
+            grads = tuple(x if need else None for x, need in zip(found, mask, strict=True))
         return *grads, *[None] * (len(ctx.numbers) + 4)
 
 

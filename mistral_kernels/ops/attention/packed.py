@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -81,7 +81,7 @@ def _check(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> _Seen
         if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
         offsets = cu_seqlens.tolist()
-        lengths = [end - begin for begin, end in zip(offsets, offsets[1:])]
+        lengths = [end - begin for begin, end in pairwise(offsets)]
         if offsets[0] != 0 or min(lengths, default=0) < 0:
             raise ValueError(
                 f"cu_seqlens_{name} must begin with 0 and never decrease, got {offsets}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from mistral_kernels.model.cache import RollingCache
 from mistral_kernels.model.transformer import MistralForCausalLM
-from mistral_kernels.streaming import DEFAULT_MAX_TOKENS, TextDelta, stream_generate
+from mistral_kernels.text.streaming import DEFAULT_MAX_TOKENS, TextDelta, stream_generate
 from mistral_kernels.tokenizer import MistralTokenizer
 
 
@@ -73,7 +73,7 @@ class Conversation:
             )
         common = 0
         # The last token is always computed: its logits are what the answer starts from.
-        for ours, theirs in zip(self._cached, ids[:-1]):
+        for ours, theirs in zip(self._cached, ids[:-1], strict=True):
             if ours != theirs:
                 break
             common += 1

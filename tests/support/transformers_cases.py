@@ -72,7 +72,7 @@ def batch(seqlen: int, padding: str = "none") -> tuple[Tensor, Tensor]:
     """ids and attention_mask of three rows; a row shorter than its padding keeps a token."""
     ids = torch.randint(1, VOCAB, (3, seqlen))
     attention_mask = torch.ones_like(ids)
-    for row, left, right in zip(attention_mask, *PADDING[padding]):
+    for row, left, right in zip(attention_mask, *PADDING[padding], strict=True):
         row[: min(left, seqlen - 1)] = 0
         if right:
             row[max(seqlen - right, int(row.argmax()) + 1) :] = 0
@@ -121,7 +121,8 @@ def check_gradients(name: str, case: str, device: torch.device) -> None:
     ids, real = ids.to(device), real.to(device)
     given = {key: x.to(device) for key, x in given.items()}
     ours, eager = both(model, gradients, model, ids, real, given)
-    assert ours.keys() == eager.keys() and len(ours) > 10
+    assert ours.keys() == eager.keys()
+    assert len(ours) > 10
     for key in eager:
         assert_close(ours[key], eager[key], 1e-4)
 

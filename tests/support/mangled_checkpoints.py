@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from small_checkpoints import State, random_state
 from test_pickles import HOSTILE, tensor_of
 
 from mistral_kernels import MistralConfig
 from mistral_kernels.checkpoint import CheckpointError, open_checkpoint, save_hf, save_raw
 from mistral_kernels.model.config import ConfigError
+from support.small_checkpoints import State, random_state
 
 CONFIG = MistralConfig(
     vocab_size=19,
@@ -123,7 +123,9 @@ def safetensors_file(rng: Random, data: bytes) -> bytes:
     entry, repeated = header[name], dict(header[name])
     match rng.randrange(10):
         case 0:
-            entry["dtype"] = rng.choice("F64 F32 F16 BF16 I64 I8 U8 BOOL F8_E4M3 F4 X".split())
+            entry["dtype"] = rng.choice(
+                ["F64", "F32", "F16", "BF16", "I64", "I8", "U8", "BOOL", "F8_E4M3", "F4", "X"]
+            )
         case 1:
             shape = entry["shape"]
             shapes = [[], shape[::-1], [*shape, 1], [1, *shape], [-1], [1.5], "x", None, [2**64]]
@@ -160,8 +162,15 @@ def odd_pickle(rng: Random, state: State) -> bytes:
     for name in rng.sample(sorted(state), 3):
         x = state[name]
         state[name] = rng.choice(
-            [x.t().contiguous().t(), torch.stack([x, x], -1)[..., 1], x.half(), x.flip(0)]
-            + [torch.nn.Parameter(x), x[:1].expand(x.shape), torch.cat([x, x])[len(x) :]]
+            [
+                x.t().contiguous().t(),
+                torch.stack([x, x], -1)[..., 1],
+                x.half(),
+                x.flip(0),
+                torch.nn.Parameter(x),
+                x[:1].expand(x.shape),
+                torch.cat([x, x])[len(x) :],
+            ]
         )
         if rng.random() < 0.03:
             state[name] = rng.choice([x[:0], x.long(), x.to_sparse(), torch._neg_view(x)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ def expected(arguments: dict[str, Any]) -> dict[str, Tensor]:
     }
     slots = a["k_cache"].shape[1] * (1 if a["block_table"] is None else a["block_table"].shape[1])
     offsets = a["cu_seqlens"].tolist()
-    for sequence, (start, end) in enumerate(zip(offsets, offsets[1:])):
+    for sequence, (start, end) in enumerate(itertools.pairwise(offsets)):
         for token in range(start, end):
             position = a["lengths"][sequence].item() + token - start
             key = a["k"][token]

@@ -11,7 +11,7 @@ import torch
 
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ops.dispatch import choose_backend
-from mistral_kernels.streaming import TextDelta
+from mistral_kernels.text.streaming import TextDelta
 
 
 @dataclass

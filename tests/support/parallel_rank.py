@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mistral_kernels.distributed import joined
+from mistral_kernels.distributed.process_group import joined
+from mistral_kernels.distributed.tensor_parallel import ParallelMistralForCausalLM
 from mistral_kernels.generate import main
 from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.model.transformer import MistralForCausalLM
-from mistral_kernels.parallel import ParallelMistralForCausalLM
 
 # Unequal prompts, shorter and longer than the window of 7.
 PROMPTS = [[3, 5, 8], [*range(1, 31)], [60]]
@@ -109,7 +109,7 @@ def run() -> None:
             results[path.name] = results_of(model)
         quantized = ParallelMistralForCausalLM.from_pretrained(folder / "hf", quantize="int8")
         results["int8"] = quantized(torch.tensor(PROMPTS[1:2]))
-    for (name, (mine, others, typed)), port in zip(SCENARIOS.items(), ports):
+    for (name, (mine, others, typed)), port in zip(SCENARIOS.items(), ports, strict=True):
         os.environ["MASTER_PORT"] = port
         arguments = others if others and not world.is_main else mine
         # Only the main rank is typed to.

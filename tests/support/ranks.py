@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from mistral_kernels.ops import extension
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 

@@ -55,8 +55,8 @@ def assert_same_text(
     goes on with another text. ``logits`` gives those after every token of (1, seqlen) ids.
     """
     assert list(map(len, actual)) == list(map(len, expected))
-    for ours, theirs in zip(actual, expected):
-        i = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), None)
+    for ours, theirs in zip(actual, expected, strict=True):
+        i = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
         if i is not None:
             assert i > 0, "the first token is given"
             with torch.no_grad():
@@ -67,7 +67,7 @@ def assert_same_text(
 
 def unpadded(text: Tensor, attention_mask: Tensor) -> list[list[int]]:
     """The rows of `text`, without what pads their prompts on the left."""
-    return [row[n:].tolist() for row, n in zip(text, (attention_mask == 0).sum(1))]
+    return [row[n:].tolist() for row, n in zip(text, (attention_mask == 0).sum(1), strict=True)]
 
 
 def _largest(x: Tensor) -> float:
@@ -96,12 +96,14 @@ def values_and_gradients(
         for i, y in enumerate(outputs)
     }
     wanted = {name: x for name, x in leaves.items() if x.requires_grad}
-    used = [(y, g.to(y.dtype)) for y, g in zip(outputs, cotangents) if y.requires_grad]
+    used = [(y, g.to(y.dtype)) for y, g in zip(outputs, cotangents, strict=True) if y.requires_grad]
     if used:
         gradients = torch.autograd.grad(
             [y for y, _ in used], list(wanted.values()), [g for _, g in used]
         )
-        results.update((f"gradient of {name}", g) for name, g in zip(wanted, gradients))
+        results.update(
+            (f"gradient of {name}", g) for name, g in zip(wanted, gradients, strict=True)
+        )
     return results
 
 

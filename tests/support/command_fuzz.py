@@ -29,8 +29,8 @@ import torch
 from mistral_kernels import __main__ as doctor
 from mistral_kernels import convert, generate, train
 from mistral_kernels.model.transformer import MistralForCausalLM
-from mistral_kernels.ranges import Range
-from mistral_kernels.training import Run
+from mistral_kernels.training.loop import Run
+from mistral_kernels.utils.ranges import Range
 
 SECONDS = 20
 MEMORY = 2 << 30
@@ -78,7 +78,7 @@ class Gone(io.RawIOBase):
 
 def prepare(folder: Path) -> dict[str, list[str]]:
     """Make the files that command lines name. Returns pools of paths."""
-    from small_checkpoints import SMALL, varied_model
+    from support.small_checkpoints import SMALL, varied_model
 
     tiny = Path(generate.__file__).parent / "tiny"
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,9 +18,9 @@ from mistral_kernels.model.cache import Packing
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ops import extension
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
-from mistral_kernels.ranges import COUNT, SEED, Range
 from mistral_kernels.tokenizer import MistralTokenizer
-from mistral_kernels.training_state import Saving, check_like
+from mistral_kernels.training.state import Saving, check_like
+from mistral_kernels.utils.ranges import COUNT, SEED, Range
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _REMEDY = "use a lower learning rate (--learning-rate)"
@@ -285,7 +285,7 @@ class Run:
         loss = packed_loss(self.model, corpus, batch)
         self._check_finite(loss)
         loss.backward()
-        for master, weight in zip(self.masters, self.weights):
+        for master, weight in zip(self.masters, self.weights, strict=True):
             if weight.grad is not None:
                 grad = weight.grad.float()
                 master.grad = grad if master.grad is None else master.grad.add_(grad)

@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from mistral_kernels.command import device_of
-from mistral_kernels.errors import reason_of
-from mistral_kernels.startup import BAD_INPUT, INTERRUPTED
+from mistral_kernels.cli.command import device_of
+from mistral_kernels.cli.startup import BAD_INPUT, INTERRUPTED
+from mistral_kernels.utils.errors import reason_of
 
 TIMEOUT_VARIABLE = "MISTRAL_KERNELS_TIMEOUT"
 _DEFAULT_TIMEOUT = timedelta(minutes=5)

@@ -129,7 +129,8 @@ def refused(path: Path, message: str) -> None:
         MistralTokenizer.from_pretrained(path)
     folder = path if path.is_dir() else path.parent
     actual = str(caught.value)
-    assert actual.startswith(f"{folder}") and "\n" not in actual
+    assert actual.startswith(f"{folder}")
+    assert "\n" not in actual
     assert actual.removeprefix(f"{folder}").lstrip("/: ").startswith(message), actual
 
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from mistral_kernels import checkpoint
 from mistral_kernels.checkpoint.names import expected_shapes
-from mistral_kernels.distributed import check_same
+from mistral_kernels.distributed.process_group import check_same
 from mistral_kernels.model.cache import RollingCache
 from mistral_kernels.model.config import ConfigError, MistralConfig
 from mistral_kernels.model.layers import Linear

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from mistral_kernels.schema import OneLineError, find_mismatch
+from mistral_kernels.utils.schema import OneLineError, find_mismatch
 
 # Python objects take up to 24 times the memory of the JSON that describes them.
 JSON_LIMIT = 64 << 20

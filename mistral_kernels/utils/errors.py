@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from mistral_kernels.schema import escaped
+from mistral_kernels.utils.schema import escaped
 
 _LONGEST_TEXT = 4000  # of what a line is made
 # PyTorch raises plain RuntimeErrors for these: too little memory, and sizes past 64 bits.

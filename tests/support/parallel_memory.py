@@ -9,8 +9,8 @@ import sys
 
 from benchmarks.load_memory import resident
 from mistral_kernels.checkpoint import open_checkpoint
-from mistral_kernels.distributed import joined
-from mistral_kernels.parallel import ParallelMistralForCausalLM, memory_per_rank
+from mistral_kernels.distributed.process_group import joined
+from mistral_kernels.distributed.tensor_parallel import ParallelMistralForCausalLM, memory_per_rank
 
 with joined("cpu") as world:
     config = open_checkpoint(sys.argv[1]).config

@@ -26,9 +26,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from mistral_kernels.checkpoint import CheckpointError
 from mistral_kernels.checkpoint.writing import sync_folder
-from mistral_kernels.distributed import World
-from mistral_kernels.files import check_regular
-from mistral_kernels.training_state import (
+from mistral_kernels.distributed.process_group import World
+from mistral_kernels.training.state import (
     Check,
     Saving,
     check_identity,
@@ -37,6 +36,7 @@ from mistral_kernels.training_state import (
     not_whole,
     read_state,
 )
+from mistral_kernels.utils.files import check_regular
 
 T = TypeVar("T")
 _Sums = dict[str, tuple[int, int]]  # by file: its size and CRC-32

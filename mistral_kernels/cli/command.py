@@ -20,10 +20,15 @@ from typing import Any, NoReturn, TextIO, TypeVar
 
 import torch
 
-from mistral_kernels.errors import one_line, reason_of
+from mistral_kernels.cli.startup import (
+    BAD_INPUT,
+    INTERRUPTED,
+    end_on_interrupt,
+    open_closed_streams,
+)
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE, choose_backend
-from mistral_kernels.signals import unwinding_when_terminated
-from mistral_kernels.startup import BAD_INPUT, INTERRUPTED, end_on_interrupt, open_closed_streams
+from mistral_kernels.utils.errors import one_line, reason_of
+from mistral_kernels.utils.signals import unwinding_when_terminated
 
 DTYPES = {
     "bf16": torch.bfloat16,

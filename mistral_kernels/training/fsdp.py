@@ -19,11 +19,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 
 from mistral_kernels.checkpoint import Part, save_hf
 from mistral_kernels.checkpoint.stored import check_cast
-from mistral_kernels.distributed import World
+from mistral_kernels.distributed.process_group import World
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.transformer import MistralForCausalLM
-from mistral_kernels.training import DTYPES, Corpus, Recipe, Run, packed_loss
-from mistral_kernels.training_state import Saving
+from mistral_kernels.training.loop import DTYPES, Corpus, Recipe, Run, packed_loss
+from mistral_kernels.training.state import Saving
 
 _AVERAGES = ("exp_avg", "exp_avg_sq")  # AdamW's, of the gradients and their squares
 

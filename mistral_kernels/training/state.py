@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mistral_kernels.checkpoint import CheckpointError
 from mistral_kernels.checkpoint.writing import sync_folder
-from mistral_kernels.errors import is_out_of_memory
-from mistral_kernels.files import check_regular, create_anew, is_taken
+from mistral_kernels.utils.errors import is_out_of_memory
+from mistral_kernels.utils.files import check_regular, create_anew, is_taken
 
 # Raises ValueError for a state that the run cannot have saved.
 Check = Callable[[Mapping[str, Any]], None]
@@ -172,7 +172,7 @@ def check_like(name: str, value: Any, like: Any) -> None:
     elif isinstance(like, (list, tuple)):
         if len(value) != len(like):
             raise ValueError(f"{name} must have {len(like)} items, got {len(value)}")
-        for i, (item, expected) in enumerate(zip(value, like)):
+        for i, (item, expected) in enumerate(zip(value, like, strict=True)):
             check_like(f"{name}[{i}]", item, expected)
     elif isinstance(like, Tensor):
         if (value.dtype, value.shape, value.layout) != (like.dtype, like.shape, torch.strided):

@@ -1,6 +1,6 @@
 """Call operators with mangled arguments: a program that tests run in a child process.
 
-    python tests/ops/fuzz_operators.py SEED COUNT
+    python tests/support/fuzz_operators.py SEED COUNT
 
 Each call starts from valid arguments of one operator and changes some: dtypes, shapes, strides,
 devices, values, or arguments that are missing. Then the operator raises an exception, or its
@@ -12,6 +12,7 @@ same SEED repeats it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import signal
@@ -117,7 +118,7 @@ def swiglu_backward(dy, gate, up, *mask):
     require(dy.shape == y.shape)
     y = reference.swiglu(*leaves)
     grads = [*torch.autograd.grad(y, leaves, dy.double()), None][:2]
-    return tuple(grad if need else None for grad, need in zip(grads, mask))
+    return tuple(grad if need else None for grad, need in zip(grads, mask, strict=True))
 
 
 def linear_cross_entropy(hidden, weight, targets, ignore_index, mean, *options):
@@ -207,12 +208,12 @@ def attention_backward(dout, q, k, v, out, lse, *options):
         if rows is ...:
             result = reference.attention(*leaves, **definition)[0]
         else:
-            parts = (x[None, s] for x, s in zip(leaves, (rows, keys, keys)))
+            parts = (x[None, s] for x, s in zip(leaves, (rows, keys, keys), strict=True))
             result = result.index_add(
                 0, torch.arange(len(q))[rows], reference.attention(*parts, **definition)[0][0]
             )
     grads = torch.autograd.grad(result, leaves, dout.double(), allow_unused=True)
-    return tuple(grad if need else None for grad, need in zip(grads, mask))
+    return tuple(grad if need else None for grad, need in zip(grads, mask, strict=True))
 
 
 def appended(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, rows, block_table):
@@ -262,7 +263,10 @@ def rotary_cache_update(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen,
     require(q.ndim == 3, len(q) == len(k), q.shape[1] > 0, q.shape[-1] == k.shape[-1])
     require(cos.dtype == sin.dtype == torch.float32)
     position = torch.cat(
-        [int(n) + torch.arange(int(count)) for n, count in zip(lengths, cu_seqlens.diff())]
+        [
+            int(n) + torch.arange(int(count))
+            for n, count in zip(lengths, cu_seqlens.diff(), strict=True)
+        ]
         or [torch.arange(0)]
     )
     q_out, k_out = rotary(q, k, cos, sin, position, interleaved, False)
@@ -657,8 +661,23 @@ INDICES = (0, 1, -1, 3, 64, 1 << 24, 2**31 - 1, -(2**31))
 
 def change_tensor(x: Tensor) -> Tensor | None:
     kind = random.choice(
-        ("dtype", "odd dtype", "reshape", "transpose", "narrow", "empty", "strides", "expand")
-        + ("value", "value", "value", "meta", "none", "unsqueeze", "permuted")
+        (
+            "dtype",
+            "odd dtype",
+            "reshape",
+            "transpose",
+            "narrow",
+            "empty",
+            "strides",
+            "expand",
+            "value",
+            "value",
+            "value",
+            "meta",
+            "none",
+            "unsqueeze",
+            "permuted",
+        )
     )
     if kind == "dtype":
         return x.to(random.choice(FLOATS if x.is_floating_point() else (torch.int32, torch.int64)))
@@ -774,10 +793,8 @@ def check(name: str, arguments: Arguments) -> str | None:
 def call_csrc(name: str, dtype: torch.dtype) -> None:
     """Call one of csrc's own operators with mangled arguments: any exception will do."""
     arguments = change(CSRC[name](dtype))
-    try:
+    with contextlib.suppress(RuntimeError, ValueError, TypeError, NotImplementedError):
         getattr(torch.ops.mistral_kernels_cpu, name)(*arguments)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):
-        pass
 
 
 def peak_memory() -> int:

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mistral_kernels.command import run
-from mistral_kernels.distributed import World, check_same, joined
+from mistral_kernels.cli.command import run
+from mistral_kernels.distributed.process_group import World, check_same, joined
 
 SECONDS = 3.0  # how long a rank that is late is waited for
 PATIENT = 60.0  # how long one that is not: a busy machine may keep it
@@ -36,8 +36,10 @@ def work_on(world: World) -> None:
 def well(world: World) -> None:
     total = torch.tensor([world.rank + 1.0])
     dist.all_reduce(total)
-    assert total.item() == sum(range(1, world.size + 1)) and world.size == dist.get_world_size()
-    assert world.is_main == (world.rank == 0) and world.device == torch.device("cpu")
+    assert total.item() == sum(range(1, world.size + 1))
+    assert world.size == dist.get_world_size()
+    assert world.is_main == (world.rank == 0)
+    assert world.device == torch.device("cpu")
     assert world.from_main(lambda: world.rank + 5) == 5
     check_same("what all have", {"a": 1})
 
@@ -135,7 +137,7 @@ def main() -> None:
     mine = int(os.environ["RANK"])
     own = dict(os.environ)
     outcomes = {}
-    for (name, (body, others, missing)), port in zip(SCENARIOS.items(), ports):
+    for (name, (body, others, missing)), port in zip(SCENARIOS.items(), ports, strict=True):
         together(Path(results), name, mine)
         if mine in missing:
             continue

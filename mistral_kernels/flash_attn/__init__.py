@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mistral_kernels.kvcache import flash_attn_with_kvcache
+from mistral_kernels.flash_attn.kvcache import flash_attn_with_kvcache
 from mistral_kernels.ops.attention import attention
 from mistral_kernels.ops.checks import is_flag, is_number
 

@@ -1,0 +1,1 @@
+"""Several processes: the process group, and tensor parallelism."""

@@ -1,0 +1,1 @@
+"""Text from a model: streaming, chat, and the statistics of a run."""
