@@ -73,13 +73,14 @@ class Conversation:
             )
         common = 0
         # The last token is always computed: its logits are what the answer starts from.
-        for ours, theirs in zip(self._cached, ids[:-1], strict=True):
+        for ours, theirs in zip(self._cached, ids[:-1], strict=False):
             if ours != theirs:
                 break
             common += 1
-        if common < len(self._cached):
+        held = self._cache.host_lengths[0]
+        if common != held:
             try:
-                self._cache.rewind(common)
+                self._cache.drop(held - common)
             except ValueError:
                 self._start_anew()
                 common = 0
@@ -116,7 +117,7 @@ class Conversation:
                 yield delta
         finally:
             self._cached = (self._cached + tokens)[: self._cache.host_lengths[0]]
-            if self._cache.torn:
+            if self._cache.interrupted:
                 self._start_anew()
             if answer:
                 self.messages.append({"role": "assistant", "content": answer})
