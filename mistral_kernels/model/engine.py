@@ -22,6 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from mistral_kernels.model.cache import RollingCache
 from mistral_kernels.model.decoder import CausalLM, MistralModel
 from mistral_kernels.model.layers import MLP, Attention, DecoderLayer, FusedLinear, Linear, RMSNorm
+from mistral_kernels.model.sampling import NextTokens
 from mistral_kernels.ops.dispatch import direct_cpu_operators
 from mistral_kernels.ops.linear import KERNEL_ROWS
 
@@ -46,17 +47,21 @@ class Engine(Protocol):
         """
 
 
-def engine_for(model: CausalLM, cache: RollingCache) -> Engine:
+def engine_for(model: CausalLM, cache: RollingCache, newest: NextTokens | None = None) -> Engine:
     """Return the fastest engine that runs this model, as it is now, over this cache.
+
+    With `newest`, each step also chooses the next tokens from its logits.
 
     Raises:
         ValueError: the cache was made for another model, dtype or device.
     """
     model.model.check(cache)
     if model.device.type == "cuda":
-        return CudaGraphEngine(model, cache)
+        return CudaGraphEngine(model, cache, newest)
     csrc = _csrc_for(model, cache)
-    return ModuleEngine(model, cache) if csrc is None else CpuEngine(model, cache, csrc)
+    if csrc is None:
+        return ModuleEngine(model, cache, newest)
+    return CpuEngine(model, cache, newest, csrc)
 
 
 class ModuleEngine:
@@ -64,19 +69,23 @@ class ModuleEngine:
 
     asynchronous = False
 
-    def __init__(self, model: CausalLM, cache: RollingCache) -> None:
-        self.model, self.cache = model, cache
+    def __init__(
+        self, model: CausalLM, cache: RollingCache, newest: NextTokens | None = None
+    ) -> None:
+        self.model, self.cache, self.newest = model, cache, newest
 
     def step(self, token_ids: Tensor) -> Tensor:
         """See `Engine.step`."""
         packing = self.cache.packing([1] * token_ids.shape[0])
         hidden = self.model.model(token_ids, packing, self.cache)
         logits: Tensor = self.model.lm_head(hidden)
+        if self.newest is not None:
+            self.newest.choose(logits)
         return logits
 
 
 class CudaGraphEngine(ModuleEngine):
-    """Record the modules in a CUDA graph and replay it.
+    """Record the modules, and the choice of the next tokens, in a CUDA graph and replay it.
 
     No shape in a step depends on the position, and the host reads nothing. One graph therefore
     serves every position, before and after the rings wrap. The first step calls the modules, which
@@ -86,9 +95,16 @@ class CudaGraphEngine(ModuleEngine):
 
     asynchronous = True
 
-    def __init__(self, model: CausalLM, cache: RollingCache) -> None:
-        super().__init__(model, cache)
-        self._token_ids = torch.zeros(cache.batch, dtype=torch.long, device=model.device)
+    def __init__(
+        self, model: CausalLM, cache: RollingCache, newest: NextTokens | None = None
+    ) -> None:
+        super().__init__(model, cache, newest)
+        if newest is None:
+            self._generator = None
+            self._token_ids = torch.zeros(cache.batch, dtype=torch.long, device=model.device)
+        else:
+            self._generator = newest.sampler.generator
+            self._token_ids = newest.token_ids
         self._logits: Tensor
         self._replay: Callable[[], None] | None = None
         self._num_positions = 0  # of the rotary tables that the graph reads
@@ -100,10 +116,11 @@ class CudaGraphEngine(ModuleEngine):
             logits = super().step(token_ids)
             self._replay, self._num_positions = None, self.model.model.num_positions
             return logits
-        self._token_ids.copy_(token_ids)
+        if token_ids is not self._token_ids:
+            self._token_ids.copy_(token_ids)
         if self._replay is None:
             lengths = cache.host_lengths
-            self._replay = capture(self._record)
+            self._replay = capture(self._record, self._generator)
             cache.host_lengths = lengths  # recording counts a token, but appends none
         self._replay()
         cache.advance_host(new)
@@ -113,9 +130,11 @@ class CudaGraphEngine(ModuleEngine):
         self._logits = super().step(self._token_ids)
 
 
-def capture(run: Callable[[], None]) -> Callable[[], None]:
+def capture(run: Callable[[], None], generator: torch.Generator | None) -> Callable[[], None]:
     """Record what `run` launches, without running it, and return a function that launches it."""
     graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         run()
     return graph.replay
@@ -137,8 +156,10 @@ class CpuEngine:
 
     asynchronous = False
 
-    def __init__(self, model: CausalLM, cache: RollingCache, csrc: Any) -> None:
-        self.model, self.cache = model.model, cache
+    def __init__(
+        self, model: CausalLM, cache: RollingCache, newest: NextTokens | None, csrc: Any
+    ) -> None:
+        self.model, self.cache, self.newest = model.model, cache, newest
         self._vocab_size, self._dtype = model.config.vocab_size, model.dtype
         self._number = csrc.make_decoder.default(*decoder_arguments(model))
         weakref.finalize(self, csrc.drop_decoder.default, self._number)
@@ -163,6 +184,8 @@ class CpuEngine:
             cache.interrupted = False
             raise
         cache.advance_host(new)
+        if self.newest is not None:
+            self.newest.choose(logits)
         return logits
 
 

@@ -103,8 +103,8 @@ def stream(
     seen = None
     if sampler.repetition_penalty != 1.0:
         seen = _seen(model, prompts, context or [()] * batch)
-    engine = engine_for(model, cache)
     newest = NextTokens(sampler, batch, model.device, seen)
+    engine = engine_for(model, cache, newest)
     newest.choose(prefill(model, prompts, cache, chunk_size))
     ended = [False] * batch
     for remaining in reversed(range(max_new_tokens)):
@@ -112,7 +112,7 @@ def stream(
         # Queue the next step before the host waits for this step's tokens.
         ahead = engine.asynchronous and remaining > 0
         if ahead:
-            newest.choose(engine.step(newest.token_ids))
+            engine.step(newest.token_ids)
         wanted = False
         try:
             chosen = newest.finish_read()
@@ -135,7 +135,7 @@ def stream(
         if not wanted:
             return
         if not ahead:
-            newest.choose(engine.step(newest.token_ids))
+            engine.step(newest.token_ids)
 
 
 def generate(

@@ -84,14 +84,14 @@ def test_a_step_on_a_gpu_never_changes(sampler: Sampler) -> None:
     if sampler.repetition_penalty != 1.0:
         seen = torch.zeros(2, SMALL.vocab_size, dtype=torch.bool, device="meta")
     cache = RollingCache(SMALL, 2, 4096, torch.float32, "meta")
-    engine = ModuleEngine(model, cache)
     newest = NextTokens(sampler, 2, model.device, seen)
+    engine = ModuleEngine(model, cache, newest)
     model.model.rotary_tables(2048, model.device)
     records = []
     for position in POSITIONS:
         at_position(cache, position)
         with Record() as record:
-            newest.choose(engine.step(newest.token_ids))
+            engine.step(newest.token_ids)
         assert cache.host_lengths == [position + 1, position + 2]
         records.append(record.calls)
     with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta"):
@@ -145,12 +145,12 @@ def test_launches_of_a_layer(triton_backend: None, device: torch.device) -> None
     config = dataclasses.replace(SMALL, sliding_window=300)
     model = MistralForCausalLM(config).to(device).eval()
     cache = model.new_cache(2, 300)
-    engine = ModuleEngine(model, cache)
     newest = NextTokens(Sampler(0), 2, device)
+    engine = ModuleEngine(model, cache, newest)
     launches: list[str] = []
     hook = triton.knobs.runtime.launch_enter_hook
     records = []
-    newest.choose(engine.step(newest.token_ids))
+    engine.step(newest.token_ids)
 
     def launched(metadata: Any) -> None:
         launches.append(metadata.get()["name"])
@@ -162,7 +162,7 @@ def test_launches_of_a_layer(triton_backend: None, device: torch.device) -> None
             cache.lengths.copy_(torch.tensor(cache.host_lengths))
             del launches[:]
             with Record(inside=True) as record:
-                newest.choose(engine.step(newest.token_ids))
+                engine.step(newest.token_ids)
             records.append(record.calls)
             kernels = Counter(launches)
     finally:
@@ -308,12 +308,12 @@ def test_logits_are_the_same_bits_in_any_batch(
 def test_nothing_but_tokens_is_copied_to_the_host(model: MistralForCausalLM) -> None:
     """Reading returns what the step before chose, whatever the device has done since."""
     cache = model.new_cache(2, 100)
-    engine = CudaGraphEngine(model, cache)
     newest = NextTokens(Sampler(0), 2, model.device)
+    engine = CudaGraphEngine(model, cache, newest)
     newest.choose(model.prefill([random_ids(3), random_ids(5)], cache))
     newest.begin_read()
     first = newest.token_ids.tolist()
-    newest.choose(engine.step(newest.token_ids))
+    engine.step(newest.token_ids)
     assert newest.finish_read() == first
     held = [x for x in tree_leaves(vars(newest)) if isinstance(x, Tensor)]
     assert held == [newest._chosen, newest._host, newest.token_ids, newest._scores]

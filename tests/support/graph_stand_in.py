@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from mistral_kernels.model import engine, generation
 from mistral_kernels.model.engine import CudaGraphEngine
@@ -22,7 +23,9 @@ class GraphStandIn:
         monkeypatch.setattr(engine, "capture", self.capture)
         monkeypatch.setattr(generation, "engine_for", CudaGraphEngine)
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+    def capture(
+        self, run: Callable[[], None], generator: torch.Generator | None
+    ) -> Callable[[], None]:
         """Stand in for `engine.capture`."""
         cache = run.__self__.cache  # type: ignore[attr-defined]
         self.captures += 1
