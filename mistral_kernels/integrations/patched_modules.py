@@ -175,7 +175,8 @@ def loss_forward(original: Forward) -> Forward:
     names = [name for name in inspect.signature(original).parameters if name != "self"]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args, strict=True)), **kwargs}
+        # strict=False: most arguments are given by keyword.
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         labels = given.pop("labels", None)
         to_keep = given.pop("logits_to_keep", 0)
         return_dict = given.get("return_dict")

@@ -392,7 +392,8 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
         types = ["sliding_attention" if windowed else "full_attention"] * count
     configs = getattr(config, "per_layer_config", None) or [config] * count
     windows: list[int | None] = []
-    for i, (kind, layer_config) in enumerate(zip(types, configs, strict=True)):
+    # strict=False: layer_types stays longer where num_hidden_layers is lowered after construction.
+    for i, (kind, layer_config) in enumerate(zip(types, configs, strict=False)):
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"layer {i} is {kind}; a RollingCache serves full and sliding ones")
         windows.append(layer_config.sliding_window if kind == "sliding_attention" else None)

@@ -73,7 +73,8 @@ class Conversation:
             )
         common = 0
         # The last token is always computed: its logits are what the answer starts from.
-        for ours, theirs in zip(self._cached, ids[:-1], strict=True):
+        # strict=False: the conversation may have grown, or have been cut or replaced.
+        for ours, theirs in zip(self._cached, ids[:-1], strict=False):
             if ours != theirs:
                 break
             common += 1

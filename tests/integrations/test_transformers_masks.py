@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import itertools
 import pickle
 import sys
 import types
@@ -270,7 +271,7 @@ def test_our_attention_serves_other_masks(implementation: str, padding: str, kin
             ends = (seqlen - 3, seqlen - 1, seqlen)
             if OLDER and kind == "static":  # which takes prompts and tokens
                 ends = (seqlen - 1, seqlen)
-            for begin, end in zip((0, *ends), ends, strict=True):
+            for begin, end in itertools.pairwise((0, *ends)):
                 now = {name: x[:, :end] for name, x in given.items()}
                 if OLDER:
                     now["cache_position"] = torch.arange(begin, end)
