@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -185,6 +185,7 @@ def in_a_line(error: Exception) -> str:
 
 
 Inputs = dict[str, Tensor]
+Runs = Mapping[str, Callable[..., Any]]
 
 
 class TensorOperator(Operator):
@@ -194,7 +195,7 @@ class TensorOperator(Operator):
     `reference.py`'s float64 is the measure and plain PyTorch's in the same dtype the yardstick.
     """
 
-    runs: Mapping[str, Callable[..., Any]]
+    runs: ClassVar[Runs]
     small: tuple[tuple[tuple[str, Any], ...], ...]  # sizes to check at
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from benchmarks.registry import Case, Inputs, TensorOperator, cases, normal
+from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, normal
 from mistral_kernels import attention
 from mistral_kernels.ops import reference
 
@@ -163,7 +163,7 @@ def xformers(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(TensorOperator):
     name = "attention"
     bound = "FLOP"
-    runs = {
+    runs: ClassVar[Runs] = {
         "ours": ours,
         "eager": eager,
         "compiled eager": compiled,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, TensorOperator, cases, helpers, normal
+from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, helpers, normal
 from benchmarks.test_rotary import plain as plain_rotary
 from mistral_kernels import rolling_cache_update_
 from mistral_kernels.ops.rotary import rotary_tables
@@ -42,7 +42,7 @@ def eager(case: Case, q: Tensor, k: Tensor, v: Tensor, **inputs: Any) -> Outputs
 class CacheUpdate(TensorOperator):
     name = "cache_update"
     bound = "byte"
-    runs = {"ours": ours, "eager": eager}
+    runs: ClassVar[Runs] = {"ours": ours, "eager": eager}
     small = ((("B", 2), ("new", 3)), (("B", 1), ("new", 1)))
 
     def inputs(self, case: Case, device: torch.device) -> Inputs:

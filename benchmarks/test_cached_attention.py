@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, TensorOperator, cases, normal
+from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, normal
 from mistral_kernels import rolling_cache_attention
 from mistral_kernels.ops import reference
 
@@ -54,7 +54,7 @@ class CachedAttention(TensorOperator):
     name = "cached_attention"
     bound = "byte"
     only_reads = True
-    runs = {
+    runs: ClassVar[Runs] = {
         "ours": ours,
         "eager": plain,
         "compiled eager": lambda case, **inputs: compiled_plain(case, **inputs),

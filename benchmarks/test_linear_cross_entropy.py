@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, Prepared, TensorOperator, cases, normal
+from benchmarks.registry import Case, Inputs, Prepared, Runs, TensorOperator, cases, normal
 from mistral_kernels import linear_cross_entropy
 
 
@@ -30,7 +30,7 @@ def liger(case: Case, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 class LinearCrossEntropy(TensorOperator):
     name = "linear_cross_entropy"
     bound = "FLOP"
-    runs = {
+    runs: ClassVar[Runs] = {
         "ours": lambda case, **inputs: linear_cross_entropy(**inputs),
         "eager": lambda case, **inputs: plain(**inputs),
         "compiled eager": lambda case, **inputs: compiled_plain(**inputs),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, TensorOperator, cases, normal
+from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, normal
 from mistral_kernels import rms_norm
 from mistral_kernels.ops import reference
 
@@ -35,7 +35,7 @@ def liger(case: Case, x: Tensor, weight: Tensor, residual: Tensor | None = None)
 class RMSNorm(TensorOperator):
     name = "rms_norm"
     bound = "byte"
-    runs = {
+    runs: ClassVar[Runs] = {
         "ours": lambda case, **inputs: rms_norm(
             inputs.pop("x"), inputs.pop("weight"), EPS, **inputs
         ),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, TensorOperator, cases, normal
+from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, normal
 from mistral_kernels import apply_rotary
 from mistral_kernels.ops import reference
 from mistral_kernels.ops.rotary import rotary_tables
@@ -40,7 +40,7 @@ def liger(case: Case, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions:
 class Rotary(TensorOperator):
     name = "rotary"
     bound = "byte"
-    runs = {
+    runs: ClassVar[Runs] = {
         "ours": lambda case, **inputs: apply_rotary(**inputs),
         "eager": lambda case, **inputs: plain(**inputs),
         "compiled eager": lambda case, **inputs: compiled_plain(**inputs),

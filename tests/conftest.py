@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class _NONE:
-    params: dict[str, object] = {}
+    params: ClassVar[dict[str, object]] = {}
 
 
 @pytest.fixture(autouse=True)

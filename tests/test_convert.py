@@ -101,7 +101,8 @@ def fails(
     assert convert.main([*arguments, str(target)]) == 2
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0], captured.err
+    assert len(errors) == 1, captured.err
+    assert message in errors[0], captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
     assert names(target.parent) == before

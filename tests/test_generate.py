@@ -442,8 +442,7 @@ def test_logits_that_cease_to_be_finite(
     assert not any(free[1][at] in prompt for prompt in prompts)
     cache = model.new_cache(2, 100)
     with pytest.raises(ValueError, match=f"logits of text 1 are not finite after {at + 1} new"):
-        for tokens in model.stream(prompts, max_new_tokens=12, cache=cache):
-            bad.append(tokens)
+        bad.extend(model.stream(prompts, max_new_tokens=12, cache=cache))
     assert bad == [list(tokens) for tokens in zip(*free, strict=True)][: at + 1]
     assert not cache.torn
     # A text that has ended may do as it likes.
@@ -479,7 +478,7 @@ def test_bad_arguments(model: MistralForCausalLM, tokenizer: MistralTokenizer) -
             generate(model, tokenizer, prompts)
     with pytest.raises(ValueError, match="a stop string must not be empty"):
         generate(model, tokenizer, ["a"], stop=["x", ""])
-    with pytest.raises(ValueError, match="a stop string has a lone surrogate, '.udcff'"):
+    with pytest.raises(ValueError, match=r"a stop string has a lone surrogate, '.udcff'"):
         generate(model, tokenizer, ["a"], stop=["x", "y\udcff"])
     with pytest.raises(ValueError, match="max_tokens must be >= 0, got -3"):
         generate(model, tokenizer, ["a"], max_tokens=-3, sampler=Sampler())

@@ -261,7 +261,8 @@ def bad_checkpoint(tmp_path: Path, *, lose: str = "", change: dict[str, Any] | N
 
 def check_error(result: Result, *parts: str) -> None:
     assert result.code == 2, result
-    assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+    assert result.err.startswith("error: "), result.err
+    assert result.err.count("\n") == 1, result.err
     assert result.out == ""
     for part in parts:
         assert part in result.err, result.err

@@ -69,7 +69,7 @@ def test_texts() -> None:
     assert [WHOLE(text) for text in ("0", "+7", "9")] == [0, 7, 9]
     assert [SHARE(text) for text in ("1", "1e-320", ".5")] == [1.0, 1e-320, 0.5]
     for text in ("x", "", "1.5", "0x1", "9" * 5000):
-        with pytest.raises(argparse.ArgumentTypeError, match="^must be an integer in ") as caught:
+        with pytest.raises(argparse.ArgumentTypeError, match=r"^must be an integer in ") as caught:
             WHOLE(text)
         assert len(str(caught.value)) < 100
     for _ in range(300):

@@ -173,12 +173,17 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_target_that_appears_meanwhile(tmp_path: Path, rival: str) -> None:
     target = tmp_path / "out"
     message = "out is not empty" if rival == "folder" else "out is a file"
-    with pytest.raises(CheckpointError, match=message), new_folder(target, 0):
-        if rival == "folder":
-            target.mkdir()
-            (target / "mine").touch()
-        else:
-            target.touch()
+
+    def write() -> None:
+        with new_folder(target, 0):
+            if rival == "folder":
+                target.mkdir()
+                (target / "mine").touch()
+            else:
+                target.touch()
+
+    with pytest.raises(CheckpointError, match=message):
+        write()
     assert names(tmp_path) == {"out"}
     assert not target.is_dir() or names(target) == {"mine"}
 
@@ -198,7 +203,7 @@ def test_two_writers_of_one_target(
 def test_extra_files_are_regular(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tokenizer.model")
     with (
-        pytest.raises(CheckpointError, match="tokenizer.model must be a regular file, got a FIFO"),
+        pytest.raises(CheckpointError, match=r"tokenizer.model must be a regular file, got a FIFO"),
         new_folder(tmp_path / "out", 0, [tmp_path / "tokenizer.model"]),
     ):
         pass
@@ -208,15 +213,22 @@ def test_extra_files_are_regular(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, OSError])
 def test_errors(tmp_path: Path, error: type[BaseException]) -> None:
     expected = CheckpointError if error is OSError else error
-    with pytest.raises(expected), new_folder(tmp_path / "out", 0) as folder:
-        (folder / "x").touch()
-        raise error
+
+    def write() -> None:
+        with new_folder(tmp_path / "out", 0) as folder:
+            (folder / "x").touch()
+            raise error
+
+    with pytest.raises(expected):
+        write()
     assert names(tmp_path) == set()
 
 
 def test_the_home_of_nobody(tmp_path: Path) -> None:
     with (
-        pytest.raises(CheckpointError, match="no such user: '~no.such.user/x'; name the folder in"),
+        pytest.raises(
+            CheckpointError, match=r"no such user: '~no.such.user/x'; name the folder in"
+        ),
         new_folder("~no.such.user/x", 0),
     ):
         pass

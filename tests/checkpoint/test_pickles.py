@@ -62,7 +62,8 @@ class Folder:
         with pytest.raises(CheckpointError) as caught:
             open_checkpoint(self.path)
         text = str(caught.value)
-        assert text.startswith(f"{self.file} {message}") and "\n" not in text, text
+        assert text.startswith(f"{self.file} {message}"), text
+        assert "\n" not in text, text
 
 
 @pytest.fixture
@@ -291,7 +292,7 @@ def tensor_of(offset: object, shape: object, strides: object, numel: object = 40
 def test_tensors_outside_their_storage(folder: Folder, arguments: tuple, reason: str) -> None:
     folder.state = {NAME: torch.ones(40)}
     folder.put(tensor_of(0, (40,), (1,)))
-    with pytest.raises(CheckpointError, match="no tensor 'model.embed_tokens.weight'"):
+    with pytest.raises(CheckpointError, match=r"no tensor 'model.embed_tokens.weight'"):
         open_checkpoint(folder.path)
     folder.put(tensor_of(*arguments))
     with pytest.raises(CheckpointError) as caught:

@@ -158,6 +158,6 @@ def test_ties_cannot_be_asked_for(tied: Tied) -> None:
     """The head of the file would be lost, or the embedding overwritten with it."""
     folder, _ = tied("hf", torch.randn(SMALL.vocab_size, SMALL.hidden_size))
     with pytest.raises(
-        ValueError, match="^tie_word_embeddings must be False, which the checkpoint"
+        ValueError, match=r"^tie_word_embeddings must be False, which the checkpoint"
     ):
         MistralForCausalLM.from_pretrained(folder, tie_word_embeddings=True)

@@ -108,7 +108,9 @@ def test_layers_of_others_are_patched_by_a_second_call() -> None:
     expected = real_logits(model, *given)
     first = apply_mistral_kernels(model)
     model.model.layers[1] = make().model.layers[1]
-    with pytest.raises(ValueError, match="^attention_mask must be read by attn_implementation='mi"):
+    with pytest.raises(
+        ValueError, match=r"^attention_mask must be read by attn_implementation='mi"
+    ):
         real_logits(model, *given)
     second = apply_mistral_kernels(model)
     assert second.changed == {

@@ -261,7 +261,7 @@ def test_assisted(draft: str) -> None:
     assert torch.equal(actual, generate(model, None, inputs))
     assert cache.dropped > 0
     if draft == "lookup":
-        with pytest.raises(ValueError, match="can be cropped|cannot take . tokens back"):
+        with pytest.raises(ValueError, match=r"can be cropped|cannot take . tokens back"):
             generate(model, RollingCache(model.config), prompts(1, 45), **options)
 
 
@@ -284,7 +284,9 @@ def test_what_cannot_be_dropped() -> None:
     logits = step(model, cache, ids[:, -1:], None)
     model.set_attn_implementation("eager")
     assert_close(logits[:, -1], step(model, None, ids, None)[:, -1])
-    with pytest.raises(ValueError, match="cannot take 2 tokens back from sequences of .* in rings"):
+    with pytest.raises(
+        ValueError, match=r"cannot take 2 tokens back from sequences of .* in rings"
+    ):
         cache.crop(-2)
 
 
@@ -366,7 +368,7 @@ def test_bad_input() -> None:
         with pytest.raises(ValueError, match="each sequence's padding on its left"):
             step(model, cache, ids[:, :n], holes[:, : 6 + n])
     assert cache.get_seq_length() == 6, "as it was"
-    with pytest.raises(RuntimeError, match="RollingCache has no gradients: run under torch.no_gr"):
+    with pytest.raises(RuntimeError, match=r"RollingCache has no gradients: run under torch.no_gr"):
         model(ids, use_cache=True, **{CACHE: cache})
     step(model, cache, ids, None)
     short = RollingCache(model.config, max_length=W - 2)

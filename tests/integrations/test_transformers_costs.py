@@ -156,7 +156,7 @@ def test_compiled_packed_over_a_cache() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     positions = torch.arange(3 * W)[None]
     assert_close(compiled(ids, position_ids=positions).logits, model(ids).logits)
-    with pytest.raises(RuntimeError, match="^position_ids that pack a batch are not supported"):
+    with pytest.raises(RuntimeError, match=r"^position_ids that pack a batch are not supported"):
         compiled(ids, position_ids=packed_positions((W, 2 * W)))
 
 

@@ -156,7 +156,7 @@ def test_state_dict_has_the_standard_names_both_ways() -> None:
         assert torch.equal(other.state_dict()[name], weight), name
     state = theirs.state_dict()
     del state["model.layers.0.self_attn.k_proj.weight"]
-    with pytest.raises(RuntimeError, match="model.layers.0.self_attn.k_proj.weight"):
+    with pytest.raises(RuntimeError, match=r"model.layers.0.self_attn.k_proj.weight"):
         other.load_state_dict(state)
 
 

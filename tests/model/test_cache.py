@@ -134,7 +134,9 @@ def test_rewind_forgets(window: int | tuple[int | None, ...] | None) -> None:
 def test_rewind_refuses_what_is_lost() -> None:
     cache = empty_cache()
     cache.advance(cache.packing([W, 3]))
-    with pytest.raises(ValueError, match="cannot rewind sequences of .7, 3. tokens .* to 4 tokens"):
+    with pytest.raises(
+        ValueError, match=r"cannot rewind sequences of .7, 3. tokens .* to 4 tokens"
+    ):
         cache.rewind(4)
     cache.rewind(3)
     cache.advance(cache.packing([W - 3, W - 2]))
@@ -157,12 +159,12 @@ def test_take_back_forgets() -> None:
     actual = model.decode(torch.tensor([ids[-1]] * 2), cache)
     expected = model.prefill([ids] * 2, model.new_cache(2, 64))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="cannot take 2 tokens back .* of .12, 12. .* of 7 slots"):
+    with pytest.raises(ValueError, match=r"cannot take 2 tokens back .* of .12, 12. .* of 7 slots"):
         cache.take_back(2)
     cache.reset()
     cache.advance(cache.packing([1, 3]))
     with pytest.raises(
-        ValueError, match="cannot take 2 tokens back from sequences of .1, 3. token"
+        ValueError, match=r"cannot take 2 tokens back from sequences of .1, 3. token"
     ):
         cache.take_back(2)
 

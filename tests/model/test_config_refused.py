@@ -259,9 +259,9 @@ def test_fields_that_can_be_replaced() -> None:
     config = MistralConfig()
     changed = config.with_replaced(sliding_window=None, rope_theta=1e6, vocab_size=32000)
     assert changed == dataclasses.replace(config, sliding_window=None, rope_theta=1e6)
-    with pytest.raises(ConfigError, match="^num_hidden_layers must be 32, which the checkpoint"):
+    with pytest.raises(ConfigError, match=r"^num_hidden_layers must be 32, which the checkpoint"):
         config.with_replaced(num_hidden_layers=2)
-    with pytest.raises(ConfigError, match="^sliding_window must be"):
+    with pytest.raises(ConfigError, match=r"^sliding_window must be"):
         config.with_replaced(sliding_window=0)
     for name in ("foo", "notes", "dtype"):
         message = f"^unexpected keyword '{name}'; fields are sliding_window, rope_theta, "

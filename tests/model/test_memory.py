@@ -44,7 +44,7 @@ def test_other_devices():
 
 
 def test_more_than_there_is():
-    with pytest.raises(RuntimeError, match="(?i)memory|overflow"):
+    with pytest.raises(RuntimeError, match=r"(?i)memory|overflow"):
         zeros((1 << 55,), torch.float32, "cpu")
 
 

@@ -389,7 +389,8 @@ def run(kind: str, count: int, seed: int, folder: Path) -> None:
             except ConfigError as error:
                 errors.append(error)
         for error in errors:
-            assert str(error).isprintable() and len(str(error)) <= 1000, error
+            assert str(error).isprintable(), error
+            assert len(str(error)) <= 1000, error
         faulthandler.cancel_dump_traceback_later()
         assert not cases.marker.exists(), f"case {number}: code was executed"
         refused += bool(errors)

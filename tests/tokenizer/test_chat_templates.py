@@ -145,7 +145,7 @@ def test_a_folder_without_a_template(json_folder: Path) -> None:
     base = MistralTokenizer.from_pretrained(json_folder)
     assert base.chat_version is None
     assert not base.has_chat_template
-    with pytest.raises(TokenizerError, match="no chat template, neither .* is it a base model"):
+    with pytest.raises(TokenizerError, match=r"no chat template, neither .* is it a base model"):
         base.apply_chat_template([USER])
     assert base.apply_chat_template([USER], chat_template="x", tokenize=False) == "x"
 

@@ -75,7 +75,7 @@ def test_a_model_whose_pieces_are_no_text(tmp_path: Path) -> None:
 
 def test_paths_that_hold_no_tokenizer(tmp_path: Path) -> None:
     refused(tmp_path, "no tokenizer found; looked for tekken.json, tokenizer.model, tokenizer.mo")
-    with pytest.raises(TokenizerError, match="no such folder: .*/absent"):
+    with pytest.raises(TokenizerError, match=r"no such folder: .*/absent"):
         MistralTokenizer.from_pretrained(tmp_path / "absent")
     (tmp_path / "vocab.txt").touch()
     refused(tmp_path / "vocab.txt", "vocab.txt: not a tokenizer's file name; expected tekken.json")
