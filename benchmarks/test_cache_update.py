@@ -1,4 +1,4 @@
-"""Writing new tokens to the rolling cache, with the rotation of queries and keys."""
+"""Writes of new tokens to the rolling cache, with the rotation of queries and keys."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(
 
 
 def eager(case: Case, q: Tensor, k: Tensor, v: Tensor, **inputs: Any) -> Outputs:
-    """Where the tokens belong is known beforehand: only the writing is timed."""
+    """Write at slots that are known beforehand: only the writing is timed."""
     q, k = plain_rotary(q, k, inputs["cos"], inputs["sin"], inputs["positions"])
     return write(q, k, v, inputs["k_cache"], inputs["v_cache"], inputs["slots"])
 
@@ -86,7 +86,7 @@ class CacheUpdate(TensorOperator):
         return 3.0 * case["B"] * case["new"] * (HEADS + KV_HEADS) * HEAD_DIM
 
     def bytes(self, case: Case) -> float:
-        """q, k and v in and out, and the float32 tables."""
+        """Count q, k and v in and out, and the float32 tables."""
         heads = 2 * (HEADS + 2 * KV_HEADS) * HEAD_DIM * case.dtype.itemsize
         return case["B"] * case["new"] * (heads + HEAD_DIM * 4)
 

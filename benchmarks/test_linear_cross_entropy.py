@@ -52,7 +52,7 @@ class LinearCrossEntropy(TensorOperator):
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
     def prepare(self, provider: str, case: Case, device: torch.device) -> Prepared:
-        """Forward and backward together: gradients are formed in either."""
+        """Prepare forward and backward together: gradients are formed in either."""
         copies = self._copies(case, device)
 
         def ready(turn: int) -> Callable[[], object]:
@@ -63,11 +63,11 @@ class LinearCrossEntropy(TensorOperator):
         return ready
 
     def flops(self, case: Case) -> float:
-        """Three products."""
+        """Return the FLOPs of three products."""
         return 6.0 * case["tokens"] * case["hidden"] * case["vocab"]
 
     def bytes(self, case: Case) -> float:
-        """Inputs and gradients."""
+        """Count inputs and gradients."""
         rows = case["tokens"] + case["vocab"]
         return 2.0 * rows * case["hidden"] * case.dtype.itemsize
 

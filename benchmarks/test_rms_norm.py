@@ -15,7 +15,7 @@ EPS = 1e-5
 
 
 def plain(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Any:
-    """As transformers has it, which is how the reference defines it."""
+    """Compute RMSNorm as transformers does, which is how the reference defines it."""
     return reference.rms_norm(x, weight, EPS, residual)
 
 
@@ -62,8 +62,10 @@ class RMSNorm(TensorOperator):
         return 4.0 * case["tokens"] * case["hidden"] * (2 if case.direction == "backward" else 1)
 
     def bytes(self, case: Case) -> float:
-        """x and y, and with a residual that and the sum; backward, dy, the sum (and its gradient),
-        and dx, which is the residual's gradient too."""
+        """Count x and y; with a residual, it and the sum, too.
+
+        Backward: dy, the sum (and its gradient), and dx, which is the residual's gradient too.
+        """
         passes = {
             ("forward", False): 2,
             ("forward", True): 4,

@@ -48,7 +48,7 @@ class SwiGLU(TensorOperator):
         return 4.0 * case["tokens"] * case["intermediate"]
 
     def bytes(self, case: Case) -> float:
-        """gate, up and y; backward, dy, gate, up and two gradients."""
+        """Count gate, up and y; backward, dy, gate, up and two gradients."""
         passes = 5 if case.direction == "backward" else 3
         return case["tokens"] * case["intermediate"] * case.dtype.itemsize * passes
 

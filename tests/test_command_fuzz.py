@@ -51,7 +51,7 @@ def check_outcome(call: dict[str, Any], outcome: dict[str, Any]) -> None:
 
 
 def test_random_command_lines(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    """In one process with 2 GB of memory, and 20 s for each."""
+    """Run them in one process with 2 GB of memory, and 20 s each."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     paths = [str(TESTS), str(TESTS.parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -149,7 +149,7 @@ def test_streams_and_limits_of_a_shell(line: str, tmp_path: Path) -> None:
     ],
 )
 def test_readers_that_go(line: str) -> None:
-    """The exit code is 141, as after SIGPIPE, or 0 where all had been written before."""
+    """Exit with 141, as after SIGPIPE, or 0 if all had been written before."""
     done = in_a_shell(f"{line}; exit ${{PIPESTATUS[0]}}")
     assert done.returncode in ((141,) if "100000" in line else (0, 141)), done
     assert "Traceback" not in done.stderr
@@ -171,7 +171,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def arguments(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """All of a training's but its output."""
+    """Return all arguments of a training except its output."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("start")
     config = train.MistralConfig(**{**vars(SMALL), "vocab_size": 300})
@@ -276,7 +276,7 @@ def mutilated(data: bytes) -> bytes:
 def test_mutilated_states(
     arguments: list[str], state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Refused in one line; or nothing that matters was changed, and the run goes on."""
+    """Refuse in one line, or resume if no value that matters has changed."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     refused = 0
     data = state.read_bytes()

@@ -28,7 +28,7 @@ def create_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Mask | Tensor | None:
-    """transformers' mask interface, whose arguments its `sdpa_mask` describes.
+    """Create a mask as transformers' mask interface, whose arguments its `sdpa_mask` describes.
 
     `cache_position`, (q_length,), is how older versions give q_length, q_offset and device.
 

@@ -1,4 +1,4 @@
-"""What is refused when a checkpoint is opened or written, and in which words."""
+"""Errors of opening and writing checkpoints, and their messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Make = Callable[..., tuple[Path, State]]
 
 
 def refused(folder: Path, message: str, error: type[Exception] = CheckpointError) -> None:
-    """Opening fails with one line that matches `message`."""
+    """Check that opening fails with one line that matches `message`."""
     with pytest.raises(error, match=message) as caught:
         open_checkpoint(folder)
     assert "\n" not in str(caught.value)
@@ -241,7 +241,7 @@ def test_casts_that_lose_values(
     tmp_path: Path, save: Callable[..., None],
     source: torch.dtype, to: torch.dtype, value: float, lost: bool,
 ) -> None:  # fmt: skip
-    """Refused when saving and when loading; what was infinite before stays so."""
+    """Casts are refused when saving and when loading; infinite values stay so."""
     state = random_state(SMALL, source)
     name = "model.layers.1.mlp.down_proj.weight"
     state[name][2, 1], state[name][0, 0] = value, math.nan
@@ -285,7 +285,7 @@ def test_interrupted_writing_leaves_nothing(
 def test_full_disk(
     tmp_path: Path, save: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real one, by the limit that the system sets on a file's size."""
+    """Fill a real disk, by the limit that the system sets on a file's size."""
     import resource
     import signal
 

@@ -23,7 +23,7 @@ Make = Callable[..., tuple[Path, State]]
 
 
 def refused(folder: Path, message: str, error: type[Exception] = CheckpointError) -> None:
-    """Opening fails with one printable line that contains `message`."""
+    """Check that opening fails with one printable line that contains `message`."""
     with pytest.raises(error) as caught:
         open_checkpoint(folder)
     text = str(caught.value)
@@ -45,7 +45,7 @@ def write_safetensors(path: Path, header: bytes, body: bytes, length: int | None
     ],
 )
 def test_what_is_no_regular_file(make: Make, tmp_path: Path, name: str, kind: str) -> None:
-    """Opened, a FIFO would wait for ever, and a device might never end."""
+    """Refuse a FIFO, which would block, and a device, which might never end."""
     file = tmp_path / name
     make(file.parent.name)
     if file.suffix in (".bin", ".pth") or "index" in name:
@@ -70,7 +70,7 @@ def test_what_is_no_regular_file(make: Make, tmp_path: Path, name: str, kind: st
     ],
 )
 def test_links_that_lead_nowhere(make: Make, tmp_path: Path, name: str, kind: str) -> None:
-    """Named, and neither passed over nor taken for the absence of the file."""
+    """Name broken links; they are neither skipped nor taken for a missing file."""
     file = tmp_path / name
     make(file.parent.name)
     if file.suffix == ".pth" or "index" in name or "-of-" in name:
@@ -178,7 +178,7 @@ def test_headers_of_safetensors(make: Make) -> None:
 
 
 def test_a_tensor_described_twice(make: Make) -> None:
-    """The last counts, as in safetensors."""
+    """Take the last description, as safetensors does."""
     folder, state = make("hf")
     file = folder / "model.safetensors"
     data = file.read_bytes()
@@ -203,7 +203,7 @@ def test_a_tensor_described_twice(make: Make) -> None:
     ids=str,
 )
 def test_types(make: Make, dtype: torch.dtype, message: str) -> None:
-    """Only 8 bits and fewer are what quantization stores; any other type is what it is."""
+    """Only types of 8 bits and fewer are quantized; the message names any other type."""
     folder, state = make("hf")
     file = folder / "model.safetensors"
     save_file(state | {"model.norm.weight": torch.zeros(40).to(dtype)}, file)
@@ -253,7 +253,7 @@ def test_nested_json(make: Make, tmp_path: Path, name: str, opening: str) -> Non
 
 
 def test_sizes_beyond_any_model(make: Make) -> None:
-    """Refused before a list of layers, or of what they hold, is made."""
+    """Refuse sizes before a list of layers, or of their weights, is made."""
     folder, _ = make("hf")
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2**62}))
@@ -292,7 +292,7 @@ def test_the_home_of_nobody() -> None:
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_fields_replaced_on_loading(make: Make, quantize: str | None) -> None:
-    """Those that no weight depends on; the others are refused, not looked up in vain."""
+    """Replace fields that no weight depends on, and refuse others at once."""
     folder, _ = make("hf", torch.float32)
     model = MistralForCausalLM.from_pretrained(
         folder, quantize=quantize, sliding_window=None, vocab_size=61

@@ -1,4 +1,4 @@
-"""Folders that appear when they are complete: what interrupted, killed and rival writers leave."""
+"""Folders that appear when they are complete: traces of interrupted, killed and rival writers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_killed_and_living_writers(
     writer: Callable[[Path], tuple[subprocess.Popen[str], Path]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A killed one's folder is removed, whatever its target was; a living one's never."""
+    """Remove a killed writer's folder, whatever its target was; never a living one's."""
     killed, left = writer(tmp_path / "killed")
     living, kept = writer(tmp_path / "living")
     killed.kill()
@@ -86,7 +86,7 @@ def test_terminated_writers(
     writer: Callable[[Path], tuple[subprocess.Popen[str], Path]],
     number: signal.Signals,
 ) -> None:
-    """They die of the signal, as they would without `new_folder`, but leave nothing."""
+    """Writers die of the signal, as they would without `new_folder`, but leave nothing."""
     process, _ = writer(tmp_path / "out")
     process.send_signal(number)
     assert process.wait() == -number
@@ -139,7 +139,7 @@ def test_what_is_not_ours_is_kept(tmp_path: Path) -> None:
 def test_a_folder_that_is_taken_for_abandoned_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between its making and its locking another process may remove it: another one is made."""
+    """Make another folder if a process removes the first before it is locked."""
     make, removed = Path.mkdir, []
 
     def make_and_lose(path: Path, *args: object, **options: object) -> None:
@@ -157,7 +157,7 @@ def test_a_folder_that_is_taken_for_abandoned_at_once(
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is written to; nothing there is taken for abandoned."""
+    """Write to it; no folder there counts as abandoned."""
     (tmp_path / ".old.partial-0123456789abcdef").mkdir()
 
     def flock(*_: object) -> None:
@@ -191,7 +191,7 @@ def test_a_target_that_appears_meanwhile(tmp_path: Path, rival: str) -> None:
 def test_two_writers_of_one_target(
     tmp_path: Path, writer: Callable[[Path], tuple[subprocess.Popen[str], Path]]
 ) -> None:
-    """The first to end has it, the second is told."""
+    """The first writer to end has the target; the second gets an error."""
     (first, _), (second, _) = (writer(tmp_path / "out") for _ in range(2))
     first.communicate("\n", timeout=60)
     second.communicate("\n", timeout=60)

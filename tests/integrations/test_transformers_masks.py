@@ -111,7 +111,7 @@ def test_dropout_of_a_model() -> None:
 
 
 def test_a_layer_that_does_not_name_its_window() -> None:
-    """Models whose windows only the mask knows: silence would mean no window."""
+    """Models whose windows only the mask has must raise, not run without a window."""
     module, q, kv = layer(make_model())
     with pytest.raises(NotImplementedError) as error:
         attend(module, q, kv, kv, None)
@@ -163,7 +163,7 @@ def test_bidirectional() -> None:
 
 
 def test_what_a_mask_becomes() -> None:
-    """Patterns that are not causal, or more than causal, are made by transformers."""
+    """transformers makes patterns that are not causal, or more than causal."""
 
     def make(function: Any, **given: Any) -> Any:
         sizes: dict[str, Any] = {"batch_size": 1, "kv_length": 6}
@@ -205,7 +205,7 @@ def test_what_a_mask_becomes() -> None:
 
 @torch.no_grad()
 def test_models_that_treat_masks_themselves() -> None:
-    """GPT-2 asks the mask of `generate` for its dimensions; Falcon adds biases to its mask."""
+    """GPT-2 reads a mask's dimensions; Falcon adds biases to it."""
     sizes = {"vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"hidden_size": 32, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     falcon = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, alibi=True))
@@ -226,7 +226,7 @@ def test_models_that_treat_masks_themselves() -> None:
 @pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
 @torch.no_grad()
 def test_another_attention_refuses_our_mask(implementation: str, padding: str) -> None:
-    """A layer that was copied before the switch has one, for prompts and for each next token."""
+    """Copy a layer before the switch: it gets our mask, for prompts and tokens."""
     model = make_model()
     model.set_attn_implementation(implementation)
     foreign = copy.deepcopy(model.model.layers[1])
@@ -256,7 +256,7 @@ def test_another_attention_refuses_our_mask(implementation: str, padding: str) -
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
 def test_our_attention_serves_other_masks(implementation: str, padding: str, kind: str) -> None:
-    """A layer that was copied while the model was switched does so."""
+    """Copy a layer while the model is switched: it gets other masks."""
     model = make_model()
     model.set_attn_implementation("mistral_kernels")
     ours = copy.deepcopy(model.model.layers[1])
@@ -283,7 +283,7 @@ def test_our_attention_serves_other_masks(implementation: str, padding: str, kin
 
 
 def test_a_mask_can_be_moved() -> None:
-    """accelerate moves the inputs of layers so."""
+    """Move a mask as accelerate moves the inputs of layers."""
     mask = Mask((1, 1, 2, 5), descriptor=make_descriptor([1], 3, 0, 1, "cpu"), starts=[1])
     moved = mask.to("meta", non_blocking=True)
     assert moved.descriptor.is_meta
@@ -301,7 +301,7 @@ def test_a_mask_can_be_moved() -> None:
 @pytest.mark.parametrize("said", ["by the call", "by the config", "by generate"])
 @torch.no_grad()
 def test_output_attentions(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A warning, once, and no weights, like sdpa."""
+    """Warn once and return no weights, like sdpa."""
     warnings: list[str] = []
     monkeypatch.setattr(transformers_attention._logger, "warning_once", warnings.append)
     model, (ids, _) = make_model(), batch(W)

@@ -1,4 +1,4 @@
-"""The rolling cache: its size, its slots, what fits it, and going back."""
+"""The rolling cache: its size, its slots, its limits, and dropping tokens."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_nothing_is_allocated_or_moved_as_the_text_grows() -> None:
 
 @torch.inference_mode()
 def test_the_token_at_p_lies_in_slot_p_modulo_capacity() -> None:
-    """In the first layer, where keys and values depend on their own token alone."""
+    """Check the first layer, whose keys and values depend on their own token alone."""
     model, ids = make_model(), random_ids(40)
     for length in (1, W - 1, W, W + 1, 2 * W, 40):
         cache = model.new_cache(1, 40)
@@ -147,7 +147,7 @@ def test_rewind_refuses_what_is_lost() -> None:
 
 @torch.inference_mode()
 def test_take_back_forgets() -> None:
-    """As long as a ring has overwritten nothing; after that one token, which costs nothing."""
+    """Drop any number of tokens until a ring wraps, and one token afterwards."""
     model, ids = make_model(), random_ids(W + 5)
     cache = model.new_cache(2, 64)
     model.prefill([ids[:5], ids[:W]], cache)
@@ -197,7 +197,7 @@ def test_an_interrupted_pass_leaves_no_usable_cache(monkeypatch: pytest.MonkeyPa
 
 
 def test_reset_and_reorder() -> None:
-    """Afterwards the cache is a new one, or its sequences stand where they were asked to."""
+    """Compare with a new cache, and with sequences in the new order."""
     model = make_model()
     prompts = [random_ids(5), random_ids(W + 6)]
     cache, fresh = model.new_cache(2, 64), model.new_cache(2, 64)
@@ -236,7 +236,7 @@ def test_reorder_wants_every_sequence(sequences: list[int]) -> None:
 def test_a_cache_of_another_model(
     changes: dict[str, int], dtype: torch.dtype, device: str, message: str
 ) -> None:
-    """Is refused, and as it was."""
+    """Refuse it, and leave it as it was."""
     config = dataclasses.replace(SMALL, **changes)  # type: ignore[arg-type]
     cache = RollingCache(config, 1, 64, dtype, device)
     with pytest.raises(ValueError, match=message):

@@ -57,7 +57,7 @@ def test_templates_equal_transformers(folder: Path, template: str) -> None:
 
 
 def test_a_token_of_a_models_own_has_a_name(folder: Path) -> None:
-    """Rendered as in transformers 5; earlier ones render nothing."""
+    """Render it as transformers 5 does; earlier ones render nothing."""
     tokenizer = open_with(folder, "{{ image_token }}")
     assert tokenizer.apply_chat_template([USER], tokenize=False) == "<image>"
 

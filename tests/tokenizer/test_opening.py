@@ -1,4 +1,4 @@
-"""Which file of a folder is opened, and what is refused."""
+"""Choice of the tokenizer file in a folder, and refusals."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ BESIDE = [
 
 @pytest.mark.parametrize("name", [*MAIN, *BESIDE])
 def test_nothing_but_regular_files(tmp_path: Path, name: str) -> None:
-    """A FIFO waits for ever, a device may never end, and a file may be larger than memory."""
+    """Refuse a FIFO, which blocks, a device, which may never end, and a file beyond memory."""
     if name in BESIDE:
         write(tmp_path, "v1")
     path = tmp_path / name
