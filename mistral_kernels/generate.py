@@ -254,9 +254,10 @@ def _window(text: str) -> int | str:
     if text.lower() == "none":
         return "none"
     try:
-        return COUNT(text)
+        count: int = COUNT(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}; 'none' removes the window") from None
+    return count
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

@@ -51,7 +51,7 @@ class Patch(NamedTuple):
 
 def patch_of(value: Any) -> Patch | None:
     """Return the patch that put `value`, an attribute of a module, there."""
-    patch = getattr(value, "_mistral_kernels_patch", None)
+    patch: Patch | None = getattr(value, "_mistral_kernels_patch", None)
     # Wrappers take over the attributes of the function that they wrap.
     if patch is None or patch.ours is not getattr(value, "__func__", value):
         return None
@@ -82,7 +82,7 @@ def patched_forward(handle: Handle, ours: Forward, original: Forward, replaced: 
     # Not `__wrapped__`: accelerate takes off whatever has it.
     result.__signature__ = inspect.signature(original)
     result._mistral_kernels_patch = Patch(handle, forward, original, replaced)
-    return result
+    return forward
 
 
 def rms_norm_forward(_: Forward) -> Forward:
