@@ -1,4 +1,4 @@
-"""The rolling cache: its size, its slots, what fits it, and going back."""
+"""The rolling cache: its size, its slots, its limits, and dropping tokens."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_nothing_is_allocated_or_moved_as_the_text_grows() -> None:
 
 @torch.inference_mode()
 def test_the_token_at_p_lies_in_slot_p_modulo_capacity() -> None:
-    """In the first layer, where keys and values depend on their own token alone."""
+    """Check the first layer, whose keys and values depend on their own token alone."""
     model, ids = make_model(), random_ids(40)
     for length in (1, W - 1, W, W + 1, 2 * W, 40):
         cache = model.new_cache(1, 40)
@@ -137,7 +137,7 @@ def test_overwritten_keys_cannot_return() -> None:
     """Neither by dropping two tokens at once nor by dropping one token twice."""
     cache = empty_cache()
     cache.advance(cache.packing([W, 3]))
-    with pytest.raises(ValueError, match="cannot drop 4 tokens of sequences of .7, 3. tokens"):
+    with pytest.raises(ValueError, match=r"cannot drop 4 tokens of sequences of .7, 3. tokens"):
         cache.drop(4)
     with pytest.raises(ValueError, match="cannot drop -1 tokens"):
         cache.drop(-1)
@@ -147,13 +147,13 @@ def test_overwritten_keys_cannot_return() -> None:
     cache.advance(cache.packing([3, 2]))
     lengths = [W + 1, 2]
     assert cache.host_lengths == lengths
-    with pytest.raises(ValueError, match="cannot drop 2 tokens of .* in rings of 7 slots"):
+    with pytest.raises(ValueError, match=r"cannot drop 2 tokens of .* in rings of 7 slots"):
         cache.drop(2)
     assert cache.host_lengths == cache.lengths.tolist() == lengths, "a refusal changes nothing"
     cache.drop()
     for same in (cache, cache.select([0, 1])):
         same.drop(0)
-        with pytest.raises(ValueError, match="cannot drop 1 tokens of sequences of .7, 1. tokens"):
+        with pytest.raises(ValueError, match=r"cannot drop 1 tokens of sequences of .7, 1. tokens"):
             same.drop()
     cache.reorder([1, 1])
     cache.drop()
@@ -190,7 +190,7 @@ def test_an_interrupted_pass_leaves_no_usable_cache(monkeypatch: pytest.MonkeyPa
 
 
 def test_reset_and_reorder() -> None:
-    """Afterwards the cache is a new one, or its sequences stand where they were asked to."""
+    """Compare with a new cache, and with sequences in the new order."""
     model = make_model()
     prompts = [random_ids(5), random_ids(W + 6)]
     cache, fresh = model.new_cache(2, 64), model.new_cache(2, 64)
@@ -229,7 +229,7 @@ def test_reorder_wants_every_sequence(sequences: list[int]) -> None:
 def test_a_cache_of_another_model(
     changes: dict[str, int], dtype: torch.dtype, device: str, message: str
 ) -> None:
-    """Is refused, and as it was."""
+    """Refuse it, and leave it as it was."""
     config = dataclasses.replace(SMALL, **changes)  # type: ignore[arg-type]
     cache = RollingCache(config, 1, 64, dtype, device)
     with pytest.raises(ValueError, match=message):

@@ -94,7 +94,7 @@ def test_a_step_on_a_gpu_never_changes(sampler: Sampler) -> None:
             engine.step(newest.token_ids)
         assert cache.host_lengths == [position + 1, position + 2]
         records.append(record.calls)
-    with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         newest.token_ids.tolist()  # so would a look have done
     names = {name for name, _ in records[0]}
     assert {"mistral_kernels.cached_attention.default", "aten.max.dim_max"} <= names
