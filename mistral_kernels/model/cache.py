@@ -16,11 +16,11 @@ from mistral_kernels.ops.attention.decode import num_counters
 
 @dataclass(frozen=True)
 class Packing:
-    """How the tokens of a packed batch belong to sequences.
+    """Division of a packed batch into sequences.
 
-    `cu_seqlens` (batch + 1,) int32 and `positions` (total_tokens,) lie on the model's device;
-    `seqlens` is their host copy, and all positions are below `end`. A batch of equal lengths is
-    `rectangular`.
+    `cu_seqlens` (batch + 1,) int32 and `positions` (total_tokens,) are on the model's device.
+    `seqlens` are the lengths on the host. All positions are below `end`. A batch of equal lengths
+    is `rectangular`.
     """
 
     seqlens: tuple[int, ...]
@@ -30,7 +30,7 @@ class Packing:
 
     @classmethod
     def of(cls, seqlens: list[int], starts: list[int], device: torch.device) -> Packing:
-        """Sequences of `seqlens` new tokens, the first of each at absolute position `starts`."""
+        """Pack sequences of `seqlens` new tokens; the first token of each has position `starts`."""
         offsets = torch.tensor([0, *seqlens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         spans = [torch.arange(start, start + n) for n, start in zip(seqlens, starts, strict=True)]
         end = max(start + n for start, n in zip(starts, seqlens, strict=True))
@@ -42,7 +42,7 @@ class Packing:
 
     @property
     def one_each(self) -> bool:
-        """A decode step: one token for each sequence."""
+        """True in a decode step: one token per sequence."""
         return set(self.seqlens) == {1}
 
     @property
@@ -56,7 +56,7 @@ class Packing:
 
 
 class CacheLayout(NamedTuple):
-    """What of a model its cache depends on."""
+    """Properties of a model that its cache depends on."""
 
     layer_windows: tuple[int | None, ...]
     num_key_value_heads: int
@@ -71,12 +71,12 @@ class RollingCache:
     """Keys and values of every layer, in rings that never grow.
 
     Layer i holds k and v of (batch, capacity_i, num_kv_heads, head_dim), where capacity_i is the
-    smaller of the layer's sliding window and `max_length`. The token at absolute position p lies in
-    slot p % capacity_i. `lengths` (batch,) int32, on the device, counts the tokens each sequence
+    smaller of the layer's sliding window and `max_length`. The token at position p is in slot
+    p % capacity_i. `lengths` (batch,) int32, on the device, counts the tokens each sequence
     has seen; `host_lengths` is the same on the host.
 
-    With a window in every layer, text may go on for ever. A layer without one needs every key:
-    appending past `max_length` then raises.
+    With a window in every layer, the length of the text is unlimited. A layer without a window
+    needs every key: appending past `max_length` then raises.
 
     Raises `ValueError` for a batch or a `max_length` that is not positive, and `MemoryError` for
     rings on the CPU that are larger than the machine's memory.
@@ -123,16 +123,16 @@ class RollingCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rings: constant from construction on."""
+        """Bytes of all rings; constant."""
         return sum(ring.nbytes for ring in (*self.keys, *self.values))
 
     @property
     def empty(self) -> bool:
-        """Has no sequence seen a token yet?"""
+        """True if no sequence has seen a token yet."""
         return not any(self.host_lengths)
 
     def end_of(self, seqlens: list[int]) -> int:
-        """Tokens of the longest sequence, once each has `seqlens` more.
+        """Return the length of the longest sequence after each has grown by `seqlens` tokens.
 
         Raises `ValueError` if they do not fit: too many sequences, or, without a window, too long.
         """
@@ -161,14 +161,14 @@ class RollingCache:
         return Packing.of(seqlens, self.host_lengths, self.lengths.device)
 
     def reset(self) -> None:
-        """Forget everything; the memory stays."""
+        """Empty the cache and keep its memory."""
         self.lengths.zero_()
         self.host_lengths = [0] * self.batch
         self._written = [0] * self.batch
         self.interrupted = False
 
     def reorder(self, sequences: Sequence[int]) -> None:
-        """Sequence i becomes what sequence `sequences[i]` was, as in a beam search. Copies rings.
+        """Replace sequence i by sequence `sequences[i]`, as in a beam search; copy the rings.
 
         Raises `ValueError` unless there are `batch` indices, each in [0, batch).
         """
@@ -181,7 +181,7 @@ class RollingCache:
         self._written = [self._written[i] for i in sequences]
 
     def select(self, sequences: Sequence[int]) -> RollingCache:
-        """Another cache, whose sequence i is this one's `sequences[i]`."""
+        """Return a new cache, whose sequence i is a copy of sequence `sequences[i]`."""
         like = self.keys[0]
         chosen = RollingCache(self.config, len(sequences), self.max_length, like.dtype, like.device)
         index = torch.tensor(sequences, device=like.device)

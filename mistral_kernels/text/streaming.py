@@ -1,4 +1,4 @@
-"""From prompts to text: tokens are decoded and stop strings found as they come."""
+"""Text generation from prompts: decode tokens and find stop strings as they come."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _MAX_TOKENS = Range(int, 0)
 
 @dataclass(frozen=True)
 class TextDelta:
-    """The next piece of one text; `finish_reason` ("eos", "stop" or "length") comes with the last.
+    """Next piece of one text; the last has a `finish_reason`: "eos", "stop" or "length".
 
-    `text` may be empty: a character, or what may become a stop string, is held until it is whole.
+    `text` may be empty: an incomplete character, and the possible start of a stop string, are held
+    back.
     """
 
     index: int
@@ -46,7 +47,7 @@ class Completion:
 
 
 class _StopText:
-    """Passes text on until a stop string appears, holding back what may be the start of one.
+    """Filter that passes text on until a stop string, and holds back the possible start of one.
 
     The stop string that begins earliest in the text counts, wherever the text was cut into pieces:
     "bc" in the text ends it only when no earlier "abcd" can still become complete.
@@ -114,14 +115,14 @@ def stream_generate(
     """Generate a text for each prompt, yielding the pieces as their tokens come.
 
     Args:
-        prompts: a text, or a list of texts (BOS is put in front where the tokenizer adds it) and of
-            lists of token ids. Lengths may differ; nothing is padded.
-        max_tokens: at most so many new tokens each.
+        prompts: a text, or a list of texts (with BOS where the tokenizer adds it) and of lists of
+            token ids. Lengths may differ; nothing is padded.
+        max_tokens: upper bound of new tokens per text.
         sampler: None: greedy.
-        stop: a string, or several; a text ends before the one that begins first in it.
+        stop: a string, or several; a text ends before the stop string that begins first.
         ignore_eos: do not end a text at the model's end-of-text token.
-        cache: of earlier text, which the prompts continue; see `MistralForCausalLM.stream`.
-        context: the tokens of that text, for a repetition penalty to count.
+        cache: cache of earlier text, which the prompts continue; see `MistralForCausalLM.stream`.
+        context: the tokens of that text, for a repetition penalty.
         prefill_chunk: tokens of a prompt in one pass.
         standalone: the texts are answers, not continuations: a space that a tokenizer puts before
             a first word is not part of them.
