@@ -19,9 +19,10 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mistral_kernels.ops import extension
-from mistral_kernels.ops.dispatch import direct_cpu_operators
+from mistral_kernels.ops.checks import is_plain
 from mistral_kernels.ops.linear import KERNEL_ROWS
 
 
@@ -35,7 +36,22 @@ def serves(token_ids: Tensor, weight: Tensor, head_dim: int) -> bool:
         and token_ids.dtype == torch.int64
         and head_dim % 8 == 0
         and not torch.is_grad_enabled()  # of the weights, too
-        and direct_cpu_operators(weight, token_ids) is not None
+        and _is_eager()
+        and is_plain(weight)
+        and is_plain(token_ids)
+        and token_ids.is_cpu
+        and extension.serves(weight)
+    )
+
+
+def _is_eager() -> bool:
+    """Return whether nothing of PyTorch's has to see the operators of a step."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch.is_autocast_enabled("cpu")
     )
 
 
@@ -77,8 +93,7 @@ class Decoder:
         head_dim: int,
         eps: float,
     ) -> None:
-        operators = extension.load("cpu")
-        assert operators is not None, "see `serves`"
+        operators = torch.ops.mistral_kernels
         self._step = operators.decoder_step.default
         # Tensors of its own: the `data` of a model's may be replaced, as `Module.to` does.
         embedding, norm, head = embedding.detach(), norm.detach(), head.detach()
