@@ -224,7 +224,7 @@ def _in_place(rotate: Rotate) -> Callable[..., None]:
     """Return the implementation of the operator `rotary_`."""
 
     def rotary_(q: Tensor, k: Tensor, *args: Any) -> None:
-        rotate(q, k, (q, k), Turn(*args, backwards=False))
+        rotate(q, k, (q, k), Turn._make((*args, False)))
 
     return rotary_
 
