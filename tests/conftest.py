@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from typing import ClassVar
 
+import ptxrun
 import pytest
 import torch
 from hypothesis import settings
@@ -26,6 +27,12 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="repeat the random inputs of an earlier run")
+    parser.addoption(
+        "--capability",
+        type=int,
+        default=80,
+        help="compute capability for which kernels are compiled where ptxrun executes them",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -107,15 +114,15 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def triton_runs() -> Iterator[None]:
-    """Skip unless a GPU, the interpreter or compiled PTX on the CPU runs Triton kernels."""
+def triton_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run Triton kernels on a GPU, in the interpreter, or as compiled PTX on the CPU."""
     if torch.cuda.is_available() or INTERPRETING:
         yield
         return
-    ptxrun = pytest.importorskip("ptxrun", reason="no GPU, and ptxrun, which runs PTX, is absent")
-    ptxrun.install()
-    yield
-    ptxrun.uninstall()
+    if reason := ptxrun.missing():
+        pytest.skip(f"no GPU, and ptxrun cannot execute PTX: {reason}")
+    with ptxrun.running(request.config.option.capability):
+        yield
 
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.kernels)])

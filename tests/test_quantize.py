@@ -12,7 +12,7 @@ from support.small_checkpoints import SMALL, varied_model
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer
 from mistral_kernels.generate import main
-from mistral_kernels.model import transformer
+from mistral_kernels.model import engine
 from mistral_kernels.model.layers import FusedLinear, Linear
 from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.ops import extension
@@ -88,7 +88,7 @@ def test_decoding_has_the_same_bits(monkeypatch: Any) -> None:
     many = decode(32)
     for batch in (1, 5):
         assert torch.equal(decode(batch), many[:, :batch])
-    monkeypatch.setattr(transformer, "serves", lambda *_: False)
+    monkeypatch.setattr(engine, "_csrc_for", lambda *_: None)
     assert torch.equal(decode(32), many)
 
 

@@ -104,7 +104,7 @@ class RollingCache(Cache):
         if packing.one_each and real is None and len(set(rings.host_lengths)) == 1:
             held = packing.end if serves_directly(rings.lengths) else None
         self.step = _Step(packing, real, (batch, seqlen), held)
-        rings.torn = True
+        rings.interrupted = True
 
     def finish(self) -> None:
         """Count the new tokens, which every layer has written."""
@@ -130,7 +130,7 @@ class RollingCache(Cache):
         """
         count = -length if length <= 0 else max(self.columns - length, 0)
         if count and self.rings is not None:
-            self.rings.take_back(count)
+            self.rings.drop(count)
             self.columns -= count
 
     @property
