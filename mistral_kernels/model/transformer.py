@@ -47,7 +47,7 @@ class MistralForCausalLM(CausalLM):
         self._tie_weights()
 
     def part_of(self, name: str, shape: tuple[int, ...]) -> checkpoint.Part:
-        """Which part of the tensor `name` of a checkpoint this model holds: all of it."""
+        """Return the part of a checkpoint's tensor `name` that this model holds: all of it."""
         return checkpoint.whole(name, shape)
 
     @classmethod
@@ -135,14 +135,14 @@ class MistralForCausalLM(CausalLM):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights as they lie in memory."""
+        """Bytes of all weights in memory."""
         scales = (module.scales for module in self.modules() if isinstance(module, Linear))
         tensors = (*self.parameters(), *(x for x in scales if x is not None))
         return sum(tensor.nbytes for tensor in tensors)
 
 
 def _map(stored: checkpoint.Checkpoint, model: nn.Module) -> set[str]:
-    """Lets weights that are as they were stored lie in their files; names what they hold."""
+    """Map weights that are as they were stored from their files; return their names."""
     found: set[str] = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):

@@ -1,6 +1,7 @@
 """Translate one PTX kernel to C++ (one function per basic block, working on whole-warp registers)."""
 
 import re
+from typing import ClassVar
 
 from .errors import UnsupportedPtx
 from .parser import TYPE_BITS, Instr, Label, f32_bits, f64_bits
@@ -159,9 +160,9 @@ class KernelGen:
         n = self.inl
         end = f"$end$i{n}"
         pmap = {}
-        for v, a in zip(f.params, args):
+        for v, a in zip(f.params, args, strict=True):
             pmap[v.name] = a
-        for v, a in zip(f.rets, rets):
+        for v, a in zip(f.rets, rets, strict=True):
             pmap[v.name] = a
         for r, t in f.regs.items():
             self.regs[f"{r}$i{n}"] = t
@@ -222,7 +223,7 @@ class KernelGen:
             sh += v.size
         if dyn:
             sh = align_up(sh, max([v.align for _, v in dyn] + [16]))
-            for nm, v in dyn:
+            for nm, _ in dyn:
                 self.shared[nm] = sh
         self.shstatic = sh
         self.locals = {}
@@ -398,7 +399,7 @@ class KernelGen:
         return d
 
     # ------------------------------------------------------------------ registers used / defined
-    _NODEF = {
+    _NODEF: ClassVar[set[str]] = {
         "st",
         "$stp",
         "red",
@@ -563,7 +564,7 @@ class KernelGen:
         )
 
     def _wgmma_analysis(self):
-        """Registers that may hold the result of a wgmma in flight; wgmmas that lack a fence."""
+        """Find registers that may hold the result of a wgmma in flight, and wgmmas without a fence."""
         acc = set()
         for b in self.blocks:
             for it in b.ins:
@@ -644,8 +645,7 @@ class KernelGen:
         gl.sort(key=lambda r: order[self.bits(r)])
         out = ['#include "prelude.h"']
         out.append("struct W : WBase {")
-        for r in gl:
-            out.append(f"  {CXX[self.bits(r)]} {names[r]};")
+        out.extend(f"  {CXX[self.bits(r)]} {names[r]};" for r in gl)
         out.append("};")
         out += self._globals()
         self.tables = []
@@ -787,17 +787,15 @@ class KernelGen:
             except (KeyError, IndexError, ValueError, TypeError, AttributeError) as e:
                 raise UnsupportedPtx(
                     f"line {it.line}: cannot translate `{self.srcline(it.line)}` ({type(e).__name__}: {e})"
-                )
+                ) from e
         sts = [r for r in b.ref if (b.df & b.live_out) >> self.ridx[r] & 1 and r not in acc]
         tcode = self._term(b, term)
         # lanes outside m keep their values
         if sts:
             o.append("  if (m == 0xffffffffu) {")
-            for r in sts:
-                o.append(f"    w.{names[r]} = {names[r]};")
+            o.extend(f"    w.{names[r]} = {names[r]};" for r in sts)
             o.append("  } else {")
-            for r in sts:
-                o.append(f"    w.{names[r]} = sel(m, {names[r]}, w.{names[r]});")
+            o.extend(f"    w.{names[r]} = sel(m, {names[r]}, w.{names[r]});" for r in sts)
             o.append("  }")
         o += tcode
         self.tables.append(
@@ -843,13 +841,12 @@ class KernelGen:
         if o == "brx":
             x = self.val(t.args[0], 32)
             tb = ", ".join(str(x.id) for x in b.targets)
-            r = [
+            return [
                 f"  {{ static const int T[] = {{{tb}}}; V32 ix = {x}; u32 pm = m & {self.pred(t)};",
                 "    for (int l = 0; l < 32; l++) { u32 k = ((u32*)&ix)[l]; w.wnext[l] = "
                 + (f"!(pm >> l & 1) ? {b.nxt.id} : " if t.pred else "")
                 + f"T[k < {len(b.targets)} ? k : 0]; }} return R_IDX; }}",
             ]
-            return r
         if o == "mbarrier":
             return [f"  if (w.wkind) {{ w.fblk = {b.nxt.id}; return R_SLEEP; }} return {b.nxt.id};"]
         if o == "wgmma":
@@ -1107,7 +1104,7 @@ class KernelGen:
                 parts = [f"narrow(and_32(shr_u32i({t}, {8 * j}), splat32(255)))" for j in range(4)]
             else:
                 raise UnsupportedPtx(f"line {it.line}: vector destination")
-            for d, e in zip(els, parts):
+            for d, e in zip(els, parts, strict=True):
                 if d[0] != "_":
                     self.set(it, d, e, max(eb, 16))
             return None
@@ -1704,7 +1701,14 @@ class KernelGen:
         self._mufu(it, "tanh")
 
     # -- setp / selp / set
-    _CMPU = {"equ": "eq", "neu": "ne", "ltu": "lt", "leu": "le", "gtu": "gt", "geu": "ge"}
+    _CMPU: ClassVar[dict[str, str]] = {
+        "equ": "eq",
+        "neu": "ne",
+        "ltu": "lt",
+        "leu": "le",
+        "gtu": "gt",
+        "geu": "ge",
+    }
 
     def _cmp(self, it, op, t, a, b):
         if t in ("f16", "bf16"):
@@ -2251,7 +2255,7 @@ class KernelGen:
             self.set(it, dst, st, 64)
         return None
 
-    WG_FMT = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 3, "e5m2": 4}
+    WG_FMT: ClassVar[dict[str, int]] = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 3, "e5m2": 4}
 
     def i_wgmma(self, it):
         op, a = it.op, it.args
@@ -2306,7 +2310,7 @@ class KernelGen:
             f"{self.val(a[2], 64)}, {self.val(a[3], 1)});"
         )
 
-    TM_FIELDS = [
+    TM_FIELDS: ClassVar[list[str]] = [
         "global_address",
         "rank",
         "box_dim",
@@ -2349,7 +2353,7 @@ class KernelGen:
     def i_setmaxnreg(self, it):
         self.bad(it)  # ends a block
 
-    RED = {
+    RED: ClassVar[dict[str, str]] = {
         "add": "AT_ADD",
         "min": "AT_MIN",
         "max": "AT_MAX",
