@@ -1,8 +1,9 @@
 """Prepare the process of a command, before the imports that take seconds.
 
 `python -m mistral_kernels.generate` imports the package, and with it PyTorch, before it runs the
-command. Importing this module first closes two gaps: Ctrl-C during those imports would print a
-traceback, and a file that an import opens would take the number of a closed standard stream.
+command. Importing this module first closes three gaps: Ctrl-C during those imports would print a
+traceback, a file that an import opens would take the number of a closed standard stream, and
+PyTorch would log each error of a rank before it raises it.
 Nothing happens where another program imports the package.
 """
 
@@ -69,6 +70,10 @@ def is_starting_command() -> bool:
 
 if is_starting_command():
     open_closed_streams()
+    if "RANK" in os.environ:
+        # PyTorch reads it while it is imported. Its C++ writes a stack trace to stderr for each
+        # error that it raises when another rank is missing or ends.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_on_interrupt)
     sys.excepthook = end_on_failed_import  # until `command.enter`

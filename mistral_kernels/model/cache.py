@@ -1,4 +1,4 @@
-"""The rolling cache of a model, and how a packed batch is cut into sequences."""
+"""Rolling cache of a model, and the division of a packed batch into sequences."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Packing:
 
     @classmethod
     def of(cls, seqlens: list[int], starts: list[int], device: torch.device) -> Packing:
-        """Pack sequences of `seqlens` new tokens; the first token of each has position `starts`."""
+        """Pack `seqlens` new tokens, the first of each sequence at the position in `starts`."""
         offsets = torch.tensor([0, *seqlens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         spans = [torch.arange(start, start + n) for n, start in zip(seqlens, starts, strict=True)]
         end = max(start + n for start, n in zip(starts, seqlens, strict=True))
@@ -42,7 +42,7 @@ class Packing:
 
     @property
     def one_each(self) -> bool:
-        """True in a decode step: one token per sequence."""
+        """True for a decode step: one token per sequence."""
         return set(self.seqlens) == {1}
 
     @property
@@ -56,7 +56,7 @@ class Packing:
 
 
 class CacheLayout(NamedTuple):
-    """Properties of a model that its cache depends on."""
+    """Windows and sizes of a model that determine its cache."""
 
     layer_windows: tuple[int | None, ...]
     num_key_value_heads: int
@@ -128,11 +128,11 @@ class RollingCache:
 
     @property
     def empty(self) -> bool:
-        """True if no sequence has seen a token yet."""
+        """True until a sequence sees its first token."""
         return not any(self.host_lengths)
 
     def end_of(self, seqlens: list[int]) -> int:
-        """Return the length of the longest sequence after each has grown by `seqlens` tokens.
+        """Return the length of the longest sequence once each has `seqlens` more tokens.
 
         Raises `ValueError` if they do not fit: too many sequences, or, without a window, too long.
         """
@@ -161,14 +161,14 @@ class RollingCache:
         return Packing.of(seqlens, self.host_lengths, self.lengths.device)
 
     def reset(self) -> None:
-        """Empty the cache and keep its memory."""
+        """Empty the cache; the memory stays."""
         self.lengths.zero_()
         self.host_lengths = [0] * self.batch
         self._written = [0] * self.batch
         self.interrupted = False
 
     def reorder(self, sequences: Sequence[int]) -> None:
-        """Replace sequence i by sequence `sequences[i]`, as in a beam search; copy the rings.
+        """Move sequence `sequences[i]` to i, as a beam search does. Copies the rings.
 
         Raises `ValueError` unless there are `batch` indices, each in [0, batch).
         """
@@ -181,7 +181,7 @@ class RollingCache:
         self._written = [self._written[i] for i in sequences]
 
     def select(self, sequences: Sequence[int]) -> RollingCache:
-        """Return a new cache, whose sequence i is a copy of sequence `sequences[i]`."""
+        """Return another cache, whose sequence i is this one's `sequences[i]`."""
         like = self.keys[0]
         chosen = RollingCache(self.config, len(sequences), self.max_length, like.dtype, like.device)
         index = torch.tensor(sequences, device=like.device)

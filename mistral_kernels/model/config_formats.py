@@ -1,4 +1,4 @@
-"""Reading both configuration formats: raw (`params.json`) and Hugging Face (`config.json`)."""
+"""Parsers of both configuration formats: raw (`params.json`) and Hugging Face (`config.json`)."""
 
 from __future__ import annotations
 

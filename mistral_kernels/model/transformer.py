@@ -47,7 +47,7 @@ class MistralForCausalLM(CausalLM):
         self._tie_weights()
 
     def part_of(self, name: str, shape: tuple[int, ...]) -> checkpoint.Part:
-        """Return the part of the checkpoint's tensor `name` that this model holds: all of it."""
+        """Return the part of a checkpoint's tensor `name` that this model holds: all of it."""
         return checkpoint.whole(name, shape)
 
     @classmethod
@@ -100,7 +100,7 @@ class MistralForCausalLM(CausalLM):
         with torch.device("meta"):
             model = cls(stored.config.with_replaced(**overrides))
         if quantize:
-            if extension.load("cpu") is None:
+            if not extension.load("cpu"):
                 _log.warning("%s: slower than unquantised weights", extension.status("cpu"))
             hold_int8(model)
         model._allocate(dtype or stored.dtype, device)
@@ -141,7 +141,7 @@ class MistralForCausalLM(CausalLM):
 
 
 def _map(stored: checkpoint.Checkpoint, model: nn.Module) -> set[str]:
-    """Map weights that are stored as they are held; return the names of the mapped tensors."""
+    """Map weights that are as they were stored from their files; return their names."""
     found: set[str] = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):

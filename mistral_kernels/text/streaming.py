@@ -1,4 +1,4 @@
-"""Text generation from prompts: decode tokens and find stop strings as they come."""
+"""Streaming of generated text: tokens are decoded, and stop strings found, as they come."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_TOKENS = Range(int, 0)
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Next piece of one text; the last has a `finish_reason`: "eos", "stop" or "length".
+    """Piece of one text; `finish_reason` ("eos", "stop" or "length") comes with the last.
 
     `text` may be empty: an incomplete character, and the possible start of a stop string, are held
     back.
@@ -34,7 +34,7 @@ class TextDelta:
 
 @dataclass
 class Completion:
-    """A generated text, without its prompt and its stop string."""
+    """Generated text, without its prompt and its stop string."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Completion:
 
 
 class _StopText:
-    """Filter that passes text on until a stop string, and holds back the possible start of one.
+    """Filter of text up to a stop string; holds back what may be the start of one.
 
     The stop string that begins earliest in the text counts, wherever the text was cut into pieces:
     "bc" in the text ends it only when no earlier "abcd" can still become complete.

@@ -1,4 +1,4 @@
-"""Decode steps: what they launch, that they can be recorded and replayed, and who shares them."""
+"""Decode engines: a step's operators, its capture and replay, and its independence of others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def random_ids(n: int) -> list[int]:
 
 
 class Record(TorchDispatchMode):
-    """Every operator called inside, with what it is given and gives, tensors by their shape.
+    """Record of every operator called inside, its inputs and outputs, tensors by their shape.
 
     With `inside`, of our own operators also what they call.
     """
@@ -60,7 +60,7 @@ class Record(TorchDispatchMode):
 
 
 def at_position(cache: RollingCache, position: int) -> None:
-    """Pretend that each sequence has seen so many tokens, give or take a few."""
+    """Set the number of seen tokens of each sequence to about `position`."""
     cache.host_lengths = [position + i for i in range(cache.batch)]
 
 
@@ -75,7 +75,7 @@ POSITIONS = (1, W - 1, W, W + 1, 5 * W, 1000)  # before, at and after the wrap
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=["greedy", "truncated", "penalised"])
 @torch.inference_mode()
 def test_a_step_on_a_gpu_never_changes(sampler: Sampler) -> None:
-    """The same operators with the same shapes at every position, and nothing read on the host.
+    """Run equal operators and shapes at every position, and read nothing on the host.
 
     On meta tensors, which have shapes, but nothing to read: looking raises.
     """
@@ -135,7 +135,7 @@ FREE = [
 
 @torch.inference_mode()
 def test_launches_of_a_layer(triton_backend: None, device: torch.device) -> None:
-    """9: two norms, which add the residual, four products, SwiGLU, rotation with update, attention.
+    """Launch 9: two norms with the residual, four products, SwiGLU, rotary update, attention.
 
     Inside our operators as outside, memory has the same shapes at every position, and each of them
     launches one kernel, attention over split keys too.
@@ -196,7 +196,7 @@ def stream(model: MistralForCausalLM, prompts: list[list[int]], **options: Any) 
 def test_replayed_text_is_the_same(
     sampler: float | None, model: MistralForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One step runs, one capture, the rest are replays, through the wrap of every layer."""
+    """Run one step, capture one, and replay the rest, through the wrap of every layer."""
     prompts = [random_ids(3), random_ids(W + 4)]
 
     def options() -> dict[str, Any]:
@@ -212,7 +212,7 @@ def test_replayed_text_is_the_same(
 def test_longer_tables_are_captured_anew(
     model: MistralForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A recorded step reads the tables that there were."""
+    """Capture again: a recorded step reads the old tables."""
     prompts = [random_ids(2040)]
     options: dict[str, Any] = {"max_new_tokens": 30, "eos_token_ids": ()}
     expected = stream(model, prompts, **options)
@@ -226,7 +226,7 @@ def test_longer_tables_are_captured_anew(
 def test_the_step_ahead_is_taken_back(
     end: str, model: MistralForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step is queued before its predecessor's tokens are seen. Unwanted, it leaves no trace.
+    """Queue a step before its predecessor's tokens are read; unwanted, it leaves no trace.
 
     The cache holds everything but the last token, and continuing it gives the same text.
     """
@@ -260,7 +260,7 @@ def test_the_step_ahead_is_taken_back(
 
 
 def test_those_that_end_do_not_disturb_the_others(model: MistralForCausalLM) -> None:
-    """Whether or not its batch-mate has ended, a text has the same tokens, its cache the bits."""
+    """A text has the same tokens and cache, whether or not its batch-mate has ended."""
     prompts = [random_ids(4), random_ids(9)]
     whole = stream(model, prompts, max_new_tokens=30)
     eos = next(token for i, token in enumerate(whole[0]) if i > 3 and token not in whole[1])
@@ -281,7 +281,7 @@ def test_logits_are_the_same_bits_in_any_batch(
     model: MistralForCausalLM, dtype: torch.dtype
 ) -> None:
     """Sequences at positions before, at and past their window, over steps in which rings wrap."""
-    if extension.load("cpu") is None:
+    if not extension.load("cpu"):
         pytest.skip(f"PyTorch's products promise no such thing; {extension.status('cpu')}")
     model = model.to(dtype).eval()
     lengths = [1, W - 1, W, W + 1, 2 * W + 3, 5, 7]
@@ -306,7 +306,7 @@ def test_logits_are_the_same_bits_in_any_batch(
 
 
 def test_nothing_but_tokens_is_copied_to_the_host(model: MistralForCausalLM) -> None:
-    """Reading returns what the step before chose, whatever the device has done since."""
+    """Return what the step before chose, whatever the device has done since."""
     cache = model.new_cache(2, 100)
     newest = NextTokens(Sampler(0), 2, model.device)
     engine = CudaGraphEngine(model, cache, newest)

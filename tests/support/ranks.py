@@ -48,6 +48,7 @@ def environment(timeout: float = 60.0) -> dict[str, str]:
         "TRITON_INTERPRET": "0",
         "GLOO_SOCKET_IFNAME": "lo",
         "MASTER_ADDR": "127.0.0.1",
+        "TORCH_CPP_LOG_LEVEL": "FATAL",  # as `cli.startup` sets it for a command
         "MISTRAL_KERNELS_TIMEOUT": str(timeout),
     }
 
