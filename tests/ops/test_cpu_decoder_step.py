@@ -294,9 +294,9 @@ def weights_of(step: Step) -> dict[str, Any]:
         ({"embedding": lambda x: x[0]}, "weights must have 2 dimensions"),
         ({"embedding": lambda x: x.double()}, "embedding must be float32, float16 or bfloat16"),
         ({"head": lambda x: x[1:]}, r"head must be \(11, 52\)"),
-        ({"head": lambda x: x.char()}, "head has the wrong device or dtype"),
-        ({"head_scales": lambda _: torch.ones(11)}, "head has the wrong device or dtype"),
-        ({"norm": lambda x: x.half()}, "norm has the wrong device or dtype"),
+        ({"head": lambda x: x.char()}, "head must be on the CPU, of another dtype"),
+        ({"head_scales": lambda _: torch.ones(11)}, "head must be on the CPU, of another dtype"),
+        ({"norm": lambda x: x.half()}, "norm must be on the CPU, of another dtype"),
         ({"windows_left": lambda x: x[1:]}, "must be those of as many layers"),
         ({"head_dim": lambda _: 12}, "head_dim must be a multiple of 8"),
         ({"head_dim": lambda _: 144}, "kv heads must divide the query heads"),
@@ -306,7 +306,10 @@ def weights_of(step: Step) -> dict[str, Any]:
         ({"weights": lambda x: [*x[:28], None, None]}, "only scales may be None"),
         ({"weights": lambda x: [x[0], x[1][:, 1:], *x[2:]]}, r"qkv must be \(240, 52\)"),
         ({"weights": lambda x: [*x[:3], x[3][:, 24:], *x[4:]]}, "kv heads must divide the query"),
-        ({"weights": lambda x: [*x[:5], x[5].half(), *x[6:]]}, "mlp_norm has the wrong device"),
+        (
+            {"weights": lambda x: [*x[:5], x[5].half(), *x[6:]]},
+            "mlp_norm must be on the CPU, of another",
+        ),
     ],
 )
 def test_bad_weights(change, message, operators, monkeypatch):
@@ -320,10 +323,13 @@ def test_bad_weights(change, message, operators, monkeypatch):
     ("change", "message"),
     [
         ({"lengths": lambda x: x + 100}, r"lengths must lie in the tables' \[0, 20\), got 100"),
-        ({"lengths": lambda x: x.long()}, "lengths has the wrong device or dtype"),
+        ({"lengths": lambda x: x.long()}, "lengths must be on the CPU, of another dtype"),
         ({"k_caches": lambda x: [*x[:-1], x[-1][:2]]}, r"k_cache must be \(3, capacity of both, 2"),
         ({"v_caches": lambda x: [*x[:-1], x[-1][:, 1:]]}, r"v_cache must be \(3, capacity of both"),
-        ({"v_caches": lambda x: [x[0].double(), *x[1:]]}, "v_cache has the wrong device or dtype"),
+        (
+            {"v_caches": lambda x: [x[0].double(), *x[1:]]},
+            "v_cache must be on the CPU, of another dtype",
+        ),
         ({"k_caches": lambda x: [x[0].mT.contiguous().mT, *x[1:]]}, "k_cache must be contiguous"),
         (
             {"k_caches": lambda x: [x[0][0], *x[1:]]},
@@ -331,7 +337,7 @@ def test_bad_weights(change, message, operators, monkeypatch):
         ),
         ({"k_caches": lambda x: x[1:]}, "caches must be those of 3 layers"),
         ({"token_ids": lambda x: x - 9}, r"token_ids must lie in \[0, 11\), got -"),
-        ({"token_ids": lambda x: x.int()}, "token_ids has the wrong device or dtype"),
+        ({"token_ids": lambda x: x.int()}, "token_ids must be on the CPU, of another dtype"),
         ({"logits": lambda x: x[:, :-1].contiguous()}, r"logits must be \(3, 11\)"),
         ({"logits": lambda x: x[0]}, r"logits must be \(3, 11\)"),
         ({"cos": lambda x: x[:, 1:]}, r"cos must be \(20, 12\)"),
