@@ -6,12 +6,14 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import ClassVar
 
 import ptxrun
 import pytest
 import torch
 from hypothesis import settings
+from support.backends import SetBackend, use_backend, without_csrc
 
 from mistral_kernels.model import transformer
 
@@ -125,22 +127,38 @@ def triton_runs(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def set_backend() -> Iterator[SetBackend]:
+    """Return a function that sets MISTRAL_KERNELS_BACKEND until the test ends."""
+    with ExitStack() as stack:
+        yield lambda setting: stack.enter_context(use_backend(setting))
+
+
+@pytest.fixture
+def no_csrc() -> Iterator[None]:
+    """Run the test as on a machine where csrc has no library."""
+    with without_csrc():
+        yield
+
+
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.kernels)])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on the torch backend and on Triton kernels, whatever executes these here."""
     if request.param == "triton":
         request.getfixturevalue("triton_runs")
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", request.param)
-    return request.param
+    with use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture
-def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def torch_backend() -> Iterator[None]:
     """Select the torch backend, for what it alone has, float64 above all."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
+    with use_backend("torch"):
+        yield
 
 
 @pytest.fixture
-def triton_backend(monkeypatch: pytest.MonkeyPatch, triton_runs: None) -> None:
+def triton_backend(triton_runs: None) -> Iterator[None]:
     """Select Triton. Mark such tests ``kernels`` for the interpreter."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    with use_backend("triton"):
+        yield

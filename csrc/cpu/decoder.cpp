@@ -1,7 +1,7 @@
 // One decode step of the whole model, one token per sequence: the kernels that the model's operators
 // call one by one, in the same order. See `CpuEngine` in mistral_kernels/model/engine.py.
-#include "../bindings.h"
 #include "buffer.h"
+#include "operator.h"
 #include "run.h"
 
 #include <cmath>
@@ -16,9 +16,12 @@
 
 namespace {
 
+using kernels::check_heads;
+using kernels::checked_dtype;
+using kernels::OptionalTensor;
+using kernels::vector_data;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 struct Sizes {
   int64_t vocab, hidden, intermediate, heads, kv_heads, head_dim;
@@ -124,7 +127,7 @@ Sizes sizes_of(const Tensor& embedding, const OptionalTensor* weights, int64_t h
   s.head_dim = head_dim;
   check_heads(s.heads, s.kv_heads);
   s.stored = embedding.scalar_type();
-  s.dtype = dtype_of("embedding", embedding);
+  s.dtype = checked_dtype("embedding", embedding);
   return s;
 }
 
@@ -222,7 +225,7 @@ class Step {
       const Layer& l = d_.layers[i];
       normalise(x, residual, l.input_norm);
       multiply(l.qkv, m_.normed, m_.projected);
-      rolling_cache::update(updates_[i], nullptr);
+      kernels::update(updates_[i], nullptr);
       attend(updates_[i], l.window_left);
       multiply(l.o, m_.attended, m_.delta);
       normalise(m_.delta, residual ? residual : x, l.mlp_norm);
@@ -237,20 +240,19 @@ class Step {
   }
 
  private:
-  rolling_cache::Update update_of(const Tensor& cos, const Tensor& sin,
+  kernels::Update update_of(const Tensor& cos, const Tensor& sin,
                                   const Tensor& lengths) const {
-    const int64_t element = size_of(s_.dtype), head = s_.head_dim * element;
-    const int64_t token = s_.qkv() * element;
+    const int64_t element = size_of(s_.dtype), head = s_.head_dim, token = s_.qkv();
     KERNELS_CHECK(cos.dim() == 2, "cos must be (positions, ", s_.head_dim / 2, ")");
     const auto table = [&](const char* name, const Tensor& x) {
       return static_cast<const float*>(
           matrix(name, x, ScalarType::Float, cos.size(0), s_.head_dim / 2));
     };
-    rolling_cache::Update u{};
+    kernels::Update u{};
     u.q = {m_.projected, 0, token, head};
     u.k = {m_.projected + s_.q() * element, 0, token, head};
     u.v = {m_.projected + (s_.q() + s_.kv()) * element, 0, token, head};
-    u.q_out = {m_.turned, 0, s_.q() * element, head};
+    u.q_out = {m_.turned, 0, s_.q(), head};
     u.cos = table("cos", cos);
     u.sin = table("sin", sin);
     u.cos_stride = u.sin_stride = s_.head_dim / 2;
@@ -270,17 +272,17 @@ class Step {
     return u;
   }
 
-  rolling_cache::Update with_rings(rolling_cache::Update u, const Tensor& k_cache,
+  kernels::Update with_rings(kernels::Update u, const Tensor& k_cache,
                                    const Tensor& v_cache) const {
-    const int64_t head = s_.head_dim * size_of(s_.dtype), slot = s_.kv_heads * head;
+    const int64_t head = s_.head_dim, slot = s_.kv_heads * head;
     const int64_t capacity = k_cache.dim() == 4 ? k_cache.size(1) : 0;
     const auto ring = [&](const char* name, const Tensor& x) {
       KERNELS_CHECK(x.dim() == 4 && x.size(0) == rows_ && x.size(1) == capacity && capacity > 0 &&
                         x.size(2) == s_.kv_heads && x.size(3) == s_.head_dim,
                     name, " must be (", rows_, ", capacity of both, ", s_.kv_heads, ", ",
                     s_.head_dim, ")");
-      char* data = vector_data<char>(name, x, s_.stored, rows_ * capacity * s_.kv());
-      return rolling_cache::Heads{data, capacity * slot, slot, head};
+      void* data = vector_data<void>(name, x, s_.stored, rows_ * capacity * s_.kv());
+      return Heads{data, capacity * slot, slot, head};
     };
     u.k_cache = ring("k_cache", k_cache);
     u.v_cache = ring("v_cache", v_cache);
@@ -310,7 +312,7 @@ class Step {
   }
 
   // Of the tokens that `u` has turned and written.
-  void attend(const rolling_cache::Update& u, int64_t window_left) const {
+  void attend(const kernels::Update& u, int64_t window_left) const {
     kernels::Decode d{};
     d.q = u.q_out.data;
     d.k_cache = u.k_cache.data;
@@ -351,7 +353,7 @@ class Step {
   const int64_t rows_;
   const Between m_;
   std::vector<int32_t> cu_seqlens_;
-  std::vector<rolling_cache::Update> updates_;
+  std::vector<kernels::Update> updates_;
 };
 
 void decoder_step(int64_t decoder, const Tensor& token_ids, const Tensor& cos, const Tensor& sin,
@@ -369,7 +371,7 @@ void decoder_step(int64_t decoder, const Tensor& token_ids, const Tensor& cos, c
 
 }  // namespace
 
-LIBRARY_FRAGMENT(KERNELS_NAMESPACE, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(mistral_kernels, m) {
   m.def(
       "make_decoder(Tensor embedding, Tensor?[] weights, Tensor norm, Tensor head, "
       "Tensor? head_scales, int[] windows_left, int head_dim, float eps) -> int");
@@ -379,11 +381,11 @@ LIBRARY_FRAGMENT(KERNELS_NAMESPACE, m) {
       "Tensor(b!)[] v_caches, Tensor(c!) lengths, Tensor(d!) logits) -> ()");
 }
 
-LIBRARY_IMPL(KERNELS_NAMESPACE, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CompositeExplicitAutograd, m) {
   m.impl("drop_decoder", TORCH_BOX(&drop_decoder));
 }
 
-LIBRARY_IMPL(KERNELS_NAMESPACE, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
   m.impl("make_decoder", TORCH_BOX(&make_decoder));
   m.impl("decoder_step", TORCH_BOX(&decoder_step));
 }

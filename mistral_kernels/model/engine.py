@@ -17,14 +17,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from mistral_kernels.model.cache import RollingCache
 from mistral_kernels.model.decoder import CausalLM, MistralModel
 from mistral_kernels.model.layers import MLP, Attention, DecoderLayer, FusedLinear, Linear, RMSNorm
 from mistral_kernels.model.sampling import NextTokens
-from mistral_kernels.ops.dispatch import direct_cpu_operators
+from mistral_kernels.ops import extension
 from mistral_kernels.ops.linear import KERNEL_ROWS
+from mistral_kernels.ops.operator import in_transform
 
 
 class Engine(Protocol):
@@ -58,10 +60,9 @@ def engine_for(model: CausalLM, cache: RollingCache, newest: NextTokens | None =
     model.model.check(cache)
     if model.device.type == "cuda":
         return CudaGraphEngine(model, cache, newest)
-    csrc = _csrc_for(model, cache)
-    if csrc is None:
-        return ModuleEngine(model, cache, newest)
-    return CpuEngine(model, cache, newest, csrc)
+    if _csrc_serves(model, cache):
+        return CpuEngine(model, cache, newest)
+    return ModuleEngine(model, cache, newest)
 
 
 class ModuleEngine:
@@ -157,10 +158,11 @@ class CpuEngine:
     asynchronous = False
 
     def __init__(
-        self, model: CausalLM, cache: RollingCache, newest: NextTokens | None, csrc: Any
+        self, model: CausalLM, cache: RollingCache, newest: NextTokens | None = None
     ) -> None:
         self.model, self.cache, self.newest = model.model, cache, newest
         self._vocab_size, self._dtype = model.config.vocab_size, model.dtype
+        csrc = torch.ops.mistral_kernels
         self._number = csrc.make_decoder.default(*decoder_arguments(model))
         weakref.finalize(self, csrc.drop_decoder.default, self._number)
         self._step = csrc.decoder_step.default
@@ -219,22 +221,33 @@ def _weight_and_scales(linear: Linear) -> tuple[Tensor, Tensor | None]:
     return linear.weight.detach(), linear.scales
 
 
-def _csrc_for(model: CausalLM, cache: RollingCache) -> Any | None:
-    """Return csrc's operators if `CpuEngine` computes what the model's modules would, else None.
+def _csrc_serves(model: CausalLM, cache: RollingCache) -> bool:
+    """Return whether `CpuEngine` computes what the model's modules would.
 
     csrc computes the equations of the modules but calls none of them. The rule: a call of each
     module must run the `forward` that this package defines, and nothing else, on plain tensors.
     """
     modules = (*model.model.modules(), *model.lm_head.modules())
-    if (
-        cache.batch > KERNEL_ROWS
-        or model.config.head_dim % 8
-        or torch.is_grad_enabled()
-        or _has_any_global_hook()
-        or not all(_is_unmodified(module, model.config.rms_norm_eps) for module in modules)
-    ):
-        return None
-    return _csrc(model.model.norm.weight)
+    return (
+        cache.batch <= KERNEL_ROWS
+        and model.config.head_dim % 8 == 0
+        and not torch.is_grad_enabled()
+        and not _is_observed()
+        and not _has_any_global_hook()
+        and all(_is_unmodified(module, model.config.rms_norm_eps) for module in modules)
+        and extension.serves(model.model.norm.weight)
+    )
+
+
+def _is_observed() -> bool:
+    """Return whether PyTorch must see each operator: tracing, transforms, autocast, a mode."""
+    return (
+        torch.compiler.is_compiling()
+        or in_transform()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.is_autocast_enabled("cpu")
+    )
 
 
 # Every module that csrc replaces, and the `forward` that csrc computes.
@@ -253,8 +266,3 @@ def _is_unmodified(module: nn.Module, eps: float) -> bool:
         and getattr(module, "max_norm", None) is None  # an embedding with a limit changes its rows
         and all(type(weight) is nn.Parameter for weight in module.parameters(recurse=False))
     )
-
-
-def _csrc(weight: Tensor) -> Any | None:
-    """Return csrc's operators if this process may run a step with such weights in csrc."""
-    return direct_cpu_operators(weight)

@@ -101,7 +101,7 @@ class MistralForCausalLM(CausalLM):
         with torch.device("meta"):
             model = cls(stored.config.with_replaced(**overrides))
         if quantize:
-            if extension.load("cpu") is None:
+            if not extension.load("cpu"):
                 _log.warning("%s: slower than unquantised weights", extension.status("cpu"))
             hold_int8(model)
         model._allocate(dtype or stored.dtype, device)
