@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class _NONE:
-    params: dict[str, object] = {}
+    params: ClassVar[dict[str, object]] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -100,14 +101,14 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def device() -> torch.device:
-    """The real GPU where there is one. (The interpreter is for CPU tensors.)"""
+    """Return the GPU if there is one, except under the interpreter, which is for CPU tensors."""
     on_gpu = torch.cuda.is_available() and not INTERPRETING
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
 def triton_runs() -> Iterator[None]:
-    """Something here runs Triton kernels: a GPU, the interpreter, or compiled PTX on the CPU."""
+    """Skip unless a GPU, the interpreter or compiled PTX on the CPU runs Triton kernels."""
     if torch.cuda.is_available() or INTERPRETING:
         yield
         return
@@ -119,7 +120,7 @@ def triton_runs() -> Iterator[None]:
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.kernels)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each test runs on the torch backend and on Triton kernels, whatever executes these here."""
+    """Run the test on the torch backend and on Triton kernels, whatever executes these here."""
     if request.param == "triton":
         request.getfixturevalue("triton_runs")
     monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", request.param)
@@ -128,11 +129,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what it alone has, float64 above all."""
+    """Select the torch backend, for what it alone has, float64 above all."""
     monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
 
 
 @pytest.fixture
 def triton_backend(monkeypatch: pytest.MonkeyPatch, triton_runs: None) -> None:
-    """For what is only true of Triton kernels. Mark such tests ``kernels`` for the interpreter."""
+    """Select Triton. Mark such tests ``kernels`` for the interpreter."""
     monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")

@@ -1,4 +1,4 @@
-"""The package as a whole: what importing it takes, who imports whom, what is public."""
+"""The package as a whole: weight of its import, import directions, public names."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def python(*arguments: str) -> str:
 
 
 def imports_of(path: Path):
-    """(name, is it run on import of the module) of every import."""
+    """Yield (name, whether importing the module runs it) of every import."""
     tree = ast.parse(path.read_text())
     lazy = {
         id(node)
@@ -95,7 +95,7 @@ def fits(name: str, prefix: str) -> bool:
 
 
 def test_importing_is_light():
-    """Nothing but torch and what it brings, and no GPU is looked for."""
+    """Import nothing but torch and its dependencies, and look for no GPU."""
     code = f"""
 import sys, torch
 before = set(sys.modules)
@@ -199,7 +199,7 @@ CLASSES = {"MistralConfig", "MistralForCausalLM", "MistralTokenizer", "RollingCa
 
 
 def test_public_signatures():
-    """What others have written against this package keeps working."""
+    """Code written against this package keeps working."""
     assert set(mistral_kernels.__all__) == CLASSES | set(OPERATORS)
     for name, expected in OPERATORS.items():
         signature = inspect.signature(getattr(mistral_kernels, name))

@@ -31,7 +31,8 @@ def open_closed_streams() -> None:
     os.close(number)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115, open until the end
+            setattr(sys, name, stream)
 
 
 def end_on_interrupt(number: int, frame: FrameType | None) -> None:

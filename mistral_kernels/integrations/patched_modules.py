@@ -1,4 +1,4 @@
-"""What `apply_mistral_kernels` puts in the place of a module's forward and of its config.
+"""Replacements of modules' forwards and configs, for `apply_mistral_kernels`.
 
 A replaced forward is a method: bound to its module, as others expect to find it there. A deep copy
 of it is bound to the copy of the module. A pickle of it is the class's own forward.
@@ -102,7 +102,10 @@ def swiglu_forward(_: Forward) -> Forward:
 
 
 def rotary_tables_forward(original: Forward) -> Forward:
-    """cos and sin in float32. The kind of rope, and its scaling, are the module's own."""
+    """Return a forward that makes cos and sin in float32.
+
+    The kind of rope and its scaling are the module's own.
+    """
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         # The module reads nothing of x but its device and dtype.
@@ -171,11 +174,15 @@ def loss_obstacle(model: Any) -> str | None:
 
 
 def loss_forward(original: Forward) -> Forward:
-    """The loss without the logits, in training with labels. All else goes to `original`."""
+    """Return a forward that, in training with labels, computes the loss without the logits.
+
+    All other calls go to `original`.
+    """
     names = [name for name in inspect.signature(original).parameters if name != "self"]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args, strict=True)), **kwargs}
+        # strict=False: most arguments are given by keyword.
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         labels = given.pop("labels", None)
         to_keep = given.pop("logits_to_keep", 0)
         return_dict = given.get("return_dict")

@@ -177,7 +177,7 @@ def _models(module: nn.Module) -> Iterator[PreTrainedModel]:
 
 
 class _Plan:
-    """Return what is to be replaced in a model, and a handle with the reasons for what is not.
+    """Replacements in one model, and a handle with the reasons for what is not replaced.
 
     Planning changes nothing.
     """
@@ -233,7 +233,7 @@ class _Plan:
                 self.replace_forward("swiglu", module, patched_modules.swiglu_forward)
 
     def rotary(self) -> None:
-        """All or nothing: the attentions must agree with the tables."""
+        """Replace rotation in all attentions or in none: they must agree with the tables."""
         attentions = self._attentions("rotary")
         for module in attentions:
             if patched_modules.rotary_attention_forward(method_of(module)[1]) is None:

@@ -1,4 +1,4 @@
-"""transformers' models on these kernels: one word switches a model's attention.
+"""Switch of transformers' models to these kernels: one word for a model's attention.
 
     from mistral_kernels.integrations.transformers import register
     register()

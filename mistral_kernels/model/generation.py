@@ -142,7 +142,7 @@ class Generation:
         seen = None
         if sampler.repetition_penalty != 1.0:
             seen = torch.zeros(batch, self.config.vocab_size, dtype=torch.bool, device=self.device)
-            for texts in (prompts, context or ()):
+            for texts in filter(None, (prompts, context)):
                 for row, text in zip(seen, texts, strict=True):
                     row[torch.tensor(text, dtype=torch.long, device=self.device)] = True
         step = DecodeStep(self, cache, sampler, seen)

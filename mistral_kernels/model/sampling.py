@@ -1,4 +1,4 @@
-"""Choosing the next token from its logits."""
+"""Choice of the next token from its logits."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Sampler:
         return probabilities.div_(clocks)
 
     def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
-        """What is drawn from, float32 (batch, vocab_size), at a temperature above 0."""
+        """Return the float32 (batch, vocab_size) probabilities at a temperature above 0."""
         logits = self._penalise(logits, seen)
         # From the largest down, so that no temperature, however small, overflows.
         logits = logits - logits.amax(dim=-1, keepdim=True)

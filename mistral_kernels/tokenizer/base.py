@@ -20,7 +20,7 @@ _PADDING = {True: True, "longest": True, False: False, "do_not_pad": False}
 
 
 class TokenizerError(ValueError):
-    """A tokenizer file, a text, a token id or a conversation cannot be used. One line of reason."""
+    """Error in a tokenizer file, a text, a token id or a conversation, with its reason in one line."""
 
 
 class TokenizerOutput(dict[str, Any]):
@@ -144,7 +144,7 @@ class MistralTokenizer(ABC):
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the files are those of an Instruct model.
+        """True if the files are those of an Instruct model.
 
         With a tokenizer_config.json: whether a template comes with it. Else whether the vocabulary
         or the file's name has one: not so for the plain `tokenizer.model` of Mistral-7B v0.1 and

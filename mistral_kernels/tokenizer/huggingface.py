@@ -248,8 +248,10 @@ class _WindowDecoder(StreamDecoder):
 
 @functools.cache
 def _byte_level_alphabet() -> dict[str, int]:
-    """Return the byte of each character of a ByteLevel vocabulary (GPT-2's alphabet): printable
-    Latin-1 stands for itself, the other bytes, in order, are U+0100 and up."""
+    """Return the byte of each character of a ByteLevel vocabulary (GPT-2's alphabet).
+
+    Printable Latin-1 stands for itself; the other bytes, in order, are U+0100 and up.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}

@@ -31,7 +31,7 @@ def pages() -> list[dict[str, list[int]]]:
 
 
 def fine_tune(folder: Path, steps: int, patched: bool, **options: Any) -> list[float]:
-    """The loss of every step."""
+    """Return the loss of every step."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         TINY, dtype=torch.float32, attn_implementation="eager"
     )

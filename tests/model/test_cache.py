@@ -1,4 +1,4 @@
-"""The rolling cache: its size, its slots, what fits it, and going back."""
+"""The rolling cache: its size, its slots, its limits, and dropping tokens."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_nothing_is_allocated_or_moved_as_the_text_grows() -> None:
 
 @torch.inference_mode()
 def test_the_token_at_p_lies_in_slot_p_modulo_capacity() -> None:
-    """In the first layer, where keys and values depend on their own token alone."""
+    """Check the first layer, whose keys and values depend on their own token alone."""
     model, ids = make_model(), random_ids(40)
     for length in (1, W - 1, W, W + 1, 2 * W, 40):
         cache = model.new_cache(1, 40)
@@ -134,7 +134,9 @@ def test_rewind_forgets(window: int | tuple[int | None, ...] | None) -> None:
 def test_rewind_refuses_what_is_lost() -> None:
     cache = empty_cache()
     cache.advance(cache.packing([W, 3]))
-    with pytest.raises(ValueError, match="cannot rewind sequences of .7, 3. tokens .* to 4 tokens"):
+    with pytest.raises(
+        ValueError, match=r"cannot rewind sequences of .7, 3. tokens .* to 4 tokens"
+    ):
         cache.rewind(4)
     cache.rewind(3)
     cache.advance(cache.packing([W - 3, W - 2]))
@@ -145,7 +147,7 @@ def test_rewind_refuses_what_is_lost() -> None:
 
 @torch.inference_mode()
 def test_take_back_forgets() -> None:
-    """As long as a ring has overwritten nothing; after that one token, which costs nothing."""
+    """Drop any number of tokens until a ring wraps, and one token afterwards."""
     model, ids = make_model(), random_ids(W + 5)
     cache = model.new_cache(2, 64)
     model.prefill([ids[:5], ids[:W]], cache)
@@ -157,12 +159,12 @@ def test_take_back_forgets() -> None:
     actual = model.decode(torch.tensor([ids[-1]] * 2), cache)
     expected = model.prefill([ids] * 2, model.new_cache(2, 64))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="cannot take 2 tokens back .* of .12, 12. .* of 7 slots"):
+    with pytest.raises(ValueError, match=r"cannot take 2 tokens back .* of .12, 12. .* of 7 slots"):
         cache.take_back(2)
     cache.reset()
     cache.advance(cache.packing([1, 3]))
     with pytest.raises(
-        ValueError, match="cannot take 2 tokens back from sequences of .1, 3. token"
+        ValueError, match=r"cannot take 2 tokens back from sequences of .1, 3. token"
     ):
         cache.take_back(2)
 
@@ -195,7 +197,7 @@ def test_an_interrupted_pass_leaves_no_usable_cache(monkeypatch: pytest.MonkeyPa
 
 
 def test_reset_and_reorder() -> None:
-    """Afterwards the cache is a new one, or its sequences stand where they were asked to."""
+    """Compare with a new cache, and with sequences in the new order."""
     model = make_model()
     prompts = [random_ids(5), random_ids(W + 6)]
     cache, fresh = model.new_cache(2, 64), model.new_cache(2, 64)
@@ -234,7 +236,7 @@ def test_reorder_wants_every_sequence(sequences: list[int]) -> None:
 def test_a_cache_of_another_model(
     changes: dict[str, int], dtype: torch.dtype, device: str, message: str
 ) -> None:
-    """Is refused, and as it was."""
+    """Refuse it, and leave it as it was."""
     config = dataclasses.replace(SMALL, **changes)  # type: ignore[arg-type]
     cache = RollingCache(config, 1, 64, dtype, device)
     with pytest.raises(ValueError, match=message):
