@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.attention.cached import attend_cached
 from mistral_kernels.ops.attention.checks import (
     check_num_splits,
     check_options,
@@ -21,6 +20,7 @@ from mistral_kernels.ops.attention.checks import (
     check_scoring,
     check_slopes,
 )
+from mistral_kernels.ops.attention.ops import attend_cached
 from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.checks import (

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops.attention import check_qkv
-from mistral_kernels.ops.attention.cached import attend_cached
+from mistral_kernels.ops.attention.ops import attend_cached
 from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
 from mistral_kernels.ops.attention.window import Window
 from mistral_kernels.ops.dispatch import uses_triton, with_unit_stride

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from mistral_kernels.integrations.mask import Mask, is_tracing
 from mistral_kernels.integrations.transformers_masks import create_mask
 from mistral_kernels.ops.attention import attention, check_qkv
-from mistral_kernels.ops.attention.cached import attend_cached
+from mistral_kernels.ops.attention.ops import attend_cached
 from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.dispatch import uses_triton, with_unit_stride

@@ -11,9 +11,9 @@ from support.helpers import FLOATS, assert_as_accurate
 from torch import Tensor
 
 from mistral_kernels.ops import extension
-from mistral_kernels.ops.attention.cache_torch import attend_in_pieces
-from mistral_kernels.ops.attention.cached import attend_cached
+from mistral_kernels.ops.attention.ops import attend_cached
 from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
+from mistral_kernels.ops.attention.torch_cache import cached_forward
 from mistral_kernels.ops.attention.window import Window
 
 
@@ -123,7 +123,7 @@ def attend(q: Tensor, cache: CacheView, window_left: int) -> Tensor:
 def attend_in_pytorch(q: Tensor, cache: CacheView, window_left: int) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extension, "load", lambda device_type: None)
-        return attend_in_pieces(q, None, None, spec_of(cache, window_left), False)[0]
+        return cached_forward(q, None, None, spec_of(cache, window_left), False)[0]
 
 
 def assert_attends(q: Tensor, cache: CacheView, window_left: int) -> Tensor:

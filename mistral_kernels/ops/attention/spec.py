@@ -6,7 +6,7 @@ lists them in the order of the schemas below and `unflatten` restores the spec b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -23,6 +23,7 @@ SCHEMA = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     f"{_OPTIONS}"
 )
+TENSORS = [i for i, argument in enumerate(SCHEMA.split(",")) if "Tensor" in argument]
 CACHE_SCHEMA = (
     "Tensor k_cache, Tensor v_cache, Tensor lengths, SymInt seqlen_new, Tensor? rows, "
     "Tensor? leftpad, Tensor? block_table, Tensor? cu_seqlens, SymInt max_seqlen_q, "
@@ -75,9 +76,8 @@ class CacheView(NamedTuple):
         return capacity_of(self.k_cache, self.block_table)
 
 
-@dataclass(frozen=True)
-class AttentionSpec:
-    """Layout, window and scoring of one call.
+class AttentionSpec(NamedTuple):
+    """Layout, window and scoring of one call; a named tuple, made three times per call.
 
     Attributes:
         sequences: layout of q, k and v. With a cache: of q and of the new tokens' k and v.
@@ -104,17 +104,28 @@ class AttentionSpec:
         return (*self.cache, sequences.cu_seqlens_q, sequences.max_seqlen_q, *options)
 
     @classmethod
-    def unflatten(cls, *values: Any) -> AttentionSpec:
+    def unflatten(cls, values: Sequence[Any]) -> AttentionSpec:
         """Return the spec from which `flatten` made the values."""
-        *layout, softmax_scale, left, right, softcap, alibi_slopes = values
+        softmax_scale, left, right, softcap, alibi_slopes = values[-5:]
         cache = None
-        if len(layout) == 4:
-            sequences = Sequences(*layout)
+        if len(values) == 9:
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = values[:4]
         else:
-            *view, cu_seqlens, max_seqlen = layout
-            cache = CacheView(*view)
-            sequences = Sequences(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+            cache = CacheView(*values[:7])
+            cu_seqlens_q, max_seqlen_q = cu_seqlens_k, max_seqlen_k = values[7:9]
+        sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return cls(sequences, Window(left, right), softmax_scale, softcap, alibi_slopes, cache)
+
+    def of_sequence(self, index: int, seqlen_q: int, seqlen_k: int) -> AttentionSpec:
+        """Return the spec of one sequence, as a rectangular batch of its own without a cache."""
+        slopes = self.alibi_slopes
+        if slopes is not None and slopes.ndim == 2:
+            slopes = slopes[index]
+        return self._replace(
+            sequences=Sequences(None, None, seqlen_q, seqlen_k),
+            alibi_slopes=slopes,
+            cache=None,
+        )
 
     def scale(self, head_dim: int) -> float:
         """Return the factor of the products of queries and keys."""
