@@ -28,9 +28,8 @@ from mistral_kernels.ops.attention.launch import (
     same_strides,
     softmax_factors,
 )
-from mistral_kernels.ops.attention.packed import Offsets
+from mistral_kernels.ops.attention.spec import AttentionSpec
 from mistral_kernels.ops.attention.tiles import load_rows, sequence_bounds, sequence_pointer
-from mistral_kernels.ops.attention.window import Window
 from mistral_kernels.ops.dispatch import device_guard
 from mistral_kernels.ops.launch_configs import Config, cdiv, next_power_of_2
 from mistral_kernels.ops.lazy_triton import jit
@@ -74,26 +73,23 @@ def _delta_kernel(
     tl.store(lse2_ptr + offset, lse2, mask=query < seqlen_q)
 
 
-def launch(
+def attention_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    offsets: Offsets | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    window: Window,
-    softcap: float,
-    alibi_slopes: Tensor | None,
+    spec: AttentionSpec,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of q, k and v that `output_mask` asks for."""
-    problem = Problem(q, k, offsets, window, alibi_slopes)
+    """Return the gradients of q, k and v, None where `output_mask` is False."""
+    problem = Problem(q, k, spec)
+    cu_seqlens_q, _, max_seqlen_q, max_seqlen_k, covers_q, covers_k = spec.sequences
+    window, softcap = spec.window, spec.softcap
     *_, num_heads, head_dim = q.shape
-    covered = (True,) * 3 if offsets is None else (offsets.covers_q, *[offsets.covers_k] * 2)
+    softmax_scale = spec.scale(head_dim)
+    covered = covers_q, covers_k, covers_k
     dq, dk, dv = (
         (torch.empty_like if whole else torch.zeros_like)(x, memory_format=torch.contiguous_format)
         if need
@@ -113,9 +109,9 @@ def launch(
     )
     common = {
         "HEAD_DIM": head_dim,
-        "VARLEN": offsets is not None,
+        "VARLEN": cu_seqlens_q is not None,
         "SOFTCAP": softcap > 0,
-        "ALIBI": alibi_slopes is not None,
+        "ALIBI": problem.slopes is not None,
         "PRECISION": problem.precision,
         "GROUP": problem.group,
     }
@@ -167,7 +163,7 @@ def launch(
                 *(max_seqlen_q, tiles),
                 NUM_HEADS=num_heads,
                 HEAD_DIM=head_dim,
-                VARLEN=offsets is not None,
+                VARLEN=cu_seqlens_q is not None,
                 **config,
             )
     if (dk is not None or dv is not None) and k.numel():

@@ -21,10 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.launch import Problem, offsets_within, softmax_factors
-from mistral_kernels.ops.attention.packed import Offsets
-from mistral_kernels.ops.attention.scoring import Scoring
+from mistral_kernels.ops.attention.spec import AttentionSpec
 from mistral_kernels.ops.attention.tiles import (
     load_block,
     load_rows,
@@ -275,20 +273,19 @@ def num_counters(batch: int, num_kv_heads: int) -> int:
     return _SPLIT_TILES * batch * num_kv_heads
 
 
-def launch(
+def attention_decode(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
-    cache: CacheView,
-    scoring: Scoring,
-    max_seqlen_q: int,
+    spec: AttentionSpec,
     num_splits: int,
     counters: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`cached.py`'s operator: the output and the log-sum-exp."""
-    cu_seqlens, window = cache.cu_seqlens, scoring.window
-    offsets = None if cu_seqlens is None else Offsets(cu_seqlens, cu_seqlens, True, True)
-    problem = Problem(q, cache.k_cache, offsets, window, scoring.alibi_slopes)
+    """Return the output and the log-sum-exp of new tokens over `spec.cache` and over k and v."""
+    cache = spec.cache
+    assert cache is not None
+    cu_seqlens, max_seqlen_q = spec.sequences.cu_seqlens_q, spec.sequences.max_seqlen_q
+    problem = Problem(q, cache.k_cache, spec)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
@@ -324,7 +321,7 @@ def launch(
             q.shape[:-1].numel(),
             *(max_seqlen_q, cache.seqlen_new, tiles, splits, split_keys, problem.num_kv_heads),
             *(cache.capacity, cache.k_cache.shape[1], problem.left, problem.right),
-            *softmax_factors(scoring.scale, scoring.softcap),
+            *softmax_factors(spec.scale(problem.head_dim), spec.softcap),
             GROUP=problem.group,
             HEAD_DIM=problem.head_dim,
             SPLIT=splits > 1,
@@ -333,9 +330,9 @@ def launch(
             ROWS=cache.rows is not None,
             LEFTPAD=cache.leftpad is not None,
             PAGED=cache.block_table is not None,
-            LEFT_EDGE=window.left >= 0 and max_seqlen_q > 1,
+            LEFT_EDGE=spec.window.left >= 0 and max_seqlen_q > 1,
             NARROW=problem.narrow_for_queries(config),
-            SOFTCAP=scoring.softcap > 0,
+            SOFTCAP=spec.softcap > 0,
             ALIBI=problem.slopes is not None,
             PRECISION=problem.precision,
             OFFSETS=offsets_within("block", config["BLOCK_N"], *fresh),

@@ -24,7 +24,7 @@ from mistral_kernels.ops.attention.launch import (
     same_strides,
     softmax_factors,
 )
-from mistral_kernels.ops.attention.packed import Offsets
+from mistral_kernels.ops.attention.spec import AttentionSpec
 from mistral_kernels.ops.attention.tiles import (
     load_block,
     load_rows,
@@ -34,7 +34,7 @@ from mistral_kernels.ops.attention.tiles import (
     sequence_pointer,
     store_rows,
 )
-from mistral_kernels.ops.attention.window import Window, block_ranges, hide
+from mistral_kernels.ops.attention.window import block_ranges, hide
 from mistral_kernels.ops.device_functions import tanh
 from mistral_kernels.ops.launch_configs import Config, cdiv
 from mistral_kernels.ops.lazy_triton import jit
@@ -150,24 +150,16 @@ def _forward_kernel(
     tl.store(lse_ptr + lse_offset, lse, mask=query < seqlen_q)
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Offsets | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    window: Window,
-    softcap: float,
-    alibi_slopes: Tensor | None,
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
-    """The output and the log-sum-exp of a batch, rectangular or packed."""
-    problem = Problem(q, k, offsets, window, alibi_slopes)
-    *_, _num_heads, head_dim = q.shape
+    """Return the output and the log-sum-exp of a batch, rectangular or packed."""
+    problem = Problem(q, k, spec)
+    cu_seqlens_q, _, max_seqlen_q, max_seqlen_k, covers_q, _ = spec.sequences
+    head_dim = problem.head_dim
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
-    if offsets is not None and not offsets.covers_q:
+    if not covers_q:
         out.zero_()
         lse.fill_(-torch.inf)
     if out.numel() == 0:
@@ -182,14 +174,14 @@ def launch(
             problem.slopes_stride,
             *(max_seqlen_q, max_seqlen_k, tiles, problem.num_kv_heads),
             *(problem.left, problem.right),
-            *softmax_factors(softmax_scale, softcap),
+            *softmax_factors(spec.scale(head_dim), spec.softcap),
             GROUP=problem.group,
             HEAD_DIM=head_dim,
-            VARLEN=offsets is not None,
-            LEFT_EDGE=window.left >= 0,
+            VARLEN=cu_seqlens_q is not None,
+            LEFT_EDGE=spec.window.left >= 0,
             NARROW=problem.narrow_for_queries(config),
-            SOFTCAP=softcap > 0,
-            ALIBI=alibi_slopes is not None,
+            SOFTCAP=spec.softcap > 0,
+            ALIBI=problem.slopes is not None,
             PRECISION=problem.precision,
             SAME_STRIDES=same_strides(config, k, v),
             OFFSETS=offsets_within("block", config["BLOCK_N"], k, v),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mistral_kernels.ops import tuning
 from mistral_kernels.ops.attention import tile_table
-from mistral_kernels.ops.attention.packed import Offsets
-from mistral_kernels.ops.attention.window import UNBOUNDED, Window, is_narrow
+from mistral_kernels.ops.attention.spec import AttentionSpec
+from mistral_kernels.ops.attention.window import UNBOUNDED, is_narrow
 from mistral_kernels.ops.checks import check_float, check_triton_dtype
 from mistral_kernels.ops.dispatch import (
     device_guard,
@@ -35,27 +35,22 @@ def softmax_factors(softmax_scale: float, softcap: float) -> tuple[float, float]
 class Problem:
     """Shapes and bounds of one call, rectangular or packed, as kernels take them."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        offsets: Offsets | None,
-        window: Window,
-        alibi_slopes: Tensor | None,
-    ) -> None:
+    def __init__(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> None:
+        cu_seqlens_q, cu_seqlens_k, *_ = spec.sequences
         check_float("q", q)
         check_triton_dtype("q", q)
         *batch, tokens, self.num_heads, self.head_dim = q.shape
         self.num_kv_heads = k.shape[-2]
         self.group = self.num_heads // self.num_kv_heads
         self.block_d = max(16, next_power_of_2(self.head_dim))
-        self.packed = offsets is not None
-        self.batch = batch[0] if offsets is None else offsets.q.numel() - 1
-        self.cu_seqlens_q = None if offsets is None else offsets.q.contiguous()
-        self.cu_seqlens_k = None if offsets is None else offsets.k.contiguous()
+        self.packed = cu_seqlens_q is not None
+        self.batch = batch[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+        self.cu_seqlens_q = None if cu_seqlens_q is None else cu_seqlens_q.contiguous()
+        self.cu_seqlens_k = None if cu_seqlens_k is None else cu_seqlens_k.contiguous()
         self.lse_shape = (*batch, self.num_heads, tokens)
-        self.left, self.right = window.reach
-        self.slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
+        self.left, self.right = spec.window.reach
+        slopes = spec.alibi_slopes
+        self.slopes = None if slopes is None else slopes.float().contiguous()
         per_batch = self.slopes is not None and self.slopes.ndim == 2
         self.slopes_stride = self.num_heads if per_batch else 0
         self.precision = float32_precision(q)
