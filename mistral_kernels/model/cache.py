@@ -20,9 +20,9 @@ from mistral_kernels.ops.rolling_cache import rolling_cache_update_
 class Packing:
     """Division of a packed batch into sequences.
 
-    `cu_seqlens` (batch + 1,) int32 and `positions` (total_tokens,) lie on the model's device;
-    `seqlens` is their host copy, and all positions are below `end`. A batch of equal lengths is
-    `rectangular`.
+    `cu_seqlens` (batch + 1,) int32 and `positions` (total_tokens,) are on the model's device.
+    `seqlens` are the lengths on the host. All positions are below `end`. A batch of equal lengths
+    is `rectangular`.
     """
 
     seqlens: tuple[int, ...]
@@ -93,12 +93,12 @@ class RollingCache:
     """Keys and values of every layer, in rings that never grow.
 
     Layer i holds k and v of (batch, capacity_i, num_kv_heads, head_dim), where capacity_i is the
-    smaller of the layer's sliding window and `max_length`. The token at absolute position p lies in
-    slot p % capacity_i. `lengths` (batch,) int32, on the device, counts the tokens each sequence
+    smaller of the layer's sliding window and `max_length`. The token at position p is in slot
+    p % capacity_i. `lengths` (batch,) int32, on the device, counts the tokens each sequence
     has seen; `host_lengths` is the same on the host.
 
-    With a window in every layer, text may go on for ever. A layer without one needs every key:
-    appending past `max_length` then raises.
+    With a window in every layer, the length of the text is unlimited. A layer without a window
+    needs every key: appending past `max_length` then raises.
 
     Raises `ValueError` for a batch or a `max_length` that is not positive, and `MemoryError` for
     rings on the CPU that are larger than the machine's memory.
@@ -145,7 +145,7 @@ class RollingCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rings: constant from construction on."""
+        """Bytes of all rings; constant."""
         return sum(ring.nbytes for ring in (*self.keys, *self.values))
 
     @property
