@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops import extension
-from mistral_kernels.ops.attention import decode
 from mistral_kernels.ops.attention.cache_torch import attend_in_pieces, is_decode_step
 from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.checks import (
@@ -22,6 +21,7 @@ from mistral_kernels.ops.attention.checks import (
     check_scoring,
     check_slopes,
 )
+from mistral_kernels.ops.attention.kernels import decode
 from mistral_kernels.ops.attention.op import empty_outputs, lse_dtype
 from mistral_kernels.ops.attention.scoring import Scoring
 from mistral_kernels.ops.attention.window import Window

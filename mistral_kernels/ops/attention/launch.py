@@ -22,16 +22,6 @@ from mistral_kernels.ops.dispatch import (
 from mistral_kernels.ops.launch_configs import Config, cdiv, next_power_of_2
 
 
-def softmax_factors(softmax_scale: float, softcap: float) -> tuple[float, float]:
-    """`tanh_scale` and `exp_scale` of the kernels, where 2^(exp_scale * s) weighs a score s.
-
-    s is the product q k, or, with a softcap, tanh(tanh_scale * q k).
-    """
-    if softcap:
-        return softmax_scale / softcap, softcap * math.log2(math.e)
-    return 1.0, softmax_scale * math.log2(math.e)
-
-
 class Problem:
     """Shapes and bounds of one call, rectangular or packed, as kernels take them."""
 
@@ -58,6 +48,7 @@ class Problem:
         self.slopes = None if alibi_slopes is None else alibi_slopes.float().contiguous()
         per_batch = self.slopes is not None and self.slopes.ndim == 2
         self.slopes_stride = self.num_heads if per_batch else 0
+        self.slopes_view = None if self.slopes is None else (self.slopes, self.slopes_stride)
         self.precision = float32_precision(q)
         self.device = device_properties(q)
         self.like = q

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.attention import backward, forward, packed
+from mistral_kernels.ops.attention import packed
 from mistral_kernels.ops.attention.bands import banded_backward, banded_forward
 from mistral_kernels.ops.attention.checks import (
     check_cu_seqlens,
@@ -19,6 +19,7 @@ from mistral_kernels.ops.attention.checks import (
     check_scoring,
     check_slopes,
 )
+from mistral_kernels.ops.attention.kernels import backward, forward
 from mistral_kernels.ops.attention.packed import Offsets
 from mistral_kernels.ops.attention.scoring import Scoring
 from mistral_kernels.ops.attention.window import Window
