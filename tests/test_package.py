@@ -35,7 +35,6 @@ MAY_IMPORT = {
     "ops.reference": (),
     "ops.compiler": (),  # which setup.py loads alone
     "ops.build_cache": ("ops.compiler", "utils.files"),
-    "ops.tuning": ("ops", "utils.files"),
     "utils": ("utils",),
     "model": ("model", "ops", "checkpoint", "utils"),
     "model.config": ("model.config_formats",),

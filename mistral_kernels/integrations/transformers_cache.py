@@ -24,8 +24,8 @@ from mistral_kernels.integrations.transformers_attention import attend_single, s
 from mistral_kernels.model import cache as model_cache
 from mistral_kernels.model.cache import CacheLayout, Packing
 from mistral_kernels.ops.attention import attention
-from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.cached import attend_cached
+from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.dispatch import with_unit_stride
 from mistral_kernels.ops.rolling_cache import update_op
@@ -289,14 +289,15 @@ class PendingKeys:
         elif rings.empty and not step.packing.one_each:
             out = step.unpack(step.attend_alone(step.pack(query), k, v, window, scaling))
         else:
-            fresh = (None, None) if step.packing.one_each else (k, v)
-            packed, _ = attend_cached(
-                *(step.pack(query), *fresh, CacheView(*ring, rings.lengths, cu_seqlens)),
-                window=resolve_window(True, None, window),
-                max_seqlen_q=longest,
-                softmax_scale=scaling,
-                counters=rings.counters,
+            fresh_k, fresh_v = (None, None) if step.packing.one_each else (k, v)
+            spec = AttentionSpec(
+                Sequences(cu_seqlens, None, longest, longest),
+                resolve_window(True, None, window),
+                scaling,
+                cache=CacheView(*ring, rings.lengths),
             )
+            q = step.pack(query)
+            packed, _ = attend_cached(q, fresh_k, fresh_v, spec, counters=rings.counters)
             out = step.unpack(packed)
         if not step.packing.one_each:
             update_op(*ring, k, v, *places)

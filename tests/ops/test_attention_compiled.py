@@ -149,5 +149,7 @@ def test_effective_share_of_backward():
     """Useful are 5 products a pair of tiles; dk and dv take 4, dq 3, recomputing 2."""
     for target, share in (("sm_80", 0.57), ("sm_90", 0.71)):
         kernels = compiled(target, BF16, 128)
-        dkdv, dq = (kernels[x].main_loop()["bounds"]["est_m"] for x in ("_dkdv_kernel", "_dq_kernel"))
+        dkdv, dq = (
+            kernels[x].main_loop()["bounds"]["est_m"] for x in ("_dkdv_kernel", "_dq_kernel")
+        )
         assert 10 / (8 / dkdv + 6 / dq) >= share

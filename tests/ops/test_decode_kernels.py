@@ -333,8 +333,9 @@ def test_operators_are_well_formed(op, backend, device):
     ops = torch.ops.mistral_kernels
     if op == "cached_attention":
         counters = torch.zeros(16, dtype=torch.int32, device=device)
-        rest = (0, None, None, None, 1, 299, 0, 0.125, 0.0, None, False, 0, counters)
-        arguments = (q, None, None, k_cache, v_cache, *where, *rest)
+        lengths, cu_seqlens = where
+        rest = (lengths, 0, None, None, None, cu_seqlens, 1, 0.125, 299, 0, 0.0, None, False, 0)
+        arguments = (q, None, None, k_cache, v_cache, *rest, counters)
         torch.library.opcheck(ops.cached_attention.default, arguments)
     elif op == "rolling_cache_update":
         arguments = (k_cache, v_cache, k, v, *where, 1, None, None)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.cached import attend_cached
 from mistral_kernels.ops.attention.checks import (
     check_ndim,
@@ -23,6 +22,7 @@ from mistral_kernels.ops.attention.checks import (
     check_qkv,
 )
 from mistral_kernels.ops.attention.op import attend
+from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.cache_arguments import check_one_per_row
 from mistral_kernels.ops.checks import check_optional_tensors, check_tensors
@@ -89,18 +89,22 @@ def attention(
     for name, x in (("q", q), ("k", k)):
         check_ndim(name, x, 4 if cu_seqlens_q is None else 3)
     tokens_q, tokens_k = q.shape[-3], k.shape[-3]
-    out, lse = attend(
-        *(with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)),
-        window=resolve_window(causal, window_size, sliding_window),
-        softmax_scale=softmax_scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=_as_length("max_seqlen_q", max_seqlen_q, tokens_q),
-        max_seqlen_k=_as_length("max_seqlen_k", max_seqlen_k, tokens_k),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        return_lse=return_lse,
+    if cu_seqlens_k is cu_seqlens_q:  # torch.compile takes no tensor twice
+        cu_seqlens_k = None
+    spec = AttentionSpec(
+        Sequences(
+            cu_seqlens_q,
+            cu_seqlens_k,
+            _as_length("max_seqlen_q", max_seqlen_q, tokens_q),
+            _as_length("max_seqlen_k", max_seqlen_k, tokens_k),
+        ),
+        resolve_window(causal, window_size, sliding_window),
+        softmax_scale,
+        softcap,
+        alibi_slopes,
     )
+    q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
+    out, lse = attend(q, k, v, spec, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -163,11 +167,13 @@ def rolling_cache_attention(
         with_unit_stride(q),
         k if k is None else with_unit_stride(k),
         v if v is None else with_unit_stride(v),
-        CacheView(k_cache, v_cache, lengths.contiguous(), cu_seqlens.contiguous()),
-        window=resolve_window(True, None, sliding_window),
-        max_seqlen_q=max_seqlen,
+        AttentionSpec(
+            Sequences(cu_seqlens.contiguous(), None, max_seqlen, max_seqlen),
+            resolve_window(True, None, sliding_window),
+            softmax_scale,
+            cache=CacheView(k_cache, v_cache, lengths.contiguous()),
+        ),
         counters=counters,
-        softmax_scale=softmax_scale,
     )
     return out
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_kernels.ops.attention.packed import Offsets
 from mistral_kernels.ops.attention.scoring import Scoring
+from mistral_kernels.ops.attention.spec import Sequences
 from mistral_kernels.ops.attention.window import (
     distances,
     keys_of_rows,
@@ -52,17 +52,17 @@ class _Band:
 
 
 def banded_forward(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Offsets | None, scoring: Scoring
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scoring: Scoring
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and the log-sum-exp if `scoring` wants it."""
-    if offsets is None:
+    if sequences.cu_seqlens_q is None:
         return _forward(q, k, v, scoring)
     # Tokens of no sequence keep these values.
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = None
     if scoring.return_lse:
         lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=_wide(q.dtype))
-    for rows, keys, sequence in _sequences(offsets, scoring):
+    for rows, keys, sequence in _sequences(sequences, scoring):
         part, part_lse = _forward(q[None, rows], k[None, keys], v[None, keys], sequence)
         out[rows] = part[0]
         if lse is not None and part_lse is not None:
@@ -77,7 +77,7 @@ def banded_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    offsets: Offsets | None,
+    sequences: Sequences,
     scoring: Scoring,
     needed: list[bool],
 ) -> list[Tensor | None]:
@@ -92,10 +92,10 @@ def banded_backward(
         torch.zeros(x.shape, dtype=_wide(x.dtype), device=x.device) if need else None
         for x, need in zip((q, k, v), needed, strict=True)
     ]
-    if offsets is None:
+    if sequences.cu_seqlens_q is None:
         _backward(dout, q, k, v, out, lse, scoring, grads)
     else:
-        for rows, keys, sequence in _sequences(offsets, scoring):
+        for rows, keys, sequence in _sequences(sequences, scoring):
             parts = [
                 None if grad is None else grad[None, s]
                 for grad, s in zip(grads, (rows, keys, keys), strict=True)
@@ -106,9 +106,11 @@ def banded_backward(
     return [None if grad is None else grad.to(q.dtype) for grad in grads]
 
 
-def _sequences(offsets: Offsets, scoring: Scoring) -> Iterator[Any]:
+def _sequences(sequences: Sequences, scoring: Scoring) -> Iterator[Any]:
     """Each sequence of a packed batch: its rows, its keys, and how it is scored."""
-    ends_q, ends_k = offsets.q.tolist(), offsets.k.tolist()
+    assert sequences.cu_seqlens_q is not None
+    assert sequences.cu_seqlens_k is not None
+    ends_q, ends_k = sequences.cu_seqlens_q.tolist(), sequences.cu_seqlens_k.tolist()
     for i in range(len(ends_q) - 1):
         slopes = scoring.alibi_slopes
         if slopes is not None and slopes.ndim == 2:

@@ -5,37 +5,34 @@ It serves the torch backend, and, where a gradient is wanted, all of them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_kernels.ops.attention.cache_view import CacheView
 from mistral_kernels.ops.attention.op import attend, empty_outputs, lse_dtype
-from mistral_kernels.ops.attention.scoring import Scoring
+from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
 from mistral_kernels.ops.attention.window import keys_of_rows, visible
 from mistral_kernels.ops.operator import absent
 
 
 def attend_in_pieces(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    cache: CacheView,
-    scoring: Scoring,
-    max_seqlen_q: int,
+    q: Tensor, k: Tensor | None, v: Tensor | None, spec: AttentionSpec, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """`cached.py`'s operator, sequence by sequence, with each one's keys put in order.
 
     Reads `lengths` on the host.
     """
-    return_lse = scoring.return_lse
+    cache, cu_seqlens = spec.cache, spec.sequences.cu_seqlens_q
+    assert cache is not None
     if not cache.lengths.numel():
         return empty_outputs(q, return_lse)
     whole_rows = cache.rows is None and cache.block_table is None
-    if whole_rows and is_decode_step(q, k, cache, scoring, max_seqlen_q):
-        return _decode(q, cache, scoring), absent(q, lse_dtype(q))
-    packed = cache.cu_seqlens is not None
-    offsets = cache.cu_seqlens.tolist() if cache.cu_seqlens is not None else []
+    if whole_rows and is_decode_step(q, k, spec, return_lse):
+        return _decode(q, spec), absent(q, lse_dtype(q))
+    packed = cu_seqlens is not None
+    offsets = cu_seqlens.tolist() if cu_seqlens is not None else []
     outs, sums = [], []
     for sequence, length in enumerate(cache.lengths.tolist()):
         new = slice(*offsets[sequence : sequence + 2]) if packed else slice(None)
@@ -46,23 +43,23 @@ def attend_in_pieces(
         if cache.leftpad is not None:
             oldest = min(max(oldest, int(cache.leftpad[sequence])), total)
         if len(queries):  # only what the first query, which reaches furthest back, still sees
-            first = keys_of_rows(range(1), len(queries), total - oldest, scoring.window).start
+            first = keys_of_rows(range(1), len(queries), total - oldest, spec.window).start
             oldest += min(first, cached - oldest)
         keys, values = (
             _in_order(cache, x, sequence, oldest, cached, None if fresh is None else fresh[new])
             for x, fresh in ((cache.k_cache, k), (cache.v_cache, v))
         )
-        slopes = scoring.alibi_slopes
+        slopes = spec.alibi_slopes
         if slopes is not None and slopes.ndim == 2:
             slopes = slopes[sequence]
-        out, lse = attend(
-            *(x.unsqueeze(0) for x in (queries, keys, values)),
-            window=scoring.window,
-            softmax_scale=scoring.scale,
-            softcap=scoring.softcap,
+        one = replace(
+            spec,
+            sequences=Sequences(None, None, len(queries), len(keys)),
             alibi_slopes=slopes,
-            return_lse=return_lse,
+            cache=None,
         )
+        queries, keys, values = (x.unsqueeze(0) for x in (queries, keys, values))
+        out, lse = attend(queries, keys, values, one, return_lse)
         outs.append(out.squeeze(0))
         sums.append(lse)
     out = (outs[0] if len(outs) == 1 else torch.cat(outs)) if packed else torch.stack(outs)
@@ -94,20 +91,28 @@ def _in_order(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def is_decode_step(
-    q: Tensor, k: Tensor | None, cache: CacheView, scoring: Scoring, max_seqlen_q: int
-) -> bool:
+def is_decode_step(q: Tensor, k: Tensor | None, spec: AttentionSpec, return_lse: bool) -> bool:
     """One token a sequence, already in the cache, and nothing that only the formula knows?"""
-    plain = scoring.alibi_slopes is None and not scoring.needs_formula
-    return plain and k is None and max_seqlen_q == 1 and len(q) == cache.lengths.numel()
+    assert spec.cache is not None
+    plain = spec.alibi_slopes is None and not spec.softcap and not return_lse
+    one_each = spec.sequences.max_seqlen_q == 1 and len(q) == spec.cache.lengths.numel()
+    return plain and k is None and one_each
 
 
-def _decode(q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
+def new_tokens(spec: AttentionSpec) -> int:
+    """Return how many tokens per sequence a decode step adds to `lengths`."""
+    assert spec.cache is not None
+    return spec.cache.seqlen_new if spec.sequences.cu_seqlens_q is None else 1
+
+
+def _decode(q: Tensor, spec: AttentionSpec) -> Tensor:
     """One token a sequence. Softmax does not mind the order of keys: the ring is read as is."""
-    batch, window = cache.lengths.shape[0], scoring.window
+    cache, window = spec.cache, spec.window
+    assert cache is not None
+    batch = cache.lengths.shape[0]
     k_cache, v_cache = cache.k_cache[:batch], cache.v_cache[:batch]
     _, capacity, groups, head_dim = k_cache.shape
-    totals = cache.lengths.long() + (cache.seqlen_new if cache.cu_seqlens is None else 1)
+    totals = cache.lengths.long() + new_tokens(spec)
     counts = totals.clamp(max=capacity)
     narrow = 0 <= window.left < capacity - 1  # the cache keeps more than the window shows
     begin = 0
@@ -135,7 +140,7 @@ def _decode(q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
         k_cache.transpose(1, 2),
         v_cache.transpose(1, 2),
         attn_mask=bias,
-        scale=scoring.scale,
+        scale=spec.scale(head_dim),
     )
     if bias is not None and not q.is_cpu:  # PyTorch's kernels for GPUs average what is all hidden
         out = out.masked_fill(~bias.any(-1, keepdim=True), 0.0)

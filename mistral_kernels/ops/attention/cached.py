@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops import extension
-from mistral_kernels.ops.attention.cache_torch import attend_in_pieces, is_decode_step
-from mistral_kernels.ops.attention.cache_view import CacheView
+from mistral_kernels.ops.attention.cache_torch import (
+    attend_in_pieces,
+    is_decode_step,
+    new_tokens,
+)
 from mistral_kernels.ops.attention.checks import (
     check_heads,
     check_ndim,
@@ -21,10 +24,9 @@ from mistral_kernels.ops.attention.checks import (
     check_scoring,
     check_slopes,
 )
-from mistral_kernels.ops.attention.kernels import decode
+from mistral_kernels.ops.attention.kernels.decode import attention_decode, num_counters
 from mistral_kernels.ops.attention.op import empty_outputs, lse_dtype
-from mistral_kernels.ops.attention.scoring import Scoring
-from mistral_kernels.ops.attention.window import Window
+from mistral_kernels.ops.attention.spec import CACHE_SCHEMA, AttentionSpec
 from mistral_kernels.ops.cache_arguments import (
     check_cache,
     check_new_tokens,
@@ -45,58 +47,61 @@ from mistral_kernels.ops.operator import absent, define, needs_gradient
 def _cached_attention(
     q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    """In the schema's order; its middle part is a `CacheView`."""
-    *cache, max_seqlen_q, left, right, scale, softcap, slopes, return_lse, splits, counters = args
-    view, scoring = (
-        CacheView(*cache),
-        Scoring(Window(left, right), scale, softcap, slopes, return_lse),
-    )
+    *flat, return_lse, num_splits, counters = args
+    spec = AttentionSpec.unflatten(*flat)
     triton = uses_triton(q)
     operators = None if triton else extension.cpu_operators(q)
-    if operators is not None and is_decode_step(q, k, view, scoring, max_seqlen_q):
-        if view.cu_seqlens is not None:  # which csrc does not need
-            check_packing(view.cu_seqlens, max_seqlen_q, q.shape[0])
+    if operators is not None and is_decode_step(q, k, spec, return_lse):
+        cu_seqlens, _, max_seqlen, *_ = spec.sequences
+        if cu_seqlens is not None:  # which csrc does not need
+            check_packing(cu_seqlens, max_seqlen, q.shape[0])
         try:
-            return _decode_csrc(operators, q, view, scoring), absent(q, lse_dtype(q))
+            return _decode_csrc(operators, q, spec), absent(q, lse_dtype(q))
         except RuntimeError:  # csrc checks values itself: no need to do it twice
-            _check_values(q, view, max_seqlen_q)
+            _check_values(q, spec)
             raise
-    _check_values(q, view, max_seqlen_q)
+    _check_values(q, spec)
     if triton:
-        out, lse = decode.launch(q, k, v, view, scoring, max_seqlen_q, splits, counters)
+        out, lse = attention_decode(q, k, v, spec, num_splits, counters)
         return out, lse if return_lse else absent(lse)
-    return attend_in_pieces(q, k, v, view, scoring, max_seqlen_q)
+    return attend_in_pieces(q, k, v, spec, return_lse)
 
 
-def _decode_csrc(operators: Any, q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
+def _decode_csrc(operators: Any, q: Tensor, spec: AttentionSpec) -> Tensor:
     """One new token a sequence, whose key is in the cache."""
+    cache = spec.cache
+    assert cache is not None
     queries = with_unit_stride(q if q.ndim == 3 else q.squeeze(1))
     out = torch.empty(queries.shape, dtype=q.dtype)
-    new_tokens = cache.seqlen_new if cache.cu_seqlens is None else 1
     places = [
         None if x is None else x.contiguous()
         for x in (cache.rows, cache.leftpad, cache.block_table)
     ]
     operators.decode_attention.default(
-        *(queries, cache.k_cache, cache.v_cache, cache.lengths.contiguous(), new_tokens),
-        *(*places, scoring.window.left, scoring.scale, out),
+        *(queries, cache.k_cache, cache.v_cache, cache.lengths.contiguous(), new_tokens(spec)),
+        *(*places, spec.window.left, spec.scale(q.shape[-1]), out),
     )
     return out if q.ndim == 3 else out.unsqueeze(1)
 
 
-def _check_values(q: Tensor, view: CacheView, max_seqlen_q: int) -> None:
+def _check_values(q: Tensor, spec: AttentionSpec) -> None:
     """Raise ValueError for index tensors that do not fit, where their values can be read."""
+    view, cu_seqlens = spec.cache, spec.sequences.cu_seqlens_q
+    assert view is not None
     check_places(view.k_cache, view.lengths, view.rows, view.block_table)
     check_range("leftpad", view.leftpad, INT32_MAX)
-    if view.cu_seqlens is not None:
-        check_packing(view.cu_seqlens, max_seqlen_q, q.shape[0])
+    if cu_seqlens is not None:
+        check_packing(cu_seqlens, spec.sequences.max_seqlen_q, q.shape[0])
     else:
         check_range("lengths", view.lengths, INT32_MAX - view.seqlen_new)
 
 
 def _check(q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any) -> None:
-    k_cache, v_cache, lengths, cu_seqlens, seqlen_new, rows, leftpad, block_table, *rest = args
-    max_seqlen_q, _, _, scale, softcap, slopes, _, num_splits, counters = rest
+    *flat, _, num_splits, counters = args
+    spec = AttentionSpec.unflatten(*flat)
+    assert spec.cache is not None
+    k_cache, v_cache, lengths, seqlen_new, rows, leftpad, block_table = spec.cache
+    cu_seqlens, _, max_seqlen_q, *_ = spec.sequences
     batch = check_cache(k_cache, v_cache, lengths, rows, block_table)
     check_ndim("q", q, 4 if cu_seqlens is None else 3)
     check_same_dtype("k_cache", k_cache, "q", q)
@@ -119,11 +124,11 @@ def _check(q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any) -> None:
         check_new_tokens("k", k, k_cache, q.shape[0])
         check_new_tokens("v", v, k_cache, q.shape[0])
     check_int32("leftpad", leftpad, (batch,))
-    check_slopes(slopes, q.shape[-2], batch)
-    check_scoring(scale, softcap)
+    check_slopes(spec.alibi_slopes, q.shape[-2], batch)
+    check_scoring(spec.softmax_scale, spec.softcap)
     check_num_splits(num_splits)
     if counters is not None:
-        needed = decode.num_counters(k_cache.shape[0], k_cache.shape[2])
+        needed = num_counters(k_cache.shape[0], k_cache.shape[2])
         if counters.numel() < needed or counters.dtype != torch.int32:
             raise ValueError(
                 f"counters must hold {needed} zeros of torch.int32, "
@@ -138,11 +143,8 @@ def _cached_attention_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 _cached_attention_op = define(
     "cached_attention",
-    "(Tensor q, Tensor? k, Tensor? v, Tensor k_cache, Tensor v_cache, Tensor lengths, "
-    "Tensor? cu_seqlens, SymInt seqlen_new, Tensor? rows, Tensor? leftpad, Tensor? block_table, "
-    "SymInt max_seqlen_q, SymInt window_left, SymInt window_right, float scale, float softcap, "
-    "Tensor? alibi_slopes, bool return_lse, SymInt num_splits, Tensor? counters)"
-    " -> (Tensor out, Tensor lse)",
+    f"(Tensor q, Tensor? k, Tensor? v, {CACHE_SCHEMA}, bool return_lse, SymInt num_splits, "
+    "Tensor? counters) -> (Tensor out, Tensor lse)",
     _cached_attention,
     _cached_attention_fake,
     _check,
@@ -153,13 +155,8 @@ def attend_cached(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
-    cache: CacheView,
+    spec: AttentionSpec,
     *,
-    window: Window,
-    max_seqlen_q: int,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
     num_splits: int = 0,
     counters: Tensor | None = None,
@@ -167,19 +164,19 @@ def attend_cached(
     """Compute attention over a cache of arguments that have been checked, and its log-sum-exp.
 
     Args:
-        q: (batch, seqlen_q, num_heads, head_dim), or packed with the cache's `cu_seqlens`.
+        q: (batch, seqlen_q, num_heads, head_dim), or packed with `spec.sequences`.
         k, v: packed like q, the new tokens'; None: in the cache.
         num_splits: programs that share a sequence's keys; 0: as many as pay.
         counters: see `rolling_cache_attention`.
     """
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    scoring_args = *window, scale, softcap, alibi_slopes, return_lse
-    args = q, k, v, *cache, max_seqlen_q, *scoring_args, num_splits, counters
+    cache = spec.cache
+    assert cache is not None
+    args = q, k, v, *spec.flatten(), return_lse, num_splits, counters
     if needs_gradient(q, k, v, cache.k_cache, cache.v_cache):
-        tensors = {"k": k, "v": v, **cache._asdict(), "alibi_slopes": alibi_slopes}
+        tensors = {"k": k, "v": v, **cache._asdict(), "alibi_slopes": spec.alibi_slopes}
+        tensors["cu_seqlens"] = spec.sequences.cu_seqlens_q
         check_device("q", q, **{n: x for n, x in tensors.items() if isinstance(x, Tensor)})
         _check(*args)
-        _check_values(q, cache, max_seqlen_q)
-        scoring = Scoring(window, scale, softcap, alibi_slopes, return_lse)
-        return attend_in_pieces(q, k, v, cache, scoring, max_seqlen_q)
+        _check_values(q, spec)
+        return attend_in_pieces(q, k, v, spec, return_lse)
     return _cached_attention_op(*args)

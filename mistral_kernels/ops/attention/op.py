@@ -6,12 +6,13 @@ heads, head_dim) with `cu_seqlens`; on the torch backend and on Triton. Windows 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.attention import packed
 from mistral_kernels.ops.attention.bands import banded_backward, banded_forward
 from mistral_kernels.ops.attention.checks import (
     check_cu_seqlens,
@@ -19,42 +20,19 @@ from mistral_kernels.ops.attention.checks import (
     check_scoring,
     check_slopes,
 )
-from mistral_kernels.ops.attention.kernels import backward, forward
-from mistral_kernels.ops.attention.packed import Offsets
+from mistral_kernels.ops.attention.kernels.backward import attention_backward
+from mistral_kernels.ops.attention.kernels.forward import attention_forward
+from mistral_kernels.ops.attention.packed import check_sequences
 from mistral_kernels.ops.attention.scoring import Scoring
-from mistral_kernels.ops.attention.window import Window
+from mistral_kernels.ops.attention.spec import SCHEMA, AttentionSpec
 from mistral_kernels.ops.checks import check_same_dtype, check_shape
 from mistral_kernels.ops.dispatch import uses_triton
 from mistral_kernels.ops.operator import Function, absent, define, needs_gradient, run_backward
 
-# What the schemas below name between v and the flags, and autograd hands on unread.
-_OPTIONS = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "float? softmax_scale, SymInt window_left, SymInt window_right, float softcap, "
-    "Tensor? alibi_slopes"
-)
 
-
-def _resolve(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float | None,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-) -> tuple[Offsets | None, int, int, float, Window, float, Tensor | None]:
-    """Return the values of `_OPTIONS` for these tensors, in the order that both backends take."""
-    offsets, max_seqlen_q, max_seqlen_k = packed.check(
-        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    )
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    window = Window(window_left, window_right)
-    return offsets, max_seqlen_q, max_seqlen_k, scale, window, softcap, alibi_slopes
+def _resolve(q: Tensor, k: Tensor, flat: Sequence[Any]) -> AttentionSpec:
+    spec = AttentionSpec.unflatten(*flat)
+    return replace(spec, sequences=check_sequences(q, k, spec.sequences))
 
 
 def _check(
@@ -108,14 +86,12 @@ def _check_backward(
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *options, return_lse = args
-    resolved = _resolve(q, k, *options)
+    *flat, return_lse = args
+    spec = _resolve(q, k, flat)
     if uses_triton(q):
-        out, lse = forward.launch(q, k, v, *resolved)
+        out, lse = attention_forward(q, k, v, spec)
         return out, lse if return_lse else absent(lse)
-    offsets, _, _, scale, window, softcap, slopes = resolved
-    scoring = Scoring(window, scale, softcap, slopes, return_lse)
-    out, sums = banded_forward(q, k, v, offsets, scoring)
+    out, sums = banded_forward(q, k, v, spec.sequences, Scoring.of(spec, q, return_lse))
     return out, absent(q, lse_dtype(q)) if sums is None else sums
 
 
@@ -139,14 +115,13 @@ def _forward_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    options, output_mask = args[:-3], list(args[-3:])
-    resolved = _resolve(q, k, *options)
+    flat, output_mask = args[:-3], list(args[-3:])
+    spec = _resolve(q, k, flat)
     if uses_triton(q):
-        grads = list(backward.launch(dout, q, k, v, out, lse, *resolved, output_mask))
+        grads = list(attention_backward(dout, q, k, v, out, lse, spec, output_mask))
     else:
-        offsets, _, _, scale, window, softcap, slopes = resolved
-        scoring = Scoring(window, scale, softcap, slopes, return_lse=False)
-        grads = banded_backward(dout, q, k, v, out, lse, offsets, scoring, output_mask)
+        scoring = Scoring.of(spec, q, return_lse=False)
+        grads = banded_backward(dout, q, k, v, out, lse, spec.sequences, scoring, output_mask)
     return tuple(absent(q) if grad is None else grad for grad in grads)
 
 
@@ -159,14 +134,14 @@ def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) ->
 
 _forward_op = define(
     "attention_forward",
-    f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_lse) -> (Tensor out, Tensor lse)",
+    f"(Tensor q, Tensor k, Tensor v, {SCHEMA}, bool return_lse) -> (Tensor out, Tensor lse)",
     _forward,
     _forward_fake,
     _check,
 )
 _backward_op = define(
     "attention_backward",
-    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}, "
+    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {SCHEMA}, "
     "bool needs_dq, bool needs_dk, bool needs_dv) -> (Tensor dq, Tensor dk, Tensor dv)",
     _backward,
     _backward_fake,
@@ -184,55 +159,32 @@ class AttentionFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.numbers, slopes, _ = inputs
-        ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, slopes)
+        q, k, v, *flat, _ = inputs
+        tensors = [x if isinstance(x, Tensor) else None for x in flat]
+        ctx.save_for_backward(q, k, v, *output, *tensors)
+        ctx.flat = [None if isinstance(x, Tensor) else x for x in flat]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        *tensors, slopes = ctx.saved_tensors
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
         mask = ctx.needs_input_grad[:3]
         grads: tuple[Tensor | None, ...] = (None, None, None)
         if dout is not None:
-            found = run_backward(_backward_op, dout, *tensors, *ctx.numbers, slopes, *mask)
+            flat = [x if y is None else y for x, y in zip(ctx.flat, tensors, strict=True)]
+            found = run_backward(_backward_op, dout, q, k, v, out, lse, *flat, *mask)
             grads = tuple(x if need else None for x, need in zip(found, mask, strict=True))
-        return *grads, *[None] * (len(ctx.numbers) + 4)
+        return *grads, *[None] * (len(ctx.flat) + 1)
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: Window,
-    softmax_scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    return_lse: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute `attention` of checked options, and its log-sum-exp, `absent` unless it is wanted."""
-    if cu_seqlens_k is cu_seqlens_q:  # torch.compile takes no tensor twice
-        cu_seqlens_k = None
     differentiable = needs_gradient(q, k, v)
     # Triton's backward pass needs the log-sum-exp. A compiled graph must not depend on the backend:
     # Inductor finds it again by what it holds.
     needs_lse = differentiable and (torch.compiler.is_compiling() or uses_triton(q))
-    options = (
-        cu_seqlens_q,
-        cu_seqlens_k,
-        q.shape[1] if max_seqlen_q is None else max_seqlen_q,
-        k.shape[1] if max_seqlen_k is None else max_seqlen_k,
-        softmax_scale,
-        *window,
-        softcap,
-        alibi_slopes,
-        return_lse or needs_lse,
-    )
-    if differentiable:
-        return AttentionFunction.call(q, k, v, *options)
-    return _forward_op(q, k, v, *options)
+    args = (q, k, v, *spec.flatten(), return_lse or needs_lse)
+    return AttentionFunction.call(*args) if differentiable else _forward_op(*args)

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-
-class Offsets(NamedTuple):
-    """Where each sequence begins, and the last ends, among the queries and among the keys."""
-
-    q: Tensor
-    k: Tensor
-    covers_q: bool  # every query is known to be in some sequence
-    covers_k: bool  # and every key
+from mistral_kernels.ops.attention.spec import Sequences
 
 
 class _Seen(NamedTuple):
@@ -33,7 +26,7 @@ _seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def make_cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Return (len(lengths) + 1,) int32 for sequences of these lengths, which nobody may change.
 
-    `check` takes its values from here and never reads them.
+    `check_sequences` takes its values from here and never reads them.
     """
     offsets = [0, *accumulate(lengths)]
     cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
@@ -41,38 +34,31 @@ def make_cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
     return cu_seqlens
 
 
-def check(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> tuple[Offsets | None, int, int]:
-    """The offsets of a packed batch, checked, and its longest sequences; no offsets if rectangular.
+def check_sequences(q: Tensor, k: Tensor, sequences: Sequences) -> Sequences:
+    """Return `sequences` with both offsets, checked, and tight lengths.
 
-    cu_seqlens_k is cu_seqlens_q if None. On a GPU, where reading values waits for the device, it is
-    done once for each version of a tensor. What is then known is used: empty sequences at the end
-    are left away, and max_seqlen need not be tight. While a CUDA graph is captured nothing may
-    wait, and tensors not seen before are taken on trust.
+    On a GPU, where reading values waits for the device, each version of a tensor is read once.
+    Empty sequences at the end are dropped. While a CUDA graph is captured nothing may wait, and
+    tensors not read before are not checked.
 
     Raises:
         ValueError: sequences overlap, begin before 0, end past the tokens, or are longer than
             max_seqlen says.
     """
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *_ = sequences
     if cu_seqlens_q is None:
-        return None, max_seqlen_q, max_seqlen_k
+        return sequences
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     seen_q = _check("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     seen_k = _check("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     if seen_q is None or seen_k is None:
-        return Offsets(cu_seqlens_q, cu_seqlens_k, False, False), max_seqlen_q, max_seqlen_k
+        return Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, False, False)
     entries = max(seen_q.sequences, seen_k.sequences) + 1
     if entries < cu_seqlens_q.shape[0]:
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q[:entries], cu_seqlens_k[:entries]
     covers = seen_q.end == q.shape[0], seen_k.end == k.shape[0]
-    return Offsets(cu_seqlens_q, cu_seqlens_k, *covers), seen_q.longest, seen_k.longest
+    return Sequences(cu_seqlens_q, cu_seqlens_k, seen_q.longest, seen_k.longest, *covers)
 
 
 def _check(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> _Seen | None:

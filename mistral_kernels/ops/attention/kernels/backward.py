@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.attention import tile_table
+from mistral_kernels.ops.attention.kernels.problem import (
+    Problem,
+    fits_descriptors,
+    offsets_within,
+    same_strides,
+)
 from mistral_kernels.ops.attention.kernels.shared import (
     dense_keys,
     load_block,
@@ -30,19 +35,12 @@ from mistral_kernels.ops.attention.kernels.shared import (
     scores,
     sequence_bounds,
     sequence_pointer,
-    softmax_scales,
     statistics_pointer,
     store_sequence_rows,
-    view,
 )
-from mistral_kernels.ops.attention.launch import (
-    Problem,
-    fits_descriptors,
-    offsets_within,
-    same_strides,
-)
-from mistral_kernels.ops.attention.packed import Offsets
-from mistral_kernels.ops.attention.window import Window, block_ranges
+from mistral_kernels.ops.attention.spec import AttentionSpec
+from mistral_kernels.ops.attention.tiles import delta_config, launch_first_that_fits
+from mistral_kernels.ops.attention.window import block_ranges
 from mistral_kernels.ops.dispatch import device_guard
 from mistral_kernels.ops.launch_configs import Config, cdiv, next_power_of_2
 from mistral_kernels.ops.lazy_triton import jit
@@ -283,53 +281,42 @@ def _dq_kernel(
     )  # fmt: skip
 
 
-def launch(
+def attention_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    offsets: Offsets | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    window: Window,
-    softcap: float,
-    alibi_slopes: Tensor | None,
+    spec: AttentionSpec,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of q, k and v that `output_mask` asks for."""
-    problem = Problem(q, k, offsets, window, alibi_slopes)
-    *_, num_heads, head_dim = q.shape
-    covered = (True,) * 3 if offsets is None else (offsets.covers_q, *[offsets.covers_k] * 2)
+    """Return the gradients of q, k and v, None where `output_mask` is False."""
+    problem = Problem(q, k, spec)
+    _, _, max_seqlen_q, max_seqlen_k, covers_q, covers_k = spec.sequences
     dq, dk, dv = (
         (torch.empty_like if whole else torch.zeros_like)(x, memory_format=torch.contiguous_format)
         if need
         else None
-        for x, need, whole in zip((q, k, v), output_mask, covered, strict=True)
+        for x, need, whole in zip(
+            (q, k, v), output_mask, (covers_q, covers_k, covers_k), strict=True
+        )
     )
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     lse = lse.contiguous()
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-    packed = offsets is not None
-    out_view, dout_view, *inputs = (view(x, packed) for x in (out, dout, q, k, v))
-    inputs.append(dout_view)
-    cu_seqlens = problem.cu_seqlens_q, problem.cu_seqlens_k
-    scales = softmax_scales(softmax_scale, softcap)
+    inputs = [problem.view(x) for x in (q, k, v, dout)]
+    statistics = lse2, delta
     sizes = max_seqlen_q, max_seqlen_k, lse.stride(-2)
-    common = {"HEAD_DIM": head_dim, "PRECISION": problem.precision, "GROUP": problem.group}
 
     def launch_dkdv(config: Config) -> None:
         tiles = cdiv(max_seqlen_k, config["BLOCK_N"])
-        _dkdv_kernel[(tiles * problem.num_kv_heads * problem.batch,)](
-            *inputs,
-            *(None if x is None else view(x, packed) for x in (dk, dv)),
-            *(lse2, delta, problem.slopes_view, cu_seqlens, scales),
+        _dkdv_kernel[problem.grid(tiles)](
+            *(*inputs, problem.view(dk), problem.view(dv), *statistics, *problem.arguments),
             *(*sizes, tiles, problem.num_kv_heads, problem.left, problem.right),
-            **common,
-            RIGHT_EDGE=window.right >= 0,
+            **problem.constants,
+            RIGHT_EDGE=spec.window.right >= 0,
             NARROW=problem.narrow_for_keys(config),
             SAME_STRIDES=same_strides(config, q, dout),
             OFFSETS=offsets_within("tensor", max_seqlen_q + config["BLOCK_M"], q, dout),
@@ -338,13 +325,11 @@ def launch(
 
     def launch_dq(config: Config) -> None:
         tiles = cdiv(max_seqlen_q * problem.group, config["BLOCK_M"])
-        _dq_kernel[(tiles * problem.num_kv_heads * problem.batch,)](
-            *inputs,
-            view(dq, packed),
-            *(lse2, delta, problem.slopes_view, cu_seqlens, scales),
+        _dq_kernel[problem.grid(tiles)](
+            *(*inputs, problem.view(dq), *statistics, *problem.arguments),
             *(*sizes, tiles, problem.num_kv_heads, problem.left, problem.right),
-            **common,
-            LEFT_EDGE=window.left >= 0,
+            **problem.constants,
+            LEFT_EDGE=spec.window.left >= 0,
             NARROW=problem.narrow_for_queries(config),
             SAME_STRIDES=same_strides(config, k, v),
             OFFSETS=offsets_within("block", config["BLOCK_N"], k, v),
@@ -352,21 +337,23 @@ def launch(
         )
 
     if lse.numel():
-        config = tile_table.delta(problem.block_d)
-        tiles = cdiv(max_seqlen_q * num_heads, config["BLOCK_M"])
+        config = delta_config(problem.block_d)
+        count = cdiv(max_seqlen_q * problem.num_heads, config["BLOCK_M"])
         with device_guard(q):
-            _delta_kernel[(tiles * problem.batch,)](
-                *(out_view, dout_view, lse, lse2, delta, problem.cu_seqlens_q),
-                *(max_seqlen_q, lse.stride(-2), tiles),
-                NUM_HEADS=num_heads,
-                HEAD_DIM=head_dim,
+            _delta_kernel[(count * problem.batch,)](
+                *(problem.view(out), problem.view(dout), lse, *statistics, problem.cu_seqlens_q),
+                *(max_seqlen_q, lse.stride(-2), count),
+                NUM_HEADS=problem.num_heads,
+                HEAD_DIM=problem.head_dim,
                 **config,
             )
     if (dk is not None or dv is not None) and k.numel():
-        # Of the heads side by side in one descriptor: no columns between them may be missing.
-        columns = (problem.group - 1) * max(q.stride(-2), dout.stride(-2)) + head_dim
-        exact = head_dim == next_power_of_2(head_dim) and columns < 2**31
-        problem.launch("attention_dkdv", exact and fits_descriptors(q, dout), launch_dkdv)
+        # One descriptor holds the heads of a group side by side: no columns between may be missing.
+        columns = (problem.group - 1) * max(q.stride(-2), dout.stride(-2)) + problem.head_dim
+        exact = problem.head_dim == next_power_of_2(problem.head_dim) and columns < 2**31
+        descriptors = exact and fits_descriptors(q, dout)
+        launch_first_that_fits("attention_dkdv", q, problem.block_d, descriptors, launch_dkdv)
     if dq is not None and dq.numel():
-        problem.launch("attention_dq", fits_descriptors(k, v), launch_dq)
+        descriptors = fits_descriptors(k, v)
+        launch_first_that_fits("attention_dq", q, problem.block_d, descriptors, launch_dq)
     return dq, dk, dv

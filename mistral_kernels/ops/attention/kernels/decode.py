@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.attention.cache_view import CacheView
+from mistral_kernels.ops.attention.kernels.problem import Problem, offsets_within
 from mistral_kernels.ops.attention.kernels.shared import (
     View,
     dense_keys,
@@ -33,14 +33,12 @@ from mistral_kernels.ops.attention.kernels.shared import (
     rows_of_tile,
     sequence_bounds,
     softmax_over_keys,
-    softmax_scales,
     store_rows,
     store_softmax,
     view,
 )
-from mistral_kernels.ops.attention.launch import Problem, offsets_within
-from mistral_kernels.ops.attention.packed import Offsets
-from mistral_kernels.ops.attention.scoring import Scoring
+from mistral_kernels.ops.attention.spec import AttentionSpec
+from mistral_kernels.ops.attention.tiles import launch_first_that_fits
 from mistral_kernels.ops.attention.window import block_ranges
 from mistral_kernels.ops.launch_configs import Config, cdiv
 from mistral_kernels.ops.lazy_triton import jit
@@ -253,20 +251,19 @@ def num_counters(batch: int, num_kv_heads: int) -> int:
     return _SPLIT_TILES * batch * num_kv_heads
 
 
-def launch(
+def attention_decode(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
-    cache: CacheView,
-    scoring: Scoring,
-    max_seqlen_q: int,
+    spec: AttentionSpec,
     num_splits: int,
     counters: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`cached.py`'s operator: the output and the log-sum-exp."""
-    cu_seqlens, window = cache.cu_seqlens, scoring.window
-    offsets = None if cu_seqlens is None else Offsets(cu_seqlens, cu_seqlens, True, True)
-    problem = Problem(q, cache.k_cache, offsets, window, scoring.alibi_slopes)
+    """Return the output and the log-sum-exp of new tokens over `spec.cache` and over k and v."""
+    cache = spec.cache
+    assert cache is not None
+    max_seqlen_q = spec.sequences.max_seqlen_q
+    problem = Problem(q, cache.k_cache, spec)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
@@ -274,10 +271,8 @@ def launch(
     query_rows = max_seqlen_q * problem.group
     fresh = [x for x in (k, v) if x is not None]
     keys = cache.capacity + (max_seqlen_q if fresh else 0)
-
-    packed = cu_seqlens is not None
     table = cache.block_table
-    rings = Cache(
+    cache_arguments = Cache(
         view(cache.k_cache, False),
         view(cache.v_cache, False),
         cache.lengths,
@@ -286,46 +281,38 @@ def launch(
         None if table is None else (table, table.stride(0), table.stride(1)),
     )
 
-    def run(config: Config) -> None:
+    def launch(config: Config) -> None:
         tiles = cdiv(query_rows, config["BLOCK_M"])
-        places = min(max_seqlen_q, cdiv(config["BLOCK_M"], problem.group) + 1)
-        seen = min(keys, problem.left + problem.right + places)
+        positions = min(max_seqlen_q, cdiv(config["BLOCK_M"], problem.group) + 1)
+        seen = min(keys, problem.left + problem.right + positions)
         splits, split_keys = _split(seen, query_rows, config["BLOCK_N"], num_splits)
-        parts = None
-        if splits > 1:
-            parts = Parts(
-                torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device),
-                torch.empty((splits, *q.shape[:-1]), dtype=torch.float32, device=q.device),
-                torch.zeros(
-                    problem.batch * problem.num_kv_heads * tiles, dtype=torch.int32, device=q.device
-                )
-                if counters is None
-                else counters,
-                q.shape[:-1].numel(),
-            )
-        _decode_kernel[(tiles * splits * problem.num_kv_heads * problem.batch,)](
-            view(q, packed),
-            None if k is None else view(k, True),
-            None if v is None else view(v, True),
-            rings,
-            view(out, packed),
-            lse,
-            problem.slopes_view,
-            problem.cu_seqlens_q,
-            parts,
-            softmax_scales(scoring.scale, scoring.softcap),
+        (programs,) = problem.grid(tiles)
+        _decode_kernel[(programs * splits,)](
+            *(problem.view(x) for x in (q, k, v)),
+            cache_arguments,
+            problem.view(out),
+            *(lse, problem.slopes, problem.cu_seqlens_q),
+            _make_parts(q, splits, programs, counters) if splits > 1 else None,
+            problem.scales,
             *(max_seqlen_q, cache.seqlen_new, lse.stride(-2), tiles, splits, split_keys),
             *(problem.num_kv_heads, cache.capacity, cache.k_cache.shape[1]),
             *(problem.left, problem.right),
-            GROUP=problem.group,
-            HEAD_DIM=problem.head_dim,
-            LEFT_EDGE=window.left >= 0 and max_seqlen_q > 1,
+            **problem.constants,
+            LEFT_EDGE=spec.window.left >= 0 and max_seqlen_q > 1,
             NARROW=problem.narrow_for_queries(config),
-            PRECISION=problem.precision,
             OFFSETS=offsets_within("block", config["BLOCK_N"], *fresh),
             **{x: y for x, y in config.items() if x != "DESCRIPTORS"},
         )
 
     kernel = "attention_decode" if query_rows <= _DECODE_ROWS else "attention_chunk"
-    problem.launch(kernel, False, run)
+    launch_first_that_fits(kernel, q, problem.block_d, False, launch)
     return out, lse
+
+
+def _make_parts(q: Tensor, splits: int, programs: int, counters: Tensor | None) -> Parts:
+    """Return memory for what the splits leave; `counters` of zeros are made if None."""
+    if counters is None:
+        counters = torch.zeros(programs, dtype=torch.int32, device=q.device)
+    out = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
+    lse = torch.empty((splits, *q.shape[:-1]), dtype=torch.float32, device=q.device)
+    return Parts(out, lse, counters, q.shape[:-1].numel())

@@ -13,6 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mistral_kernels.ops.attention.kernels.problem import (
+    Problem,
+    fits_descriptors,
+    offsets_within,
+    same_strides,
+)
 from mistral_kernels.ops.attention.kernels.shared import (
     dense_keys,
     empty_softmax,
@@ -22,18 +28,11 @@ from mistral_kernels.ops.attention.kernels.shared import (
     rows_of_tile,
     sequence_bounds,
     softmax_over_keys,
-    softmax_scales,
     store_softmax,
-    view,
 )
-from mistral_kernels.ops.attention.launch import (
-    Problem,
-    fits_descriptors,
-    offsets_within,
-    same_strides,
-)
-from mistral_kernels.ops.attention.packed import Offsets
-from mistral_kernels.ops.attention.window import Window, block_ranges
+from mistral_kernels.ops.attention.spec import AttentionSpec
+from mistral_kernels.ops.attention.tiles import launch_first_that_fits
+from mistral_kernels.ops.attention.window import block_ranges
 from mistral_kernels.ops.launch_configs import Config, cdiv
 from mistral_kernels.ops.lazy_triton import jit
 
@@ -84,51 +83,36 @@ def _forward_kernel(
     )  # fmt: skip
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    offsets: Offsets | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    window: Window,
-    softcap: float,
-    alibi_slopes: Tensor | None,
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
-    """The output and the log-sum-exp of a batch, rectangular or packed."""
-    problem = Problem(q, k, offsets, window, alibi_slopes)
-    *_, _num_heads, head_dim = q.shape
+    """Return the output and the log-sum-exp of a batch, rectangular or packed."""
+    problem = Problem(q, k, spec)
+    _, _, max_seqlen_q, max_seqlen_k, covers_q, _ = spec.sequences
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
-    if offsets is not None and not offsets.covers_q:
+    if not covers_q:
         out.zero_()
         lse.fill_(-torch.inf)
     if out.numel() == 0:
         return out, lse
 
-    packed = offsets is not None
-    views = (*(view(x, packed) for x in (q, k, v, out)),)
-
-    def run(config: Config) -> None:
+    def launch(config: Config) -> None:
         tiles = cdiv(max_seqlen_q * problem.group, config["BLOCK_M"])
-        _forward_kernel[(tiles * problem.num_kv_heads * problem.batch,)](
-            *views,
+        _forward_kernel[problem.grid(tiles)](
+            *(problem.view(x) for x in (q, k, v, out)),
             lse,
-            problem.slopes_view,
-            (problem.cu_seqlens_q, problem.cu_seqlens_k),
-            softmax_scales(softmax_scale, softcap),
+            *problem.arguments,
             *(max_seqlen_q, max_seqlen_k, lse.stride(-2), tiles, problem.num_kv_heads),
             *(problem.left, problem.right),
-            GROUP=problem.group,
-            HEAD_DIM=head_dim,
-            LEFT_EDGE=window.left >= 0,
+            **problem.constants,
+            LEFT_EDGE=spec.window.left >= 0,
             NARROW=problem.narrow_for_queries(config),
-            PRECISION=problem.precision,
             SAME_STRIDES=same_strides(config, k, v),
             OFFSETS=offsets_within("block", config["BLOCK_N"], k, v),
             **config,
         )
 
-    problem.launch("attention_forward", fits_descriptors(k, v), run)
+    descriptors = fits_descriptors(k, v)
+    launch_first_that_fits("attention_forward", q, problem.block_d, descriptors, launch)
     return out, lse
