@@ -12,7 +12,7 @@ from torch import Tensor
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.memory import physical_memory, zeros
 from mistral_kernels.ops.attention import attention, rolling_cache_attention
-from mistral_kernels.ops.attention.decode import num_counters
+from mistral_kernels.ops.attention.kernels.decode import num_counters
 from mistral_kernels.ops.rolling_cache import rolling_cache_update_
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mistral_kernels.ops.attention.decode import num_counters
+from mistral_kernels.ops.attention.kernels.decode import num_counters
 from mistral_kernels.ops.attention.spec import AttentionSpec, Sequences
 from mistral_kernels.ops.cache_arguments import (
     check_cache,

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops import extension
-from mistral_kernels.ops.attention.backward import attention_backward
 from mistral_kernels.ops.attention.checks import (
     check_attention,
     check_cached_attention,
     check_cached_values,
     check_sequences,
 )
-from mistral_kernels.ops.attention.decode import attention_decode
-from mistral_kernels.ops.attention.forward import attention_forward
+from mistral_kernels.ops.attention.kernels.backward import attention_backward
+from mistral_kernels.ops.attention.kernels.decode import attention_decode
+from mistral_kernels.ops.attention.kernels.forward import attention_forward
 from mistral_kernels.ops.attention.spec import CACHE_SCHEMA, SCHEMA, TENSORS, AttentionSpec
 from mistral_kernels.ops.attention.torch_backend import (
     blocked_backward,
