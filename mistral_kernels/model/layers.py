@@ -176,8 +176,6 @@ class DecoderLayer(nn.Module):
         """Return the layer's contribution, and the residual stream before it.
 
         `residual` is the stream so far, `delta` the contribution of the layer before.
-
-        `residual` is the stream so far, `delta` the contribution of the layer before.
         """
         if residual is None:
             x, residual = self.input_layernorm(delta), delta

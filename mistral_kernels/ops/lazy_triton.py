@@ -39,7 +39,7 @@ class LazyKernel:
         return self.jit_function()[grid]
 
     def jit_function(self) -> Any:
-        """The ``triton.JITFunction``, or ``InterpretedFunction`` under ``TRITON_INTERPRET=1``."""
+        """Return the ``triton.JITFunction``, or under the interpreter ``InterpretedFunction``."""
         if self._jit_function is None:
             import triton
             import triton.language as tl
