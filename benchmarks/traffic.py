@@ -1,9 +1,9 @@
 """Bytes that the memory-bound operators move, over the least possible, at Mistral-7B's sizes.
 
-    python benchmarks/traffic.py
+    python -m benchmarks.traffic
 
 Prints a Markdown table. Kernels, ours and Liger-Kernel's, are compiled for sm_80 and executed on
-the CPU by ptxrun, which has to be on PYTHONPATH and counts what they read and write; no time is
+the CPU by ptxrun, which counts what they read and write; no time is
 measured. Over the least bytes, which are each input and each output of the operator once: "DRAM",
 the distinct bytes that each launch touches, and "sectors", all sectors of 32 bytes that its
 accesses ask the caches for. "bytes a lane": of an average access to global memory, of 16 at most.
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import ptxrun
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,11 +27,6 @@ from mistral_kernels.ops import reference
 from mistral_kernels.ops.rms_norm import rms_norm
 from mistral_kernels.ops.rotary import apply_rotary, rotary_tables
 from mistral_kernels.ops.swiglu import swiglu
-
-try:
-    import ptxrun
-except ImportError:
-    ptxrun = None
 
 TOKENS, HIDDEN, INTERMEDIATE = 2048, 4096, 14336
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -45,7 +41,7 @@ class Traffic(NamedTuple):
 
 
 def executed(run: Callable[[], object]) -> Traffic:
-    """Counts of the kernels that a call launches."""
+    """Count the traffic of the kernels that a call launches."""
     with ptxrun.options(profile=True):
         ptxrun.reset_profile()
         run()
@@ -58,7 +54,7 @@ def executed(run: Callable[[], object]) -> Traffic:
 
 
 class Eager(TorchDispatchMode):
-    """Counts plain PyTorch: each operator that is no view is one pass over its tensors.
+    """Traffic of plain PyTorch: each operator that is no view is one pass over its tensors.
 
     It reads each input once and writes each output once. For RMSNorm, forward, that is 36 bytes an
     element: to float32 (2 + 4), square (4 + 4), mean (4), times 1 / rms (4 + 4), to bfloat16
@@ -78,7 +74,7 @@ class Eager(TorchDispatchMode):
 
 
 def size(*tensors: Tensor) -> int:
-    """Bytes; what is expanded lies in memory once."""
+    """Return the bytes of tensors; expanded ones lie in memory once."""
     total = 0
     for x in tensors:
         stored = [n for n, stride in zip(x.shape, x.stride(), strict=True) if stride]
@@ -109,7 +105,7 @@ class Operator:
         raise NotImplementedError
 
     def measure(self, backward: bool, measured: Callable[..., Traffic], device: str) -> Traffic:
-        """By `measured`, `executed` on the CPU or `counted` on the meta device."""
+        """Measure by `executed` on the CPU or `counted` on the meta device."""
         inputs = self.inputs(device)
         function = self.function if measured is executed else self.plain
         if not backward:
@@ -121,7 +117,10 @@ class Operator:
         return measured(lambda: torch.autograd.grad(outputs, wanted, cotangents))
 
     def least(self, backward: bool) -> int:
-        """Each input and output once. Backward has the cotangents besides, and the gradients."""
+        """Return the least traffic: each input and output once.
+
+        Backward has the cotangents besides, and the gradients.
+        """
         inputs = self.inputs("meta")
         if not backward:
             return size(*inputs, *tree_leaves(self.plain(*inputs)))
@@ -130,7 +129,7 @@ class Operator:
         )
 
     def saved(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """What backward has to read beside the cotangents."""
+        """Return the tensors that backward has to read beside the cotangents."""
         return list(inputs)
 
     def gradients(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -239,7 +238,7 @@ class Gate(Operator):
 
 
 class FusedGate(Gate):
-    """Gate and up as a projection makes them, in one tensor. Elsewhere they are views of it."""
+    """SwiGLU of gate and up in one tensor, as a projection makes them."""
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:
         return (normal(TOKENS, 2 * INTERMEDIATE, device=device),)
@@ -271,8 +270,8 @@ def cells(traffic: Traffic, least: int) -> str:
 
 
 def main() -> int:
-    if ptxrun is None:
-        print("traffic.py needs ptxrun, which executes and counts: put it on PYTHONPATH")
+    if reason := ptxrun.missing():
+        print(f"traffic.py cannot execute PTX: {reason}")
         return 1
     ptxrun.install()
     os.environ["MISTRAL_KERNELS_BACKEND"] = "triton"

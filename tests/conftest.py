@@ -7,7 +7,9 @@ import random
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import ClassVar
 
+import ptxrun
 import pytest
 import torch
 from hypothesis import settings
@@ -27,6 +29,12 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="repeat the random inputs of an earlier run")
+    parser.addoption(
+        "--capability",
+        type=int,
+        default=80,
+        help="compute capability for which kernels are compiled where ptxrun executes them",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class _NONE:
-    params: dict[str, object] = {}
+    params: ClassVar[dict[str, object]] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -102,21 +110,21 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def device() -> torch.device:
-    """The real GPU where there is one. (The interpreter is for CPU tensors.)"""
+    """Return the GPU if there is one, except under the interpreter, which is for CPU tensors."""
     on_gpu = torch.cuda.is_available() and not INTERPRETING
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
-def triton_runs() -> Iterator[None]:
-    """Something here runs Triton kernels: a GPU, the interpreter, or compiled PTX on the CPU."""
+def triton_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run Triton kernels on a GPU, in the interpreter, or as compiled PTX on the CPU."""
     if torch.cuda.is_available() or INTERPRETING:
         yield
         return
-    ptxrun = pytest.importorskip("ptxrun", reason="no GPU, and ptxrun, which runs PTX, is absent")
-    ptxrun.install()
-    yield
-    ptxrun.uninstall()
+    if reason := ptxrun.missing():
+        pytest.skip(f"no GPU, and ptxrun cannot execute PTX: {reason}")
+    with ptxrun.running(request.config.option.capability):
+        yield
 
 
 @pytest.fixture
@@ -135,7 +143,7 @@ def no_csrc() -> Iterator[None]:
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.kernels)])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each test runs on the torch backend and on Triton kernels, whatever executes these here."""
+    """Run the test on the torch backend and on Triton kernels, whatever executes these here."""
     if request.param == "triton":
         request.getfixturevalue("triton_runs")
     with use_backend(request.param):
@@ -144,13 +152,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def torch_backend() -> Iterator[None]:
-    """For what it alone has, float64 above all."""
+    """Select the torch backend, for what it alone has, float64 above all."""
     with use_backend("torch"):
         yield
 
 
 @pytest.fixture
 def triton_backend(triton_runs: None) -> Iterator[None]:
-    """For what is only true of Triton kernels. Mark such tests ``kernels`` for the interpreter."""
+    """Select Triton. Mark such tests ``kernels`` for the interpreter."""
     with use_backend("triton"):
         yield

@@ -1,4 +1,4 @@
-"""`python -m mistral_kernels`: what is here, what will run, and why."""
+"""`python -m mistral_kernels`: the report of what is installed, what will run, and why."""
 
 from __future__ import annotations
 

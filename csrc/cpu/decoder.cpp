@@ -1,5 +1,5 @@
-// A step of the decoder, of one token a sequence, in one call of the kernels that its operators
-// call one by one; see mistral_kernels/ops/decoder_step.py.
+// One decode step of the whole model, one token per sequence: the kernels that the model's operators
+// call one by one, in the same order. See `CpuEngine` in mistral_kernels/model/engine.py.
 #include "buffer.h"
 #include "operator.h"
 #include "run.h"
@@ -39,7 +39,7 @@ struct Layer {
   int64_t window_left;
 };
 
-// A model's weights, which have been checked and live as long as it does.
+// A model's weights, checked and kept alive.
 struct Decoder {
   std::vector<OptionalTensor> owned;
   Sizes sizes;
@@ -50,11 +50,12 @@ struct Decoder {
   kernels::Linear head;
 };
 
-// Those that Python has made and not dropped, by number.
+// The decoders that Python has made and not dropped, by number.
 class Decoders {
  public:
   static Decoders& all() {
-    static auto& all = *new Decoders;  // for ever: at the end there may be no Python to free memory
+    // Never destroyed: at exit Python, which frees the tensors, may be gone.
+    static auto& all = *new Decoders;
     return all;
   }
 
@@ -72,7 +73,7 @@ class Decoders {
   }
 
   void drop(int64_t number) {
-    std::shared_ptr<const Decoder> dropped;  // whose end may be long, after the lock's
+    std::shared_ptr<const Decoder> dropped;  // freed after the lock is released: it takes long
     const std::lock_guard lock(mutex_);
     const auto found = by_number_.find(number);
     if (found == by_number_.end()) return;
@@ -103,7 +104,7 @@ kernels::Linear product(const char* name, const Sizes& s, const Tensor& weight,
   return l;
 }
 
-// One layer's weights, in the order of `Decoder` in Python.
+// Weights per layer, in the order of `decoder_arguments` in mistral_kernels/model/engine.py.
 constexpr size_t kLayerWeights = 10;
 
 const Tensor& weight_at(const OptionalTensor* weights, int i) {

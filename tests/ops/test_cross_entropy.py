@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 
+import ptxrun
 import pytest
 import torch
 import torch._dynamo.testing
@@ -344,7 +345,6 @@ def test_opcheck(backend, device):
 
 def test_bytes_moved(triton_backend, device):
     """A row of logits is read twice and written once, in full-width accesses."""
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts bytes, is absent")
     if device.type != "cpu":
         pytest.skip("ptxrun counts on CPU tensors")
     tokens, vocab = 64, 32000
@@ -359,7 +359,6 @@ def test_bytes_moved(triton_backend, device):
 
 
 def test_no_races(triton_backend, device):
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which finds races, is absent")
     if device.type != "cpu":
         pytest.skip("ptxrun checks on CPU tensors")
     with ptxrun.options(racecheck=True):

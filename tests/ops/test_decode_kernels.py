@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import ptxrun
 import pytest
 import torch
 from support.helpers import TARGETS, assert_as_accurate, compile_only
@@ -238,7 +239,6 @@ def test_gradients_of_the_fused_update(interleaved, backend, device):
 
 def profiled(function):
     """The kernels that a call launches, as ptxrun counts them."""
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts traffic, is absent")
     if not ptxrun.installed():
         pytest.skip("traffic is counted by ptxrun, not by a GPU or the interpreter")
     with ptxrun.options(profile=True):
@@ -251,7 +251,6 @@ def profiled(function):
 @pytest.mark.parametrize("counts", [[1, 1], [3, 40]], ids=str)
 def test_no_races(counts, triton_backend):
     """The last program to arrive sees what the others wrote; nobody else touches it."""
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which sees races, is absent")
     if not ptxrun.installed():
         pytest.skip("races are seen by ptxrun, not by a GPU or the interpreter")
     inputs = make_inputs([700, 3], counts, 300, (8, 2), 64, F16, "cpu")

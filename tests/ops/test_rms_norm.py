@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ptxrun
 import pytest
 import torch
 import torch._dynamo.testing
@@ -188,7 +189,6 @@ def test_opcheck(residual, transposed, backend, device):
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_bytes_moved(residual, hidden, triton_backend, device):
     """At most 1.02 of the minimum forward, 1.05 backward, in full-width accesses."""
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts bytes, is absent")
     if device.type != "cpu":
         pytest.skip("ptxrun counts on CPU tensors")
     rows = 2048
@@ -214,7 +214,6 @@ def test_bytes_moved(residual, hidden, triton_backend, device):
 
 
 def test_no_races(triton_backend, device):
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which finds races, is absent")
     if device.type != "cpu":
         pytest.skip("ptxrun checks on CPU tensors")
     with ptxrun.options(racecheck=True):
