@@ -225,7 +225,7 @@ RING = torch.randn(2, 16, 2, 8)
         ({"k_cache": RING[:, :0], "v_cache": RING[:, :0]}, "the caches have no slots"),
         ({"k_cache": RING[:1], "v_cache": RING[:1]}, r"rows must lie in \[0, 1\), got 1"),
         ({"lengths": torch.tensor([1, -1]).int()}, "lengths must be >= 0, got -1"),
-        ({"lengths": torch.tensor([1, 1])}, "lengths has the wrong device or dtype"),
+        ({"lengths": torch.tensor([1, 1])}, "lengths must be on the CPU, of another dtype"),
         ({"lengths": torch.tensor([1]).int()}, "lengths must be contiguous, of 2"),
         ({"rows": torch.tensor([0, 2]).int()}, r"rows must lie in \[0, 2\), got 2"),
         ({"leftpad": torch.tensor([0]).int()}, "leftpad must be contiguous, of 2"),
