@@ -1,4 +1,4 @@
-"""Cases times providers, measured in turn: the times of each are an entry of pytest-benchmark.
+"""Cases times providers, measured in turn: each one's times are an entry of pytest-benchmark.
 
 Options: --op, --providers, --shapes, --seconds, --sittings, --device. The first test times all that
 were collected (`sittings.py`); a provider that is not timed is a skipped test, which says why.
@@ -80,14 +80,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _operators() -> tuple[str, ...]:
-    """An operator's file is named after it."""
+    """List the operators: each one's file is named after it."""
     return tuple(
         sorted(p.stem.removeprefix("test_") for p in Path(__file__).parent.glob("test_*.py"))
     )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`test_speed(case, provider, ...)` for the module's OPERATOR."""
+    """Parametrize `test_speed(case, provider, ...)` for the module's OPERATOR."""
     if "provider" not in metafunc.fixturenames:
         return
     operator: Operator = metafunc.module.OPERATOR
@@ -119,7 +119,7 @@ CLOCK = Replay()
 
 @pytest.fixture(scope="session")
 def trials(request: pytest.FixtureRequest) -> dict[tuple[str, Case], Trial]:
-    """Every case that was collected, timed with the providers that were."""
+    """Time every case that was collected with the providers that were."""
     config: Any = request.config
     plan: dict[tuple[str, Case], tuple[Operator, Case, list[str]]] = {}
     for item in request.session.items:
@@ -142,7 +142,10 @@ def trials(request: pytest.FixtureRequest) -> dict[tuple[str, Case], Trial]:
 def speed(
     benchmark: Any, request: pytest.FixtureRequest, trials: dict[tuple[str, Case], Trial]
 ) -> Callable[[Operator, Case, str], None]:
-    """`speed(operator, case, provider)`: an entry of the benchmark, or a skip that says why not."""
+    """Return `speed(operator, case, provider)`.
+
+    It is an entry of the benchmark, or a skip with its reason.
+    """
     device = request.config.benchmark_device  # type: ignore[attr-defined]
 
     def run(operator: Operator, case: Case, provider: str) -> None:
@@ -194,7 +197,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @functools.cache
 def environment(device: torch.device) -> dict[str, Any]:
-    """What times depend on. The commit and the machine's names are pytest-benchmark's to note."""
+    """Return what times depend on.
+
+    pytest-benchmark notes the commit and the machine's names.
+    """
     found: dict[str, Any] = {
         "device": device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),

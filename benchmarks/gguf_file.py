@@ -1,4 +1,4 @@
-"""A GGUF file of a model's weights, which llama.cpp reads. Needs the package `gguf`."""
+"""Writer of a model's weights as a GGUF file, for llama.cpp. Needs the package `gguf`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = {
 
 
 def write_gguf(path: Path, config: MistralConfig, weights: Mapping[str, Tensor]) -> None:
-    """Weights under Hugging Face's names, matrices in their dtype. No tokenizer: ids alone."""
+    """Write weights under Hugging Face's names, matrices in their dtype; no tokenizer."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")

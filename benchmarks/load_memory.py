@@ -21,7 +21,7 @@ from mistral_kernels.checkpoint import open_checkpoint
 
 
 def resident(field: str) -> int:
-    """This process's resident set now (`VmRSS`) or at its largest (`VmHWM`), in bytes."""
+    """Return this process's resident set now (`VmRSS`) or at its largest (`VmHWM`), in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -33,7 +33,7 @@ def load(path: str) -> None:
 
 
 def first_token(path: str) -> None:
-    """Loading, a prompt, and the likeliest token after it."""
+    """Load a model and generate the likeliest token after a prompt."""
     model = MistralForCausalLM.from_pretrained(path)
     model.generate([[1] * PROMPT], max_new_tokens=1)
 
@@ -49,7 +49,7 @@ TASKS = {"load": load, "first token": first_token, "convert": convert_away}
 
 
 def read_all(file: Path) -> None:
-    """Into the system's cache, but not into this process."""
+    """Read a folder's files into the system's cache, but not into this process."""
     with file.open("rb", buffering=0) as stream:
         while stream.read(1 << 20):
             pass

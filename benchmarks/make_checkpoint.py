@@ -54,7 +54,7 @@ def random_tensors(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[str, Tensor]]:
-    """Weights as at the start of a training, one at a time: norms near 1, the rest small."""
+    """Yield weights as at the start of a training, one at a time: norms near 1, the rest small."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, shape in expected_shapes(config).items():
         tensor = torch.empty(shape, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""One model, with the same random weights, as each provider runs it."""
+"""Adapters of one model, with the same random weights, to each provider."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from mistral_kernels import MistralConfig, MistralForCausalLM
 from mistral_kernels.checkpoint import save_hf
 from mistral_kernels.checkpoint.names import expected_shapes
 from mistral_kernels.model.cache import Packing
-from mistral_kernels.model.decoding import DecodeStep
-from mistral_kernels.model.sampling import Sampler
+from mistral_kernels.model.engine import engine_for
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 
 CHUNK = 512  # of a prompt that transformers is given a cache for
@@ -29,29 +28,22 @@ Step = Callable[[Tensor], Tensor]
 
 
 class Engine:
-    """A model of somebody's. Token ids are (batch, seqlen)."""
+    """Provider's model. Token ids are (batch, seqlen)."""
 
     def __init__(self, config: MistralConfig, dtype: torch.dtype, device: torch.device) -> None:
         raise NotImplementedError
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """Logits (batch, vocab_size) after a prompt, written to a new cache."""
+        """Return logits (batch, vocab_size) after a prompt, written to a new cache."""
         raise NotImplementedError
 
     def decoder(self, ids: Tensor, steps: int) -> Step:
-        """After `ids`: from a token of each sequence (batch,) to logits, for so many steps."""
+        """Return the decoder after `ids`: tokens (batch,) to logits, for so many steps."""
         raise NotImplementedError
 
     def loss(self, ids: Tensor) -> Tensor:
-        """Of predicting each token but the first, with gradients for every weight."""
+        """Return the loss of predicting each token but the first; gradients for all weights."""
         raise NotImplementedError
-
-
-class LogitsStep(DecodeStep):
-    """The step of generation, on CUDA a recorded one: its logits in place of the next tokens."""
-
-    def choose(self, logits: Tensor) -> None:
-        self.logits = logits
 
 
 class Ours(Engine):
@@ -79,13 +71,12 @@ class Ours(Engine):
         self.model.eval()
         cache = self.model.new_cache(ids.shape[0], ids.shape[1] + steps)
         self.model.prefill(_lists(ids), cache)
-        recorded = LogitsStep(self.model, cache, Sampler(temperature=0))
+        engine = engine_for(self.model, cache)
 
         @torch.inference_mode()
         def step(tokens: Tensor) -> Tensor:
-            recorded.token_ids.copy_(tokens)
-            recorded()
-            return recorded.logits.clone() if recorded.captures else recorded.logits
+            logits = engine.step(tokens)
+            return logits.clone() if tokens.is_cuda else logits  # a graph overwrites its logits
 
         return step
 
@@ -99,7 +90,7 @@ class Ours(Engine):
 
 
 class OursInt8(Ours):
-    """With weights of 8 bits, which are for decoding on a CPU."""
+    """Our model with weights of 8 bits, which are for decoding on a CPU."""
 
     quantize = "int8"
 
@@ -179,7 +170,7 @@ class Transformers(Engine):
 
 
 class LlamaCpp(Engine):
-    """Reads a GGUF file of the same weights. Its Llama knows no window."""
+    """Our weights in llama.cpp, by a GGUF file. Its Llama has no window."""
 
     def __init__(self, config: MistralConfig, dtype: torch.dtype, device: torch.device) -> None:
         import llama_cpp
@@ -237,7 +228,7 @@ class LlamaCppTexts:
         self.length = 0
 
     def append(self, ids: Tensor) -> Tensor:
-        """Logits (batch, vocab_size) after ids (batch, seqlen)."""
+        """Return logits (batch, vocab_size) after ids (batch, seqlen)."""
         if self.length + ids.shape[1] > self.max_length:
             raise NotImplementedError(
                 f"knows no window, and the text passes {self.max_length} tokens"
@@ -294,7 +285,7 @@ def engine(provider: str, model: str, dtype: torch.dtype, device: torch.device) 
 
 
 def num_product_weights(model: str) -> int:
-    """All weights but the embedding's, of which a token reads one row."""
+    """Count all weights but the embedding's, of which a token reads one row."""
     shapes = expected_shapes(CONFIGS[model])
     return sum(torch.Size(s).numel() for name, s in shapes.items() if "embed" not in name)
 
@@ -322,7 +313,7 @@ SMALL = replace(
 def check(
     provider: str, dtype: torch.dtype, device: torch.device, what: str, windowed: bool, batch: int
 ) -> None:
-    """Raises unless logits, or gradients, are those of plain PyTorch in float32.
+    """Raise unless logits, or gradients, are those of plain PyTorch in float32.
 
     Where the cases timed stay within their window, so does this.
     """

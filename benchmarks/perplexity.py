@@ -1,4 +1,4 @@
-"""What quantised weights cost: the perplexity of a text, without and with them.
+"""Cost of quantized weights: the perplexity of a text, without and with them.
 
     python -m benchmarks.perplexity --quantize int8
 
@@ -27,7 +27,7 @@ TOKENS = 32  # in a pass
 
 @torch.inference_mode()
 def losses(model: MistralForCausalLM, corpus: Corpus) -> Tensor:
-    """Of each of the corpus's tokens, in nats."""
+    """Return the loss of each of the corpus's tokens, in nats."""
     cache = model.new_cache(1, len(corpus.tokens))
     inputs = corpus.with_bos(corpus.tokens)
     found = []

@@ -1,4 +1,4 @@
-"""The plots of `benchmarks.report`: lines over lengths, and bars of what a machine gives.
+"""Plots of `benchmarks.report`: lines over lengths, and bars of shares of the machine's peak.
 
 A provider has one colour and one marker everywhere (the registry's), ours is drawn thickest and
 last. Nothing hangs on the colour alone: lines are told apart by their markers too.
@@ -35,7 +35,7 @@ STYLE = {
 
 
 def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """PNG files, those for which there are rows."""
+    """Draw the PNG files for which there are rows."""
     folder.mkdir(parents=True, exist_ok=True)
     plots: dict[str, Callable[[], Any]] = {
         "attention_over_eager": lambda: speedups(rows, "eager"),
@@ -57,7 +57,7 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def by_provider(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """In the registry's order, ours last, to be drawn on top."""
+    """Group rows by provider, in the registry's order, ours last, to be drawn on top."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row.provider, []).append(row)
@@ -68,7 +68,7 @@ def by_provider(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def lines(
     axes: Axes, rows: Iterable[Row], x: str, y: Callable[[Row], float | None], log: bool = True
 ) -> None:
-    """Each provider's y, logarithmic or from 0, over the logarithm of the size called x."""
+    """Draw each provider's y, logarithmic or from 0, over the logarithm of the size named x."""
     for name, own in by_provider(rows).items():
         points = sorted((row.sizes[x], y(row)) for row in own if y(row) is not None)
         if len(points) < 2:
@@ -98,7 +98,7 @@ def length(tokens: int) -> str:
 
 
 def panels(rows: Sequence[Row], key: Callable[[Row], Any]) -> list[tuple[Any, list[Row]]]:
-    """Groups, in the order in which they appear."""
+    """Group rows by `key`, in the order in which the keys appear."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
@@ -111,7 +111,7 @@ def figure_of(count: int) -> tuple[Any, list[Axes]]:
 
 
 def legend(figure: Any, grid: list[Axes]) -> None:
-    """One for all panels, below them."""
+    """Draw one legend for all panels, below them."""
     found = {}
     for axes in grid:
         found.update(
@@ -122,7 +122,7 @@ def legend(figure: Any, grid: list[Axes]) -> None:
 
 
 def speedups(rows: Sequence[Row], base: str) -> Any:
-    """Attention's speed over that of `base`, against the length, forward and backward."""
+    """Plot attention's speed over that of `base` against the length, forward and backward."""
     own = [row for row in rows if row.op == "attention" and row.sizes["B"] == 1]
     times = {(row.key[:-1], row.provider): row.median for row in own}
 
@@ -151,7 +151,7 @@ def speedups(rows: Sequence[Row], base: str) -> Any:
 
 
 def decoding(rows: Sequence[Row]) -> Any:
-    """Tokens a second against the position in the text."""
+    """Plot tokens per second against the position in the text."""
     own = [row for row in rows if row.op == "generation" and row.direction == "decode"]
     groups = [
         (key, group)
@@ -171,7 +171,7 @@ def decoding(rows: Sequence[Row]) -> Any:
 
 
 def memory(rows: Sequence[Row]) -> Any:
-    """Peak memory of a training step, and of a prompt, against the length."""
+    """Plot the peak memory of a training step, and of a prompt, against the length."""
     own = [row for row in rows if row.peak_memory and row.direction in ("step", "prefill")]
     groups = []
     for (op, model, dtype), group in panels(
@@ -194,7 +194,7 @@ def memory(rows: Sequence[Row]) -> Any:
 
 
 def fractions(rows: Sequence[Row]) -> Any:
-    """Of the measured peak: the median of an operator's cases, provider by provider."""
+    """Plot shares of the measured peak: each provider's median over an operator's cases."""
     own = [row for row in rows if row.of_peak and row.op not in ("generation", "training_step")]
     if not own:
         return None

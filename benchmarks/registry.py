@@ -1,4 +1,4 @@
-"""Who is compared, on what, and what has to be right before anything is timed.
+"""Providers and operators to compare, and the checks before anything is timed.
 
 A `Provider` is somebody who computes; an `Operator` says what is computed: its cases, how each
 provider does it, its definition in plain PyTorch, and how much work it is.
@@ -10,7 +10,7 @@ import functools
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from support import helpers  # the tolerance rule of the tests
@@ -29,7 +29,7 @@ SHAPES = {
 
 
 class Provider(NamedTuple):
-    """Somebody who computes. The colour is theirs in every plot."""
+    """Implementation to compare. `colour` is its color in every plot."""
 
     name: str
     colour: str
@@ -38,7 +38,7 @@ class Provider(NamedTuple):
     dtypes: tuple[torch.dtype, ...] | None = None
 
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why it cannot run there; None if nothing is known against it."""
+        """Return why the provider cannot run there; None if nothing is known against it."""
         if self.modules and not any(map(_importable, self.modules)):
             return f"{self.modules[0]} is not installed"
         if self.needs_gpu and device.type == "cpu":
@@ -85,7 +85,7 @@ PROVIDERS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time: sizes by name (a window of None is none), dtype, direction."""
+    """Sizes by name (a window of None is none), dtype and direction of one measurement."""
 
     sizes: tuple[tuple[str, Any], ...]
     dtype: torch.dtype
@@ -104,7 +104,7 @@ Prepared = Callable[[int], Callable[[], object]]
 
 
 class Operator:
-    """Something that several providers compute.
+    """Computation that several providers offer.
 
     Subclasses say what `check` and `prepare` of a provider mean.
     """
@@ -116,7 +116,7 @@ class Operator:
     providers: tuple[str, ...]
 
     def __init__(self, **cases: Iterable[Case]) -> None:
-        """Cases by the names of `SHAPES`."""
+        """Hold cases by the names of `SHAPES`."""
         self.cases = {shapes: tuple(own) for shapes, own in cases.items()}
         self._verdicts: dict[Any, str | None] = {}
 
@@ -124,19 +124,19 @@ class Operator:
         return self.bound
 
     def flops(self, case: Case) -> float:
-        """Of the products that the result needs."""
+        """Return the FLOPs of the products that the result needs."""
         raise NotImplementedError
 
     def bytes(self, case: Case) -> float:
-        """Each input read once, each output written once."""
+        """Return the bytes of reading each input once and writing each output once."""
         raise NotImplementedError
 
     def bytes_of(self, provider: str, case: Case) -> float:
-        """Where a provider holds its inputs otherwise than the others."""
+        """Return a provider's bytes, where it holds its inputs otherwise than the others."""
         return self.bytes(case)
 
     def check(self, provider: str, case: Case, device: torch.device) -> None:
-        """Raises unless the provider computes what it should, accurately."""
+        """Raise unless the provider computes the right values, accurately."""
         raise NotImplementedError
 
     def prepare(self, provider: str, case: Case, device: torch.device) -> Prepared:
@@ -145,18 +145,18 @@ class Operator:
     def profile(
         self, provider: str, case: Case, call: Callable[[], object], device: torch.device
     ) -> Any:
-        """Of a call, what it is made of; None if nobody asks."""
+        """Return what a call consists of; None for most operators."""
         return None
 
     def release(self) -> None:
         """Drop whatever was kept for cases: none will be timed again."""
 
     def beyond(self, provider: str, case: Case) -> str | None:
-        """What of the case a provider does not know, whatever the device; None: it knows all."""
+        """Return which part of the case a provider lacks on every device; None: it lacks none."""
         return None
 
     def unfit(self, provider: str, case: Case, device: torch.device) -> str | None:
-        """Why a provider is not to be timed: it cannot run, or does not compute the same thing."""
+        """Return why a provider is not timed: it cannot run, or computes something else."""
         missing = PROVIDERS[provider].missing(device, case.dtype)
         if reason := self.beyond(provider, case) or missing:
             return reason
@@ -172,7 +172,7 @@ class Operator:
         return self._verdicts[key]
 
     def checked(self, case: Case) -> Any:
-        """What cases have in common that one check does for."""
+        """Return the key of cases that one check serves."""
         return case.dtype, case.direction
 
 
@@ -181,16 +181,17 @@ def in_a_line(error: Exception) -> str:
 
 
 Inputs = dict[str, Tensor]
+Runs = Mapping[str, Callable[..., Any]]
 
 
 class TensorOperator(Operator):
-    """A function of tensors, which `runs` holds by provider, forward and backward.
+    """Function of tensors, which `runs` holds by provider, forward and backward.
 
     `runs[provider](inputs, case)` and `definition(inputs, case)`, for whose accuracy
     `reference.py`'s float64 is the measure and plain PyTorch's in the same dtype the yardstick.
     """
 
-    runs: Mapping[str, Callable[..., Any]]
+    runs: ClassVar[Runs]
     small: tuple[tuple[tuple[str, Any], ...], ...]  # sizes to check at
 
     @property
@@ -198,7 +199,7 @@ class TensorOperator(Operator):
         return tuple(self.runs)
 
     def inputs(self, case: Case, device: torch.device) -> Inputs:
-        """Fresh and random; those that have a gradient require it if the case goes backward."""
+        """Return fresh random inputs; for a backward case, those with a gradient require it."""
         raise NotImplementedError
 
     def definition(self, case: Case, **inputs: Tensor) -> Any:
@@ -237,7 +238,7 @@ class TensorOperator(Operator):
 
     @functools.lru_cache(maxsize=1)  # noqa: B019  # operators live as long as the process
     def _copies(self, case: Case, device: torch.device) -> list[Inputs]:
-        """As many as caches cannot hold, in rotation, so that nobody is timed from cache."""
+        """Return so many copies that no call finds its inputs in a cache."""
         first = self.inputs(case, device)
         if device.type != "cpu":  # there the L2 cache is flushed
             return [first, self.inputs(case, device)]
@@ -254,7 +255,7 @@ COLD_BYTES = 128 << 20  # more than a core's share of any cache
 
 
 def _duplicate(inputs: Inputs) -> Inputs:
-    """The same values elsewhere."""
+    """Copy the inputs to other memory."""
     return {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in inputs.items()}
 
 

@@ -1,4 +1,4 @@
-"""Tables and plots of what pytest-benchmark wrote, and what changed since another such file.
+"""Tables and plots of pytest-benchmark's results, and their changes since an earlier file.
 
     python -m pytest benchmarks --benchmark-json results.json
     python -m benchmarks.report results.json --plots plots
@@ -34,7 +34,7 @@ LEAST_CHANGE = 0.03
 
 @dataclass(frozen=True)
 class Row:
-    """One provider in one case."""
+    """Result of one provider in one case."""
 
     op: str
     sizes: dict[str, Any]
@@ -86,7 +86,7 @@ def row_of(info: dict[str, Any], median: float) -> Row:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Markdown, an operator after the other, and what limits it."""
+    """Return Markdown: operator after operator, and what limits each."""
     lines: list[str] = []
     shown = None
     for row in rows:
@@ -106,7 +106,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def profiles(rows: Iterable[Row]) -> str:
-    """Markdown: what the steps of each case are made of, and ours operator by operator."""
+    """Return Markdown: the parts of each case's steps, and ours operator by operator."""
     cases: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row.profile is not None:
@@ -132,7 +132,7 @@ def _megabytes(x: int | None) -> str:
 
 
 def comparison(rows: Sequence[Row], base: Sequence[Row]) -> tuple[str, list[Row]]:
-    """Markdown, ending with how many rows agree, and the rows that became slower."""
+    """Return Markdown, ending with the number of rows that agree, and the slower rows."""
     before = {row.key: row for row in base}
     shared = [(row, before[row.key]) for row in rows if row.key in before]
     lines = ["| operator | case | provider | ms before | ms | change | noise | |"]
@@ -155,7 +155,7 @@ def comparison(rows: Sequence[Row], base: Sequence[Row]) -> tuple[str, list[Row]
 
 
 def heading(results: dict[str, Any]) -> str:
-    """The machine, the versions and the commit."""
+    """Return the machine, the versions and the commit."""
     machine = results.get("machine_info", {})
     commit = results.get("commit_info") or {}
     environment = next(

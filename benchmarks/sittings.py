@@ -1,4 +1,4 @@
-"""Cases, each timed in several sittings with the whole session in between.
+"""Timing of cases in several sittings, each a whole round of all cases.
 
 A machine that is shared drifts over minutes, more than the times of one sitting scatter. What a
 case needs stays in memory from its first sitting to its last.
@@ -21,7 +21,7 @@ UNTIMED = 8  # calls besides, at most: to warm up, and for a profile
 
 
 class Trial:
-    """One case: who is refused and why, and the times of everybody else."""
+    """One case: the refused providers and their reasons, and the times of the others."""
 
     def __init__(
         self, operator: Operator, case: Case, providers: Iterable[str], device: torch.device
@@ -61,7 +61,7 @@ class Trial:
         self._calls[provider] = prepared
 
     def _timed(self, prepared: Prepared, turn: int) -> float:
-        """Seconds of a call; on a CPU, of what moves bytes, after a call of its kind.
+        """Return the seconds of a call; on a CPU, after a similar call if it is bound by memory.
 
         Its code is in the caches then, as on a GPU its launches are queued, and its data are not:
         a turn has its own. What the call before returned is held, or the memory would be used
@@ -82,7 +82,7 @@ class Trial:
         torch.cuda.empty_cache()
 
     def sit(self, sitting: int, sittings: int, seconds: float) -> None:
-        """One of so many sittings (from 0), for which there are `seconds` together.
+        """Time one of `sittings` rounds (from 0), which have `seconds` together.
 
         All providers and the machine's peaks are timed round by round, and so meet the same
         machine. Each round has an order of its own: no call always follows the same one.
@@ -108,11 +108,11 @@ class Trial:
         self.operator.release()
 
     def all_times(self, name: str) -> list[float]:
-        """Of a provider, or of a peak."""
+        """Return the times of a provider, or of a peak."""
         return [x for times in self.times[name] for x in times]
 
     def over_ours(self, provider: str) -> list[float] | None:
-        """Times over ours of the same round."""
+        """Return times over ours of the same round."""
         if OURS.name not in self.times:
             return None
         return [
@@ -127,7 +127,7 @@ def hold(
     sittings: int,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[tuple[str, Case], Trial]:
-    """The trials of all cases, walked through `sittings` times."""
+    """Return the trials of all cases, which are timed in `sittings` rounds."""
     trials = {}
     for operator, case, providers in plan:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What can be said of every kernel without a GPU: registers, spills, shared memory, occupancy.
+"""Static costs of every kernel, without a GPU: registers, spills, shared memory, occupancy.
 
     python -m benchmarks.static
     python -m benchmarks.static --targets sm_90,gfx942
@@ -39,7 +39,7 @@ DEFAULT = "sm_75,sm_80,sm_90,sm_100,sm_120,gfx942"
 
 
 class Limits(NamedTuple):
-    """Of a multiprocessor (CUDA C++ Programming Guide, compute capabilities)."""
+    """Limits of a multiprocessor (CUDA C++ Programming Guide, compute capabilities)."""
 
     warps: int
     blocks: int
@@ -91,7 +91,7 @@ def resources(kernel: helpers.CompiledKernel) -> Resources:
 
 
 def calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """By operator: a call that launches each of its kernels, backward too where there is one."""
+    """Return, by operator, a call that launches each of its kernels, backward ones included."""
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape).to(dtype).requires_grad_()

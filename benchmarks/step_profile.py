@@ -1,4 +1,4 @@
-"""What a decode step is made of: its operators, how often a layer calls them, and the Python."""
+"""Profile of a decode step: its operators, how often a layer calls them, and the Python."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Profile = dict[str, Any]
 
 
 def profile(step: Callable[[], object], layers: int, device: torch.device) -> Profile:
-    """Calls and seconds of a step, operator by operator.
+    """Measure calls and seconds of a step, operator by operator.
 
     "kernel" is what a GPU's kernels take; on a CPU, what operators do that compute, their dispatch
     included. "dispatch" is the rest of what operators take: launches, views, allocations. "python"
@@ -63,7 +63,7 @@ def _seconds(operator: Profile) -> float:
 
 @functools.cache
 def _computes(name: str) -> bool:
-    """Not a view, an allocation, or an operator that others make up."""
+    """Return whether an operator is no view, no allocation and not composed of others."""
     namespace, _, short = name.partition("::")
     packet = getattr(getattr(torch.ops, namespace, None), short, None)
     if packet is None or short.startswith("empty"):
@@ -77,7 +77,7 @@ def _computes(name: str) -> bool:
 
 
 def _python_calls(step: Callable[[], object]) -> int:
-    """Of functions, written in Python or in C."""
+    """Count calls of functions, written in Python or in C."""
     count = 0
 
     def seen(frame: object, event: str, argument: object) -> None:
@@ -93,7 +93,7 @@ def _python_calls(step: Callable[[], object]) -> int:
 
 
 def summary(profiles: Mapping[str, Profile]) -> str:
-    """Markdown: a row for each provider."""
+    """Return Markdown: a row for each provider."""
     lines = ["| one step of | operators a layer | Python calls a layer | kernel ms | dispatch ms "]
     lines[0] += "| Python ms |"
     lines.append("|---|---:|---:|---:|---:|---:|")
@@ -110,7 +110,7 @@ def summary(profiles: Mapping[str, Profile]) -> str:
 
 
 def table(found: Profile) -> str:
-    """Markdown: a row for each operator, the longest first."""
+    """Return Markdown: a row for each operator, the slowest first."""
     shown, others = found["operators"][:SHOWN], found["operators"][SHOWN:]
     if others:
         rest = {x: sum(other[x] for other in others) for x in ("calls", "kernel", "dispatch")}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from benchmarks.registry import Case, Inputs, TensorOperator, cases, normal
+from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, normal
 from mistral_kernels import attention
 from mistral_kernels.ops import reference
 
@@ -26,7 +26,7 @@ LENGTHS = (1024, 256), (2048, 256), (1024, None)  # tokens, window
 
 
 def window_size(window: int | None) -> tuple[int, int]:
-    """flash-attn's inclusive distances to the left and right."""
+    """Return flash-attn's inclusive distances to the left and right."""
     return (-1 if window is None else window - 1, 0)
 
 
@@ -36,7 +36,9 @@ def mask(seqlen: int, window: int | None, device: torch.device) -> Tensor:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """What models have inline: the reference's formula, less the log-sum-exp nobody asks for.
+    """Compute attention inline, as models do: the reference's formula without the log-sum-exp.
+
+    The log-sum-exp would be half of the time: `reference.attention` itself is no fair peer.
 
     That would be half of the time: `reference.attention` itself is no fair peer.
     """
@@ -68,7 +70,7 @@ def heads_first(*tensors: Tensor) -> Iterator[Tensor]:
 
 
 def cut(case: Case) -> bool:
-    """Is the window narrower than the text is long?"""
+    """Return whether the window is narrower than the text is long."""
     return case["W"] is not None and case["W"] < case["S"]
 
 
@@ -82,7 +84,7 @@ def sdpa(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa_flash(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's own build of FlashAttention-2, where `sdpa` may take cuDNN."""
+    """Run PyTorch's own build of FlashAttention-2, where `sdpa` may take cuDNN."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return sdpa(case, q, k, v)
 
@@ -163,7 +165,7 @@ def xformers(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(TensorOperator):
     name = "attention"
     bound = "FLOP"
-    runs = {
+    runs: ClassVar[Runs] = {
         "ours": ours,
         "eager": eager,
         "compiled eager": compiled,
@@ -193,14 +195,14 @@ class Attention(TensorOperator):
         return out
 
     def flops(self, case: Case) -> float:
-        """Of the products that visible pairs need: 2 in the forward pass, 5 in the backward."""
+        """Return the FLOPs of visible pairs' products: 2 in the forward pass, 5 in the backward."""
         seqlen, window = case["S"], case["W"]
         seen = seqlen if window is None else min(window, seqlen)
         pairs = case["B"] * (seen * (seen + 1) // 2 + (seqlen - seen) * seen)
         return 4 * 128 * case["H"] * pairs * (2.5 if case.direction == "backward" else 1)
 
     def bytes(self, case: Case) -> float:
-        """q, k, v and out; backward, their gradients besides."""
+        """Count q, k, v and out; backward, their gradients besides."""
         elements = case["B"] * case["S"] * 128 * case["H"] * 2.5
         return elements * case.dtype.itemsize * (2 if case.direction == "backward" else 1)
 

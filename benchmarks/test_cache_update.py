@@ -1,13 +1,13 @@
-"""Writing new tokens to the rolling cache, with the rotation of queries and keys."""
+"""Writes of new tokens to the rolling cache, with the rotation of queries and keys."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, TensorOperator, cases, helpers, normal
+from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, helpers, normal
 from benchmarks.test_rotary import plain as plain_rotary
 from mistral_kernels import rolling_cache_update_
 from mistral_kernels.ops.rotary import rotary_tables
@@ -34,7 +34,7 @@ def write(
 
 
 def eager(case: Case, q: Tensor, k: Tensor, v: Tensor, **inputs: Any) -> Outputs:
-    """Where the tokens belong is known beforehand: only the writing is timed."""
+    """Write at slots that are known beforehand: only the writing is timed."""
     q, k = plain_rotary(q, k, inputs["cos"], inputs["sin"], inputs["positions"])
     return write(q, k, v, inputs["k_cache"], inputs["v_cache"], inputs["slots"])
 
@@ -42,7 +42,7 @@ def eager(case: Case, q: Tensor, k: Tensor, v: Tensor, **inputs: Any) -> Outputs
 class CacheUpdate(TensorOperator):
     name = "cache_update"
     bound = "byte"
-    runs = {"ours": ours, "eager": eager}
+    runs: ClassVar[Runs] = {"ours": ours, "eager": eager}
     small = ((("B", 2), ("new", 3)), (("B", 1), ("new", 1)))
 
     def inputs(self, case: Case, device: torch.device) -> Inputs:
@@ -86,7 +86,7 @@ class CacheUpdate(TensorOperator):
         return 3.0 * case["B"] * case["new"] * (HEADS + KV_HEADS) * HEAD_DIM
 
     def bytes(self, case: Case) -> float:
-        """q, k and v in and out, and the float32 tables."""
+        """Count q, k and v in and out, and the float32 tables."""
         heads = 2 * (HEADS + 2 * KV_HEADS) * HEAD_DIM * case.dtype.itemsize
         return case["B"] * case["new"] * (heads + HEAD_DIM * 4)
 

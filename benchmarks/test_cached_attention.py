@@ -1,14 +1,14 @@
-"""One new token a sequence against a rolling cache, at positions near and far."""
+"""One new token per sequence against a rolling cache, at positions near and far."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, TensorOperator, cases, normal
+from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, normal
 from mistral_kernels import rolling_cache_attention
 from mistral_kernels.ops import reference
 
@@ -16,7 +16,7 @@ HEAD_DIM = 128
 
 
 def capacity(case: Case) -> int:
-    """Slots of the ring, at a position where it is full or about to be."""
+    """Return the slots of the ring, at a position where it is full or about to be."""
     return case["position"] if case["W"] is None else min(case["position"], case["W"])
 
 
@@ -27,7 +27,7 @@ def ours(case: Case, q: Tensor, k_cache: Tensor, v_cache: Tensor, **lengths: Ten
 
 
 def plain(case: Case, q: Tensor, k_cache: Tensor, v_cache: Tensor, **_: Tensor) -> Tensor:
-    """The ring is full, and order does not matter: its keys are what the token sees."""
+    """Attend to every slot: the ring is full, and the order of keys does not matter."""
     groups = q.shape[1] // k_cache.shape[2]
     k, v = (x.repeat_interleave(groups, dim=2) for x in (k_cache, v_cache))
     scores = torch.einsum("bhd,bshd->bhs", q, k) * HEAD_DIM**-0.5
@@ -54,7 +54,7 @@ class CachedAttention(TensorOperator):
     name = "cached_attention"
     bound = "byte"
     only_reads = True
-    runs = {
+    runs: ClassVar[Runs] = {
         "ours": ours,
         "eager": plain,
         "compiled eager": lambda case, **inputs: compiled_plain(case, **inputs),
@@ -64,7 +64,7 @@ class CachedAttention(TensorOperator):
     small = tuple((("B", 2), ("position", 100), ("W", window), ("H", 8)) for window in (64, None))
 
     def inputs(self, case: Case, device: torch.device) -> Inputs:
-        """The new token is in the ring already: `lengths` counts those before it."""
+        """Return inputs with the new token in the ring; `lengths` counts those before it."""
         batch, heads = case["B"], case["H"]
         ring = (batch, capacity(case), heads // 4, HEAD_DIM)
         return {
@@ -85,7 +85,7 @@ class CachedAttention(TensorOperator):
         return 4.0 * case["B"] * case["H"] * HEAD_DIM * capacity(case)
 
     def bytes(self, case: Case) -> float:
-        """k and v."""
+        """Count k and v."""
         return case["B"] * case["H"] / 2 * HEAD_DIM * capacity(case) * case.dtype.itemsize
 
 

@@ -68,7 +68,7 @@ class Generation(Operator):
         return step_profile.profile(call, CONFIGS[case["model"]].num_hidden_layers, device)
 
     def _keep(self, case: Case) -> None:
-        """Models stay from one case to the next that wants the same."""
+        """Keep models for the next case that wants the same."""
         wanted = case["model"], case.dtype
         if getattr(self, "kept", wanted) != wanted:
             models.release()
@@ -78,12 +78,12 @@ class Generation(Operator):
         return "FLOP" if case.direction == "prefill" else "byte"
 
     def flops(self, case: Case) -> float:
-        """Of the products with weights; attention's are few beside them."""
+        """Return the FLOPs of products with weights; attention's are few beside them."""
         tokens = case["tokens"] if case.direction == "prefill" else 1
         return 2.0 * case["B"] * tokens * models.num_product_weights(case["model"])
 
     def bytes_of(self, provider: str, case: Case) -> float:
-        """Weights, read once, and the keys and values in the window."""
+        """Count the weights, read once, and the keys and values in the window."""
         config = CONFIGS[case["model"]]
         seen = min(case["tokens"], config.sliding_window or case["tokens"])
         kv = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, Prepared, TensorOperator, cases, normal
+from benchmarks.registry import Case, Inputs, Prepared, Runs, TensorOperator, cases, normal
 from mistral_kernels import linear_cross_entropy
 
 
@@ -30,7 +30,7 @@ def liger(case: Case, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 class LinearCrossEntropy(TensorOperator):
     name = "linear_cross_entropy"
     bound = "FLOP"
-    runs = {
+    runs: ClassVar[Runs] = {
         "ours": lambda case, **inputs: linear_cross_entropy(**inputs),
         "eager": lambda case, **inputs: plain(**inputs),
         "compiled eager": lambda case, **inputs: compiled_plain(**inputs),
@@ -52,7 +52,7 @@ class LinearCrossEntropy(TensorOperator):
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
 
     def prepare(self, provider: str, case: Case, device: torch.device) -> Prepared:
-        """Forward and backward together: gradients are formed in either."""
+        """Prepare forward and backward together: gradients are formed in either."""
         copies = self._copies(case, device)
 
         def ready(turn: int) -> Callable[[], object]:
@@ -63,11 +63,11 @@ class LinearCrossEntropy(TensorOperator):
         return ready
 
     def flops(self, case: Case) -> float:
-        """Three products."""
+        """Return the FLOPs of three products."""
         return 6.0 * case["tokens"] * case["hidden"] * case["vocab"]
 
     def bytes(self, case: Case) -> float:
-        """Inputs and gradients."""
+        """Count inputs and gradients."""
         rows = case["tokens"] + case["vocab"]
         return 2.0 * rows * case["hidden"] * case.dtype.itemsize
 

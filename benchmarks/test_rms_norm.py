@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, TensorOperator, cases, normal
+from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, normal
 from mistral_kernels import rms_norm
 from mistral_kernels.ops import reference
 
@@ -15,7 +15,7 @@ EPS = 1e-5
 
 
 def plain(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Any:
-    """As transformers has it, which is how the reference defines it."""
+    """Compute RMSNorm as transformers does, which is how the reference defines it."""
     return reference.rms_norm(x, weight, EPS, residual)
 
 
@@ -35,7 +35,7 @@ def liger(case: Case, x: Tensor, weight: Tensor, residual: Tensor | None = None)
 class RMSNorm(TensorOperator):
     name = "rms_norm"
     bound = "byte"
-    runs = {
+    runs: ClassVar[Runs] = {
         "ours": lambda case, **inputs: rms_norm(
             inputs.pop("x"), inputs.pop("weight"), EPS, **inputs
         ),
@@ -62,8 +62,10 @@ class RMSNorm(TensorOperator):
         return 4.0 * case["tokens"] * case["hidden"] * (2 if case.direction == "backward" else 1)
 
     def bytes(self, case: Case) -> float:
-        """x and y, and with a residual that and the sum; backward, dy, the sum (and its gradient),
-        and dx, which is the residual's gradient too."""
+        """Count x and y; with a residual, it and the sum, too.
+
+        Backward: dy, the sum (and its gradient), and dx, which is the residual's gradient too.
+        """
         passes = {
             ("forward", False): 2,
             ("forward", True): 4,

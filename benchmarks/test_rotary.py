@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, TensorOperator, cases, normal
+from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, normal
 from mistral_kernels import apply_rotary
 from mistral_kernels.ops import reference
 from mistral_kernels.ops.rotary import rotary_tables
@@ -21,7 +21,7 @@ def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Any:
-    """As transformers has it, the tables' rows of the positions and their halves given twice."""
+    """Rotate as transformers does, by rows of tables that hold each angle twice."""
     cos, sin = (torch.cat((x, x), -1)[positions].unsqueeze(-2).to(q.dtype) for x in (cos, sin))
     return rotate_half(q, cos, sin), rotate_half(k, cos, sin)
 
@@ -40,7 +40,7 @@ def liger(case: Case, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions:
 class Rotary(TensorOperator):
     name = "rotary"
     bound = "byte"
-    runs = {
+    runs: ClassVar[Runs] = {
         "ours": lambda case, **inputs: apply_rotary(**inputs),
         "eager": lambda case, **inputs: plain(**inputs),
         "compiled eager": lambda case, **inputs: compiled_plain(**inputs),
@@ -66,7 +66,7 @@ class Rotary(TensorOperator):
         return 3.0 * case["tokens"] * (HEADS + KV_HEADS) * HEAD_DIM
 
     def bytes(self, case: Case) -> float:
-        """q and k in and out, and the float32 tables."""
+        """Count q and k in and out, and the float32 tables."""
         heads = 2 * (HEADS + KV_HEADS) * HEAD_DIM * case.dtype.itemsize
         return case["tokens"] * (heads + HEAD_DIM * 4)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, TensorOperator, cases, normal
+from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, normal
 from mistral_kernels import swiglu
 from mistral_kernels.ops import reference
 
@@ -29,7 +29,7 @@ def liger(case: Case, gate: Tensor, up: Tensor) -> Tensor:
 class SwiGLU(TensorOperator):
     name = "swiglu"
     bound = "byte"
-    runs = {
+    runs: ClassVar[Runs] = {
         "ours": lambda case, **inputs: swiglu(**inputs),
         "eager": lambda case, **inputs: plain(**inputs),
         "compiled eager": lambda case, **inputs: compiled_plain(**inputs),
@@ -48,7 +48,7 @@ class SwiGLU(TensorOperator):
         return 4.0 * case["tokens"] * case["intermediate"]
 
     def bytes(self, case: Case) -> float:
-        """gate, up and y; backward, dy, gate, up and two gradients."""
+        """Count gate, up and y; backward, dy, gate, up and two gradients."""
         passes = 5 if case.direction == "backward" else 3
         return case["tokens"] * case["intermediate"] * case.dtype.itemsize * passes
 

@@ -33,11 +33,11 @@ class TrainingStep(Operator):
         return ready
 
     def flops(self, case: Case) -> float:
-        """Of the products with weights, forward and twice that backward."""
+        """Return the FLOPs of products with weights: forward, and twice that backward."""
         return 6.0 * case["S"] * models.num_product_weights(case["model"])
 
     def bytes(self, case: Case) -> float:
-        """Weights and their gradients."""
+        """Count weights and their gradients."""
         return 2.0 * models.num_product_weights(case["model"]) * case.dtype.itemsize
 
 

@@ -18,7 +18,7 @@ from benchmarks.registry import Prepared
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     if device.type == "meta":  # a rehearsal: everything but the launch
         call()
         return 1e-3
@@ -42,7 +42,7 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 @functools.cache
 def _flushes(device: torch.device) -> int:
-    """How often the buffer must be written to keep the GPU busy for two milliseconds."""
+    """Return how often the buffer must be written to keep the GPU busy for two milliseconds."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _flush_buffer(device).zero_()
     begin.record()
@@ -59,7 +59,7 @@ def _flush_buffer(device: torch.device) -> Tensor:
 
 
 def noise(sittings: Sequence[Sequence[float]]) -> float:
-    """How far the sittings' quartiles reach from the median of all times, as a part of it.
+    """Return how far the sittings' quartiles reach from the median of all times, relative to it.
 
     Times scatter within a sitting, and from one to the next the machine drifts. The median of
     another five sittings lies within it nine times of ten, if drift is as good as normal.
@@ -81,7 +81,7 @@ GEMM, COPY, READ = "[GEMM]", "[copy]", "[read]"
 
 
 def peaks(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Prepared, float]]:
-    """By name: a call, and its FLOPs (`GEMM`) or the bytes it moves."""
+    """Return by name a call, and its FLOPs (`GEMM`) or the bytes that it moves."""
     if device.type == "meta":
         return {}
     n = 1024 if device.type == "cpu" else 8192
@@ -108,7 +108,7 @@ def _stretch(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes at the peak of a call beyond those before it; None where nothing tells."""
+    """Return the bytes at the peak of a call beyond those before it; None if unknown."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

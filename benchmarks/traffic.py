@@ -41,7 +41,7 @@ class Traffic(NamedTuple):
 
 
 def executed(run: Callable[[], object]) -> Traffic:
-    """Counts of the kernels that a call launches."""
+    """Count the traffic of the kernels that a call launches."""
     with ptxrun.options(profile=True):
         ptxrun.reset_profile()
         run()
@@ -54,7 +54,7 @@ def executed(run: Callable[[], object]) -> Traffic:
 
 
 class Eager(TorchDispatchMode):
-    """Counts plain PyTorch: each operator that is no view is one pass over its tensors.
+    """Traffic of plain PyTorch: each operator that is no view is one pass over its tensors.
 
     It reads each input once and writes each output once. For RMSNorm, forward, that is 36 bytes an
     element: to float32 (2 + 4), square (4 + 4), mean (4), times 1 / rms (4 + 4), to bfloat16
@@ -74,7 +74,7 @@ class Eager(TorchDispatchMode):
 
 
 def size(*tensors: Tensor) -> int:
-    """Bytes; what is expanded lies in memory once."""
+    """Return the bytes of tensors; expanded ones lie in memory once."""
     total = 0
     for x in tensors:
         stored = [n for n, stride in zip(x.shape, x.stride(), strict=True) if stride]
@@ -105,7 +105,7 @@ class Operator:
         raise NotImplementedError
 
     def measure(self, backward: bool, measured: Callable[..., Traffic], device: str) -> Traffic:
-        """By `measured`, `executed` on the CPU or `counted` on the meta device."""
+        """Measure by `executed` on the CPU or `counted` on the meta device."""
         inputs = self.inputs(device)
         function = self.function if measured is executed else self.plain
         if not backward:
@@ -117,7 +117,10 @@ class Operator:
         return measured(lambda: torch.autograd.grad(outputs, wanted, cotangents))
 
     def least(self, backward: bool) -> int:
-        """Each input and output once. Backward has the cotangents besides, and the gradients."""
+        """Return the least traffic: each input and output once.
+
+        Backward has the cotangents besides, and the gradients.
+        """
         inputs = self.inputs("meta")
         if not backward:
             return size(*inputs, *tree_leaves(self.plain(*inputs)))
@@ -126,7 +129,7 @@ class Operator:
         )
 
     def saved(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """What backward has to read beside the cotangents."""
+        """Return the tensors that backward has to read beside the cotangents."""
         return list(inputs)
 
     def gradients(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -235,7 +238,7 @@ class Gate(Operator):
 
 
 class FusedGate(Gate):
-    """Gate and up as a projection makes them, in one tensor. Elsewhere they are views of it."""
+    """SwiGLU of gate and up in one tensor, as a projection makes them."""
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:
         return (normal(TOKENS, 2 * INTERMEDIATE, device=device),)

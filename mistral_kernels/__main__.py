@@ -115,7 +115,7 @@ def _checks(device: str) -> list[Check]:
 
 
 def check(device: str) -> Iterator[str]:
-    """A line for each operator and dtype: largest error of outputs and of gradients.
+    """Yield a line for each operator and dtype: largest error of outputs and of gradients.
 
     Errors are relative to the largest value. The yardstick, "eager", is the definition computed by
     PyTorch in the same dtype.
@@ -157,7 +157,7 @@ def _errors(results: Results, exact: Results) -> tuple[float, float]:
 
 
 def _run(function: Callable[..., Any], inputs: list[Tensor]) -> Results:
-    """Outputs, and the gradients of their sum of squares."""
+    """Return the outputs, and the gradients of their sum of squares."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     outputs = function(*inputs)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]

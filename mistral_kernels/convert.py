@@ -75,7 +75,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _with_progress(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors, with a bar on stderr if that is a terminal."""
+    """Yield the checkpoint's tensors, with a bar on stderr if that is a terminal."""
     with tqdm(total=checkpoint.num_bytes, unit="B", unit_scale=True, disable=None) as bar:
         for name, tensor in checkpoint.tensors():
             yield name, tensor
@@ -88,7 +88,7 @@ def _say(line: str) -> None:
 
 
 def _size(text: str) -> int:
-    """Bytes from '5GB', '500MB' or a plain number."""
+    """Return the number of bytes in '5GB', '500MB' or a plain number."""
     number, factor = text.strip().upper(), 1
     for unit, value in _UNITS.items():
         if number.endswith(unit):

@@ -43,6 +43,7 @@ from mistral_kernels.model.sampling import RANGES, Sampler
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ops import extension
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
+from mistral_kernels.ops.operator import choose_again
 from mistral_kernels.text.chat import Conversation
 from mistral_kernels.text.stats import Figures
 from mistral_kernels.text.streaming import Completion, TextDelta, generate, stream_generate
@@ -137,6 +138,7 @@ def _run(argv: Sequence[str] | None) -> None:
     args = _parser().parse_args(argv)
     if args.backend:
         os.environ[BACKEND_VARIABLE] = args.backend
+        choose_again()
     if not launched():
         return _generate(args, World(0, 1, device_of(args.device)))
     with joined(args.device) as world, _silent(not world.is_main):
@@ -152,7 +154,7 @@ _OF_ONE_RANK = {"prompt", "prompt_option", "prompt_file", "model", "device"}
 
 @contextmanager
 def _silent(silent: bool) -> Iterator[None]:
-    """Nothing that is printed comes out; what is raised does."""
+    """Discard what the block prints. Exceptions pass."""
     with ExitStack() as stack:
         if silent:
             nowhere = stack.enter_context(open(os.devnull, "w"))
@@ -162,7 +164,10 @@ def _silent(silent: bool) -> Iterator[None]:
 
 
 def _generate(args: argparse.Namespace, world: World) -> None:
-    """The command, on each rank of `world`: all make the same text of the main rank's prompts."""
+    """Run the command on each rank of `world`.
+
+    All ranks generate the same text, from the main rank's prompts.
+    """
     device = world.device
     check_backend(device, args.backend)
     seed = args.seed
@@ -251,9 +256,10 @@ def _window(text: str) -> int | str:
     if text.lower() == "none":
         return "none"
     try:
-        return COUNT(text)
+        count: int = COUNT(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}; 'none' removes the window") from None
+    return count
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

@@ -40,8 +40,8 @@ from mistral_kernels.cli.command import (
 from mistral_kernels.distributed.process_group import World, check_same, joined, launched
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.transformer import MistralForCausalLM
-from mistral_kernels.training.loop import DTYPES, Corpus, Recipe, Run, finish
-from mistral_kernels.training.state import Saving
+from mistral_kernels.training.loop import DTYPES, Corpus, Recipe, Run, SingleProcess, train
+from mistral_kernels.training.state import FileSaving, Saving
 from mistral_kernels.utils.ranges import COUNT, Range
 
 TINY = MistralConfig(
@@ -166,14 +166,14 @@ def train_on_texts(
         saving = _saving(partial, save_every, identity, world)
         _on_main(world, lambda: _check_writable(output.parent))
         run = _start(None if source is None else folder, recipe, device, world)
-        parameters = sum(p.numel() for p in run.model.parameters())
+        parameters = sum(p.numel() for p in run.backend.model.parameters())
         print(
             f"{parameters:,} parameters, {len(corpus.tokens):,} tokens to train on, "
             f"{len(tokens):,} held out",
             file=log,
         )
         try:
-            curve = finish(run, corpus, tokens, log, saving)
+            curve = train(run, corpus, tokens, log, saving)
         except KeyboardInterrupt:
             print(
                 f"\nthe same command again goes on from the state in {partial}"
@@ -182,7 +182,7 @@ def train_on_texts(
                 file=log,
             )
             raise
-        loss = run.held_out_loss(corpus, tokens)
+        loss = run.backend.held_out_loss(corpus, tokens)
         report = {
             "texts": [path.name for path in texts],
             "from": source,
@@ -199,7 +199,7 @@ def train_on_texts(
         files[0].write_text(held_out, encoding="utf-8")
         files[1].write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         files += {corpus.tokenizer.path, *find_tokenizer_files(folder)}
-        run.write(output, files)
+        run.backend.write(output, files)
     saving.discard()
 
 
@@ -227,9 +227,9 @@ def _start(
     elif world is None:
         model = MistralForCausalLM.from_pretrained(folder, dtype=dtype)
     if world is None:
-        return Run(model.to(device), recipe)
+        return Run(SingleProcess(model.to(device)), recipe)
     # Importing torch.distributed's parts takes longer than all the rest, and few runs need them.
-    from mistral_kernels.training.fsdp import PartOf, ShardedRun, sharded_model
+    from mistral_kernels.training.fsdp import PartOf, Sharded, sharded_model
 
     def new_weights(part_of: PartOf) -> Iterable[tuple[str, Tensor]]:
         for name, weight in model.state_dict().items():
@@ -240,17 +240,17 @@ def _start(
     else:
         stored = open_checkpoint(folder)
         config, tensors = stored.config, stored.tensors
-    return ShardedRun(sharded_model(config, tensors, dtype, world), recipe, world)
+    return Run(Sharded(sharded_model(config, tensors, dtype, world), dtype, world), recipe)
 
 
 def _saving(path: Path, every: int, identity: dict[str, Any], world: World | None) -> Saving:
     if world is None:
-        return Saving(path, every, identity)
-    from mistral_kernels.training.fsdp_state import ShardedSaving
+        return FileSaving(path, every, identity)
+    from mistral_kernels.training.fsdp_state import FolderSaving
 
     for name, value in {**identity, "output": path, "save_every": every}.items():
         check_same(name, value)
-    return ShardedSaving(path, every, identity, world)
+    return FolderSaving(path, every, identity, world)
 
 
 def _check_vocabulary(config: MistralConfig, corpus: Corpus, held_out: Tensor) -> None:
@@ -316,7 +316,7 @@ def _parser() -> Parser:
 def _run(argv: Sequence[str] | None) -> None:
     args = _parser().parse_args(argv)
 
-    def train(device: torch.device, world: World | None = None) -> None:
+    def train_on(device: torch.device, world: World | None = None) -> None:
         check_backend(device)
         recipe = Recipe(**{option.name: getattr(args, option.name) for option in fields(Recipe)})
         train_on_texts(
@@ -326,9 +326,9 @@ def _run(argv: Sequence[str] | None) -> None:
 
     if launched():
         with joined(args.device) as world:
-            train(world.device, world)
+            train_on(world.device, world)
     else:
-        train(device_of(args.device))
+        train_on(device_of(args.device))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,14 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import ClassVar
 
 import ptxrun
 import pytest
 import torch
 from hypothesis import settings
+from support.backends import SetBackend, use_backend, without_csrc
 
 from mistral_kernels.model import transformer
 
@@ -70,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class _NONE:
-    params: dict[str, object] = {}
+    params: ClassVar[dict[str, object]] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +110,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def device() -> torch.device:
-    """The real GPU where there is one. (The interpreter is for CPU tensors.)"""
+    """Return the GPU if there is one, except under the interpreter, which is for CPU tensors."""
     on_gpu = torch.cuda.is_available() and not INTERPRETING
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
@@ -124,22 +127,38 @@ def triton_runs(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def set_backend() -> Iterator[SetBackend]:
+    """Return a function that sets MISTRAL_KERNELS_BACKEND until the test ends."""
+    with ExitStack() as stack:
+        yield lambda setting: stack.enter_context(use_backend(setting))
+
+
+@pytest.fixture
+def no_csrc() -> Iterator[None]:
+    """Run the test as on a machine where csrc has no library."""
+    with without_csrc():
+        yield
+
+
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.kernels)])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each test runs on the torch backend and on Triton kernels, whatever executes these here."""
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test on the torch backend and on Triton kernels, whatever executes these here."""
     if request.param == "triton":
         request.getfixturevalue("triton_runs")
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", request.param)
-    return request.param
+    with use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture
-def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what it alone has, float64 above all."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
+def torch_backend() -> Iterator[None]:
+    """Select the torch backend, for what it alone has, float64 above all."""
+    with use_backend("torch"):
+        yield
 
 
 @pytest.fixture
-def triton_backend(monkeypatch: pytest.MonkeyPatch, triton_runs: None) -> None:
-    """For what is only true of Triton kernels. Mark such tests ``kernels`` for the interpreter."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+def triton_backend(triton_runs: None) -> Iterator[None]:
+    """Select Triton. Mark such tests ``kernels`` for the interpreter."""
+    with use_backend("triton"):
+        yield

@@ -1,4 +1,4 @@
-"""The benchmark suite: who is wrong is not timed, the GPU's cases hold, reports tell changes."""
+"""The benchmark suite: wrong providers are not timed, GPU cases hold, reports list changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Options = tuple[str, ...]
 
 
 def bench(folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
-    """What `python -m pytest benchmarks` prints, and the results it writes."""
+    """Run `python -m pytest benchmarks`; return its output and the results that it writes."""
     results = folder / "results.json"
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-rs", "-p", "no:cacheprovider"]
     # Within a worker of pytest-xdist, pytest-benchmark would do nothing.
@@ -44,7 +44,7 @@ def bench(folder: Path, *options: str) -> tuple[str, dict[str, Any]]:
 
 
 def test_who_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window that is off by one, in our kernel or in a peer's: no time, but the reason."""
+    """A window that is off by one, in our kernel or a peer's, gives a reason and no time."""
     case = test_attention.cases([test_attention.sizes(1, 64, 16, 4)], (torch.float32,))[0]
 
     def off_by_one(case: Any, q: Any, k: Any, v: Any) -> Any:
@@ -68,7 +68,7 @@ def test_who_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Counting(Operator):
-    """Two providers that note when they are called; one of them breaks after a while."""
+    """Operator of two providers that note their calls; one of them breaks after a while."""
 
     name = "counting"
     providers = ("eager", "SDPA")
@@ -100,7 +100,7 @@ class Counting(Operator):
 
 
 def test_sittings_are_spread_over_the_session() -> None:
-    """Every case is prepared once, and timed again after all others were."""
+    """Prepare every case once, and time it again after all others."""
     cases = registry.cases([{"n": 1}, {"n": 2}], (torch.float32,), ("forward",))
     operator = Counting(cases, breaks_after=3)
     plan = [(operator, case, list(operator.providers)) for case in cases]
@@ -119,7 +119,7 @@ def test_sittings_are_spread_over_the_session() -> None:
 def test_what_moves_bytes_is_timed_after_a_call_of_its_kind(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On other tensors, whose turn is another."""
+    """Call it on other tensors before."""
     (case,) = registry.cases([{"n": 1}], (torch.float32,), ("forward",))
     timed: list[int] = []
 
@@ -212,7 +212,7 @@ def test_a_run_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def synthetic() -> list[report.Row]:
-    """Rows of every kind, as a machine with a GPU and everything installed might give."""
+    """Return rows of every kind, as a machine with a GPU and every provider might give."""
     rows = []
     for operator, direction, sizes in (
         ("attention", "forward", [{"B": 1, "S": n, "W": 4096, "H": 32} for n in (1024, 4096)]),
@@ -275,7 +275,7 @@ def test_bad_options(options: Options, message: str) -> None:
 
 @pytest.mark.slow
 def test_rehearsal_of_what_a_gpu_would_run(tmp_path: Path) -> None:
-    """Every case of the GPU's lists, shapes and providers, on tensors without memory."""
+    """Run every case of the GPU's lists, shapes and providers on meta tensors."""
     _, results = bench(tmp_path, "--device", "meta")
     ours = [x for x in results["benchmarks"] if x["extra_info"]["provider"] == "ours"]
     operators = {x["extra_info"]["op"] for x in ours}

@@ -32,7 +32,7 @@ def tokenizer() -> MistralTokenizer:
 
 
 def make_model(window: int | None) -> MistralForCausalLM:
-    """One that never ends its text, nor says what is not shown: in float64, where no ties are."""
+    """Return a float64 model, without ties, that never generates EOS or a hidden token."""
     model = varied_model(dataclasses.replace(SMALL, vocab_size=32768, sliding_window=window))
     with torch.no_grad():
         model.lm_head.weight[:CONTROL_TOKENS] = 0.0
@@ -40,7 +40,7 @@ def make_model(window: int | None) -> MistralForCausalLM:
 
 
 def say(conversation: Conversation, message: str, **options: Any) -> tuple[str, int]:
-    """The answer, and how many prompt tokens had to be computed for it."""
+    """Return the answer, and the number of prompt tokens that had to be computed for it."""
     prompt = conversation.prompt_for(message)
     return "".join(delta.text for delta in conversation.reply(prompt, **options)), len(prompt)
 
@@ -74,7 +74,7 @@ def test_what_the_cache_has_seen_is_not_computed_again(tokenizer: MistralTokeniz
 
 
 def test_answers_read_back_as_the_tokens_they_were(tokenizer: MistralTokenizer) -> None:
-    """So that they, too, stay in the cache: no space is added to the first word's own."""
+    """Answers stay in the cache, too: no space is added to their first word."""
     conversation = Conversation(make_model(None), tokenizer)
     prompt = conversation.prompt_for("Hello")
     said = tokenizer.encode("I am fine, and you?", bos=False)
@@ -150,7 +150,7 @@ def test_an_answer_cut_short_is_remembered(tokenizer: MistralTokenizer) -> None:
 
 
 def test_an_answer_of_no_tokens(tokenizer: MistralTokenizer) -> None:
-    """Also from a stop string at its very start: the conversation can go on."""
+    """Continue after an empty answer, from a stop string at its very start included."""
     conversation = Conversation(make_model(40), tokenizer)
     assert say(conversation, "Hello", max_tokens=0)[0] == ""
     answer, _ = say(conversation, "Go on", max_tokens=6)
@@ -161,7 +161,7 @@ def test_an_answer_of_no_tokens(tokenizer: MistralTokenizer) -> None:
 
 
 def test_the_same_question_again(tokenizer: MistralTokenizer) -> None:
-    """The cache has seen all of it, yet the answer starts from its last token's logits."""
+    """Start the answer from the last token's logits, though all is in the cache."""
     model = make_model(512)
     first, _ = say(Conversation(model, tokenizer), "Hello", max_tokens=8)
     conversation = Conversation(model, tokenizer)

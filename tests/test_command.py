@@ -1,4 +1,4 @@
-"""The boundary of the commands: exit codes, one line for each error, streams of every kind."""
+"""Boundary of the commands: exit codes, one line for each error, streams of every kind."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_bad_input_is_one_line(
 def test_limits_of_python_and_pytorch(
     command: Callable[[Any], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Their words differ by version."""
+    """Refuse in one line; the words differ by version."""
     assert run(command, None) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -132,7 +132,7 @@ def test_options() -> None:
 
 
 class Gone(io.RawIOBase):
-    """A stream that fails, as one does whose reader has gone or whose disk is full."""
+    """Stream that fails, as one does whose reader has gone or whose disk is full."""
 
     def __init__(self, error: int) -> None:
         self.error = error
@@ -149,7 +149,7 @@ class Gone(io.RawIOBase):
 
 @contextlib.contextmanager
 def gone(name: str, error: int) -> Iterator[None]:
-    """Inside, a standard stream is one that fails."""
+    """Make a standard stream fail inside the block."""
     device = Gone(error)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(device), "utf-8"))
@@ -162,7 +162,7 @@ def gone(name: str, error: int) -> Iterator[None]:
 def test_broken_stdout(
     error: int, code: int, late: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where nothing is flushed before the end."""
+    """Break stdout, also where nothing is flushed before the end."""
     with gone("stdout", error):
         assert run(lambda _: print("text") if late else write_out("text"), None) == code
     line = f"error: [Errno {error}] {os.strerror(error)}: 'standard output'\n"
@@ -186,7 +186,7 @@ def test_broken_stderr(error: int, command: Callable[[Any], int], code: int | No
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp037", "shift_jis", "utf-8", "utf-16"])
 def test_encodings_of_stdout(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Characters that an encoding lacks are escaped, others stay as they are."""
+    """Escape characters that an encoding lacks; print others as they are."""
     sink, text = io.BytesIO(), "é漢😀 \ud800!\n"
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", io.TextIOWrapper(sink, encoding))
@@ -204,7 +204,7 @@ def test_encodings_of_stdout(encoding: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp037"])
 def test_encodings_of_stderr(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it is a stream of a caller's, which refuses what it cannot encode."""
+    """Escape on a caller's stream, too, that refuses what it cannot encode."""
     sink = io.BytesIO()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", io.TextIOWrapper(sink, encoding, errors="strict"))
@@ -257,7 +257,7 @@ def test_no_file_takes_the_number_of_a_closed_stream(closed: tuple[int, ...]) ->
     ],
 )
 def test_nothing_happens_outside_a_command(ours: str, other: str) -> None:
-    """Another program is started, perhaps with `-m`, too, or with such an argument."""
+    """Start another program, perhaps with `-m`, too, or with such an argument."""
     code = STANDARD.format(folder=str(Path(startup.__file__).parent))
     assert ours in code
     code = code.replace(ours, other)
@@ -318,7 +318,7 @@ def test_texts_are_plain(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 5, 1 << 20, (1 << 20) + 1, 2_500_000])
 def test_pipes(size: int, tmp_path: Path) -> None:
-    """All of it, however it comes; but not more than the limit."""
+    """Read all of a pipe, up to the limit."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
 

@@ -38,7 +38,8 @@ def check_outcome(call: dict[str, Any], outcome: dict[str, Any]) -> None:
     assert code in CODES | ({1} if call["command"] == "report" else set()), (call, outcome)
     if err is not None:
         errors = [line for line in err.splitlines() if "error: " in line]
-        assert "Traceback" not in err and len(errors) == (code == 2), (call, outcome)
+        assert "Traceback" not in err, (call, outcome)
+        assert len(errors) == (code == 2), (call, outcome)
         assert all(line.startswith("error: ") and len(line) < 1200 for line in errors), outcome
     if out and call["command"] != "report" and "--help" not in call["arguments"]:
         assert call["command"] == "generate" or "-h" in call["arguments"], (call, outcome)
@@ -50,7 +51,7 @@ def check_outcome(call: dict[str, Any], outcome: dict[str, Any]) -> None:
 
 
 def test_random_command_lines(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    """In one process with 2 GB of memory, and 20 s for each."""
+    """Run them in one process with 2 GB of memory, and 20 s each."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     paths = [str(TESTS), str(TESTS.parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -63,14 +64,16 @@ def test_random_command_lines(tmp_path: Path, pytestconfig: pytest.Config) -> No
         timeout=1800,
     )
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0 and len(records) == 2 * LINES, (records[-1], done.stderr[-2000:])
+    assert done.returncode == 0, (records[-1], done.stderr[-2000:])
+    assert len(records) == 2 * LINES, (records[-1], done.stderr[-2000:])
     reached: dict[tuple[str, int], int] = {}
     for call, outcome in zip(records[::2], records[1::2], strict=True):
         check_outcome(call, outcome)
         key = call["command"], outcome["code"]
         reached[key] = reached.get(key, 0) + 1
     for command in ("generate", "train", "convert"):
-        assert reached[command, 0] >= 3 and reached[command, 2] >= 20, reached
+        assert reached[command, 0] >= 3, reached
+        assert reached[command, 2] >= 20, reached
 
 
 FULL = "error: [Errno 28] No space left on device: 'standard output'\n"
@@ -128,8 +131,10 @@ def in_a_shell(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def test_streams_and_limits_of_a_shell(line: str, tmp_path: Path) -> None:
     code, ending = SHELL[line]
     done = in_a_shell(line, OUT=str(tmp_path / "out"))
-    assert done.returncode == code and done.stderr.endswith(ending), done
-    assert "Traceback" not in done.stderr and done.stderr.count("error: ") <= 1, done
+    assert done.returncode == code, done
+    assert done.stderr.endswith(ending), done
+    assert "Traceback" not in done.stderr, done
+    assert done.stderr.count("error: ") <= 1, done
     assert code == 0 or done.stdout == ""
 
 
@@ -144,7 +149,7 @@ def test_streams_and_limits_of_a_shell(line: str, tmp_path: Path) -> None:
     ],
 )
 def test_readers_that_go(line: str) -> None:
-    """The exit code is 141, as after SIGPIPE, or 0 where all had been written before."""
+    """Exit with 141, as after SIGPIPE, or 0 if all had been written before."""
     done = in_a_shell(f"{line}; exit ${{PIPESTATUS[0]}}")
     assert done.returncode in ((141,) if "100000" in line else (0, 141)), done
     assert "Traceback" not in done.stderr
@@ -166,7 +171,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def arguments(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """All of a training's but its output."""
+    """Return all arguments of a training except its output."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("start")
     config = train.MistralConfig(**{**vars(SMALL), "vocab_size": 300})
@@ -271,7 +276,7 @@ def mutilated(data: bytes) -> bytes:
 def test_mutilated_states(
     arguments: list[str], state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Refused in one line; or nothing that matters was changed, and the run goes on."""
+    """Refuse in one line, or resume if no value that matters has changed."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     refused = 0
     data = state.read_bytes()
@@ -282,10 +287,12 @@ def test_mutilated_states(
             patch.setattr(train.Run, "advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             code = main([*arguments, "--output", str(out)])
         error = capsys.readouterr().err
-        assert "Traceback" not in error and code in (2, 130), error
+        assert "Traceback" not in error, error
+        assert code in (2, 130), error
         if code == 2:
             refused += 1
             line = error.splitlines()[-1]
-            assert line.startswith(f"error: {partial} is ") and len(line) < 1200, line
+            assert line.startswith(f"error: {partial} is "), line
+            assert len(line) < 1200, line
             assert error.count("error: ") == 1
     assert refused >= 75

@@ -21,7 +21,7 @@ TOKENIZER = (
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
-    """A raw checkpoint in a folder that also holds a tokenizer, and something else."""
+    """Write a raw checkpoint to a folder that also holds a tokenizer, and another file."""
     folder = tmp_path / "in" / "raw"
     save_raw(random_state(SMALL).items(), SMALL, folder, dtype=torch.bfloat16)
     for name in TOKENIZER:
@@ -96,12 +96,16 @@ def test_what_raw_cannot_say_is_told(tmp_path: Path, capsys: pytest.CaptureFixtu
 def fails(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], target: Path
 ) -> None:
-    """Exit code 2, the message as one line on stderr, and nothing at or beside the target."""
+    """Check for exit code 2 and one line on stderr, with the message.
+
+    Nothing may be left at or beside the target.
+    """
     before = names(target.parent)
     assert convert.main([*arguments, str(target)]) == 2
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0], captured.err
+    assert len(errors) == 1, captured.err
+    assert message in errors[0], captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
     assert names(target.parent) == before

@@ -1,4 +1,4 @@
-"""The convert command, ended at random moments: no half result, and nothing that stays."""
+"""The convert command, ended at random moments: no partial result, and no remains."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def run_until(source: Path, target: Path, number: int, seconds: float) -> tuple[int, str]:
-    """Convert, and send the signal so long after the writing began; the exit code and stderr."""
+    """Convert, and send the signal so long after writing began; return exit code and stderr."""
     process = subprocess.Popen(
         [sys.executable, "-m", "mistral_kernels.convert", str(source), str(target)],
         stderr=subprocess.PIPE,

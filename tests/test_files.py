@@ -1,4 +1,4 @@
-"""Reading files that come from elsewhere: what is no regular file, too large, or not as asked."""
+"""Files that come from elsewhere: irregular, too large, or malformed."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_nothing_but_regular_files(tmp_path):
         read_json(tmp_path / "absent")
     for name, target in (("dangling", "nowhere"), ("loop", "loop"), ("deep", "device/x")):
         (tmp_path / name).symlink_to(target)
-        with pytest.raises(CheckpointError, match="got a symbolic link that leads nowhere$"):
+        with pytest.raises(CheckpointError, match=r"got a symbolic link that leads nowhere$"):
             read_json(tmp_path / name)
         assert is_taken(tmp_path / name)
         assert not is_taken(tmp_path / target / "x")
 
 
 def test_a_new_file_in_the_place_of_another(tmp_path):
-    """A FIFO is not waited for, and nothing is written through a link; a folder is kept."""
+    """Neither wait for a FIFO nor write through a link; keep a folder."""
     mine, new = tmp_path / "mine", tmp_path / "new"
     mine.write_text("mine")
     ways = (lambda: None, new.touch, lambda: os.mkfifo(new), lambda: new.symlink_to(mine))

@@ -1,4 +1,4 @@
-"""Generation: every way to ask for the same text gives it, and each setting does what it says."""
+"""Generation: every entry point gives the same text, and each setting has its effect."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.graph_stand_in import GraphStandIn
 from support.helpers import assert_same_text
 from support.small_checkpoints import SMALL, varied_model
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, Sampler
 from mistral_kernels.generate import Completion, generate, stream_generate
-from mistral_kernels.model import decoding
 from mistral_kernels.text.streaming import _StopText
 
 W = 7
@@ -34,7 +34,7 @@ def model() -> MistralForCausalLM:
 
 
 class Script:
-    """Stands for a model: "generates" the ids it was given."""
+    """Stand-in for a model: "generates" the ids that it was given."""
 
     def __init__(self, *texts: list[int]) -> None:
         self.texts, self.config = texts, SMALL
@@ -45,7 +45,7 @@ class Script:
 
 
 def as_bytes(text: str) -> list[int]:
-    """The byte tokens of a text: sentencepiece's byte fallback, behind <unk>, <s> and </s>."""
+    """Return the byte tokens of a text (sentencepiece's byte fallback), behind <unk>, <s>, </s>."""
     return [3 + byte for byte in text.encode()]
 
 
@@ -225,13 +225,13 @@ def test_characters_come_whole(tokenizer: MistralTokenizer) -> None:
 
 
 def naive_stop(text: str, stop: Sequence[str]) -> str:
-    """The text before the stop string that begins first in it."""
+    """Return the text before the stop string that begins first in it."""
     found = [text.find(each) for each in stop if each in text]
     return text[: min(found)] if found else text
 
 
 def test_stop_strings_that_span_tokens(tokenizer: MistralTokenizer) -> None:
-    """Random texts over a small alphabet, a byte a token, with overlapping stop strings."""
+    """Random texts over a small alphabet, one byte per token, overlapping stop strings."""
     found = 0
     for _ in range(300):
         text = "".join(random.choices("abé", k=random.randint(1, 24)))
@@ -253,7 +253,7 @@ def test_stop_strings_that_span_tokens(tokenizer: MistralTokenizer) -> None:
 
 
 def test_stop_strings_do_not_depend_on_how_a_text_is_cut() -> None:
-    """A text in pieces of any lengths ends at one place; what no stop string begins is shown."""
+    """Cut a text into pieces of any lengths: it ends at one place and shows all before."""
     cut_inside = 0
     for _ in range(2000):
         text = "".join(random.choices("ab", k=random.randint(0, 16)))
@@ -390,7 +390,7 @@ def test_seeds(model: MistralForCausalLM) -> None:
 def test_logits_that_are_not_finite(
     value: float, sampler: Sampler, dtype: torch.dtype, model: MistralForCausalLM
 ) -> None:
-    """A head that overflows, from the first token on; -inf is so in all logits only."""
+    """Let a head overflow from the first token on; -inf counts only if all logits are."""
     model = model.to(dtype)
     with torch.no_grad():
         model.lm_head.weight[slice(None) if value == -math.inf else slice(7, 9)] = value
@@ -407,30 +407,17 @@ def test_logits_that_are_not_finite(
             list(model.stream(prompts_of(4, 9), max_new_tokens=5, sampler=sampler))
 
 
-def replayed(run: Any, generator: Any) -> Any:
-    """Stands for a CUDA graph: what the host counts is not recorded."""
-    cache = run.__self__.cache
-
-    def replay() -> None:
-        counted = cache.host_lengths
-        run()
-        cache.host_lengths = counted
-
-    return replay
-
-
 @pytest.mark.parametrize("captures", [False, True])
 @pytest.mark.parametrize("hooked", [False, True])
 def test_logits_that_cease_to_be_finite(
     captures: bool, hooked: bool, model: MistralForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within a text, by one call of csrc or by modules, with a step ahead or without.
+    """Fail within a text, by one call of csrc or by modules, with a step ahead or without.
 
     What was made before it has been yielded, and the cache can go on.
     """
     if captures:
-        monkeypatch.setattr(decoding, "can_capture", lambda device: True)
-        monkeypatch.setattr(decoding, "capture", replayed)
+        GraphStandIn(monkeypatch)
     if hooked:
         model.model.norm.register_forward_hook(lambda *_: None)
     prompts, bad = prompts_of(4, 9), []
@@ -442,10 +429,9 @@ def test_logits_that_cease_to_be_finite(
     assert not any(free[1][at] in prompt for prompt in prompts)
     cache = model.new_cache(2, 100)
     with pytest.raises(ValueError, match=f"logits of text 1 are not finite after {at + 1} new"):
-        for tokens in model.stream(prompts, max_new_tokens=12, cache=cache):
-            bad.append(tokens)
+        bad.extend(model.stream(prompts, max_new_tokens=12, cache=cache))
     assert bad == [list(tokens) for tokens in zip(*free, strict=True)][: at + 1]
-    assert not cache.torn
+    assert not cache.interrupted
     # A text that has ended may do as it likes.
     ended = model.stream(prompts, max_new_tokens=12, eos_token_ids=(free[1][at],))
     assert [tokens[0] for tokens in ended] == list(free[0])
@@ -479,7 +465,7 @@ def test_bad_arguments(model: MistralForCausalLM, tokenizer: MistralTokenizer) -
             generate(model, tokenizer, prompts)
     with pytest.raises(ValueError, match="a stop string must not be empty"):
         generate(model, tokenizer, ["a"], stop=["x", ""])
-    with pytest.raises(ValueError, match="a stop string has a lone surrogate, '.udcff'"):
+    with pytest.raises(ValueError, match=r"a stop string has a lone surrogate, '.udcff'"):
         generate(model, tokenizer, ["a"], stop=["x", "y\udcff"])
     with pytest.raises(ValueError, match="max_tokens must be >= 0, got -3"):
         generate(model, tokenizer, ["a"], max_tokens=-3, sampler=Sampler())
@@ -520,7 +506,7 @@ def test_integers_of_every_kind(
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_tensors_keep_their_dtype(dtype: torch.dtype, model: MistralForCausalLM) -> None:
-    """Also where pads and new tokens are larger than any id of the prompt."""
+    """Pads and new tokens may be larger than any id of the prompt."""
     ids = torch.tensor([[3, 4], [5, 6]], dtype=dtype)
     out = model.generate(ids, max_new_tokens=5, eos_token_id=None)
     assert out.dtype == dtype
@@ -578,7 +564,7 @@ def test_wrong_types(
     ids: Any, options: dict[str, Any], message: str, model: MistralForCausalLM,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Refused before anything has been generated."""
+    """Refuse them before anything has been generated."""
     if "prefill_chunk_size" not in options:
         monkeypatch.setattr(MistralForCausalLM, "prefill", None)
     with pytest.raises(TypeError, match=f"^{message}"):

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.backends import SetBackend
 from support.small_checkpoints import SMALL, random_state
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, generate
@@ -44,9 +45,9 @@ Command = Callable[..., Result]
 
 
 @pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """--backend sets this variable for the process."""
-    monkeypatch.setenv(BACKEND_VARIABLE, "auto")
+def own_environment(set_backend: SetBackend) -> None:
+    """Undo --backend, which sets a variable of the process."""
+    set_backend("auto")
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="module")
 def expected() -> Callable[..., str]:
-    """The greedy text of the bundled model."""
+    """Return the greedy text of the bundled model."""
     model = MistralForCausalLM.from_pretrained("tiny")
     tokenizer = MistralTokenizer.from_pretrained("tiny")
 
@@ -136,7 +137,7 @@ def test_a_batch_of_unequal_prompts(
 @pytest.mark.parametrize("head", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_files_of_other_systems(run: Command, tmp_path: Path, head: str, end: str) -> None:
-    """A byte order mark and other line ends are no part of a prompt, from a file or stdin."""
+    """Drop a byte order mark and foreign line ends of a prompt, from a file or stdin."""
     prompts, file = ["She was", "It is"], tmp_path / "prompts"
     text = head + "".join(prompt + end for prompt in [prompts[0], "", prompts[1]])
     file.write_bytes(text.encode())
@@ -148,7 +149,7 @@ def test_files_of_other_systems(run: Command, tmp_path: Path, head: str, end: st
 
 
 def test_a_prompt_file_may_be_a_pipe(run: Command, tmp_path: Path) -> None:
-    """A pipe, like a shell's `<(...)`."""
+    """Read a pipe, like a shell's `<(...)`."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     sender = threading.Thread(target=pipe.write_text, args=("She was\n",))
@@ -261,7 +262,8 @@ def bad_checkpoint(tmp_path: Path, *, lose: str = "", change: dict[str, Any] | N
 
 def check_error(result: Result, *parts: str) -> None:
     assert result.code == 2, result
-    assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+    assert result.err.startswith("error: "), result.err
+    assert result.err.count("\n") == 1, result.err
     assert result.out == ""
     for part in parts:
         assert part in result.err, result.err
@@ -394,7 +396,9 @@ def test_stdin_that_is_no_prompt(run: Command, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs Triton's kernels")
-def test_a_backend_that_cannot_run(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_cannot_run(
+    run: Command, monkeypatch: pytest.MonkeyPatch, set_backend: SetBackend
+) -> None:
     """The message names what chose it: the option or the variable."""
     dispatch._choose.cache_clear()
     from triton.runtime import driver
@@ -405,7 +409,7 @@ def test_a_backend_that_cannot_run(run: Command, monkeypatch: pytest.MonkeyPatch
     if os.environ.get("TRITON_INTERPRET") != "1":
         option = run("x", "--backend", "triton")
         check_error(option, f"error: --backend triton, but {reason}{remedy}leave out --backend\n")
-        monkeypatch.setenv(BACKEND_VARIABLE, "triton")
+        set_backend("triton")
         variable = f"error: {BACKEND_VARIABLE}=triton, but {reason}{remedy}unset {BACKEND_VARIABLE}"
         check_error(run("x"), f"{variable}\n")
 
@@ -458,7 +462,7 @@ def test_an_interrupt_before_the_first_token(
 
 
 def test_compiling_is_loading(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first token's time is without it; an interrupt meanwhile leaves one word."""
+    """The first token's time excludes compilation; an interrupt meanwhile prints one word."""
 
     def compiling(device_type: str) -> None:
         patch.setattr(extension, "load", lambda device_type: None)  # from now on
@@ -479,7 +483,7 @@ def test_compiling_is_loading(run: Command, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_wrong_tokenizer(run: Command, tmp_path: Path) -> None:
-    """A vocabulary larger than the model's: ids that it has no embedding for."""
+    """Use a vocabulary larger than the model's, with ids that have no embedding."""
     save_hf(random_state(SMALL).items(), SMALL, tmp_path / "m", dtype=torch.float32)
     shutil.copy(resolve("tiny") / "tokenizer.model", tmp_path / "m")
     check_error(run("hello there", "--model", tmp_path / "m"), "vocabulary")
@@ -546,7 +550,7 @@ def test_the_reader_goes_away() -> None:
 
 @pytest.mark.parametrize("module", ["startup", "chat"])
 def test_ctrl_c_while_importing(module: str) -> None:
-    """One word, and no traceback, as soon as the first module of the package is imported."""
+    """Print one word and no traceback, from the first module's import on."""
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1", "TRITON_INTERPRET": "0"}
     process = start("-", env=environment, stdin=subprocess.PIPE)  # for which it would wait
     assert process.stderr is not None
@@ -561,7 +565,7 @@ def test_ctrl_c_while_importing(module: str) -> None:
 
 
 def test_closed_stderr(expected: Callable[..., str]) -> None:
-    """Nothing that belongs there comes on stdout."""
+    """Keep stderr's lines out of stdout."""
     shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "mistral_kernels.generate"]
     for prompt, code, text in (("She was", 0, expected("She was") + "\n"), ("", 2, "")):
         done = subprocess.run([*shell, prompt, *GREEDY], stdout=subprocess.PIPE, text=True)

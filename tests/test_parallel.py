@@ -22,16 +22,15 @@ from support.parallel_rank import GREEDY, PROMPTS, SCENARIOS, results_of
 from support.ranks import TESTS, environment, finish, free_ports, start
 from support.small_checkpoints import SMALL, random_state, varied_model
 
+from benchmarks import parallel_model
 from benchmarks.make_checkpoint import CONFIGS, random_tensors
 from mistral_kernels import MistralConfig, MistralForCausalLM, MistralTokenizer
 from mistral_kernels.checkpoint import open_checkpoint, resolve, save_hf, save_raw, whole
 from mistral_kernels.checkpoint.names import expected_shapes
 from mistral_kernels.distributed.tensor_parallel import (
-    Machine,
     ParallelMistralForCausalLM,
     Share,
     memory_per_rank,
-    step_seconds,
 )
 from mistral_kernels.generate import generate
 from mistral_kernels.model.config import ConfigError
@@ -334,21 +333,9 @@ def test_memory_of_7b() -> None:
     assert more.weights == 4 * (kv_and_others + norms)
 
 
-def test_time_of_a_step() -> None:
-    config, machine = MistralConfig(), Machine(1e12, 1e11, 5e-6, 1e-6)
-    memory, collectives = step_seconds(config, 1, machine=machine)
-    read = 2 * (7_241_732_096 - 32000 * 4096) + 32 * 2 * 4096 * 1024 * 2
-    assert (memory, collectives) == (pytest.approx(read / 1e12), 0)
-    memory, collectives = step_seconds(config, 4, batch=8, length=100, machine=machine)
-    reduced, gathered = 8 * 4096 * 2, 8 * 32000 * 2
-    assert collectives == pytest.approx(
-        65 * (5e-6 + 6e-6 + 1.5 * reduced / 1e11) + 5e-6 + 3e-6 + 0.75 * gathered / 1e11
-    )
-    # The table at the top of the module.
-    text = sys.modules["mistral_kernels.distributed.tensor_parallel"].__doc__ or ""
-    (steps,) = re.findall(r"a step +([\d. ]+) ms", text)
-    expected = [sum(step_seconds(config, size)) * 1e3 for size in (1, 2, 4, 8)]
-    assert [float(step) for step in steps.split()] == [round(step, 2) for step in expected]
+def test_the_readme_has_the_models_table() -> None:
+    readme = (TESTS.parent / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(parallel_model.table()) in readme
 
 
 # Things that happen to the processes

@@ -12,7 +12,7 @@ from support.small_checkpoints import SMALL, varied_model
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer
 from mistral_kernels.generate import main
-from mistral_kernels.model import transformer
+from mistral_kernels.model import engine
 from mistral_kernels.model.layers import FusedLinear, Linear
 from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.ops import extension
@@ -23,7 +23,7 @@ CONFIGS = {"untied": SMALL, "tied": replace(SMALL, tie_word_embeddings=True)}
 
 @pytest.fixture(params=CONFIGS)
 def models(request: Any, tmp_path: Path) -> tuple[MistralForCausalLM, MistralForCausalLM]:
-    """A quantised model, and the plain one that it stands for: its weights in float32."""
+    """Return a quantized model, and the plain one of its weights in float32."""
     varied_model(CONFIGS[request.param]).save_pretrained(tmp_path / "m")
     quantized = MistralForCausalLM.from_pretrained(tmp_path / "m", quantize="int8")
     plain = MistralForCausalLM.from_pretrained(tmp_path / "m").requires_grad_(False)
@@ -42,7 +42,7 @@ def models(request: Any, tmp_path: Path) -> tuple[MistralForCausalLM, MistralFor
 
 
 def test_weights(models: tuple[MistralForCausalLM, MistralForCausalLM]) -> None:
-    """Every product's are of int8, those of fused projections too; all others are as they were."""
+    """Weights of all products are int8, those of fused projections too; others are unchanged."""
     quantized, plain = models
     products = [m for m in quantized.modules() if isinstance(m, Linear)]
     assert len(products) == 4 * SMALL.num_hidden_layers + 1
@@ -59,7 +59,7 @@ def test_weights(models: tuple[MistralForCausalLM, MistralForCausalLM]) -> None:
 
 
 def test_logits(models: tuple[MistralForCausalLM, MistralForCausalLM]) -> None:
-    """Those of the same weights in float32: of whole texts, of prompts and of decode steps."""
+    """Compare whole texts, prompts and decode steps with the same weights in float32."""
     ids = torch.randint(SMALL.vocab_size, (3, 20))
     results = []
     for model in models:
@@ -74,8 +74,8 @@ def test_logits(models: tuple[MistralForCausalLM, MistralForCausalLM]) -> None:
 
 
 def test_decoding_has_the_same_bits(monkeypatch: Any) -> None:
-    """Of a sequence alone or in a batch, of layers in one call or of their operators."""
-    if extension.load("cpu") is None:
+    """Decode a sequence alone or in a batch, layers in one call or by operators."""
+    if not extension.load("cpu"):
         pytest.skip(extension.status("cpu"))
     model = MistralForCausalLM.from_pretrained("tiny", quantize="int8")
     ids = torch.randint(2048, (32, 9))
@@ -88,12 +88,12 @@ def test_decoding_has_the_same_bits(monkeypatch: Any) -> None:
     many = decode(32)
     for batch in (1, 5):
         assert torch.equal(decode(batch), many[:, :batch])
-    monkeypatch.setattr(transformer, "serves", lambda *_: False)
+    monkeypatch.setattr(engine, "_csrc_for", lambda *_: None)
     assert torch.equal(decode(32), many)
 
 
 def test_dtypes() -> None:
-    """Of hidden states and caches; casting the model leaves weights and scales alone."""
+    """Casting the model changes hidden states and caches, and neither weights nor scales."""
     model = MistralForCausalLM.from_pretrained("tiny", quantize="int8")
     assert model.dtype == model.new_cache(1, 4).keys[0].dtype == torch.bfloat16
     ids = torch.randint(2048, (1, 40))
@@ -126,10 +126,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_a_library(monkeypatch: Any, caplog: Any) -> None:
-    """It works, and says that it is slow."""
+    """Run in PyTorch, with a warning that it is slow."""
     ids = torch.randint(2048, (1, 40))
     expected = MistralForCausalLM.from_pretrained("tiny", quantize="int8", dtype=torch.float32)(ids)
-    assert not caplog.records or extension.load("cpu") is None
+    assert not caplog.records or not extension.load("cpu")
     monkeypatch.setattr(extension, "load", lambda device_type: None)
     with caplog.at_level("WARNING"):
         model = MistralForCausalLM.from_pretrained("tiny", quantize="int8", dtype=torch.float32)
@@ -138,7 +138,7 @@ def test_without_a_library(monkeypatch: Any, caplog: Any) -> None:
 
 
 def test_command(capsys: Any) -> None:
-    """Its text is that of the model; its figures count int8."""
+    """Print the model's text; the statistics count int8."""
     options = ["--temperature", "0", "-m", "8", "--device", "cpu", "--quantize", "int8"]
     assert main(["Her sister was", *options]) == 0
     printed = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Ranges of numbers: what they admit, as arguments and on a command line, and their messages."""
+"""Ranges of numbers: their members, as arguments and on a command line, and their messages."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def test_what_is_no_number(value: object) -> None:
 
 
 def test_texts() -> None:
-    """Whatever the text, an admitted number or `ArgumentTypeError` of one short line."""
+    """Admit a number or raise `ArgumentTypeError` of one short line, whatever the text."""
     assert [WHOLE(text) for text in ("0", "+7", "9")] == [0, 7, 9]
     assert [SHARE(text) for text in ("1", "1e-320", ".5")] == [1.0, 1e-320, 0.5]
     for text in ("x", "", "1.5", "0x1", "9" * 5000):
-        with pytest.raises(argparse.ArgumentTypeError, match="^must be an integer in ") as caught:
+        with pytest.raises(argparse.ArgumentTypeError, match=r"^must be an integer in ") as caught:
             WHOLE(text)
         assert len(str(caught.value)) < 100
     for _ in range(300):

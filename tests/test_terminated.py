@@ -88,7 +88,7 @@ def test_compilers_end_with_the_command(tmp_path: Path) -> None:
 
 
 def test_handlers_are_put_back() -> None:
-    """Only the default is replaced, and only while a command runs."""
+    """Replace only the default handlers, and only while a command runs."""
     before = [signal.signal(number, signal.SIG_DFL) for number in NUMBERS]
     seen = []
 

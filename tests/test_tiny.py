@@ -55,7 +55,7 @@ def words(text: str) -> list[str]:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_it_writes_words(model: MistralForCausalLM, temperature: float) -> None:
-    """Nearly all of them are in the held-out text, in sentences, also far past the window."""
+    """Nearly all words are in the held-out text, in sentences, also far past the window."""
     tokenizer = MistralTokenizer.from_pretrained("tiny")
     known = set(words((FOLDER / HELD_OUT).read_text(encoding="utf-8")))
     sampler = Sampler(temperature, generator=torch.Generator().manual_seed(1))
@@ -71,7 +71,7 @@ def test_it_writes_words(model: MistralForCausalLM, temperature: float) -> None:
 @pytest.mark.slow
 @torch.inference_mode()
 def test_a_prompt_of_100_000_tokens(model: MistralForCausalLM) -> None:
-    """Takes no more cache than a short one, and ends where its last tokens alone do.
+    """Use no more cache than a short prompt, and end where its last tokens alone do.
 
     What a token sees of the past is bounded: in each layer the window less itself.
     """
@@ -87,7 +87,7 @@ def test_a_prompt_of_100_000_tokens(model: MistralForCausalLM) -> None:
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Return the bytes of this process in memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
@@ -95,7 +95,7 @@ def resident() -> int:
 @pytest.mark.slow
 @torch.inference_mode()
 def test_a_text_of_50_000_tokens(model: MistralForCausalLM) -> None:
-    """Past a window of 128: memory stays as it is, and so does what the next token depends on.
+    """Past a window of 128, memory and the next token's dependencies stay the same.
 
     A cache that grew would need 150 MB more at the end than here at a tenth of the way; 8 MB are
     angles of positions.

@@ -12,13 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from support.backends import SetBackend
 from support.small_checkpoints import SMALL, varied_model
 from torch import Tensor
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, train
 from mistral_kernels.train import TINY
 from mistral_kernels.training import loop as training
-from mistral_kernels.training.loop import Corpus, Recipe, held_out_loss, packed_loss
+from mistral_kernels.training.loop import (
+    Corpus,
+    Recipe,
+    Run,
+    SingleProcess,
+    held_out_loss,
+    packed_loss,
+)
 
 VOCAB = 300
 CONFIG = dataclasses.replace(SMALL, vocab_size=VOCAB, tie_word_embeddings=True)
@@ -113,7 +121,7 @@ def test_the_loss_falls_and_the_best_weights_stay(tmp_path: Path) -> None:
         steps=60, batch_size=4, seqlen=16, learning_rate=1e-2, warmup_steps=5, eval_every=10
     )
     log = io.StringIO()
-    curve = training.train(model, corpus, held_out, recipe, log)
+    curve = training.train(Run(SingleProcess(model), recipe), corpus, held_out, log)
     assert [step for step, _, _ in curve] == [10, 20, 30, 40, 50, 60]
     losses = [loss for _, loss, _ in curve]
     assert losses[-1] < 0.5 * losses[0]
@@ -203,7 +211,11 @@ def test_accumulated_batches_are_one_large_one(
             steps=1, batch_size=batch_size, seqlen=20, accumulate=accumulate, dtype="fp32"
         )
         weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-        losses.append(training.train(model, corpus, corpus.tokens[:9], recipe, io.StringIO())[0][1])
+        losses.append(
+            training.train(
+                Run(SingleProcess(model), recipe), corpus, corpus.tokens[:9], io.StringIO()
+            )[0][1]
+        )
         model.load_state_dict(weights)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for one, three in zip(*seen, strict=True):
@@ -223,7 +235,7 @@ def test_accumulation_is_in_float32(corpus: Corpus, monkeypatch: pytest.MonkeyPa
         "clip_grad_norm_",
         lambda masters, _: seen.append([master.grad.clone() for master in masters]),
     )
-    run = training.Run(model, Recipe(accumulate=64))
+    run = Run(SingleProcess(model), Recipe(accumulate=64))
     run.advance(corpus, itertools.repeat(batch))
     for mean, once in zip(seen[0], expected, strict=True):
         assert mean.dtype == torch.float32
@@ -294,7 +306,9 @@ def test_progress(corpus: Corpus) -> None:
     logs = io.StringIO(), Terminal()
     for log in logs:
         torch.manual_seed(0)
-        training.train(MistralForCausalLM(CONFIG), corpus, corpus.tokens[:9], recipe, log)
+        training.train(
+            Run(SingleProcess(MistralForCausalLM(CONFIG)), recipe), corpus, corpus.tokens[:9], log
+        )
     plain, shown = (log.getvalue() for log in logs)
     lines = plain.splitlines()
     assert [line.split()[:2] for line in lines] == [["step", "2"], ["step", "3"]]
@@ -318,7 +332,7 @@ def test_a_recipe_is_plain_adamw(corpus: Corpus) -> None:
     theirs.load_state_dict(ours.state_dict())
     recipe = Recipe(steps=12, batch_size=3, seqlen=20, warmup_steps=4, eval_every=1, dtype="fp32")
     held_out = corpus.tokens[:30]
-    curve = training.train(ours, corpus, held_out, recipe, io.StringIO())
+    curve = training.train(Run(SingleProcess(ours), recipe), corpus, held_out, io.StringIO())
 
     generator = torch.Generator().manual_seed(0)
     matrices, vectors = ([w for w in theirs.parameters() if w.ndim == n] for n in (2, 1))
@@ -348,16 +362,21 @@ def test_a_recipe_is_plain_adamw(corpus: Corpus) -> None:
 
 @pytest.mark.slow
 def test_kernels_train_as_torch_does(
-    corpus: Corpus, triton_runs: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus,
+    triton_runs: None,
+    device: torch.device,
+    set_backend: SetBackend,
 ) -> None:
     """Twenty steps of the bundled model's recipe, but for small batches."""
     recipe = Recipe(steps=20, batch_size=2, seqlen=16, warmup_steps=5, eval_every=1)
     curves = {}
     for backend in ("torch", "triton"):
-        monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", backend)
+        set_backend(backend)
         torch.manual_seed(0)
         model = MistralForCausalLM(TINY).to(device, torch.bfloat16)
-        curves[backend] = training.train(model, corpus, corpus.tokens[:5], recipe, io.StringIO())
+        curves[backend] = training.train(
+            Run(SingleProcess(model), recipe), corpus, corpus.tokens[:5], io.StringIO()
+        )
     for (step, *losses), (_, *others) in zip(curves["torch"], curves["triton"], strict=True):
         assert others == pytest.approx(losses, rel=5e-3), step  # ten times what is seen
     assert curves["triton"][-1][1] < curves["triton"][0][1] - 1

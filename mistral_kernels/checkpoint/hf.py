@@ -34,7 +34,7 @@ _TOKENS_SCHEMA = {"bos_token_id": (int, None), "eos_token_id": (int, None, [int]
 
 
 def find_hf_weights(folder: Path) -> list[Path]:
-    """The weight files of an HF folder, safetensors before pickles; empty if it has none."""
+    """Return the weight files of an HF folder, safetensors before pickles; empty if none."""
     return find_weights(folder, "model", ".safetensors") or find_weights(
         folder, "pytorch_model", ".bin"
     )

@@ -1,4 +1,4 @@
-"""From what a user names as a model, a folder on this machine."""
+"""Resolve a model's name to a folder on this machine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _FORMATS = (
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
-    """The folder of a checkpoint: a folder here, `"tiny"` (the bundled model), or a hub id.
+    """Return the folder of a checkpoint: a folder here, `"tiny"` (the bundled model), or a hub id.
 
     A hub id (`"mistralai/Mistral-7B-v0.1"`) is downloaded in one format only, by huggingface_hub
     and into its cache; without a connection, what the cache holds is used. Raises

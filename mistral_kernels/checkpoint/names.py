@@ -40,7 +40,7 @@ _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped
 
 
 def hf_names(config: MistralConfig) -> dict[str, str]:
-    """HF's name of each tensor under its raw name, in the order in which the model uses them.
+    """Return HF's name of each tensor by its raw name, in the order in which the model uses them.
 
     With tied embeddings the output head is stored in neither format.
     """
@@ -55,7 +55,7 @@ def hf_names(config: MistralConfig) -> dict[str, str]:
 
 
 def expected_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor under its HF name; a raw checkpoint's shapes are the same."""
+    """Return the shape of each tensor by its HF name; a raw checkpoint has the same shapes."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     query = config.num_attention_heads * config.head_dim
     key = config.num_key_value_heads * config.head_dim
@@ -74,7 +74,7 @@ def expected_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
 
 
 def num_rotary_heads(hf_name: str, config: MistralConfig) -> int:
-    """How many heads the rows of this projection hold if they are rotated, otherwise 0."""
+    """Return the number of heads in a projection that is rotated; 0 for other tensors."""
     if hf_name.endswith("q_proj.weight"):
         return config.num_attention_heads
     if hf_name.endswith("k_proj.weight"):
@@ -83,7 +83,9 @@ def num_rotary_heads(hf_name: str, config: MistralConfig) -> int:
 
 
 def interleaved_to_half(weight: Tensor, num_heads: int, out: Tensor | None = None) -> Tensor:
-    """The rows of a raw q or k projection `(num_heads * head_dim, hidden_size)` in HF's order.
+    """Put the rows of a raw q or k projection `(num_heads * head_dim, hidden_size)` in HF's order.
+
+    Return a copy, in `out` if that is given.
 
     Always a copy, in `out` if that is given.
     """
@@ -95,7 +97,7 @@ def interleaved_to_half(weight: Tensor, num_heads: int, out: Tensor | None = Non
 
 
 def half_to_interleaved(weight: Tensor, num_heads: int) -> Tensor:
-    """The inverse of `interleaved_to_half`."""
+    """Invert `interleaved_to_half`."""
     rows, hidden = weight.shape
     halves = weight.reshape(num_heads, 2, rows // num_heads // 2, hidden)
     return halves.transpose(1, 2).reshape(rows, hidden)
@@ -107,7 +109,7 @@ def unwrapped(name: str) -> str:
 
 
 def is_derived(name: str) -> bool:
-    """Whether a tensor, by either format's name, follows from the configuration.
+    """Return whether a tensor, by either format's name, follows from the configuration.
 
     Old HF files store the rotary frequencies.
     """
@@ -117,7 +119,9 @@ def is_derived(name: str) -> bool:
 def without_tied_head(
     tensors: Iterable[tuple[str, Tensor]], config: MistralConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """`tensors` without what follows from the rest: rotary frequencies, the head of a tied model.
+    """Yield `tensors` except those that follow from others.
+
+    These are the rotary frequencies and the head of a tied model.
 
     A tied model's `state_dict` has its head. Raises `CheckpointError` for a head that differs from
     the embedding although `config` ties them.

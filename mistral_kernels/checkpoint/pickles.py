@@ -52,7 +52,7 @@ _KNOWN = {*_KINDS, _ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER}
 
 
 class _Global(str):
-    """The dotted name of a class or function."""
+    """Dotted name of a class or function."""
 
 
 class _Storage(NamedTuple):
@@ -75,7 +75,7 @@ class _Record(NamedTuple):
 
 
 class _Refused(Exception):
-    """A pickle holds something other than plain tensors: what, in words."""
+    """Error of a pickle that holds something other than plain tensors: what, in words."""
 
 
 def list_pickled(file: Path) -> list[StoredTensor]:
@@ -112,7 +112,7 @@ def list_pickled(file: Path) -> list[StoredTensor]:
 
 
 class _BoundedFile(io.FileIO):
-    """A file that refuses to read much at once: zipfile reads a directory whole, however long."""
+    """File that refuses to read much at once: zipfile reads a directory whole, however long."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or size < 0:
@@ -304,9 +304,10 @@ def _container(kind: type, value: Any) -> Any:
 
 
 def _key(key: Any) -> str | int:
-    if type(key) not in (str, int):  # hashing a deeply nested tuple would overflow the C stack
-        raise TypeError(f"a key is a {type(key).__name__}")
-    return key
+    if type(key) is str or type(key) is int:
+        return key
+    # Hashing a deeply nested tuple would overflow the C stack.
+    raise TypeError(f"a key is a {type(key).__name__}")
 
 
 def _count(value: Any) -> int:

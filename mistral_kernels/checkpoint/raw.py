@@ -36,7 +36,7 @@ CONFIG_FILE = "params.json"
 
 
 def find_raw_weights(folder: Path) -> list[Path]:
-    """The weight files of a raw folder, safetensors before pickles; empty if it has none."""
+    """Return the weight files of a raw folder, safetensors before pickles; empty if none."""
     files = find_weights(folder, "consolidated", ".safetensors")
     return files or sorted(folder.glob("consolidated.[0-9][0-9].pth"))
 

@@ -51,7 +51,7 @@ Part = tuple[slice, ...]
 
 
 def whole(name: str, shape: tuple[int, ...]) -> Part:
-    """All of any tensor."""
+    """Return the part of a tensor that is all of it."""
     return (slice(None),)
 
 
@@ -92,7 +92,7 @@ class Checkpoint:
     def tensors(
         self, part_of: Callable[[str, tuple[int, ...]], Part] = whole
     ) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor under its HF name and in HF's layout, in the order of `stored`.
+        """Yield each tensor under its HF name and in HF's layout, in the order of `stored`.
 
         `part_of`, given a tensor's name and shape, says which part of it to read.
 
@@ -119,7 +119,9 @@ class Checkpoint:
             del tensor
 
     def mapped(self, *names: str) -> Tensor | None:
-        """Tensors that stay where they lie, as one of all their rows; writes do not reach the file.
+        """Return the named tensors, mapped, as one tensor of all their rows.
+
+        Writes do not reach the file.
 
         None where they have to be copied: not one behind the other, of several types, permuted or
         transposed, smaller than it is worth, or not from a boundary of `ALIGNMENT` bytes.
@@ -140,12 +142,12 @@ class Checkpoint:
         return contents[begin:end].view(first.dtype).view(-1, *first.shape[1:]).detach()
 
     def _rotary_heads(self, name: str) -> int:
-        """How many heads of the tensor have their rows in another order than HF's."""
+        """Return how many heads of the tensor have their rows in another order than HF's."""
         return num_rotary_heads(name, self.config) if self.format == "raw" else 0
 
 
 class _Reading:
-    """A part of a stored tensor: which pages of its file that takes, and how it is made of them."""
+    """Part of a stored tensor: the pages of its file that it takes, and its steps from them."""
 
     def __init__(self, stored: StoredTensor, part: Part, heads: int) -> None:
         rows = range(stored.shape[0])[part[0]]
@@ -184,7 +186,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def find_weights(folder: Path, stem: str, suffix: str) -> list[Path]:
-    """The file `stem.suffix`, or else all its shards, by their index or by their numbers.
+    """Return the file `stem.suffix`, or else all its shards, by their index or by their numbers.
 
     Empty if the folder has none; a missing shard raises.
     """
@@ -323,7 +325,7 @@ def _check_kind(stored: StoredTensor) -> None:
 
 
 def _are_equal(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two stored tensors have the same type and bytes."""
+    """Return whether two stored tensors have the same type and bytes."""
     if (a.file, a.begin, a.strides) == (b.file, b.begin, b.strides):
         return a.kind == b.kind
     if a.kind != b.kind:

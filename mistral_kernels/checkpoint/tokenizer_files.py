@@ -83,7 +83,7 @@ class TokenizerFiles:
 
     @property
     def has_vendor_template(self) -> bool:
-        """Whether a fine-tune brings no chat template of its own; all of Mistral's have [INST]."""
+        """True if a fine-tune brings no chat template of its own; Mistral's all have [INST]."""
         return not self.templates or any("[INST]" in each for each in self.templates.values())
 
     def names_with_usual(self, vocab: Container[str]) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""What the commands share: options, one-line errors, exit codes."""
+"""Parts that the commands share: options, one-line errors, exit codes."""

@@ -1,8 +1,9 @@
 """Prepare the process of a command, before the imports that take seconds.
 
 `python -m mistral_kernels.generate` imports the package, and with it PyTorch, before it runs the
-command. Importing this module first closes two gaps: Ctrl-C during those imports would print a
-traceback, and a file that an import opens would take the number of a closed standard stream.
+command. Importing this module first closes three gaps: Ctrl-C during those imports would print a
+traceback, a file that an import opens would take the number of a closed standard stream, and
+PyTorch would log each error of a rank before it raises it.
 Nothing happens where another program imports the package.
 """
 
@@ -31,7 +32,8 @@ def open_closed_streams() -> None:
     os.close(number)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115, open until the end
+            setattr(sys, name, stream)
 
 
 def end_on_interrupt(number: int, frame: FrameType | None) -> None:
@@ -68,6 +70,10 @@ def is_starting_command() -> bool:
 
 if is_starting_command():
     open_closed_streams()
+    if "RANK" in os.environ:
+        # PyTorch reads it while it is imported. Its C++ writes a stack trace to stderr for each
+        # error that it raises when another rank is missing or ends.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_on_interrupt)
     sys.excepthook = end_on_failed_import  # until `command.enter`

@@ -6,20 +6,6 @@ and run as they are. What the ranks compute of a hidden state is a part of a sum
 after attention and one after the MLP complete it, as in Megatron-LM (arXiv:1909.08053). The
 embedding is completed by a third, and an all-gather gives every rank all logits: they then choose
 the same tokens. Where there are more ranks than key/value heads, several hold the same head.
-
-Whether it pays is a matter of bytes and of latencies. `step_seconds` adds up one decode step: each
-rank's weights and cache over its memory's bandwidth, then the collectives, each by the model by
-which NCCL itself chooses its algorithms (src/graph/tuning.cc, ring and its low-latency protocol,
-NVLink): 6.6 us to start, 0.6 us for each of the ring's 2 (N - 1) steps, and 2 (N - 1) / N of the
-message over a quarter of the link's rate. 7B in bfloat16 on H100s (HBM 3.35 TB/s, NVLink 450 GB/s
-in each direction), one sequence with a full window:
-
-    ranks            1      2      4      8
-    memory        4.41   2.20   1.10   0.55 ms
-    collectives      0   0.52   0.68   0.99 ms
-    a step        4.41   2.72   1.78   1.55 ms
-
-By this model, not by measurement, two ranks are 1.6 times and eight 2.9 times as fast as one.
 """
 
 from __future__ import annotations
@@ -248,45 +234,3 @@ def memory_per_rank(
         elements += torch.empty(shape, device="meta")[share.part_of(name, shape)].numel()
     cache = RollingCache(share.local_config, batch, max_length, dtype, "meta")
     return Memory(elements * dtype.itemsize, cache.nbytes)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Rates of the devices and of the links between them: bytes a second, and seconds."""
-
-    memory_bandwidth: float = 3.35e12
-    link_bandwidth: float = 450e9 / 4
-    start: float = 6.6e-6
-    hop: float = 0.6e-6
-
-
-def step_seconds(
-    config: MistralConfig,
-    size: int,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    batch: int = 1,
-    length: int = 32768,
-    machine: Machine = Machine(),
-) -> tuple[float, float]:
-    """A decode step of `batch` texts of `length` tokens: seconds for memory, for collectives.
-
-    A model, of a machine that does nothing else: see the top of this file. The default `machine`
-    is an H100 with NVLink, whose low-latency protocol carries a quarter of the link's rate.
-    """
-    held = memory_per_rank(config, size, dtype=dtype, batch=batch, max_length=length)
-    weights = held.weights
-    if not config.tie_word_embeddings:  # of the embedding a step reads a row
-        weights -= len(Share(config, 0, size).vocabulary) * config.hidden_size * dtype.itemsize
-    hops, row = size - 1, batch * dtype.itemsize
-    if not hops:
-        return (weights + held.cache) / machine.memory_bandwidth, 0.0
-
-    def collective(rounds: int, num_bytes: int) -> float:
-        sent = rounds * hops / size * num_bytes
-        return machine.start + rounds * hops * machine.hop + sent / machine.link_bandwidth
-
-    all_reduces = 2 * config.num_hidden_layers + 1
-    collectives = all_reduces * collective(2, row * config.hidden_size)
-    collectives += collective(1, row * config.vocab_size)
-    return (weights + held.cache) / machine.memory_bandwidth, collectives

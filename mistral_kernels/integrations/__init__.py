@@ -1,1 +1,1 @@
-"""mistral_kernels inside other libraries' models. Each module imports the library it is for."""
+"""Integrations into other libraries' models. Each module imports the library it is for."""

@@ -119,7 +119,7 @@ class Mask(BlockMask):
 
     @property
     def is_padded(self) -> bool:
-        """Whether any key is padding on the left."""
+        """True if any key is padding on the left."""
         return max(self.first_keys) > self.kv_offset
 
     @property
@@ -210,7 +210,7 @@ def cu_seqlens_of(begins: Tensor) -> Tensor | None:
 
 
 def is_tracing(x: Tensor) -> bool:
-    """Whether the values of tensors like `x` cannot be read.
+    """Return whether the values of tensors like `x` cannot be read.
 
     They cannot under torch.compile, in a trace or a CUDA graph's capture, nor where there are none:
     in fake and meta tensors.

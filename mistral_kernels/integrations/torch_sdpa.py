@@ -36,12 +36,12 @@ NAME = "mistral_kernels"
 
 
 def register() -> None:
-    """Makes "mistral_kernels" known to `activate_flash_attention_impl`; activates nothing."""
+    """Make "mistral_kernels" known to `activate_flash_attention_impl`; activate nothing."""
     register_flash_attention_impl(NAME, register_fn=replace_flash_attention)
 
 
 def restore() -> None:
-    """Gives PyTorch its own flash attention back, if it is replaced by this one."""
+    """Give PyTorch its own flash attention back, if it is replaced by this one."""
     if torch.nn.attention.current_flash_attention_impl() != NAME:
         return
     if hasattr(torch.nn.attention, "restore_flash_attention_impl"):
@@ -53,18 +53,18 @@ def restore() -> None:
 
 
 class Replacement:
-    """Holds the operators that are replaced; `remove` gives them back."""
+    """Operators that are replaced; `remove` gives them back."""
 
     def __init__(self, library: torch.library.Library) -> None:
         self.library = library
 
     def remove(self) -> None:
-        """PyTorch's dispatcher is again what it was."""
+        """Restore PyTorch's dispatcher."""
         self.library._destroy()
 
 
 def replace_flash_attention(dispatch_key: str = "CUDA") -> Replacement:
-    """Puts these kernels in the place of PyTorch's flash attention, for tensors of a key."""
+    """Put these kernels in the place of PyTorch's flash attention, for tensors of a key."""
     library = torch.library.Library("aten", "IMPL", dispatch_key)
     for name, function in _OPERATORS.items():
         if hasattr(torch.ops.aten, name):  # not every release has all
@@ -82,7 +82,10 @@ def _sdpa_forward(
     *,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
-    """Of (batch, heads, seqlen, head_dim). A causal mask is aligned bottom-right, as flash's is."""
+    """Attend to (batch, heads, seqlen, head_dim) tensors.
+
+    A causal mask is aligned bottom-right, as flash-attn's is.
+    """
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     max_q, max_k = q.shape[1], k.shape[1]
     dense = None, None, max_q, max_k
@@ -142,7 +145,9 @@ def _forward(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Of (batch, seqlen, heads, head_dim), or packed (tokens, heads, head_dim) with cum_seq_q.
+    """Attend to (batch, seqlen, heads, head_dim) tensors, or to packed ones with cum_seq_q.
+
+    Packed tensors are (tokens, heads, head_dim).
 
     With a `block_table`, keys and values are pages of (pages, page_size, heads, head_dim), of which
     sequence i uses `seqused_k[i]` tokens.
@@ -179,7 +184,7 @@ def _forward(
 
 
 def _forward_inplace(out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`_forward` into `out`; returns the log-sum-exp."""
+    """Run `_forward` into `out` and return the log-sum-exp."""
     result, lse, *_ = _forward(*args, **kwargs)
     out.copy_(result)
     return lse
@@ -245,14 +250,14 @@ def _refuse(**arguments: Any) -> None:
 
 
 def _window(is_causal: bool, left: int | None, right: int | None) -> Window:
-    """None, and whatever is negative, is no bound."""
+    """Return the window of two bounds, of which None and negative ones are no bound."""
     bounds = (-1 if x is None or x < 0 else x for x in (left, right))
     window = Window(*bounds)
     return window._replace(right=0) if is_causal else window
 
 
 def _laid_out_like(x: Tensor, result: Tensor) -> Tensor:
-    """`result` with the strides that PyTorch promises for it, those of a tensor like x."""
+    """Return `result` with the strides that PyTorch promises for it, those of a tensor like x."""
     strides = torch.empty_like(x, device="meta").stride()
     if result.stride() == strides:
         return result

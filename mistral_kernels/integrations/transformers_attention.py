@@ -50,7 +50,7 @@ def attend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface.
+    """Compute attention as transformers' attention interface.
 
     Args:
         module: the layer's attention; its `is_causal` stands in for the argument.
@@ -116,7 +116,7 @@ def _attend_masked(
     lengths: dict[str, Any],
     scoring: dict[str, Any],
 ) -> Tensor:
-    """Attention under a `Mask`, except its `last`; `lengths` divide a packed batch.
+    """Attend under a `Mask`, except its `last`; `lengths` divide a packed batch.
 
     Takes (batch, heads, seqlen, head_dim) and returns (batch, seqlen_q, num_heads, head_dim).
     """
@@ -173,7 +173,7 @@ _ONE_FOR_ALL = "call set_attn_implementation() on the whole model"
 
 
 def serves_directly(q: Tensor) -> bool:
-    """Whether PyTorch's attention may be called without an operator around it.
+    """Return whether PyTorch's attention may be called without an operator around it.
 
     It may on the torch backend, except under torch.compile.
     """
@@ -181,7 +181,7 @@ def serves_directly(q: Tensor) -> bool:
 
 
 def _is_short(q: Tensor, k: Tensor, sliding_window: int | None) -> bool:
-    """Whether only causality matters, in so few tokens that an operator's overhead would show."""
+    """Return whether only causality matters, in so few tokens that an operator's overhead shows."""
     seqlen = q.shape[1]
     in_sight = sliding_window is None or seqlen <= sliding_window
     return seqlen == k.shape[1] and seqlen <= _SHORT and in_sight
@@ -190,7 +190,7 @@ def _is_short(q: Tensor, k: Tensor, sliding_window: int | None) -> bool:
 def attend_single(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None
 ) -> Tensor:
-    """One query per row, over the last `sliding_window` keys, in PyTorch's attention.
+    """Attend from one query per row to the last `sliding_window` keys, by PyTorch's attention.
 
     Takes (batch, heads, seqlen, head_dim) and returns (batch, 1, num_heads, head_dim). The query
     heads of a kv head become the rows of one product, so that its keys are read once.
@@ -206,9 +206,10 @@ def attend_single(
 def _attend_packed(
     q: Tensor, k: Tensor, v: Tensor, lengths: dict[str, Any], scoring: dict[str, Any]
 ) -> Tensor:
-    """Attention of the rows of a batch one after the other, divided by `lengths`."""
+    """Attend in the rows of a batch one after the other, divided by `lengths`."""
     packed = (x.flatten(0, 1) for x in (q, k, v))
-    return _attention(*packed, **lengths, **scoring).unflatten(0, q.shape[:2])
+    out = _attention(*packed, **lengths, **scoring)
+    return out.view(*q.shape[:2], *out.shape[1:])
 
 
 def _attend_in_place(
@@ -220,7 +221,7 @@ def _attend_in_place(
     sliding_window: int | None,
     **scoring: Any,
 ) -> Tensor:
-    """Attention of a few queries over keys in place; the last query is aligned to key `held`."""
+    """Attend from a few queries to keys in place; the last query is aligned to key `held`."""
     out, _ = attend_cached(
         *(with_unit_stride(q), None, None),
         CacheView(with_unit_stride(k), with_unit_stride(v), held, leftpad=leftpad),
@@ -246,7 +247,7 @@ def _attend_in_full(
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention under a mask of queries by keys, in PyTorch's operators.
+    """Attend under a mask of queries by keys, by PyTorch's operators.
 
     Takes (batch, heads, seqlen, head_dim) and returns (batch, seqlen_q, num_heads, head_dim).
     """

@@ -79,7 +79,7 @@ class RollingCache(Cache):
         self.rings = model_cache.RollingCache(layout, batch, self.max_length, dtype, device)
 
     def begin(self, attention_mask: Mask | Tensor | None, batch: int, seqlen: int) -> None:
-        """A forward pass begins: place its new tokens, (batch, seqlen) with padding on the left."""
+        """Place the new tokens of a forward pass, (batch, seqlen) with padding on the left."""
         rings = self.rings
         assert rings is not None
         if batch != rings.batch:
@@ -104,10 +104,10 @@ class RollingCache(Cache):
         if packing.one_each and real is None and len(set(rings.host_lengths)) == 1:
             held = packing.end if serves_directly(rings.lengths) else None
         self.step = _Step(packing, real, (batch, seqlen), held)
-        rings.torn = True
+        rings.interrupted = True
 
     def finish(self) -> None:
-        """Every layer has written its new tokens."""
+        """Count the new tokens, which every layer has written."""
         assert self.rings is not None
         assert self.step is not None
         self.rings.advance(self.step.packing)
@@ -117,7 +117,7 @@ class RollingCache(Cache):
     # What `generate` asks of a cache as a whole; the rest it asks of the layers.
 
     def reset(self) -> None:
-        """Forget everything; the memory stays."""
+        """Empty the cache; the memory stays."""
         if self.rings is not None:
             self.rings.reset()
         self.columns, self.step = 0, None
@@ -130,16 +130,16 @@ class RollingCache(Cache):
         """
         count = -length if length <= 0 else max(self.columns - length, 0)
         if count and self.rings is not None:
-            self.rings.take_back(count)
+            self.rings.drop(count)
             self.columns -= count
 
     @property
     def is_croppable(self) -> bool:
-        """Has no ring overwritten anything yet?"""
+        """True until a ring overwrites a key."""
         return self.rings is None or max(self.rings.host_lengths) <= self.rings.smallest
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was, in place."""
+        """Move row `beam_idx[i]` to row i, in place."""
         if self.rings is not None:
             self.rings.reorder(beam_idx.tolist())
 
@@ -150,14 +150,14 @@ class RollingCache(Cache):
             self.rings = self.rings.select(rows[indices].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, in new rings."""
+        """Repeat each row `repeats` times, in new rings."""
         if self.rings is not None:
             rows = range(self.rings.batch)
             self.rings = self.rings.select([row for row in rows for _ in range(repeats)])
 
     @property
     def batch_size(self) -> int:
-        """-1 before the first tokens."""
+        """Number of rows; -1 before the first tokens."""
         return -1 if self.rings is None else self.rings.batch
 
     max_batch_size = batch_size  # its name before transformers 5
@@ -186,7 +186,7 @@ class RollingLayer(CacheLayerMixin):
         return self.cache.windows[self.index] is not None
 
     @property
-    def is_initialized(self) -> bool:
+    def is_initialized(self) -> bool:  # type: ignore[override]  # an attribute that layers set
         return self.cache.rings is not None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
@@ -198,7 +198,12 @@ class RollingLayer(CacheLayerMixin):
     def update(  # type: ignore[override]  # what it returns is for one attention alone
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[PendingKeys, PendingKeys]:
-        """Of (batch, num_kv_heads, seqlen, head_dim), k turned: to be written when attended to."""
+        """Hold new keys and values until `attend` writes them.
+
+        Both are (batch, num_kv_heads, seqlen, head_dim), and the keys are rotated.
+
+        The keys are rotated.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         pending = PendingKeys(self.cache, self.index, key_states, value_states)
@@ -208,12 +213,15 @@ class RollingLayer(CacheLayerMixin):
         return self.cache.columns
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Older transformers give the new tokens' positions for `query_length`."""
+        """Return the number of keys and the offset of the first for a mask.
+
+        Older transformers give the new tokens' positions for `query_length`.
+        """
         new = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.cache.columns + new, 0
 
     def get_max_length(self) -> int:
-        """-1: no bound."""
+        """Return the number of tokens that fit; -1: no bound."""
         window, length = self.cache.windows[self.index], self.cache.max_length
         return -1 if window is not None and window <= length else length
 
@@ -331,17 +339,17 @@ class _Step:
     held: int | None  # one token each, on the torch backend: how many every sequence has then
 
     def pack(self, x: Tensor) -> Tensor:
-        """(batch, heads, seqlen, head_dim) to (total_tokens, heads, head_dim)."""
+        """Pack (batch, heads, seqlen, head_dim) into (total_tokens, heads, head_dim)."""
         x = with_unit_stride(x.transpose(1, 2)).flatten(0, 1)
         return x if self.real is None else x[self.real]
 
     def unpack(self, out: Tensor) -> Tensor:
-        """(total_tokens, heads, head_dim) to (batch, seqlen, heads, head_dim)."""
+        """Unpack (total_tokens, heads, head_dim) to (batch, seqlen, heads, head_dim)."""
         if self.real is not None:
             padded = out.new_zeros(self.shape[0] * self.shape[1], *out.shape[1:])
             padded[self.real] = out
             out = padded
-        return out.unflatten(0, self.shape)
+        return out.view(*self.shape, *out.shape[1:])
 
     def attend_alone(
         self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scaling: float | None
@@ -354,7 +362,8 @@ class _Step:
             longest = self.packing.max_seqlen
             lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
             lengths["cu_seqlens_q"] = self.packing.cu_seqlens
-        out: Any = attention(q, k, v, sliding_window=window, softmax_scale=scaling, **lengths)
+        out = attention(q, k, v, sliding_window=window, softmax_scale=scaling, **lengths)
+        assert isinstance(out, Tensor)
         return out.flatten(0, 1) if self.packing.rectangular else out
 
 
@@ -381,7 +390,7 @@ def _check_fits(key: Tensor, ring: Tensor) -> None:
 
 
 def layer_windows(config: Any) -> tuple[int | None, ...]:
-    """The sliding window of each layer of a transformers config; None: every token is seen."""
+    """Return the sliding window of each layer of a transformers config; None: no window."""
     shared = getattr(config, "num_kv_shared_layers", 0)
     if shared:
         raise ValueError(f"{shared} layers share others' keys, which a RollingCache cannot")
@@ -392,7 +401,8 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
         types = ["sliding_attention" if windowed else "full_attention"] * count
     configs = getattr(config, "per_layer_config", None) or [config] * count
     windows: list[int | None] = []
-    for i, (kind, layer_config) in enumerate(zip(types, configs, strict=True)):
+    # strict=False: layer_types stays longer where num_hidden_layers is lowered after construction.
+    for i, (kind, layer_config) in enumerate(zip(types, configs, strict=False)):
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"layer {i} is {kind}; a RollingCache serves full and sliding ones")
         windows.append(layer_config.sliding_window if kind == "sliding_attention" else None)

@@ -28,7 +28,7 @@ def create_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Mask | Tensor | None:
-    """transformers' mask interface, whose arguments its `sdpa_mask` describes.
+    """Create a mask as transformers' mask interface, whose arguments its `sdpa_mask` describes.
 
     `cache_position`, (q_length,), is how older versions give q_length, q_offset and device.
 
@@ -45,7 +45,7 @@ def create_mask(
     pattern: dict[str, Any] = {"mask_function": mask_function, "use_vmap": use_vmap, **kwargs}
     pattern |= {"batch_size": batch_size, "kv_length": kv_length, "attention_mask": attention_mask}
 
-    def in_full(make: Callable[..., Any], queries: int = q_length) -> Any:
+    def in_full(make: Callable[..., Tensor | None], queries: int = q_length) -> Tensor | None:
         """Make the mask of the last `queries` queries by a function of transformers."""
         skipped = q_length - queries
         if cache_position is not None:
@@ -65,10 +65,11 @@ def create_mask(
         begins = torch.ones_like(segments, dtype=torch.bool)
         begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
         return Mask(shape, cu_seqlens=cu_seqlens_of(begins))
-    if tracing and not older and attention_mask is None and not allow_is_causal_skip:
-        if isinstance(q_offset, int) and q_length == kv_length:
-            cu_seqlens = _cu_seqlens_while_tracing(mask_function, batch_size, q_length, device)
-            return Mask(shape, cu_seqlens=cu_seqlens)
+    unmasked = attention_mask is None and not allow_is_causal_skip
+    at_start = isinstance(q_offset, int) and q_length == kv_length
+    if tracing and not older and unmasked and at_start:
+        cu_seqlens = _cu_seqlens_while_tracing(mask_function, batch_size, q_length, device)
+        return Mask(shape, cu_seqlens=cu_seqlens)
     # Static caches pass False for single tokens, and in versions where callers cannot pass it, for
     # prompts, too. Otherwise False means that the caller will modify the mask.
     if _CALLERS_MAY_FORBID and not allow_is_causal_skip and q_length > 1:

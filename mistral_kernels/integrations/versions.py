@@ -1,4 +1,4 @@
-"""Importing this checks that transformers is there, and of a version that is supported."""
+"""Check, on import, that transformers is there and of a supported version."""
 
 from __future__ import annotations
 

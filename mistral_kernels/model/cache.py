@@ -1,4 +1,4 @@
-"""The rolling cache of a model, and how a packed batch is cut into sequences."""
+"""Rolling cache of a model, and the division of a packed batch into sequences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mistral_kernels.ops.attention.decode import num_counters
 
 @dataclass(frozen=True)
 class Packing:
-    """How the tokens of a packed batch belong to sequences.
+    """Division of a packed batch into sequences.
 
     `cu_seqlens` (batch + 1,) int32 and `positions` (total_tokens,) lie on the model's device;
     `seqlens` is their host copy, and all positions are below `end`. A batch of equal lengths is
@@ -30,7 +30,7 @@ class Packing:
 
     @classmethod
     def of(cls, seqlens: list[int], starts: list[int], device: torch.device) -> Packing:
-        """Sequences of `seqlens` new tokens, the first of each at absolute position `starts`."""
+        """Pack `seqlens` new tokens, the first of each sequence at the position in `starts`."""
         offsets = torch.tensor([0, *seqlens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         spans = [torch.arange(start, start + n) for n, start in zip(seqlens, starts, strict=True)]
         end = max(start + n for start, n in zip(starts, seqlens, strict=True))
@@ -42,7 +42,7 @@ class Packing:
 
     @property
     def one_each(self) -> bool:
-        """A decode step: one token for each sequence."""
+        """True for a decode step: one token per sequence."""
         return set(self.seqlens) == {1}
 
     @property
@@ -56,7 +56,7 @@ class Packing:
 
 
 class CacheLayout(NamedTuple):
-    """What of a model its cache depends on."""
+    """Windows and sizes of a model that determine its cache."""
 
     layer_windows: tuple[int | None, ...]
     num_key_value_heads: int
@@ -106,10 +106,12 @@ class RollingCache:
             shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
             self.keys.append(zeros(shape, dtype, device, large_pages=True))
             self.values.append(zeros(shape, dtype, device, large_pages=True))
-        # While the layers write. If one of them fails, what the rings hold is no text's cache.
-        self.torn = False
+        # True while the layers write, and after one of them failed: the rings are inconsistent.
+        self.interrupted = False
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.host_lengths = [0] * batch
+        # Tokens that each sequence had when some were dropped: their slots are overwritten.
+        self._written = [0] * batch
         self._one_each = torch.arange(batch + 1, dtype=torch.int32, device=device)
         # For `rolling_cache_attention`, whose calls over this cache never overlap.
         counters = num_counters(batch, config.num_key_value_heads)
@@ -126,15 +128,15 @@ class RollingCache:
 
     @property
     def empty(self) -> bool:
-        """Has no sequence seen a token yet?"""
+        """True until a sequence sees its first token."""
         return not any(self.host_lengths)
 
     def end_of(self, seqlens: list[int]) -> int:
-        """Tokens of the longest sequence, once each has `seqlens` more.
+        """Return the length of the longest sequence once each has `seqlens` more tokens.
 
         Raises `ValueError` if they do not fit: too many sequences, or, without a window, too long.
         """
-        if self.torn:
+        if self.interrupted:
             raise ValueError("a pass over this cache was interrupted half-way; make a new one")
         if len(seqlens) != len(self.host_lengths):
             raise ValueError(f"the cache holds {self.batch} sequences, got {len(seqlens)}")
@@ -159,13 +161,14 @@ class RollingCache:
         return Packing.of(seqlens, self.host_lengths, self.lengths.device)
 
     def reset(self) -> None:
-        """Forget everything; the memory stays."""
+        """Empty the cache; the memory stays."""
         self.lengths.zero_()
         self.host_lengths = [0] * self.batch
-        self.torn = False
+        self._written = [0] * self.batch
+        self.interrupted = False
 
     def reorder(self, sequences: Sequence[int]) -> None:
-        """Sequence i becomes what sequence `sequences[i]` was, as in a beam search. Copies rings.
+        """Move sequence `sequences[i]` to i, as a beam search does. Copies the rings.
 
         Raises `ValueError` unless there are `batch` indices, each in [0, batch).
         """
@@ -175,9 +178,10 @@ class RollingCache:
         for ring in (*self.keys, *self.values, self.lengths):
             ring.copy_(ring[index])
         self.host_lengths = [self.host_lengths[i] for i in sequences]
+        self._written = [self._written[i] for i in sequences]
 
     def select(self, sequences: Sequence[int]) -> RollingCache:
-        """Another cache, whose sequence i is this one's `sequences[i]`."""
+        """Return another cache, whose sequence i is this one's `sequences[i]`."""
         like = self.keys[0]
         chosen = RollingCache(self.config, len(sequences), self.max_length, like.dtype, like.device)
         index = torch.tensor(sequences, device=like.device)
@@ -188,41 +192,34 @@ class RollingCache:
         ):
             mine.copy_(theirs[index])
         chosen.host_lengths = [self.host_lengths[i] for i in sequences]
-        chosen.torn = self.torn
+        chosen._written = [self._written[i] for i in sequences]
+        chosen.interrupted = self.interrupted
         return chosen
 
     @property
     def smallest(self) -> int:
-        """Slots of the smallest ring: it is the first to overwrite what it holds."""
+        """Number of slots of the smallest ring, which is the first to overwrite keys."""
         return min(ring.shape[1] for ring in self.keys)
 
-    def take_back(self, count: int = 1) -> None:
-        """Uncount each sequence's newest `count` tokens.
+    def drop(self, count: int = 1) -> None:
+        """Drop the newest `count` tokens of every sequence.
 
-        One can always go: its slot held a key out of its sight. Raises `ValueError` where more
-        would bring keys back into sight that a ring has overwritten.
+        One token can always be dropped: the slot it overwrote held a key outside the window.
+
+        Raises `ValueError` where a ring has overwritten keys that the window would show again.
         """
-        wrapped = count > 1 and max(self.host_lengths) > self.smallest
-        if wrapped or not 0 <= count <= min(self.host_lengths):
+        kept = [length - count for length in self.host_lengths]
+        written = list(map(max, self._written, self.host_lengths))
+        lost = any(
+            n > max(self.smallest, length + 1) for n, length in zip(written, kept, strict=True)
+        )
+        if lost or count < 0 or min(kept) < 0:
             raise ValueError(
-                f"cannot take {count} tokens back from sequences of {self.host_lengths} tokens in "
-                f"rings of {self.smallest} slots"
+                f"cannot drop {count} tokens of sequences of {self.host_lengths} tokens in rings "
+                f"of {self.smallest} slots"
             )
         self.lengths -= count
-        self.host_lengths = [length - count for length in self.host_lengths]
-
-    def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens of each sequence.
-
-        Raises `ValueError` if a ring has wrapped round: what it overwrote is lost.
-        """
-        if max(self.host_lengths) > self.smallest or length > min(self.host_lengths):
-            raise ValueError(
-                f"cannot rewind sequences of {self.host_lengths} tokens in rings of "
-                f"{self.smallest} slots to {length} tokens"
-            )
-        self.lengths.fill_(length)
-        self.host_lengths = [length] * self.batch
+        self.host_lengths, self._written = kept, written
 
     def advance(self, packing: Packing) -> None:
         """Count the tokens that every layer has written."""
@@ -231,7 +228,7 @@ class RollingCache:
 
     def advance_host(self, seqlens: Sequence[int]) -> None:
         """Count, on the host, the tokens that every layer has written and the device counted."""
-        self.torn = False
+        self.interrupted = False
         self.host_lengths = [a + b for a, b in zip(self.host_lengths, seqlens, strict=True)]
 
 

@@ -133,7 +133,7 @@ class MistralConfig:
 
     @classmethod
     def from_raw(cls, params: dict[str, Any]) -> MistralConfig:
-        """From the contents of a raw checkpoint's `params.json`.
+        """Parse the contents of a raw checkpoint's `params.json`.
 
         Raises `ConfigError` for a missing or malformed field, and for MoE, vision, quantized and
         YaRN models, by name.
@@ -145,14 +145,14 @@ class MistralConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> MistralConfig:
-        """From the contents of a Hugging Face `config.json`, of transformers 4 or 5.
+        """Parse the contents of a Hugging Face `config.json`, of transformers 4 or 5.
 
         Raises `ConfigError` as `from_raw` does, and for another `model_type` than Mistral's.
         """
         return cls(**parse_hf(config))
 
     def to_raw(self) -> dict[str, Any]:
-        """The contents of `params.json`. `rope_theta` is always written: see `from_raw`'s rule."""
+        """Return the contents of `params.json`. `rope_theta` is always written: see `from_raw`."""
         params: dict[str, Any] = {raw: getattr(self, ours) for ours, raw in RAW_NAMES.items()}
         params["rope_theta"] = self.rope_theta
         params["max_position_embeddings"] = self.max_position_embeddings
@@ -163,7 +163,7 @@ class MistralConfig:
         return params
 
     def to_hf(self, dtype: str) -> dict[str, Any]:
-        """The contents of a `config.json` for transformers 4 and 5. `dtype`: "bfloat16", ..."""
+        """Return a `config.json` for transformers 4 and 5. `dtype`: "bfloat16", ..."""
         windows = self.layer_windows
         mixed = len(set(windows)) > 1
         config = {
@@ -220,7 +220,10 @@ def _check_integer(name: str, value: Any, low: int, high: int, alternative: str 
 def _shortest_pattern(
     windows: tuple[int | None, ...], num_layers: int
 ) -> int | tuple[int | None, ...] | None:
-    """The shortest pattern that repeats to the same windows, so that equal models compare equal."""
+    """Return the shortest pattern that repeats to the same windows.
+
+    Equal models then compare equal.
+    """
     if not windows:
         raise ConfigError("sliding_window must not be an empty list")
     layers = [windows[i % len(windows)] for i in range(num_layers)]

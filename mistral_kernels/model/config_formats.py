@@ -1,4 +1,4 @@
-"""Reading both configuration formats: raw (`params.json`) and Hugging Face (`config.json`)."""
+"""Parsers of both configuration formats: raw (`params.json`) and Hugging Face (`config.json`)."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ _UNSUPPORTED_RAW = _UNSUPPORTED | {"rope_scaling": "scaled rotary embeddings"}
 
 
 class ConfigError(OneLineError):
-    """A configuration is malformed, or describes a model that this package does not run."""
+    """Error in a configuration, or a model that this package does not run."""
 
 
 def parse_raw(params: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def _refuse_unsupported(config: dict[str, Any], unsupported: dict[str, str]) -> 
 
 
 def _parse_window(value: Any) -> int | tuple[int | None, ...] | None:
-    """`sliding_window` as files in the wild write it: a number, a string, null or a list."""
+    """Parse `sliding_window` as files in the wild have it: a number, a string, null or a list."""
     if isinstance(value, (list, tuple)):
         return tuple(_parse_one_window(item) for item in value)
     return _parse_one_window(value)
@@ -230,7 +230,7 @@ def _parse_one_window(value: Any) -> int | None:
 
 
 def _parse_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` (transformers 5), or `rope_scaling` as it was called in transformers 4."""
+    """Parse `rope_parameters` (transformers 5), or `rope_scaling`, its name in transformers 4."""
     sections = []
     for name in ("rope_parameters", "rope_scaling"):
         if not (rope := config.get(name)):

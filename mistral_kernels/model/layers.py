@@ -1,4 +1,4 @@
-"""The parts of a Mistral decoder layer. Hidden states are packed: (total_tokens, hidden_size)."""
+"""Parts of a Mistral decoder layer. Hidden states are packed: (total_tokens, hidden_size)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Linear(nn.Linear):
         return linear_int8(x, self.weight, self.scales)
 
     def parts_in_state_dict(self, prefix: str) -> dict[str, Tensor]:
-        """Each entry's key and weight, where this module's own keys have `prefix`."""
+        """Return each entry's key and weight, where this module's own keys have `prefix`."""
         return {f"{prefix}weight": self.weight.detach()}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -76,7 +76,7 @@ class FusedLinear(Linear):
         self.parts = parts
 
     def parts_in_state_dict(self, prefix: str) -> dict[str, Tensor]:
-        """Each projection's key and weight, where this module's own keys would have `prefix`."""
+        """Return each projection's key and weight, where the module's keys would have `prefix`."""
         parent = prefix.removesuffix(".").rpartition(".")[0]
         keys = (f"{parent}.{name}.weight".removeprefix(".") for name in self.parts)
         return dict(zip(keys, self.weight.detach().split(tuple(self.parts.values())), strict=True))
@@ -95,7 +95,7 @@ def _fuse_parts(
     missing_keys: list[str],
     *_: Any,
 ) -> None:
-    """Before `module` loads: put the projections of its `FusedLinear`s together.
+    """Join the projections of `module`'s `FusedLinear`s before it loads a state dict.
 
     This is its parent's business since a module is only shown the keys below its own name.
     """
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         sizes = {name: heads * config.head_dim for name, heads in self.heads.items()}
         self.qkv_proj = FusedLinear(config.hidden_size, sizes)
         self.o_proj = Linear(sizes["q_proj"], config.hidden_size)
-        self.register_load_state_dict_pre_hook(_fuse_parts)
+        self.register_load_state_dict_pre_hook(_fuse_parts)  # type: ignore[no-untyped-call]
 
     def forward(
         self, x: Tensor, tables: tuple[Tensor, Tensor], packing: Packing, cache: RollingCache | None
@@ -137,10 +137,11 @@ class Attention(nn.Module):
                 out = self._attend_alone(q, k, v, packing)
             else:
                 out = self._extend(q, k, v, packing, cache)
-        return self.o_proj(out.flatten(-2))
+        y: Tensor = self.o_proj(out.flatten(-2))
+        return y
 
     def _attend_alone(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-        """Whole sequences. Equal lengths are a rectangular batch, others a packed one."""
+        """Attend within whole sequences: a batch if their lengths are equal, else packed."""
         lengths: dict[str, Any] = {}
         if packing.rectangular:
             q, k, v = (x.unflatten(0, (len(packing.seqlens), -1)) for x in (q, k, v))
@@ -150,7 +151,8 @@ class Attention(nn.Module):
                 "max_seqlen_q": packing.max_seqlen,
                 "max_seqlen_k": packing.max_seqlen,
             }
-        out: Any = attention(q, k, v, sliding_window=self.sliding_window, **lengths)
+        out = attention(q, k, v, sliding_window=self.sliding_window, **lengths)
+        assert isinstance(out, Tensor)
         return out.flatten(0, 1) if packing.rectangular else out
 
     def _ring(self, cache: RollingCache, packing: Packing) -> dict[str, Any]:
@@ -171,7 +173,7 @@ class Attention(nn.Module):
         packing: Packing,
         cache: RollingCache,
     ) -> Tensor:
-        """One token a sequence: it overwrites only the key that has just left its window."""
+        """Attend from one token per sequence; it overwrites only the key that left its window."""
         ring, (cos, sin) = self._ring(cache, packing), tables
         turned: Any = rolling_cache_update_(**ring, k=k, v=v, q=q, cos=cos, sin=sin)
         return rolling_cache_attention(
@@ -184,7 +186,7 @@ class Attention(nn.Module):
     def _extend(
         self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, cache: RollingCache
     ) -> Tensor:
-        """Chunks of any lengths, of which the first has no older keys to see."""
+        """Attend from chunks of any lengths; the first chunk has no older keys."""
         ring = self._ring(cache, packing)
         if cache.empty:
             out = self._attend_alone(q, k, v, packing)
@@ -197,17 +199,18 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The SwiGLU feed-forward."""
+    """SwiGLU feed-forward."""
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
         size = config.intermediate_size
         self.gate_up_proj = FusedLinear(config.hidden_size, {"gate_proj": size, "up_proj": size})
         self.down_proj = Linear(size, config.hidden_size)
-        self.register_load_state_dict_pre_hook(_fuse_parts)
+        self.register_load_state_dict_pre_hook(_fuse_parts)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        y: Tensor = self.down_proj(swiglu(self.gate_up_proj(x)))
+        return y
 
 
 class DecoderLayer(nn.Module):
@@ -228,7 +231,12 @@ class DecoderLayer(nn.Module):
         packing: Packing,
         cache: RollingCache | None,
     ) -> tuple[Tensor, Tensor]:
-        """`residual` is the stream so far, `delta` what the layer before has yet to add to it."""
+        """Return the layer's contribution, and the residual stream before it.
+
+        `residual` is the stream so far, `delta` the contribution of the layer before.
+
+        `residual` is the stream so far, `delta` the contribution of the layer before.
+        """
         if residual is None:
             x, residual = self.input_layernorm(delta), delta
         else:

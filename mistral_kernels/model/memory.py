@@ -18,7 +18,7 @@ def zeros(
     device: torch.device | str,
     large_pages: bool = False,
 ) -> Tensor:
-    """`torch.zeros`, but that on the CPU it begins with a page; see `checkpoint.stored.ALIGNMENT`.
+    """Return `torch.zeros`, page-aligned on the CPU; see `checkpoint.stored.ALIGNMENT`.
 
     `large_pages`: in pages of 2 MB, where the system has such. The heads of a cache lie so far
     apart that a processor has to look up a page for every few keys, and weights are read a tenth

@@ -1,4 +1,4 @@
-"""Weights of int8: a model is made to hold them, and what is loaded into it is quantised."""
+"""Weights of int8: a model that holds them, and quantization while its weights are loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK = 1 << 18  # elements that are quantised at a time, in float32: what a ca
 
 
 class Int8Rows(NamedTuple):
-    """Rows of a quantised weight and their scales, to which a tensor is copied."""
+    """Rows of a quantized weight and their scales, to which a tensor is copied."""
 
     weight: Tensor
     scales: Tensor
@@ -46,7 +46,7 @@ def hold_int8(model: nn.Module) -> None:
 
 
 def destinations(model: nn.Module) -> dict[str, Tensor | Int8Rows]:
-    """By their names in a state dict, where the tensors of a quantised `model` are copied to."""
+    """Return where each tensor of a quantized `model`'s state dict is copied to, by its name."""
     found: dict[str, Tensor | Int8Rows] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, Linear):

@@ -119,9 +119,9 @@ def check_reach(cos: Tensor, lengths: Tensor, cu_seqlens: Tensor) -> None:
     """Raise ValueError if the new tokens' positions go beyond the tables."""
     if can_read(lengths) and can_read(cu_seqlens):
         offsets = cu_seqlens.tolist()
-        spans = zip(lengths.tolist(), offsets, offsets[1:], strict=True)
+        spans = zip(lengths.tolist(), itertools.pairwise(offsets), strict=True)
         end = max(
-            (length + stop - start for length, start, stop in spans if stop > start), default=0
+            (length + stop - start for length, (start, stop) in spans if stop > start), default=0
         )
         if end > len(cos):
             raise ValueError(

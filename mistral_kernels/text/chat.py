@@ -28,8 +28,11 @@ class Conversation:
         system: str | None = None,
         max_length: int | None = None,
     ) -> None:
-        """`max_length`: tokens to make room for where a layer has no window; default: as many as
-        the model was made for, but no more than 32768."""
+        """Begin a conversation, with an optional system message.
+
+        `max_length`: tokens to make room for where a layer has no window; default: as many as the
+        model was made for, at most 32768.
+        """
         self.model, self.tokenizer = model, tokenizer
         self.messages = [{"role": "system", "content": system}] if system else []
         # Without a window the cache has room for the whole conversation from the start.
@@ -44,7 +47,7 @@ class Conversation:
 
     @property
     def full(self) -> bool:
-        """Whether the cache has no room for another token."""
+        """True if the cache has no room for another token."""
         return self._room() <= 0
 
     def _room(self) -> float:
@@ -73,13 +76,15 @@ class Conversation:
             )
         common = 0
         # The last token is always computed: its logits are what the answer starts from.
-        for ours, theirs in zip(self._cached, ids[:-1], strict=True):
+        # strict=False: the conversation may have grown, or have been cut or replaced.
+        for ours, theirs in zip(self._cached, ids[:-1], strict=False):
             if ours != theirs:
                 break
             common += 1
-        if common < len(self._cached):
+        held = self._cache.host_lengths[0]
+        if common != held:
             try:
-                self._cache.rewind(common)
+                self._cache.drop(held - common)
             except ValueError:
                 self._start_anew()
                 common = 0
@@ -90,8 +95,9 @@ class Conversation:
         self._cache, self._cached = self.model.new_cache(1, self.max_length), []
 
     def reply(self, prompt: list[int], **options: Any) -> Iterator[TextDelta]:
-        """Generate the answer to `prompt_for`'s tokens, and remember it, also if cut short.
+        """Generate the answer to `prompt_for`'s tokens and add it to `messages`.
 
+        An interrupted answer is added as far as it got.
         Where the context is full the answer ends, with finish_reason "length".
         Templates have no place for an empty answer: with it, its question is forgotten.
         """
@@ -116,7 +122,7 @@ class Conversation:
                 yield delta
         finally:
             self._cached = (self._cached + tokens)[: self._cache.host_lengths[0]]
-            if self._cache.torn:
+            if self._cache.interrupted:
                 self._start_anew()
             if answer:
                 self.messages.append({"role": "assistant", "content": answer})

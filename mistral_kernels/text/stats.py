@@ -1,4 +1,4 @@
-"""The figures that `python -m mistral_kernels.generate` tells at its end."""
+"""Statistics that `python -m mistral_kernels.generate` prints at its end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mistral_kernels.text.streaming import TextDelta
 
 @dataclass
 class Figures:
-    """Of one command; where it runs on several ranks, of the first."""
+    """Statistics of one command; with several ranks, of the first."""
 
     ranks: int = 1
     load_seconds: float = 0.0
@@ -29,7 +29,7 @@ class Figures:
     cache_bytes: int = 0
 
     def time(self, deltas: Iterator[TextDelta], prompt_tokens: int) -> Iterator[TextDelta]:
-        """Pass `deltas` on, telling the first tokens, which wait for the prompts, from the rest."""
+        """Pass `deltas` on, and time the first tokens, which wait for the prompts, apart."""
         self.prompt_tokens += prompt_tokens
         seen: dict[int, int] = {}
         steps = 0

@@ -1,4 +1,4 @@
-"""From prompts to text: tokens are decoded and stop strings found as they come."""
+"""Streaming of generated text: tokens are decoded, and stop strings found, as they come."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_TOKENS = Range(int, 0)
 
 @dataclass(frozen=True)
 class TextDelta:
-    """The next piece of one text; `finish_reason` ("eos", "stop" or "length") comes with the last.
+    """Piece of one text; `finish_reason` ("eos", "stop" or "length") comes with the last.
 
     `text` may be empty: a character, or what may become a stop string, is held until it is whole.
     """
@@ -33,7 +33,7 @@ class TextDelta:
 
 @dataclass
 class Completion:
-    """A generated text, without its prompt and its stop string."""
+    """Generated text, without its prompt and its stop string."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Completion:
 
 
 class _StopText:
-    """Passes text on until a stop string appears, holding back what may be the start of one.
+    """Filter of text up to a stop string; holds back what may be the start of one.
 
     The stop string that begins earliest in the text counts, wherever the text was cut into pieces:
     "bc" in the text ends it only when no earlier "abcd" can still become complete.
@@ -176,7 +176,7 @@ def generate(
     prompts: Prompts,
     **options: Any,
 ) -> list[Completion]:
-    """The whole texts of `stream_generate`, which see for the options."""
+    """Return the whole texts of `stream_generate`, whose options these are."""
     prompts = _checked_prompts(prompts)
     completions = [Completion(finish_reason="length") for _ in prompts]
     for delta in stream_generate(model, tokenizer, prompts, **options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ _PADDING = {True: True, "longest": True, False: False, "do_not_pad": False}
 
 
 class TokenizerError(ValueError):
-    """A tokenizer file, a text, a token id or a conversation cannot be used. One line of reason."""
+    """Error in a tokenizer file, a text, a token id or a conversation, in one line."""
 
 
 class TokenizerOutput(dict[str, Any]):
@@ -144,7 +145,7 @@ class MistralTokenizer(ABC):
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the files are those of an Instruct model.
+        """True if the files are those of an Instruct model.
 
         With a tokenizer_config.json: whether a template comes with it. Else whether the vocabulary
         or the file's name has one: not so for the plain `tokenizer.model` of Mistral-7B v0.1 and
@@ -342,9 +343,10 @@ def _checked_id(value: Any) -> int:
     if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
         hint = "; batch_decode takes a batch" if isinstance(token_id, list) else ""
         raise TokenizerError(f"token ids must be integers, got {_type(value)}{hint}")
-    if (token_id := token_id.__index__()) < 0:
-        raise TokenizerError(f"token ids must be at least 0, got {token_id}")
-    return token_id
+    index = operator.index(token_id)
+    if index < 0:
+        raise TokenizerError(f"token ids must be at least 0, got {index}")
+    return index
 
 
 def _type(value: Any) -> str:

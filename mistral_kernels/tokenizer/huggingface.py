@@ -108,13 +108,15 @@ class HuggingFace(MistralTokenizer):
 
     def _encode(self, text: str) -> list[int]:
         with library_errors(f"{self.path}: the text cannot be encoded"):
-            return self._model.encode(text, add_special_tokens=False).ids
+            ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
+        return ids
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         if not ids:  # on which some decoders panic
             return ""
         with library_errors(f"{self.path}: the ids cannot be decoded"):
-            return self._model.decode(ids, skip_special_tokens=skip_special_tokens)
+            text: str = self._model.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
 
     def _stream(self, skip_special_tokens: bool) -> StreamDecoder:
         return _WindowDecoder(self, skip_special_tokens)
@@ -248,8 +250,10 @@ class _WindowDecoder(StreamDecoder):
 
 @functools.cache
 def _byte_level_alphabet() -> dict[str, int]:
-    """Return the byte of each character of a ByteLevel vocabulary (GPT-2's alphabet): printable
-    Latin-1 stands for itself, the other bytes, in order, are U+0100 and up."""
+    """Return the byte of each character of a ByteLevel vocabulary (GPT-2's alphabet).
+
+    Printable Latin-1 stands for itself; the other bytes, in order, are U+0100 and up.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}

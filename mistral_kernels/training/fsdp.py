@@ -1,7 +1,7 @@
 """Training on several ranks: FSDP2 shards the weights, their gradients and AdamW's averages.
 
-The parameters are float32 shards: the masters themselves. What the model computes in is gathered
-from them, a layer at a time, and dropped behind the layer; gradients are averaged in float32.
+The parameters are float32 shards. FSDP gathers the weights that the model computes with from them,
+one layer at a time, and drops them after the layer; gradients are averaged in float32.
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ from mistral_kernels.checkpoint.stored import check_cast
 from mistral_kernels.distributed.process_group import World
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.transformer import MistralForCausalLM
-from mistral_kernels.training.loop import DTYPES, Corpus, Recipe, Run, packed_loss
-from mistral_kernels.training.state import Saving
-
-_AVERAGES = ("exp_avg", "exp_avg_sq")  # AdamW's, of the gradients and their squares
+from mistral_kernels.training.loop import Corpus, packed_loss
 
 PartOf = Callable[[str, tuple[int, ...]], Part]
 
@@ -36,9 +33,9 @@ def sharded_model(
     dtype: torch.dtype,
     world: World,
 ) -> MistralForCausalLM:
-    """A model of which each rank holds its share of every weight, in float32.
+    """Return a model of which each rank holds its share of every weight, in float32.
 
-    It computes in `dtype`, to which its weights are rounded: those that `tensors` reads, as
+    It computes in `dtype`, to which the weights are rounded. `tensors` reads them, as
     `Checkpoint.tensors` does. A rank reads its share alone; its memory is that and one layer.
     """
     with torch.device("meta"):
@@ -46,7 +43,7 @@ def sharded_model(
     places = _places(model)
     options: dict[str, Any] = {
         "mesh": init_device_mesh(world.device.type, (world.size,)),
-        # Not the inputs, among which are float32 tables.
+        # The inputs stay as they are: some are float32 tables.
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
     }
     for layer in model.model.layers:
@@ -63,7 +60,7 @@ def sharded_model(
     weights = dict(model.named_parameters())
 
     def own(name: str) -> tuple[slice, Tensor]:
-        """Which rows of a tensor are this rank's, and where they go."""
+        """Return this rank's rows of a tensor, and the tensor that they are copied to."""
         weight, first, rows = places[name]
         shard: Tensor = weights[weight].detach().to_local()  # type: ignore[attr-defined]
         start = world.rank * -(-len(weights[weight]) // world.size)  # as torch.chunk cuts
@@ -80,9 +77,9 @@ def sharded_model(
 
 
 def _places(model: MistralForCausalLM) -> dict[str, tuple[str, int, int]]:
-    """For each tensor of a state dict the parameter that holds it, its first row there, its rows.
+    """Return, per tensor of a state dict, its parameter, its first row in that, and its rows.
 
-    A tensor of tied weights lies where its first name does.
+    Tied weights are found under the first of their names.
     """
     names = {weight: name for name, weight in model.named_parameters()}
     places = {}
@@ -96,7 +93,7 @@ def _places(model: MistralForCausalLM) -> dict[str, tuple[str, int, int]]:
 
 
 def share(batch: Sequence[Tensor], world: World) -> list[Tensor]:
-    """This rank's sequences of a batch, about as many tokens as any other's; at least one."""
+    """Return this rank's sequences of a batch: at least one, and about as many tokens per rank."""
     loads = [0] * world.size
     shares: list[list[Tensor]] = [[] for _ in loads]
     for sequence in sorted(batch, key=len, reverse=True):
@@ -106,98 +103,55 @@ def share(batch: Sequence[Tensor], world: World) -> list[Tensor]:
     return shares[world.rank]
 
 
-class ShardedRun(Run):
-    """A `sharded_model` on its way, in step with the other ranks, of whom a batch has no fewer.
+class Sharded:
+    """A `sharded_model` that all ranks train together; see `loop.Backend`.
 
-    Every rank draws the whole batch and computes its sequences of it; losses are those of all.
+    Every rank draws the whole batch and computes its own sequences of it. A batch must have at
+    least one sequence per rank. Losses are those of all ranks.
     """
 
-    def __init__(self, model: MistralForCausalLM, recipe: Recipe, world: World) -> None:
-        self.world = world
-        super().__init__(model, recipe)
-        # AdamW makes these at the first step; a state that is loaded needs them before.
-        for weight in self.weights:
-            averages = {name: torch.zeros_like(weight) for name in _AVERAGES}
-            self.optimizer.state[weight] = {
-                "step": torch.zeros((), device=world.device),
-                **averages,
-            }
-        self._keep_best()
+    def __init__(self, model: MistralForCausalLM, dtype: torch.dtype, world: World) -> None:
+        self.model, self.dtype, self.world = model, dtype, world
+        self.parameters: dict[str, Tensor] = dict(model.named_parameters())
 
-    def _masters(self) -> list[Tensor]:
-        return self.weights
-
-    def _update_weights(self) -> None:
-        pass
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """With this rank's share of the tensors under the names of the model's parameters."""
-        tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
-        for name, weight in self.model.named_parameters():
-            tensors[f"master.{name}"] = weight.detach()
-            for average in _AVERAGES:
-                tensors[f"{average}.{name}"] = self.optimizer.state[weight][average]
-        return {**self.progress, "tensors": tensors}
-
-    def restore(self, saving: Saving) -> bool:
-        # Fills the tensors in place.
-        if (state := saving.load(self.state, self._check_progress)) is None:
-            return False
-        self._set_progress(state)
-        for weight in self.weights:
-            self.optimizer.state[weight]["step"].fill_(self.step)
-        return True
-
-    def _backward(self, corpus: Corpus, batch: Sequence[Tensor]) -> float:
+    def backward(self, corpus: Corpus, batch: Sequence[Tensor]) -> float:
         own = share(batch, self.world)
         part = sum(map(len, own)) / sum(map(len, batch))
         loss = self._packed_loss(corpus, own) * part
-        total = self._sum(loss)
-        self._check_finite(total)
         (loss * self.world.size).backward()  # FSDP takes the mean over the ranks
-        return total.item()
+        return self._sum(loss)
+
+    def update_weights(self) -> None:
+        """Do nothing: FSDP rounds `parameters` when it gathers them."""
+
+    @torch.no_grad()
+    def held_out_loss(self, corpus: Corpus, tokens: Tensor) -> float:
+        """Each rank reads all of the one sequence; their losses differ by rounding."""
+        loss = self._packed_loss(corpus, [tokens])
+        self.model.reshard()  # type: ignore[operator]  # else the root's weights stay gathered
+        return self._sum(loss) / self.world.size
+
+    def write(self, directory: Path, extra_files: Iterable[Path]) -> None:
+        """Gather one weight at a time, on all ranks; the main rank writes it."""
+        tensors = whole_tensors(self.model)
+        if self.world.is_main:
+            config = self.model.config
+            save_hf(tensors, config, directory, dtype=self.dtype, extra_files=extra_files)
+        for _ in tensors:
+            pass
 
     def _packed_loss(self, corpus: Corpus, targets: Sequence[Tensor]) -> Tensor:
         return self.model.packed_loss(corpus, targets)  # type: ignore[operator]
 
-    def _sum(self, value: Tensor) -> Tensor:
-        """Over the ranks; the same bits on all."""
+    def _sum(self, value: Tensor) -> float:
+        """Return the sum over the ranks, which has the same bits on all."""
         total = value.detach().clone()
         dist.all_reduce(total)
-        return total
-
-    @torch.no_grad()
-    def held_out_loss(self, corpus: Corpus, tokens: Tensor) -> float:
-        """Each rank reads all of it, which is one sequence; their losses differ by rounding."""
-        loss = self._packed_loss(corpus, [tokens])
-        self.model.reshard()  # type: ignore[operator]  # else the root keeps its weights whole
-        return self._sum(loss).item() / self.world.size
-
-    def _keep_best(self) -> None:
-        dtype = DTYPES[self.recipe.dtype]
-        self.best = {
-            name: weight.detach().to(dtype, copy=True)
-            for name, weight in self.model.named_parameters()
-        }
-
-    @torch.no_grad()
-    def take_best(self) -> None:
-        for name, weight in self.model.named_parameters():
-            weight.copy_(self.best[name])
-
-    def write(self, directory: Path, extra_files: Iterable[Path]) -> None:
-        """The main rank writes, all gather: one weight at a time."""
-        tensors = whole_tensors(self.model)
-        if self.world.is_main:
-            dtype = DTYPES[self.recipe.dtype]
-            save_hf(tensors, self.model.config, directory, dtype=dtype, extra_files=extra_files)
-        for _ in tensors:
-            pass
+        return total.item()
 
 
 def whole_tensors(model: MistralForCausalLM) -> Iterator[tuple[str, Tensor]]:
-    """A sharded model's state dict, a whole tensor at a time; every rank has to ask for each."""
+    """Yield a sharded model's state dict, one gathered tensor at a time. A collective call."""
     for prefix, module in model.named_modules():
         for _ in module.parameters(recurse=False):
             for name, tensor in module.state_dict(prefix=f"{prefix}.").items():

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from mistral_kernels.training.state import Saving, check_like
 from mistral_kernels.utils.ranges import COUNT, SEED, Range
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_AVERAGES = ("exp_avg", "exp_avg_sq")  # AdamW's, of the gradients and of their squares
 _REMEDY = "use a lower learning rate (--learning-rate)"
 _LARGEST_BATCH = 1 << 28  # tokens; offsets into a packed batch are int32
 
@@ -164,85 +165,114 @@ def held_out_loss(model: MistralForCausalLM, corpus: Corpus, tokens: Tensor) -> 
     return packed_loss(model, corpus, [tokens]).item()
 
 
-class Run:
-    """A model on its way. All that a later step depends on is in `state` between two steps.
+class Backend(Protocol):
+    """The processes that a run computes on: `SingleProcess`, or `fsdp.Sharded` for several ranks.
 
-    The model computes in its own dtype; AdamW works on float32 masters of its weights.
+    `parameters`: the float32 tensors that AdamW works on, by the names of the model's parameters.
     """
 
-    def __init__(self, model: MistralForCausalLM, recipe: Recipe) -> None:
-        self.model, self.recipe = model, recipe
-        model.model.checkpoint_activations = recipe.checkpoint_activations
-        self.generator = torch.Generator().manual_seed(recipe.seed)
+    model: MistralForCausalLM
+    parameters: dict[str, Tensor]
+
+    def backward(self, corpus: Corpus, batch: Sequence[Tensor]) -> float:
+        """Add the gradients of a batch's mean loss to those of `parameters`; return the loss."""
+
+    def update_weights(self) -> None:
+        """Round `parameters` to the weights that the model computes with."""
+
+    def held_out_loss(self, corpus: Corpus, tokens: Tensor) -> float:
+        """Return the mean loss per token of `tokens` as one sequence."""
+
+    def write(self, directory: Path, extra_files: Iterable[Path]) -> None:
+        """Write the model's checkpoint; see `MistralForCausalLM.save_pretrained`."""
+
+
+class SingleProcess:
+    """The model computes in its own dtype; `parameters` are float32 masters of its weights."""
+
+    def __init__(self, model: MistralForCausalLM) -> None:
+        self.model = model
         self.weights: list[Tensor] = list(model.parameters())
-        self.masters = self._masters()
+        self.parameters = {
+            name: weight.detach().float().clone() for name, weight in model.named_parameters()
+        }
+
+    def backward(self, corpus: Corpus, batch: Sequence[Tensor]) -> float:
+        loss = packed_loss(self.model, corpus, batch)
+        loss.backward()
+        for master, weight in zip(self.parameters.values(), self.weights, strict=True):
+            if weight.grad is not None:
+                grad = weight.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+            weight.grad = None
+        return loss.item()
+
+    def update_weights(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self.weights, list(self.parameters.values()))
+
+    def held_out_loss(self, corpus: Corpus, tokens: Tensor) -> float:
+        return held_out_loss(self.model, corpus, tokens)
+
+    def write(self, directory: Path, extra_files: Iterable[Path]) -> None:
+        self.model.cpu().save_pretrained(directory, extra_files=extra_files)
+
+
+class Run:
+    """Training state: parameters, AdamW, best weights, RNG. `state` is complete between steps."""
+
+    def __init__(self, backend: Backend, recipe: Recipe) -> None:
+        self.backend, self.recipe = backend, recipe
+        backend.model.model.checkpoint_activations = recipe.checkpoint_activations
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.parameters = list(backend.parameters.values())
         groups: list[dict[str, Any]] = [
             {
-                "params": [m for m in self.masters if m.ndim > 1],
+                "params": [p for p in self.parameters if p.ndim > 1],
                 "weight_decay": recipe.weight_decay,
             },
-            {"params": [m for m in self.masters if m.ndim == 1], "weight_decay": 0.0},
+            {"params": [p for p in self.parameters if p.ndim == 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-        self.step, self.running = 0, 0.0  # steps made; the sum of the losses since an evaluation
+        # AdamW makes these at the first step; a state that is loaded needs them before.
+        for parameter in self.parameters:
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                **{average: torch.zeros_like(parameter) for average in _AVERAGES},
+            }
+        self.step, self.running = 0, 0.0  # steps made; sum of the losses since the last evaluation
         self.curve: list[tuple[int, float, float]] = []
-        self.best: dict[str, Tensor] = {}
-
-    def _masters(self) -> list[Tensor]:
-        return [weight.detach().float().clone() for weight in self.weights]
+        self._keep_best()
 
     @property
-    def progress(self) -> dict[str, Any]:
-        """What of the state is no weight's."""
+    def state(self) -> dict[str, Any]:
+        """The parts that a later step depends on. The tensors are the run's own, not copies."""
+        tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in self.backend.parameters.items():
+            tensors[f"master.{name}"] = parameter.detach()
+            for average in _AVERAGES:
+                tensors[f"{average}.{name}"] = self.optimizer.state[parameter][average]
         return {
             "step": self.step,
             "running": self.running,
             "curve": self.curve,
             "generator": self.generator.get_state(),
-        }
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return {
-            **self.progress,
-            "best": self.best,
-            "masters": self.masters,
-            "optimizer": self.optimizer.state_dict(),
+            "tensors": tensors,
         }
 
     def restore(self, saving: Saving) -> bool:
-        """Resume from the state that was saved, if there is one."""
-        if (state := saving.load(self.state, self.check_state)) is None:
+        """Resume from the state that was saved; return whether there is one."""
+        if (state := saving.load(self.state, self._check)) is None:
             return False
-        self._set_progress(state)
-        self.best = state["best"]
-        # All else in the optimizer's state follows from the recipe.
-        own = self.optimizer.state_dict()
-        self.optimizer.load_state_dict({**own, "state": state["optimizer"]["state"]})
-        with torch.no_grad():
-            torch._foreach_copy_(self.masters, state["masters"])
-        self._update_weights()
+        self.step, self.running, self.curve = state["step"], state["running"], state["curve"]
+        self.generator.set_state(state["generator"])
+        for parameter in self.parameters:
+            self.optimizer.state[parameter]["step"].fill_(self.step)
+        self.backend.update_weights()
         return True
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
+    def _check(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError for a state that this run cannot have saved."""
-        self._check_progress(state)
-        weights = dict(self.model.state_dict()) if state["curve"] else {}
-        check_like("best", state["best"], weights)
-        check_like("masters", state["masters"], self.masters)
-        if type(state["optimizer"]) is not dict:
-            raise ValueError(f"optimizer must be dict, got {type(state['optimizer']).__name__}")
-        averages = [
-            {"step": torch.tensor(0.0), "exp_avg": master, "exp_avg_sq": master}
-            for group in self.optimizer.param_groups
-            for master in group["params"]
-        ]
-        check_like("optimizer", state["optimizer"]["state"], dict(enumerate(averages)))
-        for each in state["optimizer"]["state"].values():
-            if each["step"] != state["step"]:
-                raise ValueError(f"optimizer is at step {each['step']:g}, not {state['step']}")
-
-    def _check_progress(self, state: Mapping[str, Any]) -> None:
         recipe, step = self.recipe, state["step"]
         check_like("step", step, 0)
         Range(int, 1, recipe.steps).check("step", step)
@@ -257,55 +287,30 @@ class Run:
             raise ValueError("curve has points at other steps than those of the evaluations")
         torch.Generator().set_state(state["generator"])
 
-    def _set_progress(self, state: Mapping[str, Any]) -> None:
-        self.step, self.running, self.curve = state["step"], state["running"], state["curve"]
-        self.generator.set_state(state["generator"])
-
     def advance(self, corpus: Corpus, batches: Iterator[Sequence[Tensor]]) -> float:
-        """One step; its mean loss."""
+        """Make one step; return its mean loss. Raises ValueError if that is not finite."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(self.step)
-        total = sum(self._backward(corpus, next(batches)) for _ in range(recipe.accumulate))
+        losses = [self.backend.backward(corpus, next(batches)) for _ in range(recipe.accumulate)]
+        # All batches have as many tokens: the mean over them is the mean over all tokens.
+        loss = sum(losses) / recipe.accumulate
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {self.step}: {_REMEDY}")
         if recipe.accumulate > 1:
-            # All batches have as many tokens: the mean over them is the mean over all tokens.
-            torch._foreach_div_(
-                [m.grad for m in self.masters if m.grad is not None], recipe.accumulate
-            )
-        torch.nn.utils.clip_grad_norm_(self.masters, recipe.max_grad_norm)
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            torch._foreach_div_(gradients, recipe.accumulate)
+        torch.nn.utils.clip_grad_norm_(self.parameters, recipe.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._update_weights()
+        self.backend.update_weights()
         self.step += 1
-        self.running += total / recipe.accumulate
-        return total / recipe.accumulate
-
-    def _backward(self, corpus: Corpus, batch: Sequence[Tensor]) -> float:
-        """Add a batch's gradients to the masters'; its mean loss."""
-        loss = packed_loss(self.model, corpus, batch)
-        self._check_finite(loss)
-        loss.backward()
-        for master, weight in zip(self.masters, self.weights, strict=True):
-            if weight.grad is not None:
-                grad = weight.grad.float()
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
-            weight.grad = None
-        return loss.item()
-
-    def _check_finite(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {loss.item()} at step {self.step}: {_REMEDY}")
-
-    def _update_weights(self) -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(self.weights, self.masters)
-
-    def held_out_loss(self, corpus: Corpus, tokens: Tensor) -> float:
-        return held_out_loss(self.model, corpus, tokens)
+        self.running += loss
+        return loss
 
     def finite_held_out_loss(self, corpus: Corpus, tokens: Tensor) -> float:
-        """Return `held_out_loss`. Raises ValueError where it is not finite."""
-        loss = self.held_out_loss(corpus, tokens)
+        """Return the backend's `held_out_loss`. Raises ValueError if it is not finite."""
+        loss = self.backend.held_out_loss(corpus, tokens)
         if not math.isfinite(loss):
             raise ValueError(f"the held-out loss is {loss} at step {self.step}: {_REMEDY}")
         return loss
@@ -323,47 +328,38 @@ class Run:
             self._keep_best()
 
     def _keep_best(self) -> None:
-        self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        dtype = DTYPES[self.recipe.dtype]
+        self.best = {
+            name: parameter.detach().to(dtype, copy=True)
+            for name, parameter in self.backend.parameters.items()
+        }
 
+    @torch.no_grad()
     def take_best(self) -> None:
         """Give the model the weights of the lowest held-out loss."""
-        self.model.load_state_dict(self.best)
-
-    def write(self, directory: Path, extra_files: Iterable[Path]) -> None:
-        """The model's checkpoint; see `MistralForCausalLM.save_pretrained`."""
-        self.model.cpu().save_pretrained(directory, extra_files=extra_files)
+        for name, parameter in self.backend.parameters.items():
+            parameter.copy_(self.best[name])
+        self.backend.update_weights()
 
 
 def train(
-    model: MistralForCausalLM,
-    corpus: Corpus,
-    held_out: Tensor,
-    recipe: Recipe,
-    log: TextIO | None = None,
-    saving: Saving | None = None,
-) -> list[tuple[int, float, float]]:
-    """Optimise `model` in place; leaves it with the weights of the lowest held-out loss.
-
-    With `saving`, goes on from the state that its file holds, if there is one. `log` (default:
-    stderr) gets a line an evaluation, and where it is a terminal a progress bar.
-    Returns (step, training loss, held-out loss) at every evaluation.
-
-    Raises `ValueError` for a loss that is not finite, `CheckpointError` as `Saving` does. What has
-    been saved is then a state whose loss was finite.
-    """
-    return finish(Run(model, recipe), corpus, held_out, log, saving)
-
-
-def finish(
     run: Run, corpus: Corpus, held_out: Tensor, log: TextIO | None = None,
     saving: Saving | None = None,
 ) -> list[tuple[int, float, float]]:  # fmt: skip
-    """`train`, for a run of any kind and the saving that goes with it."""
+    """Make all steps of `run`'s recipe; leave its model with the weights of the lowest loss.
+
+    With `saving`, resume from the state that it holds, if there is one. `log` (default: stderr)
+    gets a line per evaluation, and a progress bar where it is a terminal.
+    Returns (step, training loss, held-out loss) per evaluation.
+
+    Raises `ValueError` for a loss that is not finite, `CheckpointError` as `saving` does. The state
+    saved last is then one whose loss was finite.
+    """
     log, recipe = log or sys.stderr, run.recipe
     if saving is not None and run.restore(saving):
         print(f"going on from step {run.step}, saved in {saving.path}", file=log, flush=True)
     batches = corpus.batches(recipe, run.generator)
-    extension.load(run.model.device.type)  # which may compile: no part of a step's time
+    extension.load(run.backend.model.device.type)  # which may compile: no part of a step's time
     first, started = run.step, time.perf_counter()
     with tqdm(
         total=recipe.steps, initial=first, unit="step", file=log, disable=not log.isatty()

@@ -1,4 +1,4 @@
-"""A run's state in one file, from which the run goes on."""
+"""A run's saved state: its checks, and the file in which a single process keeps it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,24 +25,53 @@ Check = Callable[[Mapping[str, Any]], None]
 
 
 def not_whole(path: Path, reason: str) -> CheckpointError:
+    """Return the error that names a damaged state."""
     return CheckpointError(
         f"{path} is not the whole state of a run ({reason}); remove it to begin anew"
     )
 
 
-@dataclass(frozen=True)
-class Saving:
-    """Where a run keeps the state to go on from, and after how many steps (0: never).
+class Saving(Protocol):
+    """The place of a run's state: `FileSaving`, or `fsdp_state.FolderSaving` for several ranks.
 
-    `identity`: what two runs must have in common for one to go on where the other was.
+    `every`: the number of steps between saves; 0: never. `identity`: the values that two runs must
+    have in common for one to resume from the state of the other.
     """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def every(self) -> int: ...
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Replace the saved state. Whatever happens, this state or the one before is complete."""
+
+    def load(self, state: Mapping[str, Any], check: Check) -> dict[str, Any] | None:
+        """Return the parts of the saved state; None if there is none. No code in it is ever run.
+
+        It must have the parts of `state`, the run's own before it resumes, and pass `check`. Its
+        tensors are copied to those of `state`.
+
+        Raises `CheckpointError`, naming the file, for one that is damaged or of another run.
+        """
+
+    def exists(self) -> bool:
+        """Return whether there is a state to resume from."""
+
+    def discard(self) -> None:
+        """Remove the saved state and the incomplete ones that killed runs left; nothing else."""
+
+
+@dataclass(frozen=True)
+class FileSaving:
+    """`Saving` into the file `path`."""
 
     path: Path
     every: int
     identity: Mapping[str, Any]
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Replace the file at once: whatever happens, it holds this state or the one before."""
+    def save(self, state: Mapping[str, Any]) -> None:
         fresh = self._incomplete
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,12 +94,6 @@ class Saving:
             raise CheckpointError(f"cannot save to {self.path}: {reason}") from error
 
     def load(self, state: Mapping[str, Any], check: Check) -> dict[str, Any] | None:
-        """Return the state in the file, None if there is none; no code in it is ever run.
-
-        It has to have the parts of `state`, the run's own before it resumes, and pass `check`.
-
-        Raises `CheckpointError`, naming the file, for one that is damaged or of another run.
-        """
         if self.path.is_dir():
             raise CheckpointError(
                 f"{self.path} is the state of a run under torchrun; go on with torchrun "
@@ -82,14 +105,15 @@ class Saving:
         check_identity(self.path, saved["identity"], self.identity)
         with naming_damage(self.path):
             check(saved)
+            check_like("tensors", saved["tensors"], state["tensors"])
+        for name, tensor in state["tensors"].items():
+            tensor.copy_(saved["tensors"][name])
         return saved
 
     def exists(self) -> bool:
-        """Return whether there is a state to resume from."""
         return is_taken(self.path)
 
     def discard(self) -> None:
-        """Remove what was saved, and what a killed run had begun to save."""
         for path in (self.path, self._incomplete):
             if not path.is_dir():  # which is not ours
                 path.unlink(missing_ok=True)
@@ -103,8 +127,8 @@ class Saving:
 def naming_damage(path: Path) -> Iterator[None]:
     """Turn errors into a `CheckpointError` about the state at `path`.
 
-    A damaged file raises errors of every type. Those of the system name their file, and too little
-    memory is no damage.
+    A damaged file raises errors of every type. Errors of the system name their file, and too little
+    memory is not a damage.
     """
     try:
         yield
@@ -119,16 +143,22 @@ def naming_damage(path: Path) -> Iterator[None]:
         raise not_whole(path, reason) from None
 
 
+def check_archive(file: IO[bytes]) -> None:
+    """Raise ValueError unless a file of `torch.save` has the checksums of its records."""
+    with zipfile.ZipFile(file) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            # A compressed record can expand to any size.
+            raise ValueError("it is compressed")
+        if damaged := archive.testzip():  # torch.load does not check the checksums
+            raise ValueError(f"{damaged} is damaged")
+
+
 def read_state(path: Path, parts: Iterable[str]) -> dict[str, Any]:
-    """Return what `Saving.save` wrote; `CheckpointError` unless it is whole and has `parts`."""
+    """Return what `FileSaving.save` wrote. Raise CheckpointError unless it has `parts`."""
     check_regular(path)
     with naming_damage(path):
-        with zipfile.ZipFile(path) as file:
-            if any(record.compress_type != zipfile.ZIP_STORED for record in file.infolist()):
-                # A compressed record can expand to any size.
-                raise ValueError("it is compressed")
-            if damaged := file.testzip():  # torch.load does not check the checksums
-                raise ValueError(f"{damaged} is damaged")
+        with path.open("rb") as file:
+            check_archive(file)
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not state.keys() >= set(parts):
             raise ValueError("it lacks parts of one")
@@ -136,7 +166,7 @@ def read_state(path: Path, parts: Iterable[str]) -> dict[str, Any]:
 
 
 def check_identity(path: Path, saved: Any, wanted: Mapping[str, Any]) -> None:
-    """Raise `CheckpointError` unless the state at `path` is of the run that is wanted."""
+    """Raise `CheckpointError` unless the state at `path` has the identity `wanted`."""
     with naming_damage(path):
         if not isinstance(saved, dict):
             raise ValueError(f"identity must be a dict, got {type(saved).__name__}")
@@ -158,8 +188,8 @@ def check_identity(path: Path, saved: Any, wanted: Mapping[str, Any]) -> None:
 def check_like(name: str, value: Any, like: Any) -> None:
     """Raise ValueError, naming the part, unless `value` has the structure of `like`.
 
-    That is the types, the keys and lengths of dicts, lists and tuples, and of tensors the dtype and
-    shape. Floats, those of tensors included, must be finite.
+    Compared are types, keys and lengths of dicts, lists and tuples, dtypes and shapes of tensors.
+    Floats, those of tensors included, must be finite.
     """
     of_tensors = isinstance(value, Tensor) and isinstance(like, Tensor)  # or Parameters
     if type(value) is not type(like) and not of_tensors:

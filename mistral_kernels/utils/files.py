@@ -20,7 +20,7 @@ JSON_LIMIT = 64 << 20
 
 
 class CheckpointError(OneLineError):
-    """A checkpoint cannot be read or written. The message names the file and the remedy."""
+    """Error of reading or writing a checkpoint. The message names the file and the remedy."""
 
 
 def expand_user(path: str | Path) -> Path:

@@ -21,7 +21,10 @@ def small() -> MistralConfig:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., tuple[Path, State]]:
-    """`make(format, dtype=..., **changes)`: a folder with weights, and its state in HF's names."""
+    """Return `make(format, dtype=..., **changes)`.
+
+    It writes a folder with weights, and returns it and its state in HF's names.
+    """
 
     def make(
         format: str, dtype: torch.dtype = torch.float32, **changes: object

@@ -1,4 +1,4 @@
-"""What is refused when a checkpoint is opened or written, and in which words."""
+"""Errors of opening and writing checkpoints, and their messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Make = Callable[..., tuple[Path, State]]
 
 
 def refused(folder: Path, message: str, error: type[Exception] = CheckpointError) -> None:
-    """Opening fails with one line that matches `message`."""
+    """Check that opening fails with one line that matches `message`."""
     with pytest.raises(error, match=message) as caught:
         open_checkpoint(folder)
     assert "\n" not in str(caught.value)
@@ -208,10 +208,10 @@ def test_state_that_does_not_fit(tmp_path: Path, save: Callable[..., None]) -> N
     with pytest.raises(CheckpointError, match="was given twice"):
         save([*state.items()] * 2, SMALL, tmp_path / "out", dtype=torch.float32)
     del state[name]
-    with pytest.raises(CheckpointError, match="tensor '.*w?q.*weight' was not given"):
+    with pytest.raises(CheckpointError, match=r"tensor '.*w?q.*weight' was not given"):
         save(state.items(), SMALL, tmp_path / "out", dtype=torch.float32)
     with pytest.raises(
-        CheckpointError, match="dtype of 'model.embed_tokens.weight' must be bfloat"
+        CheckpointError, match=r"dtype of 'model.embed_tokens.weight' must be bfloat"
     ):
         save(state.items(), SMALL, tmp_path / "out", dtype=torch.int8)
     assert list(tmp_path.iterdir()) == []
@@ -241,7 +241,7 @@ def test_casts_that_lose_values(
     tmp_path: Path, save: Callable[..., None],
     source: torch.dtype, to: torch.dtype, value: float, lost: bool,
 ) -> None:  # fmt: skip
-    """Refused when saving and when loading; what was infinite before stays so."""
+    """Casts are refused when saving and when loading; infinite values stay so."""
     state = random_state(SMALL, source)
     name = "model.layers.1.mlp.down_proj.weight"
     state[name][2, 1], state[name][0, 0] = value, math.nan
@@ -258,7 +258,7 @@ def test_int8_scales_that_are_lost(tmp_path: Path) -> None:
     state = random_state(SMALL, F64)
     state["model.layers.1.mlp.down_proj.weight"][2, 1] = 1e300
     save_hf(state.items(), SMALL, tmp_path / "out", dtype=F64)
-    with pytest.raises(CheckpointError, match="down_proj.weight' has values beyond float32's ran"):
+    with pytest.raises(CheckpointError, match=r"down_proj.weight' has values beyond float32's ran"):
         MistralForCausalLM.from_pretrained(tmp_path / "out", dtype=F32, quantize="int8")
 
 
@@ -285,7 +285,7 @@ def test_interrupted_writing_leaves_nothing(
 def test_full_disk(
     tmp_path: Path, save: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real one, by the limit that the system sets on a file's size."""
+    """Fill a real disk, by the limit that the system sets on a file's size."""
     import resource
     import signal
 
@@ -293,7 +293,7 @@ def test_full_disk(
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, old[1]))
     try:
-        with pytest.raises(CheckpointError, match="cannot write .*out, nothing was kept: .*"):
+        with pytest.raises(CheckpointError, match=r"cannot write .*out, nothing was kept: .*"):
             save(random_state(SMALL).items(), SMALL, tmp_path / "out", dtype=torch.float32)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
@@ -302,7 +302,7 @@ def test_full_disk(
 
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match="not enough space for .*out: 0.00 GB are needed"):
+    with pytest.raises(CheckpointError, match=r"not enough space for .*out: 0.00 GB are needed"):
         save(random_state(SMALL).items(), SMALL, tmp_path / "out", dtype=torch.float32)
     assert list(tmp_path.iterdir()) == []
 

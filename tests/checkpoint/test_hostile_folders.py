@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import struct
@@ -22,11 +23,12 @@ Make = Callable[..., tuple[Path, State]]
 
 
 def refused(folder: Path, message: str, error: type[Exception] = CheckpointError) -> None:
-    """Opening fails with one printable line that contains `message`."""
+    """Check that opening fails with one printable line that contains `message`."""
     with pytest.raises(error) as caught:
         open_checkpoint(folder)
     text = str(caught.value)
-    assert message in text and text.isprintable(), text
+    assert message in text, text
+    assert text.isprintable(), text
 
 
 def write_safetensors(path: Path, header: bytes, body: bytes, length: int | None = None) -> None:
@@ -43,7 +45,7 @@ def write_safetensors(path: Path, header: bytes, body: bytes, length: int | None
     ],
 )
 def test_what_is_no_regular_file(make: Make, tmp_path: Path, name: str, kind: str) -> None:
-    """Opened, a FIFO would wait for ever, and a device might never end."""
+    """Refuse a FIFO, which would block, and a device, which might never end."""
     file = tmp_path / name
     make(file.parent.name)
     if file.suffix in (".bin", ".pth") or "index" in name:
@@ -68,7 +70,7 @@ def test_what_is_no_regular_file(make: Make, tmp_path: Path, name: str, kind: st
     ],
 )
 def test_links_that_lead_nowhere(make: Make, tmp_path: Path, name: str, kind: str) -> None:
-    """Named, and neither passed over nor taken for the absence of the file."""
+    """Name broken links; they are neither skipped nor taken for a missing file."""
     file = tmp_path / name
     make(file.parent.name)
     if file.suffix == ".pth" or "index" in name or "-of-" in name:
@@ -176,7 +178,7 @@ def test_headers_of_safetensors(make: Make) -> None:
 
 
 def test_a_tensor_described_twice(make: Make) -> None:
-    """The last counts, as in safetensors."""
+    """Take the last description, as safetensors does."""
     folder, state = make("hf")
     file = folder / "model.safetensors"
     data = file.read_bytes()
@@ -201,7 +203,7 @@ def test_a_tensor_described_twice(make: Make) -> None:
     ids=str,
 )
 def test_types(make: Make, dtype: torch.dtype, message: str) -> None:
-    """Only 8 bits and fewer are what quantization stores; any other type is what it is."""
+    """Only types of 8 bits and fewer are quantized; the message names any other type."""
     folder, state = make("hf")
     file = folder / "model.safetensors"
     save_file(state | {"model.norm.weight": torch.zeros(40).to(dtype)}, file)
@@ -217,8 +219,7 @@ def test_files_that_become_shorter(make: Make) -> None:
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[: len(data) // 2])
         with pytest.raises(CheckpointError, match=f"{name} has become shorter since it was opened"):
-            for _, tensor in checkpoint.tensors():
-                del tensor
+            collections.deque(checkpoint.tensors(), maxlen=0)
         with pytest.raises(CheckpointError, match=f"{name} has become shorter since it was opened"):
             map_file(folder / name, len(data))
 
@@ -252,7 +253,7 @@ def test_nested_json(make: Make, tmp_path: Path, name: str, opening: str) -> Non
 
 
 def test_sizes_beyond_any_model(make: Make) -> None:
-    """Refused before a list of layers, or of what they hold, is made."""
+    """Refuse sizes before a list of layers, or of their weights, is made."""
     folder, _ = make("hf")
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2**62}))
@@ -277,19 +278,21 @@ def test_gguf(tmp_path: Path, make: Make) -> None:
 
 def test_formats_by_names(make: Make, tmp_path: Path) -> None:
     assert [check_folder(make(format)[0]) for format in ("hf", "raw")] == ["hf", "raw"]
-    with pytest.raises(CheckpointError, match="has no configuration: expected config.json"):
+    with pytest.raises(CheckpointError, match=r"has no configuration: expected config.json"):
         check_folder(tmp_path)
 
 
 def test_the_home_of_nobody() -> None:
     for read in (resolve, open_checkpoint):
-        with pytest.raises(CheckpointError, match="no such user: '~no.such.user'; name the folder"):
+        with pytest.raises(
+            CheckpointError, match=r"no such user: '~no.such.user'; name the folder"
+        ):
             read("~no.such.user")
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_fields_replaced_on_loading(make: Make, quantize: str | None) -> None:
-    """Those that no weight depends on; the others are refused, not looked up in vain."""
+    """Replace fields that no weight depends on, and refuse others at once."""
     folder, _ = make("hf", torch.float32)
     model = MistralForCausalLM.from_pretrained(
         folder, quantize=quantize, sliding_window=None, vocab_size=61

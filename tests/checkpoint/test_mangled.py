@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parents[1] / "support" / "mangled_checkpoints.py"
 def test_mangled_files(
     kind: str, count: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """In a process of their own: what mapped files can do to it, they do not do to this one."""
+    """Read mangled files in a process of their own, since mapped files can kill it."""
     folders = [str(Path(__file__).parent), str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]
     seed = request.config.option.seed
     ended = subprocess.run(

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/sel
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint all of whose weights but the norms take a megabyte at least."""
+    """Write a checkpoint all of whose weights except the norms take at least a megabyte."""
     config = MistralConfig(
         vocab_size=2048,
         hidden_size=512,
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def mapped(model: MistralForCausalLM) -> set[str]:
-    """The parameters that lie in a mapped safetensors file."""
+    """Return the parameters that are mapped from a safetensors file."""
     spans = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         if ".safetensors" in line:
@@ -49,7 +49,7 @@ def mapped(model: MistralForCausalLM) -> set[str]:
 
 
 def test_what_is_mapped(folder: Path) -> None:
-    """Projections that are one weight too, whose parts lie side by side in files that we write."""
+    """Fused projections are mapped, too: our files hold their parts side by side."""
     model = MistralForCausalLM.from_pretrained(folder)
     norms = {name for name, _ in model.named_parameters() if "norm" in name}
     assert len(norms) == 3
@@ -61,7 +61,7 @@ def test_what_is_mapped(folder: Path) -> None:
 
 
 def test_parts_that_lie_apart_are_copied(folder: Path) -> None:
-    """In another order, with something between them, or in two files."""
+    """Copy parts in another order, with a gap between them, or in two files."""
     file = folder / "model.safetensors"
     tensors = {name: x.clone() for name, x in load_file(file).items()}
     up, gate = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "gate"))
@@ -92,7 +92,7 @@ def test_what_is_changed_is_copied(options: dict, folder: Path) -> None:
 
 
 def test_large_tensors_begin_with_a_page(tmp_path: Path) -> None:
-    """Whatever the sizes of those before them: here norms are of 1536 bytes."""
+    """Large tensors are page-aligned after norms of 1536 bytes."""
     shapes = {"norm": (768,), "a": (128, 768), "odd": (3, 7), "b": (256, 768)}
     specs = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
     tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}

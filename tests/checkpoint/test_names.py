@@ -18,7 +18,7 @@ from mistral_kernels.model.config import MistralConfig
 
 
 def rotate(x: torch.Tensor, position: int, interleaved: bool) -> torch.Tensor:
-    """Rotary embedding of `x (heads, head_dim)`, written out pair by pair."""
+    """Rotate `x (heads, head_dim)`, written out pair by pair."""
     dim = x.shape[1]
     out = torch.empty_like(x)
     for i in range(dim // 2):

@@ -1,4 +1,4 @@
-"""Folders that appear when they are complete: what interrupted, killed and rival writers leave."""
+"""Folders that appear when they are complete: traces of interrupted, killed and rival writers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_killed_and_living_writers(
     writer: Callable[[Path], tuple[subprocess.Popen[str], Path]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A killed one's folder is removed, whatever its target was; a living one's never."""
+    """Remove a killed writer's folder, whatever its target was; never a living one's."""
     killed, left = writer(tmp_path / "killed")
     living, kept = writer(tmp_path / "living")
     killed.kill()
@@ -86,7 +86,7 @@ def test_terminated_writers(
     writer: Callable[[Path], tuple[subprocess.Popen[str], Path]],
     number: signal.Signals,
 ) -> None:
-    """They die of the signal, as they would without `new_folder`, but leave nothing."""
+    """Writers die of the signal, as they would without `new_folder`, but leave nothing."""
     process, _ = writer(tmp_path / "out")
     process.send_signal(number)
     assert process.wait() == -number
@@ -139,7 +139,7 @@ def test_what_is_not_ours_is_kept(tmp_path: Path) -> None:
 def test_a_folder_that_is_taken_for_abandoned_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between its making and its locking another process may remove it: another one is made."""
+    """Make another folder if a process removes the first before it is locked."""
     make, removed = Path.mkdir, []
 
     def make_and_lose(path: Path, *args: object, **options: object) -> None:
@@ -157,7 +157,7 @@ def test_a_folder_that_is_taken_for_abandoned_at_once(
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is written to; nothing there is taken for abandoned."""
+    """Write to it; no folder there counts as abandoned."""
     (tmp_path / ".old.partial-0123456789abcdef").mkdir()
 
     def flock(*_: object) -> None:
@@ -173,12 +173,17 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_target_that_appears_meanwhile(tmp_path: Path, rival: str) -> None:
     target = tmp_path / "out"
     message = "out is not empty" if rival == "folder" else "out is a file"
-    with pytest.raises(CheckpointError, match=message), new_folder(target, 0):
-        if rival == "folder":
-            target.mkdir()
-            (target / "mine").touch()
-        else:
-            target.touch()
+
+    def write() -> None:
+        with new_folder(target, 0):
+            if rival == "folder":
+                target.mkdir()
+                (target / "mine").touch()
+            else:
+                target.touch()
+
+    with pytest.raises(CheckpointError, match=message):
+        write()
     assert names(tmp_path) == {"out"}
     assert not target.is_dir() or names(target) == {"mine"}
 
@@ -186,7 +191,7 @@ def test_a_target_that_appears_meanwhile(tmp_path: Path, rival: str) -> None:
 def test_two_writers_of_one_target(
     tmp_path: Path, writer: Callable[[Path], tuple[subprocess.Popen[str], Path]]
 ) -> None:
-    """The first to end has it, the second is told."""
+    """The first writer to end has the target; the second gets an error."""
     (first, _), (second, _) = (writer(tmp_path / "out") for _ in range(2))
     first.communicate("\n", timeout=60)
     second.communicate("\n", timeout=60)
@@ -198,7 +203,7 @@ def test_two_writers_of_one_target(
 def test_extra_files_are_regular(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tokenizer.model")
     with (
-        pytest.raises(CheckpointError, match="tokenizer.model must be a regular file, got a FIFO"),
+        pytest.raises(CheckpointError, match=r"tokenizer.model must be a regular file, got a FIFO"),
         new_folder(tmp_path / "out", 0, [tmp_path / "tokenizer.model"]),
     ):
         pass
@@ -208,15 +213,22 @@ def test_extra_files_are_regular(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, OSError])
 def test_errors(tmp_path: Path, error: type[BaseException]) -> None:
     expected = CheckpointError if error is OSError else error
-    with pytest.raises(expected), new_folder(tmp_path / "out", 0) as folder:
-        (folder / "x").touch()
-        raise error
+
+    def write() -> None:
+        with new_folder(tmp_path / "out", 0) as folder:
+            (folder / "x").touch()
+            raise error
+
+    with pytest.raises(expected):
+        write()
     assert names(tmp_path) == set()
 
 
 def test_the_home_of_nobody(tmp_path: Path) -> None:
     with (
-        pytest.raises(CheckpointError, match="no such user: '~no.such.user/x'; name the folder in"),
+        pytest.raises(
+            CheckpointError, match=r"no such user: '~no.such.user/x'; name the folder in"
+        ),
         new_folder("~no.such.user/x", 0),
     ):
         pass

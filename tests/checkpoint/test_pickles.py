@@ -1,4 +1,4 @@
-"""Files that torch.save wrote, and what was made to look like them: right values, or one line."""
+"""Files of torch.save, and imitations of them: right values, or one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "model.norm.weight"
 
 
 class Folder:
-    """An HF folder whose weights are one pickle."""
+    """HF folder whose weights are one pickle."""
 
     def __init__(self, path: Path) -> None:
         self.state = random_state(SMALL)
@@ -62,7 +62,8 @@ class Folder:
         with pytest.raises(CheckpointError) as caught:
             open_checkpoint(self.path)
         text = str(caught.value)
-        assert text.startswith(f"{self.file} {message}") and "\n" not in text, text
+        assert text.startswith(f"{self.file} {message}"), text
+        assert "\n" not in text, text
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def ordered(state: State) -> State:
 
 
 def side_by_side(state: State) -> State:
-    """All tensors of one type are views of one storage, in any order."""
+    """Make all tensors views of one storage, in any order."""
     names = sorted(state)
     storage = torch.cat([state[name].flatten() for name in names])
     parts = storage.split([state[name].numel() for name in names])
@@ -170,7 +171,7 @@ def test_archives(folder: Folder) -> None:
 
 
 def test_a_directory_that_claims_gigabytes(folder: Folder, tmp_path: Path) -> None:
-    """A sparse file: zipfile would read all of it at once."""
+    """Refuse a sparse file, which zipfile would read whole."""
     size = 3 << 30
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, size, 8, 0)
     with folder.file.open("wb") as file:
@@ -245,7 +246,7 @@ def test_integers(folder: Folder) -> None:
 
 
 def tensor_of(offset: object, shape: object, strides: object, numel: object = 40) -> bytes:
-    """A pickle of one tensor in the record data/0, by any numbers."""
+    """Return a pickle of one tensor in the record data/0, with any numbers."""
 
     class Storage:
         pass
@@ -291,7 +292,7 @@ def tensor_of(offset: object, shape: object, strides: object, numel: object = 40
 def test_tensors_outside_their_storage(folder: Folder, arguments: tuple, reason: str) -> None:
     folder.state = {NAME: torch.ones(40)}
     folder.put(tensor_of(0, (40,), (1,)))
-    with pytest.raises(CheckpointError, match="no tensor 'model.embed_tokens.weight'"):
+    with pytest.raises(CheckpointError, match=r"no tensor 'model.embed_tokens.weight'"):
         open_checkpoint(folder.path)
     folder.put(tensor_of(*arguments))
     with pytest.raises(CheckpointError) as caught:

@@ -1,4 +1,4 @@
-"""From a name to a folder; the hub is played by a small stand-in."""
+"""Resolution of names to folders; a small stand-in is the hub."""
 
 from __future__ import annotations
 

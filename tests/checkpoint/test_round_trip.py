@@ -1,4 +1,4 @@
-"""What is written is read back bit by bit, by us, by safetensors and by transformers."""
+"""Checkpoints written and read back bit by bit, by us, by safetensors and by transformers."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_generation_config_overrules_the_end_token(make: Make) -> None:
 
 
 def test_one_tensor_at_a_time(make: Make, tmp_path: Path) -> None:
-    """The writers take the next tensor only when nobody holds the last any more."""
+    """Writers take the next tensor only after the last has been freed."""
     import weakref
 
     state = random_state(SMALL)
@@ -240,7 +240,7 @@ def test_one_tensor_at_a_time(make: Make, tmp_path: Path) -> None:
 def test_mapped_pages_never_pass_the_largest_tensor(
     make: Make, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
-    """Between two mappings of a file, no more is read than the largest tensor has."""
+    """Between two mappings of a file, read no more than the largest tensor has."""
     from mistral_kernels.checkpoint import reading
 
     checkpoint = open_checkpoint(make(format)[0])

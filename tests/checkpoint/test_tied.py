@@ -1,4 +1,4 @@
-"""Tied embeddings: what is stored decides, as in transformers, and no tensor is lost."""
+"""Tied embeddings: the stored tensors decide, as in transformers, and no tensor is lost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def name_in(format: str, name: str) -> str:
 
 @pytest.fixture
 def tied(tmp_path: Path) -> Tied:
-    """`tied(format, head)`: a folder that ties the embeddings and stores `head`, and its state."""
+    """Return `tied(format, head)`.
+
+    It makes a folder that ties the embeddings and stores `head`, and returns it and its state.
+    """
 
     def make(format: str, head: torch.Tensor | None, config: MistralConfig = TIED) -> tuple:
         state = random_state(TIED)
@@ -155,9 +158,9 @@ def test_saving_does_not_drop_a_different_head(
 
 
 def test_ties_cannot_be_asked_for(tied: Tied) -> None:
-    """The head of the file would be lost, or the embedding overwritten with it."""
+    """Refuse to tie: the head would be lost, or the embedding overwritten with it."""
     folder, _ = tied("hf", torch.randn(SMALL.vocab_size, SMALL.hidden_size))
     with pytest.raises(
-        ValueError, match="^tie_word_embeddings must be False, which the checkpoint"
+        ValueError, match=r"^tie_word_embeddings must be False, which the checkpoint"
     ):
         MistralForCausalLM.from_pretrained(folder, tie_word_embeddings=True)

@@ -1,4 +1,4 @@
-"""What tests beside transformers share."""
+"""Fixtures of the tests beside transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture
 def exact_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager attention's softmax in the model's dtype, not float32: exact where that is float64.
+    """Compute eager attention's softmax in the model's dtype: exact in float64.
 
     There no two tokens are so nearly equally likely that rounding chooses between them, and texts
     can be compared.

@@ -25,7 +25,8 @@ from support.patching_cases import (  # noqa: E402
     train_step,
 )
 
-from mistral_kernels.integrations.patching import PARTS, apply_mistral_kernels  # noqa: E402
+from mistral_kernels.integrations.patch_handle import PARTS  # noqa: E402
+from mistral_kernels.integrations.patching import apply_mistral_kernels  # noqa: E402
 
 
 def test_base_model() -> None:
@@ -42,7 +43,7 @@ def test_base_model() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool) -> None:
-    """Recomputed in the backward pass, outside any call of the model, by the same kernels."""
+    """Recompute in backward, outside any call of the model, by the same kernels."""
     model, batch = make(), make_batch()
     expected = train_step(model, batch)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -154,7 +155,7 @@ def test_peft_on_lm_head() -> None:
 
 @pytest.fixture
 def liger(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Liger, and what it replaces in transformers' modules put back afterwards."""
+    """Import Liger, and undo its replacements in transformers' modules afterwards."""
     reason = "liger-kernel, to live beside, is absent"
     try:
         module = pytest.importorskip("liger_kernel.transformers", reason=reason)
@@ -168,7 +169,7 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_liger_first(liger: Any) -> None:
-    """On its instances and on its classes. (Its own kernels need a GPU; ours then serve.)"""
+    """Apply Liger to instances and to classes first. (Its own kernels need a GPU.)"""
     batch = make_batch()
     expected = train_step(make(), batch)
     model = make()

@@ -25,11 +25,12 @@ from support.patching_cases import (  # noqa: E402
     train_step,
 )
 
-from mistral_kernels.integrations.patching import PARTS, apply_mistral_kernels  # noqa: E402
+from mistral_kernels.integrations.patch_handle import PARTS  # noqa: E402
+from mistral_kernels.integrations.patching import apply_mistral_kernels  # noqa: E402
 
 
 def real_logits(model: nn.Module, ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The logits of the tokens; by no cache, which two layers of one index could share."""
+    """Return the logits of the real tokens, without a cache, which two layers could share."""
     with torch.no_grad():
         logits = model(ids, attention_mask=attention_mask, use_cache=False).logits
     return logits[attention_mask.bool()]
@@ -43,14 +44,14 @@ def padded_batch() -> tuple[Tensor, Tensor]:
 
 
 def served_parts(model: nn.Module) -> set[str]:
-    """The parts whose operators run."""
+    """Return the parts whose operators run."""
     with Operators() as operators:
         train_step(model, make_batch(), use_cache=False)
     return {part for part in PARTS if operators.counts[OPS[part]]}
 
 
 def scaled(model: Any) -> Any:
-    """The model with other weights, as after a step of its own."""
+    """Scale the model's weights, as a step of training would change them."""
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.1)
@@ -108,7 +109,9 @@ def test_layers_of_others_are_patched_by_a_second_call() -> None:
     expected = real_logits(model, *given)
     first = apply_mistral_kernels(model)
     model.model.layers[1] = make().model.layers[1]
-    with pytest.raises(ValueError, match="^attention_mask must be read by attn_implementation='mi"):
+    with pytest.raises(
+        ValueError, match=r"^attention_mask must be read by attn_implementation='mi"
+    ):
         real_logits(model, *given)
     second = apply_mistral_kernels(model)
     assert second.changed == {
@@ -125,7 +128,7 @@ def test_layers_of_others_are_patched_by_a_second_call() -> None:
 
 
 def saved(model: Any) -> Any:
-    """The model as `torch.save` and `torch.load` hand it over."""
+    """Save the model with `torch.save` and return it as `torch.load` reads it."""
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -154,7 +157,7 @@ def test_a_pickle_is_an_unpatched_model(family: str) -> None:
 
 
 def test_copies_of_the_config() -> None:
-    """A shallow one is plain; a deep one, as of a layer's config, reads as the view does."""
+    """A shallow copy is plain; a deep one, as of a layer's config, reads as the view does."""
     model = make()
     handle = apply_mistral_kernels(model)
     shallow, deep = copy.copy(model.config), copy.deepcopy(model.config)
@@ -169,7 +172,7 @@ def test_copies_of_the_config() -> None:
 
 
 def test_two_models() -> None:
-    """Even if they share a config."""
+    """Patch two models that share a config."""
     config, given = make().config, padded_batch()
     models = [transformers.MistralForCausalLM(config).train() for _ in range(2)]
     expected = [real_logits(model, *given) for model in models]

@@ -60,9 +60,14 @@ def test_nothing_that_models_share_is_touched() -> None:
 def test_context_manager_lets_exceptions_pass() -> None:
     model = make()
     before = attributes(model)
-    with pytest.raises(KeyError, match="inside"), apply_mistral_kernels(model) as handle:
-        assert isinstance(handle, Handle)
-        raise KeyError("inside")
+
+    def fail() -> None:
+        with apply_mistral_kernels(model) as handle:
+            assert isinstance(handle, Handle)
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        fail()
     assert_identical(model, before)
 
 

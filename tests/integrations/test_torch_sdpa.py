@@ -37,7 +37,7 @@ pages = pytest.mark.skipif(
 
 @pytest.fixture
 def replaced(device: torch.device) -> Iterator[torch.device]:
-    """The device whose flash attention is replaced, by the backend that serves it."""
+    """Yield the device whose flash attention is replaced by the backend that serves it."""
     replacement = torch_sdpa.replace_flash_attention(device.type.upper())
     yield device
     replacement.remove()
@@ -51,7 +51,7 @@ def make_inputs(
     dtype: torch.dtype = torch.float32,
     heads_first: bool = False,
 ) -> dict[str, Tensor]:
-    """(batch, heads, seqlen, head_dim) tensors; in memory heads come before tokens, or after."""
+    """Return (batch, heads, seqlen, head_dim) tensors, in memory heads or tokens first."""
     inputs = {}
     for name, length, h in zip(
         "qkv", (lengths[0], lengths[1], lengths[1]), (*heads, heads[1]), strict=True
@@ -110,7 +110,7 @@ def test_kernels(
 
 @pytest.mark.parametrize("heads_first", [False, True], ids=["tokens first", "heads first"])
 def test_outputs_are_what_pytorch_traces(replaced: torch.device, heads_first: bool) -> None:
-    """Shapes, strides and dtypes of every output and gradient, as a compiler is told them."""
+    """Compare shapes, strides and dtypes with those that a compiler sees."""
 
     def run() -> list[Any]:
         inputs = make_inputs((5, 7), (4, 2), 16, replaced, heads_first=heads_first)
@@ -130,7 +130,7 @@ def test_outputs_are_what_pytorch_traces(replaced: torch.device, heads_first: bo
 
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (6, 0), (3, 4)], ids=str)
 def test_packed(replaced: torch.device, window: tuple[int, int]) -> None:
-    """What `varlen_attn` and nested tensors call; forward, backward, and into a given output."""
+    """Run what `varlen_attn` and nested tensors call: forward, backward, into a given output."""
     ends_q, ends_k = [0, 5, 5, 25, 36], [0, 9, 9, 29, 40]
     cu = [torch.tensor(ends, dtype=torch.int32, device=replaced) for ends in (ends_q, ends_k)]
     inputs = {
@@ -202,7 +202,7 @@ def check_pages(device: torch.device) -> None:
 
 
 def test_scaled_dot_product_attention() -> None:
-    """The real thing, through PyTorch's own choice of a backend."""
+    """Call the real function, through PyTorch's own choice of a backend."""
     if not torch.cuda.is_available():
         pytest.skip("PyTorch chooses flash attention on a GPU only")
     torch_sdpa.register()
@@ -225,7 +225,7 @@ def registrations() -> list[str]:
 
 
 def test_only_while_activated() -> None:
-    """Importing and registering change nothing; restored, the dispatcher is what it was."""
+    """Importing and registering change nothing; `restore` undoes an activation."""
     before = registrations()
     torch_sdpa.register()
     torch_sdpa.register()
@@ -243,7 +243,7 @@ def test_only_while_activated() -> None:
 
 
 def test_the_torch_backend_does_not_call_itself(torch_backend: None) -> None:
-    """It is PyTorch's attention, and on a GPU that is what is replaced."""
+    """Its attention is PyTorch's, which is replaced on a GPU."""
     with FakeTensorMode():
         q = torch.empty(1, 2, 3, 16, device="cuda", dtype=torch.float16)
     with pytest.raises(RuntimeError, match="MISTRAL_KERNELS_BACKEND=torch is PyTorch's attention"):

@@ -1,4 +1,4 @@
-"""attn_implementation="mistral_kernels": what eager attention gives, in passes and over caches."""
+"""attn_implementation="mistral_kernels" against eager attention, in passes and over caches."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_logits(name: str, padding: str) -> None:
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 @torch.no_grad()
 def test_masks_that_only_pytorch_serves(name: str) -> None:
-    """With holes, or given whole: bool, or float with -inf or any bias. With a softcap, too."""
+    """Masks with holes, or whole: bool, or float with any bias; with a softcap, too."""
     model = make_model(name)
     seqlen = 2 * W + 3
     ids, attention_mask = batch(seqlen, "left")
@@ -122,7 +122,7 @@ def test_gradients(name: str, case: str) -> None:
 @pytest.mark.parametrize("name", ["mistral", "llama", "gemma2"])
 @torch.no_grad()
 def test_packed_by_position_ids(name: str, kind: str) -> None:
-    """Whatever the cache, with a mask of ones or none, in prompts of few and of many tokens."""
+    """Pack for every cache, with a mask of ones or none, in short and long prompts."""
     model = make_model(name)
     for lengths in ((4, 7), (5, 1, 2 * W, W - 3)):
         seqlen = sum(lengths)
@@ -170,7 +170,7 @@ def test_positions_that_pack_nothing() -> None:
 @pytest.mark.usefixtures("no_whole_mask")
 @pytest.mark.parametrize("tell_positions", [False, True])
 def test_cu_seqlens_of_the_collator(tell_positions: bool) -> None:
-    """With transformers' keywords for packed batches, positions may be told or not."""
+    """Pass transformers' keywords for packed batches, with positions and without."""
     model = make_model().train()
     lengths = (3, 1, 2 * W, W - 3)
     ids, real = torch.randint(1, VOCAB, (1, sum(lengths))), torch.ones(1, sum(lengths)) > 0
@@ -214,7 +214,7 @@ def test_bfloat16() -> None:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_every_step_over_a_cache(name: str, kind: str, padding: str) -> None:
-    """A prompt shorter and longer than the window, then tokens singly: the logits of one pass."""
+    """Compare prompts and single tokens, below and past the window, with one pass."""
     model = make_model(name)
     total = 4 * W
     ids, attention_mask = batch(total, padding)
@@ -273,7 +273,7 @@ MODES: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}}
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["mistral", "llama", "gemma2"])
 def test_generate(name: str, kind: str, padding: str, mode: str) -> None:
-    """The traps: total length below the window and past it, padding, unfilled static caches."""
+    """Generate below the window and past it, padded, over unfilled static caches."""
     model = make_model(name).double()
     for seqlen, new in ((3, 4), (5, 2 * W), (2 * W + 5, 6)):
         ids, attention_mask = batch(seqlen, padding)

@@ -63,7 +63,7 @@ def prompts(batch: int, seqlen: int, padding: tuple[int, ...] = ()) -> dict[str,
 
 
 def generate(model: Any, cache: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    """With a rolling cache on its attention, otherwise on eager attention."""
+    """Generate over a rolling cache with its attention, otherwise with eager attention."""
     rolling = isinstance(cache, RollingCache)
     model.set_attn_implementation("mistral_kernels" if rolling else "eager")
     torch.manual_seed(5)
@@ -124,7 +124,7 @@ def test_layers_without_a_window(make: Any) -> None:
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    """Of logits about 1 in size, in float32: what attends to other keys is off by tenths."""
+    """Compare float32 logits, which are off by tenths if a wrong key was attended to."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)
 
 
@@ -135,7 +135,7 @@ def step(model: Any, cache: Any, ids: Tensor, attention_mask: Tensor | None) -> 
 
 @pytest.mark.parametrize("padding", [(), (5, 0)], ids=["", "padded"])
 def test_logits_of_any_chunks(padding: tuple[int, ...]) -> None:
-    """Chunk after chunk, of one token and of more, to three times the window."""
+    """Chunks of one token and of more, to three times the window."""
     model, inputs = mistral(), prompts(2, 3 * W, padding)
     ids, seen = inputs["input_ids"], inputs["attention_mask"]
     model.set_attn_implementation("sdpa")
@@ -169,7 +169,7 @@ def test_kernels(triton_backend: None, device: torch.device) -> None:
 
 @pytest.mark.usefixtures("exact_softmax")
 def test_a_conversation() -> None:
-    """A second `generate` continues the first, from the text it returned."""
+    """Continue a first `generate` by a second, from the text that it returned."""
     model, inputs = mistral().double(), prompts(2, 9, (2,))
     rolling, dynamic = RollingCache(model.config), transformers.DynamicCache(config=model.config)
     for _ in range(3):
@@ -247,7 +247,7 @@ class Recording(RollingCache):
 @pytest.mark.usefixtures("exact_softmax")
 @pytest.mark.parametrize("draft", ["assistant", "lookup"])
 def test_assisted(draft: str) -> None:
-    """Tokens that were drafted and not accepted are dropped, while the window has room."""
+    """Drafted tokens that are not accepted are dropped, while the window has room."""
     model, inputs = mistral(sliding_window=40).double(), prompts(1, 8)
     inputs["input_ids"][:, 4:] = inputs["input_ids"][:, :4]
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
@@ -261,7 +261,7 @@ def test_assisted(draft: str) -> None:
     assert torch.equal(actual, generate(model, None, inputs))
     assert cache.dropped > 0
     if draft == "lookup":
-        with pytest.raises(ValueError, match="can be cropped|cannot take . tokens back"):
+        with pytest.raises(ValueError, match=r"can be cropped|cannot drop . tokens"):
             generate(model, RollingCache(model.config), prompts(1, 45), **options)
 
 
@@ -284,7 +284,7 @@ def test_what_cannot_be_dropped() -> None:
     logits = step(model, cache, ids[:, -1:], None)
     model.set_attn_implementation("eager")
     assert_close(logits[:, -1], step(model, None, ids, None)[:, -1])
-    with pytest.raises(ValueError, match="cannot take 2 tokens back from sequences of .* in rings"):
+    with pytest.raises(ValueError, match=r"cannot drop 2 tokens of sequences of .* in rings"):
         cache.crop(-2)
 
 
@@ -332,7 +332,7 @@ def test_no_tensor_function_takes_it() -> None:
 
 
 def test_under_autocast() -> None:
-    """Keys come wider than values there."""
+    """Under autocast, keys come wider than values."""
     model, ids = mistral(), prompts(2, 6)["input_ids"]
     model.set_attn_implementation("mistral_kernels")
     cache = RollingCache(model.config)
@@ -366,7 +366,7 @@ def test_bad_input() -> None:
         with pytest.raises(ValueError, match="each sequence's padding on its left"):
             step(model, cache, ids[:, :n], holes[:, : 6 + n])
     assert cache.get_seq_length() == 6, "as it was"
-    with pytest.raises(RuntimeError, match="RollingCache has no gradients: run under torch.no_gr"):
+    with pytest.raises(RuntimeError, match=r"RollingCache has no gradients: run under torch.no_gr"):
         model(ids, use_cache=True, **{CACHE: cache})
     step(model, cache, ids, None)
     short = RollingCache(model.config, max_length=W - 2)

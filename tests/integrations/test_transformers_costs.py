@@ -1,4 +1,4 @@
-"""attn_implementation="mistral_kernels": what it costs, compiled, traced, without data."""
+"""Costs of attn_implementation="mistral_kernels": compiled, traced, without data."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_no_queries_by_keys(name: str) -> None:
 
 
 class Reads(TorchFunctionMode):
-    """Counts the looks at values, each a wait for a GPU, that the integration makes.
+    """Count of reads of tensors' values by the integration; each waits for a GPU.
 
     (The torch backend reads CPU tensors in its own files; no other device has it.)
     """
@@ -98,7 +98,7 @@ PACKAGE = "/mistral_kernels/"
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @torch.no_grad()
 def test_looks_at_the_device(kind: str, name: str) -> None:
-    """None in a step without padding; otherwise one for each mask, not for each layer."""
+    """No read in a step without padding; otherwise one per mask, not per layer."""
     model = make_model(name, num_hidden_layers=6)
     model.set_attn_implementation("mistral_kernels")
     masks = 2 if name == "gemma2" else 1
@@ -126,7 +126,7 @@ def test_looks_at_the_device(kind: str, name: str) -> None:
     ["packed", *(pytest.param(x, marks=pytest.mark.slow) for x in ("plain", "masked"))],
 )
 def test_compiled_training(case: str) -> None:
-    """One graph; and where padding cannot be told from data, no packed batch goes unseen."""
+    """One graph; a packed batch raises where padding cannot be told from data."""
     model = make_model(num_hidden_layers=1).train()
     ids, attention_mask = batch(3 * W + 1, "left" if case == "masked" else "none")
     real = attention_mask.bool()
@@ -148,7 +148,7 @@ def test_compiled_training(case: str) -> None:
 @pytest.mark.skipif(OLDER, reason="these transformers make every mask in full while compiling")
 @torch.no_grad()
 def test_compiled_packed_over_a_cache() -> None:
-    """Sequences that cannot be told apart while compiling are not served as one."""
+    """Sequences that a trace cannot tell apart are not served as one."""
     model = make_model(num_hidden_layers=1)
     model.set_attn_implementation("mistral_kernels")
     ids = torch.randint(1, VOCAB, (1, 3 * W))
@@ -156,7 +156,7 @@ def test_compiled_packed_over_a_cache() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     positions = torch.arange(3 * W)[None]
     assert_close(compiled(ids, position_ids=positions).logits, model(ids).logits)
-    with pytest.raises(RuntimeError, match="^position_ids that pack a batch are not supported"):
+    with pytest.raises(RuntimeError, match=r"^position_ids that pack a batch are not supported"):
         compiled(ids, position_ids=packed_positions((W, 2 * W)))
 
 
@@ -213,7 +213,7 @@ def skip_unless_it_runs(call: Callable[..., Any], *args: Any) -> Any:
 
 
 class LogitsAlone(nn.Module):
-    """`torch.jit.trace` takes a tensor for the result."""
+    """Model that returns its logits, since `torch.jit.trace` needs a tensor."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import itertools
 import pickle
+import re
 import sys
 import types
 from typing import Any
@@ -102,12 +104,14 @@ def test_dropout_of_a_model() -> None:
     model.set_attn_implementation("mistral_kernels")
     ids, _ = batch(5)
     model(ids)
-    with pytest.raises(NotImplementedError, match="^dropout is not supported, got 0.5: set config"):
+    with pytest.raises(
+        NotImplementedError, match=r"^dropout is not supported, got 0.5: set config"
+    ):
         model.train()(ids)
 
 
 def test_a_layer_that_does_not_name_its_window() -> None:
-    """Models whose windows only the mask knows: silence would mean no window."""
+    """Models whose windows only the mask has must raise, not run without a window."""
     module, q, kv = layer(make_model())
     with pytest.raises(NotImplementedError) as error:
         attend(module, q, kv, kv, None)
@@ -120,31 +124,30 @@ def test_a_layer_that_does_not_name_its_window() -> None:
 def test_bad_input() -> None:
     module, q, kv = layer(make_model())
     wide = torch.randn(1, 1, 5, 264)
-    with pytest.raises(ValueError, match="^query's head_dim must lie in .1, 256., got 264$"):
+    with pytest.raises(ValueError, match=r"^query's head_dim must lie in .1, 256., got 264$"):
         attend(module, wide, wide, wide, None, sliding_window=None)
     remedy = "call set_attn_implementation() on the whole model"
     for mask in (torch.ones(1, 1, 5, 5, dtype=torch.int32), torch.ones(1, 5, dtype=torch.bool)):
-        with pytest.raises(ValueError) as error:
-            attend(module, q, kv, kv, mask, sliding_window=None)
-        assert str(error.value) == (
+        message = (
             "attention_mask must be a 4-D tensor, bool or floating point, got "
             f"{tuple(mask.shape)} of {mask.dtype}: {remedy}"
         )
-    with pytest.raises(ValueError) as error:
-        attend(module, q, kv, kv, object(), sliding_window=None)
-    assert str(error.value) == (
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            attend(module, q, kv, kv, mask, sliding_window=None)
+    message = (
         "attention_mask must be a 4-D tensor, bool or floating point, or the mask of "
         f"attn_implementation='mistral_kernels', got object: {remedy}"
     )
-    with pytest.raises(ValueError) as error:
-        attend(module, q[:, :, 2:], kv, kv, None, sliding_window=None)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        attend(module, q, kv, kv, object(), sliding_window=None)
     message = f"attention_mask must not be None for 3 queries of 5 keys: {remedy}"
-    assert str(error.value) == message
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        attend(module, q[:, :, 2:], kv, kv, None, sliding_window=None)
     offsets = torch.tensor([0, 5], dtype=torch.int32)
     padded = Mask((1, 1, 5, 5), descriptor=make_descriptor([1], 0, 0, 1, "cpu"))
-    with pytest.raises(ValueError) as error:
+    message = "cu_seq_lens_q divides a packed batch, which has no attention_mask"
+    with pytest.raises(ValueError, match=f"^{message}$"):
         attend(module, q, kv, kv, padded, sliding_window=None, cu_seq_lens_q=offsets)
-    assert str(error.value) == "cu_seq_lens_q divides a packed batch, which has no attention_mask"
 
 
 def test_bidirectional() -> None:
@@ -160,7 +163,7 @@ def test_bidirectional() -> None:
 
 
 def test_what_a_mask_becomes() -> None:
-    """Patterns that are not causal, or more than causal, are made by transformers."""
+    """transformers makes patterns that are not causal, or more than causal."""
 
     def make(function: Any, **given: Any) -> Any:
         sizes: dict[str, Any] = {"batch_size": 1, "kv_length": 6}
@@ -202,7 +205,7 @@ def test_what_a_mask_becomes() -> None:
 
 @torch.no_grad()
 def test_models_that_treat_masks_themselves() -> None:
-    """GPT-2 asks the mask of `generate` for its dimensions; Falcon adds biases to its mask."""
+    """GPT-2 reads a mask's dimensions; Falcon adds biases to it."""
     sizes = {"vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"hidden_size": 32, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     falcon = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, alibi=True))
@@ -223,7 +226,7 @@ def test_models_that_treat_masks_themselves() -> None:
 @pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
 @torch.no_grad()
 def test_another_attention_refuses_our_mask(implementation: str, padding: str) -> None:
-    """A layer that was copied before the switch has one, for prompts and for each next token."""
+    """Copy a layer before the switch: it gets our mask, for prompts and tokens."""
     model = make_model()
     model.set_attn_implementation(implementation)
     foreign = copy.deepcopy(model.model.layers[1])
@@ -253,7 +256,7 @@ def test_another_attention_refuses_our_mask(implementation: str, padding: str) -
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
 def test_our_attention_serves_other_masks(implementation: str, padding: str, kind: str) -> None:
-    """A layer that was copied while the model was switched does so."""
+    """Copy a layer while the model is switched: it gets other masks."""
     model = make_model()
     model.set_attn_implementation("mistral_kernels")
     ours = copy.deepcopy(model.model.layers[1])
@@ -270,7 +273,7 @@ def test_our_attention_serves_other_masks(implementation: str, padding: str, kin
             ends = (seqlen - 3, seqlen - 1, seqlen)
             if OLDER and kind == "static":  # which takes prompts and tokens
                 ends = (seqlen - 1, seqlen)
-            for begin, end in zip((0, *ends), ends, strict=True):
+            for begin, end in itertools.pairwise((0, *ends)):
                 now = {name: x[:, :end] for name, x in given.items()}
                 if OLDER:
                     now["cache_position"] = torch.arange(begin, end)
@@ -280,7 +283,7 @@ def test_our_attention_serves_other_masks(implementation: str, padding: str, kin
 
 
 def test_a_mask_can_be_moved() -> None:
-    """accelerate moves the inputs of layers so."""
+    """Move a mask as accelerate moves the inputs of layers."""
     mask = Mask((1, 1, 2, 5), descriptor=make_descriptor([1], 3, 0, 1, "cpu"), starts=[1])
     moved = mask.to("meta", non_blocking=True)
     assert moved.descriptor.is_meta
@@ -288,7 +291,7 @@ def test_a_mask_can_be_moved() -> None:
     assert moved.starts == [1]
     assert mask.to("cpu") is mask
     assert mask.dim() == mask.ndim == 4
-    with pytest.raises(MaskError, match="^attention_mask must be read by"):
+    with pytest.raises(MaskError, match=r"^attention_mask must be read by"):
         mask.to(torch.bool)
 
 
@@ -298,7 +301,7 @@ def test_a_mask_can_be_moved() -> None:
 @pytest.mark.parametrize("said", ["by the call", "by the config", "by generate"])
 @torch.no_grad()
 def test_output_attentions(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A warning, once, and no weights, like sdpa."""
+    """Warn once and return no weights, like sdpa."""
     warnings: list[str] = []
     monkeypatch.setattr(transformers_attention._logger, "warning_once", warnings.append)
     model, (ids, _) = make_model(), batch(W)
@@ -334,12 +337,12 @@ def test_a_rolling_cache_refuses_packed_batches_and_padding_on_the_right() -> No
         assert str(error.value) == (
             "a packed batch is not supported with RollingCache; pad it, or use another cache"
         )
-    with pytest.raises(ValueError) as error:
-        model(ids, attention_mask=attention_mask, **{CACHE: RollingCache(model.config)})
-    assert str(error.value) == (
+    message = (
         "attention_mask must be causal, with each sequence's padding on its left, got another mask "
         f"of (3, 1, {2 * W}, {2 * W}): RollingCache holds tokens alone"
     )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        model(ids, attention_mask=attention_mask, **{CACHE: RollingCache(model.config)})
 
 
 def test_an_old_or_missing_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The model gives what transformers' MistralForCausalLM gives, on the same random weights."""
+"""Our model against transformers' MistralForCausalLM, on the same random weights."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_logits_do_not_depend_on_chunks_or_batch_mates(window: int | None) -> No
 @pytest.mark.parametrize("window", [None, 7, 64])
 @torch.inference_mode()
 def test_every_decoded_logit_equals_the_full_pass(window: int | None) -> None:
-    """Also with rings of different sizes, one for each layer."""
+    """Decode over rings of different sizes, too, one per layer."""
     ours, _ = make_pair()
     config = replace(ours.config, sliding_window=(window, 3))
     weights = ours.state_dict()
@@ -156,7 +156,7 @@ def test_state_dict_has_the_standard_names_both_ways() -> None:
         assert torch.equal(other.state_dict()[name], weight), name
     state = theirs.state_dict()
     del state["model.layers.0.self_attn.k_proj.weight"]
-    with pytest.raises(RuntimeError, match="model.layers.0.self_attn.k_proj.weight"):
+    with pytest.raises(RuntimeError, match=r"model.layers.0.self_attn.k_proj.weight"):
         other.load_state_dict(state)
 
 

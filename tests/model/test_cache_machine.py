@@ -45,7 +45,7 @@ class Machine(RuleBasedStateMachine):
         return [torch.randn(shape, device=self.device) for shape in shapes]
 
     def grow(self, layer: int, q: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> Tensor:
-        """What the new tokens see of everything there ever was."""
+        """Return what the new tokens see of all tokens so far."""
         outs, window = [], self.windows[layer]
         for i, new in enumerate(zip(*(x.split(counts) for x in (q, k, v)), strict=True)):
             keys, values = (
@@ -62,7 +62,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(counts=st.lists(st.integers(0, 13), min_size=BATCH, max_size=BATCH))
     def append(self, counts: list[int]) -> None:
-        """Chunks of any lengths, over the capacity too: attention first, then the update."""
+        """Append chunks of any lengths, over the capacity, too: attention, then the update."""
         counts = [min(n, self.room()) for n in counts]
         packing = self.cache.packing(counts)
         for layer in range(len(self.windows)):
@@ -78,7 +78,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(rotary=st.booleans())
     def step(self, rotary: bool) -> None:
-        """One token each: the update, turned on the way or not, then attention over the ring."""
+        """Append one token each: the update, rotated on the way or not, then attention."""
         if self.room() == 0:
             return
         packing = self.cache.packing([1] * BATCH)
@@ -121,7 +121,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def holds_the_newest(self) -> None:
-        """Each slot the newest key that belongs in it, and no memory more than at first."""
+        """Check that each slot holds the newest key that belongs in it, in constant memory."""
         if not hasattr(self, "cache"):
             return
         assert self.cache.lengths.tolist() == self.cache.host_lengths

@@ -238,7 +238,7 @@ SIZES = {
 @pytest.mark.parametrize(("raw_name", "hf_name"), SIZES.items())
 @pytest.mark.parametrize("value", [0, -1, "4096", 2.5, True, [], {}, 2**62, 2**64])
 def test_malformed_sizes(raw_name: str, hf_name: str, value: Any) -> None:
-    """Each format's own name is in the message."""
+    """The message has each format's own name."""
     fits = type(value) is int and value < 2**63
     expected = "an integer from 1 to [0-9]+" if fits else "an integer or null"
     raw, hf = without(RAW_7B, "head_dim", "n_kv_heads"), without(HF_7B, "num_key_value_heads")
@@ -299,7 +299,7 @@ windows = st.none() | sizes
 
 @st.composite
 def configs(draw: st.DrawFn) -> MistralConfig:
-    """Configurations that both formats can write."""
+    """Draw configurations that both formats can write."""
     kv_heads, window = draw(st.integers(1, 16)), draw(sizes)
     pattern = draw(st.lists(st.sampled_from([None, window]), min_size=1, max_size=6))
     return MistralConfig(

@@ -1,4 +1,4 @@
-"""Configurations that are refused by name, and which of two contradicting values counts."""
+"""Configurations that are refused by name, and precedence of contradicting values."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ ADMITTED: dict[str, Callable[[Any], bool]] = {
 
 @pytest.mark.parametrize("key", ADMITTED)
 def test_types_in_config_json(key: str) -> None:
-    """A wrong type is refused by name, as what it is; a right one is accepted or out of range."""
+    """Refuse a wrong type by name; a right one is accepted or out of range."""
     for value in VALUES:
         check(MistralConfig.from_hf, HF_7B | {"head_dim": 128, key: value}, key, ADMITTED[key])
 
@@ -106,7 +106,7 @@ def test_types_in_params_json(key: str) -> None:
 
 
 def test_text_config() -> None:
-    """A section of `params.json` that holds the whole of it."""
+    """Accept a `text_config` that is all of `params.json`, or empty; refuse other values."""
     assert MistralConfig.from_raw({"text_config": RAW_7B}) == MistralConfig()
     assert MistralConfig.from_raw(RAW_7B | {"text_config": {}}) == MistralConfig()
     for value in (True, 7, 1.5, "x", [], [1], [[]]):
@@ -118,7 +118,7 @@ def test_text_config() -> None:
 @pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
 @pytest.mark.parametrize("value", [-1, 32000, 2**62, 2**64, "x", "2", {}, 1.5, True, [[1]], [-1]])
 def test_tokens_outside_the_vocabulary(key: str, value: Any) -> None:
-    """Refused by name from a file, and from Python."""
+    """Refuse them by name, from a file and from Python."""
     with pytest.raises(ConfigError, match=rf"^{key}(\[0\])? must be "):
         MistralConfig.from_hf(HF_7B | {key: value})
     with pytest.raises(ConfigError, match=rf"^{key} must be an integer from 0 to 31999 or None, "):
@@ -211,7 +211,7 @@ def test_rope_scaling_in_params_json() -> None:
     ],
 )
 def test_rope_theta_is_transformers(rope: dict[str, Any]) -> None:
-    """We take the value that transformers 5 takes, with a note, or refuse."""
+    """Take the value that transformers 5 takes, with a note, or refuse."""
     transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is absent")
     contents = without(HF_7B, "rope_theta", "model_type", "architectures") | rope
     theirs = transformers.MistralConfig(**copy.deepcopy(contents)).rope_parameters["rope_theta"]
@@ -228,7 +228,7 @@ def test_rope_theta_is_transformers(rope: dict[str, Any]) -> None:
 @pytest.mark.parametrize("model_type", ["mistral", "ministral"])
 @pytest.mark.parametrize("off", [True, False, None])
 def test_use_sliding_window_is_ignored_as_in_transformers(model_type: str, off: Any) -> None:
-    """The logits of both: within the window they agree with or without it, beyond they do not."""
+    """Compare logits past the window: both models ignore it."""
     transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is absent")
     contents = HF_7B | {
         "vocab_size": 50,
@@ -259,9 +259,9 @@ def test_fields_that_can_be_replaced() -> None:
     config = MistralConfig()
     changed = config.with_replaced(sliding_window=None, rope_theta=1e6, vocab_size=32000)
     assert changed == dataclasses.replace(config, sliding_window=None, rope_theta=1e6)
-    with pytest.raises(ConfigError, match="^num_hidden_layers must be 32, which the checkpoint"):
+    with pytest.raises(ConfigError, match=r"^num_hidden_layers must be 32, which the checkpoint"):
         config.with_replaced(num_hidden_layers=2)
-    with pytest.raises(ConfigError, match="^sliding_window must be"):
+    with pytest.raises(ConfigError, match=r"^sliding_window must be"):
         config.with_replaced(sliding_window=0)
     for name in ("foo", "notes", "dtype"):
         message = f"^unexpected keyword '{name}'; fields are sliding_window, rope_theta, "

@@ -1,4 +1,4 @@
-"""Memory that begins with a page, or is of large ones: what `torch.zeros` gives, elsewhere."""
+"""Page-aligned memory, and memory in large pages."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_other_devices():
 
 
 def test_more_than_there_is():
-    with pytest.raises(RuntimeError, match="(?i)memory|overflow"):
+    with pytest.raises(RuntimeError, match=r"(?i)memory|overflow"):
         zeros((1 << 55,), torch.float32, "cpu")
 
 
@@ -57,7 +57,7 @@ def test_it_outlives_other_names():
 
 
 def pages_asked_for(x: torch.Tensor) -> bool:
-    """Does the mapping that holds x say MADV_HUGEPAGE?"""
+    """Return whether the mapping that holds x has the flag of MADV_HUGEPAGE."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()

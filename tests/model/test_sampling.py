@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers", reason="transformers, the ora
 
 
 def oracle(logits: Tensor, **settings: Any) -> Tensor:
-    """`Sampler.probabilities` by transformers' warpers, in float64 and in transformers' order."""
+    """Compute `Sampler.probabilities` by transformers' warpers, in float64 and in their order."""
     warpers = {
         "temperature": transformers.TemperatureLogitsWarper,
         "top_k": transformers.TopKLogitsWarper,
@@ -65,7 +65,7 @@ def test_distribution_is_that_of_transformers(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_ties(settings: dict[str, Any]) -> None:
-    """Of equal tokens top-p may keep any, but as many as transformers keeps; top-k keeps all."""
+    """Among equal tokens top-p keeps as many as transformers, any of them; top-k keeps all."""
     logits = torch.randint(-3, 4, (40, 97)) / 2.0 + 0.1 * torch.arange(40)[:, None]
     actual, expected = Sampler(**settings).probabilities(logits), oracle(logits, **settings)
     if "top_p" in settings:
@@ -204,7 +204,7 @@ def test_out_of_range(settings: dict[str, Any], message: str) -> None:
 
 
 def test_numbers_are_plain() -> None:
-    """Those of NumPy come as Python's, which PyTorch takes everywhere; others are refused."""
+    """NumPy's numbers become Python's, which PyTorch takes everywhere."""
     sampler = Sampler(np.float32(0.5), np.int64(3), np.float64(1), np.int8(0), np.float16(2))
     values = (sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p)
     assert [(type(x), x) for x in values] == [(float, 0.5), (int, 3), (float, 1.0), (float, 0.0)]

@@ -191,10 +191,10 @@ UPDATES = [
 
 @pytest.mark.kernels
 @pytest.mark.parametrize(("case", "dtype", "rotary"), UPDATES, ids=str)
-def test_update_has_the_same_bits(case, dtype, rotary, triton_runs, device, monkeypatch):
+def test_update_has_the_same_bits(case, dtype, rotary, triton_runs, device, set_backend):
     """On these cases csrc's versions are tested too; PyTorch's beside Triton's."""
     for backend, update in (("triton", _update_triton), ("torch", _update_torch)):
-        monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", backend)
+        set_backend(backend)
         arguments = make_arguments(dtype, rotary, **CASES[case], device=device)
         after = expected(arguments)
         update(*arguments.values())
@@ -395,8 +395,8 @@ def launched(target, dtype, head_dim, count):
     ],
     ids=str,
 )
-def test_compile_matrix(target, dtype, head_dim, count, monkeypatch):
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+def test_compile_matrix(target, dtype, head_dim, count, set_backend):
+    set_backend("triton")
     kernels = launched(target, dtype, head_dim, count)
     assert kernels.keys() == {"_decode_kernel", "_update_kernel"}
     kernels["_update_kernel"].assert_healthy()
@@ -406,12 +406,12 @@ def test_compile_matrix(target, dtype, head_dim, count, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "clocks"), [("sm_80", 2447), ("sm_90", 2266)])
-def test_memory_decides(target, clocks, monkeypatch):
+def test_memory_decides(target, clocks, set_backend):
     """Of the clocks in which 32 KiB of k and v arrive, no pipe is busy in more than 0.4.
 
     And 128 KiB or more are on their way into each multiprocessor.
     """
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    set_backend("triton")
     kernel = launched(target, BF16, 128, 1)["_decode_kernel"]
     loop = kernel.main_loop()  # 64 keys of 128 numbers: 32 KiB
     assert loop["spills"] == 0

@@ -235,9 +235,9 @@ def assert_compiles(target, dtype, hidden, residual, frozen=()):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_compiles_for(target, monkeypatch):
+def test_compiles_for(target, set_backend):
     """Within the target's shared memory and registers, with the launch parameters chosen for it."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    set_backend("triton")
     compiled = assert_compiles(target, TARGETS[target].dtypes()[-1], 4096, residual=True)
     assert compiled == {"_forward_kernel", "_backward_kernel", "_sum_partials_kernel"}
 
@@ -257,8 +257,8 @@ def test_compiles_for(target, monkeypatch):
     ],
     ids=str,
 )
-def test_compile_matrix(target, dtype, hidden, monkeypatch):
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+def test_compile_matrix(target, dtype, hidden, set_backend):
+    set_backend("triton")
     for residual in (False, True):
         assert_compiles(target, dtype, hidden, residual)
         # Less to do is fewer registers: a look where they are fewest.

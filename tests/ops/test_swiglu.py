@@ -188,9 +188,9 @@ def test_no_races(fused, triton_backend, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("cols", [111, 14336])
-def test_compile_matrix(cols, target, monkeypatch):
+def test_compile_matrix(cols, target, set_backend):
     """Within the target's registers, with the launch parameters chosen for it."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    set_backend("triton")
     # Of the short types one: they take as many registers.
     for dtype in (torch.float32, TARGETS[target].dtypes()[-1]):
         with compile_only(target) as kernels:

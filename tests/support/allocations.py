@@ -1,4 +1,4 @@
-"""What an operation allocates and how many scores it forms, seen operator by operator."""
+"""Allocations of an operation and the number of scores it forms, operator by operator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """Inside, records the elements of the largest new tensor, the bytes of all, and the scores."""
+    """Record of the elements of the largest new tensor, the bytes of all, and the scores."""
 
     def __init__(self) -> None:
         super().__init__()

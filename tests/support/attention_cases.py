@@ -26,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def definition_of(options: dict[str, Any]) -> dict[str, Any]:
-    """The reference's words for options of `attention`."""
+    """Translate options of `attention` into the reference's."""
     definition = {"causal": True, **options}
     if (count := definition.pop("sliding_window", None)) is not None:
         definition["window_size"] = (count - 1, 0)
@@ -56,6 +56,12 @@ def make_qkv(
 
 
 def freeze(inputs: dict[str, Tensor], names: Iterable[str]) -> None:
-    """Also for q and k of rows with one key: with an exact gradient of 0, errors have no scale."""
+    """Freeze the named inputs.
+
+    Tests freeze q and k of rows with one key, too: with an exact gradient of 0, errors have no
+    scale.
+
+    Errors have no scale there.
+    """
     for name in names:
         inputs[name].requires_grad_(False)

@@ -18,7 +18,7 @@ needs_compiler = pytest.mark.skipif(
 
 STATUS = """
 from mistral_kernels.ops import extension
-print(extension.load("cpu") is not None, extension.status("cpu"), sep="\\n")
+print(extension.load("cpu"), extension.status("cpu"), sep="\\n")
 """
 
 
@@ -44,7 +44,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[bool, str, str]:
 
 
 def fake_compiler(folder: Path, *commands: str) -> str:
-    """A compiler that does what the shell commands say, for CXX."""
+    """Write a compiler that runs the shell commands; return its path, for CXX."""
     path = folder / "compiler"
     path.write_text("\n".join(("#!/bin/sh", *commands)))
     path.chmod(0o755)
@@ -56,7 +56,7 @@ def libraries(cache: Path) -> list[Path]:
 
 
 def compiled_once(objects: Path) -> str:
-    """A compiler, for CXX, that copies what it has compiled before, from the folder `objects`."""
+    """Write a compiler, for CXX, that copies what it compiled before from the folder `objects`."""
     return fake_compiler(
         objects,
         'if [ "$1" = -c ]; then',

@@ -64,7 +64,7 @@ SIZES = ["5GB", "1", "0", "10KB", "-5MB", "1e400GB", "nanGB", "9" * 30, "GB", ""
 
 
 class Gone(io.RawIOBase):
-    """A stream whose reader has gone, or whose disk is full."""
+    """Stream whose reader has gone, or whose disk is full."""
 
     def __init__(self, error: int) -> None:
         self.error = error
@@ -214,7 +214,7 @@ def out_of_time(*_: Any) -> None:
 
 
 def streams() -> tuple[dict[str, Any], dict[str, io.BytesIO], str]:
-    """Standard streams for one call, what they write to, and a description."""
+    """Return standard streams for one call, their sinks, and a description."""
     encoding = random.choice(["utf-8"] * 4 + ["ascii", "latin-1", "utf-16", "shift_jis", "cp037"])
     sinks = {name: io.BytesIO() for name in ("stdout", "stderr")}
     stdin = random.choice([b"", b"hi\n", b"\xef\xbb\xbfhi\r\nyou\r\n", b"caf\xe9\n", b"a\0b\n"])

@@ -1,4 +1,4 @@
-"""What operator tests share: the tolerance rule, and compilation for GPUs that are not here."""
+"""Helpers of operator tests: the tolerance rule, and compilation for GPUs that are not here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUNDINGS = 32 * torch.finfo(torch.float32).eps
 
 
 def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
-    """The tolerance rule: the error of ``actual`` is at most twice that of ``plain``.
+    """Check the tolerance rule: the error of ``actual`` is at most twice that of ``plain``.
 
     ``plain`` is plain PyTorch in the same dtype and ``exact`` the float64 reference. Both the
     largest and the root-mean-square error must hold. Since ``plain`` may be exact by luck, one
@@ -50,7 +50,7 @@ def assert_same_text(
     expected: Sequence[Sequence[int]],
     logits: Callable[[Tensor], Tensor],
 ) -> None:
-    """The same greedy tokens in each row, up to a choice between two that rounding may swap.
+    """Check for equal greedy tokens, up to a choice between two that rounding may swap.
 
     Another order of summation may choose the other of two tokens whose logits are nearly equal, and
     goes on with another text. ``logits`` gives those after every token of (1, seqlen) ids.
@@ -67,7 +67,7 @@ def assert_same_text(
 
 
 def unpadded(text: Tensor, attention_mask: Tensor) -> list[list[int]]:
-    """The rows of `text`, without what pads their prompts on the left."""
+    """Return the rows of `text` without the padding on the left of their prompts."""
     return [row[n:].tolist() for row, n in zip(text, (attention_mask == 0).sum(1), strict=True)]
 
 
@@ -85,7 +85,7 @@ def values_and_gradients(
     cotangents: list[Tensor],
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Outputs of ``function(**inputs)`` and gradients of the inputs that require them, by name."""
+    """Return outputs of ``function(**inputs)`` and its gradients, by name."""
     leaves = {
         name: x.detach().to(dtype or x.dtype).requires_grad_(x.requires_grad)
         for name, x in inputs.items()
@@ -114,7 +114,7 @@ def assert_matches_reference(
     inputs: dict[str, Tensor],
     strided_gradients: bool = False,
 ) -> None:
-    """Outputs and every gradient of ``function`` are as accurate as plain PyTorch."""
+    """Check that outputs and every gradient are as accurate as plain PyTorch."""
     with torch.no_grad():
         outputs = reference(**inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -166,7 +166,7 @@ class CompiledKernel(NamedTuple):
     files: dict[str, Path]
 
     def assert_healthy(self, edge_spills: int = 0, main_spills: int = 0) -> None:
-        """No spill inside a loop, and not the 32 registers that ptxas falls back to.
+        """Check for no spill inside a loop, and not the 32 registers that ptxas falls back to.
 
         Or at most so many: in the main loop, which does most of the matrix products, and in others.
         Shared memory needs no look: Triton itself raises OutOfResources above the limit.
@@ -174,7 +174,8 @@ class CompiledKernel(NamedTuple):
         """
         if self.target.backend == "hip":
             spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", self.files["amdgcn"].read_text())
-            assert spills and set(spills) == {"0"}, f"{self.name}: {spills} registers spilled"
+            assert spills, f"{self.name}: {spills} registers spilled"
+            assert set(spills) == {"0"}, f"{self.name}: {spills} registers spilled"
             return
         arch = f"sm_{max(80, self.target.arch)}"  # sasscost has no rates for sm_75; none needed
         metadata = json.loads(self.files["json"].read_text())
@@ -187,7 +188,7 @@ class CompiledKernel(NamedTuple):
             assert not (kernel["regs"] == 32 and kernel["stack"]), f"{self.name}: unallocated"
 
     def main_loop(self) -> dict[str, Any]:
-        """What sasscost says of the loop with most matrix products."""
+        """Return sasscost's figures of the loop with most matrix products."""
         shared = json.loads(self.files["json"].read_text())["shared"]
         arch = f"sm_{self.target.arch}"
         (kernel,) = sasscost.analyse(self.files["cubin"].read_bytes(), arch=arch, smem=shared)
@@ -236,7 +237,7 @@ class _CompileOnlyDriver:
 
 @contextlib.contextmanager
 def compile_only(name: str) -> Iterator[list[CompiledKernel]]:
-    """Inside, Triton launches on CPU tensors compile for the named target; yields what they made.
+    """Compile for the named target at Triton launches on CPU tensors; yield the kernels.
 
     The real launchers run, with the target's properties, so what is compiled is what a user of that
     GPU would launch, launch parameters and alignments included.

@@ -50,7 +50,7 @@ Random = random.Random
 
 
 def flipped(rng: Random, data: bytes) -> bytes:
-    """Some bytes replaced, most of them near an end."""
+    """Replace some bytes, most of them near an end."""
     out = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 8])):
         place = rng.randrange(min(rng.choice([16, 600, len(out)]), len(out)))
@@ -68,7 +68,7 @@ def grown(rng: Random, data: bytes) -> bytes:
 
 
 def moved(rng: Random, data: bytes) -> bytes:
-    """A piece copied over another place."""
+    """Copy a piece over another place."""
     first, last, place = (rng.randrange(len(data)) for _ in range(3))
     piece = data[min(first, last) : max(first, last)][:200]
     return data[:place] + piece + data[place + len(piece) :]
@@ -91,7 +91,7 @@ def any_json(rng: Random, depth: int = 0) -> Any:
 
 
 def json_file(rng: Random, data: bytes) -> bytes:
-    """A JSON file with values replaced, removed, repeated or added; or with other bytes."""
+    """Replace, remove, repeat or add values of a JSON file; or change its bytes."""
     if rng.random() < 0.2:
         return rng.choice(BYTES)(rng, data)
     contents = json.loads(data)
@@ -114,7 +114,7 @@ def json_file(rng: Random, data: bytes) -> bytes:
 
 
 def safetensors_file(rng: Random, data: bytes) -> bytes:
-    """A safetensors file with another header; or with other bytes."""
+    """Give a safetensors file another header; or change its bytes."""
     if rng.random() < 0.3:
         return rng.choice(BYTES)(rng, data)
     length = int.from_bytes(data[:8], "little")
@@ -157,7 +157,7 @@ def safetensors_file(rng: Random, data: bytes) -> bytes:
 
 
 def odd_pickle(rng: Random, state: State) -> bytes:
-    """A file that torch.save writes, of tensors with unusual strides, storages or types."""
+    """Save tensors with unusual strides, storages or types by torch.save."""
     state = dict(state)
     for name in rng.sample(sorted(state), 3):
         x = state[name]
@@ -182,7 +182,7 @@ def odd_pickle(rng: Random, state: State) -> bytes:
 
 
 def mangled_pickle(rng: Random, data: bytes, marker: str) -> bytes:
-    """Opcodes inserted, other bytes, or a pickle that calls a function."""
+    """Insert opcodes or change bytes, or return a pickle that calls a function."""
     match rng.randrange(4):
         case 0:
             return rng.choice(BYTES)(rng, data)
@@ -202,7 +202,7 @@ def mangled_pickle(rng: Random, data: bytes, marker: str) -> bytes:
 
 
 def pickle_file(rng: Random, state: State, marker: str) -> bytes:
-    """A file like torch.save's, whose records or bytes are others."""
+    """Return a file like torch.save's with other records or bytes."""
     data = odd_pickle(rng, state)
     kind = rng.random()
     if kind < 0.15:
@@ -270,7 +270,7 @@ class PythonsUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
 
 
 def expected(file: Path) -> list[State]:
-    """The tensors of a file by every independent reader that reads it."""
+    """Return the tensors of a file by every independent reader that reads it."""
     if file.suffix == ".safetensors":
         return [load_file(file)]
     with zipfile.ZipFile(file) as archive:
@@ -327,7 +327,7 @@ def check_config(file: Path) -> None:
 
 
 class Cases:
-    """A good checkpoint of one kind, and how to mangle it: `mangle(rng)` returns the file."""
+    """Good checkpoint of one kind, and its damages: `mangle(rng)` returns the file."""
 
     def __init__(self, kind: str, folder: Path) -> None:
         torch.manual_seed(0)
@@ -389,7 +389,8 @@ def run(kind: str, count: int, seed: int, folder: Path) -> None:
             except ConfigError as error:
                 errors.append(error)
         for error in errors:
-            assert str(error).isprintable() and len(str(error)) <= 1000, error
+            assert str(error).isprintable(), error
+            assert len(str(error)) <= 1000, error
         faulthandler.cancel_dump_traceback_later()
         assert not cases.marker.exists(), f"case {number}: code was executed"
         refused += bool(errors)

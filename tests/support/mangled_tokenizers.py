@@ -34,7 +34,7 @@ TEXTS = ["hello <s> wörld  漢 abc", "", "  ", "ｃ①㈱ \u3000 x\0y", "a" * 5
 
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths to the parts of a JSON value; of long lists and objects, to both their ends."""
+    """Return paths to the parts of a JSON value; of long lists and objects, to both their ends."""
     yield path
     keys: list[Any] = []
     if isinstance(value, (dict, list)):
@@ -73,7 +73,7 @@ def mangle_json(value: Any) -> str:
 
 
 def fields(message: bytes) -> list[tuple[int, int, Any]]:
-    """The fields of a protobuf message: number, wire type, value."""
+    """Return the fields of a protobuf message: number, wire type, value."""
     found, position = [], 0
 
     def varint() -> int:
@@ -164,7 +164,8 @@ def check(folder: Path) -> str:
             tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
     except TokenizerError as error:
         message = str(error)
-        assert len(message.splitlines()) == 1 and len(message) < 2000, message
+        assert len(message.splitlines()) == 1, message
+        assert len(message) < 2000, message
         return "refused"
     return "used"
 

@@ -1,4 +1,4 @@
-"""One rank that loads its share, for test_parallel.py: `python parallel_memory.py CHECKPOINT`
+"""One rank that loads its share, for test_parallel.py: `python parallel_memory.py CHECKPOINT`.
 
 Prints the bytes of the share and, beyond what the process held before, the peak of loading it.
 """

@@ -1,4 +1,4 @@
-"""What the tests of `apply_mistral_kernels` share: small models, and what they must equal."""
+"""Small models of the `apply_mistral_kernels` tests, and comparisons of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mistral_kernels.integrations.patching import PARTS
+from mistral_kernels.integrations.patch_handle import PARTS
 
 VOCAB = 211
 LLAMAS = ("Mistral", "Llama", "Qwen2", "Qwen3")
@@ -25,7 +25,7 @@ OPS = {
 
 
 def make(family: str = "Mistral", seed: int = 0, **options: Any) -> Any:
-    """A small random causal language model in training mode, far from its initialisation."""
+    """Make a small random causal language model in training mode, far from its initialization."""
     fields: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 48,
@@ -57,7 +57,7 @@ def make_batch(seqlen: int = 23) -> dict[str, Tensor]:
 
 
 def train_step(model: Any, batch: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """The loss, and every gradient."""
+    """Return the loss and every gradient."""
     model.zero_grad()
     loss = model(**batch, **options).loss
     loss.backward()
@@ -91,7 +91,7 @@ def attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def assert_identical(model: nn.Module, before: dict[str, dict[str, Any]]) -> None:
-    """Every attribute of every module is the same object as it was."""
+    """Check that every attribute of every module is the same object as before."""
     after = attributes(model)
     assert list(after) == list(before)
     for module, values in before.items():
@@ -101,7 +101,7 @@ def assert_identical(model: nn.Module, before: dict[str, dict[str, Any]]) -> Non
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators of this package that run."""
+    """Count of the operators of this package that run."""
 
     def __init__(self) -> None:
         super().__init__()

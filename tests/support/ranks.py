@@ -25,7 +25,7 @@ class Ended(NamedTuple):
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses now, of those that the system gives to nobody by itself."""
+    """Return unused ports outside the range from which the system assigns them."""
     found: list[int] = []
     for port in random.SystemRandom().sample(range(10_000, 32_768), 1000):
         try:
@@ -39,7 +39,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def environment(timeout: float = 60.0) -> dict[str, str]:
-    """Of one rank, but for which it is: few threads, loopback, a bounded wait."""
+    """Return the environment of any rank: few threads, loopback, a bounded wait."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return kept | {
@@ -48,12 +48,13 @@ def environment(timeout: float = 60.0) -> dict[str, str]:
         "TRITON_INTERPRET": "0",
         "GLOO_SOCKET_IFNAME": "lo",
         "MASTER_ADDR": "127.0.0.1",
+        "TORCH_CPP_LOG_LEVEL": "FATAL",  # as `cli.startup` sets it for a command
         "MISTRAL_KERNELS_TIMEOUT": str(timeout),
     }
 
 
 def start(size: int, *command: object, timeout: float = 60.0) -> list[subprocess.Popen[str]]:
-    """`python *command` once a rank; each has a session of its own."""
+    """Start `python *command` once per rank; each has a session of its own."""
     extension.load("cpu")  # compiled once, not by each
     (port,) = free_ports(1)
     return [
@@ -72,7 +73,7 @@ def start(size: int, *command: object, timeout: float = 60.0) -> list[subprocess
 
 
 def finish(processes: list[subprocess.Popen[str]], seconds: float) -> list[Ended]:
-    """What they wrote and how they ended; after `seconds`, that is, by being killed."""
+    """Wait for the processes, kill them after `seconds`, and return their output and exit codes."""
     deadline = time.monotonic() + seconds
     ended = []
     try:

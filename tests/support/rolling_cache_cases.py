@@ -1,4 +1,4 @@
-"""Arguments of rolling_cache_update, and what it must leave, for each of its compiled versions."""
+"""Arguments and exact results of rolling_cache_update, for each of its compiled versions."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ CASES: dict[str, dict[str, Any]] = {
     "rows": {"counts": [3, 1, 2], "rows": [4, 0, 3]},
     "paged": {"counts": [7, 1, 12], "page_size": 4},
 }
+# With each of the rotations that its operator has.
+UPDATES = [
+    (case, rotary)
+    for case in CASES
+    for rotary in (None, "half-split", "interleaved")
+    if rotary is None or case not in ("rows", "paged")
+]
 
 
 def make_arguments(
@@ -124,8 +131,17 @@ def make_arguments(
     }
 
 
+def update(operators: Any, arguments: dict[str, Any]) -> None:
+    """Call the operator of these arguments; a rotated q goes to `q_out`."""
+    *packed, rows, block_table, q, q_out, cos, sin, interleaved = arguments.values()
+    if q is None:
+        operators.rolling_cache_update(*packed, rows, block_table)
+    else:
+        q_out.copy_(operators.rotary_rolling_cache_update(*packed, q, cos, sin, interleaved))
+
+
 def expected(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """What k_cache, v_cache and, if there is one, q_out hold afterwards: token by token."""
+    """Return the final k_cache, v_cache and, if there is one, q_out: token by token."""
     a = arguments
     after = {
         name: a[name].clone() for name in ("k_cache", "v_cache", "q_out") if a[name] is not None
@@ -154,7 +170,7 @@ def expected(arguments: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """In float32, each product and each sum rounded; then rounded to the dtype of x."""
+    """Rotate in float32, each product and each sum rounded; then round to the dtype of x."""
     wide = x.float()
     a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, -1)
     pairs = (a * cos - b * sin, b * cos + a * sin)
@@ -162,7 +178,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def assert_same_bits(arguments: dict[str, Any], after: dict[str, Tensor]) -> None:
-    """What the tensors of `arguments` hold now is what `expected` said, bit for bit."""
+    """Check that the tensors of `arguments` equal `after`, bit for bit."""
     for name, wanted in after.items():
         integers = {2: torch.int16, 4: torch.int32}[wanted.element_size()]
         wrong = arguments[name].contiguous().view(integers) != wanted.contiguous().view(integers)

@@ -32,7 +32,7 @@ def random_state(config: MistralConfig, dtype: torch.dtype = torch.float32) -> S
 
 
 def varied_model(config: MistralConfig) -> MistralForCausalLM:
-    """Random, with weights large enough that its greedy text is varied."""
+    """Return a random model with weights so large that its greedy text is varied."""
     model = MistralForCausalLM(config)
     with torch.no_grad():
         for weight in model.parameters():

@@ -53,7 +53,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 def train_json(path: Path, byte_level: bool) -> None:
-    """A small tokenizer.json of Mistral-7B's kind (byte fallback) or Nemo's (ByteLevel)."""
+    """Train a small tokenizer.json of Mistral-7B's kind (byte fallback) or Nemo's (ByteLevel)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
     from tokenizers.trainers import BpeTrainer
@@ -93,7 +93,7 @@ def train_json(path: Path, byte_level: bool) -> None:
 
 
 def make_tekken() -> dict[str, Any]:
-    """The contents of a small tekken.json: 20 special tokens, then bytes, then words."""
+    """Return the contents of a small tekken.json: 20 special tokens, then bytes, then words."""
     words = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the", b" f", "漢".encode(), b"  "]
     ranks = [
         {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": None}
@@ -124,7 +124,7 @@ def write(folder: Path, vocabulary: str | None = None, **files: Any) -> Path:
 
 
 def refused(path: Path, message: str) -> None:
-    """Opening fails with one line, whose end is `message` after the folder's name."""
+    """Check that opening fails with one line, the folder's name followed by `message`."""
     with pytest.raises(TokenizerError) as caught:
         MistralTokenizer.from_pretrained(path)
     folder = path if path.is_dir() else path.parent

@@ -69,7 +69,7 @@ def both_logits(model: Any, ids: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
 
 
 def batch(seqlen: int, padding: str = "none") -> tuple[Tensor, Tensor]:
-    """ids and attention_mask of three rows; a row shorter than its padding keeps a token."""
+    """Return ids and attention_mask of three rows; a row shorter than its padding keeps a token."""
     ids = torch.randint(1, VOCAB, (3, seqlen))
     attention_mask = torch.ones_like(ids)
     for row, left, right in zip(attention_mask, *PADDING[padding], strict=True):

@@ -29,7 +29,7 @@ def open_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(params=["byte_fallback", "byte_level"])
 def json_folder(request: Any, tmp_path: Path) -> Path:
-    """A fine-tune's folder: tokenizer.json, its configuration and a chat template."""
+    """Write a fine-tune's folder: tokenizer.json, its configuration and a chat template."""
     from support.tokenizer_cases import train_json
 
     train_json(tmp_path / "tokenizer.json", byte_level=request.param == "byte_level")

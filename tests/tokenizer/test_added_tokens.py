@@ -68,7 +68,7 @@ def test_added_tokens_are_the_models_own(tmp_path: Path, form: str) -> None:
 
 
 def test_texts_between_added_tokens_are_encoded_alone(tmp_path: Path) -> None:
-    """Each begins with a space ("legacy"), as in the slow tokenizers of transformers."""
+    """Begin each with a space ("legacy"), as transformers' slow tokenizers do."""
     tokenizer = MistralTokenizer.from_pretrained(write(tmp_path, "v1", **FORMS["decoder"]))
     plain = MistralTokenizer.from_pretrained(DATA / SENTENCEPIECE["v1"])
     ids = {"<s>": 1, "<unk>": 0, START: 32001, END: 32000}
@@ -89,7 +89,7 @@ def test_texts_between_added_tokens_are_encoded_alone(tmp_path: Path) -> None:
 
 
 def test_only_the_first_text_begins_with_a_space(tmp_path: Path) -> None:
-    """With `"legacy": false`; the ids are those of transformers 4.56."""
+    """Set `"legacy": false`; the ids are those of transformers 4.56."""
     files = {"added_tokens": ADDED, "tokenizer_config": NAMES | {"legacy": False}}
     tokenizer = MistralTokenizer.from_pretrained(write(tmp_path, "v1", **files))
     assert tokenizer.encode(f"x{END}y z{END} w{END}", bos=False) == (

@@ -23,7 +23,7 @@ PROMPTS = ["It is a truth", "Her"]
 
 
 class Script:
-    """Stands for a model: records its prompts and "generates" the ids it was given."""
+    """Stand-in for a model: records its prompts and "generates" the ids that it was given."""
 
     def __init__(self, *texts: list[int]) -> None:
         self.texts, self.config = texts, SMALL
@@ -35,7 +35,7 @@ class Script:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The bundled tokenizer, with a configuration that puts EOS behind every text."""
+    """Write the bundled tokenizer with a configuration that puts EOS behind every text."""
     write(tmp_path / "model", tokenizer_config={"add_eos_token": True, "add_bos_token": False})
     shutil.copy(resolve("tiny") / "tokenizer.model", tmp_path / "model")
     return tmp_path / "model"

@@ -57,7 +57,7 @@ def test_templates_equal_transformers(folder: Path, template: str) -> None:
 
 
 def test_a_token_of_a_models_own_has_a_name(folder: Path) -> None:
-    """Rendered as in transformers 5; earlier ones render nothing."""
+    """Render it as transformers 5 does; earlier ones render nothing."""
     tokenizer = open_with(folder, "{{ image_token }}")
     assert tokenizer.apply_chat_template([USER], tokenize=False) == "<image>"
 
@@ -145,7 +145,7 @@ def test_a_folder_without_a_template(json_folder: Path) -> None:
     base = MistralTokenizer.from_pretrained(json_folder)
     assert base.chat_version is None
     assert not base.has_chat_template
-    with pytest.raises(TokenizerError, match="no chat template, neither .* is it a base model"):
+    with pytest.raises(TokenizerError, match=r"no chat template, neither .* is it a base model"):
         base.apply_chat_template([USER])
     assert base.apply_chat_template([USER], chat_template="x", tokenize=False) == "x"
 

@@ -1,4 +1,4 @@
-"""Which file of a folder is opened, and what is refused."""
+"""Choice of the tokenizer file in a folder, and refusals."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_model_whose_pieces_are_no_text(tmp_path: Path) -> None:
 
 def test_paths_that_hold_no_tokenizer(tmp_path: Path) -> None:
     refused(tmp_path, "no tokenizer found; looked for tekken.json, tokenizer.model, tokenizer.mo")
-    with pytest.raises(TokenizerError, match="no such folder: .*/absent"):
+    with pytest.raises(TokenizerError, match=r"no such folder: .*/absent"):
         MistralTokenizer.from_pretrained(tmp_path / "absent")
     (tmp_path / "vocab.txt").touch()
     refused(tmp_path / "vocab.txt", "vocab.txt: not a tokenizer's file name; expected tekken.json")
@@ -102,7 +102,7 @@ BESIDE = [
 
 @pytest.mark.parametrize("name", [*MAIN, *BESIDE])
 def test_nothing_but_regular_files(tmp_path: Path, name: str) -> None:
-    """A FIFO waits for ever, a device may never end, and a file may be larger than memory."""
+    """Refuse a FIFO, which blocks, a device, which may never end, and a file beyond memory."""
     if name in BESIDE:
         write(tmp_path, "v1")
     path = tmp_path / name

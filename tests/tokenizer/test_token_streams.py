@@ -31,7 +31,7 @@ from mistral_kernels.tokenizer import MistralTokenizer, TokenizerError
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("name", ALL)
 def test_stream_joins_to_decode(open_tokenizer: Any, name: str, skip: bool) -> None:
-    """For any ids at all: whole texts, random tokens, and bytes that are no text."""
+    """Stream any ids at all: whole texts, random tokens, and bytes that are no text."""
     tokenizer = open_tokenizer(name)
     # Many single bytes: half characters, overlong forms, surrogates, stray continuation bytes.
     few = [*range(3), *tokenizer.encode("a é 漢👍 ▁", bos=False)]

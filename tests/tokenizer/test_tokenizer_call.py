@@ -1,4 +1,4 @@
-"""The call, token ids of every type, and what can be set."""
+"""The call, token ids of every type, and settings."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def open_both(folder: Path) -> tuple[Any, MistralTokenizer]:
 
 
 def check_equal(theirs: Any, ours: MistralTokenizer, texts: list[str], num_ids: int = 30) -> None:
-    """The same ids for texts, and the same text for random ids."""
+    """Check for the same ids for texts, and the same text for random ids."""
     assert len(ours) == len(theirs)
     assert ours.all_special_ids >= {i for i in theirs.all_special_ids if i is not None}
     for text in texts:
@@ -63,7 +63,7 @@ def test_a_fine_tune_equals_transformers(json_folder: Path) -> None:
 
 
 def make_model(kind: str) -> Any:
-    """A trained tokenizer of one kind of model, with nothing around it."""
+    """Return a trained tokenizer of one kind of model, with nothing around it."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     given: dict[str, Any] = {"special_tokens": SPECIAL, "show_progress": False, "vocab_size": 200}
@@ -95,7 +95,7 @@ def make_model(kind: str) -> Any:
 
 
 def post_processors() -> dict[str, tuple[Any, list[int], list[int]]]:
-    """Post-processors by name, with what they put before and behind a text."""
+    """Return post-processors by name, and what they put before and behind a text."""
     from tokenizers import processors
 
     def template(single: str) -> Any:
@@ -122,7 +122,7 @@ def post_processors() -> dict[str, tuple[Any, list[int], list[int]]]:
 def test_the_post_processor_decides_what_is_put_around_a_text(
     tmp_path: Path, name: str, kind: str, flags: dict[str, bool]
 ) -> None:
-    """And not the flags of tokenizer_config.json, nor that there is a BOS token."""
+    """Ignore the flags of tokenizer_config.json, and whether there is a BOS token."""
     saved = make_model(kind)
     processor, before, behind = post_processors()[name]
     if processor is not None:
@@ -157,7 +157,7 @@ def template(*pieces: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("pieces", [("A", "<s>", "A"), ("B",), ("</s>", "A")])
 def test_post_processors_that_do_not_put_tokens_around(tmp_path: Path, pieces: Any) -> None:
-    """A token inside, another text, a token that is not there: some panic in the library."""
+    """Refuse a token inside, another text or a missing token; some panic in the library."""
     saved = json.loads(make_model("bpe").to_str())
     write(tmp_path, tokenizer=saved | {"post_processor": template(*pieces)})
     refused(tmp_path, "tokenizer.json: not a tokenizer.json: ")
@@ -266,7 +266,7 @@ PRECOMPILED = {
 def test_stages_that_multiply_a_text(
     tmp_path: Path, part: str, name: str, growth: float, stages: list[Any]
 ) -> None:
-    """One letter could become gigabytes: refused when the file is opened."""
+    """Refuse at opening a stage that makes gigabytes of one letter."""
     stages = [{name if k == "inner" else k: v for k, v in stage.items()} for stage in stages]
     saved = json.loads(make_model("bpe").to_str()) | {part: {"type": "Sequence", name: stages}}
     write(tmp_path, tokenizer=saved)
@@ -278,7 +278,7 @@ def test_stages_that_multiply_a_text(
 
 
 def test_stages_that_models_have(tmp_path: Path) -> None:
-    """Many, with no growth to speak of."""
+    """Accept many stages that hardly make a text longer."""
     stages = [{"type": "Prepend", "prepend": "\u2581"}, replace(" ", "\u2581")]
     stages += [replace("``", '"'), replace(" {2,}", "\u2581", "Regex")] * 100
     stages += [replace("[^a-z ]+", "", "Regex")] * 20 + [replace("a", "b" * 1000)]

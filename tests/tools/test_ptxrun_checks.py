@@ -35,7 +35,9 @@ def test_oob_write():
         match=r"out-of-range global write .*CTA \(1, 0, 0\)|out-of-range global write",
     ) as e:
         copy[(2,)](x, y, 256, B=128)
-    assert e.value.kind == "oob" and e.value.kernel == "copy" and e.value.line > 0
+    assert e.value.kind == "oob"
+    assert e.value.kernel == "copy"
+    assert e.value.line > 0
 
 
 def test_views_may_use_their_storage():
@@ -54,8 +56,8 @@ def overlap(y, B: tl.constexpr):
 def test_race_between_ctas():
     y = torch.zeros(256)
     overlap[(3,)](y, 64)
+    ptxrun.Options.racecheck = True
     with pytest.raises(ptxrun.RaceError, match="global-memory race: write after a write"):
-        ptxrun.Options.racecheck = True
         overlap[(3,)](y, 64)
 
 
@@ -84,11 +86,11 @@ def test_shared_race(mod):
     mod["good_sync"].launch(1, 128, [a, b])
     assert torch.equal(b, a.flip(0) + 1)
     with pytest.raises(
-        ptxrun.RaceError, match="shared-memory race: (read|write) after a (read|write)"
+        ptxrun.RaceError, match=r"shared-memory race: (read|write) after a (read|write)"
     ):
         mod["missing_sync"].launch(1, 128, [a, b])
     with pytest.raises(
-        ptxrun.RaceError, match="shared-memory race: (write after a read|read after a write)"
+        ptxrun.RaceError, match=r"shared-memory race: (write after a read|read after a write)"
     ):
         mod["missing_sync2"].launch(1, 128, [a, b])
 
@@ -96,7 +98,7 @@ def test_shared_race(mod):
 def test_shared_write_after_read(mod):
     ptxrun.Options.racecheck = True
     with pytest.raises(
-        ptxrun.RaceError, match="write after a read .*earlier access by warp 0 .*warp 2"
+        ptxrun.RaceError, match=r"write after a read .*earlier access by warp 0 .*warp 2"
     ):
         mod["war"].launch(1, 128, [torch.randn(128), torch.zeros(128)])
 
@@ -112,7 +114,7 @@ def test_shared_oob(mod):
     b = torch.zeros(64)
     mod["shoob"].launch(1, 64, [b, 0], shared_bytes=256)
     with pytest.raises(
-        ptxrun.MemoryFault, match="out-of-range shared write at offset 256 .*thread 63"
+        ptxrun.MemoryFault, match=r"out-of-range shared write at offset 256 .*thread 63"
     ):
         mod["shoob"].launch(1, 64, [b, 1], shared_bytes=256)
 
@@ -147,11 +149,9 @@ def test_cp_async_without_wait(mod):
 def test_cp_async_waits_for_the_wrong_group(mod):
     a, b = torch.randn(64, 4), torch.zeros(96)
     mod["early"].launch(1, 32, [a, b, 0])
-    assert (
-        torch.equal(b[:32], a[:32, 0])
-        and torch.isnan(b[32:64]).all()
-        and torch.equal(b[64:], a[32:, 0])
-    )
+    assert torch.equal(b[:32], a[:32, 0])
+    assert torch.isnan(b[32:64]).all()
+    assert torch.equal(b[64:], a[32:, 0])
 
 
 def test_last_block_reduction(mod):

@@ -64,5 +64,5 @@ def test_missing_barrier_is_found(nvcc):
 def test_overrun_is_found(nvcc):
     m = ptxrun.compile_cuda(SOURCE, options=["-DWITHOUT_BOUNDS"])
     q, k, v, o = tensors(200, 2, 1)
-    with pytest.raises(ptxrun.MemoryFault, match="out-of-range global cp.async read"):
+    with pytest.raises(ptxrun.MemoryFault, match=r"out-of-range global cp.async read"):
         m["flash"].launch((4, 2), 128, [q, k, v, o, 200, 1, 1000, 0.1], shared_bytes=SHARED)

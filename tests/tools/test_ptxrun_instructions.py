@@ -510,9 +510,8 @@ def test_cvt():
         same((o[3] & 0xFFFF).astype(np.uint16).view(np.float16), g.astype(np.float16))
         rz = o[5].astype(np.float32)
         fin = np.isfinite(g)
-        assert (np.abs(rz[fin]) <= np.abs(g[fin])).all() and np.allclose(
-            rz[fin], g[fin], rtol=2e-3, atol=1e-6
-        )
+        assert (np.abs(rz[fin]) <= np.abs(g[fin])).all()
+        assert np.allclose(rz[fin], g[fin], rtol=2e-3, atol=1e-6)
 
 
 def test_compare_select():
@@ -611,11 +610,9 @@ def test_immediates():
             ("mov.u64 %d, -1;", [(np.zeros(N, np.uint64), "u64")], "u64"),
         ]
     )
-    assert (
-        (o[0] == 1.5).all()
-        and (o[2] == 1.5).all()
-        and (o[4] == 1).all()
-        and (o[5] == 2**64 - 1).all()
-    )
+    assert (o[0] == 1.5).all()
+    assert (o[2] == 1.5).all()
+    assert (o[4] == 1).all()
+    assert (o[5] == 2**64 - 1).all()
     same(o[1], -2 * np.arange(N, dtype=np.float32))
     same(o[3], np.arange(N, dtype=np.int32) - 5)

@@ -23,16 +23,21 @@ def test_elementwise_traffic():
     x, y = torch.randn(4096), torch.zeros(4096)
     scale[(4,)](x, y, 4096, B=1024)
     p = ptxrun.last_profile()
-    assert p.name == "scale" and p.ctas == 4 and p.mma_flop == 0
+    assert p.name == "scale"
+    assert p.ctas == 4
+    assert p.mma_flop == 0
     assert p.global_read_bytes == p.global_write_bytes == 16384
-    assert p.global_read_sectors == p.global_write_sectors == 512 and p.sector_efficiency == 1.0
-    assert p.tensors["x"] == {"size": 16384, "read": 16384, "write": 0} and p.tensors["y"] == {
+    assert p.global_read_sectors == p.global_write_sectors == 512
+    assert p.sector_efficiency == 1.0
+    assert p.tensors["x"] == {"size": 16384, "read": 16384, "write": 0}
+    assert p.tensors["y"] == {
         "size": 16384,
         "read": 0,
         "write": 16384,
     }
     assert abs(p.times("a100")["DRAM"] - 32768 / 2.039e12) < 1e-12
-    assert "scale" in ptxrun.report(out=False) and "model" in str(p)
+    assert "scale" in ptxrun.report(out=False)
+    assert "model" in str(p)
 
 
 @triton.jit
@@ -62,10 +67,13 @@ def test_cuda_counts(nvcc):
         assert ptxrun.last_profile().global_read_sectors == n
     m["zigzag"].launch(1, 32, [a, o])
     p = ptxrun.last_profile()
-    assert p.global_read_sectors == 4 and p.global_read_bytes == 128 and p.global_requests == 2
+    assert p.global_read_sectors == 4
+    assert p.global_read_bytes == 128
+    assert p.global_requests == 2
     for s, n in ((1, 1), (2, 2), (4, 4), (32, 32), (31, 1), (0, 1)):
         m["banks"].launch(1, 32, [o, s])
         p = ptxrun.last_profile()
-        assert p.shared_wavefronts == 32 + n and p.shared_ideal == 33
+        assert p.shared_wavefronts == 32 + n
+        assert p.shared_ideal == 33
     m["divg"].launch(1, 64, [torch.ones(64)])
     assert ptxrun.last_profile().divergent_branches == 2

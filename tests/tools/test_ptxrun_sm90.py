@@ -211,7 +211,8 @@ def test_wgmma_result_used_early():
     # reads d0 before the wait: NaN there, the others are right
     out, want = wgmma_case(16, body="add.f32 %d0, %d0, 0f00000000;")
     bad = np.isnan(out)
-    assert bad.sum() == 128 and np.abs((out - want)[~bad]).max() < 1e-4
+    assert bad.sum() == 128
+    assert np.abs((out - want)[~bad]).max() < 1e-4
     # a move keeps the value in flight, as the assembler's register allocation would
     out, want = wgmma_case(16, body="mov.b32 %x0, %d0; mov.b32 %d0, %x0;")
     assert np.abs(out - want).max() < 1e-4
@@ -223,13 +224,14 @@ def test_wgmma_operand_overwritten():
         "mov.u32 %x0, 0; st.shared.b32 [%s], %x0;"
     )
     with pytest.raises(
-        ptxrun.ExecutionError, match="operand B of the wgmma of line \\d+, was overwritten before"
+        ptxrun.ExecutionError, match=r"operand B of the wgmma of line \d+, was overwritten before"
     ):
         wgmma_case(16, body=body)
     with (
         ptxrun.options(racecheck=True),
         pytest.raises(
-            ptxrun.RaceError, match="write after a read .operand of a wgmma that was not waited for"
+            ptxrun.RaceError,
+            match=r"write after a read .operand of a wgmma that was not waited for",
         ),
     ):
         wgmma_case(16, body=body)
@@ -238,9 +240,11 @@ def test_wgmma_operand_overwritten():
 def test_wgmma_fences():
     with ptxrun.options(racecheck=True):
         wgmma_case(16)
-        with pytest.raises(ptxrun.RaceError, match="no fence.proxy.async in between"):
+        with pytest.raises(ptxrun.RaceError, match=r"no fence.proxy.async in between"):
             wgmma_case(16, fence="")
-    with pytest.raises(ptxrun.ExecutionError, match="registers written after the last wgmma.fence"):
+    with pytest.raises(
+        ptxrun.ExecutionError, match=r"registers written after the last wgmma.fence"
+    ):
         wgmma_case(16, wfence="")
 
 
@@ -419,7 +423,7 @@ def test_store_bugs():
         tma(x, (16, 64), (0, 0), 3, STORE.format(r=2, c="%c0, %c1", k="", op="", wait=over), data=d)
     with ptxrun.options(racecheck=True):
         tma(x, (16, 64), (0, 0), 3, STORE, data=d)
-        with pytest.raises(ptxrun.RaceError, match="no fence.proxy.async"):
+        with pytest.raises(ptxrun.RaceError, match=r"no fence.proxy.async"):
             tma(
                 x,
                 (16, 64),
@@ -448,7 +452,7 @@ def test_load_bugs():
     with pytest.raises(
         ptxrun.ExecutionError,
         match="deadlock: no warp can go on; warp 0 at the mbarrier at shared offset 0, parity 0 "
-        ".*16 bytes outstanding",
+        r".*16 bytes outstanding",
     ):
         tma(
             x,
@@ -538,17 +542,17 @@ def test_pipeline_bugs(mod):
     with pytest.raises(ptxrun.ExecutionError, match="expect_tx is missing or too small"):
         pipe(mod, 5, 3)
     with pytest.raises(
-        ptxrun.ExecutionError, match="operand [AB] of the wgmma of line \\d+, was overwritten"
+        ptxrun.ExecutionError, match=r"operand [AB] of the wgmma of line \d+, was overwritten"
     ):
         pipe(mod, 5, 4)
     with pytest.raises(
         ptxrun.RaceError,
-        match="asynchronous write after a read .operand of a wgmma that was not waited for",
+        match=r"asynchronous write after a read .operand of a wgmma that was not waited for",
     ):
         pipe(mod, 5, 4, racecheck=True)
-    with pytest.raises(ptxrun.RaceError, match="no fence.proxy.async in between"):
+    with pytest.raises(ptxrun.RaceError, match=r"no fence.proxy.async in between"):
         pipe(mod, 5, 5, racecheck=True)
-    with pytest.raises(ptxrun.ExecutionError, match="deadlock.* 32 of 128 arrivals"):
+    with pytest.raises(ptxrun.ExecutionError, match=r"deadlock.* 32 of 128 arrivals"):
         pipe(mod, 5, 6)
 
 
@@ -599,9 +603,7 @@ def test_profile_counts(mod):
         ptxrun.reset_profile()
         pipe(mod, 6, 0, profile=True)
         p = ptxrun.last_profile()
-    assert (
-        p.mma_flop == 6 * 2 * 64 * 16 * 16
-        and p.tma_load_bytes == 6 * 2560
-        and p.counts["wgmma"] == 24
-        and p.tma_requests == 12
-    )
+    assert p.mma_flop == 6 * 2 * 64 * 16 * 16
+    assert p.tma_load_bytes == 6 * 2560
+    assert p.counts["wgmma"] == 24
+    assert p.tma_requests == 12

@@ -33,7 +33,8 @@ def test_add(dt, n):
 
     a, b, c = mk(), mk(), torch.zeros(n + 8).to(dt)
     add_kernel[lambda m: (triton.cdiv(n, m["B"]),)](a, b, c, n, B=128)
-    assert torch.equal(c[:n], a + b) and (c[n:] == 0).all()
+    assert torch.equal(c[:n], a + b)
+    assert (c[n:] == 0).all()
 
 
 @triton.jit
@@ -70,11 +71,9 @@ def test_reduce(N, nw):
     o, oi = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int32)
     reduce_kernel[(3,)](x, o, oi, N, B=triton.next_power_of_2(N), num_warps=nw)
     torch.testing.assert_close(o[:, 0], x.sum(1), rtol=1e-5, atol=1e-4)
-    assert (
-        torch.equal(o[:, 1], x.amax(1))
-        and torch.equal(o[:, 2], x.amin(1))
-        and torch.equal(oi.long(), x.argmax(1))
-    )
+    assert torch.equal(o[:, 1], x.amax(1))
+    assert torch.equal(o[:, 2], x.amin(1))
+    assert torch.equal(oi.long(), x.argmax(1))
 
 
 @triton.jit
@@ -347,11 +346,9 @@ def test_atomics():
     f, i, h = torch.zeros(4), torch.zeros(5, dtype=torch.int32), torch.zeros(2).half()
     ptxrun.Options.racecheck = True
     k[(triton.cdiv(n, 128),)](x, f, i, h, n, B=128)
-    assert (
-        torch.equal(f, x.view(-1, 4).sum(0))
-        and i.tolist() == [int(x.max()), int(x.min()), 7, 1, 9]
-        and h.tolist() == [300, 300]
-    )
+    assert torch.equal(f, x.view(-1, 4).sum(0))
+    assert i.tolist() == [int(x.max()), int(x.min()), 7, 1, 9]
+    assert h.tolist() == [300, 300]
 
 
 def test_lock():
@@ -392,7 +389,8 @@ def test_scan_sort_gather():
     )
     k[(1,)](x, c, s, g, h, 256)
     torch.testing.assert_close(c, x.cumsum(0), rtol=1e-4, atol=1e-3)
-    assert torch.equal(s, x.sort()[0]) and torch.equal(g, x[(torch.arange(256) * 7) % 256])
+    assert torch.equal(s, x.sort()[0])
+    assert torch.equal(g, x[(torch.arange(256) * 7) % 256])
     assert torch.equal(h.long(), torch.bincount(x.abs().int() % 16, minlength=16))
 
 
@@ -448,7 +446,10 @@ def test_random():
     a, b = torch.zeros(1024), torch.zeros(1024)
     k[(1,)](a, 5, 1024)
     k[(1,)](b, 5, 1024, num_warps=8)
-    assert torch.equal(a, b) and 0.45 < a.mean() < 0.55 and a.min() >= 0 and a.max() < 1
+    assert torch.equal(a, b)
+    assert 0.45 < a.mean() < 0.55
+    assert a.min() >= 0
+    assert a.max() < 1
 
 
 @triton.jit
@@ -534,7 +535,8 @@ def test_tensor_descriptor_and_block_pointer():
     x = torch.randn(50, 72)
     y, z = torch.zeros_like(x), torch.zeros_like(x)
     k[(2, 3)](x, y, z, 50, 72, 32, 32)
-    assert torch.equal(y, 2 * x) and torch.equal(z, x)
+    assert torch.equal(y, 2 * x)
+    assert torch.equal(z, x)
 
 
 def test_tuple_and_scalar_types():
@@ -579,7 +581,8 @@ def test_fp8():
     y, z = torch.zeros(128, dtype=torch.float8_e5m2), torch.zeros(128)
     k[(1,)](x, y, z, 128)
     r = x.to(torch.float8_e5m2)
-    assert torch.equal(y.float(), r.float()) and torch.equal(z, r.float())
+    assert torch.equal(y.float(), r.float())
+    assert torch.equal(z, r.float())
 
 
 def test_many_warps_and_inline_asm():

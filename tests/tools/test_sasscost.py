@@ -66,7 +66,8 @@ def test_mma_shapes():
     assert C.mma_shape("HMMA.1688.F32.TF32") == (16, 8, 8)
     assert C.mma_shape("HGMMA.64x128x16.F32.BF16") == (64, 128, 16)
     t = C.tensor_cost(instruction("HGMMA.64x128x16.F32.BF16", "R24, gdesc[UR8], R24"))
-    assert t["flops"] == 2 * 64 * 128 * 16 and t["smem"] == (64 + 128) * 16 * 2
+    assert t["flops"] == 2 * 64 * 128 * 16
+    assert t["smem"] == (64 + 128) * 16 * 2
     t = C.tensor_cost(instruction("HGMMA.64x128x16.F32.BF16", "R24, R4, gdesc[UR8], R24"))
     assert t["smem"] == 128 * 16 * 2
     assert C.descriptor_shape(0x8100490, "UTCHMMA") == (128, 64, 16)
@@ -132,8 +133,10 @@ def test_bounds_by_hand():
     for _ in range(64):
         c.add(instruction("MUFU.EX2", "R0, R0"))
     r = bounds(c, sc.get_arch("sm_80"), warps=4, ctas_per_sm=1)
-    assert r["cycles"]["tensor"] == 128 and r["cycles"]["mufu"] == 512
-    assert r["bound_a"] == 0.25 and r["limiter_a"] == "mufu"
+    assert r["cycles"]["tensor"] == 128
+    assert r["cycles"]["mufu"] == 512
+    assert r["bound_a"] == 0.25
+    assert r["limiter_a"] == "mufu"
     assert abs(r["bound_b"] - 128 / (128 + 512)) < 1e-3  # a single unit: strictly serial
 
 
@@ -187,10 +190,13 @@ def test_serialized_wgmma_in_the_bounds():
     arch = sc.get_arch("sm_90")
     free, held = (bounds(c, arch, 8, 1, serial=n) for n in (0, 16))
     t, o, z = 512, 512, 16 * arch.wgmma_latency  # clocks of one warpgroup: MMA, the rest, waits
-    assert free["bound_a"] == 1.0 and free["bound_b"] == 1.0
+    assert free["bound_a"] == 1.0
+    assert free["bound_b"] == 1.0
     assert abs(held["bound_b"] - 2 * t / (t + o + z)) < 1e-3
-    assert held["bound_a"] == held["bound_b"] and held["limiter_a"] == "wgmma waits"
-    assert held["est_m"] < held["bound_b"] and held["est_m"] < free["est_m"] - 0.1
+    assert held["bound_a"] == held["bound_b"]
+    assert held["limiter_a"] == "wgmma waits"
+    assert held["est_m"] < held["bound_b"]
+    assert held["est_m"] < free["est_m"] - 0.1
     one = bounds(c, arch, 4, 1, covered=0.0, serial=16)
     assert abs(one["est_m"] - t / (t + o + z)) < 1e-3  # one warpgroup: strictly in turn
     assert abs(mva(1, 3.0, 1.0, 4.0) - 1 / 8) < 1e-9
@@ -252,8 +258,10 @@ BY_NUMBER = [
 
 def test_warps_by_their_number():
     _, _, at, bars = run_text(BY_NUMBER, 8)
-    assert at["FADD"] == 0b1111 and at["FMUL"] == 0b1  # warp & 3 == 0
-    assert at["FFMA"] == 0b00010000 and at["MUFU.EX2"] == 0b11100000
+    assert at["FADD"] == 0b1111
+    assert at["FMUL"] == 0b1
+    assert at["FFMA"] == 0b00010000
+    assert at["MUFU.EX2"] == 0b11100000
     assert bars["BAR.SYNC.A"] == [{1, 2, 3, 4}, {128}]
     _, _, at, _ = run_text(BY_NUMBER, 8, linear=False)  # a CTA of more dimensions: nothing is known
     assert at["FADD"] == at["FFMA"] == at["FMUL"] == 0xFF
@@ -300,7 +308,8 @@ def test_barriers(barrier, cta, partition, ordered):
         partition,
         ordered,
     )
-    assert each["cta_barriers"] == cta and r["partitions"] == []
+    assert each["cta_barriers"] == cta
+    assert r["partitions"] == []
     plain = sc.analyse_kernel(
         *run_text([*loop(0, "NOP"), "EXIT"], 12)[:2], sc.get_arch("sm_90"), 12, 1
     )["loops"][0]
@@ -332,7 +341,8 @@ def test_pingpong_is_not_a_queue(queue):
     ins, labels, _, _ = run_text(text, 12)
     r = sc.analyse_kernel(ins, labels, sc.get_arch("sm_90"), 12, 1, launch_regs=168)
     m = sc.main_loop(r)
-    assert [p["role"] for p in r["partitions"]] == ["load", "mma"] and m["bounds"]["warps"] == 8
+    assert [p["role"] for p in r["partitions"]] == ["load", "mma"]
+    assert m["bounds"]["warps"] == 8
     assert m["barriers"] == {"cta": 0, "partition": 0, "ordered": 1, "lockstep_warps": 0}
     assert (m["pingpong"] is None) == queue
 
@@ -393,11 +403,14 @@ def nvdisasm():
 def test_cubin_round_trip(tmp_path, arch):
     cubin, _ = compiled(tmp_path, KERNEL, arch)
     (k,) = sc.analyse(cubin)
-    assert k["kernel"] == "axpy" and k["arch"] == arch and k["regs"] >= 8
-    assert (
-        k["static_smem"] == 4 * 256 and k["spill_instructions"] == 0
-    )  # without the KiB that the system reserves
-    assert k["loops"] and k["classes"]["fma"] >= 1 and k["classes"]["global"] >= 3
+    assert k["kernel"] == "axpy"
+    assert k["arch"] == arch
+    assert k["regs"] >= 8
+    assert k["static_smem"] == 4 * 256
+    assert k["spill_instructions"] == 0
+    assert k["loops"]
+    assert k["classes"]["fma"] >= 1
+    assert k["classes"]["global"] >= 3
     json.loads(sc.to_json([k]))
     assert "axpy" in sc.to_text([k])
 
@@ -424,11 +437,11 @@ def test_what_ptxas_serializes(tmp_path, steps, touch, serialized):
     (k,) = sc.analyse(cubin)
     m = sc.main_loop(k)
     assert m["serialized_wgmma"] == k["serialized_wgmma"] == serialized
-    assert m["wgmma_waits"]["depbars"] == (4 if touch else 1) and m["wgmma_waits"]["alone"] == (
-        4 if touch else steps == 1
-    )
+    assert m["wgmma_waits"]["depbars"] == (4 if touch else 1)
+    assert m["wgmma_waits"]["alone"] == (4 if touch else steps == 1)
     text = sc.to_text([k])
-    assert ("SERIALIZED WGMMA: 4 of 4: each" in text) == touch and ("SERIALIZED" in text) == touch
+    assert ("SERIALIZED WGMMA: 4 of 4: each" in text) == touch
+    assert ("SERIALIZED" in text) == touch
     json.loads(sc.to_json([k]))
 
 
@@ -441,7 +454,8 @@ def test_serialized_wgmma_costs(tmp_path):
         )
         est.append(sc.main_loop(k)["bounds"])
     assert est[0]["units"] == est[1]["units"] == 1
-    assert est[1]["est_m"] < 0.6 * est[0]["est_m"] and est[1]["limiter_a"] == "wgmma waits"
+    assert est[1]["est_m"] < 0.6 * est[0]["est_m"]
+    assert est[1]["limiter_a"] == "wgmma waits"
 
 
 FIRST = "threadIdx.x < 128"
@@ -465,11 +479,9 @@ def test_barriers_of_a_larger_cta(tmp_path, threads, who, barrier, cta, own):
         compiled(tmp_path, hopper.product(8, False, threads, who, barrier))[0], smem=200 << 10
     )
     m = sc.main_loop(k)
-    assert (
-        k["threads"] == threads
-        and m["cta_barriers"] == cta
-        and m["barriers"]["partition"] == 1 - cta
-    )
+    assert k["threads"] == threads
+    assert m["cta_barriers"] == cta
+    assert m["barriers"]["partition"] == 1 - cta
     assert m["own_warps"] == m["bounds"]["warps"] == own
     (free,) = sc.analyse(
         compiled(tmp_path, hopper.product(8, False, threads, who))[0], smem=200 << 10
@@ -499,31 +511,26 @@ def test_warp_specialized(tmp_path):
     cubin, said = compiled(tmp_path, hopper.specialized())
     assert "setmaxnreg ignored" not in said
     (k,) = sc.analyse(cubin, smem=100 << 10)
-    assert k["threads"] == 384 and k["regs"] == 168
+    assert k["threads"] == 384
+    assert k["regs"] == 168
     parts = {p["role"]: p for p in k["partitions"]}
     assert (parts["load"]["warps"], parts["load"]["regs"]) == ([0, 1, 2, 3], 24)
     assert (parts["mma"]["warps"], parts["mma"]["regs"]) == (list(range(4, 12)), 240)
     assert k["register_pool"] == [2016, 2016]
     m = sc.main_loop(k)
-    assert (
-        m["name"] in parts["mma"]["loops"]
-        and m["bounds"]["warps"] == 8
-        and m["bounds"]["units"] == 2
-    )
+    assert m["name"] in parts["mma"]["loops"]
+    assert m["bounds"]["warps"] == 8
+    assert m["bounds"]["units"] == 2
     assert m["barriers"] == {"cta": 0, "partition": 1, "ordered": 1, "lockstep_warps": 4}
-    assert (
-        m["pingpong"]["ids"] == [8, 9]
-        and m["pingpong"]["threads"] == 256
-        and m["pingpong"]["units"] == 2
-    )
+    assert m["pingpong"]["ids"] == [8, 9]
+    assert m["pingpong"]["threads"] == 256
+    assert m["pingpong"]["units"] == 2
     assert m["pingpong"]["mufu_share"] == 0.5  # 64 MUFU a thread take twice the other's 4 wgmmas
     (over,) = sc.analyse(cubin, smem=100 << 10, loop_warps={m["name"]: 4})
     assert sc.main_loop(over)["bounds"]["units"] == 1
     text = sc.to_text([k])
-    assert (
-        "partition warps 4-11: mma, 240 registers (setmaxnreg)" in text
-        and "ping-pong of 2 warpgroups" in text
-    )
+    assert "partition warps 4-11: mma, 240 registers (setmaxnreg)" in text
+    assert "ping-pong of 2 warpgroups" in text
 
 
 def test_gluon_partitions(nvdisasm):
@@ -543,11 +550,9 @@ def test_gluon_partitions(nvdisasm):
     ]
     assert k["partitions"][1]["regs"] == 24
     m = sc.main_loop(k)
-    assert (
-        m["own_warps"] == m["bounds"]["warps"] == 4
-        and m["cta_barriers"] == 0
-        and m["serialized_wgmma"] == [0, 4]
-    )
+    assert m["own_warps"] == m["bounds"]["warps"] == 4
+    assert m["cta_barriers"] == 0
+    assert m["serialized_wgmma"] == [0, 4]
     assert [each["dispatch"] for each in k["loops"]] == [False, True, False]
 
 

@@ -34,10 +34,8 @@ def build(ins, labels):
         if i < n:
             lead.add(i)
     for i, x in enumerate(ins):
-        b = base(x.op)
-        if b in ("BRA", "BRX", "BRXU", "JMP", "EXIT", "RET", "KILL"):
-            if i + 1 < n:
-                lead.add(i + 1)
+        if base(x.op) in ("BRA", "BRX", "BRXU", "JMP", "EXIT", "RET", "KILL") and i + 1 < n:
+            lead.add(i + 1)
     starts = sorted(lead)
     blocks = [
         Block(k, s, (starts[k + 1] if k + 1 < len(starts) else n)) for k, s in enumerate(starts)

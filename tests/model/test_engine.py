@@ -1,14 +1,14 @@
-"""The decode step: what it launches, that it can be recorded and replayed, and who shares it."""
+"""Decode engines: a step's operators, its capture and replay, and its independence of others."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from support.graph_stand_in import GraphStandIn
 from support.small_checkpoints import SMALL, varied_model
 from torch import Tensor
 from torch._C import DispatchKey
@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mistral_kernels import MistralForCausalLM, RollingCache, Sampler
-from mistral_kernels.model import decoding
-from mistral_kernels.model.decoding import DecodeStep
+from mistral_kernels.model.engine import CudaGraphEngine, ModuleEngine
+from mistral_kernels.model.sampling import NextTokens
 from mistral_kernels.ops import extension
 
 W = SMALL.sliding_window
@@ -34,7 +34,7 @@ def random_ids(n: int) -> list[int]:
 
 
 class Record(TorchDispatchMode):
-    """Every operator called inside, with what it is given and gives, tensors by their shape.
+    """Record of every operator called inside, its inputs and outputs, tensors by their shape.
 
     With `inside`, of our own operators also what they call.
     """
@@ -60,7 +60,7 @@ class Record(TorchDispatchMode):
 
 
 def at_position(cache: RollingCache, position: int) -> None:
-    """Pretend that each sequence has seen so many tokens, give or take a few."""
+    """Set the number of seen tokens of each sequence to about `position`."""
     cache.host_lengths = [position + i for i in range(cache.batch)]
 
 
@@ -75,7 +75,7 @@ POSITIONS = (1, W - 1, W, W + 1, 5 * W, 1000)  # before, at and after the wrap
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=["greedy", "truncated", "penalised"])
 @torch.inference_mode()
 def test_a_step_on_a_gpu_never_changes(sampler: Sampler) -> None:
-    """The same operators with the same shapes at every position, and nothing read on the host.
+    """Run equal operators and shapes at every position, and read nothing on the host.
 
     On meta tensors, which have shapes, but nothing to read: looking raises.
     """
@@ -84,17 +84,18 @@ def test_a_step_on_a_gpu_never_changes(sampler: Sampler) -> None:
     if sampler.repetition_penalty != 1.0:
         seen = torch.zeros(2, SMALL.vocab_size, dtype=torch.bool, device="meta")
     cache = RollingCache(SMALL, 2, 4096, torch.float32, "meta")
-    step = DecodeStep(model, cache, sampler, seen)
+    newest = NextTokens(sampler, 2, model.device, seen)
+    engine = ModuleEngine(model, cache, newest)
     model.model.rotary_tables(2048, model.device)
     records = []
     for position in POSITIONS:
         at_position(cache, position)
         with Record() as record:
-            step._run()
+            engine.step(newest.token_ids)
         assert cache.host_lengths == [position + 1, position + 2]
         records.append(record.calls)
-    with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta"):
-        step.token_ids.tolist()  # so would a look have done
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
+        newest.token_ids.tolist()  # so would a look have done
     names = {name for name, _ in records[0]}
     assert {"mistral_kernels.cached_attention.default", "aten.max.dim_max"} <= names
     assert all(record == records[0] for record in records[1:])
@@ -134,7 +135,7 @@ FREE = [
 
 @torch.inference_mode()
 def test_launches_of_a_layer(triton_backend: None, device: torch.device) -> None:
-    """9: two norms, which add the residual, four products, SwiGLU, rotation with update, attention.
+    """Launch 9: two norms with the residual, four products, SwiGLU, rotary update, attention.
 
     Inside our operators as outside, memory has the same shapes at every position, and each of them
     launches one kernel, attention over split keys too.
@@ -144,11 +145,12 @@ def test_launches_of_a_layer(triton_backend: None, device: torch.device) -> None
     config = dataclasses.replace(SMALL, sliding_window=300)
     model = MistralForCausalLM(config).to(device).eval()
     cache = model.new_cache(2, 300)
-    step = DecodeStep(model, cache, Sampler(0))
+    newest = NextTokens(Sampler(0), 2, device)
+    engine = ModuleEngine(model, cache, newest)
     launches: list[str] = []
     hook = triton.knobs.runtime.launch_enter_hook
     records = []
-    step._run()
+    engine.step(newest.token_ids)
 
     def launched(metadata: Any) -> None:
         launches.append(metadata.get()["name"])
@@ -160,7 +162,7 @@ def test_launches_of_a_layer(triton_backend: None, device: torch.device) -> None
             cache.lengths.copy_(torch.tensor(cache.host_lengths))
             del launches[:]
             with Record(inside=True) as record:
-                step._run()
+                engine.step(newest.token_ids)
             records.append(record.calls)
             kernels = Counter(launches)
     finally:
@@ -182,33 +184,6 @@ def test_launches_of_a_layer(triton_backend: None, device: torch.device) -> None
     assert sum(paid.values()) - paid["aten.linear"] <= 4
 
 
-class StandIn:
-    """For a CUDA graph: records nothing and replays by running, with what the host counts kept."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.captures = self.replays = 0
-        monkeypatch.setattr(decoding, "can_capture", lambda device: True)
-        monkeypatch.setattr(decoding, "capture", self.capture)
-
-    def capture(self, run: Callable[[], None], generator: Any) -> Callable[[], None]:
-        cache = run.__self__.cache  # type: ignore[attr-defined]
-        self.captures += 1
-        cache.host_lengths = [n + 1 for n in cache.host_lengths]  # as recording would
-
-        def replay() -> None:
-            self.replays += 1
-            counted = cache.host_lengths
-            run()
-            cache.host_lengths = counted
-
-        return replay
-
-
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    return StandIn(monkeypatch)
-
-
 def stream(model: MistralForCausalLM, prompts: list[list[int]], **options: Any) -> list[list[int]]:
     steps = model.stream(prompts, **options)
     return [[token for token in text if token is not None] for text in zip(*steps, strict=True)]
@@ -221,7 +196,7 @@ def stream(model: MistralForCausalLM, prompts: list[list[int]], **options: Any) 
 def test_replayed_text_is_the_same(
     sampler: float | None, model: MistralForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One step runs, one capture, the rest are replays, through the wrap of every layer."""
+    """Run one step, capture one, and replay the rest, through the wrap of every layer."""
     prompts = [random_ids(3), random_ids(W + 4)]
 
     def options() -> dict[str, Any]:
@@ -229,7 +204,7 @@ def test_replayed_text_is_the_same(
         return {"max_new_tokens": 6 * W, "sampler": draw, "eos_token_ids": ()}
 
     expected = stream(model, prompts, **options())
-    stand_in = StandIn(monkeypatch)
+    stand_in = GraphStandIn(monkeypatch)
     assert stream(model, prompts, **options()) == expected
     assert (stand_in.captures, stand_in.replays) == (1, 6 * W - 2)
 
@@ -237,12 +212,12 @@ def test_replayed_text_is_the_same(
 def test_longer_tables_are_captured_anew(
     model: MistralForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A recorded step reads the tables that there were."""
+    """Capture again: a recorded step reads the old tables."""
     prompts = [random_ids(2040)]
     options: dict[str, Any] = {"max_new_tokens": 30, "eos_token_ids": ()}
     expected = stream(model, prompts, **options)
     model.model._tables = None
-    stand_in = StandIn(monkeypatch)
+    stand_in = GraphStandIn(monkeypatch)
     assert stream(model, prompts, **options) == expected
     assert stand_in.captures == 2
 
@@ -251,7 +226,7 @@ def test_longer_tables_are_captured_anew(
 def test_the_step_ahead_is_taken_back(
     end: str, model: MistralForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step is queued before its predecessor's tokens are seen. Unwanted, it leaves no trace.
+    """Queue a step before its predecessor's tokens are read; unwanted, it leaves no trace.
 
     The cache holds everything but the last token, and continuing it gives the same text.
     """
@@ -259,7 +234,7 @@ def test_the_step_ahead_is_taken_back(
     texts, caches = [], []
     for replaying in (False, True):
         if replaying:
-            StandIn(monkeypatch)
+            GraphStandIn(monkeypatch)
         cache = model.new_cache(1, 1000)
         options: dict[str, Any] = {"max_new_tokens": 12, "cache": cache}
         if end == "eos" and texts:
@@ -285,7 +260,7 @@ def test_the_step_ahead_is_taken_back(
 
 
 def test_those_that_end_do_not_disturb_the_others(model: MistralForCausalLM) -> None:
-    """Whether or not its batch-mate has ended, a text has the same tokens, its cache the bits."""
+    """A text has the same tokens and cache, whether or not its batch-mate has ended."""
     prompts = [random_ids(4), random_ids(9)]
     whole = stream(model, prompts, max_new_tokens=30)
     eos = next(token for i, token in enumerate(whole[0]) if i > 3 and token not in whole[1])
@@ -306,7 +281,7 @@ def test_logits_are_the_same_bits_in_any_batch(
     model: MistralForCausalLM, dtype: torch.dtype
 ) -> None:
     """Sequences at positions before, at and past their window, over steps in which rings wrap."""
-    if extension.load("cpu") is None:
+    if not extension.load("cpu"):
         pytest.skip(f"PyTorch's products promise no such thing; {extension.status('cpu')}")
     model = model.to(dtype).eval()
     lengths = [1, W - 1, W, W + 1, 2 * W + 3, 5, 7]
@@ -331,14 +306,14 @@ def test_logits_are_the_same_bits_in_any_batch(
 
 
 def test_nothing_but_tokens_is_copied_to_the_host(model: MistralForCausalLM) -> None:
-    """Reading returns what the step before chose, whatever the device has done since."""
+    """Return what the step before chose, whatever the device has done since."""
     cache = model.new_cache(2, 100)
-    step = DecodeStep(model, cache, Sampler(0))
-    step.choose(model.prefill([random_ids(3), random_ids(5)], cache))
-    step.begin_read()
-    first = step.token_ids.tolist()
-    step()
-    assert step.finish_read() == first
-    weights = set(model.parameters())
-    held = [x for x in tree_leaves(vars(step)) if isinstance(x, Tensor) and x not in weights]
-    assert held == [step._chosen, step.token_ids, step._scores, step._host]
+    newest = NextTokens(Sampler(0), 2, model.device)
+    engine = CudaGraphEngine(model, cache, newest)
+    newest.choose(model.prefill([random_ids(3), random_ids(5)], cache))
+    newest.begin_read()
+    first = newest.token_ids.tolist()
+    engine.step(newest.token_ids)
+    assert newest.finish_read() == first
+    held = [x for x in tree_leaves(vars(newest)) if isinstance(x, Tensor)]
+    assert held == [newest._chosen, newest._host, newest.token_ids, newest._scores]

@@ -1,21 +1,32 @@
-// Attention of one token a sequence, as PyTorch sees it.
-#include "../bindings.h"
-#include "dispatch.h"
+// Attention of one token per sequence over a cache, on the CPU; see mistral_kernels/ops/attention.
+#include "kernels/decode.h"
+
+#include "operator.h"
 #include "run.h"
 
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
 #include <memory>
-#include <optional>
+
+namespace kernels {
+
+void run(Decode d) {
+  constexpr int64_t kBytes = 1 << 17;  // of memory to read, worth a thread
+  for (int64_t sequence = 0; sequence < d.batch; ++sequence) {
+    const Span span = visible(d, sequence);
+    d.splits = std::max(d.splits, (span.end - span.begin + kSplit - 1) / kSplit);
+  }
+  const auto attend = KERNEL(attend_splits), combine = KERNEL(combine_splits);
+  const int64_t heads = d.batch * d.num_heads;
+  const std::unique_ptr<float[]> partials(new float[heads * d.splits * (2 + d.head_dim)]);
+  d.partials = partials.get();
+  const int64_t split_bytes = 2 * kSplit * d.head_dim * size_of(d.dtype);
+  torch::stable::parallel_for(0, d.batch * d.splits * d.num_kv_heads, kBytes / split_bytes + 1,
+                              [&](int64_t begin, int64_t end) { attend(d, begin, end); });
+  const int64_t head_bytes = d.splits * d.head_dim * static_cast<int64_t>(sizeof(float));
+  torch::stable::parallel_for(0, heads, kBytes / (head_bytes + 1) + 1,
+                              [&](int64_t begin, int64_t end) { combine(d, begin, end); });
+}
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kGrain = 1 << 17;  // bytes of memory to read, worth a thread
 
 const int32_t* int32s(const char* name, const OptionalTensor& x, int64_t size) {
   return x ? vector_data<int32_t>(name, *x, ScalarType::Int, size) : nullptr;
@@ -27,7 +38,7 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
                       int64_t window_left, double scale, const Tensor& out) {
   KERNELS_CHECK(k_cache.dim() == 4 && v_cache.dim() == 4 && q.dim() == 3,
                 "q must have 3 dimensions, k_cache and v_cache 4");
-  kernels::Decode d{};
+  Decode d{};
   d.batch = q.size(0);
   d.num_heads = q.size(1);
   d.head_dim = q.size(2);
@@ -68,12 +79,12 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
   KERNELS_CHECK(d.capacity > 0, "the caches have no slots");
   d.window_left = window_left;
   d.scale = static_cast<float>(scale);
-  d.dtype = dtype_of("q", q);
+  d.dtype = checked_dtype("q", q);
   for (int64_t sequence = 0; sequence < d.batch; ++sequence) {
     KERNELS_CHECK(d.lengths[sequence] >= 0, "lengths must be >= 0, got ", d.lengths[sequence]);
     KERNELS_CHECK(!d.leftpad || d.leftpad[sequence] >= 0, "leftpad must be >= 0, got ",
                   d.leftpad[sequence]);
-    const kernels::Span span = kernels::visible(d, sequence);
+    const Span span = visible(d, sequence);
     const auto check = [&](const char* name, int64_t outer) {
       KERNELS_CHECK(outer >= 0 && outer < k_cache.size(0), name, " must lie in [0, ",
                     k_cache.size(0), "), got ", outer);
@@ -89,31 +100,15 @@ void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
 }
 
 }  // namespace
+}  // namespace kernels
 
-void kernels::run(Decode d) {
-  for (int64_t sequence = 0; sequence < d.batch; ++sequence) {
-    const Span span = visible(d, sequence);
-    d.splits = std::max(d.splits, (span.end - span.begin + kSplit - 1) / kSplit);
-  }
-  const auto attend = KERNEL(attend_splits), combine = KERNEL(combine_splits);
-  const int64_t heads = d.batch * d.num_heads;
-  const std::unique_ptr<float[]> partials(new float[heads * d.splits * (2 + d.head_dim)]);
-  d.partials = partials.get();
-  const int64_t split_bytes = 2 * kSplit * d.head_dim * size_of(d.dtype);
-  torch::stable::parallel_for(0, d.batch * d.splits * d.num_kv_heads, kGrain / split_bytes + 1,
-                              [&](int64_t begin, int64_t end) { attend(d, begin, end); });
-  const int64_t head_bytes = d.splits * d.head_dim * static_cast<int64_t>(sizeof(float));
-  torch::stable::parallel_for(0, heads, kGrain / (head_bytes + 1) + 1,
-                              [&](int64_t begin, int64_t end) { combine(d, begin, end); });
-}
-
-LIBRARY_FRAGMENT(KERNELS_NAMESPACE, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(mistral_kernels, m) {
   m.def(
       "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, int new_tokens, "
       "Tensor? rows, Tensor? leftpad, Tensor? block_table, int window_left, float scale, "
       "Tensor(a!) out) -> ()");
 }
 
-LIBRARY_IMPL(KERNELS_NAMESPACE, CPU, m) {
-  m.impl("decode_attention", TORCH_BOX(&decode_attention));
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
+  m.impl("decode_attention", TORCH_BOX(&kernels::decode_attention));
 }

@@ -5,7 +5,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-namespace rolling_cache {
+namespace kernels {
 namespace {
 
 // N numbers that lie side by side, moved in accesses of up to ALIGNMENT bytes.
@@ -82,11 +82,11 @@ __global__ void __launch_bounds__(kBlock) update_kernel(const __grid_constant__ 
       const float* cos = u.q.data ? u.cos + position * u.cos_stride : nullptr;
       const float* sin = u.q.data ? u.sin + position * u.sin_stride : nullptr;
 
-      const char* from;
-      char* to;
+      const T* from;
+      T* to;
       if (head < u.num_heads) {
-        from = u.q.at(0, start + token, head);
-        to = u.q_out.at(0, start + token, head);
+        from = u.q.at<T>(0, start + token, head);
+        to = u.q_out.at<T>(0, start + token, head);
       } else {
         if (!is_kept(token, count, u.capacity)) continue;
         const Slot slot = slot_of(u, sequence, position);
@@ -96,11 +96,10 @@ __global__ void __launch_bounds__(kBlock) update_kernel(const __grid_constant__ 
           head -= u.num_kv_heads;
           cos = nullptr;
         }
-        from = (is_v ? u.v : u.k).at(0, start + token, head);
-        to = (is_v ? u.v_cache : u.k_cache).at(slot.outer, slot.token, head);
+        from = (is_v ? u.v : u.k).at<T>(0, start + token, head);
+        to = (is_v ? u.v_cache : u.k_cache).at<T>(slot.outer, slot.token, head);
       }
-      move<T, BYTES, N>(reinterpret_cast<const T*>(from) + first, reinterpret_cast<T*>(to) + first,
-                        half, cos, sin, u.interleaved, first);
+      move<T, BYTES, N>(from + first, to + first, half, cos, sin, u.interleaved, first);
     }
   }
 }
@@ -128,4 +127,4 @@ const char* update(const Update& u, void* stream) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-}  // namespace rolling_cache
+}  // namespace kernels

@@ -1,34 +1,28 @@
-// Attention over whole sequences, as PyTorch sees it.
-#include "../bindings.h"
-#include "buffer.h"
+// Attention over whole sequences on the CPU; see mistral_kernels/ops/attention.
 #include "kernels/attention.h"
 
-#include <torch/csrc/stable/ops.h>
+#include "buffer.h"
+#include "operator.h"
 
-#include <algorithm>
-#include <optional>
-
+namespace kernels {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kFarthest = int64_t{1} << 62;  // positions can be added to it
 
-kernels::Heads heads(const char* name, const Tensor& x, const Tensor& like, int64_t batch,
+Heads heads(const char* name, const Tensor& x, const Tensor& like, int64_t batch,
                      int64_t seqlen, int64_t num_heads) {
   KERNELS_CHECK(x.is_cpu() && x.scalar_type() == like.scalar_type() && x.dim() == 4 &&
                     x.size(0) == batch && x.size(1) == seqlen && x.size(2) == num_heads &&
                     x.size(3) == like.size(3) && (x.size(3) == 1 || x.stride(3) == 1),
                 name, " has the wrong device, dtype, shape or strides");
-  return {static_cast<char*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-               const std::optional<Tensor>& lse, int64_t left, int64_t right, double scale,
+               const OptionalTensor& lse, int64_t left, int64_t right, double scale,
                double softcap) {
   KERNELS_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must have 4 dimensions");
-  kernels::Attention a{};
+  Attention a{};
   a.batch = q.size(0);
   a.seqlen_q = q.size(1);
   a.seqlen_k = k.size(1);
@@ -52,9 +46,9 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   a.right = std::min(right, kFarthest);
   a.scale = static_cast<float>(scale);
   a.softcap = static_cast<float>(softcap);
-  a.dtype = dtype_of("q", q);
+  a.dtype = checked_dtype("q", q);
 
-  const kernels::Sizes sizes = KERNEL(sizes)(a);
+  const Sizes sizes = KERNEL(sizes)(a);
   const int64_t kv_heads = a.batch * a.kv_heads;
   const Buffer packed(sizes.packed_bytes);
   a.packed = packed.data();
@@ -69,11 +63,12 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
 }
 
 }  // namespace
+}  // namespace kernels
 
-LIBRARY_FRAGMENT(KERNELS_NAMESPACE, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(mistral_kernels, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, int left, "
       "int right, float scale, float softcap) -> ()");
 }
 
-LIBRARY_IMPL(KERNELS_NAMESPACE, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) { m.impl("attention", TORCH_BOX(&kernels::attention)); }

@@ -1,7 +1,7 @@
-// A step of the decoder, of one token a sequence, in one call of the kernels that its operators
-// call one by one; see mistral_kernels/ops/decoder_step.py.
-#include "../bindings.h"
+// One decode step of the whole model, one token per sequence: the kernels that the model's operators
+// call one by one, in the same order. See `CpuEngine` in mistral_kernels/model/engine.py.
 #include "buffer.h"
+#include "operator.h"
 #include "run.h"
 
 #include <cmath>
@@ -16,9 +16,12 @@
 
 namespace {
 
+using kernels::check_heads;
+using kernels::checked_dtype;
+using kernels::OptionalTensor;
+using kernels::vector_data;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 struct Sizes {
   int64_t vocab, hidden, intermediate, heads, kv_heads, head_dim;
@@ -36,7 +39,7 @@ struct Layer {
   int64_t window_left;
 };
 
-// A model's weights, which have been checked and live as long as it does.
+// A model's weights, checked and kept alive.
 struct Decoder {
   std::vector<OptionalTensor> owned;
   Sizes sizes;
@@ -47,11 +50,12 @@ struct Decoder {
   kernels::Linear head;
 };
 
-// Those that Python has made and not dropped, by number.
+// The decoders that Python has made and not dropped, by number.
 class Decoders {
  public:
   static Decoders& all() {
-    static auto& all = *new Decoders;  // for ever: at the end there may be no Python to free memory
+    // Never destroyed: at exit Python, which frees the tensors, may be gone.
+    static auto& all = *new Decoders;
     return all;
   }
 
@@ -69,7 +73,7 @@ class Decoders {
   }
 
   void drop(int64_t number) {
-    std::shared_ptr<const Decoder> dropped;  // whose end may be long, after the lock's
+    std::shared_ptr<const Decoder> dropped;  // freed after the lock is released: it takes long
     const std::lock_guard lock(mutex_);
     const auto found = by_number_.find(number);
     if (found == by_number_.end()) return;
@@ -100,7 +104,7 @@ kernels::Linear product(const char* name, const Sizes& s, const Tensor& weight,
   return l;
 }
 
-// One layer's weights, in the order of `Decoder` in Python.
+// Weights per layer, in the order of `decoder_arguments` in mistral_kernels/model/engine.py.
 constexpr size_t kLayerWeights = 10;
 
 const Tensor& weight_at(const OptionalTensor* weights, int i) {
@@ -123,7 +127,7 @@ Sizes sizes_of(const Tensor& embedding, const OptionalTensor* weights, int64_t h
   s.head_dim = head_dim;
   check_heads(s.heads, s.kv_heads);
   s.stored = embedding.scalar_type();
-  s.dtype = dtype_of("embedding", embedding);
+  s.dtype = checked_dtype("embedding", embedding);
   return s;
 }
 
@@ -221,7 +225,7 @@ class Step {
       const Layer& l = d_.layers[i];
       normalise(x, residual, l.input_norm);
       multiply(l.qkv, m_.normed, m_.projected);
-      rolling_cache::update(updates_[i], nullptr);
+      kernels::update(updates_[i], nullptr);
       attend(updates_[i], l.window_left);
       multiply(l.o, m_.attended, m_.delta);
       normalise(m_.delta, residual ? residual : x, l.mlp_norm);
@@ -236,20 +240,19 @@ class Step {
   }
 
  private:
-  rolling_cache::Update update_of(const Tensor& cos, const Tensor& sin,
+  kernels::Update update_of(const Tensor& cos, const Tensor& sin,
                                   const Tensor& lengths) const {
-    const int64_t element = size_of(s_.dtype), head = s_.head_dim * element;
-    const int64_t token = s_.qkv() * element;
+    const int64_t element = size_of(s_.dtype), head = s_.head_dim, token = s_.qkv();
     KERNELS_CHECK(cos.dim() == 2, "cos must be (positions, ", s_.head_dim / 2, ")");
     const auto table = [&](const char* name, const Tensor& x) {
       return static_cast<const float*>(
           matrix(name, x, ScalarType::Float, cos.size(0), s_.head_dim / 2));
     };
-    rolling_cache::Update u{};
+    kernels::Update u{};
     u.q = {m_.projected, 0, token, head};
     u.k = {m_.projected + s_.q() * element, 0, token, head};
     u.v = {m_.projected + (s_.q() + s_.kv()) * element, 0, token, head};
-    u.q_out = {m_.turned, 0, s_.q() * element, head};
+    u.q_out = {m_.turned, 0, s_.q(), head};
     u.cos = table("cos", cos);
     u.sin = table("sin", sin);
     u.cos_stride = u.sin_stride = s_.head_dim / 2;
@@ -269,17 +272,17 @@ class Step {
     return u;
   }
 
-  rolling_cache::Update with_rings(rolling_cache::Update u, const Tensor& k_cache,
+  kernels::Update with_rings(kernels::Update u, const Tensor& k_cache,
                                    const Tensor& v_cache) const {
-    const int64_t head = s_.head_dim * size_of(s_.dtype), slot = s_.kv_heads * head;
+    const int64_t head = s_.head_dim, slot = s_.kv_heads * head;
     const int64_t capacity = k_cache.dim() == 4 ? k_cache.size(1) : 0;
     const auto ring = [&](const char* name, const Tensor& x) {
       KERNELS_CHECK(x.dim() == 4 && x.size(0) == rows_ && x.size(1) == capacity && capacity > 0 &&
                         x.size(2) == s_.kv_heads && x.size(3) == s_.head_dim,
                     name, " must be (", rows_, ", capacity of both, ", s_.kv_heads, ", ",
                     s_.head_dim, ")");
-      char* data = vector_data<char>(name, x, s_.stored, rows_ * capacity * s_.kv());
-      return rolling_cache::Heads{data, capacity * slot, slot, head};
+      void* data = vector_data<void>(name, x, s_.stored, rows_ * capacity * s_.kv());
+      return Heads{data, capacity * slot, slot, head};
     };
     u.k_cache = ring("k_cache", k_cache);
     u.v_cache = ring("v_cache", v_cache);
@@ -309,7 +312,7 @@ class Step {
   }
 
   // Of the tokens that `u` has turned and written.
-  void attend(const rolling_cache::Update& u, int64_t window_left) const {
+  void attend(const kernels::Update& u, int64_t window_left) const {
     kernels::Decode d{};
     d.q = u.q_out.data;
     d.k_cache = u.k_cache.data;
@@ -350,7 +353,7 @@ class Step {
   const int64_t rows_;
   const Between m_;
   std::vector<int32_t> cu_seqlens_;
-  std::vector<rolling_cache::Update> updates_;
+  std::vector<kernels::Update> updates_;
 };
 
 void decoder_step(int64_t decoder, const Tensor& token_ids, const Tensor& cos, const Tensor& sin,
@@ -368,7 +371,7 @@ void decoder_step(int64_t decoder, const Tensor& token_ids, const Tensor& cos, c
 
 }  // namespace
 
-LIBRARY_FRAGMENT(KERNELS_NAMESPACE, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(mistral_kernels, m) {
   m.def(
       "make_decoder(Tensor embedding, Tensor?[] weights, Tensor norm, Tensor head, "
       "Tensor? head_scales, int[] windows_left, int head_dim, float eps) -> int");
@@ -378,11 +381,11 @@ LIBRARY_FRAGMENT(KERNELS_NAMESPACE, m) {
       "Tensor(b!)[] v_caches, Tensor(c!) lengths, Tensor(d!) logits) -> ()");
 }
 
-LIBRARY_IMPL(KERNELS_NAMESPACE, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CompositeExplicitAutograd, m) {
   m.impl("drop_decoder", TORCH_BOX(&drop_decoder));
 }
 
-LIBRARY_IMPL(KERNELS_NAMESPACE, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
   m.impl("make_decoder", TORCH_BOX(&make_decoder));
   m.impl("decoder_step", TORCH_BOX(&decoder_step));
 }

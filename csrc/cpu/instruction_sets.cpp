@@ -1,6 +1,6 @@
-#include "dispatch.h"
+#include "instruction_sets.h"
 
-#include "../check.h"
+#include "operator.h"
 
 namespace kernels {
 namespace {
@@ -44,3 +44,13 @@ void use_instruction_set(std::string name) {
 }
 
 }  // namespace kernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mistral_kernels, m) {
+  m.def("instruction_sets() -> str");
+  m.def("use_instruction_set(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CompositeExplicitAutograd, m) {
+  m.impl("instruction_sets", TORCH_BOX(&kernels::instruction_sets));
+  m.impl("use_instruction_set", TORCH_BOX(&kernels::use_instruction_set));
+}
