@@ -223,8 +223,10 @@ def _out_of_place(rotate: Rotate) -> Callable[..., tuple[Tensor, Tensor]]:
 def _in_place(rotate: Rotate) -> Callable[..., None]:
     """Return the implementation of the operator `rotary_`."""
 
-    def rotary_(q: Tensor, k: Tensor, *args: Any) -> None:
-        rotate(q, k, (q, k), Turn._make((*args, False)))
+    def rotary_(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool
+    ) -> None:
+        rotate(q, k, (q, k), Turn(cos, sin, positions, interleaved, False))
 
     return rotary_
 
