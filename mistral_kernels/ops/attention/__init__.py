@@ -50,9 +50,9 @@ def attention(
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of a batch, rectangular or packed. Differentiable once in q, k and v.
+    """Compute attention of a batch, rectangular or packed. Differentiable once in q, k and v.
 
-    Time follows the window, and memory the output: scores never exist but for a tile.
+    Time is proportional to the visible pairs; memory to the output: only tiles of scores exist.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), or packed (total_q, num_heads, head_dim) with
@@ -60,7 +60,7 @@ def attention(
             at most 256. Any strides; a last dimension that is not contiguous is copied.
         k, v: (batch, seqlen_k, num_kv_heads, head_dim), or packed (total_k, ...), of q's dtype;
             num_kv_heads divides num_heads.
-        causal: no query sees past its own place.
+        causal: no query sees past its own position.
         sliding_window: how many keys a query sees, its own included; None for no window.
         window_size: the same as inclusive distances (left, right), -1 for no bound.
         softmax_scale: positive; head_dim^-0.5 if None.
@@ -68,10 +68,10 @@ def attention(
         alibi_slopes: (num_heads,) or (batch, num_heads); slope * |distance| is subtracted
             (arXiv:2108.12409).
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on q's device, where each packed sequence
-            begins and the last ends; from 0, never decreasing. cu_seqlens_k is cu_seqlens_q if
+            starts and the last one ends; from 0, never decreasing. cu_seqlens_k is cu_seqlens_q if
             None. Sequences may be empty.
         max_seqlen_q, max_seqlen_k: at least the longest sequence; the number of tokens if None,
-            which is right but may launch programs that find nothing to do.
+            which is right but may launch programs without work.
         return_lse: also return the log-sum-exp of the scores, float32 (batch, num_heads, seqlen_q)
             or packed (num_heads, total_q), through which no gradient flows.
 
@@ -130,15 +130,14 @@ def rolling_cache_attention(
     softmax_scale: float | None = None,
     counters: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of new tokens over the rolling cache and over themselves.
+    """Compute causal attention of new tokens over the rolling cache and over themselves.
 
-    Differentiable; without a gradient, keys are read from the ring where they lie, each once, and
-    nothing is read from the device.
+    Differentiable. Without a gradient, keys are read from the ring in place, each once, and no
+    value is copied to the host.
 
-    With k and v, the ring is read as it was before the new tokens: call this first, then
-    `rolling_cache_update_`. A single new token overwrites only the key that has just left its
-    window, so for one token a sequence the order may be turned round: update, then attend with k
-    and v of None, and every key is read from the ring.
+    With k and v, the ring must not hold the new tokens yet: call `rolling_cache_update_` after
+    this. With k and v of None, for one new token per sequence, call it before.
+    `RollingCache.attend` does both in the right order.
 
     Args:
         q: (total_tokens, num_heads, head_dim), packed.
