@@ -13,8 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.attention.cache_view import CacheView
-from mistral_kernels.ops.attention.cached import attend_cached
 from mistral_kernels.ops.attention.checks import (
     check_num_splits,
     check_options,
@@ -22,6 +20,8 @@ from mistral_kernels.ops.attention.checks import (
     check_scoring,
     check_slopes,
 )
+from mistral_kernels.ops.attention.ops import attend_cached
+from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.checks import (
     can_read,
@@ -159,16 +159,17 @@ def flash_attn_with_kvcache(
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * new
         packed = (with_unit_stride(x).flatten(0, 1) for x in (k, v))
         update_op(k_cache, v_cache, *packed, lengths, cu_seqlens, new, cache_batch_idx, block_table)
-    view = lengths, None, new, cache_batch_idx, cache_leftpad, block_table
+    view = lengths, new, cache_batch_idx, cache_leftpad, block_table
+    spec = AttentionSpec(
+        Sequences(None, None, seqlen_q, new),
+        window,
+        softmax_scale,
+        softcap,
+        alibi_slopes,
+        CacheView(k_cache, v_cache, *view),
+    )
     out, lse = attend_cached(
-        *(q, None, None, CacheView(k_cache, v_cache, *view)),
-        window=window,
-        max_seqlen_q=seqlen_q,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        return_lse=return_softmax_lse,
-        num_splits=num_splits,
+        q, None, None, spec, return_lse=return_softmax_lse, num_splits=num_splits
     )
     return (out, lse) if return_softmax_lse else out
 

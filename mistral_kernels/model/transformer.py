@@ -62,17 +62,16 @@ class MistralForCausalLM(CausalLM):
     ) -> MistralForCausalLM:
         """Load a raw or Hugging Face checkpoint; peak memory is the model and one tensor.
 
-        On the CPU, weights that need no change (of safetensors, in the stored dtype and order, on
-        boundaries of pages, as `convert` and `save_pretrained` write them) are not copied but
-        mapped, and read when first used. The file may be renamed, replaced or removed meanwhile,
-        but not written to.
+        On the CPU, weights that need no change are memory-mapped and read when first used:
+        safetensors in the stored dtype and order, page-aligned, as `convert` and `save_pretrained`
+        write them. The file may then be renamed, replaced or removed, but not written to.
 
         Args:
             path: a folder, a Hugging Face hub id, or "tiny" for the bundled model.
-            dtype: of the weights in memory; None: as most of them are stored.
-            device: where they go.
-            quantize: "int8": the projections and the head are held in 8 bits, which makes decode
-                steps on the CPU nearly twice as fast (see `ops.linear_int8`); embedding, norms and
+            dtype: data type of the weights in memory; None: as most of them are stored.
+            device: device of the weights.
+            quantize: "int8": hold the projections and the head in 8 bits, which makes decode steps
+                on the CPU nearly twice as fast (see `ops.linear_int8`). Embedding, norms and
                 activations keep `dtype`. Such a model cannot be trained or saved.
             overrides: configuration fields to replace, such as `sliding_window=1024`; see
                 `MistralConfig.with_replaced`.

@@ -22,7 +22,8 @@ _MAX_TOKENS = Range(int, 0)
 class TextDelta:
     """Piece of one text; `finish_reason` ("eos", "stop" or "length") comes with the last.
 
-    `text` may be empty: a character, or what may become a stop string, is held until it is whole.
+    `text` may be empty: an incomplete character, and the possible start of a stop string, are held
+    back.
     """
 
     index: int
@@ -114,14 +115,14 @@ def stream_generate(
     """Generate a text for each prompt, yielding the pieces as their tokens come.
 
     Args:
-        prompts: a text, or a list of texts (BOS is put in front where the tokenizer adds it) and of
-            lists of token ids. Lengths may differ; nothing is padded.
-        max_tokens: at most so many new tokens each.
+        prompts: a text, or a list of texts (with BOS where the tokenizer adds it) and of lists of
+            token ids. Lengths may differ; nothing is padded.
+        max_tokens: upper bound of new tokens per text.
         sampler: None: greedy.
-        stop: a string, or several; a text ends before the one that begins first in it.
+        stop: a string, or several; a text ends before the stop string that begins first.
         ignore_eos: do not end a text at the model's end-of-text token.
-        cache: of earlier text, which the prompts continue; see `MistralForCausalLM.stream`.
-        context: the tokens of that text, for a repetition penalty to count.
+        cache: cache of earlier text, which the prompts continue; see `MistralForCausalLM.stream`.
+        context: the tokens of that text, for a repetition penalty.
         prefill_chunk: tokens of a prompt in one pass.
         standalone: the texts are answers, not continuations: a space that a tokenizer puts before
             a first word is not part of them.

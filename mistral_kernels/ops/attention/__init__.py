@@ -15,18 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.attention.cache_view import CacheView
-from mistral_kernels.ops.attention.cached import attend_cached
 from mistral_kernels.ops.attention.checks import (
     check_ndim,
     check_options,
     check_qkv,
 )
-from mistral_kernels.ops.attention.op import attend
+from mistral_kernels.ops.attention.ops import (
+    attend_cached,
+    attend_differentiably,
+    attention_forward_op,
+)
+from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.cache_arguments import check_one_per_row
 from mistral_kernels.ops.checks import check_optional_tensors, check_tensors
 from mistral_kernels.ops.dispatch import with_unit_stride
+from mistral_kernels.ops.operator import needs_gradient
 
 
 def attention(
@@ -83,24 +87,32 @@ def attention(
     check_optional_tensors(
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes
     )
-    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if value is not None and cu_seqlens_q is None:
-            raise ValueError(f"{name} is for packed batches and needs cu_seqlens_q too")
-    for name, x in (("q", q), ("k", k)):
-        check_ndim(name, x, 4 if cu_seqlens_q is None else 3)
+    if cu_seqlens_q is None and not max_seqlen_q is max_seqlen_k is None:
+        name = "max_seqlen_k" if max_seqlen_q is None else "max_seqlen_q"
+        raise ValueError(f"{name} is for packed batches and needs cu_seqlens_q too")
+    ndim = 4 if cu_seqlens_q is None else 3
+    check_ndim("q", q, ndim)
+    check_ndim("k", k, ndim)
     tokens_q, tokens_k = q.shape[-3], k.shape[-3]
-    out, lse = attend(
-        *(with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)),
-        window=resolve_window(causal, window_size, sliding_window),
-        softmax_scale=softmax_scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=_as_length("max_seqlen_q", max_seqlen_q, tokens_q),
-        max_seqlen_k=_as_length("max_seqlen_k", max_seqlen_k, tokens_k),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        return_lse=return_lse,
+    if cu_seqlens_k is cu_seqlens_q:  # torch.compile takes no tensor twice
+        cu_seqlens_k = None
+    spec = AttentionSpec(
+        Sequences(
+            cu_seqlens_q,
+            cu_seqlens_k,
+            tokens_q if max_seqlen_q is None else _length("max_seqlen_q", max_seqlen_q, tokens_q),
+            tokens_k if max_seqlen_k is None else _length("max_seqlen_k", max_seqlen_k, tokens_k),
+        ),
+        resolve_window(causal, window_size, sliding_window),
+        softmax_scale,
+        softcap,
+        alibi_slopes,
     )
+    q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
+    if needs_gradient(q, k, v):
+        out, lse = attend_differentiably(q, k, v, spec, return_lse)
+    else:
+        out, lse = attention_forward_op(q, k, v, *spec.flatten(), return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -158,27 +170,28 @@ def rolling_cache_attention(
             "k and v may be None only for one new token per sequence, got "
             f"{q.shape[0]} tokens for {lengths.shape[0]} sequences, max_seqlen {max_seqlen}"
         )
-    check_options(True, softmax_scale, 0.0)
+    if softmax_scale is not None:
+        check_options(True, softmax_scale, 0.0)
     out, _ = attend_cached(
         with_unit_stride(q),
         k if k is None else with_unit_stride(k),
         v if v is None else with_unit_stride(v),
-        CacheView(k_cache, v_cache, lengths.contiguous(), cu_seqlens.contiguous()),
-        window=resolve_window(True, None, sliding_window),
-        max_seqlen_q=max_seqlen,
+        AttentionSpec(
+            Sequences(cu_seqlens.contiguous(), None, max_seqlen, max_seqlen),
+            resolve_window(True, None, sliding_window),
+            softmax_scale,
+            cache=CacheView(k_cache, v_cache, lengths.contiguous()),
+        ),
         counters=counters,
-        softmax_scale=softmax_scale,
     )
     return out
 
 
-def _as_length(name: str, value: Any, default: int) -> int:
-    if value is None:
-        return default
+def _length(name: str, value: Any, tokens: int) -> int:
     if torch.compiler.is_compiling():  # one that torch.compile keeps open, `index` would fix
         return value
     try:
-        return min(operator.index(value), default)
+        return min(operator.index(value), tokens)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
 
