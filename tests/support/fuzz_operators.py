@@ -18,10 +18,10 @@ import random
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from peak_memory import peak_memory
 from torch import Tensor
 
 import mistral_kernels
@@ -799,12 +799,6 @@ def call_csrc(name: str, dtype: torch.dtype) -> None:
     arguments = change(CSRC[name](dtype))
     with contextlib.suppress(RuntimeError, ValueError, TypeError, NotImplementedError):
         getattr(_OPS, name)(*arguments)
-
-
-def peak_memory() -> int:
-    """Return VmHWM in bytes; ru_maxrss would begin at the size of the process that started this."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) << 10
 
 
 def main(seed: int, count: int) -> int:
