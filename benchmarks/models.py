@@ -20,8 +20,7 @@ from mistral_kernels import MistralConfig, MistralForCausalLM
 from mistral_kernels.checkpoint import save_hf
 from mistral_kernels.checkpoint.names import expected_shapes
 from mistral_kernels.model.cache import Packing
-from mistral_kernels.model.decoding import DecodeStep
-from mistral_kernels.model.sampling import Sampler
+from mistral_kernels.model.engine import engine_for
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 
 CHUNK = 512  # of a prompt that transformers is given a cache for
@@ -45,13 +44,6 @@ class Engine:
     def loss(self, ids: Tensor) -> Tensor:
         """Return the loss of predicting each token but the first; gradients for all weights."""
         raise NotImplementedError
-
-
-class LogitsStep(DecodeStep):
-    """The step of generation, on CUDA a recorded one: its logits in place of the next tokens."""
-
-    def choose(self, logits: Tensor) -> None:
-        self.logits = logits
 
 
 class Ours(Engine):
@@ -79,13 +71,12 @@ class Ours(Engine):
         self.model.eval()
         cache = self.model.new_cache(ids.shape[0], ids.shape[1] + steps)
         self.model.prefill(_lists(ids), cache)
-        recorded = LogitsStep(self.model, cache, Sampler(temperature=0))
+        engine = engine_for(self.model, cache)
 
         @torch.inference_mode()
         def step(tokens: Tensor) -> Tensor:
-            recorded.token_ids.copy_(tokens)
-            recorded()
-            return recorded.logits.clone() if recorded.captures else recorded.logits
+            logits = engine.step(tokens)
+            return logits.clone() if tokens.is_cuda else logits  # a graph overwrites its logits
 
         return step
 

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from support import helpers  # the tolerance rule of the tests
 from torch import Tensor
 
 from mistral_kernels.ops import reference
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from support import helpers  # the tolerance rule of the tests
 
 HALVES = (torch.float16, torch.bfloat16)
 

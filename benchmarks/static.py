@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from support import helpers
 
-from benchmarks.registry import helpers
 from mistral_kernels import (
     apply_rotary,
     attention,

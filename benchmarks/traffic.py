@@ -1,9 +1,9 @@
 """Bytes that the memory-bound operators move, over the least possible, at Mistral-7B's sizes.
 
-    python benchmarks/traffic.py
+    python -m benchmarks.traffic
 
 Prints a Markdown table. Kernels, ours and Liger-Kernel's, are compiled for sm_80 and executed on
-the CPU by ptxrun, which has to be on PYTHONPATH and counts what they read and write; no time is
+the CPU by ptxrun, which counts what they read and write; no time is
 measured. Over the least bytes, which are each input and each output of the operator once: "DRAM",
 the distinct bytes that each launch touches, and "sectors", all sectors of 32 bytes that its
 accesses ask the caches for. "bytes a lane": of an average access to global memory, of 16 at most.
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import ptxrun
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,11 +27,6 @@ from mistral_kernels.ops import reference
 from mistral_kernels.ops.rms_norm import rms_norm
 from mistral_kernels.ops.rotary import apply_rotary, rotary_tables
 from mistral_kernels.ops.swiglu import swiglu
-
-try:
-    import ptxrun
-except ImportError:
-    ptxrun = None
 
 TOKENS, HIDDEN, INTERMEDIATE = 2048, 4096, 14336
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -274,8 +270,8 @@ def cells(traffic: Traffic, least: int) -> str:
 
 
 def main() -> int:
-    if ptxrun is None:
-        print("traffic.py needs ptxrun, which executes and counts: put it on PYTHONPATH")
+    if reason := ptxrun.missing():
+        print(f"traffic.py cannot execute PTX: {reason}")
         return 1
     ptxrun.install()
     os.environ["MISTRAL_KERNELS_BACKEND"] = "triton"

@@ -41,6 +41,7 @@ from mistral_kernels.model.sampling import RANGES, Sampler
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ops import extension
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
+from mistral_kernels.ops.operator import choose_again
 from mistral_kernels.text.chat import Conversation
 from mistral_kernels.text.stats import Figures
 from mistral_kernels.text.streaming import Completion, TextDelta, generate, stream_generate
@@ -136,6 +137,7 @@ def _run(argv: Sequence[str] | None) -> None:
     args = _parser().parse_args(argv)
     if args.backend:
         os.environ[BACKEND_VARIABLE] = args.backend
+        choose_again()
     if not launched():
         return _generate(args, World(0, 1, device_of(args.device)))
     with joined(args.device) as world, _silent(not world.is_main):
@@ -248,9 +250,10 @@ def _window(text: str) -> int | str:
     if text.lower() == "none":
         return "none"
     try:
-        return COUNT(text)
+        count: int = COUNT(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}; 'none' removes the window") from None
+    return count
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

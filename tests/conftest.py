@@ -6,11 +6,14 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import ClassVar
 
+import ptxrun
 import pytest
 import torch
 from hypothesis import settings
+from support.backends import SetBackend, use_backend, without_csrc
 
 from mistral_kernels.model import transformer
 
@@ -26,6 +29,12 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="repeat the random inputs of an earlier run")
+    parser.addoption(
+        "--capability",
+        type=int,
+        default=80,
+        help="compute capability for which kernels are compiled where ptxrun executes them",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -107,33 +116,49 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def triton_runs() -> Iterator[None]:
-    """Skip unless a GPU, the interpreter or compiled PTX on the CPU runs Triton kernels."""
+def triton_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run Triton kernels on a GPU, in the interpreter, or as compiled PTX on the CPU."""
     if torch.cuda.is_available() or INTERPRETING:
         yield
         return
-    ptxrun = pytest.importorskip("ptxrun", reason="no GPU, and ptxrun, which runs PTX, is absent")
-    ptxrun.install()
-    yield
-    ptxrun.uninstall()
+    if reason := ptxrun.missing():
+        pytest.skip(f"no GPU, and ptxrun cannot execute PTX: {reason}")
+    with ptxrun.running(request.config.option.capability):
+        yield
+
+
+@pytest.fixture
+def set_backend() -> Iterator[SetBackend]:
+    """Return a function that sets MISTRAL_KERNELS_BACKEND until the test ends."""
+    with ExitStack() as stack:
+        yield lambda setting: stack.enter_context(use_backend(setting))
+
+
+@pytest.fixture
+def no_csrc() -> Iterator[None]:
+    """Run the test as on a machine where csrc has no library."""
+    with without_csrc():
+        yield
 
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.kernels)])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test on the torch backend and on Triton kernels, whatever executes these here."""
     if request.param == "triton":
         request.getfixturevalue("triton_runs")
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", request.param)
-    return request.param
+    with use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture
-def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def torch_backend() -> Iterator[None]:
     """Select the torch backend, for what it alone has, float64 above all."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
+    with use_backend("torch"):
+        yield
 
 
 @pytest.fixture
-def triton_backend(monkeypatch: pytest.MonkeyPatch, triton_runs: None) -> None:
+def triton_backend(triton_runs: None) -> Iterator[None]:
     """Select Triton. Mark such tests ``kernels`` for the interpreter."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    with use_backend("triton"):
+        yield

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from support.backends import SetBackend
 
 import mistral_kernels
 from mistral_kernels import __main__ as doctor
@@ -16,8 +17,8 @@ from mistral_kernels.ops import extension, reference
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
 
 
-def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
+def test_report(capsys: pytest.CaptureFixture[str], set_backend: SetBackend) -> None:
+    set_backend(None)
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"mistral_kernels {mistral_kernels.__version__}\n")
@@ -29,15 +30,13 @@ def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert re.search(r"^csrc +cpu: (loaded from .+, kernels for \w+|not loaded: .+)$", out, re.M)
 
 
-def test_forced_backends(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(BACKEND_VARIABLE, "torch")
+def test_forced_backends(capsys: pytest.CaptureFixture[str], set_backend: SetBackend) -> None:
+    set_backend("torch")
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
     assert f"cpu: torch ({BACKEND_VARIABLE}=torch)" in out
     assert f"environment     {BACKEND_VARIABLE}=torch\n" in out
-    monkeypatch.setenv(BACKEND_VARIABLE, "fast")
+    set_backend("fast")
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
     assert f"cpu: none, {BACKEND_VARIABLE} is 'fast'; expected 'auto', 'triton' or 'torch'" in out
@@ -46,8 +45,8 @@ def test_forced_backends(
 def test_forced_instruction_set(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    operators = extension.load("cpu")
-    if operators is None:
+    operators = torch.ops.mistral_kernels
+    if not extension.load("cpu"):
         pytest.skip(extension.status("cpu"))
     usual = os.environ.get(extension.CPU_VARIABLE, operators.instruction_sets().split()[0])
     try:
@@ -70,9 +69,9 @@ def test_missing_extras_name_their_remedy(
     assert "triton          not installed: pip install triton" in out
 
 
-def test_check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check(capsys: pytest.CaptureFixture[str], set_backend: SetBackend) -> None:
     if not torch.cuda.is_available():
-        monkeypatch.setenv(BACKEND_VARIABLE, "torch")
+        set_backend("torch")
     assert doctor.main(["--check"]) == 0
     out = capsys.readouterr().out
     names = ("rms_norm", "rms_norm + residual", "apply_rotary", "swiglu", "attention, window 100")
@@ -82,12 +81,14 @@ def test_check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
 
 
 def test_check_finds_a_wrong_operator(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    set_backend: SetBackend,
 ) -> None:
     def wrong(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return reference.swiglu(gate, up) * 1.01
 
-    monkeypatch.setenv(BACKEND_VARIABLE, "auto" if torch.cuda.is_available() else "torch")
+    set_backend("auto" if torch.cuda.is_available() else "torch")
     monkeypatch.setattr(mistral_kernels, "swiglu", wrong)
     assert doctor.main(["--check"]) == 1
     flagged = [line for line in capsys.readouterr().out.splitlines() if "more than twice" in line]

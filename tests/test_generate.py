@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.graph_stand_in import GraphStandIn
 from support.helpers import assert_same_text
 from support.small_checkpoints import SMALL, varied_model
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, Sampler
 from mistral_kernels.generate import Completion, generate, stream_generate
-from mistral_kernels.model import decoding
 from mistral_kernels.text.streaming import _StopText
 
 W = 7
@@ -407,18 +407,6 @@ def test_logits_that_are_not_finite(
             list(model.stream(prompts_of(4, 9), max_new_tokens=5, sampler=sampler))
 
 
-def replayed(run: Any, generator: Any) -> Any:
-    """Replace a CUDA graph: the host's counts are not recorded."""
-    cache = run.__self__.cache
-
-    def replay() -> None:
-        counted = cache.host_lengths
-        run()
-        cache.host_lengths = counted
-
-    return replay
-
-
 @pytest.mark.parametrize("captures", [False, True])
 @pytest.mark.parametrize("hooked", [False, True])
 def test_logits_that_cease_to_be_finite(
@@ -429,8 +417,7 @@ def test_logits_that_cease_to_be_finite(
     What was made before it has been yielded, and the cache can go on.
     """
     if captures:
-        monkeypatch.setattr(decoding, "can_capture", lambda device: True)
-        monkeypatch.setattr(decoding, "capture", replayed)
+        GraphStandIn(monkeypatch)
     if hooked:
         model.model.norm.register_forward_hook(lambda *_: None)
     prompts, bad = prompts_of(4, 9), []
@@ -444,7 +431,7 @@ def test_logits_that_cease_to_be_finite(
     with pytest.raises(ValueError, match=f"logits of text 1 are not finite after {at + 1} new"):
         bad.extend(model.stream(prompts, max_new_tokens=12, cache=cache))
     assert bad == [list(tokens) for tokens in zip(*free, strict=True)][: at + 1]
-    assert not cache.torn
+    assert not cache.interrupted
     # A text that has ended may do as it likes.
     ended = model.stream(prompts, max_new_tokens=12, eos_token_ids=(free[1][at],))
     assert [tokens[0] for tokens in ended] == list(free[0])

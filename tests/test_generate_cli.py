@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.backends import SetBackend
 from support.small_checkpoints import SMALL, random_state
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, generate
@@ -44,9 +45,9 @@ Command = Callable[..., Result]
 
 
 @pytest.fixture(autouse=True)
-def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_environment(set_backend: SetBackend) -> None:
     """Undo --backend, which sets a variable of the process."""
-    monkeypatch.setenv(BACKEND_VARIABLE, "auto")
+    set_backend("auto")
 
 
 @pytest.fixture
@@ -395,7 +396,9 @@ def test_stdin_that_is_no_prompt(run: Command, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs Triton's kernels")
-def test_a_backend_that_cannot_run(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_cannot_run(
+    run: Command, monkeypatch: pytest.MonkeyPatch, set_backend: SetBackend
+) -> None:
     """The message names what chose it: the option or the variable."""
     dispatch._choose.cache_clear()
     from triton.runtime import driver
@@ -406,7 +409,7 @@ def test_a_backend_that_cannot_run(run: Command, monkeypatch: pytest.MonkeyPatch
     if os.environ.get("TRITON_INTERPRET") != "1":
         option = run("x", "--backend", "triton")
         check_error(option, f"error: --backend triton, but {reason}{remedy}leave out --backend\n")
-        monkeypatch.setenv(BACKEND_VARIABLE, "triton")
+        set_backend("triton")
         variable = f"error: {BACKEND_VARIABLE}=triton, but {reason}{remedy}unset {BACKEND_VARIABLE}"
         check_error(run("x"), f"{variable}\n")
 

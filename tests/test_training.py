@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.backends import SetBackend
 from support.small_checkpoints import SMALL, varied_model
 from torch import Tensor
 
@@ -361,13 +362,16 @@ def test_a_recipe_is_plain_adamw(corpus: Corpus) -> None:
 
 @pytest.mark.slow
 def test_kernels_train_as_torch_does(
-    corpus: Corpus, triton_runs: None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus,
+    triton_runs: None,
+    device: torch.device,
+    set_backend: SetBackend,
 ) -> None:
     """Twenty steps of the bundled model's recipe, but for small batches."""
     recipe = Recipe(steps=20, batch_size=2, seqlen=16, warmup_steps=5, eval_every=1)
     curves = {}
     for backend in ("torch", "triton"):
-        monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", backend)
+        set_backend(backend)
         torch.manual_seed(0)
         model = MistralForCausalLM(TINY).to(device, torch.bfloat16)
         curves[backend] = training.train(

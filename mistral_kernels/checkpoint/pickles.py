@@ -304,9 +304,10 @@ def _container(kind: type, value: Any) -> Any:
 
 
 def _key(key: Any) -> str | int:
-    if type(key) not in (str, int):  # hashing a deeply nested tuple would overflow the C stack
-        raise TypeError(f"a key is a {type(key).__name__}")
-    return key
+    if type(key) is str or type(key) is int:
+        return key
+    # Hashing a deeply nested tuple would overflow the C stack.
+    raise TypeError(f"a key is a {type(key).__name__}")
 
 
 def _count(value: Any) -> int:

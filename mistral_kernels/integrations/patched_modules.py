@@ -12,7 +12,7 @@ import inspect
 import operator
 from collections.abc import Callable
 from types import CellType, FunctionType, MethodType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,42 +20,14 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mistral_kernels.integrations.patch_handle import Handle, Patch, patch_of
 from mistral_kernels.integrations.transformers_attention import autocast_dtype
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 from mistral_kernels.ops.rms_norm import rms_norm
 from mistral_kernels.ops.rotary import apply_rotary
 from mistral_kernels.ops.swiglu import swiglu
 
-if TYPE_CHECKING:
-    from mistral_kernels.integrations.patching import Handle
-
 Forward = Callable[..., Any]  # unbound: the module is its first argument
-ABSENT: Any = object()  # the value of an attribute that a module does not have
-
-
-class Patch(NamedTuple):
-    """One replaced attribute.
-
-    Attributes:
-        handle: says whether the patch is on.
-        ours: the function or the config that replaces.
-        original: the function or the config that serves when the patch is off.
-        replaced: the value of the attribute before; `ABSENT` if there was none.
-    """
-
-    handle: Handle
-    ours: Any
-    original: Any
-    replaced: Any
-
-
-def patch_of(value: Any) -> Patch | None:
-    """Return the patch that put `value`, an attribute of a module, there."""
-    patch = getattr(value, "_mistral_kernels_patch", None)
-    # Wrappers take over the attributes of the function that they wrap.
-    if patch is None or patch.ours is not getattr(value, "__func__", value):
-        return None
-    return patch
 
 
 def method_of(module: nn.Module) -> tuple[str, Forward]:
@@ -82,7 +54,7 @@ def patched_forward(handle: Handle, ours: Forward, original: Forward, replaced: 
     # Not `__wrapped__`: accelerate takes off whatever has it.
     result.__signature__ = inspect.signature(original)
     result._mistral_kernels_patch = Patch(handle, forward, original, replaced)
-    return result
+    return forward
 
 
 def rms_norm_forward(_: Forward) -> Forward:

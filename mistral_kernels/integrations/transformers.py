@@ -11,7 +11,8 @@ with dynamic and static caches, padded, packed and windowed batches.
 from __future__ import annotations
 
 from mistral_kernels.integrations import versions  # noqa: F401  (before what needs the version)
-from mistral_kernels.integrations.patching import Handle, apply_mistral_kernels
+from mistral_kernels.integrations.patch_handle import Handle
+from mistral_kernels.integrations.patching import apply_mistral_kernels
 from mistral_kernels.integrations.transformers_attention import NAME, register
 from mistral_kernels.integrations.transformers_cache import RollingCache
 

@@ -208,7 +208,8 @@ def _attend_packed(
 ) -> Tensor:
     """Attend in the rows of a batch one after the other, divided by `lengths`."""
     packed = (x.flatten(0, 1) for x in (q, k, v))
-    return _attention(*packed, **lengths, **scoring).unflatten(0, q.shape[:2])
+    out = _attention(*packed, **lengths, **scoring)
+    return out.view(*q.shape[:2], *out.shape[1:])
 
 
 def _attend_in_place(

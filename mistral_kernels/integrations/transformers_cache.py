@@ -104,7 +104,7 @@ class RollingCache(Cache):
         if packing.one_each and real is None and len(set(rings.host_lengths)) == 1:
             held = packing.end if serves_directly(rings.lengths) else None
         self.step = _Step(packing, real, (batch, seqlen), held)
-        rings.torn = True
+        rings.interrupted = True
 
     def finish(self) -> None:
         """Count the new tokens, which every layer has written."""
@@ -130,7 +130,7 @@ class RollingCache(Cache):
         """
         count = -length if length <= 0 else max(self.columns - length, 0)
         if count and self.rings is not None:
-            self.rings.take_back(count)
+            self.rings.drop(count)
             self.columns -= count
 
     @property
@@ -186,7 +186,7 @@ class RollingLayer(CacheLayerMixin):
         return self.cache.windows[self.index] is not None
 
     @property
-    def is_initialized(self) -> bool:
+    def is_initialized(self) -> bool:  # type: ignore[override]  # an attribute that layers set
         return self.cache.rings is not None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
@@ -349,7 +349,7 @@ class _Step:
             padded = out.new_zeros(self.shape[0] * self.shape[1], *out.shape[1:])
             padded[self.real] = out
             out = padded
-        return out.unflatten(0, self.shape)
+        return out.view(*self.shape, *out.shape[1:])
 
     def attend_alone(
         self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scaling: float | None
@@ -362,7 +362,8 @@ class _Step:
             longest = self.packing.max_seqlen
             lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
             lengths["cu_seqlens_q"] = self.packing.cu_seqlens
-        out: Any = attention(q, k, v, sliding_window=window, softmax_scale=scaling, **lengths)
+        out = attention(q, k, v, sliding_window=window, softmax_scale=scaling, **lengths)
+        assert isinstance(out, Tensor)
         return out.flatten(0, 1) if self.packing.rectangular else out
 
 

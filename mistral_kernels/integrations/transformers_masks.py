@@ -45,7 +45,7 @@ def create_mask(
     pattern: dict[str, Any] = {"mask_function": mask_function, "use_vmap": use_vmap, **kwargs}
     pattern |= {"batch_size": batch_size, "kv_length": kv_length, "attention_mask": attention_mask}
 
-    def in_full(make: Callable[..., Any], queries: int = q_length) -> Any:
+    def in_full(make: Callable[..., Tensor | None], queries: int = q_length) -> Tensor | None:
         """Make the mask of the last `queries` queries by a function of transformers."""
         skipped = q_length - queries
         if cache_position is not None:

@@ -106,10 +106,12 @@ class RollingCache:
             shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
             self.keys.append(zeros(shape, dtype, device, large_pages=True))
             self.values.append(zeros(shape, dtype, device, large_pages=True))
-        # While the layers write. If one of them fails, what the rings hold is no text's cache.
-        self.torn = False
+        # True while the layers write, and after one of them failed: the rings are inconsistent.
+        self.interrupted = False
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.host_lengths = [0] * batch
+        # Tokens that each sequence had when some were dropped: their slots are overwritten.
+        self._written = [0] * batch
         self._one_each = torch.arange(batch + 1, dtype=torch.int32, device=device)
         # For `rolling_cache_attention`, whose calls over this cache never overlap.
         counters = num_counters(batch, config.num_key_value_heads)
@@ -134,7 +136,7 @@ class RollingCache:
 
         Raises `ValueError` if they do not fit: too many sequences, or, without a window, too long.
         """
-        if self.torn:
+        if self.interrupted:
             raise ValueError("a pass over this cache was interrupted half-way; make a new one")
         if len(seqlens) != len(self.host_lengths):
             raise ValueError(f"the cache holds {self.batch} sequences, got {len(seqlens)}")
@@ -162,7 +164,8 @@ class RollingCache:
         """Forget everything; the memory stays."""
         self.lengths.zero_()
         self.host_lengths = [0] * self.batch
-        self.torn = False
+        self._written = [0] * self.batch
+        self.interrupted = False
 
     def reorder(self, sequences: Sequence[int]) -> None:
         """Sequence i becomes what sequence `sequences[i]` was, as in a beam search. Copies rings.
@@ -175,6 +178,7 @@ class RollingCache:
         for ring in (*self.keys, *self.values, self.lengths):
             ring.copy_(ring[index])
         self.host_lengths = [self.host_lengths[i] for i in sequences]
+        self._written = [self._written[i] for i in sequences]
 
     def select(self, sequences: Sequence[int]) -> RollingCache:
         """Another cache, whose sequence i is this one's `sequences[i]`."""
@@ -188,41 +192,34 @@ class RollingCache:
         ):
             mine.copy_(theirs[index])
         chosen.host_lengths = [self.host_lengths[i] for i in sequences]
-        chosen.torn = self.torn
+        chosen._written = [self._written[i] for i in sequences]
+        chosen.interrupted = self.interrupted
         return chosen
 
     @property
     def smallest(self) -> int:
-        """Slots of the smallest ring: it is the first to overwrite what it holds."""
+        """Number of slots of the smallest ring, which is the first to overwrite keys."""
         return min(ring.shape[1] for ring in self.keys)
 
-    def take_back(self, count: int = 1) -> None:
-        """Uncount each sequence's newest `count` tokens.
+    def drop(self, count: int = 1) -> None:
+        """Drop the newest `count` tokens of every sequence.
 
-        One can always go: its slot held a key out of its sight. Raises `ValueError` where more
-        would bring keys back into sight that a ring has overwritten.
+        One token can always be dropped: the slot it overwrote held a key outside the window.
+
+        Raises `ValueError` where a ring has overwritten keys that the window would show again.
         """
-        wrapped = count > 1 and max(self.host_lengths) > self.smallest
-        if wrapped or not 0 <= count <= min(self.host_lengths):
+        kept = [length - count for length in self.host_lengths]
+        written = list(map(max, self._written, self.host_lengths))
+        lost = any(
+            n > max(self.smallest, length + 1) for n, length in zip(written, kept, strict=True)
+        )
+        if lost or count < 0 or min(kept) < 0:
             raise ValueError(
-                f"cannot take {count} tokens back from sequences of {self.host_lengths} tokens in "
-                f"rings of {self.smallest} slots"
+                f"cannot drop {count} tokens of sequences of {self.host_lengths} tokens in rings "
+                f"of {self.smallest} slots"
             )
         self.lengths -= count
-        self.host_lengths = [length - count for length in self.host_lengths]
-
-    def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens of each sequence.
-
-        Raises `ValueError` if a ring has wrapped round: what it overwrote is lost.
-        """
-        if max(self.host_lengths) > self.smallest or length > min(self.host_lengths):
-            raise ValueError(
-                f"cannot rewind sequences of {self.host_lengths} tokens in rings of "
-                f"{self.smallest} slots to {length} tokens"
-            )
-        self.lengths.fill_(length)
-        self.host_lengths = [length] * self.batch
+        self.host_lengths, self._written = kept, written
 
     def advance(self, packing: Packing) -> None:
         """Count the tokens that every layer has written."""
@@ -231,7 +228,7 @@ class RollingCache:
 
     def advance_host(self, seqlens: Sequence[int]) -> None:
         """Count, on the host, the tokens that every layer has written and the device counted."""
-        self.torn = False
+        self.interrupted = False
         self.host_lengths = [a + b for a, b in zip(self.host_lengths, seqlens, strict=True)]
 
 

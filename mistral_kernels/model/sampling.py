@@ -105,3 +105,55 @@ class Sampler:
             bound = logits.amax(dim=-1, keepdim=True) + math.log(self.min_p)
             logits = logits.masked_fill(logits < bound, -torch.inf)
         return logits
+
+
+class NextTokens:
+    """The newest token of each sequence: chosen on the device, then copied to the host.
+
+    `choose` and `begin_read` wait for nothing, so that the next step can be queued before
+    `finish_read` waits for the copy.
+
+    Attributes:
+        token_ids: (batch,) int64, on the device.
+    """
+
+    def __init__(
+        self, sampler: Sampler, batch: int, device: torch.device, seen: Tensor | None = None
+    ) -> None:
+        """`seen` (batch, vocab_size), booleans, marks each text's tokens; `choose` adds its own."""
+        self.sampler, self.seen = sampler, seen
+        on_gpu = device.type == "cuda"
+        # The scores follow the token ids, so that one copy reads both.
+        self._chosen = torch.zeros(2 * batch, dtype=torch.long, device=device)
+        self._host = torch.zeros(2 * batch, dtype=torch.long, pin_memory=on_gpu)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        self.token_ids, self._scores = _ids_and_scores(self._chosen)
+
+    def choose(self, logits: Tensor) -> None:
+        """Choose the next tokens from logits (batch, vocab_size)."""
+        scores = self.sampler.scores(logits, self.seen)
+        torch.max(scores.detach(), dim=-1, out=(self._scores, self.token_ids))
+        if self.seen is not None:
+            self.seen.scatter_(1, self.token_ids.unsqueeze(1), True)
+
+    def begin_read(self) -> None:
+        """Start the copy of the newest tokens to the host."""
+        self._host.copy_(self._chosen, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def finish_read(self) -> list[int | None]:
+        """Return the tokens of the last `begin_read`; None for a row without finite logits."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        token_ids, scores = (part.tolist() for part in _ids_and_scores(self._host))
+        return [
+            token if math.isfinite(score) else None
+            for token, score in zip(token_ids, scores, strict=True)
+        ]
+
+
+def _ids_and_scores(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Split (2 batch,) int64 into views: token ids, and scores as float32, (batch,) each."""
+    token_ids, scores = chosen.chunk(2)
+    return token_ids, scores.view(torch.float32)[: len(token_ids)]

@@ -1,4 +1,4 @@
-"""Mistral: the decoder and its language-modelling head."""
+"""Mistral: checkpoints to models, and models to text."""
 
 from __future__ import annotations
 
@@ -9,140 +9,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
-from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 from mistral_kernels import checkpoint
 from mistral_kernels.checkpoint.stored import check_cast
-from mistral_kernels.model.cache import Packing, RollingCache, cache_layout
-from mistral_kernels.model.config import MistralConfig, check_fields
-from mistral_kernels.model.generation import Generation
-from mistral_kernels.model.layers import (
-    MLP,
-    Attention,
-    DecoderLayer,
-    FusedLinear,
-    Linear,
-    RMSNorm,
-)
+from mistral_kernels.model import generation
+from mistral_kernels.model.config import check_fields
+from mistral_kernels.model.decoder import CausalLM
+from mistral_kernels.model.layers import FusedLinear, Linear
 from mistral_kernels.model.memory import zeros
 from mistral_kernels.model.quantization import destinations as quantized_destinations
 from mistral_kernels.model.quantization import hold_int8
 from mistral_kernels.ops import extension
-from mistral_kernels.ops.decoder_step import Decoder, serves
-from mistral_kernels.ops.rotary import rotary_tables
 
 _log = logging.getLogger("mistral_kernels")
 
 
-class MistralModel(nn.Module):
-    """The decoder without its head: token ids to normalised hidden states."""
-
-    def __init__(self, config: MistralConfig) -> None:
-        super().__init__()
-        self.config = config
-        # Not nn.Embedding(...), whose own initialisation takes seconds to load on the meta device.
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            torch.empty(config.vocab_size, config.hidden_size), freeze=False
-        )
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # In training: keep each layer's input alone, and compute the layer again going backwards.
-        self.checkpoint_activations = False
-        # Plain attributes: neither a state dict nor .to(torch.bfloat16) may touch them.
-        self._tables: tuple[Tensor, Tensor] | None = None
-
-    def forward(
-        self, input_ids: Tensor, packing: Packing, cache: RollingCache | None = None
-    ) -> Tensor:
-        """(total_tokens, hidden_size) for packed ids (total_tokens,); appends to `cache`.
-
-        Raises `ValueError` for a cache that was made for another model, dtype or device.
-        """
-        if cache is not None:
-            self.check(cache)
-        tables = self.rotary_tables(packing.end, input_ids.device)
-        hidden = self.embed_tokens(input_ids)
-        if cache is None:
-            return self._run(hidden, tables, packing, None)
-        cache.torn = True
-        out = self._run(hidden, tables, packing, cache)
-        cache.advance(packing)
-        return out
-
-    def _run(
-        self,
-        hidden: Tensor,
-        tables: tuple[Tensor, Tensor],
-        packing: Packing,
-        cache: RollingCache | None,
-    ) -> Tensor:
-        delta, residual = hidden, None
-        recomputes = self.checkpoint_activations and cache is None and torch.is_grad_enabled()
-        for layer in self.layers:
-            if recomputes:
-                delta, residual = recomputed(
-                    *(layer, delta, residual, tables, packing, cache), use_reentrant=False
-                )
-            else:
-                delta, residual = layer(delta, residual, tables, packing, cache)
-        return self.norm(delta, residual)[0]
-
-    def check(self, cache: RollingCache) -> None:
-        """Raises `ValueError` for a cache that was made for another model, dtype or device."""
-        ring, weight = cache.keys[0], self.norm.weight
-        if cache.config is not self.config and cache_layout(cache.config) != cache_layout(
-            self.config
-        ):
-            raise ValueError(
-                "the cache was made for another model; its windows, kv heads and head_dim are "
-                f"{cache_layout(cache.config)}, this model's {cache_layout(self.config)}"
-            )
-        if ring.dtype != weight.dtype or ring.device != weight.device:
-            raise ValueError(
-                f"the cache must be {weight.dtype} on {weight.device} like the model, got "
-                f"{ring.dtype} on {ring.device}"
-            )
-
-    @property
-    def num_positions(self) -> int:
-        """How many positions the rotary tables hold now; they grow, and move, when more come."""
-        return 0 if self._tables is None else self._tables[0].shape[0]
-
-    def rotary_tables(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin of that many positions, or more."""
-        tables = self._tables
-        if tables is None or tables[0].shape[0] < num_positions or tables[0].device != device:
-            size = max(2048, 1 << (num_positions - 1).bit_length())
-            with torch.inference_mode(False):  # training may want them next
-                tables = rotary_tables(size, self.config.head_dim, self.config.rope_theta, device)
-            self._tables = tables
-        return tables
-
-
-class MistralForCausalLM(Generation, nn.Module):
+class MistralForCausalLM(CausalLM):
     """A Mistral language model, under Hugging Face's parameter names.
 
     A new model has random weights (normal, standard deviation 0.02); `from_pretrained` reads a
     checkpoint.
     """
 
-    def __init__(self, config: MistralConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = MistralModel(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self._tie_weights()
-        for weight in self.parameters():
-            if weight.ndim == 2 and not weight.is_meta:
-                nn.init.normal_(weight, std=0.02)
-
-    def _tie_weights(self) -> None:
-        if self.config.tie_word_embeddings and self.lm_head.scales is None:
-            self.lm_head.weight = self.model.embed_tokens.weight
+    generate = generation.generate
+    stream = generation.stream
+    prefill = generation.prefill
+    decode = generation.decode
 
     def _allocate(self, dtype: torch.dtype, device: torch.device | str) -> None:
         """Give every parameter memory; `to_empty` would import for a second first."""
@@ -208,7 +101,7 @@ class MistralForCausalLM(Generation, nn.Module):
         with torch.device("meta"):
             model = cls(stored.config.with_replaced(**overrides))
         if quantize:
-            if extension.load("cpu") is None:
+            if not extension.load("cpu"):
                 _log.warning("%s: slower than unquantised weights", extension.status("cpu"))
             hold_int8(model)
         model._allocate(dtype or stored.dtype, device)
@@ -240,87 +133,12 @@ class MistralForCausalLM(Generation, nn.Module):
         tensors = self.state_dict().items()
         save(tensors, self.config, directory, dtype=self.dtype, extra_files=extra_files)
 
-    def decoder(self, token_ids: Tensor) -> Decoder | None:
-        """For steps of tokens such as these (batch,), with the weights that there are now.
-
-        None where a module is not as it was made, or is watched, or `serves` says no: then the
-        modules have to be called.
-        """
-        if not serves(token_ids, self.model.norm.weight, self.config.head_dim):
-            return None
-        modules = (module for module in self.modules() if module is not self)
-        if _has_any_global_hook() or not all(map(_is_plain, modules)):
-            return None
-        weights: list[Tensor | None] = []
-        windows_left = []
-        eps = {self.model.norm.eps}
-        layer: Any
-        for layer in self.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            window = attention.sliding_window
-            windows_left.append(-1 if window is None else window - 1)
-            eps |= {layer.input_layernorm.eps, layer.post_attention_layernorm.eps}
-            weights += [layer.input_layernorm.weight]
-            weights += [attention.qkv_proj.weight, attention.qkv_proj.scales]
-            weights += [attention.o_proj.weight, attention.o_proj.scales]
-            weights += [layer.post_attention_layernorm.weight]
-            weights += [mlp.gate_up_proj.weight, mlp.gate_up_proj.scales]
-            weights += [mlp.down_proj.weight, mlp.down_proj.scales]
-        if len(eps) != 1:
-            return None
-        return Decoder(
-            embedding=self.model.embed_tokens.weight,
-            weights=weights,
-            norm=self.model.norm.weight,
-            head=self.lm_head.weight,
-            head_scales=self.lm_head.scales,
-            windows_left=windows_left,
-            head_dim=self.config.head_dim,
-            eps=eps.pop(),
-        )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of hidden states and caches, and of all weights that are not quantised."""
-        return self.model.norm.weight.dtype
-
     @property
     def nbytes(self) -> int:
         """Bytes of all weights as they lie in memory."""
         scales = (module.scales for module in self.modules() if isinstance(module, Linear))
         tensors = (*self.parameters(), *(x for x in scales if x is not None))
         return sum(tensor.nbytes for tensor in tensors)
-
-    @property
-    def device(self) -> torch.device:
-        return self.lm_head.weight.device
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits (batch, seqlen, vocab_size) of input_ids (batch, seqlen). No cache is used."""
-        if input_ids.ndim != 2 or input_ids.numel() == 0:
-            raise ValueError(
-                f"input_ids must be (batch, seqlen) and not empty, got {tuple(input_ids.shape)}"
-            )
-        batch, seqlen = input_ids.shape
-        packing = Packing.of([seqlen] * batch, [0] * batch, input_ids.device)
-        return self.lm_head(self.model(input_ids.flatten(), packing)).view(batch, seqlen, -1)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return (
-        type(module) in _PLAIN
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and "forward" not in vars(module)
-        and getattr(module, "max_norm", None) is None  # of an embedding: it changes its rows
-        # A subclass of weights has products of its own.
-        and all(type(weight) is nn.Parameter for weight in module.parameters(recurse=False))
-    )
-
-
-_PLAIN = {
-    *(MistralModel, nn.Embedding, nn.ModuleList, DecoderLayer, Attention, MLP),
-    *(RMSNorm, Linear, FusedLinear),
-}
 
 
 def _map(stored: checkpoint.Checkpoint, model: nn.Module) -> set[str]:

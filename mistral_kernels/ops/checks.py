@@ -109,13 +109,18 @@ def check_device(like_name: str, like: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name} must be on {like.device} like {like_name}, got {x.device}")
 
 
+def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """Raise TypeError unless `x` has this dtype."""
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
+
+
 def check_int32(name: str, x: Tensor | None, shape: Sequence[int]) -> None:
     """Raise unless `x` is absent, or int32 of this shape."""
     if x is None:
         return
     check_shape(name, x, shape)
-    if x.dtype != torch.int32:
-        raise TypeError(f"{name} must be torch.int32, got {x.dtype}")
+    check_dtype(name, x, torch.int32)
 
 
 def check_range(name: str, x: Tensor | None, highest: int) -> None:
@@ -131,10 +136,23 @@ def check_range(name: str, x: Tensor | None, highest: int) -> None:
 def can_read(x: Tensor) -> bool:
     """Return whether the values of `x` can be checked here at no cost.
 
-    Not on a GPU, where reading waits for the device; not while tracing or compiling, where there
-    are no values; not for subclasses such as fake tensors, nor for the batched tensors of `vmap`.
+    Not on a GPU, where reading waits for the device.
     """
-    if not x.is_cpu or torch.compiler.is_compiling() or type(x) not in _PLAIN:
+    return x.is_cpu and has_memory(x)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Return whether `x` is a tensor or a parameter, not of a subclass with ways of its own."""
+    return type(x) in _PLAIN
+
+
+def has_memory(x: Tensor) -> bool:
+    """Return whether `x` has values in memory that it addresses itself.
+
+    Not while tracing or compiling; nor have subclasses such as fake tensors, meta tensors, and the
+    batched tensors of `vmap`.
+    """
+    if torch.compiler.is_compiling() or not is_plain(x) or x.is_meta:
         return False
     if torch._C._are_functorch_transforms_active():
         return not torch._C._functorch.is_functorch_wrapped_tensor(x)

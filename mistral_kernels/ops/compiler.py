@@ -48,7 +48,7 @@ _HOST_FLAGS = [
     "-fvisibility=hidden",  # both libraries define the same names, and PyTorch loads them globally
 ]
 
-# The sources in cpu/kernels are compiled for each of these; csrc/cpu/dispatch.cpp asks the
+# The sources in cpu/kernels are compiled for each of these; csrc/cpu/instruction_sets.cpp asks the
 # processor for what the flags name.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -78,7 +78,7 @@ def build_setting() -> str:
 
 
 def library_name(device_type: str) -> str:
-    """Return the file name of a library; its stem is the namespace of its operators."""
+    """Return the file name of a library."""
     return f"mistral_kernels_{device_type}.so"
 
 
@@ -236,7 +236,7 @@ def _compilations(device_type: str, architectures: str) -> list[list[str]]:
     """The arguments that compile each object of a library, in the folder of the sources."""
     flags = [
         *_FLAGS,
-        f"-DKERNELS_NAMESPACE={library_name(device_type).removesuffix('.so')}",
+        "-DKERNELS_NAMESPACE=mistral_kernels",
         f"-DKERNELS_DEVICE={device_type.upper()}",
         "-isystem",
         str(Path(torch.__file__).parent / "include"),
@@ -245,14 +245,15 @@ def _compilations(device_type: str, architectures: str) -> list[list[str]]:
         flags += ["-DKERNELS_FOR_CUDA", f"-Xcompiler={','.join(_HOST_FLAGS)}"]
         flags += _gencode(architectures)
         threads = f"--threads={_jobs()}"
-        return [[*flags, "bindings.cpp"], [*flags, threads, "rolling_cache.cu"]]
+        kernels = [[*flags, threads, source] for source in _sources("cuda", "*.cu")]
+        return [*([*flags, source] for source in _sources(".")), *kernels]
     flags += _HOST_FLAGS
     kernels = [
         [*flags, *options, f"-DINSTRUCTION_SET={name}", source]
         for name, options in INSTRUCTION_SETS.items()
         for source in _sources("cpu/kernels")
     ]
-    return [*([*flags, source] for source in ("bindings.cpp", *_sources("cpu"))), *kernels]
+    return [*([*flags, source] for source in (*_sources("."), *_sources("cpu"))), *kernels]
 
 
 def fingerprint(device_type: str, architectures: str) -> str:
@@ -267,8 +268,8 @@ def fingerprint(device_type: str, architectures: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _sources(folder: str) -> list[str]:
-    return [f"{folder}/{source.name}" for source in sorted((SOURCES / folder).glob("*.cpp"))]
+def _sources(folder: str, pattern: str = "*.cpp") -> list[str]:
+    return [f"{folder}/{source.name}" for source in sorted((SOURCES / folder).glob(pattern))]
 
 
 def _link_flags(device_type: str) -> list[str]:

@@ -14,28 +14,29 @@ one kernel, Triton's or csrc's, that reads a row of logits twice and writes it o
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops import extension, launch_configs
+from mistral_kernels.ops import launch_configs
 from mistral_kernels.ops.checks import (
     can_read,
-    check_float,
+    check_dtype,
     check_same_dtype,
     check_shape,
     check_softcap,
     check_tensors,
-    check_triton_dtype,
+    check_unit_stride,
+    check_written,
 )
 from mistral_kernels.ops.device_functions import tanh
-from mistral_kernels.ops.dispatch import device_guard, uses_triton
+from mistral_kernels.ops.dispatch import device_guard
 from mistral_kernels.ops.lazy_triton import jit
 from mistral_kernels.ops.operator import (
     Function,
+    Operator,
     absent,
-    define,
     in_transform,
     needs_gradient,
     refuse_second_derivative,
@@ -109,45 +110,40 @@ def _softmax_kernel(
             tl.store(logits_ptr + col, dz, mask=col < VOCAB)
 
 
-class _Options(NamedTuple):
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float
-
-
 def _softmax_triton(
-    logits: Tensor, targets: Tensor, scale: Tensor, options: _Options, needs_gradient: bool
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    needs_gradient: bool,
+) -> Tensor:
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     config = launch_configs.cross_entropy(logits.shape[1])
     with device_guard(logits):
         _softmax_kernel[(len(logits),)](
-            *(logits, targets.contiguous(), scale, losses, logits.stride(0)),
-            *options,
+            *(logits, targets, scale, losses, logits.stride(0)),
+            *(ignore_index, label_smoothing, z_loss, softcap),
             VOCAB=logits.shape[1],  # fixed: lanes are then masked by vectors of 16 bytes
-            SOFTCAP=options.softcap > 0,
+            SOFTCAP=softcap > 0,
             NEEDS_GRADIENT=needs_gradient,
             **config,
         )
-    return losses, logits
-
-
-def _softmax_csrc(
-    logits: Tensor, targets: Tensor, scale: Tensor, options: _Options, needs_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    losses = torch.empty(len(logits), dtype=torch.float32)
-    torch.ops.mistral_kernels_cpu.softmax(
-        logits, targets.contiguous(), scale, losses, *options, needs_gradient
-    )
-    return losses, logits
+    return losses
 
 
 def _softmax_torch(
-    logits: Tensor, targets: Tensor, scale: Tensor, options: _Options, needs_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """The losses of a chunk, and the gradient of its logits."""
-    ignore_index, smoothing, z_loss, softcap = options
+    logits: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    needs_gradient: bool,
+) -> Tensor:
     counted = targets != ignore_index
     target = targets.masked_fill(~counted, 0).unsqueeze(1)
     z = logits.to(scale.dtype)
@@ -161,23 +157,67 @@ def _softmax_torch(
     # A few rows at a time: logsumexp makes a copy of what it is given.
     log_sum = torch.cat([x.logsumexp(dim=1, keepdim=True) for x in z.split(16)])
     lse = log_sum + z_max
-    losses = log_sum - (1 - smoothing) * z.gather(1, target) + z_loss * lse.square()
-    if smoothing:
-        losses -= smoothing * z.mean(1, keepdim=True)
+    losses = log_sum - (1 - label_smoothing) * z.gather(1, target) + z_loss * lse.square()
+    if label_smoothing:
+        losses -= label_smoothing * z.mean(1, keepdim=True)
     losses = losses.squeeze(1).masked_fill(~counted, 0)
     if not needs_gradient:
-        return losses, logits
+        return losses
     # In place, the logits become their own gradient.
     dz = z.sub_(log_sum).exp_()
     if z_loss:
         dz *= 1 + 2 * z_loss * lse
-    if smoothing:
-        dz -= smoothing / dz.shape[1]
-    dz.scatter_add_(1, target, dz.new_full(target.shape, smoothing - 1))
+    if label_smoothing:
+        dz -= label_smoothing / dz.shape[1]
+    dz.scatter_add_(1, target, dz.new_full(target.shape, label_smoothing - 1))
     if cap_slope is not None:
         dz *= cap_slope
     dz *= torch.where(counted, scale, 0).unsqueeze(1)
-    return losses, dz.to(logits.dtype)
+    if dz.data_ptr() != logits.data_ptr():
+        logits.copy_(dz)
+    return losses
+
+
+def _empty_losses(logits: Tensor, targets: Tensor, scale: Tensor, *args: Any) -> Tensor:
+    return scale.new_empty(len(logits))
+
+
+def _check_softmax(logits: Tensor, targets: Tensor, scale: Tensor, *args: Any) -> None:
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must be (rows, vocab_size), got {tuple(logits.shape)}")
+    check_unit_stride("logits", logits)
+    check_written("logits", logits)
+    check_dtype("scale", scale, torch.promote_types(logits.dtype, torch.float32))
+    check_shape("scale", scale, ())
+    _check_targets(targets, logits.shape[0], logits.shape[1], *args[:-1])
+
+
+_softmax_op = Operator(
+    "cross_entropy_",
+    "(Tensor(a!) logits, Tensor targets, Tensor scale, int ignore_index, float label_smoothing,"
+    " float z_loss, float softcap, bool needs_gradient) -> Tensor losses",
+    fake=_empty_losses,
+    check=_check_softmax,
+    torch=_softmax_torch,
+    triton=_softmax_triton,
+    csrc=("cpu",),
+)
+
+
+def _check_accumulate(total: Tensor, x: Tensor) -> None:
+    check_shape("x", x, total.shape)
+    check_written("total", total)
+
+
+# total += x, total of a wider dtype: PyTorch's own would first make x a tensor of that.
+_accumulate_op = Operator(
+    "accumulate_",
+    "(Tensor(a!) total, Tensor x) -> ()",
+    fake=lambda *args: None,
+    check=_check_accumulate,
+    torch=lambda total, x: total.add_(x) and None,
+    csrc=("cpu",),
+)
 
 
 Outputs = tuple[Tensor, Tensor, Tensor]  # loss, dhidden, dweight; `absent` where there is none
@@ -195,12 +235,8 @@ def _forward(
     needs_dhidden: bool,
     needs_dweight: bool,
 ) -> Outputs:
-    operators = None if uses_triton(hidden) else extension.cpu_operators(hidden)
-    softmax = _softmax_torch if operators is None else _softmax_csrc
-    if uses_triton(hidden):
-        softmax = _softmax_triton
-        check_triton_dtype("hidden", hidden)
-    options = _Options(ignore_index, label_smoothing, z_loss, softcap)
+    options = ignore_index, label_smoothing, z_loss, softcap
+    targets = targets.contiguous()
     outputs = _empty_outputs(hidden, weight, needs_dhidden, needs_dweight)
     total, dhidden, dweight_out = (
         x if need else None
@@ -224,28 +260,25 @@ def _forward(
         inputs = hidden[chunk]
         z = torch.mm(inputs, weight.mT, out=logits[: len(inputs)])
         needs_dlogits = needs_dhidden or needs_dweight
-        losses, dlogits = softmax(z, targets[chunk], scale, options, needs_dlogits)
-        total += losses.sum()
+        total += _softmax_op(z, targets[chunk], scale, *options, needs_dlogits).sum()
         if dhidden is not None:
-            torch.mm(dlogits, weight, out=dhidden[chunk])
+            torch.mm(z, weight, out=dhidden[chunk])
         if dweight is not None and dweight is dweight_out:
-            dweight.addmm_(dlogits.mT, inputs)
+            dweight.addmm_(z.mT, inputs)
         elif dweight is not None:
-            _add_product(dweight, dlogits.mT, inputs, operators)
-        del losses, dlogits  # before the next chunk's are there
+            _add_product(dweight, z.mT, inputs)
     if dweight_out is not None and dweight is not None and dweight is not dweight_out:
         dweight_out.copy_(dweight)
     return total * scale, *outputs[1:]
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, operators: Any | None) -> None:
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, total of a wider dtype."""
-    add = Tensor.add_ if operators is None else operators.accumulate
     rows = max(1, _SHARE_ELEMENTS[total.device.type] // max(1, total.shape[1]))
     share = b.new_empty(min(rows, len(total)), total.shape[1])
     for start in range(0, len(total), rows):
         part = total[start : start + rows]
-        add(part, torch.mm(a[start : start + rows], b, out=share[: len(part)]))
+        _accumulate_op(part, torch.mm(a[start : start + rows], b, out=share[: len(part)]))
 
 
 def _empty_outputs(hidden: Tensor, weight: Tensor, *args: Any) -> Outputs:
@@ -260,8 +293,6 @@ def _empty_outputs(hidden: Tensor, weight: Tensor, *args: Any) -> Outputs:
 def _check(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, mean: bool, *args: Any
 ) -> None:
-    label_smoothing, z_loss, softcap, *_ = args
-    check_float("hidden", hidden)
     check_same_dtype("weight", weight, "hidden", hidden)
     if (
         hidden.ndim != 2
@@ -273,30 +304,42 @@ def _check(
             "hidden and weight must be (num_tokens, hidden_size) and (vocab_size, hidden_size), "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
-    check_shape("targets", targets, hidden.shape[:1])
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets must be torch.int64, got {targets.dtype}")
+    _check_targets(targets, hidden.shape[0], weight.shape[0], ignore_index, *args[:3])
+
+
+def _check_targets(
+    targets: Tensor,
+    num_tokens: int,
+    vocab_size: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> None:
+    check_shape("targets", targets, (num_tokens,))
+    check_dtype("targets", targets, torch.int64)
     if can_read(targets):
-        stray = targets[((targets < 0) | (targets >= len(weight))) & (targets != ignore_index)]
+        stray = targets[((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)]
         if len(stray):
             raise ValueError(
-                f"targets must lie in [0, {len(weight)}) or be {ignore_index}, got {stray[0]}"
+                f"targets must be in [0, {vocab_size}) or {ignore_index}, got {stray[0]}"
             )
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be >= 0 and finite, got {z_loss}")
     check_softcap(softcap)
 
 
-_forward_op = define(
+_forward_op = Operator(
     "linear_cross_entropy",
     "(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, bool mean,"
     " float label_smoothing, float z_loss, float softcap, bool needs_dhidden, bool needs_dweight)"
     " -> (Tensor loss, Tensor dhidden, Tensor dweight)",
-    _forward,
-    _empty_outputs,
-    _check,
+    fake=_empty_outputs,
+    check=_check,
+    torch=_forward,
+    triton=_forward,
 )
 
 

@@ -16,13 +16,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
-
-from mistral_kernels.ops import extension
 
 BACKEND_VARIABLE = "MISTRAL_KERNELS_BACKEND"
 _NO_GUARD = contextlib.nullcontext()
-_PLAIN = (torch.Tensor, torch.nn.Parameter)  # not their subclasses, which have ways of their own
 
 
 class Backend(NamedTuple):
@@ -48,39 +44,30 @@ def choose_backend(device: torch.device) -> Backend:
         ValueError: ``MISTRAL_KERNELS_BACKEND`` is none of auto, triton, torch.
         RuntimeError: the backend cannot run here; the message names the remedy.
     """
-    return _choose(device.type, os.environ.get(BACKEND_VARIABLE, "auto"))
+    return _choose(device.type, _setting())
 
 
 def uses_triton(x: torch.Tensor) -> bool:
     """True when the Triton backend serves ``x``."""
     device_type = "cpu" if x.is_cpu else x.device.type  # the first is the quicker to ask for
-    return _choose(device_type, os.environ.get(BACKEND_VARIABLE, "auto")).name == "triton"
+    return _choose(device_type, _setting()).name == "triton"
 
 
-def direct_cpu_operators(x: torch.Tensor, *others: torch.Tensor | None) -> Any | None:
-    """Return csrc's operators if these tensors may go to them directly, else None.
+def uses_csrc(device_type: str) -> bool:
+    """Return whether csrc's kernels, where there are any, serve tensors on this type of device."""
+    setting = _setting()
+    return setting == "auto" or (setting == "torch" and device_type == "cpu")
 
-    Not so with gradients, forward-mode tangents, autocast, tracing, `torch.func`, tensor subclasses
-    or a `TorchDispatchMode`, which all go by the names of our own operators. Those lead into Python
-    once more: 0.1 ms per call whose code is not in the processor's caches.
-    """
-    if (
-        not x.is_cpu
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch.is_autocast_enabled("cpu")
-        or uses_triton(x)
-    ):
-        return None
-    wanted = torch.is_grad_enabled()
-    for tensor in (x, *others):
-        if tensor is not None and (
-            type(tensor) not in _PLAIN or not tensor.is_cpu or (wanted and tensor.requires_grad)
-        ):
-            return None
-    return extension.cpu_operators(x)
+
+def forget_choice() -> None:
+    """Read MISTRAL_KERNELS_BACKEND again at the next choice; see `operator.choose_again`."""
+    _setting.cache_clear()
+    _choose.cache_clear()
+
+
+@functools.cache
+def _setting() -> str:
+    return os.environ.get(BACKEND_VARIABLE, "auto")
 
 
 @functools.cache  # exceptions are not cached: a remedy takes effect at the next call
@@ -205,8 +192,3 @@ def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     return rows, rows.stride(0)
-
-
-def evenly_spaced(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Each as csrc takes it: contiguous in any shape, or the rows that `as_rows` makes of it."""
-    return [x if x is None or x.is_contiguous() else as_rows(x)[0] for x in tensors]

@@ -16,11 +16,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from mistral_kernels.ops import build_cache
+from mistral_kernels.ops import build_cache, dispatch
 from mistral_kernels.ops.compiler import (
     BUILD_VARIABLE,
     DEVICE_TYPES,
@@ -37,7 +37,7 @@ CPU_VARIABLE = "MISTRAL_KERNELS_CPU"
 
 
 class _Library(NamedTuple):
-    operators: Any | None
+    is_loaded: bool
     status: str
 
 
@@ -45,8 +45,8 @@ _libraries: dict[str, _Library] = {}
 _lock = threading.Lock()
 
 
-def load(device_type: str) -> Any | None:
-    """The operators for tensors on `device_type`, a namespace of `torch.ops`; None without them.
+def load(device_type: str) -> bool:
+    """Load csrc's kernels for tensors on `device_type`; return whether there are any.
 
     The first call may compile, and says so on stderr; the answer stays for the process.
 
@@ -61,14 +61,24 @@ def load(device_type: str) -> Any | None:
             if device_type not in _libraries:
                 _libraries[device_type] = _find(device_type)
             library = _libraries[device_type]
-    return library.operators
+    return library.is_loaded
 
 
-def cpu_operators(x: torch.Tensor) -> Any | None:
-    """The operators for the CPU where they serve `x` on the torch backend; float64 they do not."""
-    if not x.is_cpu or x.dtype == torch.float64:
-        return None
-    return load("cpu")
+def serves(x: torch.Tensor) -> bool:
+    """Return whether csrc's kernels for the CPU serve `x`; loads them."""
+    wanted = x.is_cpu and x.dtype != torch.float64 and dispatch.uses_csrc("cpu")
+    return wanted and load("cpu")
+
+
+def update_choice() -> None:
+    """Tell the loaded libraries whether their kernels serve, or the backend is another one."""
+    for device_type, library in _libraries.items():
+        if library.is_loaded:
+            _serve(device_type)
+
+
+def _serve(device_type: str) -> None:
+    getattr(torch.ops.mistral_kernels, f"serve_{device_type}")(dispatch.uses_csrc(device_type))
 
 
 def status(device_type: str) -> str:
@@ -87,7 +97,7 @@ def _find(device_type: str) -> _Library:
     if reason is not None:
         if installed.exists():
             reason += f"; {installed} was built at installation and is left alone"
-        return _Library(None, f"not loaded: {reason}")
+        return _Library(False, f"not loaded: {reason}")
     failures: list[Exception] = []
     try:
         if installed.exists():
@@ -103,7 +113,7 @@ def _find(device_type: str) -> _Library:
     if not isinstance(failures[-1], NotBuiltError):
         remedy = f"{BUILD_VARIABLE}=never stops further attempts"
         print(f"mistral_kernels: {_one_line(failures[-1])}; {remedy}", file=sys.stderr)
-    return _Library(None, f"not loaded: {'; '.join(map(_one_line, failures))}")
+    return _Library(False, f"not loaded: {'; '.join(map(_one_line, failures))}")
 
 
 def _from_cache(device_type: str, setting: str, failures: list[Exception]) -> _Library:
@@ -150,16 +160,17 @@ def _open(device_type: str, library: Path) -> _Library:
         torch.ops.load_library(str(library))
     except OSError as error:
         raise BuildError(f"{library} does not load: {error.__cause__ or error}") from error
-    operators = getattr(torch.ops, library_name(device_type).removesuffix(".so"))
-    if not hasattr(operators, "rolling_cache_update"):
+    if not hasattr(torch.ops.mistral_kernels, f"serve_{device_type}"):
         raise BuildError(f"{library} does not load: it lacks the operators")
+    _serve(device_type)
     status = f"loaded from {library}"
     if device_type == "cpu":
-        status += f", kernels for {_choose_instruction_set(operators)}"
-    return _Library(operators, status)
+        status += f", kernels for {_choose_instruction_set()}"
+    return _Library(True, status)
 
 
-def _choose_instruction_set(operators: Any) -> str:
+def _choose_instruction_set() -> str:
+    operators = torch.ops.mistral_kernels
     supported = operators.instruction_sets().split()
     setting = os.environ.get(CPU_VARIABLE, supported[0])
     if setting not in supported:

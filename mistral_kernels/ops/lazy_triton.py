@@ -23,6 +23,8 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+__all__ = ["LazyKernel", "jit"]
+
 
 class LazyKernel:
     """A kernel waiting for its first launch."""

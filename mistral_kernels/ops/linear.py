@@ -1,11 +1,10 @@
-"""y = x W^T: PyTorch's linear, but for few rows on the CPU.
+"""y = x W^T: PyTorch's linear, except for few rows on the CPU.
 
-Decoding multiplies every weight by one row a sequence, and takes the time of reading it. csrc's
-kernel reads it once for all rows and sums each product in the same order whatever their number: a
-row's result has the same bits alone and in any batch of up to `KERNEL_ROWS`. It computes no
-gradients; where some are wanted, and without the library, PyTorch serves. There, few rows of
-float32 would be multiplied on a single thread: as a batch of products, one for each block of W's
-rows, all threads take part.
+Decoding is memory bound: each weight is multiplied by one row per sequence. csrc's kernel reads the
+weight once for all rows and sums each product in the same order for any number of rows: a row's
+result has the same bits alone and in any batch of up to `KERNEL_ROWS`. It computes no gradients;
+PyTorch does, and serves without csrc's library. There, few rows of float32 would be multiplied on a
+single thread: as a batch of products, one per block of W's rows, all threads take part.
 """
 
 from __future__ import annotations
@@ -14,32 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_kernels.ops.dispatch import direct_cpu_operators
+from mistral_kernels.ops.checks import check_same_dtype, is_plain
+from mistral_kernels.ops.operator import Operator, needs_gradient
 
-# Up to how many rows of x the kernel serves: on Zen 4 (AVX-512 BF16) it is as fast as PyTorch at 64
-# in bfloat16, and still faster in float32 and float16. Other processors' products may be better.
+# The most rows of x for the kernel: on Zen 4 (AVX-512 BF16) it is as fast as PyTorch at 64 in
+# bfloat16, and still faster in float32 and float16. Other processors' products may be better.
 KERNEL_ROWS = 32
-# Up to how many rows of x blocks are faster (measured on two Zen 4 cores): a weight with more
+# The most rows of x for which blocks are faster (measured on two Zen 4 cores): a weight with more
 # outputs than inputs gains for longer.
 _FEW_ROWS, _FEW_ROWS_WIDE = 32, 512
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (rows, in_features) times the transpose of weight (out_features, in_features).
-
-    Differentiable; dtypes and devices as for `torch.nn.functional.linear`.
-    """
-    if not x.is_cpu or torch.compiler.is_compiling():
-        return F.linear(x, weight)
-    if (
-        x.shape[0] <= KERNEL_ROWS
-        and x.dtype == weight.dtype
-        and x.stride(-1) == weight.stride(-1) == 1
-        and (operators := direct_cpu_operators(x, weight))
-    ):
-        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-        operators.linear.default(x, weight, y)
-        return y
+def _linear_torch(x: Tensor, weight: Tensor) -> Tensor:
     threads = torch.get_num_threads()
     blocks = 2 * threads
     out_features, in_features = weight.shape
@@ -52,3 +37,49 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         parts = x @ weight.unflatten(0, (blocks, -1)).mT  # (blocks, rows, out_features / blocks)
         return parts.transpose(0, 1).flatten(1)
     return F.linear(x, weight)
+
+
+def _empty_output(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def check_shapes(x: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless x and weight are matrices that can be multiplied."""
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            "x and weight must be (rows, in_features) and (out_features, in_features), "
+            f"got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    check_shapes(x, weight)
+    check_same_dtype("weight", weight, "x", x)
+
+
+_linear_op = Operator(
+    "linear",
+    "(Tensor x, Tensor weight) -> Tensor",
+    fake=_empty_output,
+    check=_check,
+    torch=_linear_torch,
+    csrc=("cpu",),
+)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (rows, in_features) times the transpose of weight (out_features, in_features).
+
+    Differentiable; dtypes and devices as for `torch.nn.functional.linear`.
+    """
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return F.linear(x, weight)
+    if (
+        x.shape[0] > KERNEL_ROWS
+        or x.dtype != weight.dtype
+        or needs_gradient(x, weight)
+        or torch.is_autocast_enabled("cpu")
+        or not (is_plain(x) and is_plain(weight))
+    ):
+        return _linear_torch(x, weight)
+    return _linear_op(x, weight)

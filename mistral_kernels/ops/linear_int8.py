@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_kernels.ops.dispatch import direct_cpu_operators
+from mistral_kernels.ops.checks import check_dtype, check_shape
+from mistral_kernels.ops.linear import check_shapes
+from mistral_kernels.ops.operator import Operator
 
-# Up to how many rows of x the kernel serves: on Zen 4 (AVX-512 BF16) it is faster up to 256, but
-# other processors' products may be better.
+# The most rows of x for the kernel: on Zen 4 (AVX-512 BF16) it is faster up to 256, but other
+# processors' products may be better.
 _KERNEL_ROWS = 128
 _BLOCK = 1 << 20  # elements of the weight that are in x's dtype at a time: what a cache holds
 
@@ -47,27 +49,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return weight.div(scales[:, None]).round_().to(torch.int8), scales
 
 
-def linear_int8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """x (rows, in_features) times the transpose of a quantised weight: (rows, out_features).
-
-    Args:
-        x: any floating dtype, which is y's, too.
-        weight: (out_features, in_features), int8.
-        scales: (out_features,), float32.
-
-    Raises:
-        ValueError: the shapes or dtypes are not these.
-        NotImplementedError: x is not on the CPU, or wants a gradient.
-    """
-    _check(x, weight, scales)
-    if (
-        x.shape[0] <= _KERNEL_ROWS
-        and x.stride(-1) == weight.stride(-1) == 1
-        and (operators := direct_cpu_operators(x, weight, scales))
-    ):
-        y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-        operators.linear_int8.default(x, weight, scales, y)
-        return y
+def _linear_torch(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     rows = max(1, _BLOCK // max(1, weight.shape[1]))
     blocks = zip(weight.split(rows), scales.split(rows), strict=True)
     return torch.cat([F.linear(x, _dequantized(*block, x.dtype)) for block in blocks], dim=1)
@@ -78,35 +60,51 @@ def _dequantized(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(wide).mul_(scales.to(wide)[:, None]).to(dtype)
 
 
+def _empty_output(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 def _check(x: Tensor, weight: Tensor, scales: Tensor) -> None:
+    check_shapes(x, weight)
+    check_shape("scales", scales, weight.shape[:1])
+    check_dtype("weight", weight, torch.int8)
+    check_dtype("scales", scales, torch.float32)
+
+
+_linear_op = Operator(
+    "linear_int8",
+    "(Tensor x, Tensor weight, Tensor scales) -> Tensor",
+    fake=_empty_output,
+    check=_check,
+    torch=_linear_torch,
+    csrc=("cpu",),
+)
+
+
+def linear_int8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+    """x (rows, in_features) times the transpose of a quantized weight: (rows, out_features).
+
+    Args:
+        x: any floating dtype, which is y's, too.
+        weight: (out_features, in_features), int8.
+        scales: (out_features,), float32.
+
+    Raises:
+        ValueError: a shape or device does not fit.
+        TypeError: a dtype does not fit.
+        NotImplementedError: x is not on the CPU, or requires a gradient.
+    """
     if not x.is_cpu:
         raise NotImplementedError(
-            f"linear_int8: x is on {x.device}; quantised weights are for the CPU: "
-            "use unquantised ones elsewhere"
+            f"linear_int8: x is on {x.device}; quantized weights are for the CPU: "
+            "use unquantized ones elsewhere"
         )
     if torch.is_grad_enabled() and x.requires_grad:
         raise NotImplementedError(
-            "linear_int8: x wants a gradient, and there is none; use torch.no_grad(), or an "
-            "unquantised weight for training"
+            "linear_int8: x requires a gradient, and there is none; use torch.no_grad(), or an "
+            "unquantized weight for training"
         )
-    if (
-        x.ndim != 2
-        or weight.ndim != 2
-        or x.shape[1] != weight.shape[1]
-        or scales.shape != weight.shape[:1]
-    ):
-        raise ValueError(
-            "linear_int8: x, weight and scales must be (rows, in_features), (out_features, "
-            f"in_features) and (out_features,), got {tuple(x.shape)}, {tuple(weight.shape)} and "
-            f"{tuple(scales.shape)}"
-        )
-    if (
-        not x.is_floating_point()
-        or weight.dtype != torch.int8
-        or scales.dtype != torch.float32
-        or not (weight.is_cpu and scales.is_cpu)
-    ):
-        raise ValueError(
-            "linear_int8: x, weight and scales must be floating, int8 and float32 on the CPU, got "
-            f"{x.dtype}, {weight.dtype} on {weight.device} and {scales.dtype} on {scales.device}"
-        )
+    if x.ndim and x.shape[0] > _KERNEL_ROWS:
+        _check(x, weight, scales)
+        return _linear_torch(x, weight, scales)
+    return _linear_op(x, weight, scales)

@@ -1,76 +1,180 @@
-"""Declare the operators of `torch.ops.mistral_kernels`, and what PyTorch's transforms do with them.
+"""Declare the operators of `torch.ops.mistral_kernels`: one `Operator` per operator.
 
-`define` registers everything that the dispatcher must know of an operator in one place: its schema,
-its implementation for CPU and GPU tensors, its fake, a rule for `torch.func.vmap`, and errors for
-derivatives that do not exist. Derivatives that exist are those of an operator's `Function`.
+An operator's declaration names its schema, its fake, its checks and its implementations. This
+module registers them with PyTorch's dispatcher, and is the one place that chooses among them:
+
+    operator                    CPU tensors: csrc's kernel, once its library is loaded
+        first call              loads csrc's library where it has the operator, and calls again
+        otherwise               `triton` or `torch`, as `dispatch.uses_triton` decides
+    operator_python             the same without csrc, which calls it for what it does not serve
+
+Derivatives are those of an operator's `Function`; `torch.func.vmap` calls an operator once per
+example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mistral_kernels.ops import dispatch, extension
+from mistral_kernels.ops.checks import check_float, check_triton_dtype
+
 NAMESPACE = "mistral_kernels"
+_failure = threading.local()  # `error`: what the last implementation that csrc called has raised
 
 
-def define(
-    name: str,
-    schema: str,
-    implementation: Callable[..., Any],
-    fake: Callable[..., Any],
-    check: Callable[..., None],
-    *,
-    gradient_of: str | None = None,
-) -> Any:
-    """Define `torch.ops.mistral_kernels.<name>` and return its overload.
+class Operator:
+    """An operator; calling it calls `torch.ops.mistral_kernels.<name>`.
 
     Args:
         schema: without the name, in the grammar of `torch.library`, without default values. Every
             result is a tensor, since `torch.jit.trace` cannot record None: return `absent` for one
             that the caller did not request.
-        implementation: called with CPU or CUDA tensors, all on one device.
         fake: called with meta or fake tensors; returns empty tensors with true shapes and strides.
-        check: called with the arguments before either; raises for shapes, dtypes and numbers that
-            do not fit. `define` itself checks that tensors are given, on one device.
+        check: called with the arguments first; raises for shapes, dtypes and numbers that do not
+            fit. That tensors are given, on one device, and that the first one has a floating-point
+            dtype of the backend, is checked here.
+        torch: the implementation in PyTorch, for any device and dtype.
+        triton: the implementation in Triton, for float16, bfloat16 and float32; `torch` without.
+        csrc: types of the devices for which csrc registers a kernel of this operator.
         gradient_of: the public function whose backward pass this operator is, for `run_backward`.
     """
-    qualified = f"{NAMESPACE}::{name}"
-    torch.library.define(qualified, schema)
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
-    check_present, check_devices = _tensor_checks(operator)
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        fake: Callable[..., Any],
+        check: Callable[..., None],
+        torch: Callable[..., Any],
+        triton: Callable[..., Any] | None = None,
+        csrc: Sequence[str] = (),
+        gradient_of: str | None = None,
+    ) -> None:
+        self.overload = _define(name, schema)
+        self._python = _define(f"{name}_python", schema) if csrc else None
+        self._check, self._torch, self._triton, self._fake = check, torch, triton, fake
+        self._csrc = frozenset(csrc)
+        self.gradient_of = gradient_of
+        arguments = self.overload._schema.arguments
+        self._tensors = [(i, x.name) for i, x in enumerate(arguments) if "Tensor" in str(x.type)]
+        self._required = [(i, x.name) for i, x in enumerate(arguments) if str(x.type) == "Tensor"]
+        self._register(f"{NAMESPACE}::{name}")
 
-    def run(*args: Any, device_type: str = "cpu") -> Any:
+    def _register(self, qualified: str) -> None:
+        # For any device. When csrc's library is loaded, its kernels take the place of this one.
+        torch.library.impl(qualified, "default", self._load_and_run if self._csrc else self._run)
+        if "cuda" not in self._csrc:
+            torch.library.impl(qualified, "cuda", self._run)
+        torch.library.register_fake(qualified, self._run_fake)
+        torch.library.register_vmap(qualified, _one_by_one(self))
+        if self._python is not None:
+            torch.library.impl(f"{qualified}_python", "default", self._run_for_csrc)
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the operator.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit.
+            NotImplementedError: an argument has a forward-mode tangent.
+        """
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
-            _refuse_forward_mode(name)
-        check_present(args)
-        check(*args)
+            _refuse_forward_mode(self.overload.name().partition("::")[2])
+        try:
+            return self.overload(*args)
+        except RuntimeError as error:
+            failure = getattr(_failure, "error", None)
+            if failure is None or str(error) != _describe(failure):
+                raise
+            _failure.error = None
+            raise failure from None
+
+    def _load_and_run(self, *args: Any) -> Any:
+        device_type = next(
+            (args[i].device.type for i, _ in self._tensors if args[i] is not None), ""
+        )
+        if (
+            device_type in self._csrc
+            and dispatch.uses_csrc(device_type)
+            and extension.load(device_type)
+        ):
+            return self.overload(*args)
+        return self._run(*args)
+
+    def _run(self, *args: Any) -> Any:
+        name, x = self._check_arguments(args)
+        implementation = self._torch
+        if self._triton is not None and dispatch.uses_triton(x):
+            check_triton_dtype(name, x)
+            implementation = self._triton
+        device_type = x.device.type
         if torch.is_autocast_enabled(device_type):  # it would cast for PyTorch's operators in here
             with torch.autocast(device_type, enabled=False):
                 return implementation(*args)
         return implementation(*args)
 
-    def run_on_gpu(*args: Any) -> Any:
-        check_devices(args)  # the dispatcher calls this for CPU tensors among others
-        return run(*args, device_type="cuda")
+    def _run_for_csrc(self, *args: Any) -> Any:
+        try:
+            return self._run(*args)
+        except Exception as error:  # of which PyTorch's stable ABI keeps nothing
+            _failure.error = error
+            raise
 
-    def run_fake(*args: Any) -> Any:
-        check_present(args)
-        check_devices(args)
-        check(*args)
-        return fake(*args)
+    def _run_fake(self, *args: Any) -> Any:
+        self._check_arguments(args)
+        return self._fake(*args)
 
-    torch.library.impl(qualified, "cpu", run)
-    torch.library.impl(qualified, "cuda", run_on_gpu)
-    torch.library.register_fake(qualified, run_fake)
-    torch.library.register_vmap(qualified, _one_by_one(operator))
-    if gradient_of is not None:
-        _gradient_of[operator] = gradient_of
-    return operator
+    def _check_arguments(self, args: tuple[Any, ...]) -> tuple[str, Tensor]:
+        """Check all arguments; return the first tensor and its name.
+
+        The dispatcher hands on None for a tensor, and sends a call with a meta tensor among others
+        to the fake, whose results nobody computes.
+        """
+        for i, name in self._required:
+            if args[i] is None:
+                raise TypeError(f"{name} must be a tensor, got None")
+        (first, like), *others = [
+            (name, args[i]) for i, name in self._tensors if args[i] is not None
+        ]
+        for name, x in others:
+            if x.device != like.device:
+                raise ValueError(f"{name} must be on {like.device} like {first}, got {x.device}")
+        check_float(first, like)
+        self._check(*args)
+        return first, like
+
+
+def choose_again() -> None:
+    """Read MISTRAL_KERNELS_BACKEND again. Otherwise it is read once, by the first call."""
+    dispatch.forget_choice()
+    extension.update_choice()
+
+
+def python_error() -> str:
+    """Return the message of the exception that ended the last call of csrc into Python."""
+    return _describe(_failure.error)
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _define(name: str, schema: str) -> Any:
+    torch.library.define(f"{NAMESPACE}::{name}", schema)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+_define("python_error", "() -> str")
+torch.library.impl(f"{NAMESPACE}::python_error", "default", python_error)
 
 
 class Function(torch.autograd.Function):
@@ -123,7 +227,7 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def run_backward(operator: Any, *args: Any) -> Any:
+def run_backward(operator: Operator, *args: Any) -> Any:
     """Call a backward operator, whose results cannot be differentiated again."""
     if torch.compiler.is_compiling() or not needs_gradient(
         *(x for x in args if isinstance(x, Tensor))
@@ -132,14 +236,11 @@ def run_backward(operator: Any, *args: Any) -> Any:
     return _OnceFunction.call(operator, *args)
 
 
-_gradient_of: dict[Any, str] = {}
-
-
 class _OnceFunction(Function):
     public_name = "a gradient"
 
     @staticmethod
-    def forward(operator: Any, *args: Any) -> Any:
+    def forward(operator: Operator, *args: Any) -> Any:
         return operator(*args)
 
     @staticmethod
@@ -148,7 +249,7 @@ class _OnceFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        refuse_second_derivative(_gradient_of[ctx.operator])
+        refuse_second_derivative(ctx.operator.gradient_of)
 
 
 def refuse_second_derivative(name: str) -> NoReturn:
@@ -169,50 +270,19 @@ def _has_tangent(x: Any) -> bool:
     return forward_ad.unpack_dual(x, level=forward_ad._current_level).tangent is not None
 
 
-Check = Callable[[tuple[Any, ...]], None]
-
-
-def _tensor_checks(operator: Any) -> tuple[Check, Check]:
-    """Return checks that the tensors of a call are there, and that they are on one device.
-
-    The dispatcher hands on None for a tensor, and sends a call with a meta tensor among others to
-    the fake, whose results nobody computes.
-    """
-    arguments = operator._schema.arguments
-    tensors = [(i, x.name) for i, x in enumerate(arguments) if "Tensor" in str(x.type)]
-    required = [(i, x.name) for i, x in enumerate(arguments) if str(x.type) == "Tensor"]
-
-    def check_present(args: tuple[Any, ...]) -> None:
-        for i, name in required:
-            if args[i] is None:
-                raise TypeError(f"{name} must be a tensor, got None")
-
-    def check_devices(args: tuple[Any, ...]) -> None:
-        (first, device), *others = [
-            (name, args[i].device) for i, name in tensors if args[i] is not None
-        ]
-        for name, other in others:
-            if other != device:
-                raise ValueError(f"{name} must be on {device} like {first}, got {other}")
-
-    return check_present, check_devices
-
-
-def _one_by_one(operator: Any) -> Callable[..., Any]:
+def _one_by_one(operator: Operator) -> Callable[..., Any]:
     """Return a rule for `vmap` that calls the operator once per example."""
-    arguments = operator._schema.arguments
+    arguments, name = operator.overload._schema.arguments, operator.overload.name()
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         for argument, dim in zip(arguments, in_dims, strict=True):
             if dim is None and argument.alias_info is not None and argument.alias_info.is_write:
                 raise NotImplementedError(
-                    f"{operator.name()}: vmap over its other arguments would write every example "
+                    f"{name}: vmap over its other arguments would write every example "
                     f"into the same {argument.name}; give {argument.name} a batch dimension, too"
                 )
         if info.batch_size == 0:
-            raise NotImplementedError(
-                f"vmap over {operator.name()} must have a batch size > 0, got 0"
-            )
+            raise NotImplementedError(f"vmap over {name} must have a batch size > 0, got 0")
         results = [
             operator(
                 *(

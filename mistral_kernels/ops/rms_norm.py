@@ -26,26 +26,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops import extension, launch_configs
-from mistral_kernels.ops.checks import (
-    check_float,
-    check_same_dtype,
-    check_shape,
-    check_tensors,
-    check_triton_dtype,
-    is_number,
-)
-from mistral_kernels.ops.dispatch import (
-    as_rows,
-    device_guard,
-    device_properties,
-    direct_cpu_operators,
-    evenly_spaced,
-    uses_triton,
-)
+from mistral_kernels.ops import launch_configs
+from mistral_kernels.ops.checks import check_same_dtype, check_shape, check_tensors, is_number
+from mistral_kernels.ops.dispatch import as_rows, device_guard, device_properties
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
-from mistral_kernels.ops.operator import Function, absent, define, needs_gradient, run_backward
+from mistral_kernels.ops.operator import Function, Operator, absent, needs_gradient, run_backward
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -205,7 +191,6 @@ def _empty_gradients(
 def _forward_triton(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, save_rstd: bool
 ) -> Outputs:
-    check_triton_dtype("x", x)
     y, h, rstd = _empty_outputs(x, weight, residual, eps, save_rstd)
     if y.numel() == 0:
         return y, h, rstd
@@ -268,39 +253,6 @@ def _backward_triton(
     return dx, dweight
 
 
-def _forward_csrc(
-    operators: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, save_rstd: bool
-) -> Outputs:
-    y, h, rstd = _empty_outputs(x, weight, residual, eps, save_rstd)
-    outputs = y, None if residual is None else h, rstd if save_rstd else None
-    _run_csrc(operators, x, weight, residual, eps, *outputs)
-    return y, h, rstd
-
-
-def _run_csrc(
-    operators: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, *outputs: Any
-) -> None:
-    operators.rms_norm.default(*evenly_spaced(x, residual), weight.contiguous(), eps, *outputs)
-
-
-def _backward_csrc(
-    operators: Any,
-    dy: Tensor,
-    dh: Tensor | None,
-    h: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    needs_dx: bool,
-    needs_dweight: bool,
-) -> Gradients:
-    dx, dweight = _empty_gradients(dy, dh, h, weight, rstd, needs_dx, needs_dweight)
-    outputs = dx if needs_dx else None, dweight if needs_dweight else None
-    operators.rms_norm_backward.default(
-        *evenly_spaced(dy, dh, h), weight.contiguous(), rstd.contiguous(), *outputs
-    )
-    return dx, dweight
-
-
 def _forward_torch(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, save_rstd: bool
 ) -> Outputs:
@@ -337,22 +289,7 @@ def _backward_torch(
     return dx, dweight
 
 
-def _forward(x: Tensor, *args: Any) -> Outputs:
-    if uses_triton(x):
-        return _forward_triton(x, *args)
-    operators = extension.cpu_operators(x)
-    return _forward_csrc(operators, x, *args) if operators else _forward_torch(x, *args)
-
-
-def _backward(dy: Tensor, *args: Any) -> Gradients:
-    if uses_triton(dy):
-        return _backward_triton(dy, *args)
-    operators = extension.cpu_operators(dy)
-    return _backward_csrc(operators, dy, *args) if operators else _backward_torch(dy, *args)
-
-
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float = 0.0, *_: Any) -> None:
-    check_float("x", x)
     if not is_number(eps):
         raise TypeError(f"eps must be a number, got {eps!r}")
     if not 0 <= eps < math.inf:
@@ -379,21 +316,25 @@ def _check_backward(
         raise TypeError(f"rstd must be float32, or float64 like h, got {rstd.dtype}")
 
 
-_forward_op = define(
+_forward_op = Operator(
     "rms_norm_forward",
     "(Tensor x, Tensor weight, Tensor? residual, float eps, bool save_rstd)"
     " -> (Tensor y, Tensor h, Tensor rstd)",
-    _forward,
-    _empty_outputs,
-    _check,
+    fake=_empty_outputs,
+    check=_check,
+    torch=_forward_torch,
+    triton=_forward_triton,
+    csrc=("cpu",),
 )
-_backward_op = define(
+_backward_op = Operator(
     "rms_norm_backward",
     "(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, bool needs_dx,"
     " bool needs_dweight) -> (Tensor dx, Tensor dweight)",
-    _backward,
-    _empty_gradients,
-    _check_backward,
+    fake=_empty_gradients,
+    check=_check_backward,
+    torch=_backward_torch,
+    triton=_backward_triton,
+    csrc=("cpu",),
     gradient_of="rms_norm",
 )
 
@@ -456,16 +397,8 @@ def rms_norm(
             negative or not finite.
     """
     check_tensors(x=x, weight=weight)
-    if operators := direct_cpu_operators(x, weight, residual):
-        _check(x, weight, residual, eps)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        h = None if residual is None else torch.empty_like(y)
-        _run_csrc(operators, x, weight, residual, eps, y, h, None)
-    elif needs_gradient(x, weight, residual):
+    if needs_gradient(x, weight, residual):
         y, h, _ = RMSNormFunction.call(x, weight, residual, eps)
     else:
         y, h, _ = _forward_op(x, weight, residual, eps, False)
-    if residual is None:
-        return y
-    assert h is not None
-    return y, h
+    return y if residual is None else (y, h)

@@ -10,13 +10,13 @@ Four implementations give the same bits: csrc for the CPU and for CUDA, Triton, 
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops import extension, launch_configs
+from mistral_kernels.ops import launch_configs
 from mistral_kernels.ops.cache_arguments import (
     check_cache,
     check_new_tokens,
@@ -26,17 +26,12 @@ from mistral_kernels.ops.cache_arguments import (
     check_reach,
     check_rotation,
 )
-from mistral_kernels.ops.checks import check_int32, check_tensors, check_triton_dtype, check_written
-from mistral_kernels.ops.dispatch import (
-    BACKEND_VARIABLE,
-    device_guard,
-    uses_triton,
-    with_unit_stride,
-)
+from mistral_kernels.ops.checks import check_int32, check_tensors, check_written
+from mistral_kernels.ops.dispatch import device_guard, with_unit_stride
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
-from mistral_kernels.ops.operator import define, in_transform, needs_gradient
-from mistral_kernels.ops.rotary import load_angles, rotate, turn_heads
+from mistral_kernels.ops.operator import Operator, in_transform, needs_gradient
+from mistral_kernels.ops.rotary import load_angles, rotary_op, turn_heads
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -148,7 +143,6 @@ def _update_triton(
     sin: Tensor | None,
     interleaved: bool,
 ) -> None:
-    check_triton_dtype("k", k)
     batch, num_kv_heads, head_dim = lengths.numel(), *k.shape[1:]
     num_heads = 0 if q is None else q.shape[1]
     config = launch_configs.rolling_cache_update(head_dim, max_seqlen)
@@ -225,9 +219,7 @@ def _update_torch(
     total = k.shape[0]
     if q is not None and q_out is not None and cos is not None:
         *_, position = places_of_tokens(lengths, cu_seqlens, total)
-        turned_q, turned_k = rotate(q, k, cos, sin, position, interleaved, False)
-        assert turned_q is not None
-        assert turned_k is not None
+        turned_q, turned_k = rotary_op(q, k, cos, sin, position, interleaved, False)
         q_out.copy_(turned_q)
         k = turned_k
     if k_cache.device.type == "cpu" and max_seqlen > 1 and block_table is None:
@@ -254,65 +246,31 @@ def _append_(
         cache[row, : len(kept) - ahead] = kept[ahead:]
 
 
-_IN_EXTENSION = (torch.float16, torch.bfloat16, torch.float32)
+Update = Callable[..., None]
 
 
-def _implementation(k_cache: Tensor) -> Any:
-    """csrc where it can be had; Triton, and nothing else, where it was asked for by name."""
-    setting = os.environ.get(BACKEND_VARIABLE, "auto")
-    wanted = setting == "auto" or (setting == "torch" and k_cache.device.type == "cpu")
-    if wanted and k_cache.dtype in _IN_EXTENSION and k_cache.shape[-1] % 8 == 0:
-        library = extension.load(k_cache.device.type)
-        if library is not None:
-            return library.rolling_cache_update
-    return _update_triton if uses_triton(k_cache) else _update_torch
+def _without_rotation(update: Update) -> Callable[..., None]:
+    """Return the implementation of the operator `rolling_cache_update`."""
+
+    def rolling_cache_update(k_cache: Tensor, v_cache: Tensor, k: Tensor, *args: Any) -> None:
+        if k.numel():
+            update(k_cache, v_cache, k, *args, None, None, None, None, False)
+
+    return rolling_cache_update
 
 
-def _update(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *args: Any) -> None:
-    """The operator without a rotation; args: lengths, cu_seqlens, max_seqlen, rows, block_table."""
-    _run(k_cache, v_cache, k, v, *args, None, None, None, None, False)
+def _with_rotation(update: Update) -> Callable[..., Tensor]:
+    """Return the implementation of the operator `rotary_rolling_cache_update`."""
 
+    def rotary_update(k_cache: Tensor, v_cache: Tensor, k: Tensor, *args: Any) -> Tensor:
+        *packed, q, cos, sin, interleaved = args
+        q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if k.numel():
+            tables = q, q_out, cos, sin, interleaved
+            update(k_cache, v_cache, k, *packed, None, None, *tables)
+        return q_out
 
-def _run(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *args: Any) -> None:
-    def check_values() -> None:
-        lengths, cu_seqlens, max_seqlen, rows, block_table, _, _, cos, *_ = args
-        check_places(k_cache, lengths, rows, block_table)
-        check_packing(cu_seqlens, max_seqlen, k.shape[0])
-        if cos is not None:
-            check_reach(cos, lengths, cu_seqlens)
-
-    if not k.numel():
-        check_values()
-        return
-    implementation = _implementation(k_cache)
-    if implementation in (_update_triton, _update_torch):
-        check_values()
-        implementation(k_cache, v_cache, k, v, *args)
-        return
-    try:
-        implementation(k_cache, v_cache, k, v, *args)
-    except RuntimeError:  # csrc checks values itself: no need to do it twice
-        check_values()
-        raise
-
-
-def _rotary_update(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    q: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    interleaved: bool,
-) -> Tensor:
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    packed = k, v, lengths, cu_seqlens, max_seqlen, None, None
-    _run(k_cache, v_cache, *packed, q, q_out, cos, sin, interleaved)
-    return q_out
+    return rotary_update
 
 
 def _rotary_update_fake(*args: Any) -> Tensor:
@@ -337,29 +295,36 @@ def _check(
     check_new_tokens("k", k, k_cache, k.shape[0] if k.ndim else 0)
     check_new_tokens("v", v, k_cache, k.shape[0])
     check_int32("cu_seqlens", cu_seqlens, (batch + 1,))
+    check_places(k_cache, lengths, rows, block_table)
+    check_packing(cu_seqlens, max_seqlen, k.shape[0])
 
 
 def _check_rotary(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *args: Any) -> None:
     lengths, cu_seqlens, max_seqlen, q, cos, sin, _ = args
     _check(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, None, None)
     check_rotation(q, cos, sin, k)
+    check_reach(cos, lengths, cu_seqlens)
 
 
 _CACHES = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v"
 _LENGTHS = "Tensor lengths, Tensor cu_seqlens, SymInt max_seqlen"
-update_op = define(
+update_op = Operator(
     "rolling_cache_update",
     f"({_CACHES}, {_LENGTHS}, Tensor? rows, Tensor? block_table) -> ()",
-    _update,
-    lambda *args: None,
-    _check,
+    fake=lambda *args: None,
+    check=_check,
+    torch=_without_rotation(_update_torch),
+    triton=_without_rotation(_update_triton),
+    csrc=("cpu", "cuda"),
 )
-_rotary_update_op = define(
+_rotary_update_op = Operator(
     "rotary_rolling_cache_update",
     f"({_CACHES}, {_LENGTHS}, Tensor q, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
-    _rotary_update,
-    _rotary_update_fake,
-    _check_rotary,
+    fake=_rotary_update_fake,
+    check=_check_rotary,
+    torch=_with_rotation(_update_torch),
+    triton=_with_rotation(_update_triton),
+    csrc=("cpu", "cuda"),
 )
 
 
@@ -390,7 +355,8 @@ class RollingCacheUpdateFunction(torch.autograd.Function):
         dv, dv_cache = _split_gradient(dv_cache, lengths, cu_seqlens, ctx.total)
         if cos is not None and not (dq is None and dk is None):
             *_, position = places_of_tokens(lengths, cu_seqlens, ctx.total)
-            dq, dk = rotate(dq, dk, cos, sin, position, ctx.interleaved, True)
+            turned = rotary_op(dq, dk, cos, sin, position, ctx.interleaved, True)
+            dq, dk = (None if x is None else y for x, y in zip((dq, dk), turned, strict=True))
         return dk_cache, dv_cache, dk, dv, None, None, None, dq, None, None, None
 
 

@@ -12,26 +12,21 @@ before they are added (no fused multiply-add), so that every backend gives the s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops import extension, launch_configs
-from mistral_kernels.ops.checks import check_tensors, check_triton_dtype
-from mistral_kernels.ops.dispatch import (
-    device_guard,
-    direct_cpu_operators,
-    uses_triton,
-    with_unit_stride,
-)
+from mistral_kernels.ops import launch_configs
+from mistral_kernels.ops.checks import check_tensors
+from mistral_kernels.ops.dispatch import device_guard, with_unit_stride
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
-from mistral_kernels.ops.operator import Function, absent, define, in_transform, needs_gradient
+from mistral_kernels.ops.operator import Function, Operator, absent, in_transform, needs_gradient
 from mistral_kernels.ops.rotary_arguments import (
     by_token,
     check_memory,
-    check_positions,
     check_rotary,
 )
 
@@ -150,9 +145,6 @@ def _empty_outputs(q: Tensor | None, k: Tensor | None, *_: Any) -> Pair:
 
 
 def _rotate_triton(q: Tensor | None, k: Tensor | None, outputs: Pair, turn: Turn) -> None:
-    for name, x in (("q", q), ("k", k)):
-        if x is not None:
-            check_triton_dtype(name, x)
     in_place = q is outputs[0] and k is outputs[1]
     half = turn.cos.shape[-1]
     tokens = turn.positions.numel()
@@ -187,20 +179,6 @@ def _with_strides(x: Tensor | None) -> tuple[Tensor | None, int, int]:
     return x, x.stride(0), x.stride(1)
 
 
-def _rotate_csrc(
-    operators: Any, q: Tensor | None, k: Tensor | None, outputs: Pair, turn: Turn
-) -> None:
-    in_place = q is outputs[0] and k is outputs[1]
-    q, k = (x if x is None or x.is_contiguous() else by_token(x) for x in (q, k))
-    if in_place:
-        outputs = q, k
-    try:
-        operators.rotary.default(q, k, *outputs, *turn.tensors(), turn.interleaved, turn.backwards)
-    except RuntimeError:  # csrc checks the positions itself: no need to do it twice
-        check_positions(turn.positions, len(turn.cos))
-        raise
-
-
 def _rotate_torch(q: Tensor | None, k: Tensor | None, outputs: Pair, turn: Turn) -> None:
     tables = turn.cos, turn.sin
     dtype = next(torch.promote_types(x.dtype, turn.cos.dtype) for x in (q, k) if x is not None)
@@ -228,26 +206,27 @@ def _turn_torch(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, interleaved: b
         out.copy_(wide)
 
 
-def _rotate_into(q: Tensor | None, k: Tensor | None, outputs: Pair, turn: Turn) -> None:
-    like = k if q is None else q
-    assert like is not None
-    triton = uses_triton(turn.cos)
-    if not triton and (operators := extension.cpu_operators(like)):
-        _rotate_csrc(operators, q, k, outputs, turn)
-        return
-    check_positions(turn.positions, len(turn.cos))
-    (_rotate_triton if triton else _rotate_torch)(q, k, outputs, turn)
+Rotate = Callable[[Tensor | None, Tensor | None, Pair, Turn], None]
 
 
-def rotate(q: Tensor | None, k: Tensor | None, *args: Any) -> Pair:
-    """`apply_rotary` of arguments that have been checked, as its backend computes it."""
-    outputs = _empty_outputs(q, k)
-    _rotate_into(q, k, outputs, Turn(*args))
-    return outputs
+def _out_of_place(rotate: Rotate) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return the implementation of the operator `rotary`."""
+
+    def rotary(q: Tensor | None, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+        outputs = _empty_outputs(q, k)
+        rotate(q, k, outputs, Turn(*args))
+        return _present(outputs, args[0])
+
+    return rotary
 
 
-def _rotary(q: Tensor | None, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    return _present(rotate(q, k, *args), args[0])
+def _in_place(rotate: Rotate) -> Callable[..., None]:
+    """Return the implementation of the operator `rotary_`."""
+
+    def rotary_(q: Tensor, k: Tensor, *args: Any) -> None:
+        rotate(q, k, (q, k), Turn(*args, backwards=False))
+
+    return rotary_
 
 
 def _rotary_fake(q: Tensor | None, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
@@ -259,27 +238,30 @@ def _present(outputs: Pair, like: Tensor) -> tuple[Tensor, Tensor]:
     return q, k
 
 
-def _rotate_in_place(q: Tensor, k: Tensor, *args: Any) -> None:
-    cos, sin, positions, interleaved = args
+def _check_in_place(q: Tensor, k: Tensor, *args: Any) -> None:
+    check_rotary(q, k, *args)
     check_memory(q, k)
-    _rotate_into(q, k, (q, k), Turn(cos, sin, positions, interleaved, False))
 
 
-_rotary_op = define(
+rotary_op = Operator(
     "rotary",
     "(Tensor? q, Tensor? k, Tensor cos, Tensor sin, Tensor positions, bool interleaved,"
     " bool backwards) -> (Tensor q_out, Tensor k_out)",
-    _rotary,
-    _rotary_fake,
-    check_rotary,
+    fake=_rotary_fake,
+    check=check_rotary,
+    torch=_out_of_place(_rotate_torch),
+    triton=_out_of_place(_rotate_triton),
+    csrc=("cpu",),
 )
-_rotary_in_place_op = define(
+_rotary_in_place_op = Operator(
     "rotary_",
     "(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, Tensor positions, bool interleaved)"
     " -> ()",
-    _rotate_in_place,
-    lambda *args: None,
-    check_rotary,
+    fake=lambda *args: None,
+    check=_check_in_place,
+    torch=_in_place(_rotate_torch),
+    triton=_in_place(_rotate_triton),
+    csrc=("cpu",),
 )
 
 
@@ -290,7 +272,7 @@ class RotaryFunction(Function):
 
     @staticmethod
     def forward(q: Tensor | None, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-        return _rotary_op(q, k, *args)
+        return rotary_op(q, k, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -330,7 +312,7 @@ class RotaryInPlaceFunction(torch.autograd.Function):
 def _turned(q: Tensor | None, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     if needs_gradient(q, k):
         return RotaryFunction.call(q, k, *args)
-    return _rotary_op(q, k, *args)
+    return rotary_op(q, k, *args)
 
 
 def rotary_tables(
@@ -388,14 +370,7 @@ def apply_rotary(
         TypeError: q is not floating point.
     """
     check_tensors(q=q, k=k, cos=cos, sin=sin, positions=positions)
-    args = cos, sin, positions, interleaved, False
-    operators = direct_cpu_operators(q, k, cos, sin, positions)
-    if operators is None:
-        return _turned(q, k, *args)
-    q_out, k_out = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
-    check_rotary(q, k, *args)
-    _rotate_csrc(operators, q, k, (q_out, k_out), Turn(*args))
-    return q_out, k_out
+    return _turned(q, k, cos, sin, positions, interleaved, False)
 
 
 def apply_rotary_(
@@ -423,7 +398,6 @@ def apply_rotary_(
     check_tensors(q=q, k=k, cos=cos, sin=sin, positions=positions)
     if needs_gradient(q, k):
         check_rotary(q, k, cos, sin, positions)
-        check_positions(positions, len(cos))
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform():
             # There PyTorch takes no Function that works in place, or (before 2.13, in a compiled
             # graph) loses its history. Each by itself: vmap may batch only one of them.

@@ -7,17 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.checks import can_read, check_float, check_same_dtype
+from mistral_kernels.ops.checks import can_read, check_float, check_same_dtype, has_memory
 from mistral_kernels.ops.dispatch import with_unit_stride
 
 
 def check_rotary(
     q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor, *_: Any
 ) -> None:
-    """Raise unless these are arguments of `apply_rotary`, of which q or k may be absent.
-
-    The values of positions are for `check_positions`.
-    """
+    """Raise unless these are arguments of `apply_rotary`, of which q or k may be absent."""
     given = {name: x for name, x in (("q", q), ("k", k)) if x is not None}
     if not given:
         raise ValueError("q or k must be given")
@@ -48,20 +45,18 @@ def check_rotary(
                 f"{name} must be (num_positions, {head_dim / 2:g}), got {tuple(table.shape)}"
             )
     check_same_dtype("sin", sin, "cos", cos)
-
-
-def check_positions(positions: Tensor, num_positions: int) -> None:
-    """Raise ValueError unless all positions lie in the tables, where they can be read."""
     if positions.numel() and can_read(positions):
         lowest, highest = (x.item() for x in positions.aminmax())
         if lowest < 0 or highest >= num_positions:
             raise ValueError(
-                f"positions must lie in the tables' [0, {num_positions}), got {lowest} to {highest}"
+                f"positions must be in the tables' [0, {num_positions}), got {lowest} to {highest}"
             )
 
 
 def check_memory(q: Tensor, k: Tensor) -> None:
-    """The kernel's strides must reach all that is turned in place, and nothing twice."""
+    """Raise unless kernels' strides reach all that is rotated in place, and no element twice."""
+    if not (has_memory(q) and has_memory(k)):
+        return
     q_stride, q_row, q_end = _memory_of("q", q)
     k_stride, k_row, k_end = _memory_of("k", k)
     ahead = (k.data_ptr() - q.data_ptr()) // q.element_size()

@@ -19,25 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_kernels.ops import extension, launch_configs
-from mistral_kernels.ops.checks import (
-    check_float,
-    check_same_dtype,
-    check_shape,
-    check_tensors,
-    check_triton_dtype,
-)
-from mistral_kernels.ops.dispatch import (
-    as_rows,
-    device_guard,
-    direct_cpu_operators,
-    evenly_spaced,
-    uses_triton,
-    width_of,
-)
+from mistral_kernels.ops import launch_configs
+from mistral_kernels.ops.checks import check_same_dtype, check_shape, check_tensors
+from mistral_kernels.ops.dispatch import as_rows, device_guard, width_of
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
-from mistral_kernels.ops.operator import Function, absent, define, needs_gradient, run_backward
+from mistral_kernels.ops.operator import Function, Operator, absent, needs_gradient, run_backward
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -137,7 +124,6 @@ def _empty_gradients(
 
 
 def _forward_triton(gate: Tensor, up: Tensor | None) -> Tensor:
-    check_triton_dtype("gate", gate)
     y = _empty_output(gate, up)
     if y.numel() == 0:
         return y
@@ -153,8 +139,12 @@ def _forward_triton(gate: Tensor, up: Tensor | None) -> Tensor:
 
 
 def _backward_triton(
-    dy: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor | None, dup: Tensor | None
-) -> None:
+    dy: Tensor, gate: Tensor, up: Tensor | None, needs_dgate: bool, needs_dup: bool
+) -> Gradients:
+    gradients = _empty_gradients(dy, gate, up, needs_dgate, needs_dup)
+    if dy.numel() == 0:
+        return gradients
+    dgate, dup = _written(gradients, up, needs_dgate, needs_dup)
     cols = width_of(dy)
     rows = dy.numel() // cols
     dy, dy_stride = as_rows(dy)
@@ -169,6 +159,17 @@ def _backward_triton(
             NEEDS_DUP=dup is not None,
             **config,
         )
+    return gradients
+
+
+def _written(
+    gradients: Gradients, up: Tensor | None, needs_dgate: bool, needs_dup: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what is written of gate's and of up's gradient: without up, halves of one tensor."""
+    dgate, dup = gradients
+    if up is None:
+        return _parts(dgate, None) if needs_dgate else (None, None)
+    return dgate if needs_dgate else None, dup if needs_dup else None
 
 
 def _rows(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor, int, int]:
@@ -184,53 +185,25 @@ def _grid(rows: int, cols: int, config: launch_configs.Config) -> tuple[int]:
     return (cdiv(rows, config["BLOCK_ROWS"]) * cdiv(cols, config["BLOCK_COLS"]),)
 
 
-def _forward_csrc(operators: Any, gate: Tensor, up: Tensor | None) -> Tensor:
-    y = _empty_output(gate, up)
-    operators.swiglu.default(*evenly_spaced(gate, up), y)
-    return y
-
-
 def _forward_torch(gate: Tensor, up: Tensor | None) -> Tensor:
     gate, up = _parts(gate, up)
     return F.silu(gate).mul_(up).contiguous()
 
 
 def _backward_torch(
-    dy: Tensor, gate: Tensor, up: Tensor | None, dgate: Tensor | None, dup: Tensor | None
-) -> None:
+    dy: Tensor, gate: Tensor, up: Tensor | None, needs_dgate: bool, needs_dup: bool
+) -> Gradients:
+    gradients = _empty_gradients(dy, gate, up, needs_dgate, needs_dup)
+    dgate, dup = _written(gradients, up, needs_dgate, needs_dup)
     gate, up = _parts(gate, up)
     if dgate is not None:
         torch.ops.aten.silu_backward(dy * up, gate, grad_input=dgate)
     if dup is not None:
         torch.mul(F.silu(gate), dy, out=dup)
-
-
-def _forward(gate: Tensor, up: Tensor | None) -> Tensor:
-    if uses_triton(gate):
-        return _forward_triton(gate, up)
-    operators = extension.cpu_operators(gate)
-    return _forward_csrc(operators, gate, up) if operators else _forward_torch(gate, up)
-
-
-def _backward(
-    dy: Tensor, gate: Tensor, up: Tensor | None, needs_dgate: bool, needs_dup: bool
-) -> Gradients:
-    gradients = _empty_gradients(dy, gate, up, needs_dgate, needs_dup)
-    dgate = gradients[0] if needs_dgate else None
-    dup = gradients[1] if needs_dup and up is not None else None
-    triton = uses_triton(dy)
-    if not triton and (operators := extension.cpu_operators(dy)):
-        operators.swiglu_backward.default(*evenly_spaced(dy, gate, up), dgate, dup)
-        return gradients
-    if up is None and dgate is not None:  # one tensor, whose halves are written
-        dgate, dup = _parts(dgate, None)
-    if dy.numel():
-        (_backward_triton if triton else _backward_torch)(dy, gate, up, dgate, dup)
     return gradients
 
 
 def _check(gate: Tensor, up: Tensor | None) -> None:
-    check_float("gate", gate)
     if up is not None:
         check_shape("up", up, gate.shape)
         check_same_dtype("up", up, "gate", gate)
@@ -247,16 +220,24 @@ def _check_backward(dy: Tensor, gate: Tensor, up: Tensor | None, *_: Any) -> Non
     check_same_dtype("dy", dy, "gate", gate)
 
 
-_forward_op = define(
-    "swiglu_forward", "(Tensor gate, Tensor? up) -> Tensor", _forward, _empty_output, _check
+_forward_op = Operator(
+    "swiglu_forward",
+    "(Tensor gate, Tensor? up) -> Tensor",
+    fake=_empty_output,
+    check=_check,
+    torch=_forward_torch,
+    triton=_forward_triton,
+    csrc=("cpu",),
 )
-_backward_op = define(
+_backward_op = Operator(
     "swiglu_backward",
     "(Tensor dy, Tensor gate, Tensor? up, bool needs_dgate, bool needs_dup)"
     " -> (Tensor dgate, Tensor dup)",
-    _backward,
-    _empty_gradients,
-    _check_backward,
+    fake=_empty_gradients,
+    check=_check_backward,
+    torch=_backward_torch,
+    triton=_backward_triton,
+    csrc=("cpu",),
     gradient_of="swiglu",
 )
 
@@ -296,9 +277,6 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         TypeError: gate's dtype is not supported, or up has another.
     """
     check_tensors(gate=gate)
-    if operators := direct_cpu_operators(gate, up):
-        _check(gate, up)
-        return _forward_csrc(operators, gate, up)
     if needs_gradient(gate, up):
         return SwiGLUFunction.call(gate, up)
     return _forward_op(gate, up)

@@ -81,9 +81,10 @@ class Conversation:
             if ours != theirs:
                 break
             common += 1
-        if common < len(self._cached):
+        held = self._cache.host_lengths[0]
+        if common != held:
             try:
-                self._cache.rewind(common)
+                self._cache.drop(held - common)
             except ValueError:
                 self._start_anew()
                 common = 0
@@ -121,7 +122,7 @@ class Conversation:
                 yield delta
         finally:
             self._cached = (self._cached + tokens)[: self._cache.host_lengths[0]]
-            if self._cache.torn:
+            if self._cache.interrupted:
                 self._start_anew()
             if answer:
                 self.messages.append({"role": "assistant", "content": answer})

@@ -176,7 +176,7 @@ def generate(
     prompts: Prompts,
     **options: Any,
 ) -> list[Completion]:
-    """The whole texts of `stream_generate`, which see for the options."""
+    """Return the whole texts of `stream_generate`, whose options these are."""
     prompts = _checked_prompts(prompts)
     completions = [Completion(finish_reason="length") for _ in prompts]
     for delta in stream_generate(model, tokenizer, prompts, **options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ _PADDING = {True: True, "longest": True, False: False, "do_not_pad": False}
 
 
 class TokenizerError(ValueError):
-    """Error in a tokenizer file, a text, a token id or a conversation, with its reason in one line."""
+    """Error in a tokenizer file, a text, a token id or a conversation, in one line."""
 
 
 class TokenizerOutput(dict[str, Any]):
@@ -342,9 +343,10 @@ def _checked_id(value: Any) -> int:
     if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
         hint = "; batch_decode takes a batch" if isinstance(token_id, list) else ""
         raise TokenizerError(f"token ids must be integers, got {_type(value)}{hint}")
-    if (token_id := token_id.__index__()) < 0:
-        raise TokenizerError(f"token ids must be at least 0, got {token_id}")
-    return token_id
+    index = operator.index(token_id)
+    if index < 0:
+        raise TokenizerError(f"token ids must be at least 0, got {index}")
+    return index
 
 
 def _type(value: Any) -> str:

@@ -49,8 +49,9 @@ def render_template(
     variables: dict[str, Any] = {"chat_template": template, **options, **names}
     with library_errors("messages"):  # a template can fail in any way that Python can
         texts: Any = render_jinja_template(conversations=[messages], **variables)[0]
-    check_text("the rendered conversation", texts[0])
-    return texts[0]
+    text: str = texts[0]
+    check_text("the rendered conversation", text)
+    return text
 
 
 def _choose_template(

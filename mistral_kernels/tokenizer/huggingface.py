@@ -108,13 +108,15 @@ class HuggingFace(MistralTokenizer):
 
     def _encode(self, text: str) -> list[int]:
         with library_errors(f"{self.path}: the text cannot be encoded"):
-            return self._model.encode(text, add_special_tokens=False).ids
+            ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
+        return ids
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         if not ids:  # on which some decoders panic
             return ""
         with library_errors(f"{self.path}: the ids cannot be decoded"):
-            return self._model.decode(ids, skip_special_tokens=skip_special_tokens)
+            text: str = self._model.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
 
     def _stream(self, skip_special_tokens: bool) -> StreamDecoder:
         return _WindowDecoder(self, skip_special_tokens)

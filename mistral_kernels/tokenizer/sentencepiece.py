@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,8 +101,9 @@ class SentencePiece(Vendor):
         return "v1" if self._vendor_size == 32000 else None  # any other is not the vendor's
 
     def _encode(self, text: str) -> list[int]:
+        encode: Callable[[str], list[int]] = self._model.encode
         if not self._added:
-            return self._model.encode(text)
+            return encode(text)
         parts = self._split(text)  # text, token, text, ..., token, text
         for i in range(1, len(parts), 2):
             token = self._added[self._ids[parts[i]]]
@@ -114,17 +116,19 @@ class SentencePiece(Vendor):
             if i % 2:
                 ids.append(self._ids[part])
             elif part:
-                ids += (self._inner_model if i else self._model).encode(part)
+                ids += self._inner_model.encode(part) if i else encode(part)
         return ids
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         if skip_special_tokens and not self._added:
-            return self._model.decode(ids)  # 30 times as fast
+            text: str = self._model.decode(ids)  # 30 times as fast
+            return text
         stream = self._stream(skip_special_tokens)
         return "".join(map(stream._advance, ids)) + stream.flush()
 
     def _stream(self, skip_special_tokens: bool) -> StreamDecoder:
         model, at_start = self._model, True
+        decode: Callable[[list[int]], str] = model.decode
 
         def piece(token_id: int) -> bytes | str:
             nonlocal at_start
@@ -142,10 +146,10 @@ class SentencePiece(Vendor):
                 # encode() puts a space before the first word; decode() drops it there and only
                 # there. A token that decodes to "" even when repeated leaves the position at the
                 # start.
-                at_start = not model.decode([token_id, token_id])
-                return model.decode([token_id])
+                at_start = not decode([token_id, token_id])
+                return decode([token_id])
             if model.IsUnknown(token_id):
-                return model.decode([token_id])
+                return decode([token_id])
             return text.replace("\u2581", " ")
 
         return StreamDecoder(self, piece, _REPLACE_EACH_BYTE)

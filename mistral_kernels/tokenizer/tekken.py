@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,17 +42,22 @@ class Tekken(Vendor):
 
     def _encode(self, text: str) -> list[int]:
         with library_errors(f"{self.path}: the text cannot be encoded"):
-            return self._tekken.encode(text, bos=False, eos=False)
+            ids: list[int] = self._tekken.encode(text, bos=False, eos=False)
+        return ids
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         with library_errors(f"{self.path}: the ids cannot be decoded"):
-            return self._tekken.decode(ids, self._policies[skip_special_tokens])
+            text: str = self._tekken.decode(ids, self._policies[skip_special_tokens])
+        return text
 
     def _stream(self, skip_special_tokens: bool) -> StreamDecoder:
+        text_of: Callable[[int], str] = self._tekken.id_to_piece
+        bytes_of: Callable[[int], bytes] = self._tekken.id_to_byte_piece
+
         def piece(token_id: int) -> bytes | str:
             if token_id in self.all_special_ids:  # as text: it ends a run of bytes
-                return "" if skip_special_tokens else self._tekken.id_to_piece(token_id)
-            return self._tekken.id_to_byte_piece(token_id)
+                return "" if skip_special_tokens else text_of(token_id)
+            return bytes_of(token_id)
 
         return StreamDecoder(self, piece, "replace")
 

@@ -25,7 +25,8 @@ from support.patching_cases import (  # noqa: E402
     train_step,
 )
 
-from mistral_kernels.integrations.patching import PARTS, apply_mistral_kernels  # noqa: E402
+from mistral_kernels.integrations.patch_handle import PARTS  # noqa: E402
+from mistral_kernels.integrations.patching import apply_mistral_kernels  # noqa: E402
 
 
 def test_base_model() -> None:

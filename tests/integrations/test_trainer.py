@@ -14,7 +14,8 @@ from mistral_kernels import MistralTokenizer
 transformers = pytest.importorskip("transformers", reason="transformers, the trainer, is absent")
 pytest.importorskip("accelerate", reason="accelerate, which transformers' Trainer needs, is absent")
 
-from mistral_kernels.integrations.patching import PARTS, apply_mistral_kernels  # noqa: E402
+from mistral_kernels.integrations.patch_handle import PARTS  # noqa: E402
+from mistral_kernels.integrations.patching import apply_mistral_kernels  # noqa: E402
 
 TINY = Path(mistral_kernels.__file__).parent / "tiny"
 SEQLEN = 160  # longer than the window, 128

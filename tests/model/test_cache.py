@@ -117,56 +117,49 @@ def test_sizes_must_be_positive(batch: int, length: int) -> None:
 
 @pytest.mark.parametrize("window", [W, None, (None, W)])
 @torch.inference_mode()
-def test_rewind_forgets(window: int | tuple[int | None, ...] | None) -> None:
+def test_dropped_tokens_leave_no_trace(window: int | tuple[int | None, ...] | None) -> None:
+    """Before a ring wraps any number of tokens can be dropped, afterwards one."""
     model = make_model(sliding_window=window)
-    first, second = [random_ids(6), random_ids(7)], [random_ids(9), random_ids(4)]
-    for kept in (0, 1, 5, 6):
+    for lengths, count in (((6, W), 0), ((6, W), 1), ((6, W), 6), ((W + 5, 3 * W), 1)):
+        first, second = [random_ids(n) for n in lengths], [random_ids(9), random_ids(1)]
         cache = model.new_cache(2, 64)
         model.prefill(first, cache)
-        cache.rewind(kept)
-        assert cache.host_lengths == cache.lengths.tolist() == [kept, kept]
+        cache.drop(count)
+        kept = [n - count for n in lengths]
+        assert cache.host_lengths == cache.lengths.tolist() == kept
         actual = model.prefill(second, cache)
-        whole = [a[:kept] + b for a, b in zip(first, second, strict=True)]
+        whole = [a[:n] + b for a, n, b in zip(first, kept, second, strict=True)]
         expected = model.prefill(whole, model.new_cache(2, 64))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_rewind_refuses_what_is_lost() -> None:
+def test_overwritten_keys_cannot_return() -> None:
+    """Neither by dropping two tokens at once nor by dropping one token twice."""
     cache = empty_cache()
     cache.advance(cache.packing([W, 3]))
-    with pytest.raises(
-        ValueError, match=r"cannot rewind sequences of .7, 3. tokens .* to 4 tokens"
-    ):
-        cache.rewind(4)
-    cache.rewind(3)
-    cache.advance(cache.packing([W - 3, W - 2]))
-    with pytest.raises(ValueError, match="in rings of 7 slots to 2 tokens"):
-        cache.rewind(2)
-    assert cache.host_lengths == cache.lengths.tolist() == [W, W + 1], "a refusal changes nothing"
-
-
-@torch.inference_mode()
-def test_take_back_forgets() -> None:
-    """Drop any number of tokens until a ring wraps, and one token afterwards."""
-    model, ids = make_model(), random_ids(W + 5)
-    cache = model.new_cache(2, 64)
-    model.prefill([ids[:5], ids[:W]], cache)
-    cache.take_back(3)
-    assert cache.host_lengths == cache.lengths.tolist() == [2, W - 3]
-    model.prefill([ids[2:], ids[W - 3 :]], cache)
-    cache.take_back(0)
-    cache.take_back()
-    actual = model.decode(torch.tensor([ids[-1]] * 2), cache)
-    expected = model.prefill([ids] * 2, model.new_cache(2, 64))
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"cannot take 2 tokens back .* of .12, 12. .* of 7 slots"):
-        cache.take_back(2)
+    with pytest.raises(ValueError, match=r"cannot drop 4 tokens of sequences of .7, 3. tokens"):
+        cache.drop(4)
+    with pytest.raises(ValueError, match="cannot drop -1 tokens"):
+        cache.drop(-1)
+    cache.drop(2)
+    cache.advance(cache.packing([2, 1]))
+    cache.drop(2)
+    cache.advance(cache.packing([3, 2]))
+    lengths = [W + 1, 2]
+    assert cache.host_lengths == lengths
+    with pytest.raises(ValueError, match=r"cannot drop 2 tokens of .* in rings of 7 slots"):
+        cache.drop(2)
+    assert cache.host_lengths == cache.lengths.tolist() == lengths, "a refusal changes nothing"
+    cache.drop()
+    for same in (cache, cache.select([0, 1])):
+        same.drop(0)
+        with pytest.raises(ValueError, match=r"cannot drop 1 tokens of sequences of .7, 1. tokens"):
+            same.drop()
+    cache.reorder([1, 1])
+    cache.drop()
     cache.reset()
-    cache.advance(cache.packing([1, 3]))
-    with pytest.raises(
-        ValueError, match=r"cannot take 2 tokens back from sequences of .1, 3. token"
-    ):
-        cache.take_back(2)
+    cache.advance(cache.packing([W, W]))
+    cache.drop(W)
 
 
 @torch.inference_mode()
@@ -209,7 +202,7 @@ def test_reset_and_reorder() -> None:
         model.prefill(prompts, fresh)
         alone = model.decode(torch.tensor([3, 3]), fresh)
         torch.testing.assert_close(both, alone[[1, 1]], rtol=1e-5, atol=1e-5)
-        cache.torn = True
+        cache.interrupted = True
         cache.reset()
         torch.testing.assert_close(model.prefill(prompts, cache), first)
 
@@ -242,5 +235,5 @@ def test_a_cache_of_another_model(
     with pytest.raises(ValueError, match=message):
         make_model().prefill([random_ids(3)], cache)
     assert cache.host_lengths == [0]
-    assert not cache.torn
+    assert not cache.interrupted
     assert cache.keys[0].is_meta or not any(ring.any() for ring in cache.keys)

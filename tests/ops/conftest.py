@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mistral_kernels.ops import compiler, extension
+from mistral_kernels.ops import compiler, extension, linear, linear_int8
 
 
 @pytest.fixture(params=compiler.INSTRUCTION_SETS)
 def operators(request, monkeypatch):
-    """The library with its kernels for one instruction set."""
-    library = extension.load("cpu")
-    if library is None:
+    """The operators, with csrc's kernels for one instruction set."""
+    if not extension.load("cpu"):
         pytest.skip(extension.status("cpu"))
+    library = torch.ops.mistral_kernels
     best, *others = library.instruction_sets().split()
     if request.param not in (best, *others):
         pytest.skip(f"this processor has no {request.param}")
@@ -24,7 +23,7 @@ def operators(request, monkeypatch):
     monkeypatch.setenv(extension.CPU_VARIABLE, request.param)
     monkeypatch.setattr(extension, "_libraries", {})
     assert extension.status("cpu").endswith(f", kernels for {request.param}")
-    yield extension.load("cpu")
+    yield library
     library.use_instruction_set(usual)
     torch.set_num_threads(1)
 
@@ -32,18 +31,19 @@ def operators(request, monkeypatch):
 @pytest.fixture
 def kernel_rows(monkeypatch):
     """How many rows each call of csrc's products had."""
-    operators = extension.load("cpu")
-    if operators is None:
+    if not extension.load("cpu"):
         pytest.skip(extension.status("cpu"))
     seen = []
+    for module in (linear, linear_int8):
 
-    def watched(operator):
-        def call(x, *rest):
+        def call(x, *rest, operator=module._linear_op):
             seen.append(len(x))
-            operator.default(x, *rest)
+            return operator(x, *rest)
 
-        return SimpleNamespace(default=call)
+        def leave_to_pytorch(*args, run=module._linear_op._torch):
+            seen.pop()
+            return run(*args)
 
-    products = {name: watched(getattr(operators, name)) for name in ("linear", "linear_int8")}
-    monkeypatch.setattr(extension, "cpu_operators", lambda x: SimpleNamespace(**products))
+        monkeypatch.setattr(module._linear_op, "_torch", leave_to_pytorch)
+        monkeypatch.setattr(module, "_linear_op", call)
     return seen

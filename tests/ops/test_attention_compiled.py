@@ -55,8 +55,8 @@ def assert_healthy(kernels, head_dim, dtype):
 
 
 @pytest.fixture(autouse=True)
-def triton(monkeypatch):
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+def triton(set_backend):
+    set_backend("triton")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])

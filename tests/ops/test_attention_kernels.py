@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 
+import ptxrun
 import pytest
 import torch
 import torch._dynamo.testing
@@ -191,7 +192,6 @@ def test_tokens_of_no_sequence(backend, device):
 def checked(device):
     """Every address and every race, where ptxrun executes."""
     if device.type == "cpu" and not pytest.importorskip("triton").knobs.runtime.interpret:
-        ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which finds races, is absent")
         with ptxrun.options(racecheck=True):
             yield
     else:
@@ -272,7 +272,6 @@ def test_frozen_inputs(frozen, triton_backend, device):
 
 def test_frozen_inputs_cost_nothing(triton_backend, device):
     """No launch for a gradient nobody needs."""
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts launches, is absent")
     if device.type != "cpu":
         pytest.skip("ptxrun counts on CPU tensors")
     for wanted, kernels in (
@@ -383,7 +382,6 @@ def blocks_needed(seqlen, window, group, tile_m, tile_n):
 
 def test_work_follows_the_window(triton_backend, device):
     """Only blocks that hold a visible key are visited; past the window, cost grows linearly."""
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts work, is absent")
     if device.type != "cpu":
         pytest.skip("ptxrun counts on CPU tensors")
     window, head_dim = 1024, 128

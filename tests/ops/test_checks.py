@@ -115,9 +115,9 @@ def test_no_query_heads():
     for call in calls.values():
         with pytest.raises(ValueError, match=r"1 heads must divide q's 0, and both be positive"):
             call()
-    if (library := extension.load("cpu")) is not None:
+    if extension.load("cpu"):
         with pytest.raises(RuntimeError, match="must divide the query heads.* got 1 and 0"):
-            library.attention(q, k, k, torch.empty_like(q), None, 9, 9, 1.0, 0.0)
+            ops.attention(q, k, k, torch.empty_like(q), None, 9, 9, 1.0, 0.0)
 
 
 OUT_OF_RANGE = [
@@ -138,38 +138,17 @@ def test_indices_out_of_range(change, message, backend, device):
         pytest.skip("to read them would wait for the GPU")
     arguments = {**RING, "max_seqlen": 3, "rows": None, "block_table": None, **change}
     arguments |= {"k_cache": RING["k_cache"].clone(), "v_cache": RING["v_cache"].clone()}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
         ops.rolling_cache_update(**arguments)
     del arguments["rows"], arguments["block_table"]
     if arguments.keys() & change.keys():
         compiled = torch.compile(mk.rolling_cache_update_, backend="eager", fullgraph=True)
         with pytest.raises(ValueError, match=message):
+            mk.rolling_cache_update_(**arguments)
+        with pytest.raises((ValueError, RuntimeError), match=message):
             compiled(**arguments)
     assert not arguments["k_cache"].any()
     assert not arguments["v_cache"].any()
-
-
-def test_indices_out_of_range_in_csrc():
-    """Even past the checks in Python."""
-    library = extension.load("cpu")
-    if library is None:
-        pytest.skip(extension.status("cpu"))
-    caches = RING["k_cache"].clone(), RING["v_cache"].clone()
-    words = "k", "v", "lengths", "cu_seqlens", "max_seqlen", "rows", "block_table"
-    changes = [change for change, _ in OUT_OF_RANGE]
-    for change in (*changes, {"max_seqlen": 2}):
-        given = {**RING, "max_seqlen": 3, "rows": None, "block_table": None, **change}
-        with pytest.raises(RuntimeError, match=f"{next(iter(change))} "):
-            library.rolling_cache_update(
-                *caches, *(given[word] for word in words), None, None, None, None, False
-            )
-    tables = torch.ones(3, 4)
-    rotated = torch.ones(4, 2, 8), torch.ones(4, 2, 8), tables, tables, False
-    given = [RING[word] for word in words[:4]]
-    with pytest.raises(RuntimeError, match="cos and sin end at position 3, .* tokens reach 6"):
-        library.rolling_cache_update(*caches, *given, 3, None, None, *rotated)
-    assert not caches[0].any()
-    assert not caches[1].any()
 
 
 def test_windows_past_all_numbers():
@@ -182,10 +161,10 @@ def test_windows_past_all_numbers():
         torch.testing.assert_close(
             mk.attention(q, k, v, sliding_window=far), mk.attention(q, k, v, causal=True)
         )
-    if (library := extension.load("cpu")) is not None:
+    if extension.load("cpu"):
         for far in (5, 2**31, 2**62, 2**63 - 1):
             out = torch.empty_like(q)
-            library.attention(q, k, v, out, None, far, far, 8**-0.5, 0.0)
+            ops.attention(q, k, v, out, None, far, far, 8**-0.5, 0.0)
             torch.testing.assert_close(out, expected)
 
 

@@ -116,9 +116,9 @@ OPERATORS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATORS)
-def test_at_most_two(name, monkeypatch):
+def test_at_most_two(name, set_backend):
     """Forward and backward: two configurations, or aligned and not, but none for a length."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    set_backend("triton")
     with compile_only("sm_90") as launched:
         for tokens in (1, 7, 512, 4097):
             OPERATORS[name](tokens)

@@ -10,12 +10,9 @@ from support.helpers import FLOATS
 from torch import Tensor, nn
 
 from mistral_kernels import MistralForCausalLM, RollingCache
-from mistral_kernels.model import layers, transformer
+from mistral_kernels.model import engine, generation, layers
 from mistral_kernels.model.config import MistralConfig
-from mistral_kernels.model.decoding import DecodeStep
-from mistral_kernels.model.sampling import Sampler
-from mistral_kernels.ops import decoder_step as op
-from mistral_kernels.ops.decoder_step import Decoder
+from mistral_kernels.model.engine import CpuEngine, Engine, ModuleEngine, engine_for
 from mistral_kernels.ops.linear import KERNEL_ROWS
 from mistral_kernels.ops.linear_int8 import quantize_int8
 from mistral_kernels.ops.rotary import rotary_tables
@@ -33,9 +30,9 @@ CONFIG = MistralConfig(
 
 
 class Step:
-    """A model of random weights, a cache that sequences of several lengths have filled, tokens.
+    """A model of random weights, a cache filled by sequences of several lengths, and tokens.
 
-    `calls` counts those of the one operator.
+    `calls` counts the steps in csrc.
     """
 
     def __init__(
@@ -56,29 +53,26 @@ class Step:
         self.token_ids = torch.randint(config.vocab_size, (batch,))
         self.monkeypatch, self.calls = monkeypatch, 0
 
-        original = Decoder.step
+        original = CpuEngine.step
 
         def counted(*args: Any) -> Tensor:
             self.calls += 1
             return original(*args)
 
-        monkeypatch.setattr(Decoder, "step", counted)
+        monkeypatch.setattr(CpuEngine, "step", counted)
 
-    def run(self, alone: bool = False, decoder: Decoder | None = None) -> list[Tensor]:
-        """The logits and the rings; `alone`: its operators one by one."""
+    def run(self, engine: Engine | None = None) -> list[Tensor]:
+        """Return the logits and the rings of one step, by `model.decode` without an engine."""
         before = [ring.clone() for ring in self.rings]
         self.cache.host_lengths = [5 * i % 19 for i in range(self.cache.batch)]
         self.cache.lengths.copy_(torch.tensor(self.cache.host_lengths))
-        with self.monkeypatch.context() as patch:
-            if alone:
-                patch.setattr(transformer, "serves", lambda *args: False)
-            if decoder is None:
-                logits = self.model.decode(self.token_ids, self.cache)
-            else:
-                logits = self.model.decode_with(decoder, self.token_ids, self.cache)
+        if engine is None:
+            logits = self.model.decode(self.token_ids, self.cache)
+        else:
+            logits = engine.step(self.token_ids)
         assert self.cache.lengths.tolist() == [5 * i % 19 + 1 for i in range(self.cache.batch)]
         assert self.cache.host_lengths == self.cache.lengths.tolist()
-        assert not self.cache.torn
+        assert not self.cache.interrupted
         after = [ring.clone() for ring in self.rings]
         for ring, old in zip(self.rings, before, strict=True):
             ring.copy_(old)
@@ -87,10 +81,10 @@ class Step:
 
 def assert_same_bits(step: Step) -> None:
     with torch.no_grad():
-        one_by_one = step.run(alone=True)
+        one_by_one = step.run(ModuleEngine(step.model, step.cache))
         assert step.calls == 0
-        for decoder in (None, step.model.decoder(step.token_ids)):
-            for a, b in zip(step.run(decoder=decoder), one_by_one, strict=True):
+        for chosen in (None, engine_for(step.model, step.cache)):
+            for a, b in zip(step.run(chosen), one_by_one, strict=True):
                 assert a.isfinite().all()
                 assert torch.equal(a, b)
     assert step.calls == 2
@@ -169,7 +163,8 @@ def replace_head(model: MistralForCausalLM) -> None:
 
 def override(model: MistralForCausalLM) -> None:
     attention = model.model.layers[1].self_attn
-    attention.forward = type(attention).forward.__get__(attention)
+    original = attention.forward
+    attention.forward = lambda *args: original(*args)
 
 
 def replace_weight(model: MistralForCausalLM) -> None:
@@ -199,7 +194,7 @@ def test_modules_that_have_to_be_called(change, monkeypatch):
     with torch.no_grad():
         step.run()
         assert step.calls == 0
-        assert step.model.decoder(step.token_ids) is None
+        assert type(engine_for(step.model, step.cache)) is ModuleEngine
 
 
 def test_a_hook_for_every_module(monkeypatch):
@@ -215,15 +210,28 @@ def test_a_hook_for_every_module(monkeypatch):
     assert step.model.model.layers[0].mlp in seen
 
 
-def test_generation_looks_modules_up_once(operators, monkeypatch):
+def test_a_class_whose_forward_was_replaced(monkeypatch):
     step = Step(monkeypatch)
-    model = step.model
-    with torch.inference_mode():
-        steps = DecodeStep(model, model.new_cache(3, 9), Sampler(temperature=0))
-        monkeypatch.setattr(model, "decoder", None)
-        for _ in range(3):
-            steps()
-    assert step.calls == 3
+    monkeypatch.setattr(layers.MLP, "forward", lambda self, x: torch.zeros_like(x))
+    with torch.no_grad():
+        zeros = step.run()[0]
+        monkeypatch.undo()
+        assert not torch.equal(step.run()[0], zeros)
+    assert step.calls == 0
+
+
+def test_generation_chooses_its_engine_once(operators, monkeypatch):
+    """A hook that comes while text is generated waits for the next call of `generate`."""
+    step, chosen = Step(monkeypatch), []
+    original = generation.engine_for
+    monkeypatch.setattr(generation, "engine_for", lambda *args: chosen.append(1) or original(*args))
+    steps = step.model.stream([[1, 2], [3], [4]], max_new_tokens=5)
+    next(steps)
+    watch_norm(step.model)
+    assert len(list(steps)) == 4
+    assert (len(chosen), step.calls) == (1, 4)
+    list(step.model.stream([[1, 2], [3], [4]], max_new_tokens=5))
+    assert (len(chosen), step.calls) == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -242,17 +250,17 @@ def test_gradients_and_autocast(monkeypatch):
     logits, *_ = step.run()
     assert logits.requires_grad
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert not op.serves(step.token_ids, step.model.model.norm.weight, 24)
+        assert type(engine_for(step.model, step.cache)) is ModuleEngine
     assert step.calls == 0
 
 
 def test_tokens_of_other_kinds(operators, monkeypatch):
-    """Those that lie apart go the same way, integers of another type from module to module."""
+    """Strided tokens and int32 give the same bits."""
     step = Step(monkeypatch)
     with torch.no_grad():
         logits, *_ = step.run()
         apart = step.token_ids.repeat_interleave(2)[::2]
-        for step.token_ids, calls in ((apart, 2), (apart.int(), 2)):
+        for step.token_ids, calls in ((apart, 2), (apart.int(), 3)):
             assert torch.equal(step.run()[0], logits)
             assert step.calls == calls
 
@@ -264,7 +272,7 @@ def test_a_refused_step_leaves_the_cache_usable(operators, monkeypatch):
         good, step.token_ids = step.token_ids, torch.tensor([1, 11, 2])
         with pytest.raises(RuntimeError, match=r"token_ids must lie in \[0, 11\), got 11"):
             step.run()
-        assert not step.cache.torn
+        assert not step.cache.interrupted
         step.token_ids = good
         for a, b in zip(step.run(), expected, strict=True):
             assert torch.equal(a, b)
@@ -274,14 +282,9 @@ def test_a_refused_step_leaves_the_cache_usable(operators, monkeypatch):
 WEIGHTS = ("embedding", "weights", "norm", "head", "head_scales", "windows_left", "head_dim", "eps")
 
 
-def weights_of(step: Step, monkeypatch: Any) -> dict[str, Any]:
-    """What the model gives its decoder."""
-    given: dict[str, Any] = {}
-    with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(transformer, "Decoder", lambda **weights: given.update(weights))
-        step.model.decoder(step.token_ids)
-    assert tuple(given) == WEIGHTS
-    return given
+def weights_of(step: Step) -> dict[str, Any]:
+    """Return the arguments of csrc's `make_decoder`."""
+    return dict(zip(WEIGHTS, engine.decoder_arguments(step.model), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -307,10 +310,10 @@ def weights_of(step: Step, monkeypatch: Any) -> dict[str, Any]:
     ],
 )
 def test_bad_weights(change, message, operators, monkeypatch):
-    given = weights_of(Step(monkeypatch), monkeypatch)
+    given = weights_of(Step(monkeypatch))
     changed = {name: make(given[name]) for name, make in change.items()}
     with pytest.raises(RuntimeError, match=message):
-        Decoder(**{**given, **changed})
+        operators.make_decoder(*{**given, **changed}.values())
 
 
 @pytest.mark.parametrize(
@@ -339,10 +342,9 @@ def test_bad_weights(change, message, operators, monkeypatch):
 def test_bad_arguments(change, message, operators, monkeypatch):
     step = Step(monkeypatch)
     cache = step.cache
-    decoder = Decoder(**weights_of(step, monkeypatch))
     cos, sin = rotary_tables(20, 24, 1e4)
     arguments = {
-        "decoder": decoder._number,
+        "decoder": operators.make_decoder(*weights_of(step).values()),
         "token_ids": step.token_ids,
         "cos": cos,
         "sin": sin,
@@ -359,17 +361,17 @@ def test_bad_arguments(change, message, operators, monkeypatch):
     assert all(map(torch.equal, before, written))
 
 
-def test_weights_live_as_long_as_their_decoder(operators, monkeypatch):
-    """Of the model nothing may be left; then of the decoder nothing is."""
+def test_weights_live_as_long_as_their_engine(operators, monkeypatch):
+    """The engine needs no weight of the model, and frees its own."""
     step = Step(monkeypatch)
     with torch.no_grad():
         expected = step.run()
-        decoder = step.model.decoder(step.token_ids)
+        chosen = engine_for(step.model, step.cache)
         for weight in step.model.parameters():
             weight.data = torch.full_like(weight, torch.nan)
-        for a, b in zip(step.run(decoder=decoder), expected, strict=True):
+        for a, b in zip(step.run(chosen), expected, strict=True):
             assert torch.equal(a, b)
-        number = decoder._number
-        del decoder
+        number = chosen._number
+        del chosen
         with pytest.raises(RuntimeError, match=f"there is no decoder {number}"):
             operators.decoder_step(number, *[step.token_ids] * 3, [], [], *[step.token_ids] * 2)

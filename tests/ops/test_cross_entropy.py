@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 
+import ptxrun
 import pytest
 import torch
 import torch._dynamo.testing
@@ -19,16 +20,16 @@ FULL_SIZE = 4096, 1024, 32000  # tokens, hidden size, vocabulary: logits of half
 
 
 @pytest.fixture(params=["torch", "csrc", pytest.param("triton", marks=pytest.mark.kernels)])
-def backend(request, device, monkeypatch):
+def backend(request, device, set_backend):
     """The torch backend with csrc and, as where nothing can be compiled, without it; Triton."""
     if request.param == "triton":
         request.getfixturevalue("triton_runs")
     elif request.param == "torch":
-        monkeypatch.setattr(extension, "cpu_operators", lambda x: None)
-    elif device.type != "cpu" or extension.load("cpu") is None:
+        request.getfixturevalue("no_csrc")
+    elif device.type != "cpu" or not extension.load("cpu"):
         pytest.skip(f"csrc for {device.type} tensors: {extension.status(device.type)}")
     setting = "triton" if request.param == "triton" else "torch"
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", setting)
+    set_backend(setting)
     return request.param
 
 
@@ -344,7 +345,6 @@ def test_opcheck(backend, device):
 
 def test_bytes_moved(triton_backend, device):
     """A row of logits is read twice and written once, in full-width accesses."""
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts bytes, is absent")
     if device.type != "cpu":
         pytest.skip("ptxrun counts on CPU tensors")
     tokens, vocab = 64, 32000
@@ -359,7 +359,6 @@ def test_bytes_moved(triton_backend, device):
 
 
 def test_no_races(triton_backend, device):
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which finds races, is absent")
     if device.type != "cpu":
         pytest.skip("ptxrun checks on CPU tensors")
     with ptxrun.options(racecheck=True):
@@ -370,9 +369,9 @@ def test_no_races(triton_backend, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("vocab", [111, 32000])
-def test_compile_matrix(vocab, target, monkeypatch):
+def test_compile_matrix(vocab, target, set_backend):
     """Within the target's registers, with the launch parameters chosen for it."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    set_backend("triton")
     # Of the short types one: they take as many registers.
     for dtype in (torch.float32, TARGETS[target].dtypes()[-1]):
         for softcap in (0.0, 30.0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import ptxrun
 import pytest
 import torch
 from support.helpers import TARGETS, assert_as_accurate, compile_only
@@ -190,10 +191,10 @@ UPDATES = [
 
 @pytest.mark.kernels
 @pytest.mark.parametrize(("case", "dtype", "rotary"), UPDATES, ids=str)
-def test_update_has_the_same_bits(case, dtype, rotary, triton_runs, device, monkeypatch):
+def test_update_has_the_same_bits(case, dtype, rotary, triton_runs, device, set_backend):
     """On these cases csrc's versions are tested too; PyTorch's beside Triton's."""
     for backend, update in (("triton", _update_triton), ("torch", _update_torch)):
-        monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", backend)
+        set_backend(backend)
         arguments = make_arguments(dtype, rotary, **CASES[case], device=device)
         after = expected(arguments)
         update(*arguments.values())
@@ -238,7 +239,6 @@ def test_gradients_of_the_fused_update(interleaved, backend, device):
 
 def profiled(function):
     """The kernels that a call launches, as ptxrun counts them."""
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts traffic, is absent")
     if not ptxrun.installed():
         pytest.skip("traffic is counted by ptxrun, not by a GPU or the interpreter")
     with ptxrun.options(profile=True):
@@ -251,7 +251,6 @@ def profiled(function):
 @pytest.mark.parametrize("counts", [[1, 1], [3, 40]], ids=str)
 def test_no_races(counts, triton_backend):
     """The last program to arrive sees what the others wrote; nobody else touches it."""
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which sees races, is absent")
     if not ptxrun.installed():
         pytest.skip("races are seen by ptxrun, not by a GPU or the interpreter")
     inputs = make_inputs([700, 3], counts, 300, (8, 2), 64, F16, "cpu")
@@ -396,8 +395,8 @@ def launched(target, dtype, head_dim, count):
     ],
     ids=str,
 )
-def test_compile_matrix(target, dtype, head_dim, count, monkeypatch):
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+def test_compile_matrix(target, dtype, head_dim, count, set_backend):
+    set_backend("triton")
     kernels = launched(target, dtype, head_dim, count)
     assert kernels.keys() == {"_decode_kernel", "_update_kernel"}
     kernels["_update_kernel"].assert_healthy()
@@ -407,12 +406,12 @@ def test_compile_matrix(target, dtype, head_dim, count, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "clocks"), [("sm_80", 2447), ("sm_90", 2266)])
-def test_memory_decides(target, clocks, monkeypatch):
+def test_memory_decides(target, clocks, set_backend):
     """Of the clocks in which 32 KiB of k and v arrive, no pipe is busy in more than 0.4.
 
     And 128 KiB or more are on their way into each multiprocessor.
     """
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    set_backend("triton")
     kernel = launched(target, BF16, 128, 1)["_decode_kernel"]
     loop = kernel.main_loop()  # 64 keys of 128 numbers: 32 KiB
     assert loop["spills"] == 0

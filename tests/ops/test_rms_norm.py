@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ptxrun
 import pytest
 import torch
 import torch._dynamo.testing
@@ -188,7 +189,6 @@ def test_opcheck(residual, transposed, backend, device):
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_bytes_moved(residual, hidden, triton_backend, device):
     """At most 1.02 of the minimum forward, 1.05 backward, in full-width accesses."""
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts bytes, is absent")
     if device.type != "cpu":
         pytest.skip("ptxrun counts on CPU tensors")
     rows = 2048
@@ -214,7 +214,6 @@ def test_bytes_moved(residual, hidden, triton_backend, device):
 
 
 def test_no_races(triton_backend, device):
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which finds races, is absent")
     if device.type != "cpu":
         pytest.skip("ptxrun checks on CPU tensors")
     with ptxrun.options(racecheck=True):
@@ -236,9 +235,9 @@ def assert_compiles(target, dtype, hidden, residual, frozen=()):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_compiles_for(target, monkeypatch):
+def test_compiles_for(target, set_backend):
     """Within the target's shared memory and registers, with the launch parameters chosen for it."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    set_backend("triton")
     compiled = assert_compiles(target, TARGETS[target].dtypes()[-1], 4096, residual=True)
     assert compiled == {"_forward_kernel", "_backward_kernel", "_sum_partials_kernel"}
 
@@ -258,8 +257,8 @@ def test_compiles_for(target, monkeypatch):
     ],
     ids=str,
 )
-def test_compile_matrix(target, dtype, hidden, monkeypatch):
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+def test_compile_matrix(target, dtype, hidden, set_backend):
+    set_backend("triton")
     for residual in (False, True):
         assert_compiles(target, dtype, hidden, residual)
         # Less to do is fewer registers: a look where they are fewest.

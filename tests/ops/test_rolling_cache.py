@@ -19,9 +19,9 @@ eager_attention = reference.eager_arithmetic()(reference.rolling_cache_attention
 
 
 @pytest.fixture(params=[*FLOATS, torch.float64], ids=str)
-def dtype(request, monkeypatch):
+def dtype(request, set_backend):
     if request.param == torch.float64:  # no kernel has it
-        monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
+        set_backend("torch")
     return request.param
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from typing import Any, NamedTuple
 
+import ptxrun
 import pytest
 import torch
 from support.helpers import FLOATS, TARGETS
@@ -48,8 +49,7 @@ class Launch(NamedTuple):
 class CudaUpdate:
     """The operator, its kernel run by ptxrun on CPU tensors."""
 
-    def __init__(self, ptxrun: Any, folder: Any) -> None:
-        self.ptxrun = ptxrun
+    def __init__(self, folder: Any) -> None:
         self.module = ptxrun.compile_cuda(
             compiler.SOURCES / "rolling_cache.cu", options=["-std=c++17"]
         )
@@ -70,7 +70,7 @@ class CudaUpdate:
     def __call__(self, arguments: dict[str, Any], grid: tuple[int, int] | None = None) -> Launch:
         self.fill(*arguments.values())
         for x in tensors_of(arguments):
-            self.ptxrun.register(x)
+            ptxrun.register(x)
         shape = (ctypes.c_uint32 * 3)()
         self.header.shape(shape)
         launch = Launch((shape[0], shape[1]), shape[2], self.header.bytes())
@@ -82,10 +82,9 @@ class CudaUpdate:
 
 @pytest.fixture(scope="module")
 def cuda_update(tmp_path_factory: pytest.TempPathFactory) -> CudaUpdate:
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which runs PTX, is absent")
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc, which compiles CUDA, is absent")
-    return CudaUpdate(ptxrun, tmp_path_factory.mktemp("capture"))
+    return CudaUpdate(tmp_path_factory.mktemp("capture"))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +112,7 @@ def test_no_races(case, rotary, cuda_update):
     """No two blocks touch the same byte, one of them writing."""
     arguments = make_arguments(torch.bfloat16, rotary, **CASES[case])
     after = expected(arguments)
-    with cuda_update.ptxrun.options(racecheck=True):
+    with ptxrun.options(racecheck=True):
         cuda_update(arguments)
     assert_same_bits(arguments, after)
 
@@ -168,7 +167,6 @@ def test_bytes_moved(batch, tokens, rotary, cuda_update):
             place = room[start : start + x.nbytes].view(x.dtype).view(x.shape)
             arguments[name] = place.copy_(x)
             start += -(-x.nbytes // 64) * 64
-    ptxrun = cuda_update.ptxrun
     with ptxrun.options(profile=True):
         ptxrun.reset_profile()
         cuda_update(arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import ptxrun
 import pytest
 import torch
 import torch._dynamo.testing
@@ -369,7 +370,6 @@ def test_opcheck(backend, device):
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 def test_bytes_moved(interleaved, function, triton_backend, device):
     """At Mistral-7B's size, at most 1.02 of the minimum, in full-width accesses."""
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts bytes, is absent")
     if device.type != "cpu":
         pytest.skip("ptxrun counts on CPU tensors")
     tokens, head_dim = 512, 128
@@ -389,7 +389,6 @@ def test_bytes_moved(interleaved, function, triton_backend, device):
 @pytest.mark.parametrize(("head_dim", "interleaved"), [(2, False), (36, False), (36, True)])
 def test_in_place_without_races(head_dim, interleaved, triton_backend, device):
     """No thread stores where another one has yet to load, however wide their accesses are."""
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which finds races, is absent")
     if device.type != "cpu":
         pytest.skip("ptxrun checks on CPU tensors")
     memory = torch.randn(9, 12, head_dim).half()
@@ -404,9 +403,9 @@ def test_in_place_without_races(head_dim, interleaved, triton_backend, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_compile_matrix(interleaved, target, monkeypatch):
+def test_compile_matrix(interleaved, target, set_backend):
     """Within the target's registers, with the launch parameters chosen for it."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    set_backend("triton")
     # Of the short types one: they take as many registers.
     for dtype in (torch.float32, TARGETS[target].dtypes()[-1]):
         with compile_only(target) as kernels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ptxrun
 import pytest
 import torch
 import torch._dynamo.testing
@@ -156,7 +157,6 @@ def test_bytes_moved(fused, triton_backend, device):
 
     One launch each way, the gradient of the fused form included: nothing is put together.
     """
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which counts bytes, is absent")
     if device.type != "cpu":
         pytest.skip("ptxrun counts on CPU tensors")
     whole = torch.randn(256, 2 * 14336, device=device).bfloat16()
@@ -178,7 +178,6 @@ def test_bytes_moved(fused, triton_backend, device):
 
 @both_forms
 def test_no_races(fused, triton_backend, device):
-    ptxrun = pytest.importorskip("ptxrun", reason="ptxrun, which finds races, is absent")
     if device.type != "cpu":
         pytest.skip("ptxrun checks on CPU tensors")
     with ptxrun.options(racecheck=True):
@@ -189,9 +188,9 @@ def test_no_races(fused, triton_backend, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("cols", [111, 14336])
-def test_compile_matrix(cols, target, monkeypatch):
+def test_compile_matrix(cols, target, set_backend):
     """Within the target's registers, with the launch parameters chosen for it."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    set_backend("triton")
     # Of the short types one: they take as many registers.
     for dtype in (torch.float32, TARGETS[target].dtypes()[-1]):
         with compile_only(target) as kernels:

@@ -346,6 +346,46 @@ def cached_attention(q, k, v, k_cache, v_cache, lengths, cu_seqlens, seqlen_new,
     return out, together[0](sums, together[1]) if return_lse else None
 
 
+def rotary_in_place(q, k, cos, sin, positions, interleaved):
+    require(q is not None, k is not None, *(0 not in x.stride() for x in (q, k) if x.numel() > 1))
+    return rotary(q, k, cos, sin, positions, interleaved, False)
+
+
+def linear(x, weight):
+    like(x, weight)
+    require(x.ndim == weight.ndim == 2, x.shape[1] == weight.shape[1])
+    return (x.double() @ weight.double().mT,)
+
+
+def linear_int8(x, weight, scales):
+    like(x)
+    require(x.ndim == weight.ndim == 2, x.shape[1] == weight.shape[1])
+    require(weight.dtype == torch.int8, scales.dtype == torch.float32)
+    require(scales.shape == weight.shape[:1], weight.is_cpu, scales.is_cpu)
+    return (x.double() @ (weight.double() * scales.double()[:, None]).mT,)
+
+
+def cross_entropy(logits, targets, scale, ignore_index, smoothing, z_loss, softcap, needs_gradient):
+    """Check the arguments alone: the values are those of `linear_cross_entropy`."""
+    like(logits)
+    require(logits.ndim == 2, targets.dtype == torch.int64, targets.is_cpu, logits.shape[1] > 0)
+    require(targets.shape == logits.shape[:1], scale.ndim == 0)
+    require(logits.shape[1] == 1 or logits.stride(1) == 1)
+    require(len(logits) == 1 or logits.stride(0) != 0)
+    require(scale.dtype == torch.promote_types(logits.dtype, torch.float32), scale.is_cpu)
+    require(0 <= smoothing <= 1, 0 <= z_loss < math.inf, 0 <= softcap < math.inf)
+    inside = (targets >= 0) & (targets < logits.shape[1])
+    require(bool((inside | (targets == ignore_index)).all()))
+    return None, None
+
+
+def accumulate(total, x):
+    like(x)
+    require(total.shape == x.shape, total.dtype in FLOATS, total.is_cpu)
+    require(0 not in total.stride() or total.numel() <= 1)
+    return (total.double() + x.double(),)
+
+
 # Valid arguments, of which each call changes some.
 
 
@@ -505,6 +545,30 @@ def linear_cross_entropy_arguments(dtype: torch.dtype) -> Arguments:
     return [*tensors, -100, random.random() < 0.5, *numbers, *flags]
 
 
+def rotary_in_place_arguments(dtype: torch.dtype) -> Arguments:
+    *arguments, _ = rotary_arguments(dtype)
+    return [x if x is not None else arguments[1 - i] for i, x in enumerate(arguments)]
+
+
+def linear_arguments(dtype: torch.dtype) -> Arguments:
+    return [floats(3, 24, dtype=dtype), floats(19, 24, dtype=dtype)]
+
+
+def linear_int8_arguments(dtype: torch.dtype) -> Arguments:
+    weight = torch.randint(-127, 127, (19, 24), dtype=torch.int8)
+    return [floats(3, 24, dtype=dtype), weight, torch.rand(19)]
+
+
+def cross_entropy_arguments(dtype: torch.dtype) -> Arguments:
+    scale = torch.ones((), dtype=torch.promote_types(dtype, torch.float32))
+    tensors = floats(6, 13, dtype=dtype), torch.randint(0, 13, (6,)), scale
+    return [*tensors, -100, 0.1, 1e-3, 5.0, random.random() < 0.5]
+
+
+def accumulate_arguments(dtype: torch.dtype) -> Arguments:
+    return [floats(3, 7), floats(3, 7, dtype=dtype)]
+
+
 def copied(x: Tensor) -> Tensor:
     """Return a copy with the same strides."""
     if x is None or x.is_meta:
@@ -532,6 +596,11 @@ OPERATORS: dict[str, tuple[Callable[..., Any], ...]] = {
         ("rms_norm_forward", 0, rms_norm, rms_norm_arguments),
         ("rms_norm_backward", 0, rms_norm_backward, rms_norm_backward_arguments),
         ("rotary", 0, rotary, rotary_arguments),
+        ("rotary_", 2, rotary_in_place, rotary_in_place_arguments),
+        ("linear", 0, linear, linear_arguments),
+        ("linear_int8", 0, linear_int8, linear_int8_arguments),
+        ("cross_entropy_", 1, cross_entropy, cross_entropy_arguments),
+        ("accumulate_", 1, accumulate, accumulate_arguments),
         ("swiglu_forward", 0, swiglu, swiglu_arguments),
         ("swiglu_backward", 0, swiglu_backward, swiglu_backward_arguments),
         ("linear_cross_entropy", 0, linear_cross_entropy, linear_cross_entropy_arguments),
@@ -560,63 +629,6 @@ def csrc_decode_attention(dtype: torch.dtype) -> Arguments:
     return [q, k_cache, v_cache, lengths, 1, rows, leftpad, table, 3, 0.3, torch.empty_like(q)]
 
 
-def csrc_update(dtype: torch.dtype) -> Arguments:
-    if random.random() < 0.5:
-        return [*cache_update_arguments(dtype), None, None, None, None, False]
-    *arguments, q, cos, sin, interleaved = rotary_cache_update_arguments(dtype)
-    return [*arguments, None, None, q, torch.empty_like(q), cos, sin, interleaved]
-
-
-def csrc_rms_norm(dtype: torch.dtype) -> Arguments:
-    x, weight, residual, eps, _ = rms_norm_arguments(dtype)
-    h = None if residual is None else torch.empty_like(x)
-    return [x, residual, weight, eps, torch.empty_like(x), h, torch.empty(x.shape[:-1])]
-
-
-def csrc_rms_norm_backward(dtype: torch.dtype) -> Arguments:
-    dy, dh, h, weight, rstd, *_ = rms_norm_backward_arguments(dtype)
-    return [dy, dh, h, weight, rstd.float(), torch.empty_like(h), torch.empty_like(weight)]
-
-
-def csrc_rotary(dtype: torch.dtype) -> Arguments:
-    q, k, *tables = rotary_arguments(dtype)
-    outputs = [None if x is None else torch.empty_like(x) for x in (q, k)]
-    return [q, k, *outputs, *tables]
-
-
-def csrc_swiglu(dtype: torch.dtype) -> Arguments:
-    gate, up = swiglu_arguments(dtype)
-    return [gate, up, torch.empty(3, 5 if up is None else 10, dtype=dtype)]
-
-
-def csrc_swiglu_backward(dtype: torch.dtype) -> Arguments:
-    dy, gate, up, *_ = swiglu_backward_arguments(dtype)
-    return [dy, gate, up, torch.empty_like(gate), None if up is None else torch.empty_like(up)]
-
-
-def csrc_softmax(dtype: torch.dtype) -> Arguments:
-    targets = torch.randint(0, 13, (6,))
-    tensors = floats(6, 13, dtype=dtype), targets, torch.ones(()), torch.empty(6)
-    return [*tensors, -100, 0.1, 1e-3, 5.0, random.random() < 0.5]
-
-
-def csrc_accumulate(dtype: torch.dtype) -> Arguments:
-    return [torch.zeros(3, 7), floats(3, 7, dtype=dtype)]
-
-
-def csrc_linear(dtype: torch.dtype) -> Arguments:
-    return [
-        floats(3, 24, dtype=dtype),
-        floats(19, 24, dtype=dtype),
-        torch.empty(3, 19, dtype=dtype),
-    ]
-
-
-def csrc_linear_int8(dtype: torch.dtype) -> Arguments:
-    x, _, y = csrc_linear(dtype)
-    return [x, torch.randint(-127, 127, (19, 24), dtype=torch.int8), torch.rand(19), y]
-
-
 def csrc_make_decoder(dtype: torch.dtype) -> Arguments:
     def x(*shape: int) -> Tensor:
         return floats(*shape, dtype=dtype)
@@ -627,7 +639,7 @@ def csrc_make_decoder(dtype: torch.dtype) -> Arguments:
 
 
 def csrc_decoder_step(dtype: torch.dtype) -> Arguments:
-    decoder = torch.ops.mistral_kernels_cpu.make_decoder(*csrc_make_decoder(dtype))
+    decoder = _OPS.make_decoder(*csrc_make_decoder(dtype))
     caches = [[floats(2, 4, 1, 8, dtype=dtype) for _ in range(2)] for _ in "kv"]
     tables = mistral_kernels.rotary_tables(16, 8, 1e4)
     logits = torch.empty(2, 11, dtype=dtype)
@@ -637,16 +649,6 @@ def csrc_decoder_step(dtype: torch.dtype) -> Arguments:
 CSRC: dict[str, Callable[[torch.dtype], Arguments]] = {
     "attention": csrc_attention,
     "decode_attention": csrc_decode_attention,
-    "rolling_cache_update": csrc_update,
-    "rms_norm": csrc_rms_norm,
-    "rms_norm_backward": csrc_rms_norm_backward,
-    "rotary": csrc_rotary,
-    "swiglu": csrc_swiglu,
-    "swiglu_backward": csrc_swiglu_backward,
-    "softmax": csrc_softmax,
-    "accumulate": csrc_accumulate,
-    "linear": csrc_linear,
-    "linear_int8": csrc_linear_int8,
     "make_decoder": csrc_make_decoder,
     "decoder_step": csrc_decoder_step,
 }
@@ -794,7 +796,7 @@ def call_csrc(name: str, dtype: torch.dtype) -> None:
     """Call one of csrc's own operators with mangled arguments: any exception will do."""
     arguments = change(CSRC[name](dtype))
     with contextlib.suppress(RuntimeError, ValueError, TypeError, NotImplementedError):
-        getattr(torch.ops.mistral_kernels_cpu, name)(*arguments)
+        getattr(_OPS, name)(*arguments)
 
 
 def peak_memory() -> int:
@@ -805,13 +807,13 @@ def peak_memory() -> int:
 
 def main(seed: int, count: int) -> int:
     torch.set_num_threads(2)
-    library = extension.load("cpu")
+    has_library = extension.load("cpu")
     used = peak_memory()
     failures = 0
     for index in range(count):
         random.seed(f"{seed} {index}")
         torch.manual_seed(seed * 1_000_003 + index)
-        if library is not None and index % 3 == 2:
+        if has_library and index % 3 == 2:
             name = random.choice(list(CSRC))
             print(f"call {index}: csrc {name}", flush=True)
             signal.alarm(SECONDS)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import sasscost
 import torch
 from torch import Tensor
 
@@ -176,7 +177,6 @@ class CompiledKernel(NamedTuple):
             assert spills, f"{self.name}: {spills} registers spilled"
             assert set(spills) == {"0"}, f"{self.name}: {spills} registers spilled"
             return
-        sasscost = pytest.importorskip("sasscost", reason="sasscost, which reads cubins, is absent")
         arch = f"sm_{max(80, self.target.arch)}"  # sasscost has no rates for sm_75; none needed
         metadata = json.loads(self.files["json"].read_text())
         assert (metadata.get("tmem_size") or 0) <= 512, f"{self.name}, {arch}: tensor memory"
@@ -189,7 +189,6 @@ class CompiledKernel(NamedTuple):
 
     def main_loop(self) -> dict[str, Any]:
         """Return sasscost's figures of the loop with most matrix products."""
-        sasscost = pytest.importorskip("sasscost", reason="sasscost, which reads cubins, is absent")
         shared = json.loads(self.files["json"].read_text())["shared"]
         arch = f"sm_{self.target.arch}"
         (kernel,) = sasscost.analyse(self.files["cubin"].read_bytes(), arch=arch, smem=shared)

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mistral_kernels.integrations.patching import PARTS
+from mistral_kernels.integrations.patch_handle import PARTS
 
 VOCAB = 211
 LLAMAS = ("Mistral", "Llama", "Qwen2", "Qwen3")

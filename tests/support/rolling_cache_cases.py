@@ -30,6 +30,13 @@ CASES: dict[str, dict[str, Any]] = {
     "rows": {"counts": [3, 1, 2], "rows": [4, 0, 3]},
     "paged": {"counts": [7, 1, 12], "page_size": 4},
 }
+# With each of the rotations that its operator has.
+UPDATES = [
+    (case, rotary)
+    for case in CASES
+    for rotary in (None, "half-split", "interleaved")
+    if rotary is None or case not in ("rows", "paged")
+]
 
 
 def make_arguments(
@@ -122,6 +129,15 @@ def make_arguments(
         "sin": sin,
         "interleaved": rotary == "interleaved",
     }
+
+
+def update(operators: Any, arguments: dict[str, Any]) -> None:
+    """Call the operator of these arguments; a rotated q goes to `q_out`."""
+    *packed, rows, block_table, q, q_out, cos, sin, interleaved = arguments.values()
+    if q is None:
+        operators.rolling_cache_update(*packed, rows, block_table)
+    else:
+        q_out.copy_(operators.rotary_rolling_cache_update(*packed, q, cos, sin, interleaved))
 
 
 def expected(arguments: dict[str, Any]) -> dict[str, Tensor]:

@@ -134,12 +134,6 @@ INLINE void convert(const T* from, int head_dim, Number* to, int size) {
   for (int i = head_dim; i < size; ++i) to[i] = Number{};
 }
 
-template <typename T>
-INLINE T* head_of(const Heads& x, int64_t batch, int64_t token, int64_t head) {
-  return reinterpret_cast<T*>(x.data) + batch * x.batch_stride + token * x.token_stride +
-         head * x.head_stride;
-}
-
 // Keys as [tile][step of head_dim][key], then values as [tile][step of keys][channel], in units.
 template <typename T, typename Unit>
 void pack_block(const Attention& a, const Layout<Unit>& layout, int64_t index) {
@@ -154,13 +148,13 @@ void pack_block(const Attention& a, const Layout<Unit>& layout, int64_t index) {
     const bool exists = first + key < a.seqlen_k;
     const int head_dim = exists ? a.head_dim : 0;
     const int64_t token = exists ? first + key : 0;
-    convert(head_of<const T>(a.k, batch, token, head), head_dim, row, layout.depth);
+    convert(a.k.at<const T>(batch, token, head), head_dim, row, layout.depth);
     Number* to = keys + (int64_t{key / kCols} * steps * kCols + key % kCols) * Unit::kWidth;
     for (int step = 0; step < steps; ++step) {
       __builtin_memcpy(to, row + step * Unit::kWidth, sizeof(Number) * Unit::kWidth);
       to += kCols * Unit::kWidth;
     }
-    convert(head_of<const T>(a.v, batch, token, head), head_dim, row, layout.width);
+    convert(a.v.at<const T>(batch, token, head), head_dim, row, layout.width);
     for (int channel = 0; channel < layout.width; ++channel) {
       const int64_t unit =
           (int64_t{channel / kCols} * layout.kSteps + key / Unit::kWidth) * kCols + channel % kCols;
@@ -229,7 +223,7 @@ void attend_block(const Attention& a, const Layout<Unit>& layout, char* scratch,
     return clamp(query(row) + offset + a.right + 1, 0, a.seqlen_k);
   };
   for (int row = 0; row < rows; ++row) {
-    convert(head_of<const T>(a.q, batch, query(row), query_head(row)), a.head_dim,
+    convert(a.q.at<const T>(batch, query(row), query_head(row)), a.head_dim,
             queries + row * layout.depth, layout.depth);
     row_max[row] = -kInfinity;
     row_sum[row] = Vec{};
@@ -264,7 +258,7 @@ void attend_block(const Attention& a, const Layout<Unit>& layout, char* scratch,
 
   for (int row = 0; row < rows; ++row) {
     const float total = sum(row_sum[row]), inverse = total > 0 ? 1 / total : 0;
-    T* const to = head_of<T>(a.out, batch, query(row), query_head(row));
+    T* const to = a.out.at<T>(batch, query(row), query_head(row));
     const float* const from = out + row * layout.width;
     for_each_vector(a.head_dim, [&](int64_t i, int count) {
       store(to + i, load(from + i, count) * inverse, count);
@@ -276,14 +270,14 @@ void attend_block(const Attention& a, const Layout<Unit>& layout, char* scratch,
   }
 }
 
-// body(T, Unit), of each dtype.
+INLINE Singles unit_of(float) { return {}; }
+INLINE Singles unit_of(Half) { return {}; }
+INLINE Pairs unit_of(BFloat16) { return {}; }
+
+// body(number, unit), of each dtype.
 template <typename Body>
 INLINE auto with_types(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::float16: return body(Half{}, Singles{});
-    case DType::bfloat16: return body(BFloat16{}, Pairs{});
-    default: return body(float{}, Singles{});
-  }
+  return with_type(dtype, [&](auto number) { return body(number, unit_of(number)); });
 }
 
 }  // namespace

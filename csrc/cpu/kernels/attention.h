@@ -1,21 +1,17 @@
-// Attention over whole sequences, in blocks that stay in a cache; see ops/attention/cpu.py.
+// Attention over whole sequences, in blocks that stay in a cache; see
+// mistral_kernels/ops/attention.
 #pragma once
 
 #include "../../dtype.h"
-#include "../dispatch.h"
+#include "../../heads.h"
+#include "../instruction_sets.h"
 
 namespace kernels {
 
 constexpr int kKeyBlock = 64;
 
-// (batch, seqlen, heads, head_dim), strides in elements and the last dimension contiguous.
-struct Heads {
-  char* data;
-  int64_t batch_stride, token_stride, head_stride;
-};
-
 struct Attention {
-  Heads q, k, v, out;
+  Heads q, k, v, out;  // (batch, seqlen, heads, head_dim)
   float* lse;    // (batch, heads, seqlen_q), or null
   char* packed;  // packed_bytes() for pack_keys to fill
   int64_t batch, seqlen_q, seqlen_k;

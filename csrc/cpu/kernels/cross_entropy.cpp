@@ -95,19 +95,13 @@ void accumulate_all(float* sum, const T* x, int64_t size) {
 }  // namespace
 
 void softmax(const Softmax& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case DType::float32: return softmax_rows<float>(s, begin, end);
-    case DType::float16: return softmax_rows<Half>(s, begin, end);
-    case DType::bfloat16: return softmax_rows<BFloat16>(s, begin, end);
-  }
+  with_type(s.dtype, [&](auto number) { softmax_rows<decltype(number)>(s, begin, end); });
 }
 
 void accumulate(float* sum, const void* x, DType dtype, int64_t size) {
-  switch (dtype) {
-    case DType::float32: return accumulate_all(sum, static_cast<const float*>(x), size);
-    case DType::float16: return accumulate_all(sum, static_cast<const Half*>(x), size);
-    case DType::bfloat16: return accumulate_all(sum, static_cast<const BFloat16*>(x), size);
-  }
+  with_type(dtype, [&](auto number) {
+    accumulate_all(sum, static_cast<const decltype(number)*>(x), size);
+  });
 }
 
 }  // namespace kernels::INSTRUCTION_SET

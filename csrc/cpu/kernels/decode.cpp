@@ -239,19 +239,11 @@ void combine_items(const Decode& d, int64_t begin, int64_t end) {
 }  // namespace
 
 void attend_splits(const Decode& d, int64_t begin, int64_t end) {
-  switch (d.dtype) {
-    case DType::float32: return attend_items<float>(d, begin, end);
-    case DType::float16: return attend_items<Half>(d, begin, end);
-    case DType::bfloat16: return attend_items<BFloat16>(d, begin, end);
-  }
+  with_type(d.dtype, [&](auto number) { attend_items<decltype(number)>(d, begin, end); });
 }
 
 void combine_splits(const Decode& d, int64_t begin, int64_t end) {
-  switch (d.dtype) {
-    case DType::float32: return combine_items<float>(d, begin, end);
-    case DType::float16: return combine_items<Half>(d, begin, end);
-    case DType::bfloat16: return combine_items<BFloat16>(d, begin, end);
-  }
+  with_type(d.dtype, [&](auto number) { combine_items<decltype(number)>(d, begin, end); });
 }
 
 }  // namespace kernels::INSTRUCTION_SET

@@ -144,11 +144,7 @@ void multiply(const Linear& l, char* scratch, int64_t begin, int64_t end) {
 }  // namespace
 
 void linear(const Linear& l, char* scratch, int64_t begin, int64_t end) {
-  switch (l.dtype) {
-    case DType::float32: return multiply<float>(l, scratch, begin, end);
-    case DType::float16: return multiply<Half>(l, scratch, begin, end);
-    case DType::bfloat16: return multiply<BFloat16>(l, scratch, begin, end);
-  }
+  with_type(l.dtype, [&](auto number) { multiply<decltype(number)>(l, scratch, begin, end); });
 }
 
 }  // namespace kernels::INSTRUCTION_SET

@@ -125,30 +125,18 @@ void sum_partials(const RMSNormBackward& r, int64_t blocks, T* dweight, int64_t 
 }  // namespace
 
 void rms_norm(const RMSNorm& r, int64_t begin, int64_t end) {
-  switch (r.dtype) {
-    case DType::float32: return norm_rows<float>(r, begin, end);
-    case DType::float16: return norm_rows<Half>(r, begin, end);
-    case DType::bfloat16: return norm_rows<BFloat16>(r, begin, end);
-  }
+  with_type(r.dtype, [&](auto number) { norm_rows<decltype(number)>(r, begin, end); });
 }
 
 void rms_norm_backward(const RMSNormBackward& r, int64_t begin, int64_t end) {
-  switch (r.dtype) {
-    case DType::float32: return backward_blocks<float>(r, begin, end);
-    case DType::float16: return backward_blocks<Half>(r, begin, end);
-    case DType::bfloat16: return backward_blocks<BFloat16>(r, begin, end);
-  }
+  with_type(r.dtype, [&](auto number) { backward_blocks<decltype(number)>(r, begin, end); });
 }
 
 void rms_norm_dweight(const RMSNormBackward& r, int64_t blocks, void* dweight, int64_t begin,
                       int64_t end) {
-  switch (r.dtype) {
-    case DType::float32:
-      return sum_partials(r, blocks, static_cast<float*>(dweight), begin, end);
-    case DType::float16: return sum_partials(r, blocks, static_cast<Half*>(dweight), begin, end);
-    case DType::bfloat16:
-      return sum_partials(r, blocks, static_cast<BFloat16*>(dweight), begin, end);
-  }
+  with_type(r.dtype, [&](auto number) {
+    sum_partials(r, blocks, static_cast<decltype(number)*>(dweight), begin, end);
+  });
 }
 
 }  // namespace kernels::INSTRUCTION_SET

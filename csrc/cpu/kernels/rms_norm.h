@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../../dtype.h"
-#include "../dispatch.h"
+#include "../instruction_sets.h"
 
 namespace kernels {
 

@@ -2,25 +2,30 @@
 #pragma once
 
 #include "../../dtype.h"
-#include "../dispatch.h"
+#include "../../heads.h"
+#include "../instruction_sets.h"
 
 namespace kernels {
 
 // The heads of every token, and where they go: elsewhere, or to where they are.
-struct Turned {
-  const void* x;
-  void* out;
-  int64_t heads, x_token_stride, x_head_stride, out_token_stride, out_head_stride;
+struct Rotated {
+  Heads x, out;
+  int64_t heads;
 };
 
 struct Rotary {
-  Turned q, k;  // either may have no heads
+  Rotated q, k;  // either may have no heads
   const float *cos, *sin;
   int64_t cos_stride, sin_stride;  // of a position
   const void* positions;           // int32 or int64
   bool wide_positions, interleaved, backwards;
   int64_t head_dim;
   DType dtype;
+
+  int64_t position_of(int64_t token) const {
+    return wide_positions ? static_cast<const int64_t*>(positions)[token]
+                          : static_cast<const int32_t*>(positions)[token];
+  }
 };
 
 // Tokens [begin, end).

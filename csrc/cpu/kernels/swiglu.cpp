@@ -61,19 +61,11 @@ void backward(const SwiGLU& s, int64_t begin, int64_t end) {
 }  // namespace
 
 void swiglu(const SwiGLU& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case DType::float32: return forward<float>(s, begin, end);
-    case DType::float16: return forward<Half>(s, begin, end);
-    case DType::bfloat16: return forward<BFloat16>(s, begin, end);
-  }
+  with_type(s.dtype, [&](auto number) { forward<decltype(number)>(s, begin, end); });
 }
 
 void swiglu_backward(const SwiGLU& s, int64_t begin, int64_t end) {
-  switch (s.dtype) {
-    case DType::float32: return backward<float>(s, begin, end);
-    case DType::float16: return backward<Half>(s, begin, end);
-    case DType::bfloat16: return backward<BFloat16>(s, begin, end);
-  }
+  with_type(s.dtype, [&](auto number) { backward<decltype(number)>(s, begin, end); });
 }
 
 }  // namespace kernels::INSTRUCTION_SET

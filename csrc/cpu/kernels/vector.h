@@ -1,12 +1,14 @@
 // Vectors of float32 in one instruction set: that of the compiler's flags.
 //
-// extension.py compiles every kernel once for each instruction set, with INSTRUCTION_SET its name;
-// dispatch.h chooses among them at run time. So that the linker never takes one's code for
+// ops/compiler.py compiles every kernel once for each instruction set, with INSTRUCTION_SET its name;
+// instruction_sets.h chooses among them at run time. So that the linker never takes one's code for
 // another's, all here has internal linkage, and kernels include nothing of the standard library
 // but types: an inline function compiled for AVX-512 must not end up being called everywhere.
 //
 // Nothing is contracted: a product is rounded before it is added, but in fma where there is one.
 #pragma once
+
+#include "../../dtype.h"
 
 #include <cstdint>
 
@@ -308,6 +310,16 @@ INLINE void store(T* to, Vec x, int count) {
   T whole[kLanes];
   store(whole, x);
   __builtin_memcpy(to, whole, count * sizeof(T));
+}
+
+// body(number) with a number of the dtype's type; of bfloat16, Brain.
+template <typename Brain = BFloat16, typename Body>
+INLINE auto with_type(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::float16: return body(Half{});
+    case DType::bfloat16: return body(Brain{});
+    default: return body(float{});
+  }
 }
 
 // body(first, count) for vectors of kLanes numbers, and for what is left.

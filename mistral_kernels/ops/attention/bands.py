@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mistral_kernels.ops import extension
 from mistral_kernels.ops.attention.packed import Offsets
 from mistral_kernels.ops.attention.scoring import Scoring
 from mistral_kernels.ops.attention.window import (
@@ -27,7 +28,6 @@ from mistral_kernels.ops.attention.window import (
     visible,
 )
 from mistral_kernels.ops.dispatch import with_unit_stride
-from mistral_kernels.ops.extension import cpu_operators
 
 # Rows of a band. A taller band wastes more masked keys, a shorter one pays more calls.
 _BAND_ROWS = 64
@@ -176,9 +176,8 @@ def _share(scores: Tensor, p: Tensor, lse: Tensor) -> Tensor:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
-    operators = cpu_operators(q) if scoring.alibi_slopes is None else None
-    if operators is not None:
-        return _forward_csrc(q, k, v, scoring, operators)
+    if scoring.alibi_slopes is None and extension.serves(q):
+        return _forward_csrc(q, k, v, scoring)
     batch, seqlen_q, num_heads, _ = q.shape
     bands = _bands(q, k, scoring)
     biases = _Biases(q, k, scoring)
@@ -201,12 +200,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> tuple[Tensor,
 
 
 def _forward_csrc(
-    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring, operators: Any
+    q: Tensor, k: Tensor, v: Tensor, scoring: Scoring
 ) -> tuple[Tensor, Tensor | None]:
     batch, seqlen_q, num_heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(batch, num_heads, seqlen_q) if scoring.return_lse else None
-    operators.attention(
+    torch.ops.mistral_kernels.attention(
         *(with_unit_stride(x) for x in (q, k, v)),
         *(out, lse, *scoring.window.reach, scoring.scale, scoring.softcap),
     )

@@ -39,7 +39,7 @@ from mistral_kernels.ops.checks import (
     check_same_dtype,
 )
 from mistral_kernels.ops.dispatch import uses_triton, with_unit_stride
-from mistral_kernels.ops.operator import absent, define, needs_gradient
+from mistral_kernels.ops.operator import Operator, absent, needs_gradient
 
 
 def _cached_attention(
@@ -52,12 +52,11 @@ def _cached_attention(
         Scoring(Window(left, right), scale, softcap, slopes, return_lse),
     )
     triton = uses_triton(q)
-    operators = None if triton else extension.cpu_operators(q)
-    if operators is not None and is_decode_step(q, k, view, scoring, max_seqlen_q):
+    if not triton and extension.serves(q) and is_decode_step(q, k, view, scoring, max_seqlen_q):
         if view.cu_seqlens is not None:  # which csrc does not need
             check_packing(view.cu_seqlens, max_seqlen_q, q.shape[0])
         try:
-            return _decode_csrc(operators, q, view, scoring), absent(q, lse_dtype(q))
+            return _decode_csrc(q, view, scoring), absent(q, lse_dtype(q))
         except RuntimeError:  # csrc checks values itself: no need to do it twice
             _check_values(q, view, max_seqlen_q)
             raise
@@ -68,7 +67,7 @@ def _cached_attention(
     return attend_in_pieces(q, k, v, view, scoring, max_seqlen_q)
 
 
-def _decode_csrc(operators: Any, q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
+def _decode_csrc(q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
     """One new token a sequence, whose key is in the cache."""
     queries = with_unit_stride(q if q.ndim == 3 else q.squeeze(1))
     out = torch.empty(queries.shape, dtype=q.dtype)
@@ -77,7 +76,7 @@ def _decode_csrc(operators: Any, q: Tensor, cache: CacheView, scoring: Scoring) 
         None if x is None else x.contiguous()
         for x in (cache.rows, cache.leftpad, cache.block_table)
     ]
-    operators.decode_attention.default(
+    torch.ops.mistral_kernels.decode_attention.default(
         *(queries, cache.k_cache, cache.v_cache, cache.lengths.contiguous(), new_tokens),
         *(*places, scoring.window.left, scoring.scale, out),
     )
@@ -136,16 +135,17 @@ def _cached_attention_fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return empty_outputs(q, return_lse)
 
 
-_cached_attention_op = define(
+_cached_attention_op = Operator(
     "cached_attention",
     "(Tensor q, Tensor? k, Tensor? v, Tensor k_cache, Tensor v_cache, Tensor lengths, "
     "Tensor? cu_seqlens, SymInt seqlen_new, Tensor? rows, Tensor? leftpad, Tensor? block_table, "
     "SymInt max_seqlen_q, SymInt window_left, SymInt window_right, float scale, float softcap, "
     "Tensor? alibi_slopes, bool return_lse, SymInt num_splits, Tensor? counters)"
     " -> (Tensor out, Tensor lse)",
-    _cached_attention,
-    _cached_attention_fake,
-    _check,
+    fake=_cached_attention_fake,
+    check=_check,
+    torch=_cached_attention,
+    triton=_cached_attention,
 )
 
 

@@ -24,7 +24,7 @@ from mistral_kernels.ops.attention.scoring import Scoring
 from mistral_kernels.ops.attention.window import Window
 from mistral_kernels.ops.checks import check_same_dtype, check_shape
 from mistral_kernels.ops.dispatch import uses_triton
-from mistral_kernels.ops.operator import Function, absent, define, needs_gradient, run_backward
+from mistral_kernels.ops.operator import Function, Operator, absent, needs_gradient, run_backward
 
 # What the schemas below name between v and the flags, and autograd hands on unread.
 _OPTIONS = (
@@ -156,20 +156,22 @@ def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) ->
     )
 
 
-_forward_op = define(
+_forward_op = Operator(
     "attention_forward",
     f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool return_lse) -> (Tensor out, Tensor lse)",
-    _forward,
-    _forward_fake,
-    _check,
+    fake=_forward_fake,
+    check=_check,
+    torch=_forward,
+    triton=_forward,
 )
-_backward_op = define(
+_backward_op = Operator(
     "attention_backward",
     f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}, "
     "bool needs_dq, bool needs_dk, bool needs_dv) -> (Tensor dq, Tensor dk, Tensor dv)",
-    _backward,
-    _backward_fake,
-    _check_backward,
+    fake=_backward_fake,
+    check=_check_backward,
+    torch=_backward,
+    triton=_backward,
     gradient_of="attention",
 )
 

@@ -1,0 +1,56 @@
+#include "instruction_sets.h"
+
+#include "operator.h"
+
+namespace kernels {
+namespace {
+
+// In the order of KERNEL; each has all that those before it have.
+const char* const kNames[] = {"plain", "avx2", "avx512", "avx512_bf16"};
+
+int best() {
+#if defined(__x86_64__)
+  // A feature is supported where the operating system saves its registers, too.
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return 1;
+  }
+  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+
+int chosen = best();
+
+std::string instruction_sets() {
+  std::string names;
+  for (int i = best(); i >= 0; --i) names += (names.empty() ? "" : " ") + std::string(kNames[i]);
+  return names;
+}
+
+void use_instruction_set(std::string name) {
+  for (int i = best(); i >= 0; --i) {
+    if (name == kNames[i]) {
+      chosen = i;
+      return;
+    }
+  }
+  check_failed("this processor has no instruction set ", name);
+}
+
+}  // namespace kernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mistral_kernels, m) {
+  m.def("instruction_sets() -> str");
+  m.def("use_instruction_set(str name) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CompositeExplicitAutograd, m) {
+  m.impl("instruction_sets", TORCH_BOX(&kernels::instruction_sets));
+  m.impl("use_instruction_set", TORCH_BOX(&kernels::use_instruction_set));
+}

@@ -1,0 +1,101 @@
+// What operators for the CPU share: conditions and layouts.
+#pragma once
+
+#include "../operator.h"
+#include "instruction_sets.h"
+
+#include <torch/csrc/stable/ops.h>
+
+namespace kernels {
+
+inline int64_t width_of(const Tensor& x) { return x.dim() ? x.size(x.dim() - 1) : 1; }
+
+// Whether two tensors have one shape.
+inline bool same_shape(const Tensor& x, const Tensor& y) {
+  const auto a = x.sizes(), b = y.sizes();
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
+}
+
+inline bool is_on_cpu(const Tensor& x, ScalarType dtype) {
+  return x.is_cpu() && x.scalar_type() == dtype;
+}
+
+// A tensor as a kernel reads it: `outer_stride` leads from one part to the next, a part being its
+// last one or two dimensions. A copy where parts are not evenly spaced or the last dimension is not
+// contiguous.
+struct Parts {
+  Tensor x;
+  int64_t outer_stride, inner_stride;  // inner: of the last dimension but one
+};
+
+inline std::optional<Parts> parts_in_place(const Tensor& x, int64_t inner_dims) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  const int64_t dim = static_cast<int64_t>(sizes.size());
+  int64_t next = 1;  // the stride of an outer dimension that continues the one inside
+  for (int64_t i = std::max<int64_t>(dim - inner_dims, 0); i < dim; ++i) next *= sizes[i];
+  Parts parts{x, next, dim > 1 ? strides[dim - 2] : 0};
+  if (x.numel() == 0) return parts;
+  if (dim && sizes[dim - 1] > 1 && strides[dim - 1] != 1) return std::nullopt;
+  bool is_first = true;
+  for (int64_t i = dim - inner_dims - 1; i >= 0; --i) {
+    if (sizes[i] == 1) continue;
+    if (is_first) {
+      parts.outer_stride = strides[i];
+    } else if (strides[i] != next) {
+      return std::nullopt;
+    }
+    is_first = false;
+    next = strides[i] * sizes[i];
+  }
+  return parts;
+}
+
+inline Tensor as_contiguous(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+inline Parts parts_of(const Tensor& x, int64_t inner_dims) {
+  if (auto parts = parts_in_place(x, inner_dims)) return *std::move(parts);
+  return *parts_in_place(torch::stable::contiguous(x), inner_dims);
+}
+
+// The rows of x, which must have the shape and dtype of `like`.
+inline Parts rows_like(const Tensor& x, const Tensor& like) {
+  require(is_on_cpu(x, like.scalar_type()) && same_shape(x, like));
+  return parts_of(x, 1);
+}
+
+// x, contiguous, which must have this dtype and one dimension of this size.
+inline Tensor vector_of(const Tensor& x, ScalarType dtype, int64_t size) {
+  require(is_on_cpu(x, dtype) && x.dim() == 1 && x.numel() == size);
+  return as_contiguous(x);
+}
+
+// The data of x, contiguous in any shape, which must have this dtype and size.
+template <typename T>
+T* vector_data(const char* name, const Tensor& x, ScalarType dtype, int64_t size) {
+  KERNELS_CHECK(is_on_cpu(x, dtype), name, " must be on the CPU, of another dtype");
+  KERNELS_CHECK(x.numel() == size && x.is_contiguous(), name, " must be contiguous, of ", size);
+  return static_cast<T*>(x.data_ptr());
+}
+
+inline DType checked_dtype(const char* name, const Tensor& x) {
+  const auto dtype = dtype_of(x);
+  KERNELS_CHECK(dtype.has_value(), name, " must be float32, float16 or bfloat16");
+  return *dtype;
+}
+
+// Every query head reads the kv head of its group.
+inline void check_heads(int64_t heads, int64_t kv_heads) {
+  KERNELS_CHECK(kv_heads > 0 && heads > 0 && heads <= INT32_MAX && heads % kv_heads == 0,
+                "the kv heads must divide the query heads, and both be positive, got ", kv_heads,
+                " and ", heads);
+}
+
+// How many rows are worth a thread.
+inline int64_t grain(int64_t width) {
+  constexpr int64_t kElements = 1 << 15;
+  return std::max<int64_t>(kElements / std::max<int64_t>(width, 1), 1);
+}
+
+}  // namespace kernels

@@ -1,0 +1,67 @@
+// How the update runs on a GPU: its arithmetic and its launch, apart from CUDA itself.
+#pragma once
+
+#include "../rolling_cache.h"
+
+#include <algorithm>
+
+namespace kernels {
+
+struct Pair {
+  float a, b;
+};
+
+// Each product and each sum is rounded on its own, so that every backend gives the same bits.
+// Host code gets this from -ffp-contract=off.
+HOST_DEVICE Pair rotate(Pair x, float cos, float sin) {
+#ifdef __CUDA_ARCH__
+  return {__fsub_rn(__fmul_rn(x.a, cos), __fmul_rn(x.b, sin)),
+          __fadd_rn(__fmul_rn(x.b, cos), __fmul_rn(x.a, sin))};
+#else
+  return {x.a * cos - x.b * sin, x.b * cos + x.a * sin};
+#endif
+}
+
+// How many bytes the GPU may move at once: 16 or 8 where every vector of every tensor is aligned
+// to it and the vectors divide half a head; otherwise one element.
+inline int access_bytes(const Update& u) {
+  const int64_t half = u.head_dim / 2 * size_of(u.dtype);
+  for (int bytes : {16, 8}) {
+    // The angles of a vector of half-precision numbers are twice as many bytes; 16 will do.
+    const int table_bytes = std::min(bytes / size_of(u.dtype) * 4, 16);
+    uint64_t tables = 0, all = half;
+    for (const Heads& x : {u.q, u.k, u.v, u.q_out, u.k_cache, u.v_cache}) {
+      if (!x.data) continue;
+      all |= reinterpret_cast<uintptr_t>(x.data);
+      all |= (x.outer_stride | x.token_stride | x.head_stride) * size_of(u.dtype);
+    }
+    if (u.q.data) {
+      tables |= reinterpret_cast<uintptr_t>(u.cos) | reinterpret_cast<uintptr_t>(u.sin);
+      tables |= (u.cos_stride | u.sin_stride) * sizeof(float);
+    }
+    if (all % bytes == 0 && tables % table_bytes == 0) return bytes;
+  }
+  return size_of(u.dtype);
+}
+
+// Elements of each half of a head that one GPU thread takes. Two at least: an interleaved pair.
+inline int vector_length(const Update& u) {
+  return std::max(access_bytes(u) / size_of(u.dtype), 2);
+}
+
+constexpr int kBlock = 128;  // threads
+
+struct Launch {
+  uint32_t grid_x, grid_y;
+};
+
+// grid.x: tokens of a sequence, their heads, vectors of half a head; grid.y: sequences. Loops of
+// the kernel do what no grid can hold.
+inline Launch launch_shape(const Update& u) {
+  const int64_t heads = u.num_heads + 2 * int64_t{u.num_kv_heads};
+  const int64_t threads = u.max_seqlen * heads * (u.head_dim / 2 / vector_length(u));
+  return {static_cast<uint32_t>(std::min<int64_t>((threads + kBlock - 1) / kBlock, INT32_MAX)),
+          static_cast<uint32_t>(std::min<int64_t>(u.batch, 65535))};
+}
+
+}  // namespace kernels

@@ -1,0 +1,24 @@
+// The layout of a tensor of heads, on the CPU and the GPU. Inlined always: kernels are compiled for
+// several instruction sets, whose code must not be mixed up.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define HOST_DEVICE __attribute__((always_inline)) inline
+#endif
+
+// (outer, token, head, head_dim), strides in elements and the last dimension contiguous. Outer is a
+// sequence, or a row or page of a cache; packed tensors have none. data is null where there is no
+// tensor.
+struct Heads {
+  void* data;
+  int64_t outer_stride, token_stride, head_stride;
+
+  template <typename T>
+  HOST_DEVICE T* at(int64_t outer, int64_t token, int64_t head) const {
+    return static_cast<T*>(data) + outer * outer_stride + token * token_stride + head * head_stride;
+  }
+};

@@ -1,0 +1,55 @@
+"""Registers, stack and shared memory of compiled kernels, from the tools of the CUDA toolkit."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from .errors import LaunchError
+
+
+def nvidia_tool(name):
+    """Return the path of ptxas or cuobjdump: Triton's own, or that on PATH."""
+    spec = importlib.util.find_spec("triton")
+    if spec is not None:
+        path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+        if path.exists():
+            return str(path)
+    path = shutil.which(name)
+    if path is None:
+        raise FileNotFoundError(f"{name} must be on PATH, or Triton installed")
+    return path
+
+
+def resource_usage(cubin):
+    """Return the resources of each kernel in a cubin: registers, stack and shared memory.
+
+    `cubin` is bytes, or a compiled Triton kernel. Raises FileNotFoundError without cuobjdump.
+    """
+    if hasattr(cubin, "asm"):
+        cubin = cubin.asm["cubin"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [nvidia_tool("cuobjdump"), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True).stdout
+    return {
+        name: {k.lower(): int(v) for k, v in re.findall(r"(\w+(?:\[\d+\])?):(\d+)", usage)}
+        for name, usage in re.findall(r"Function (\S+):\s*\n\s*(.*)", text)
+    }
+
+
+def assemble(ptx, arch):
+    """Return the cubin of PTX text, compiled by ptxas for `arch`."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+        source.write_text(ptx)
+        command = [nvidia_tool("ptxas"), f"-arch={arch}", "-o", str(cubin), str(source)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise LaunchError(f"ptxas failed:\n{result.stderr[:4000]}")
+        return cubin.read_bytes()
