@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import hashlib
 import json
 import os
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +47,7 @@ from mistral_kernels.text.stats import Figures
 from mistral_kernels.text.streaming import Completion, TextDelta, generate, stream_generate
 from mistral_kernels.tokenizer import MistralTokenizer
 from mistral_kernels.tokenizer.base import check_text
+from mistral_kernels.utils.files import digest
 from mistral_kernels.utils.ranges import COUNT, SEED
 
 __all__ = ["Completion", "TextDelta", "generate", "main", "stream_generate"]
@@ -208,7 +207,9 @@ def _generate(args: argparse.Namespace, world: World) -> None:
             "text, or name an instruct model with --model"
         )
     if world.size > 1:
-        check_same("the tokenizer", _digest({tokenizer.path, *find_tokenizer_files(path)}))
+        files = sorted({tokenizer.path, *find_tokenizer_files(path)})
+        contents = (part for file in files for part in (file.name.encode(), file.read_bytes()))
+        check_same("the tokenizer", digest(*contents))
     family = MistralForCausalLM if world.size == 1 else ParallelMistralForCausalLM
     model = family.from_pretrained(
         path,
@@ -243,13 +244,6 @@ def _generate(args: argparse.Namespace, world: World) -> None:
     finally:
         if reports:
             print("", *stats.lines(model), f"seed      {seed}", sep="\n", file=sys.stderr)
-
-
-def _digest(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(hashlib.sha256(path.name.encode() + b"\0" + path.read_bytes()).digest())
-    return digest.hexdigest()[:12]
 
 
 def _window(text: str) -> int | str:

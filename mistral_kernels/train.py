@@ -4,12 +4,11 @@ The defaults are the recipe of the bundled model: a 2.75 M-parameter decoder wit
 attention and a sliding window of 128 tokens, and a byte-fallback BPE vocabulary of 2048 pieces
 trained on the same text.
 
-Under torchrun, its ranks share the model, the optimiser's state and every batch.
+Under torchrun, its ranks share the model, the optimizer's state and every batch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -17,12 +16,13 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mistral_kernels.checkpoint import CheckpointError, open_checkpoint, resolve
@@ -42,6 +42,7 @@ from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.training.loop import DTYPES, Corpus, Recipe, Run, SingleProcess, train
 from mistral_kernels.training.state import FileSaving, Saving
+from mistral_kernels.utils.files import digest
 from mistral_kernels.utils.ranges import COUNT, Range
 
 TINY = MistralConfig(
@@ -62,14 +63,14 @@ _PIPE_LIMIT = 1 << 29  # bytes of a text that is no regular file
 
 
 def read_text(paths: Sequence[Path]) -> str:
-    """The files' text, hard-wrapped lines joined: a blank line ends a paragraph, one line each."""
+    """Return the files' text, one line per paragraph. A blank line ends a paragraph."""
     text = "\n\n".join(read_input(path, _PIPE_LIMIT) for path in paths)
     paragraphs = (" ".join(block.split()) for block in re.split(r"\n\s*\n", text))
     return "\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
 
 
 def split_held_out(text: str, size: int) -> tuple[str, str]:
-    """(training, held out): whole paragraphs of about `size` characters from the end."""
+    """Return (training, held out): the latter are whole paragraphs, about `size` characters."""
     if not 0 < size < len(text) // 2:
         raise ValueError(
             f"--held-out-chars must be at least 1 and less than half of the text's {len(text)} "
@@ -118,29 +119,28 @@ def train_on_texts(
     output: Path,
     held_out_chars: int,
     recipe: Recipe,
+    world: World,
     source: str | None = None,
     save_every: int = 0,
-    device: torch.device | str = "cpu",
-    world: World | None = None,
 ) -> None:
-    """Train a tokenizer and a model on `texts`; `output` appears when all of it is there.
+    """Train a tokenizer and a model on `texts`; `output` appears when it is complete.
 
     With `source`, a checkpoint's folder or hub id, its model and tokenizer are trained further
-    instead. Beside the checkpoint, in Hugging Face's format, stand the held-out text and
-    `training.json`: the recipe, the loss curve and the final held-out loss.
+    instead. The checkpoint, in Hugging Face's format, has two more files: the held-out text and
+    `training.json` with the recipe, the loss curve and the final held-out loss.
 
-    Every `save_every` steps (0: never) the run's state goes to a file beside `output`, its name
-    with `.partial` behind it. A run that finds one goes on from there; at the end it is removed.
+    Every `save_every` steps (0: never) the run's state is saved beside `output`, under its name and
+    `.partial`. A run that finds a state there resumes from it; at the end it is removed.
 
-    With `world`, this is one of its ranks, which all call this alike: each holds a share of the
-    model on the world's device, and the state is a folder, which any number of ranks reads.
+    In a process group, all ranks call this alike: each holds a share of the model on the world's
+    device, and the state is a folder, which any number of ranks can read.
     """
     output = output.expanduser().resolve()
     if output.is_symlink():
         raise ValueError(f"{output} is a link that leads to itself; name another output")
     check_target(output)
     _SAVE_EVERY.check("save_every", save_every)
-    if world is not None and world.size > recipe.batch_size:
+    if world.size > recipe.batch_size:
         raise ValueError(
             f"batch_size must be at least the number of ranks, {world.size}, "
             f"got {recipe.batch_size}"
@@ -148,7 +148,7 @@ def train_on_texts(
     training, held_out = split_held_out(read_text(texts), held_out_chars)
     partial = output.with_name(f"{output.name}.partial")
     with tempfile.TemporaryDirectory() as scratch, open(os.devnull, "w") as nowhere:
-        log = sys.stderr if world is None or world.is_main else nowhere
+        log = sys.stderr if world.is_main else nowhere
         folder = Path(scratch) if source is None else resolve(source)
         if source is None:
             train_tokenizer(training, TINY.vocab_size, folder / "tokenizer.model")
@@ -159,13 +159,13 @@ def train_on_texts(
         identity = {
             **asdict(recipe),
             "from": source,
-            "texts": _digest(training.encode(), held_out.encode()),
-            "tokenizer": _digest(*(x.numpy().tobytes() for x in (corpus.tokens, tokens))),
-            "model": _digest(repr(config).encode()),
+            "texts": digest(training.encode(), held_out.encode()),
+            "tokenizer": digest(*(x.numpy().tobytes() for x in (corpus.tokens, tokens))),
+            "model": digest(repr(config).encode()),
         }
         saving = _saving(partial, save_every, identity, world)
-        _on_main(world, lambda: _check_writable(output.parent))
-        run = _start(None if source is None else folder, recipe, device, world)
+        world.from_main(lambda: _check_writable(output.parent))
+        run = _start(None if source is None else folder, recipe, world)
         parameters = sum(p.numel() for p in run.backend.model.parameters())
         print(
             f"{parameters:,} parameters, {len(corpus.tokens):,} tokens to train on, "
@@ -212,22 +212,16 @@ def _check_writable(folder: Path) -> None:
         raise CheckpointError(f"cannot write to {folder}, name another output: {error}") from None
 
 
-def _on_main(world: World | None, action: Callable[[], None]) -> None:
-    action() if world is None else world.from_main(action)
-
-
-def _start(
-    folder: Path | None, recipe: Recipe, device: torch.device | str, world: World | None
-) -> Run:
-    """A run of the model in `folder`, or of a new one, before its first step."""
+def _start(folder: Path | None, recipe: Recipe, world: World) -> Run:
+    """Return a run of the model in `folder`, or of a new one, before its first step."""
     dtype = DTYPES[recipe.dtype]
     if folder is None:
         torch.manual_seed(recipe.seed)
         model = MistralForCausalLM(TINY).to(dtype)
-    elif world is None:
+    elif not dist.is_initialized():
         model = MistralForCausalLM.from_pretrained(folder, dtype=dtype)
-    if world is None:
-        return Run(SingleProcess(model.to(device)), recipe)
+    if not dist.is_initialized():
+        return Run(SingleProcess(model.to(world.device)), recipe)
     # Importing torch.distributed's parts takes longer than all the rest, and few runs need them.
     from mistral_kernels.training.fsdp import PartOf, Sharded, sharded_model
 
@@ -243,8 +237,8 @@ def _start(
     return Run(Sharded(sharded_model(config, tensors, dtype, world), dtype, world), recipe)
 
 
-def _saving(path: Path, every: int, identity: dict[str, Any], world: World | None) -> Saving:
-    if world is None:
+def _saving(path: Path, every: int, identity: dict[str, Any], world: World) -> Saving:
+    if not dist.is_initialized():
         return FileSaving(path, every, identity)
     from mistral_kernels.training.fsdp_state import FolderSaving
 
@@ -262,11 +256,6 @@ def _check_vocabulary(config: MistralConfig, corpus: Corpus, held_out: Tensor) -
             f"{corpus.tokenizer.path} gives token {largest}, beyond the model's vocabulary of "
             f"{config.vocab_size}: is this its tokenizer?"
         )
-
-
-def _digest(*parts: bytes) -> str:
-    """The beginning of a SHA-256, enough to tell what is not the same."""
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -316,19 +305,17 @@ def _parser() -> Parser:
 def _run(argv: Sequence[str] | None) -> None:
     args = _parser().parse_args(argv)
 
-    def train_on(device: torch.device, world: World | None = None) -> None:
-        check_backend(device)
+    def train_in(world: World) -> None:
+        check_backend(world.device)
         recipe = Recipe(**{option.name: getattr(args, option.name) for option in fields(Recipe)})
-        train_on_texts(
-            *(args.text, args.output, args.held_out_chars, recipe, args.source, args.save_every),
-            *(device, world),
-        )
+        options = (args.held_out_chars, recipe, world, args.source, args.save_every)
+        train_on_texts(args.text, args.output, *options)
 
     if launched():
         with joined(args.device) as world:
-            train_on(world.device, world)
+            train_in(world)
     else:
-        train_on(device_of(args.device))
+        train_in(World(0, 1, device_of(args.device)))
 
 
 if __name__ == "__main__":

@@ -610,7 +610,7 @@ BAD = [
     ({"v": NEW[:, :2]}, "v must be (2, 3, 2, 8), got (2, 2, 2, 8)"),
     (
         {"cache_seqlens": None},
-        "cache_seqlens is needed to append k and v: where do they go?",
+        "cache_seqlens is required when k and v are given",
     ),
     (
         {"cache_seqlens": 8},

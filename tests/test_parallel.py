@@ -42,7 +42,7 @@ TIED = replace(CONFIG, tie_word_embeddings=True, sliding_window=(7, None, 3), nu
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of folders; those in capitals are for the command alone."""
+    """Make a folder of checkpoints; those in capitals are for the command alone."""
     folder = tmp_path_factory.mktemp("parallel") / "checkpoints"
     save_hf(varied_model(CONFIG).state_dict().items(), CONFIG, folder / "hf", dtype=torch.float32)
     save_raw(varied_model(CONFIG).state_dict().items(), CONFIG, folder / "raw", dtype=torch.float32)
@@ -67,7 +67,7 @@ def chat_models(checkpoints: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(checkpoints: Path, chat_models: None) -> dict[int, list[dict[str, Any]]]:
-    """The results of each rank, of 2 and of 4."""
+    """Return the results of each rank, of 2 and of 4."""
     results = {}
     for size, ports in ((2, free_ports(len(SCENARIOS))), (4, [])):
         processes = start(size, TESTS / "support" / "parallel_rank.py", checkpoints, *ports)
@@ -176,7 +176,8 @@ def test_bad_input_is_told_once(
     name: str, message: str, ranks: dict[int, list[dict[str, Any]]]
 ) -> None:
     main, other = of_command(ranks, name)
-    assert main[:2] == (2, "") and re.fullmatch(f"error: {message}\n", main[2]), main
+    assert main[:2] == (2, ""), main
+    assert re.fullmatch(f"error: {message}\n", main[2]), main
     assert other == (2, "", "")
 
 
@@ -350,7 +351,8 @@ def test_ctrl_c_ends_all_ranks() -> None:
     for process in processes:
         process.send_signal(signal.SIGINT)
     main, other = finish(processes, 60)
-    assert len(head) == 20 and main.code == other.code == 130, (main, other)
+    assert len(head) == 20, (main, other)
+    assert main.code == other.code == 130, (main, other)
     # PyTorch warns of a collective that was cut off, if one was.
     warning = r"\[W.*? ProcessGroup\.cpp:\d+\] Warning: .*?\(function ~WorkRegistry\)\n"
     main_err, other_err = (re.sub(warning, "", x.err, flags=re.DOTALL) for x in (main, other))

@@ -79,7 +79,7 @@ def _die_at(name: str, times: int) -> None:
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun tells a rank, and a bound to its waits."""
+    """Return the variables that torchrun sets for a rank, and a short timeout."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -131,7 +131,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
-    """Runs `main` as the only rank of a world, in this process."""
+    """Return a function that runs `main` as the only rank of a world, in this process."""
 
     def run(arguments: list[str]) -> int:
         with monkeypatch.context() as patch:
@@ -187,7 +187,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(out: Path, reference: Path, noise: float = 1e-5) -> None:
-    """The same loss curve, weights and files, but for rounding."""
+    """Compare loss curves, weights and files of two runs, except for rounding."""
     curve, expected = curve_of(out), curve_of(reference)
     assert [step for step, *_ in curve] == [step for step, *_ in expected]
     for (step, *losses), (_, *wanted) in zip(curve, expected, strict=True):
@@ -200,7 +200,7 @@ def assert_same_run(out: Path, reference: Path, noise: float = 1e-5) -> None:
 
 @pytest.fixture(scope="module")
 def whole(text: Path, starts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a run leaves that one process makes, and nothing interrupts."""
+    """Train in one process without an interruption; return its output."""
     out = tmp_path_factory.mktemp("whole") / "out"
     assert main(command(text, starts["hf"], out)) == 0
     return out
@@ -262,7 +262,8 @@ def test_killed_while_saving(
     ended = ranks(2, saved, sabotage={rank: sabotage})
     assert ended[rank][0] == -signal.SIGKILL
     code, said = ended[1 - rank]
-    assert code == 2 and LOST.search(said.splitlines()[-1]), said
+    assert code == 2, said
+    assert LOST.search(said.splitlines()[-1]), said
     capsys.readouterr()
     assert alone(saved) == 0
     assert f"going on from step {step}, saved in {partial}\n" in capsys.readouterr().err
@@ -281,7 +282,8 @@ def test_gone_on_with_by_other_numbers_of_ranks(
         ended = ranks(size, saved, sabotage={size - 1: ("advance", steps + 1)})
         assert ended[-1][0] == -signal.SIGKILL
         for code, said in ended[:-1]:
-            assert code == 2 and LOST.search(said.splitlines()[-1]), said
+            assert code == 2, said
+            assert LOST.search(said.splitlines()[-1]), said
         if step:
             assert f"going on from step {step}, saved in {partial}\n" in ended[0][1]
         step += steps
@@ -297,7 +299,7 @@ def test_gone_on_with_by_other_numbers_of_ranks(
 def interrupted(
     text: Path, starts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The folder of a state, saved by two ranks at step 4."""
+    """Return the folder of a state that two ranks saved at step 4."""
     out = tmp_path_factory.mktemp("interrupted") / "out"
     saved = command(text, starts["hf"], out, "--save-every", "2")
     ranks = Ranks(tmp_path_factory.mktemp("logs"))
@@ -465,7 +467,8 @@ def test_mutilated_states(
                 data[random.randrange(len(data))] = random.randrange(256)
         with_sum(step, name, bytes(data))
         code, error = alone(command(text, starts["hf"], out)), capsys.readouterr().err
-        assert code in (2, 130) and "Traceback" not in error, error
+        assert code in (2, 130), error
+        assert "Traceback" not in error, error
         refused += code == 2
         errors = [line for line in error.splitlines() if "error: " in line]
         assert len(errors) == (code == 2), error
@@ -500,7 +503,8 @@ def test_a_loss_that_is_not_finite(
     ended = ranks(2, command(text, starts["hf"], out, *fast))
     assert [code for code, _ in ended] == [2, 2]
     said = "error: rank 0: the held-out loss is nan at step 1: use a lower learning rate"
-    assert said in ended[0][1] and ended[1][1] == "", ended
+    assert said in ended[0][1], ended
+    assert ended[1][1] == "", ended
     assert not out.exists()
     assert not list(tmp_path.glob("out.partial/*/run.pt"))
 
@@ -644,5 +648,6 @@ def test_torchrun(text: Path, starts: dict[str, Path], whole: Path, tmp_path: Pa
         [*run, "-m", "mistral_kernels.train", *own], timeout=LIMIT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "" and done.stderr.count("held-out") == 8, done.stderr
+    assert done.stdout == "", done.stderr
+    assert done.stderr.count("held-out") == 8, done.stderr
     assert_same_run(tmp_path / "out", whole)

@@ -21,6 +21,7 @@ from support.small_checkpoints import SMALL
 
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, train
 from mistral_kernels.checkpoint import CheckpointError, open_checkpoint, resolve
+from mistral_kernels.distributed.process_group import World
 from mistral_kernels.train import main
 from mistral_kernels.training import loop as training
 from mistral_kernels.training.loop import Corpus, Recipe, held_out_loss, packed_loss
@@ -45,7 +46,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random checkpoint with a tokenizer for the text."""
+    """Make a small random checkpoint with a tokenizer for the text."""
     tokenizer = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train.train_tokenizer(train.read_text([text]), CONFIG.vocab_size, tokenizer)
     folder = tokenizer.parent / "start"
@@ -223,7 +224,8 @@ def test_bad_input(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
+    assert captured.err.startswith("error: "), captured.err
+    assert captured.err.count("\n") == 1, captured.err
     assert message in captured.err
     assert list(tmp_path.iterdir()) == before, "nothing is left behind"
 
@@ -259,16 +261,17 @@ def test_an_output_that_cannot_be_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
 
 
-def test_texts_of_other_systems(text: Path, tmp_path: Path) -> None:
+def test_texts_of_other_systems(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A byte order mark and other line ends change nothing."""
     plain, other = text.read_text(), tmp_path / "other.txt"
     for end in ("\r\n", "\r"):
         other.write_bytes(b"\xef\xbb\xbf" + plain.replace("\n", end).encode())
         assert train.read_text([other]) == train.read_text([text])
+    monkeypatch.setattr(train, "_PIPE_LIMIT", 1000)
     with pytest.raises(ValueError, match="/dev/zero must have at most 1000 bytes; it has more"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "_PIPE_LIMIT", 1000)
-            train.read_text([text, Path("/dev/zero")])
+        train.read_text([text, Path("/dev/zero")])
 
 
 @pytest.mark.parametrize("save_every", ["0", "1"])
@@ -611,7 +614,7 @@ def test_an_edited_state_is_named(
     state = torch.load(partial, weights_only=True)
     identity = state["identity"]
     recipe = Recipe(**{option.name: identity[option.name] for option in dataclasses.fields(Recipe)})
-    run = train._start(start, recipe, "cpu", None)
+    run = train._start(start, recipe, World(0, 1, torch.device("cpu")))
     saving = FileSaving(partial, 2, identity)
     untouched = {name: tensor.clone() for name, tensor in run.state["tensors"].items()}
     named = rf"{partial} is (not the whole state of a run \(.+\)|.+ another run \(.+\))"

@@ -245,7 +245,7 @@ def test_accumulation_is_in_float32(corpus: Corpus, monkeypatch: pytest.MonkeyPa
 def loss_and_saved_bytes(
     model: MistralForCausalLM, corpus: Corpus, batch: list[Tensor]
 ) -> tuple[Tensor, int]:
-    """The loss, and what autograd keeps until its backward, each memory counted once."""
+    """Return the loss, and the bytes that autograd keeps for its backward, each counted once."""
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:

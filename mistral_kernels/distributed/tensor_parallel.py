@@ -1,11 +1,13 @@
 """Tensor parallelism: one Mistral over the ranks of torch.distributed's group, to generate text.
 
 Each rank holds the projections of its own query and key/value heads, its columns of the MLP and its
-rows of the vocabulary. So attention, the MLP and the rolling cache are those of a smaller model,
-and run as they are. What the ranks compute of a hidden state is a part of a sum: one all-reduce
-after attention and one after the MLP complete it, as in Megatron-LM (arXiv:1909.08053). The
-embedding is completed by a third, and an all-gather gives every rank all logits: they then choose
-the same tokens. Where there are more ranks than key/value heads, several hold the same head.
+rows of the vocabulary. Attention, the MLP and the rolling cache of a rank are those of a smaller
+model. One all-reduce after attention and one after the MLP add up the ranks' parts of the hidden
+state, as in Megatron-LM (arXiv:1909.08053). A third completes the embedding, and an all-gather
+gives every rank all logits, so that all choose the same tokens. Where there are more ranks than
+key/value heads, several hold the same head.
+
+`benchmarks/parallel_model.py` models the time of a step.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from mistral_kernels.model.transformer import MistralForCausalLM
 
 @dataclass(frozen=True)
 class Share:
-    """What rank `rank` of `size` holds of a model.
+    """Part of a model that rank `rank` of `size` holds.
 
     Raises `ConfigError` if heads or the MLP cannot be divided.
     """
@@ -57,7 +59,7 @@ class Share:
 
     @property
     def local_config(self) -> MistralConfig:
-        """Of the model that is this rank's, but for its vocabulary, which is whole."""
+        """The configuration of this rank's part, except that its vocabulary is whole."""
         return replace(
             self.config,
             num_attention_heads=self.config.num_attention_heads // self.size,
@@ -72,7 +74,7 @@ class Share:
         return range(self.config.vocab_size)[self.rank * count : (self.rank + 1) * count]
 
     def part_of(self, name: str, shape: tuple[int, ...]) -> checkpoint.Part:
-        """Which rows and columns of the tensor `name`, whose whole shape is `shape`."""
+        """Return the rows and columns of the tensor `name`, whose whole shape is `shape`."""
         layer = name.split(".")[-2]
         if layer in ("embed_tokens", "lm_head"):
             return (slice(self.vocabulary.start, self.vocabulary.stop),)
@@ -92,7 +94,7 @@ class Share:
 
 
 class ParallelMistralForCausalLM(MistralForCausalLM):
-    """This rank's share of a model, for inference. Every call is a collective one.
+    """Share of a model that this rank holds, for inference. Every call is a collective one.
 
     Each rank makes the same calls with the same arguments, and has the same results.
     `config` is that of the share. Weights come from `from_pretrained` alone.
@@ -117,7 +119,7 @@ class ParallelMistralForCausalLM(MistralForCausalLM):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> ParallelMistralForCausalLM:
-        """As `MistralForCausalLM.from_pretrained`; each rank reads its own share and no more.
+        """Load as `MistralForCausalLM.from_pretrained` does; each rank reads its own share alone.
 
         Raises `ValueError` where the ranks were given different checkpoints or options, and
         `ConfigError` where their number cannot share the model.
@@ -184,7 +186,7 @@ def _all_reduce(x: Tensor) -> Tensor:
 
 
 def _all_gather(x: Tensor, size: int) -> Tensor:
-    """The ranks' x (rows, columns), one below the other."""
+    """Return the x (rows, columns) of all ranks, one below the other."""
     operators = torch.ops._c10d_functional
     return operators.wait_tensor(operators.all_gather_into_tensor(x, size, _group_name()))
 
@@ -195,7 +197,7 @@ def _group_name() -> str:
 
 
 def _fingerprint(stored: checkpoint.Checkpoint) -> str:
-    """Tells checkpoints apart by their configuration, all norms and a row of each matrix."""
+    """Return a hash of a checkpoint's configuration, all norms and one row of each matrix."""
 
     def sample(name: str, shape: tuple[int, ...]) -> checkpoint.Part:
         return (slice(1),) if len(shape) == 2 else checkpoint.whole(name, shape)
@@ -224,9 +226,9 @@ def memory_per_rank(
     batch: int = 1,
     max_length: int = 32768,
 ) -> Memory:
-    """What the first of `size` ranks, which has the most, holds of a model and its cache.
+    """Return the memory of a model and its cache on the first of `size` ranks, which has the most.
 
-    Beside them there are activations of one prefill pass, and what PyTorch and NCCL take.
+    The activations of one prefill pass, PyTorch and NCCL need more.
     """
     share = Share(config, 0, size)
     elements = 0

@@ -2,11 +2,11 @@
 
     from mistral_kernels.flash_attn import flash_attn_func  # was: from flash_attn import ...
 
-Every function written here is `mistral_kernels.attention` under another name; see there for shapes
-and dtypes. What differs from flash-attn: float32 too; any GPU that Triton compiles for, or none;
-the backward pass is always deterministic; ALiBi biases count into the log-sum-exp as
-slope * |distance|, causal or not. Dropout raises, and so do paged keys outside a cache and
-arguments in the order of flash-attn 3 or 4. `flash_attn_with_kvcache` stands in `kvcache.py`.
+Every function in this module calls `mistral_kernels.attention`; see there for shapes and dtypes.
+Differences from flash-attn: float32 too; any GPU that Triton compiles for, or none; the backward
+pass is always deterministic; ALiBi biases count into the log-sum-exp as slope * |distance|, causal
+or not. Dropout raises, and so do paged keys outside a cache and arguments in the order of
+flash-attn 3 or 4. `flash_attn_with_kvcache` is in `kvcache.py`.
 """
 
 from __future__ import annotations
@@ -47,34 +47,41 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """Attention of a rectangular batch.
+    """Compute attention of a rectangular batch.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim).
         k, v: (batch, seqlen_k, num_kv_heads, head_dim).
         dropout_p: must be 0.
         softmax_scale: head_dim^-0.5 if None.
-        causal: no query sees past its place; the last query stands on the last key.
+        causal: no query sees past its own position; the last query is aligned with the last key.
         window_size: inclusive distances (left, right) that a query sees, -1 for no bound.
         softcap: scores s become softcap * tanh(s / softcap); 0 for none.
         alibi_slopes: (num_heads,) or (batch, num_heads).
         deterministic: the backward pass always is.
-        return_attn_probs: also return the log-sum-exp and, in the place of the probabilities that
-            dropout would have drawn, an empty tensor.
+        return_attn_probs: also return the log-sum-exp and, instead of dropout's probabilities, an
+            empty tensor.
 
     Returns:
         out, of q's shape, or (out, softmax_lse (batch, num_heads, seqlen_q) float32, empty).
 
     Raises:
         NotImplementedError: dropout_p is not 0.
-        TypeError: dropout_p, softmax_scale or causal has another's type, as in the order of
-            arguments of flash-attn 3 or 4.
+        TypeError: dropout_p, softmax_scale or causal has the type of another argument, as in the
+            argument order of flash-attn 3 or 4.
         ValueError: naming the argument that does not fit.
     """
     _check_order(dropout_p, softmax_scale, causal)
-    return _attend(
-        q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
+    result = attention(
+        *(q, k, v),
+        causal=causal,
+        window_size=window_size,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_lse=return_attn_probs,
     )
+    return (*result, q.new_empty(0)) if isinstance(result, tuple) else result
 
 
 def flash_attn_kvpacked_func(
@@ -89,11 +96,11 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """`flash_attn_func` with k and v in one tensor, kv: (batch, seqlen_k, 2, num_kv_heads, d)."""
-    _check_order(dropout_p, softmax_scale, causal)
+    """Call `flash_attn_func` with k and v in one, kv: (batch, seqlen_k, 2, num_kv_heads, d)."""
     k, v = _unpack("kv", kv, 2, ndim=5)
-    return _attend(
-        q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
+    return flash_attn_func(
+        *(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes),
+        *(deterministic, return_attn_probs),
     )
 
 
@@ -108,11 +115,11 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """`flash_attn_func` with all in one tensor, qkv: (batch, seqlen, 3, num_heads, head_dim)."""
-    _check_order(dropout_p, softmax_scale, causal)
+    """Call `flash_attn_func` with one tensor, qkv: (batch, seqlen, 3, num_heads, head_dim)."""
     q, k, v = _unpack("qkv", qkv, 3, ndim=5)
-    return _attend(
-        q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs
+    return flash_attn_func(
+        *(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes),
+        *(deterministic, return_attn_probs),
     )
 
 
@@ -134,12 +141,12 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Result:
-    """Attention of a packed batch; arguments that `flash_attn_func` has mean the same here.
+    """Compute attention of a packed batch; for other arguments see `flash_attn_func`.
 
     Args:
         q: (total_q, num_heads, head_dim).
         k, v: (total_k, num_kv_heads, head_dim).
-        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, where each sequence begins, and the last
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, where each sequence starts and the last one
             ends.
         max_seqlen_q, max_seqlen_k: at least the longest sequence.
         block_table: must be None.
@@ -152,16 +159,20 @@ def flash_attn_varlen_func(
         raise NotImplementedError(
             "block_table: paged keys and values are not supported; gather them first"
         )
-    lengths: dict[str, Any] = {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-    }
-    return _attend(
-        *(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs),
-        **lengths,
+    result = attention(
+        *(q, k, v),
+        causal=causal,
+        window_size=window_size,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        return_lse=return_attn_probs,
     )
+    return (*result, q.new_empty(0)) if isinstance(result, tuple) else result
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -180,7 +191,7 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """`flash_attn_varlen_func` with k and v in one tensor, kv: (total_k, 2, num_kv_heads, d)."""
+    """Call `flash_attn_varlen_func` with k and v in one, kv: (total_k, 2, num_kv_heads, d)."""
     k, v = _unpack("kv", kv, 2, ndim=4)
     return flash_attn_varlen_func(
         *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p),
@@ -202,38 +213,13 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """`flash_attn_varlen_func` with all in one tensor, qkv: (total, 3, num_heads, head_dim)."""
+    """Call `flash_attn_varlen_func` with one tensor, qkv: (total, 3, num_heads, head_dim)."""
     q, k, v = _unpack("qkv", qkv, 3, ndim=4)
     return flash_attn_varlen_func(
         *(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p),
         *(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic),
         return_attn_probs,
     )
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Window,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    return_attn_probs: bool,
-    **lengths: Any,
-) -> Result:
-    result = attention(
-        *(q, k, v),
-        causal=causal,
-        window_size=window_size,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        return_lse=return_attn_probs,
-        **lengths,
-    )
-    return (*result, q.new_empty(0)) if isinstance(result, tuple) else result
 
 
 _ORDER = (
@@ -243,7 +229,7 @@ _ORDER = (
 
 
 def _check_order(dropout_p: Any, softmax_scale: Any, causal: Any) -> None:
-    """Refuse dropout, and what flash-attn 3 and 4 have in the places of these arguments."""
+    """Raise for dropout, and for what flash-attn 3 and 4 have at these arguments' positions."""
     if not (dropout_p is None or is_number(dropout_p)):
         raise TypeError(f"dropout_p must be 0, got {_shown(dropout_p)}; {_ORDER}")
     if not (softmax_scale is None or is_number(softmax_scale)):

@@ -1,8 +1,8 @@
 """flash-attn 2's `flash_attn_with_kvcache`: append to a cache, and attend over it, for inference.
 
-The cache is flat, (batch, seqlen, heads, head_dim), or paged. What differs from flash-attn: float32
-too; pages of any size; the query heads of a kv head share its keys, each read once, with a window
-as without.
+The cache is flat, (batch, seqlen, heads, head_dim), or paged. Differences from flash-attn: float32
+too; pages of any size; a key is read once for all query heads of its kv head, with and without a
+window.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.attention.cache_view import CacheView
-from mistral_kernels.ops.attention.cached import attend_cached
 from mistral_kernels.ops.attention.checks import (
     check_num_splits,
     check_options,
@@ -22,6 +20,8 @@ from mistral_kernels.ops.attention.checks import (
     check_scoring,
     check_slopes,
 )
+from mistral_kernels.ops.attention.ops import attend_cached
+from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.checks import (
     can_read,
@@ -70,7 +70,7 @@ def flash_attn_with_kvcache(
             `block_table`, (num_pages, page_size, ...). A contiguous last dimension.
         k, v: (batch, seqlen_new, num_kv_heads, head_dim), written from position `cache_seqlens` on.
         rotary_cos, rotary_sin: (num_positions, rotary_dim / 2): the first rotary_dim channels of q
-            and k are turned to the positions from `cache_seqlens` on; q's all to `cache_seqlens`
+            and k are rotated to the positions from `cache_seqlens` on; all of q to `cache_seqlens`
             itself if there is neither a causal mask nor a window. Needs k and v.
         cache_seqlens: tokens in the cache before k and v; (batch,) int32 or one number. None: all
             of seqlen_cache.
@@ -80,7 +80,7 @@ def flash_attn_with_kvcache(
         softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
         rotary_interleaved: channels (2i, 2i + 1) form a pair, as in raw Mistral checkpoints, not
             (i, i + rotary_dim / 2), as in Hugging Face ones.
-        num_splits: programs that share a sequence's keys; 0: as many as pay.
+        num_splits: programs that share a sequence's keys; 0: chosen by the number of keys.
         return_softmax_lse: also return the log-sum-exp.
 
     Returns:
@@ -89,8 +89,8 @@ def flash_attn_with_kvcache(
 
     Raises:
         ValueError: naming the argument that does not fit; on the CPU also a value of
-            `cache_seqlens`, `cache_batch_idx`, `cache_leftpad` or `block_table` outside its range,
-            where on a GPU a look would wait. The caches are then untouched.
+            `cache_seqlens`, `cache_batch_idx`, `cache_leftpad` or `block_table` outside its range;
+            on a GPU values are not read. The caches are then untouched.
         TypeError: an argument is not the tensor, number or flag that it must be, or has another
             dtype.
         NotImplementedError: something here requires a gradient, or torch.func transforms an index
@@ -135,7 +135,7 @@ def flash_attn_with_kvcache(
     check_num_splits(num_splits)
     if not is_flag(return_softmax_lse):
         raise TypeError(f"return_softmax_lse must be True or False, got {return_softmax_lse!r}")
-    if k is not None:  # what the operators check would come when one of them has written
+    if k is not None:  # before the update writes: the attention operator checks too late
         check_device("q", q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes)
         check_unit_stride("k_cache", k_cache)
         check_unit_stride("v_cache", v_cache)
@@ -153,28 +153,29 @@ def flash_attn_with_kvcache(
         _check_tables(rotary_cos, rotary_sin, q, lengths, max(new, 1 if together else seqlen_q))
         dtype = torch.promote_types(rotary_cos.dtype, torch.float32)
         tables = rotary_cos.to(dtype), rotary_sin.to(dtype)
-        q = _turned(q, tables, lengths, 0 if together else 1, rotary_interleaved)
-        k = _turned(k, tables, lengths, 1, rotary_interleaved)
+        q = _rotate(q, tables, lengths, 0 if together else 1, rotary_interleaved)
+        k = _rotate(k, tables, lengths, 1, rotary_interleaved)
     if k is not None and v is not None:
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * new
         packed = (with_unit_stride(x).flatten(0, 1) for x in (k, v))
         update_op(k_cache, v_cache, *packed, lengths, cu_seqlens, new, cache_batch_idx, block_table)
-    view = lengths, None, new, cache_batch_idx, cache_leftpad, block_table
+    view = lengths, new, cache_batch_idx, cache_leftpad, block_table
+    spec = AttentionSpec(
+        Sequences(None, None, seqlen_q, new),
+        window,
+        softmax_scale,
+        softcap,
+        alibi_slopes,
+        CacheView(k_cache, v_cache, *view),
+    )
     out, lse = attend_cached(
-        *(q, None, None, CacheView(k_cache, v_cache, *view)),
-        window=window,
-        max_seqlen_q=seqlen_q,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        return_lse=return_softmax_lse,
-        num_splits=num_splits,
+        q, None, None, spec, return_lse=return_softmax_lse, num_splits=num_splits
     )
     return (out, lse) if return_softmax_lse else out
 
 
 def _check_new(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None) -> int:
-    """The number of new tokens of a sequence."""
+    """Return the number of new tokens per sequence."""
     if (k is None) != (v is None):
         raise ValueError("k and v must both be given, or both be None")
     for name, x in (("k", k), ("v", v)):
@@ -198,7 +199,7 @@ def _check_new(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None) -
 def _lengths(cache_seqlens: int | Tensor | None, q: Tensor, capacity: int, new: int) -> Tensor:
     if cache_seqlens is None:
         if new:
-            raise ValueError("cache_seqlens is needed to append k and v: where do they go?")
+            raise ValueError("cache_seqlens is required when k and v are given")
         cache_seqlens = capacity
     batch = q.shape[0]
     if not isinstance(cache_seqlens, Tensor):
@@ -277,12 +278,12 @@ def _check_tables(cos: Tensor, sin: Tensor, q: Tensor, lengths: Tensor, new: int
             raise ValueError(f"rotary_cos ends at position {len(cos)}, but {end} are needed")
 
 
-def _turned(
+def _rotate(
     x: Tensor, tables: tuple[Tensor, Tensor], lengths: Tensor, step: int, interleaved: bool
 ) -> Tensor:
-    """x turned to positions `lengths`, `lengths + step`, ...; channels past the tables' stay."""
+    """Rotate x to positions `lengths`, `lengths + step`, ..., in the channels of the tables."""
     rotary_dim = tables[0].shape[1] * 2
     positions = lengths.long()[:, None] + step * torch.arange(x.shape[1], device=x.device)
     rotary = torch.ops.mistral_kernels.rotary
-    turned, _ = rotary(x[..., :rotary_dim], None, *tables, positions, interleaved, False)
-    return turned if rotary_dim == x.shape[-1] else torch.cat((turned, x[..., rotary_dim:]), -1)
+    rotated, _ = rotary(x[..., :rotary_dim], None, *tables, positions, interleaved, False)
+    return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), -1)

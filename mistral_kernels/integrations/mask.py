@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from mistral_kernels.ops.attention.packed import make_cu_seqlens
+from mistral_kernels.ops.attention.checks import make_cu_seqlens
 
 _READ_BY_ANOTHER = (
     "attention_mask must be read by attn_implementation='mistral_kernels', for which it was made: "

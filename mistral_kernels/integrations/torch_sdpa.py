@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops.attention import check_qkv
-from mistral_kernels.ops.attention.cache_view import CacheView
-from mistral_kernels.ops.attention.cached import attend_cached
+from mistral_kernels.ops.attention.ops import attend_cached
+from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
 from mistral_kernels.ops.attention.window import Window
 from mistral_kernels.ops.dispatch import uses_triton, with_unit_stride
 
@@ -169,14 +169,11 @@ def _forward(
         if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
             raise NotImplementedError("block_table: attention over pages has no backward pass")
         lengths = seqused_k - cum_seq_q.diff()  # before the queries' own tokens
-        pages = CacheView(key, value, lengths, cum_seq_q, block_table=block_table.contiguous())
+        pages = CacheView(key, value, lengths, block_table=block_table.contiguous())
+        sequences = Sequences(cum_seq_q, None, max_q, max_q)
+        spec = AttentionSpec(sequences, window, scale, cache=pages)
         out, lse = attend_cached(
-            *(query, None, None, pages),
-            window=window,
-            max_seqlen_q=max_q,
-            softmax_scale=scale,
-            return_lse=True,
-            num_splits=num_splits or 0,
+            query, None, None, spec, return_lse=True, num_splits=num_splits or 0
         )
     seed = torch.zeros(2, dtype=torch.uint64, device=query.device)
     offset = torch.zeros((), dtype=torch.uint64, device=query.device)

@@ -14,8 +14,8 @@ from transformers.utils import logging
 from mistral_kernels.integrations.mask import Mask, is_tracing
 from mistral_kernels.integrations.transformers_masks import create_mask
 from mistral_kernels.ops.attention import attention, check_qkv
-from mistral_kernels.ops.attention.cache_view import CacheView
-from mistral_kernels.ops.attention.cached import attend_cached
+from mistral_kernels.ops.attention.ops import attend_cached
+from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.dispatch import uses_triton, with_unit_stride
 
@@ -222,13 +222,13 @@ def _attend_in_place(
     **scoring: Any,
 ) -> Tensor:
     """Attend from a few queries to keys in place; the last query is aligned to key `held`."""
-    out, _ = attend_cached(
-        *(with_unit_stride(q), None, None),
-        CacheView(with_unit_stride(k), with_unit_stride(v), held, leftpad=leftpad),
-        window=resolve_window(True, None, sliding_window),
-        max_seqlen_q=q.shape[1],
+    spec = AttentionSpec(
+        Sequences(None, None, q.shape[1], 0),
+        resolve_window(True, None, sliding_window),
+        cache=CacheView(with_unit_stride(k), with_unit_stride(v), held, leftpad=leftpad),
         **scoring,
     )
+    out, _ = attend_cached(with_unit_stride(q), None, None, spec)
     return out
 
 

@@ -23,12 +23,8 @@ from mistral_kernels.integrations.mask import Mask
 from mistral_kernels.integrations.transformers_attention import attend_single, serves_directly
 from mistral_kernels.model import cache as model_cache
 from mistral_kernels.model.cache import CacheLayout, Packing
-from mistral_kernels.ops.attention import attention
-from mistral_kernels.ops.attention.cache_view import CacheView
-from mistral_kernels.ops.attention.cached import attend_cached
-from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.dispatch import with_unit_stride
-from mistral_kernels.ops.rolling_cache import update_op
+from mistral_kernels.ops.rolling_cache import rolling_cache_update_
 
 
 class RollingCache(Cache):
@@ -277,37 +273,28 @@ class PendingKeys:
             )
         rings = cache.rings
         assert rings is not None
-        ring = rings.keys[layer], rings.values[layer]
         if torch.is_autocast_enabled(value.device.type):
             query, key = query.to(value.dtype), key.to(value.dtype)
-        _check_fits(key, ring[0])
+        _check_fits(key, rings.keys[layer])
         if layer == 0:
             cache.begin(attention_mask, query.shape[0], query.shape[2])
         step = cache.step
         if step is None:
             raise ValueError(f"layer {layer} comes before layer 0 in a pass over the cache")
         k, v = step.pack(key), step.pack(value)
-        longest, cu_seqlens = step.packing.max_seqlen, step.packing.cu_seqlens
-        places = rings.lengths, cu_seqlens, longest, None, None
-        if step.packing.one_each:  # it overwrites only the key that has just left its window
-            update_op(*ring, k, v, *places)
         if step.held is not None:
-            keys, values = (x[:, : step.held].transpose(1, 2) for x in ring)
-            out = attend_single(query, keys, values, scaling, None)
-        elif rings.empty and not step.packing.one_each:
-            out = step.unpack(step.attend_alone(step.pack(query), k, v, window, scaling))
-        else:
-            fresh = (None, None) if step.packing.one_each else (k, v)
-            packed, _ = attend_cached(
-                *(step.pack(query), *fresh, CacheView(*ring, rings.lengths, cu_seqlens)),
-                window=resolve_window(True, None, window),
-                max_seqlen_q=longest,
-                softmax_scale=scaling,
-                counters=rings.counters,
+            ring = rings.ring(layer, step.packing)
+            rolling_cache_update_(**ring, k=k, v=v)
+            keys, values = (
+                ring[name][:, : step.held].transpose(1, 2) for name in ("k_cache", "v_cache")
             )
-            out = step.unpack(packed)
-        if not step.packing.one_each:
-            update_op(*ring, k, v, *places)
+            out = attend_single(query, keys, values, scaling, None)
+        else:
+            q = step.pack(query)
+            out = rings.attend(
+                layer, q, k, v, step.packing, sliding_window=window, softmax_scale=scaling
+            )
+            out = step.unpack(out)
         if layer == len(cache) - 1:
             cache.finish()
         return out
@@ -350,21 +337,6 @@ class _Step:
             padded[self.real] = out
             out = padded
         return out.view(*self.shape, *out.shape[1:])
-
-    def attend_alone(
-        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scaling: float | None
-    ) -> Tensor:
-        """Whole sequences, of which the cache has seen nothing."""
-        lengths: dict[str, Any] = {}
-        if self.packing.rectangular:
-            q, k, v = (x.unflatten(0, (len(self.packing.seqlens), -1)) for x in (q, k, v))
-        else:
-            longest = self.packing.max_seqlen
-            lengths = {"max_seqlen_q": longest, "max_seqlen_k": longest}
-            lengths["cu_seqlens_q"] = self.packing.cu_seqlens
-        out = attention(q, k, v, sliding_window=window, softmax_scale=scaling, **lengths)
-        assert isinstance(out, Tensor)
-        return out.flatten(0, 1) if self.packing.rectangular else out
 
 
 def _first_keys(attention_mask: Mask | Tensor | None, batch: int) -> list[int]:

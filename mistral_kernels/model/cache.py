@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.memory import physical_memory, zeros
-from mistral_kernels.ops.attention.decode import num_counters
+from mistral_kernels.ops.attention import attention, rolling_cache_attention
+from mistral_kernels.ops.attention.kernels.decode import num_counters
+from mistral_kernels.ops.rolling_cache import rolling_cache_update_
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,26 @@ class Packing:
     def last_tokens(self) -> Tensor:
         """(batch,) index of each sequence's last token."""
         return self.cu_seqlens[1:].long() - 1
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sliding_window: int | None,
+        softmax_scale: float | None = None,
+    ) -> Tensor:
+        """Compute attention of whole packed sequences; equal lengths are a rectangular batch."""
+        lengths: dict[str, Any] = {}
+        if self.rectangular:
+            q, k, v = (x.unflatten(0, (len(self.seqlens), -1)) for x in (q, k, v))
+        else:
+            lengths["cu_seqlens_q"] = self.cu_seqlens
+            lengths["max_seqlen_q"] = lengths["max_seqlen_k"] = self.max_seqlen
+        out: Any = attention(
+            q, k, v, sliding_window=sliding_window, softmax_scale=softmax_scale, **lengths
+        )
+        return out.flatten(0, 1) if self.rectangular else out
 
 
 class CacheLayout(NamedTuple):
@@ -159,6 +181,61 @@ class RollingCache:
         if set(seqlens) == {1}:
             return Packing(tuple(seqlens), end, self._one_each, self.lengths)
         return Packing.of(seqlens, self.host_lengths, self.lengths.device)
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        packing: Packing,
+        *,
+        sliding_window: int | None,
+        softmax_scale: float | None = None,
+        tables: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Write the new tokens' keys and values into a layer's rings, and attend to all q sees.
+
+        One new token per sequence overwrites only the key that has just left its window: it is
+        written first, and every key is read from the ring. More tokens overwrite keys that the
+        first of them still see: the rings are read first.
+
+        Args:
+            q, k, v: (total_tokens, heads, head_dim), packed as `packing` describes.
+            softmax_scale: head_dim^-0.5 if None.
+            tables: cos and sin, with which q and k are rotated in the launch that writes them; for
+                one new token per sequence only.
+
+        Returns:
+            (total_tokens, num_heads, head_dim).
+        """
+        options: dict[str, Any] = {"sliding_window": sliding_window, "softmax_scale": softmax_scale}
+        options["counters"] = self.counters
+        ring = self.ring(layer, packing)
+        if packing.one_each:
+            if tables is None:
+                rolling_cache_update_(**ring, k=k, v=v)
+            else:
+                cos, sin = tables
+                rotated: Any = rolling_cache_update_(**ring, k=k, v=v, q=q, cos=cos, sin=sin)
+                q = rotated
+            return rolling_cache_attention(q, None, None, **ring, **options)
+        if self.empty:
+            out = packing.attend(q, k, v, sliding_window, softmax_scale)
+        else:
+            out = rolling_cache_attention(q, k, v, **ring, **options)
+        rolling_cache_update_(**ring, k=k, v=v)
+        return out
+
+    def ring(self, layer: int, packing: Packing) -> dict[str, Any]:
+        """Return the arguments by which operators find a layer's rings and the new tokens."""
+        return {
+            "k_cache": self.keys[layer],
+            "v_cache": self.values[layer],
+            "lengths": self.lengths,
+            "cu_seqlens": packing.cu_seqlens,
+            "max_seqlen": packing.max_seqlen,
+        }
 
     def reset(self) -> None:
         """Empty the cache; the memory stays."""

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from mistral_kernels.model.cache import Packing, RollingCache
 from mistral_kernels.model.config import MistralConfig
-from mistral_kernels.ops.attention import attention, rolling_cache_attention
 from mistral_kernels.ops.linear import linear
 from mistral_kernels.ops.linear_int8 import linear_int8
 from mistral_kernels.ops.rms_norm import rms_norm
-from mistral_kernels.ops.rolling_cache import rolling_cache_update_
 from mistral_kernels.ops.rotary import apply_rotary, apply_rotary_
 from mistral_kernels.ops.swiglu import swiglu
 
@@ -128,74 +126,18 @@ class Attention(nn.Module):
     ) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split(tuple(self.heads.values()), dim=-2)
+        window = self.sliding_window
         if cache is not None and packing.one_each:
-            out = self._decode(q, k, v, tables, packing, cache)
+            out = cache.attend(self.layer, q, k, v, packing, sliding_window=window, tables=tables)
         else:
             rotate = apply_rotary if torch.is_grad_enabled() else apply_rotary_
             q, k = rotate(q, k, *tables, packing.positions)
             if cache is None:
-                out = self._attend_alone(q, k, v, packing)
+                out = packing.attend(q, k, v, window)
             else:
-                out = self._extend(q, k, v, packing, cache)
+                out = cache.attend(self.layer, q, k, v, packing, sliding_window=window)
         y: Tensor = self.o_proj(out.flatten(-2))
         return y
-
-    def _attend_alone(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
-        """Attend within whole sequences: a batch if their lengths are equal, else packed."""
-        lengths: dict[str, Any] = {}
-        if packing.rectangular:
-            q, k, v = (x.unflatten(0, (len(packing.seqlens), -1)) for x in (q, k, v))
-        else:
-            lengths = {
-                "cu_seqlens_q": packing.cu_seqlens,
-                "max_seqlen_q": packing.max_seqlen,
-                "max_seqlen_k": packing.max_seqlen,
-            }
-        out = attention(q, k, v, sliding_window=self.sliding_window, **lengths)
-        assert isinstance(out, Tensor)
-        return out.flatten(0, 1) if packing.rectangular else out
-
-    def _ring(self, cache: RollingCache, packing: Packing) -> dict[str, Any]:
-        return {
-            "k_cache": cache.keys[self.layer],
-            "v_cache": cache.values[self.layer],
-            "lengths": cache.lengths,
-            "cu_seqlens": packing.cu_seqlens,
-            "max_seqlen": packing.max_seqlen,
-        }
-
-    def _decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tables: tuple[Tensor, Tensor],
-        packing: Packing,
-        cache: RollingCache,
-    ) -> Tensor:
-        """Attend from one token per sequence; it overwrites only the key that left its window."""
-        ring, (cos, sin) = self._ring(cache, packing), tables
-        turned: Any = rolling_cache_update_(**ring, k=k, v=v, q=q, cos=cos, sin=sin)
-        return rolling_cache_attention(
-            *(turned, None, None),
-            **ring,
-            sliding_window=self.sliding_window,
-            counters=cache.counters,
-        )
-
-    def _extend(
-        self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, cache: RollingCache
-    ) -> Tensor:
-        """Attend from chunks of any lengths; the first chunk has no older keys."""
-        ring = self._ring(cache, packing)
-        if cache.empty:
-            out = self._attend_alone(q, k, v, packing)
-        else:
-            out = rolling_cache_attention(
-                q, k, v, **ring, sliding_window=self.sliding_window, counters=cache.counters
-            )
-        rolling_cache_update_(**ring, k=k, v=v)
-        return out
 
 
 class MLP(nn.Module):
@@ -232,8 +174,6 @@ class DecoderLayer(nn.Module):
         cache: RollingCache | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the layer's contribution, and the residual stream before it.
-
-        `residual` is the stream so far, `delta` the contribution of the layer before.
 
         `residual` is the stream so far, `delta` the contribution of the layer before.
         """

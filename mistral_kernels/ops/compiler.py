@@ -185,7 +185,7 @@ def _run_until(stop: threading.Event, commands: Sequence[list[str]], jobs: int) 
 
 
 def _start(command: list[str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-    output = tempfile.TemporaryFile()
+    output = tempfile.TemporaryFile()  # noqa: SIM115, read when the compiler ends
     process = subprocess.Popen(
         command,
         cwd=SOURCES,
@@ -233,7 +233,7 @@ def _compiler(device_type: str) -> list[str]:
 
 
 def _compilations(device_type: str, architectures: str) -> list[list[str]]:
-    """The arguments that compile each object of a library, in the folder of the sources."""
+    """Return the arguments that compile each object of a library, in the folder of the sources."""
     flags = [
         *_FLAGS,
         "-DKERNELS_NAMESPACE=mistral_kernels",

@@ -59,7 +59,7 @@ def _softmax_kernel(
     ignore_index, label_smoothing, z_loss, softcap,
     VOCAB: tl.constexpr, SOFTCAP: tl.constexpr, NEEDS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The loss of one row of logits, and its gradient, times `scale`, in their place."""
+    """Write one row's loss, and its gradient times `scale` over the logits."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     counted = target != ignore_index

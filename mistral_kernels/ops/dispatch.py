@@ -38,7 +38,7 @@ class DeviceProperties(NamedTuple):
 
 
 def choose_backend(device: torch.device) -> Backend:
-    """The backend for tensors on ``device``.
+    """Return the backend for tensors on ``device``.
 
     Raises:
         ValueError: ``MISTRAL_KERNELS_BACKEND`` is none of auto, triton, torch.
@@ -48,7 +48,7 @@ def choose_backend(device: torch.device) -> Backend:
 
 
 def uses_triton(x: torch.Tensor) -> bool:
-    """True when the Triton backend serves ``x``."""
+    """Return whether the Triton backend serves ``x``."""
     device_type = "cpu" if x.is_cpu else x.device.type  # the first is the quicker to ask for
     return _choose(device_type, _setting()).name == "triton"
 
@@ -115,14 +115,17 @@ def _interpreting() -> bool:
 
 
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the device of ``x`` current, where Triton launches; nothing to do for CPU tensors."""
+    """Make the device of ``x`` current, where Triton launches; do nothing for CPU tensors."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return _NO_GUARD
 
 
 def device_properties(x: torch.Tensor) -> DeviceProperties:
-    """What the device that runs Triton kernels on ``x`` can do; not for code being traced."""
+    """Return the properties of the device that runs Triton kernels on ``x``.
+
+    It is not for code that is being traced.
+    """
     if not x.is_cuda and _interpreting():
         # The interpreter has no device. Few multiprocessors make loops take several turns.
         return DeviceProperties("cuda", 80, 4, 163 * 1024)
@@ -144,7 +147,7 @@ def _query(driver: Any, index: int) -> DeviceProperties:
 
 
 def with_workspace(x: torch.Tensor, launch: Callable[[], None]) -> None:
-    """Launches kernels that need memory of their own, as for descriptors made on the device.
+    """Launch kernels that need memory of their own, as for descriptors made on the device.
 
     Triton asks an allocator for it, which is set for this launch alone: the caller's stays.
     """

@@ -202,7 +202,7 @@ def _architectures(device_type: str) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """The line of a message that says most: a compiler's first error, not the linker's last."""
+    """Return a message's most telling line: a compiler's first error, not the linker's last."""
     first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()]
     errors = (x for x in rest if re.search(r"\berror\b", x, re.I) and "collect2" not in x)
     return next(errors, rest[0] if rest else first)

@@ -2,7 +2,7 @@
 
 Each function returns the meta-parameters of one kernel, ready for ``kernel[grid](..., **config)``,
 and is cached: in a loop it costs one dictionary look-up. Those of attention stand beside it, in
-`attention/tile_table.py`.
+`attention/tiles.py`.
 """
 
 from __future__ import annotations

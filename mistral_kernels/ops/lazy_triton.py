@@ -13,8 +13,10 @@ name for the kernel by what ``triton.jit`` makes of it, so that later launches c
 Device functions are decorated in the same way and imported by name where other modules need them.
 
 Parameters are named ``*_ptr`` and ``*_stride*``; Triton compiles a kernel for each alignment of
-these. Any other number (rows, lengths) may change at every step and is not specialised on; nor is
-``lse_stride*``, for what lies between two heads' log-sum-exps is a length.
+these. Any other number (rows, lengths) may change at every step and is not specialized; nor is
+``lse_stride``, since the distance between two heads' log-sum-exps is a length. Of a tuple, named or
+not, Triton specializes every element and ignores ``do_not_specialize``: tuples hold pointers,
+strides and floating-point numbers, never lengths. None, in a tuple or alone, is a constexpr.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class LazyKernel:
         return self.jit_function()[grid]
 
     def jit_function(self) -> Any:
-        """The ``triton.JITFunction``, or ``InterpretedFunction`` under ``TRITON_INTERPRET=1``."""
+        """Return the ``triton.JITFunction``, or under the interpreter ``InterpretedFunction``."""
         if self._jit_function is None:
             import triton
             import triton.language as tl

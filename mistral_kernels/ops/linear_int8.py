@@ -28,7 +28,7 @@ _BLOCK = 1 << 20  # elements of the weight that are in x's dtype at a time: what
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The int8 weight and float32 scales (out_features,) nearest to `weight`.
+    """Return the int8 weight and float32 scales (out_features,) nearest to `weight`.
 
         scales[o] = max |weight[o]| / 127,    int8[o, i] = round(weight[o, i] / scales[o])
 

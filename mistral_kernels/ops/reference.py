@@ -160,7 +160,7 @@ def attention(
 def rolling_cache_update(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The rings after each sequence has appended its new tokens.
+    """Return the rings after each sequence has appended its new tokens.
 
     k_cache and v_cache (b, capacity, g, d), k and v (t, g, d) packed, lengths (b,) tokens seen
     before. The token at absolute position p lives in slot p % capacity; later ones overwrite.

@@ -189,7 +189,7 @@ def _slots_of_tokens(
     rows: Tensor | None,
     block_table: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens that are kept, and where in the cache each is: row (or page), and slot in it."""
+    """Return the tokens that are kept, and where each is: row (or page), and slot in it."""
     capacity = capacity_of(k_cache, block_table)
     sequence, index, position = places_of_tokens(lengths, cu_seqlens, total)
     kept = (index >= cu_seqlens.diff()[sequence] - capacity).nonzero().squeeze(1)
@@ -234,7 +234,7 @@ def _update_torch(
 def _append_(
     cache: Tensor, new: Tensor, lengths: Tensor, cu_seqlens: Tensor, rows: Tensor | None
 ) -> None:
-    """The update by slices, at most two a sequence: on the CPU far faster than by index."""
+    """Update by slices, at most two per sequence: on the CPU far faster than by index."""
     capacity = cache.shape[1]
     seen, offsets = lengths.tolist(), cu_seqlens.tolist()
     for sequence, row in enumerate(range(len(seen)) if rows is None else rows.tolist()):
@@ -363,7 +363,7 @@ class RollingCacheUpdateFunction(torch.autograd.Function):
 def _split_gradient(
     dcache: Tensor | None, lengths: Tensor, cu_seqlens: Tensor, total: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the new tokens, and of what the cache held before."""
+    """Return the gradients of the new tokens, and of what the cache held before."""
     if dcache is None:
         return None, None
     kept, row, slot = _slots_of_tokens(dcache, lengths, cu_seqlens, total, None, None)

@@ -40,7 +40,7 @@ def turn_heads(
     HEADS: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_I: tl.constexpr,
     IN_PLACE: tl.constexpr = False,
 ):  # fmt: skip
-    """Turns a block of heads of a tile of tokens, from rows `x_row` on to rows `out_row` on.
+    """Rotate a block of heads of a tile of tokens, from rows `x_row` on to rows `out_row` on.
 
     x_row, out_row, exists: [BLOCK_T, 1, 1]; head: [1, BLOCK_H, 1]; cos, sin: [BLOCK_T, 1, BLOCK_I].
     """
@@ -190,7 +190,7 @@ def _rotate_torch(q: Tensor | None, k: Tensor | None, outputs: Pair, turn: Turn)
 
 
 def _turn_torch(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
-    """The definition in fewer passes over memory, in place where it can; never a fused one."""
+    """Rotate in few passes over memory, in place where possible; never by fused products."""
     # Mixed products would be far slower.
     wide = out if out.dtype == cos.dtype else torch.empty(x.shape, dtype=cos.dtype, device=x.device)
     if wide is not x:
@@ -223,8 +223,10 @@ def _out_of_place(rotate: Rotate) -> Callable[..., tuple[Tensor, Tensor]]:
 def _in_place(rotate: Rotate) -> Callable[..., None]:
     """Return the implementation of the operator `rotary_`."""
 
-    def rotary_(q: Tensor, k: Tensor, *args: Any) -> None:
-        rotate(q, k, (q, k), Turn._make((*args, False)))
+    def rotary_(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool
+    ) -> None:
+        rotate(q, k, (q, k), Turn(cos, sin, positions, interleaved, False))
 
     return rotary_
 

@@ -87,7 +87,7 @@ def _backward_kernel(
 
 @jit
 def _tile(COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """The rows, in 64 bits, and the columns of a program's tile."""
+    """Return the rows, in 64 bits, and the columns of a program's tile."""
     tiles: tl.constexpr = (COLS + BLOCK_COLS - 1) // BLOCK_COLS
     first_row = tl.program_id(0) // tiles * BLOCK_ROWS
     row = first_row.to(tl.int64) + tl.arange(0, BLOCK_ROWS)[:, None]
@@ -173,7 +173,7 @@ def _written(
 
 
 def _rows(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor, int, int]:
-    """The two as rows, and the strides between these."""
+    """Return gate and up as rows, and the strides between these."""
     gate, gate_stride = as_rows(gate)
     if up is None:
         return *_parts(gate, None), gate_stride, gate_stride

@@ -1,4 +1,4 @@
-"""The training loop: batches of a text, and the optimisation."""
+"""The training loop: batches of a text, and the optimization."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def _setting(default: Any, allowed: Range | None = None, text: str = "") -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything about the optimisation: AdamW, linear warm-up, cosine decay to a tenth.
+    """Settings of the optimization: AdamW, linear warm-up, cosine decay to a tenth.
 
-    A step sees `accumulate` batches of `batch_size * seqlen` tokens, one after the other.
+    A step has `accumulate` batches of `batch_size * seqlen` tokens each.
 
-    Raises `ValueError` or `TypeError` naming the field that is out of range or no number.
+    Raises `ValueError` or `TypeError` that names the field that is out of range or not a number.
     """
 
     steps: int = _setting(1400, COUNT)
@@ -86,12 +86,13 @@ class Recipe:
 
 
 class Corpus:
-    """A text's tokens, a line of it a paragraph, in sequences that begin, behind BOS, where a
-    paragraph begins, as prompts do.
+    """Tokens of a text of one paragraph per line.
+
+    Sequences begin, after BOS, where a paragraph begins, as prompts do.
 
     `tokens` (n,) int64; `starts` (paragraphs,) where each paragraph begins in them.
 
-    Raises `TokenizerError` for a `tokenizer_path` that is none, `ValueError` for one without BOS.
+    Raises `TokenizerError` for a bad `tokenizer_path`, `ValueError` for a tokenizer without BOS.
     """
 
     def __init__(self, text: str, tokenizer_path: Path) -> None:
@@ -103,7 +104,7 @@ class Corpus:
         self.tokens, self.starts = self._encode(text)
 
     def _encode(self, text: str) -> tuple[Tensor, Tensor]:
-        """The text's tokens, and where its paragraphs begin."""
+        """Return a text's tokens, and the indices at which its paragraphs begin."""
         encode = self.tokenizer.encode
         paragraphs = [encode(line + "\n", bos=False, eos=False) for line in text.splitlines()]
         lengths = torch.tensor([len(paragraph) for paragraph in paragraphs], dtype=torch.int64)
@@ -111,16 +112,16 @@ class Corpus:
         return torch.tensor(tokens, dtype=torch.int64), lengths.cumsum(0) - lengths
 
     def encode(self, text: str) -> Tensor:
-        """Tokens of another text, without BOS."""
+        """Return the tokens of another text, without BOS."""
         return self._encode(text)[0]
 
     def with_bos(self, targets: Tensor) -> Tensor:
-        """Inputs for `targets` (..., seqlen): BOS, then all but the last."""
+        """Return the inputs for `targets` (..., seqlen): BOS, then all but the last."""
         bos = targets.new_full((*targets.shape[:-1], 1), self.bos)
         return torch.cat((bos, targets[..., :-1]), dim=-1)
 
     def sample(self, batch_size: int, seqlen: int, generator: torch.Generator) -> Tensor:
-        """Targets (batch_size, seqlen)."""
+        """Return random targets (batch_size, seqlen)."""
         starts = self.starts[self.starts <= len(self.tokens) - seqlen]
         if not len(starts):
             raise ValueError(
@@ -131,9 +132,9 @@ class Corpus:
         return self.tokens[chosen[:, None] + torch.arange(seqlen)]
 
     def batches(self, recipe: Recipe, generator: torch.Generator) -> Iterator[Sequence[Tensor]]:
-        """Batches without end: the targets of each sequence, batch_size * seqlen tokens in all.
+        """Yield batches without end: targets per sequence, batch_size * seqlen tokens in all.
 
-        Nothing is drawn from `generator` before it is asked for.
+        Each batch is drawn from `generator` when it is requested.
         """
         while not recipe.pack:
             yield list(self.sample(recipe.batch_size, recipe.seqlen, generator))
@@ -150,7 +151,7 @@ class Corpus:
 
 
 def packed_loss(model: MistralForCausalLM, corpus: Corpus, targets: Sequence[Tensor]) -> Tensor:
-    """Mean loss, in nats a token, of sequences of any lengths, given by their targets (seqlen,)."""
+    """Return the mean loss, in nats per token, of sequences given by their targets (seqlen,)."""
     seqlens = [len(sequence) for sequence in targets]
     packing = Packing.of(seqlens, [0] * len(seqlens), model.device)
     inputs = torch.cat([corpus.with_bos(sequence) for sequence in targets]).to(model.device)
@@ -161,7 +162,7 @@ def packed_loss(model: MistralForCausalLM, corpus: Corpus, targets: Sequence[Ten
 
 @torch.inference_mode()
 def held_out_loss(model: MistralForCausalLM, corpus: Corpus, tokens: Tensor) -> float:
-    """Mean loss, in nats a token, of `tokens` read as one sequence behind BOS."""
+    """Return the mean loss, in nats per token, of `tokens` as one sequence after BOS."""
     return packed_loss(model, corpus, [tokens]).item()
 
 
@@ -359,7 +360,9 @@ def train(
     if saving is not None and run.restore(saving):
         print(f"going on from step {run.step}, saved in {saving.path}", file=log, flush=True)
     batches = corpus.batches(recipe, run.generator)
-    extension.load(run.backend.model.device.type)  # which may compile: no part of a step's time
+    extension.load(
+        run.backend.model.device.type
+    )  # may compile, which must not count as a step's time
     first, started = run.step, time.perf_counter()
     with tqdm(
         total=recipe.steps, initial=first, unit="step", file=log, disable=not log.isatty()

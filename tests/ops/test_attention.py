@@ -13,7 +13,8 @@ from support.attention_cases import OPTIONS, WINDOW, definition_of, eager, freez
 from support.helpers import assert_matches_reference, values_and_gradients
 
 from mistral_kernels.ops import extension, reference
-from mistral_kernels.ops.attention import attention, bands, packed
+from mistral_kernels.ops.attention import attention, checks, torch_backend
+from mistral_kernels.ops.attention.spec import Sequences
 
 HALF = torch.bfloat16, torch.float16
 DTYPES = (torch.float32, *HALF, torch.float64)
@@ -94,11 +95,11 @@ def test_lengths_about_the_window(seqlen, dtype, device):
     assert_matches(inputs, sliding_window=WINDOW)
 
 
-@pytest.mark.parametrize("triangle_rows", [1, 10_000], ids=["triangle", "bands"])
+@pytest.mark.parametrize("triangle_rows", [1, 10_000], ids=["triangle", "blocks"])
 @pytest.mark.parametrize("options", ["causal", "window"])
-def test_triangle_and_bands(options, triangle_rows, device, monkeypatch):
+def test_triangle_and_blocks(options, triangle_rows, device, monkeypatch):
     """Both ways to the rows that the window's left edge does not reach, at whatever length."""
-    monkeypatch.setattr(bands, "_TRIANGLE_ROWS", triangle_rows)
+    monkeypatch.setattr(torch_backend, "_TRIANGLE_ROWS", triangle_rows)
     for seqlen in (70, 131, 200):
         inputs = make_qkv(seqlen, seqlen, (4, 2), 32, torch.float32, device)
         assert_matches(inputs, **OPTIONS[options])
@@ -145,8 +146,8 @@ def test_log_sum_exp(options, dtype, device):
 @pytest.mark.parametrize("options", ["causal", "full", "window"])
 def test_many_rows_add_to_one_key(options, dtype, device, monkeypatch):
     """A key's gradient is a long sum, formed in float32: in half precision this test fails."""
-    monkeypatch.setattr(bands, "_BAND_ROWS", 4)
-    monkeypatch.setattr(bands, "_TRIANGLE_ROWS", 1)
+    monkeypatch.setattr(torch_backend, "_BLOCK_ROWS", 4)
+    monkeypatch.setattr(torch_backend, "_TRIANGLE_ROWS", 1)
     seqlen = 1500 if options == "causal" else 500
     inputs = make_qkv(seqlen, seqlen, (1, 1), 8, dtype, device, batch=1)
     definition = {"causal": True, "window_size": (WINDOW - 1, 0)} if options == "window" else {}
@@ -285,9 +286,9 @@ def test_blocks_out_of_sight_are_never_read(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided-heads"])
-@pytest.mark.parametrize("triangle_rows", [1, 10_000], ids=["triangle", "bands"])
+@pytest.mark.parametrize("triangle_rows", [1, 10_000], ids=["triangle", "blocks"])
 def test_no_square_without_a_window(triangle_rows, contiguous, dtype, device, monkeypatch):
-    monkeypatch.setattr(bands, "_TRIANGLE_ROWS", triangle_rows)
+    monkeypatch.setattr(torch_backend, "_TRIANGLE_ROWS", triangle_rows)
     q, k, v = make_qkv(2000, 2000, (4, 2), 64, dtype, device, batch=1).values()
     if not contiguous:
         q, k, v = (torch.stack((x, x), dim=-1).detach()[..., 0] for x in (q, k, v))
@@ -426,16 +427,13 @@ def test_what_is_known_of_packed_lengths():
     """No work for empty sequences at the end, nor for a maximum that is not tight."""
     q = torch.empty(9, 1, 16)
     cu_seqlens = torch.tensor([0, 4, 4, 9, 9, 9], dtype=torch.int32)
-    offsets, longest_q, longest_k = packed.check(q, q, cu_seqlens, None, 9, 9)
-    assert offsets.q.tolist() == offsets.k.tolist() == [0, 4, 4, 9]
-    assert offsets.covers_q
-    assert offsets.covers_k
-    assert (longest_q, longest_k) == (5, 5)
-    made = packed.make_cu_seqlens([4, 0, 5, 0, 0], q.device)
+    found = checks.check_sequences(q, q, Sequences(cu_seqlens, None, 9, 9))
+    assert found.cu_seqlens_q.tolist() == found.cu_seqlens_k.tolist() == [0, 4, 4, 9]
+    assert found[2:] == (5, 5, True, True)
+    made = checks.make_cu_seqlens([4, 0, 5, 0, 0], q.device)
     assert torch.equal(made, cu_seqlens)
-    longer = packed.make_cu_seqlens([1, 2, 3, 1, 0], q.device)  # of keys: what has keys stays
-    offsets, *longest = packed.check(q, q, made, longer, 5, 3)
-    assert offsets.q.tolist() == [0, 4, 4, 9, 9]
-    assert offsets.k.tolist() == [0, 1, 3, 6, 7]
-    assert not offsets.covers_k
-    assert longest == [5, 3]
+    longer = checks.make_cu_seqlens([1, 2, 3, 1, 0], q.device)  # of keys: what has keys stays
+    found = checks.check_sequences(q, q, Sequences(made, longer, 5, 3))
+    assert found.cu_seqlens_q.tolist() == [0, 4, 4, 9, 9]
+    assert found.cu_seqlens_k.tolist() == [0, 1, 3, 6, 7]
+    assert found[2:] == (5, 3, True, False)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-KERNELS = {"_forward_kernel", "_delta_kernel", "dkdv_kernel", "dq_kernel"}
+KERNELS = {"_forward_kernel", "_delta_kernel", "_dkdv_kernel", "_dq_kernel"}
 # Column indices that ptxas keeps on the stack for the few blocks that cross an edge.
 EDGE_SPILLS = 40
 
@@ -105,7 +105,7 @@ SLOW_FOR_SM_100 = [  # minutes
 )
 def test_compile_options(options, target):
     kernels = compiled(target, BF16, 128, **options)
-    assert kernels.keys() == KERNELS - ({"dq_kernel"} if "frozen" in options else set())
+    assert kernels.keys() == KERNELS - ({"_dq_kernel"} if "frozen" in options else set())
     if not {"softcap", "alibi_slopes"} & options.keys():
         for kernel in kernels.values():  # the only loop of a narrow window has every check in it
             kernel.assert_healthy(EDGE_SPILLS, EDGE_SPILLS)
@@ -119,10 +119,10 @@ COSTS = [
     ("sm_90", "_forward_kernel", 2.75, 1.00, 0.84),
     ("sm_100", "_forward_kernel", 1.95, 0.97, 0.65),
     ("sm_120", "_forward_kernel", 3.3, 1.00, 0.95),
-    ("sm_80", "dkdv_kernel", 1.65, 0.825, 0.825),
-    ("sm_80", "dq_kernel", 1.8, 0.77, 0.77),
-    ("sm_90", "dkdv_kernel", 1.4, 0.995, 0.98),
-    ("sm_90", "dq_kernel", 1.55, 0.995, 0.98),
+    ("sm_80", "_dkdv_kernel", 1.65, 0.825, 0.825),
+    ("sm_80", "_dq_kernel", 1.8, 0.77, 0.77),
+    ("sm_90", "_dkdv_kernel", 1.4, 0.995, 0.98),
+    ("sm_90", "_dq_kernel", 1.55, 0.995, 0.98),
 ]
 
 
@@ -149,5 +149,7 @@ def test_effective_share_of_backward():
     """Useful are 5 products a pair of tiles; dk and dv take 4, dq 3, recomputing 2."""
     for target, share in (("sm_80", 0.57), ("sm_90", 0.71)):
         kernels = compiled(target, BF16, 128)
-        dkdv, dq = (kernels[x].main_loop()["bounds"]["est_m"] for x in ("dkdv_kernel", "dq_kernel"))
+        dkdv, dq = (
+            kernels[x].main_loop()["bounds"]["est_m"] for x in ("_dkdv_kernel", "_dq_kernel")
+        )
         assert 10 / (8 / dkdv + 6 / dq) >= share

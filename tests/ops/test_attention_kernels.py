@@ -14,8 +14,9 @@ from support.attention_cases import OPTIONS, WINDOW, definition_of, eager, freez
 from support.helpers import assert_matches_reference, values_and_gradients
 
 from mistral_kernels.ops import reference
-from mistral_kernels.ops.attention import attention, tile_table
+from mistral_kernels.ops.attention import attention, tiles
 from mistral_kernels.ops.attention.window import resolve_window
+from mistral_kernels.ops.dispatch import DeviceProperties
 from mistral_kernels.ops.launch_configs import cdiv
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -218,14 +219,14 @@ def test_mistral_in_bfloat16(triton_backend, device):
 def with_descriptors(monkeypatch):
     """The kernels that sm_90 and later run: compiled for whatever is here, they do the same."""
     smaller = {
-        "attention_forward": tile_table.Tile(64, 32, 4, 2, True),
-        "attention_dkdv": tile_table.Tile(32, 64, 4, 2, True),
-        "attention_dq": tile_table.Tile(64, 32, 4, 2, True),
+        "attention_forward": tiles.Tile(64, 32, 4, 2, True),
+        "attention_dkdv": tiles.Tile(32, 64, 4, 2, True),
+        "attention_dq": tiles.Tile(64, 32, 4, 2, True),
     }
-    monkeypatch.setattr(tile_table, "_look_up", lambda kernel, *_: smaller[kernel])
-    tile_table.configs.cache_clear()
+    monkeypatch.setattr(tiles, "choose_tile", lambda kernel, *_: smaller[kernel])
+    tiles.configs.cache_clear()
     yield
-    tile_table.configs.cache_clear()
+    tiles.configs.cache_clear()
 
 
 @pytest.mark.kernels
@@ -275,8 +276,8 @@ def test_frozen_inputs_cost_nothing(triton_backend, device):
     if device.type != "cpu":
         pytest.skip("ptxrun counts on CPU tensors")
     for wanted, kernels in (
-        ("q", {"_delta_kernel", "dq_kernel"}),
-        ("kv", {"_delta_kernel", "dkdv_kernel"}),
+        ("q", {"_delta_kernel", "_dq_kernel"}),
+        ("kv", {"_delta_kernel", "_dkdv_kernel"}),
     ):
         inputs = make_qkv(70, 70, (4, 2), 16, F16, device)
         freeze(inputs, set(inputs) - set(wanted))
@@ -393,7 +394,7 @@ def test_work_follows_the_window(triton_backend, device):
             attention(**inputs, sliding_window=window)
             (profile,) = ptxrun.profiles()
         visited[seqlen] = profile.mma_flop
-    tile = tile_table.TILES["attention_forward"]["sm_80"][2, 128]
+    tile = tiles.choose_tile("attention_forward", 128, 2, DeviceProperties("cuda", 80, 1, 1), False)
     needed = blocks_needed(8192, window, 4, tile.m, tile.n) * tile.m * tile.n * 4 * head_dim
     assert needed <= visited[8192] <= 1.1 * needed
     pairs = 4 * (8192 * window - window * (window - 1) // 2)

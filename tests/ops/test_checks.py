@@ -103,7 +103,7 @@ def test_no_query_heads():
     q, k = torch.zeros(1, 3, 0, 8), torch.zeros(1, 3, 1, 8)
     cu_seqlens = int32(0, 3)
     options = None, None, 3, 3, None, -1, 0, 0.0, None, False
-    step = k, k, int32(2), None, 1, None, None, None, 3, -1, 0, 1.0, 0.0, None, False, 0, None
+    step = k, k, int32(2), 1, None, None, None, None, 3, 1.0, -1, 0, 0.0, None, False, 0, None
     calls = {
         "attention": lambda: mk.attention(q, k, k),
         "flash": lambda: mk.flash_attn_func(q, k, k),

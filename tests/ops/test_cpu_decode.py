@@ -12,10 +12,9 @@ from support.helpers import FLOATS, assert_as_accurate
 from torch import Tensor
 
 from mistral_kernels.ops import extension
-from mistral_kernels.ops.attention.cache_torch import attend_in_pieces
-from mistral_kernels.ops.attention.cache_view import CacheView
-from mistral_kernels.ops.attention.cached import attend_cached
-from mistral_kernels.ops.attention.scoring import Scoring
+from mistral_kernels.ops.attention.ops import attend_cached
+from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
+from mistral_kernels.ops.attention.torch_cache import cached_forward
 from mistral_kernels.ops.attention.window import Window
 
 
@@ -80,7 +79,7 @@ def make_cache(kind: str, batch: int, capacity: int, heads: int, head_dim: int, 
     places: dict[str, Any] = {"seqlen_new": 1}
     shape: tuple[int, ...] = (batch, capacity)
     if kind == "ring":
-        places = {"cu_seqlens": torch.arange(batch + 1).int()}
+        places = {}  # one packed token per sequence
     elif kind == "rows":
         shape = (batch + 3, capacity)
         places["rows"] = torch.randperm(batch + 3)[:batch].int()
@@ -102,20 +101,24 @@ def make_cache(kind: str, batch: int, capacity: int, heads: int, head_dim: int, 
 def make_queries(cache: CacheView, heads: int) -> Tensor:
     shape = (len(cache.lengths), heads, cache.k_cache.shape[-1])
     q = torch.randn(shape).to(cache.k_cache.dtype)
-    return q if cache.cu_seqlens is not None else q.unsqueeze(1)
+    return q.unsqueeze(1) if cache.seqlen_new else q
+
+
+def spec_of(cache: CacheView, window_left: int) -> AttentionSpec:
+    cu_seqlens = None if cache.seqlen_new else torch.arange(len(cache.lengths) + 1).int()
+    return AttentionSpec(Sequences(cu_seqlens, None, 1, 1), Window(window_left, 0), cache=cache)
 
 
 def attend(q: Tensor, cache: CacheView, window_left: int) -> Tensor:
-    out, lse = attend_cached(q, None, None, cache, window=Window(window_left, 0), max_seqlen_q=1)
+    out, lse = attend_cached(q, None, None, spec_of(cache, window_left))
     assert lse.numel() == 0
     return out
 
 
 def attend_in_pytorch(q: Tensor, cache: CacheView, window_left: int) -> Tensor:
-    scoring = Scoring(Window(window_left, 0), q.shape[-1] ** -0.5, 0.0, None, False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extension, "load", lambda device_type: None)
-        return attend_in_pieces(q, None, None, cache, scoring, 1)[0]
+        return cached_forward(q, None, None, spec_of(cache, window_left), False)[0]
 
 
 def assert_attends(q: Tensor, cache: CacheView, window_left: int) -> Tensor:
@@ -168,7 +171,6 @@ def test_attention_has_the_same_bits_in_any_batch(kind, operators):
         one = slice(i, i + 1)
         alone = cache._replace(
             lengths=cache.lengths[one],
-            cu_seqlens=None if cache.cu_seqlens is None else cache.cu_seqlens[:2],
             **{
                 name: None if places is None else places[one]
                 for name in ("rows", "leftpad", "block_table")
@@ -223,7 +225,7 @@ RING = torch.randn(2, 16, 2, 8)
         ({"k_cache": RING[:, :0], "v_cache": RING[:, :0]}, "the caches have no slots"),
         ({"k_cache": RING[:1], "v_cache": RING[:1]}, r"rows must lie in \[0, 1\), got 1"),
         ({"lengths": torch.tensor([1, -1]).int()}, "lengths must be >= 0, got -1"),
-        ({"lengths": torch.tensor([1, 1])}, "lengths has the wrong device or dtype"),
+        ({"lengths": torch.tensor([1, 1])}, "lengths must be on the CPU, of another dtype"),
         ({"lengths": torch.tensor([1]).int()}, "lengths must be contiguous, of 2"),
         ({"rows": torch.tensor([0, 2]).int()}, r"rows must lie in \[0, 2\), got 2"),
         ({"leftpad": torch.tensor([0]).int()}, "leftpad must be contiguous, of 2"),

@@ -282,9 +282,9 @@ def test_each_key_is_read_once(lengths, triton_backend):
     profile = attend_profiled(lengths, 4096, 4096)
     needed = sum(min(length + 1, 4096) for length in lengths) * 8 * 128 * 2 * 2
     read = {name: counts["read"] for name, counts in profile.tensors.items()}
-    assert read["k_cache_ptr"] + read["v_cache_ptr"] == needed
+    assert read["cache[0][0]"] + read["cache[1][0]"] == needed
     # By asynchronous copies come k, v and the parts of the softmax, and none of them twice.
-    assert profile.cp_async_bytes <= 1.001 * (needed + read["parts_ptr"])
+    assert profile.cp_async_bytes <= 1.001 * (needed + read["parts[0]"])
     assert profile.dram_read <= 1.035 * needed  # the parts, which a GPU keeps in its L2, included
     assert profile.global_read_sectors * 32 <= 1.09 * needed  # q and scalars, once a program
 
@@ -297,8 +297,8 @@ def test_windowed_is_never_slower_than_full(triton_backend):
         shown = min(length + 1, 1024)
         assert windowed.cp_async_bytes <= full.cp_async_bytes
         assert windowed.instructions <= 1.01 * full.instructions
-        assert windowed.tensors["k_cache_ptr"]["read"] == shown * 8 * 128 * 2
-        assert full.tensors["k_cache_ptr"]["read"] == (length + 1) * 8 * 128 * 2
+        assert windowed.tensors["cache[0][0]"]["read"] == shown * 8 * 128 * 2
+        assert full.tensors["cache[0][0]"]["read"] == (length + 1) * 8 * 128 * 2
 
 
 @pytest.mark.parametrize("rotary", [None, "half-split", "interleaved"])
@@ -332,8 +332,9 @@ def test_operators_are_well_formed(op, backend, device):
     ops = torch.ops.mistral_kernels
     if op == "cached_attention":
         counters = torch.zeros(16, dtype=torch.int32, device=device)
-        rest = (0, None, None, None, 1, 299, 0, 0.125, 0.0, None, False, 0, counters)
-        arguments = (q, None, None, k_cache, v_cache, *where, *rest)
+        lengths, cu_seqlens = where
+        rest = (lengths, 0, None, None, None, cu_seqlens, 1, 0.125, 299, 0, 0.0, None, False, 0)
+        arguments = (q, None, None, k_cache, v_cache, *rest, counters)
         torch.library.opcheck(ops.cached_attention.default, arguments)
     elif op == "rolling_cache_update":
         arguments = (k_cache, v_cache, k, v, *where, 1, None, None)

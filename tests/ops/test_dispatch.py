@@ -10,45 +10,46 @@ import sys
 import pytest
 import torch
 from support.helpers import TARGETS, compile_only
-from torch._subclasses import FakeTensorMode
 
-from mistral_kernels.ops import dispatch, extension
+from mistral_kernels.ops import dispatch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-@pytest.fixture(autouse=True)
-def forget_choices():
-    dispatch._choose.cache_clear()
-    yield
-    dispatch._choose.cache_clear()
+@pytest.fixture
+def choose(set_backend):
+    def choose(setting, device):
+        set_backend(setting)
+        return dispatch.choose_backend(device)
+
+    return choose
 
 
-def choose(monkeypatch, setting, device):
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", setting)
-    return dispatch.choose_backend(device)
-
-
-def test_choices(monkeypatch):
+def test_choices(choose):
     pytest.importorskip("triton")
-    chosen = choose(monkeypatch, "auto", CPU)
+    chosen = choose("auto", CPU)
     assert chosen == ("torch", "cpu tensors: csrc's kernels or PyTorch's own")
-    assert choose(monkeypatch, "auto", GPU) == ("triton", "GPU tensors: Triton kernels")
-    assert choose(monkeypatch, "torch", GPU) == ("torch", "MISTRAL_KERNELS_BACKEND=torch")
-    assert choose(monkeypatch, "triton", GPU).name == "triton"
-    monkeypatch.delenv("MISTRAL_KERNELS_BACKEND")
-    assert dispatch.choose_backend(CPU).name == "torch"
+    assert choose("auto", GPU) == ("triton", "GPU tensors: Triton kernels")
+    assert choose("torch", GPU) == ("torch", "MISTRAL_KERNELS_BACKEND=torch")
+    assert choose("triton", GPU).name == "triton"
+    assert choose(None, CPU).name == "torch"
 
 
-def test_unknown_setting(monkeypatch):
+def test_the_variable_is_read_once(choose, monkeypatch):
+    assert choose("torch", GPU).name == "torch"
+    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "auto")
+    assert dispatch.choose_backend(GPU).name == "torch"
+
+
+def test_unknown_setting(choose):
     with pytest.raises(ValueError, match="is 'cuda'; expected 'auto', 'triton' or 'torch'"):
-        choose(monkeypatch, "cuda", CPU)
+        choose("cuda", CPU)
 
 
-def test_triton_missing(monkeypatch):
+def test_triton_missing(choose, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="triton is not installed; run `pip install triton`"):
-        choose(monkeypatch, "auto", GPU)
+        choose("auto", GPU)
 
 
 def test_triton_on_cpu_tensors_needs_something_to_run_it():
@@ -64,46 +65,11 @@ def test_triton_on_cpu_tensors_needs_something_to_run_it():
     assert "set TRITON_INTERPRET=1" in result.stderr
 
 
-def test_triton_on_cpu_tensors_by_a_driver(monkeypatch):
+def test_triton_on_cpu_tensors_by_a_driver(choose):
     pytest.importorskip("triton")
     with compile_only("sm_90"):
-        reason = choose(monkeypatch, "triton", CPU).reason
+        reason = choose("triton", CPU).reason
     assert "Triton's active driver runs compiled kernels on cpu tensors" in reason
-
-
-def test_what_goes_to_csrc_straight(monkeypatch):
-    """Only what nothing of PyTorch's has to see on its way."""
-    operators = extension.load("cpu")
-    if operators is None:
-        pytest.skip(extension.status("cpu"))
-    x = torch.randn(3, 4)
-    learned, subclass = torch.nn.Parameter(x), x.as_subclass(_Subclass)
-    direct = dispatch.direct_cpu_operators
-    assert direct(x) is direct(x, None, x) is operators
-    for other in (learned, subclass):
-        assert direct(x, None, other) is direct(other, x) is None
-    with torch.no_grad():
-        assert direct(x, learned) is operators
-        assert direct(x, subclass) is None
-    assert direct(x.double()) is direct(x.to("meta")) is None
-    with torch.autocast("cpu"):
-        assert direct(x) is None
-    with FakeTensorMode():
-        assert direct(x) is None
-    inside = []
-    torch.func.vmap(lambda row: (inside.append(direct(row)), row)[1])(x)
-    assert inside == [None]
-    traced = torch.compile(lambda x: x + (direct(x) is None), backend="eager", fullgraph=True)
-    assert torch.equal(traced(x), x + 1)
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "torch")
-    assert direct(x) is operators
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
-    with compile_only("sm_90"):
-        assert direct(x) is None
-
-
-class _Subclass(torch.Tensor):
-    pass
 
 
 @pytest.mark.parametrize("name", TARGETS)

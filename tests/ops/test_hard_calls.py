@@ -263,8 +263,8 @@ def test_leftpad_in_a_ring_that_has_wrapped(dtype: torch.dtype) -> None:
     q = Q[0, :1].to(dtype)
     for leftpad in (0, 4, 6):
         out = torch.ops.mistral_kernels.cached_attention(
-            *(q, None, None, *caches, int32(6), int32(0, 1), 1, None, int32(leftpad), None),
-            *(1, -1, 0, 8**-0.5, 0.0, None, False, 0, None),
+            *(q, None, None, *caches, int32(6), 1, None, int32(leftpad), None, int32(0, 1), 1),
+            *(None, -1, 0, 0.0, None, False, 0, None),
         )[0]
         first = max(leftpad, 3)
         seen = keys[:, first:], values[:, first:]

@@ -11,22 +11,31 @@ import ptxrun
 import pytest
 import torch
 from support.helpers import FLOATS, TARGETS
-from support.rolling_cache_cases import CASES, assert_same_bits, expected, make_arguments
+from support.rolling_cache_cases import (
+    CASES,
+    UPDATES,
+    assert_same_bits,
+    expected,
+    make_arguments,
+    update,
+)
 
-from mistral_kernels.ops import compiler
+from mistral_kernels.ops import compiler, rolling_cache
 
 ROTARY = [None, "half-split", "interleaved"]
 KERNELS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
-# In the place of a launch: what the bindings made of their arguments, and how to launch it.
+# In the place of a launch: what the operators made of their arguments, and how to launch it.
 CAPTURE = """
-#include "rolling_cache.h"
+#include "cuda/rolling_cache.h"
 #define EXPORTED extern "C" __attribute__((visibility("default")))
-namespace rolling_cache {
+namespace kernels {
+bool serving = true;
 Update captured;
 const char* update(const Update& u, void*) { captured = u; return nullptr; }
 EXPORTED int size() { return sizeof(Update); }
 EXPORTED const Update* arguments() { return &captured; }
+EXPORTED void set_q_out(void* data) { captured.q_out.data = data; }
 EXPORTED int bytes() { return access_bytes(captured); }
 EXPORTED void shape(uint32_t* to) {
   const Launch launch = launch_shape(captured);
@@ -34,6 +43,7 @@ EXPORTED void shape(uint32_t* to) {
 }
 }
 """
+CAPTURED = "rolling_cache_capture"  # the namespace of operators that only capture
 
 
 def tensors_of(arguments: dict[str, Any]) -> list[torch.Tensor]:
@@ -51,24 +61,35 @@ class CudaUpdate:
 
     def __init__(self, folder: Any) -> None:
         self.module = ptxrun.compile_cuda(
-            compiler.SOURCES / "rolling_cache.cu", options=["-std=c++17"]
+            compiler.SOURCES / "cuda" / "rolling_cache.cu", options=["-std=c++17"]
         )
         source, library = folder / "capture.cpp", folder / "rolling_cache_capture.so"
         source.write_text(CAPTURE)
-        bindings = compiler._compilations("cpu", "")[0]
-        bindings[bindings.index("-DKERNELS_NAMESPACE=mistral_kernels_cpu")] = (
-            f"-DKERNELS_NAMESPACE={library.stem}"
+        commands = compiler._compilations("cpu", "")
+        (operators,) = (
+            x for x in commands if x[-1].endswith("rolling_cache.cpp") and "/cpu" not in x[-1]
         )
-        command = [*compiler._compiler("cpu"), "-shared", "-I.", *bindings, str(source)]
+        operators[operators.index("-DKERNELS_NAMESPACE=mistral_kernels")] = (
+            f"-DKERNELS_NAMESPACE={CAPTURED}"
+        )
+        command = [*compiler._compiler("cpu"), "-shared", "-I.", *operators, str(source)]
         command += [*compiler._link_flags("cpu"), "-o", str(library)]
         subprocess.run(command, cwd=compiler.SOURCES, check=True)
+        for operator in (rolling_cache.update_op, rolling_cache._rotary_update_op):
+            name, schema = (
+                str(operator.overload._schema).removeprefix("mistral_kernels::").split("(", 1)
+            )
+            torch.library.define(f"{CAPTURED}::{name}", f"({schema}")
         torch.ops.load_library(str(library))
-        self.fill = torch.ops.rolling_cache_capture.rolling_cache_update
+        self.operators = getattr(torch.ops, CAPTURED)
         self.header = ctypes.CDLL(str(library))
         self.header.arguments.restype = ctypes.c_void_p
 
     def __call__(self, arguments: dict[str, Any], grid: tuple[int, int] | None = None) -> Launch:
-        self.fill(*arguments.values())
+        q_out = arguments["q_out"]
+        update(self.operators, {**arguments, "q_out": None if q_out is None else q_out.clone()})
+        if q_out is not None:
+            self.header.set_q_out(ctypes.c_void_p(q_out.data_ptr()))
         for x in tensors_of(arguments):
             ptxrun.register(x)
         shape = (ctypes.c_uint32 * 3)()
@@ -91,9 +112,8 @@ def cuda_update(tmp_path_factory: pytest.TempPathFactory) -> CudaUpdate:
     ("case", "dtype", "rotary"),
     [
         pytest.param(case, dtype, rotary, marks=() if dtype == torch.bfloat16 else pytest.mark.slow)
-        for i, case in enumerate(CASES)
-        for dtype in FLOATS
-        for k, rotary in enumerate(ROTARY)
+        for i, (case, rotary) in enumerate(UPDATES)
+        for k, dtype in enumerate(FLOATS)
         # Of the others half, in which every two of case, dtype and rotary meet.
         if dtype == torch.bfloat16 or (i + k) % 2
     ],
@@ -106,8 +126,10 @@ def test_same_bits(case, dtype, rotary, cuda_update):
     assert_same_bits(arguments, after)
 
 
-@pytest.mark.parametrize("rotary", ROTARY)
-@pytest.mark.parametrize("case", ["longer-than-the-ring", "fused-qkv", "paged", "misaligned"])
+@pytest.mark.parametrize(
+    ("case", "rotary"),
+    [x for x in UPDATES if x[0] in ("longer-than-the-ring", "fused-qkv", "paged", "misaligned")],
+)
 def test_no_races(case, rotary, cuda_update):
     """No two blocks touch the same byte, one of them writing."""
     arguments = make_arguments(torch.bfloat16, rotary, **CASES[case])
@@ -132,7 +154,7 @@ def test_width_of_accesses(dtype, cuda_update):
         "paged": 16,
     }
     for case, width in widths.items():
-        arguments = make_arguments(dtype, "half-split", **CASES[case])
+        arguments = make_arguments(dtype, None if case == "paged" else "half-split", **CASES[case])
         assert cuda_update(arguments).access_bytes == width, case
     for sin in (
         torch.randn(200, 33)[:, :32],

@@ -28,7 +28,7 @@ Body = Callable[[World], None]
 
 
 def work_on(world: World) -> None:
-    """What the others do while something happens to one."""
+    """Keep the other ranks in collectives while something happens to one."""
     for _ in range(10_000_000):
         dist.all_reduce(torch.ones(3))
 

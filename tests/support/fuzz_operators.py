@@ -18,10 +18,10 @@ import random
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from peak_memory import peak_memory
 from torch import Tensor
 
 import mistral_kernels
@@ -279,14 +279,15 @@ def rotary_cache_update(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen,
     return k_after, caches[1], q_out
 
 
-def cached_attention(q, k, v, k_cache, v_cache, lengths, cu_seqlens, seqlen_new, *rest):
-    rows, leftpad, table, longest, left, right, scale, softcap, slopes, return_lse, *_ = rest
+def cached_attention(q, k, v, k_cache, v_cache, lengths, seqlen_new, *rest):
+    rows, leftpad, table, cu_seqlens, longest, scale, left, right, softcap, *rest = rest
+    slopes, return_lse, *_ = rest
     like(q, k, v, k_cache, v_cache)
     require((k is None) == (v is None), q.ndim == (4 if cu_seqlens is None else 3))
     require(k_cache.ndim == 4, v_cache.shape == k_cache.shape, k_cache.shape[1] > 0)
     require(k_cache.stride(-1) == v_cache.stride(-1) == 1 or k_cache.shape[-1] <= 1)
     require(lengths.dtype == torch.int32, lengths.ndim == 1, bool((lengths >= 0).all()))
-    require(0 < scale < math.inf, 0 <= softcap < math.inf)
+    require(scale is None or 0 < scale < math.inf, 0 <= softcap < math.inf)
     heads, head_dim, batch = q.shape[-2], q.shape[-1], len(lengths)
     require(heads > 0, k_cache.shape[2] > 0 and heads % k_cache.shape[2] == 0)
     require(0 < head_dim <= 256, k_cache.shape[3] == head_dim)
@@ -498,9 +499,10 @@ def cached_attention_arguments(dtype: torch.dtype) -> Arguments:
     window = random.choice(((-1, 0), (3, 0)))
     softcap, return_lse = random.choice(((0.0, False), (0.0, False), (0.8, True)))
     slopes = random.choice((None, None, torch.rand(heads)))
-    options = [seqlen if kind != "fresh" else max(new, default=0), *window, 0.4, softcap, slopes]
-    caches = [q, k, v, k_cache, v_cache, lengths, cu_seqlens]
-    return [*caches, seqlen, rows, leftpad, table, *options, return_lse, 0, None]
+    longest = seqlen if kind != "fresh" else max(new, default=0)
+    caches = [q, k, v, k_cache, v_cache, lengths, seqlen, rows, leftpad, table]
+    options = [random.choice((None, 0.4)), *window, softcap, slopes]
+    return [*caches, cu_seqlens, longest, *options, return_lse, 0, None]
 
 
 def rms_norm_arguments(dtype: torch.dtype) -> Arguments:
@@ -797,12 +799,6 @@ def call_csrc(name: str, dtype: torch.dtype) -> None:
     arguments = change(CSRC[name](dtype))
     with contextlib.suppress(RuntimeError, ValueError, TypeError, NotImplementedError):
         getattr(_OPS, name)(*arguments)
-
-
-def peak_memory() -> int:
-    """Return VmHWM in bytes; ru_maxrss would begin at the size of the process that started this."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) << 10
 
 
 def main(seed: int, count: int) -> int:

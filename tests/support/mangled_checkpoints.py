@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peak_memory import peak_memory
 from safetensors.torch import load_file
 from test_pickles import HOSTILE, tensor_of
 
@@ -394,8 +395,7 @@ def run(kind: str, count: int, seed: int, folder: Path) -> None:
         faulthandler.cancel_dump_traceback_later()
         assert not cases.marker.exists(), f"case {number}: code was executed"
         refused += bool(errors)
-        status = Path("/proc/self/status").read_text()
-        memory = int(status.split("VmHWM:")[1].split()[0]) << 10  # ru_maxrss may be the parent's
+        memory = peak_memory()
         before = before or memory
         assert memory < before + MEMORY, f"case {number}: {memory - before} bytes"
     seconds = time.perf_counter() - started

@@ -21,6 +21,8 @@ from pathlib import Path
 from random import choice, choices, randrange
 from typing import Any
 
+from peak_memory import peak_memory
+
 from mistral_kernels.tokenizer import MistralTokenizer, TokenizerError
 
 SECONDS = 20  # of the processor
@@ -187,9 +189,7 @@ def main(kind: str, first: int, count: int, folder: Path) -> None:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process
         outcomes[check(folder)] += 1
         signal.setitimer(signal.ITIMER_PROF, 0)
-        # VmHWM, in KiB; ru_maxrss would begin at the size of the process that started this one.
-        status = Path("/proc/self/status").read_text()
-        used = int(status.split("VmHWM:")[1].split()[0]) * 1024
+        used = peak_memory()
         assert used < 2 * GIB, f"{used} bytes of memory"
     print(outcomes["used"], outcomes["refused"])
 

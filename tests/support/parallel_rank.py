@@ -60,7 +60,7 @@ class Collectives(TorchDispatchMode):
 
 @torch.inference_mode()
 def results_of(model: MistralForCausalLM) -> dict[str, Any]:
-    """What must not depend on the number of ranks, and (last) what each rank has of it."""
+    """Return results that must not depend on the number of ranks, and the sizes of each share."""
     cache = model.new_cache(len(PROMPTS), 64)
     logits = model.prefill(PROMPTS, cache, chunk_size=5)
     with Collectives() as collectives:

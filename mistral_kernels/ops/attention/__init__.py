@@ -15,18 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops.attention.cache_view import CacheView
-from mistral_kernels.ops.attention.cached import attend_cached
 from mistral_kernels.ops.attention.checks import (
     check_ndim,
     check_options,
     check_qkv,
 )
-from mistral_kernels.ops.attention.op import attend
+from mistral_kernels.ops.attention.ops import (
+    attend_cached,
+    attend_differentiably,
+    attention_forward_op,
+)
+from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
 from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.cache_arguments import check_one_per_row
 from mistral_kernels.ops.checks import check_optional_tensors, check_tensors
 from mistral_kernels.ops.dispatch import with_unit_stride
+from mistral_kernels.ops.operator import needs_gradient
 
 
 def attention(
@@ -46,9 +50,9 @@ def attention(
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of a batch, rectangular or packed. Differentiable once in q, k and v.
+    """Compute attention of a batch, rectangular or packed. Differentiable once in q, k and v.
 
-    Time follows the window, and memory the output: scores never exist but for a tile.
+    Time is proportional to the visible pairs; memory to the output: only tiles of scores exist.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), or packed (total_q, num_heads, head_dim) with
@@ -56,7 +60,7 @@ def attention(
             at most 256. Any strides; a last dimension that is not contiguous is copied.
         k, v: (batch, seqlen_k, num_kv_heads, head_dim), or packed (total_k, ...), of q's dtype;
             num_kv_heads divides num_heads.
-        causal: no query sees past its own place.
+        causal: no query sees past its own position.
         sliding_window: how many keys a query sees, its own included; None for no window.
         window_size: the same as inclusive distances (left, right), -1 for no bound.
         softmax_scale: positive; head_dim^-0.5 if None.
@@ -64,10 +68,10 @@ def attention(
         alibi_slopes: (num_heads,) or (batch, num_heads); slope * |distance| is subtracted
             (arXiv:2108.12409).
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on q's device, where each packed sequence
-            begins and the last ends; from 0, never decreasing. cu_seqlens_k is cu_seqlens_q if
+            starts and the last one ends; from 0, never decreasing. cu_seqlens_k is cu_seqlens_q if
             None. Sequences may be empty.
         max_seqlen_q, max_seqlen_k: at least the longest sequence; the number of tokens if None,
-            which is right but may launch programs that find nothing to do.
+            which is right but may launch programs without work.
         return_lse: also return the log-sum-exp of the scores, float32 (batch, num_heads, seqlen_q)
             or packed (num_heads, total_q), through which no gradient flows.
 
@@ -83,24 +87,32 @@ def attention(
     check_optional_tensors(
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes
     )
-    for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if value is not None and cu_seqlens_q is None:
-            raise ValueError(f"{name} is for packed batches and needs cu_seqlens_q too")
-    for name, x in (("q", q), ("k", k)):
-        check_ndim(name, x, 4 if cu_seqlens_q is None else 3)
+    if cu_seqlens_q is None and not max_seqlen_q is max_seqlen_k is None:
+        name = "max_seqlen_k" if max_seqlen_q is None else "max_seqlen_q"
+        raise ValueError(f"{name} is for packed batches and needs cu_seqlens_q too")
+    ndim = 4 if cu_seqlens_q is None else 3
+    check_ndim("q", q, ndim)
+    check_ndim("k", k, ndim)
     tokens_q, tokens_k = q.shape[-3], k.shape[-3]
-    out, lse = attend(
-        *(with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)),
-        window=resolve_window(causal, window_size, sliding_window),
-        softmax_scale=softmax_scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=_as_length("max_seqlen_q", max_seqlen_q, tokens_q),
-        max_seqlen_k=_as_length("max_seqlen_k", max_seqlen_k, tokens_k),
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        return_lse=return_lse,
+    if cu_seqlens_k is cu_seqlens_q:  # torch.compile takes no tensor twice
+        cu_seqlens_k = None
+    spec = AttentionSpec(
+        Sequences(
+            cu_seqlens_q,
+            cu_seqlens_k,
+            tokens_q if max_seqlen_q is None else _length("max_seqlen_q", max_seqlen_q, tokens_q),
+            tokens_k if max_seqlen_k is None else _length("max_seqlen_k", max_seqlen_k, tokens_k),
+        ),
+        resolve_window(causal, window_size, sliding_window),
+        softmax_scale,
+        softcap,
+        alibi_slopes,
     )
+    q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
+    if needs_gradient(q, k, v):
+        out, lse = attend_differentiably(q, k, v, spec, return_lse)
+    else:
+        out, lse = attention_forward_op(q, k, v, *spec.flatten(), return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -118,15 +130,14 @@ def rolling_cache_attention(
     softmax_scale: float | None = None,
     counters: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of new tokens over the rolling cache and over themselves.
+    """Compute causal attention of new tokens over the rolling cache and over themselves.
 
-    Differentiable; without a gradient, keys are read from the ring where they lie, each once, and
-    nothing is read from the device.
+    Differentiable. Without a gradient, keys are read from the ring in place, each once, and no
+    value is copied to the host.
 
-    With k and v, the ring is read as it was before the new tokens: call this first, then
-    `rolling_cache_update_`. A single new token overwrites only the key that has just left its
-    window, so for one token a sequence the order may be turned round: update, then attend with k
-    and v of None, and every key is read from the ring.
+    With k and v, the ring must not hold the new tokens yet: call `rolling_cache_update_` after
+    this. With k and v of None, for one new token per sequence, call it before.
+    `RollingCache.attend` does both in the right order.
 
     Args:
         q: (total_tokens, num_heads, head_dim), packed.
@@ -158,27 +169,28 @@ def rolling_cache_attention(
             "k and v may be None only for one new token per sequence, got "
             f"{q.shape[0]} tokens for {lengths.shape[0]} sequences, max_seqlen {max_seqlen}"
         )
-    check_options(True, softmax_scale, 0.0)
+    if softmax_scale is not None:
+        check_options(True, softmax_scale, 0.0)
     out, _ = attend_cached(
         with_unit_stride(q),
         k if k is None else with_unit_stride(k),
         v if v is None else with_unit_stride(v),
-        CacheView(k_cache, v_cache, lengths.contiguous(), cu_seqlens.contiguous()),
-        window=resolve_window(True, None, sliding_window),
-        max_seqlen_q=max_seqlen,
+        AttentionSpec(
+            Sequences(cu_seqlens.contiguous(), None, max_seqlen, max_seqlen),
+            resolve_window(True, None, sliding_window),
+            softmax_scale,
+            cache=CacheView(k_cache, v_cache, lengths.contiguous()),
+        ),
         counters=counters,
-        softmax_scale=softmax_scale,
     )
     return out
 
 
-def _as_length(name: str, value: Any, default: int) -> int:
-    if value is None:
-        return default
+def _length(name: str, value: Any, tokens: int) -> int:
     if torch.compiler.is_compiling():  # one that torch.compile keeps open, `index` would fix
         return value
     try:
-        return min(operator.index(value), default)
+        return min(operator.index(value), tokens)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
 

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from mistral_kernels.ops.attention.kernels.decode import num_counters
+from mistral_kernels.ops.attention.spec import AttentionSpec, Sequences
+from mistral_kernels.ops.cache_arguments import (
+    check_cache,
+    check_new_tokens,
+    check_packing,
+    check_places,
+)
 from mistral_kernels.ops.checks import (
     FLOAT32,
     INT32_MAX,
     check_float,
+    check_int32,
+    check_range,
     check_same_dtype,
     check_shape,
     check_softcap,
@@ -61,15 +74,6 @@ def check_ndim(name: str, x: Tensor, ndim: int) -> None:
         raise ValueError(f"{name} must be ({layout}, heads, head_dim), got {tuple(x.shape)}")
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor) -> int:
-    """Return the number of sequences. The values are for `packed.check`."""
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{name} must be torch.int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"{name} must be (batch + 1,), got {tuple(cu_seqlens.shape)}")
-    return cu_seqlens.shape[0] - 1
-
-
 def check_slopes(alibi_slopes: Tensor | None, num_heads: int, batch: int) -> None:
     """Raise unless the slopes fit the heads and the batch."""
     if alibi_slopes is None:
@@ -110,3 +114,179 @@ def check_num_splits(num_splits: Any) -> None:
         raise TypeError(f"num_splits must be an integer, got {num_splits!r}") from None
     if not 0 <= number <= INT32_MAX:
         raise ValueError(f"num_splits must be in [0, {INT32_MAX}], got {number}")
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
+    """Raise unless q, k, v and `spec` fit one another: see `attention`."""
+    cu_seqlens_q, cu_seqlens_k = spec.sequences.cu_seqlens_q, spec.sequences.cu_seqlens_k
+    if cu_seqlens_q is None:
+        check_qkv(q, k, v, ndim=4)
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k is for packed batches and needs cu_seqlens_q too")
+        batch = q.shape[0]
+        if k.shape[0] != batch:
+            raise ValueError(f"k must have q's batch of {batch}, got {k.shape[0]}")
+    else:
+        check_qkv(q, k, v, ndim=3)
+        batch = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
+        if cu_seqlens_k is not None:
+            batch_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k)
+            if batch_k != batch:
+                raise ValueError(
+                    f"cu_seqlens_k must be of {batch} sequences like cu_seqlens_q, got {batch_k}"
+                )
+    check_slopes(spec.alibi_slopes, q.shape[-2], batch)
+    check_scoring(spec.softmax_scale, spec.softcap)
+
+
+def check_cached_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    spec: AttentionSpec,
+    num_splits: int,
+    counters: Tensor | None,
+) -> None:
+    """Raise unless q, the new k and v, and the cache of `spec` fit one another."""
+    assert spec.cache is not None
+    k_cache, v_cache, lengths, seqlen_new, rows, leftpad, block_table = spec.cache
+    cu_seqlens, max_seqlen_q = spec.sequences.cu_seqlens_q, spec.sequences.max_seqlen_q
+    batch = check_cache(k_cache, v_cache, lengths, rows, block_table)
+    check_ndim("q", q, 4 if cu_seqlens is None else 3)
+    check_same_dtype("k_cache", k_cache, "q", q)
+    check_heads("q", q, "k_cache", k_cache)
+    if (k is None) != (v is None):
+        raise ValueError("k and v must both be given, or both be None")
+    if cu_seqlens is not None:
+        check_int32("cu_seqlens", cu_seqlens, (batch + 1,))
+    elif k is not None:
+        raise ValueError("k and v are for packed queries and need cu_seqlens")
+    else:
+        if q.shape[0] != batch or q.shape[1] > max_seqlen_q:
+            raise ValueError(
+                f"q must hold {batch} sequences of at most max_seqlen_q {max_seqlen_q} tokens, "
+                f"got {tuple(q.shape)}"
+            )
+        if not 0 <= seqlen_new <= INT32_MAX:
+            raise ValueError(f"seqlen_new must be in [0, {INT32_MAX}], got {seqlen_new}")
+    if k is not None and v is not None:
+        check_new_tokens("k", k, k_cache, q.shape[0])
+        check_new_tokens("v", v, k_cache, q.shape[0])
+    check_int32("leftpad", leftpad, (batch,))
+    check_slopes(spec.alibi_slopes, q.shape[-2], batch)
+    check_scoring(spec.softmax_scale, spec.softcap)
+    check_num_splits(num_splits)
+    if counters is not None:
+        needed = num_counters(k_cache.shape[0], k_cache.shape[2])
+        if counters.numel() < needed or counters.dtype != torch.int32:
+            raise ValueError(
+                f"counters must hold {needed} zeros of torch.int32, "
+                f"got {counters.numel()} of {counters.dtype}"
+            )
+
+
+def check_cached_values(q: Tensor, spec: AttentionSpec) -> None:
+    """Raise ValueError for index tensors that do not fit, where their values can be read."""
+    cache, cu_seqlens = spec.cache, spec.sequences.cu_seqlens_q
+    assert cache is not None
+    check_places(cache.k_cache, cache.lengths, cache.rows, cache.block_table)
+    check_range("leftpad", cache.leftpad, INT32_MAX)
+    if cu_seqlens is not None:
+        check_packing(cu_seqlens, spec.sequences.max_seqlen_q, q.shape[0])
+    else:
+        check_range("lengths", cache.lengths, INT32_MAX - cache.seqlen_new)
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor) -> int:
+    """Return the number of sequences. `check_sequences` checks the values."""
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name} must be torch.int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{name} must be (batch + 1,), got {tuple(cu_seqlens.shape)}")
+    return cu_seqlens.shape[0] - 1
+
+
+class _Seen(NamedTuple):
+    version: int
+    sequences: int  # how many, without empty ones at the end
+    longest: int
+    end: int
+
+
+_seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def make_cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Return (len(lengths) + 1,) int32 for sequences of these lengths, which nobody may change.
+
+    `check_sequences` takes its values from here and never reads them.
+    """
+    offsets = [0, *accumulate(lengths)]
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
+    _seen[cu_seqlens] = _describe(cu_seqlens, lengths, offsets[-1])
+    return cu_seqlens
+
+
+def check_sequences(q: Tensor, k: Tensor, sequences: Sequences) -> Sequences:
+    """Return `sequences` with both offsets, checked, and tight lengths.
+
+    On a GPU, where reading values waits for the device, each version of a tensor is read once.
+    Empty sequences at the end are dropped. While a CUDA graph is captured nothing may wait, and
+    tensors not read before are not checked.
+
+    Raises:
+        ValueError: sequences overlap, begin before 0, end past the tokens, or are longer than
+            max_seqlen says.
+    """
+    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *_ = sequences
+    if cu_seqlens_q is None:
+        return sequences
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    seen_q = _check_offsets("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    seen_k = _check_offsets("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    if seen_q is None or seen_k is None:
+        return Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, False, False)
+    entries = max(seen_q.sequences, seen_k.sequences) + 1
+    if entries < cu_seqlens_q.shape[0]:
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q[:entries], cu_seqlens_k[:entries]
+    covers = seen_q.end == q.shape[0], seen_k.end == k.shape[0]
+    return Sequences(cu_seqlens_q, cu_seqlens_k, seen_q.longest, seen_k.longest, *covers)
+
+
+def _check_offsets(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> _Seen | None:
+    seen = _seen.get(cu_seqlens)
+    if seen is None or seen.version != _version(cu_seqlens):
+        if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        offsets = cu_seqlens.tolist()
+        lengths = [end - begin for begin, end in pairwise(offsets)]
+        if offsets[0] != 0 or min(lengths, default=0) < 0:
+            raise ValueError(
+                f"cu_seqlens_{name} must begin with 0 and never decrease, got {offsets}"
+            )
+        seen = _describe(cu_seqlens, lengths, offsets[-1])
+        if not cu_seqlens.is_cpu and not cu_seqlens.is_inference():  # which counts no versions
+            _seen[cu_seqlens] = seen
+    if seen.end > tokens:
+        raise ValueError(
+            f"cu_seqlens_{name} ends at {seen.end}, past the {tokens} tokens of {name}"
+        )
+    if seen.longest > max_seqlen:
+        raise ValueError(
+            f"max_seqlen_{name} is {max_seqlen}, but a sequence of cu_seqlens_{name} has "
+            f"{seen.longest} tokens"
+        )
+    return seen
+
+
+def _describe(cu_seqlens: Tensor, lengths: Sequence[int], end: int) -> _Seen:
+    sequences = len(lengths)
+    while sequences and not lengths[sequences - 1]:
+        sequences -= 1
+    longest = max(lengths, default=0)
+    return _Seen(_version(cu_seqlens), sequences, longest, end)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version

@@ -64,15 +64,16 @@ def resolve_window(
         return Window(-1, 0 if causal else -1)
     if not hasattr(window_size, "__len__") or len(window_size) != 2:
         raise ValueError(f"window_size must be (left, right), got {window_size}")
-    left, right = (
-        -1 if distance is None else min(_as_int("window_size", distance, "two integers"), UNBOUNDED)
-        for distance in window_size
-    )
+    left, right = map(_as_distance, window_size)
     if left < -1 or right < -1:
         raise ValueError(
             f"window_size must hold distances >= 0, or -1 for no bound, got ({left}, {right})"
         )
     return Window(left, 0 if causal else right)
+
+
+def _as_distance(value: Any) -> int:
+    return -1 if value is None else min(_as_int("window_size", value, "two integers"), UNBOUNDED)
 
 
 def _as_int(name: str, value: Any, expected: str) -> int:

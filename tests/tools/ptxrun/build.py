@@ -94,9 +94,10 @@ def _target():
 
 @functools.cache
 def _source_key():
-    """Return a key for ptxrun itself, the compiler and the processor."""
-    sources = sorted([*RUNTIME.iterdir(), *HERE.glob("*.py")])
-    texts = [path.read_text() for path in sources if path.is_file()]
+    """Return a key for the translator, the compiler and the processor."""
+    names = ("build.py", "parser.py", "ptx.py", "tokens.py")
+    sources = sorted([*RUNTIME.iterdir(), *HERE.glob("codegen/*.py")])
+    texts = [path.read_text() for path in (*sources, *(HERE / name for name in names))]
     return digest(texts, _output("-dumpfullversion"), _target())
 
 

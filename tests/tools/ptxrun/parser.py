@@ -1,203 +1,19 @@
 """A parser for the PTX that Triton and nvcc produce for sm_80 and sm_90a.
 
-The result is a `Module` with global, const and shared variables and functions. The body of a
-function is a flat list of `Label` and `Instr`; nested scopes are flattened by renaming.
+The body of a function is a flat list of `Label` and `Instr`: nested scopes are flattened by
+renaming.
 """
 
 from __future__ import annotations
 
-import contextlib
-import re
-import struct
-
 from .errors import PtxSyntaxError
-
-_TOK = re.compile(
-    r"""
-    (?P<ws>[ \t\r]+)
-  | (?P<nl>\n)
-  | (?P<str>"(?:[^"\\]|\\.)*")
-  | (?P<flt>0[fF][0-9a-fA-F]{8}(?![0-9a-fA-F])|0[dD][0-9a-fA-F]{16}
-      |\d+\.\d*(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)
-  | (?P<int>0[xX][0-9a-fA-F]+U?|0[bB][01]+U?|\d+U?)
-  | (?P<id>[A-Za-z_$%][\w$]*(?:(?:\.|::)[\w$]+)*)
-  | (?P<dir>\.[A-Za-z_][\w$]*(?:::[\w$]+)*)
-  | (?P<p>[{}()\[\],;:@!|<>+\-=~&*/])
-""",
-    re.X,
-)
-
-TYPE_BITS = {
-    "pred": 1,
-    "b8": 8,
-    "u8": 8,
-    "s8": 8,
-    "b16": 16,
-    "u16": 16,
-    "s16": 16,
-    "f16": 16,
-    "bf16": 16,
-    "b32": 32,
-    "u32": 32,
-    "s32": 32,
-    "f32": 32,
-    "f16x2": 32,
-    "bf16x2": 32,
-    "b64": 64,
-    "u64": 64,
-    "s64": 64,
-    "f64": 64,
-    "tf32": 32,
-    "b128": 128,
-    "e4m3x2": 16,
-    "e5m2x2": 16,
-}
+from .ptx import TYPE_BITS, Function, Instr, Label, Var
+from .tokens import Tokens
 
 
-class Label:
-    __slots__ = ("line", "name")
+class _Parser(Tokens):
+    scope_id = 0
 
-    def __init__(self, name, line):
-        self.name, self.line = name, line
-
-    def __repr__(self):
-        return f"{self.name}:"
-
-
-class Instr:
-    """op: list of dot-separated opcode parts; pred: (register, negated) or None; args: operands."""
-
-    __slots__ = ("args", "block", "line", "op", "pred")
-
-    def __init__(self, op, pred, args, line):
-        self.op, self.pred, self.args, self.line = op, pred, args, line
-
-    @property
-    def text(self):
-        return ".".join(self.op)
-
-    def __repr__(self):
-        return f"L{self.line} {self.pred or ''} {self.text} {self.args}"
-
-
-class Var:
-    """A .global / .const / .shared / .local / .param variable."""
-
-    def __init__(self, space, name, align, elt, count, init=None, extern=False):
-        self.space, self.name, self.align, self.elt, self.count = space, name, align, elt, count
-        self.init, self.extern = init, extern
-
-    @property
-    def elt_bytes(self):
-        return max(1, TYPE_BITS[self.elt] // 8)
-
-    @property
-    def size(self):
-        return self.elt_bytes * (1 if self.count is None else self.count)
-
-
-class Function:
-    def __init__(self, name, kind, params, rets, line):
-        self.name, self.kind, self.params, self.rets, self.line = name, kind, params, rets, line
-        self.body = None
-        self.regs = {}  # name -> type
-        self.vars = []  # shared / local / param variables declared in the body
-        self.branchtargets = {}
-        self.reqntid = None
-        self.maxntid = None
-        self.maxnreg = 0
-        self.cluster = None
-
-
-class Module:
-    def __init__(self):
-        self.version = self.target = None
-        self.vars = {}
-        self.funcs = {}
-        self.loc = {}
-        self.files = {}
-        self.lines = []
-
-
-class _Parser:
-    def __init__(self, text):
-        self.m = Module()
-        self.m.lines = text.split("\n")
-        self.toks = []
-        self._lex(text)
-        self.i = 0
-        self.scope_id = 0
-
-    def _lex(self, text):
-        text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m.group(0).count("\n"), text, flags=re.S)
-        out = []
-        cur = None
-        for n, ln in enumerate(text.split("\n"), 1):
-            s = ln.lstrip()
-            if s.startswith((".loc ", ".loc\t")):
-                f = s.split()
-                with contextlib.suppress(IndexError, ValueError):
-                    cur = (int(f[1]), int(f[2]), int(f[3].rstrip(",")))
-                out.append("")
-                continue
-            if s.startswith((".file ", ".file\t")):
-                g = re.match(r'\.file\s+(\d+)\s+"([^"]*)"', s)
-                if g:
-                    self.m.files[int(g.group(1))] = g.group(2)
-                out.append("")
-                continue
-            if cur is not None:
-                self.m.loc[n] = cur
-            c = ln.find("//")
-            if c >= 0 and '"' not in ln:
-                ln = ln[:c]
-            out.append(ln)
-        text = "\n".join(out)
-        pos, line, n = 0, 1, len(text)
-        toks = self.toks
-        match = _TOK.match
-        while pos < n:
-            g = match(text, pos)
-            if g is None:
-                if text.startswith("//", pos):
-                    pos = text.find("\n", pos)
-                    if pos < 0:
-                        break
-                    continue
-                raise PtxSyntaxError(f"line {line}: cannot read {text[pos : pos + 30]!r}")
-            k = g.lastgroup
-            pos = g.end()
-            if k == "ws":
-                continue
-            if k == "nl":
-                line += 1
-                continue
-            toks.append((k, g.group(), line))
-            if k == "str":
-                line += g.group().count("\n")
-        toks.append(("eof", "", line))
-
-    # -- token helpers
-    def peek(self, k=0):
-        return self.toks[self.i + k][1]
-
-    def kind(self, k=0):
-        return self.toks[self.i + k][0]
-
-    def line(self):
-        return self.toks[self.i][2]
-
-    def next(self):
-        t = self.toks[self.i][1]
-        self.i += 1
-        return t
-
-    def expect(self, s):
-        if self.peek() != s:
-            raise PtxSyntaxError(f"line {self.line()}: expected {s!r}, found {self.peek()!r}")
-        self.i += 1
-
-    # -- module level
     def parse(self):
         while self.kind() != "eof":
             t = self.peek()
@@ -217,9 +33,9 @@ class _Parser:
                 self.i += 1
                 while self.peek() != "{":
                     self.i += 1
-                self._skip_braces()
+                self.skip_braces()
             elif t == ".pragma" or t == ".alias":
-                self._skip_to(";")
+                self.skip_to(";")
             elif t in (
                 ".visible",
                 ".weak",
@@ -238,19 +54,6 @@ class _Parser:
             else:
                 raise PtxSyntaxError(f"line {self.line()}: unexpected {t!r} at module level")
         return self.m
-
-    def _skip_to(self, s):
-        while self.next() != s:
-            pass
-
-    def _skip_braces(self):
-        self.expect("{")
-        d = 1
-        while d:
-            t = self.next()
-            d += (t == "{") - (t == "}")
-            if self.kind() == "eof" and d:
-                return
 
     def _decl(self):
         extern = False
@@ -281,7 +84,7 @@ class _Parser:
             elif d in (".global", ".shared", ".const", ".local", ".attribute"):
                 if d == ".attribute":
                     self.expect("(")
-                    self._skip_to(")")
+                    self.skip_to(")")
             else:
                 raise PtxSyntaxError(f"line {self.line()}: unknown declaration attribute {d}")
         out = []
@@ -353,7 +156,7 @@ class _Parser:
                 self.i += 1
                 off = int(self.next(), 0)
             return ("sym", t, off)
-        raise PtxSyntaxError(f"line {ln}: cannot read initialiser {t!r}")
+        raise PtxSyntaxError(f"line {ln}: cannot read initializer {t!r}")
 
     def _params(self):
         ps = []
@@ -378,7 +181,7 @@ class _Parser:
                     self.expect("]")
                 al = align
                 if count is None or al is None:
-                    # alignment after .ptr describes the pointee
+                    # An alignment after .ptr is that of the pointee.
                     al = max(1, TYPE_BITS[elt] // 8) if count is None else (al or 1)
                 ps.append(Var(space, name, al, elt, count))
             elif self.peek() == ",":
@@ -417,7 +220,7 @@ class _Parser:
             elif d in (".noreturn", ".abi_preserve", ".abi_preserve_control"):
                 pass
             elif d == ".pragma":
-                self._skip_to(";")
+                self.skip_to(";")
             elif d in (".explicitcluster", ".maxclusterrank", ".blocksareclusters"):
                 while self.kind() == "int" or self.peek() == ",":
                     self.i += 1
@@ -436,13 +239,13 @@ class _Parser:
         self.m.funcs[name] = f
 
     def _scope(self, f, names):
-        """names: renaming of registers / labels / variables declared in enclosing scopes."""
+        """Parse a scope; `names` renames what the enclosing scopes declare."""
         names = dict(names)
         top = not names.get("#nested")
         names["#nested"] = True
         self.scope_id += 1
         suffix = "" if top else f"$s{self.scope_id}"
-        # labels declared in this scope (forward references) need renaming when nested
+        # Labels of a nested scope are renamed before their declaration: branches go forward too.
         if not top:
             d, j = 1, self.i
             while d:
@@ -502,11 +305,11 @@ class _Parser:
                         v.name += suffix
                     f.vars.append(v)
             elif t == ".pragma":
-                self._skip_to(";")
+                self.skip_to(";")
             elif t == ".section":
                 while self.peek() != "{":
                     self.i += 1
-                self._skip_braces()
+                self.skip_braces()
             elif k == "id" and self.peek(1) == ":":
                 nm = self.next()
                 ln = self.line()
@@ -521,7 +324,7 @@ class _Parser:
                             tg.append(names.get(x, x))
                     f.branchtargets[nm] = tg
                 elif self.peek() == ".callprototype":
-                    self._skip_to(";")
+                    self.skip_to(";")
                 else:
                     f.body.append(Label(nm, ln))
             else:
@@ -619,7 +422,6 @@ class _Parser:
             self.i += 1
             if t == "_":
                 return ("_",)
-            # %tid.x style special registers and plain registers
             nm = names.get(t, t)
             if nm in f.regs:
                 o = ("r", nm)
@@ -641,14 +443,6 @@ class _Parser:
         raise PtxSyntaxError(f"line {self.line()}: cannot read operand {t!r}")
 
 
-def f32_bits(x):
-    return struct.unpack("<I", struct.pack("<f", x))[0]
-
-
-def f64_bits(x):
-    return struct.unpack("<Q", struct.pack("<d", x))[0]
-
-
 def parse(text):
-    """Parse PTX text into a Module."""
+    """Return the `Module` of a PTX text."""
     return _Parser(text).parse()

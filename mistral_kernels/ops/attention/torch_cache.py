@@ -1,41 +1,45 @@
-"""Attention of new tokens over a cache in PyTorch's operators.
-
-It serves the torch backend, and, where a gradient is wanted, all of them.
-"""
+"""Attention of new tokens over a cache in PyTorch, one sequence at a time, or one decode step."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_kernels.ops.attention.cache_view import CacheView
-from mistral_kernels.ops.attention.op import attend, empty_outputs, lse_dtype
-from mistral_kernels.ops.attention.scoring import Scoring
+from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView
+from mistral_kernels.ops.attention.torch_backend import blocked_forward, empty_outputs, wide
 from mistral_kernels.ops.attention.window import keys_of_rows, visible
+from mistral_kernels.ops.dispatch import with_unit_stride
 from mistral_kernels.ops.operator import absent
 
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionSpec, bool], tuple[Tensor, Tensor]]
 
-def attend_in_pieces(
+
+def cached_forward(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
-    cache: CacheView,
-    scoring: Scoring,
-    max_seqlen_q: int,
+    spec: AttentionSpec,
+    return_lse: bool,
+    attend: Attend = blocked_forward,
 ) -> tuple[Tensor, Tensor]:
-    """`cached.py`'s operator, sequence by sequence, with each one's keys put in order.
+    """Return the output and the log-sum-exp, `absent` if not wanted. Read `lengths` on the host.
 
-    Reads `lengths` on the host.
+    Args:
+        q, k, v, spec: see `ops.attend_cached`.
+        attend: computes attention of one sequence, (1, seqlen, heads, head_dim), over its keys.
     """
-    return_lse = scoring.return_lse
+    cache, cu_seqlens = spec.cache, spec.sequences.cu_seqlens_q
+    assert cache is not None
     if not cache.lengths.numel():
         return empty_outputs(q, return_lse)
     whole_rows = cache.rows is None and cache.block_table is None
-    if whole_rows and is_decode_step(q, k, cache, scoring, max_seqlen_q):
-        return _decode(q, cache, scoring), absent(q, lse_dtype(q))
-    packed = cache.cu_seqlens is not None
-    offsets = cache.cu_seqlens.tolist() if cache.cu_seqlens is not None else []
+    if whole_rows and is_decode_step(q, k, spec, return_lse):
+        return _decode(q, spec), absent(q, wide(q.dtype))
+    packed = cu_seqlens is not None
+    offsets = cu_seqlens.tolist() if cu_seqlens is not None else []
     outs, sums = [], []
     for sequence, length in enumerate(cache.lengths.tolist()):
         new = slice(*offsets[sequence : sequence + 2]) if packed else slice(None)
@@ -45,29 +49,21 @@ def attend_in_pieces(
         oldest = max(cached - cache.capacity, 0)
         if cache.leftpad is not None:
             oldest = min(max(oldest, int(cache.leftpad[sequence])), total)
-        if len(queries):  # only what the first query, which reaches furthest back, still sees
-            first = keys_of_rows(range(1), len(queries), total - oldest, scoring.window).start
+        if len(queries):  # drop the keys before the first query's window
+            first = keys_of_rows(range(1), len(queries), total - oldest, spec.window).start
             oldest += min(first, cached - oldest)
         keys, values = (
             _in_order(cache, x, sequence, oldest, cached, None if fresh is None else fresh[new])
             for x, fresh in ((cache.k_cache, k), (cache.v_cache, v))
         )
-        slopes = scoring.alibi_slopes
-        if slopes is not None and slopes.ndim == 2:
-            slopes = slopes[sequence]
-        out, lse = attend(
-            *(x.unsqueeze(0) for x in (queries, keys, values)),
-            window=scoring.window,
-            softmax_scale=scoring.scale,
-            softcap=scoring.softcap,
-            alibi_slopes=slopes,
-            return_lse=return_lse,
-        )
+        one = spec.of_sequence(sequence, len(queries), len(keys))
+        queries, keys, values = (x.unsqueeze(0) for x in (queries, keys, values))
+        out, lse = attend(queries, keys, values, one, return_lse)
         outs.append(out.squeeze(0))
         sums.append(lse)
     out = (outs[0] if len(outs) == 1 else torch.cat(outs)) if packed else torch.stack(outs)
     if not return_lse:
-        return out, absent(q, lse_dtype(q))
+        return out, absent(q, wide(q.dtype))
     together = torch.cat(sums, -1 if packed else 0)
     return out, together.squeeze(0) if packed else together
 
@@ -75,7 +71,7 @@ def attend_in_pieces(
 def _in_order(
     cache: CacheView, x: Tensor, sequence: int, start: int, end: int, fresh: Tensor | None
 ) -> Tensor:
-    """Of x, the keys or the values, a sequence's at positions `start` to `end`, then `fresh`."""
+    """Return a sequence's keys or values x at positions `start` to `end`, then `fresh`."""
     if cache.block_table is not None:
         page_size = x.shape[1]
         first = start // page_size
@@ -94,20 +90,45 @@ def _in_order(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def is_decode_step(
-    q: Tensor, k: Tensor | None, cache: CacheView, scoring: Scoring, max_seqlen_q: int
-) -> bool:
-    """One token a sequence, already in the cache, and nothing that only the formula knows?"""
-    plain = scoring.alibi_slopes is None and not scoring.needs_formula
-    return plain and k is None and max_seqlen_q == 1 and len(q) == cache.lengths.numel()
+def is_decode_step(q: Tensor, k: Tensor | None, spec: AttentionSpec, return_lse: bool) -> bool:
+    """Return whether each sequence has one token, in the cache, without softcap, ALiBi and lse."""
+    assert spec.cache is not None
+    plain = spec.alibi_slopes is None and not spec.softcap and not return_lse
+    one_each = spec.sequences.max_seqlen_q == 1 and len(q) == spec.cache.lengths.numel()
+    return plain and k is None and one_each
 
 
-def _decode(q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
-    """One token a sequence. Softmax does not mind the order of keys: the ring is read as is."""
-    batch, window = cache.lengths.shape[0], scoring.window
+def decode_csrc(q: Tensor, spec: AttentionSpec) -> Tensor:
+    """Run a decode step, see `is_decode_step`, in csrc, which checks index tensors' values."""
+    cache = spec.cache
+    assert cache is not None
+    queries = with_unit_stride(q if q.ndim == 3 else q.squeeze(1))
+    out = torch.empty(queries.shape, dtype=q.dtype)
+    places = [
+        None if x is None else x.contiguous()
+        for x in (cache.rows, cache.leftpad, cache.block_table)
+    ]
+    torch.ops.mistral_kernels.decode_attention.default(
+        *(queries, cache.k_cache, cache.v_cache, cache.lengths.contiguous(), _new_tokens(spec)),
+        *(*places, spec.window.left, spec.scale(q.shape[-1]), out),
+    )
+    return out if q.ndim == 3 else out.unsqueeze(1)
+
+
+def _new_tokens(spec: AttentionSpec) -> int:
+    """Return how many tokens per sequence a decode step adds to `lengths`."""
+    assert spec.cache is not None
+    return spec.cache.seqlen_new if spec.sequences.cu_seqlens_q is None else 1
+
+
+def _decode(q: Tensor, spec: AttentionSpec) -> Tensor:
+    """Attend with one token per sequence. Softmax is independent of the order of keys and slots."""
+    cache, window = spec.cache, spec.window
+    assert cache is not None
+    batch = cache.lengths.shape[0]
     k_cache, v_cache = cache.k_cache[:batch], cache.v_cache[:batch]
     _, capacity, groups, head_dim = k_cache.shape
-    totals = cache.lengths.long() + (cache.seqlen_new if cache.cu_seqlens is None else 1)
+    totals = cache.lengths.long() + _new_tokens(spec)
     counts = totals.clamp(max=capacity)
     narrow = 0 <= window.left < capacity - 1  # the cache keeps more than the window shows
     begin = 0
@@ -135,7 +156,7 @@ def _decode(q: Tensor, cache: CacheView, scoring: Scoring) -> Tensor:
         k_cache.transpose(1, 2),
         v_cache.transpose(1, 2),
         attn_mask=bias,
-        scale=scoring.scale,
+        scale=spec.scale(head_dim),
     )
     if bias is not None and not q.is_cpu:  # PyTorch's kernels for GPUs average what is all hidden
         out = out.masked_fill(~bias.any(-1, keepdim=True), 0.0)

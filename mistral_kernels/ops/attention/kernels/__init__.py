@@ -1,0 +1,1 @@
+"""attention's Triton kernels: forward, backward, and decode over a cache."""

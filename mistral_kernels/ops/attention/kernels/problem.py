@@ -1,0 +1,89 @@
+"""One call of attention as its kernels take it: arguments that all of them share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from mistral_kernels.ops.attention.kernels.shared import View, softmax_scales, view
+from mistral_kernels.ops.attention.spec import AttentionSpec
+from mistral_kernels.ops.attention.window import is_narrow
+from mistral_kernels.ops.checks import check_float, check_triton_dtype
+from mistral_kernels.ops.dispatch import float32_precision
+from mistral_kernels.ops.launch_configs import Config, cdiv, next_power_of_2
+
+
+class Problem:
+    """Shapes and options of one call.
+
+    Attributes:
+        arguments: slopes, cu_seqlens and scales of the kernels without a cache.
+        constants: the constexprs that do not depend on the tile.
+        lse_shape: (batch, num_heads, seqlen), or (num_heads, total) if packed.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> None:
+        check_float("q", q)
+        check_triton_dtype("q", q)
+        cu_seqlens_q, cu_seqlens_k, *_ = spec.sequences
+        *batch, tokens, self.num_heads, self.head_dim = q.shape
+        self.num_kv_heads = k.shape[-2]
+        self.group = self.num_heads // self.num_kv_heads
+        self.block_d = max(16, next_power_of_2(self.head_dim))
+        self.packed = cu_seqlens_q is not None
+        self.batch = batch[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+        self.cu_seqlens_q = None if cu_seqlens_q is None else cu_seqlens_q.contiguous()
+        self.cu_seqlens_k = None if cu_seqlens_k is None else cu_seqlens_k.contiguous()
+        self.lse_shape = (*batch, self.num_heads, tokens)
+        self.left, self.right = spec.window.reach
+        self.slopes = None
+        if spec.alibi_slopes is not None:
+            slopes = spec.alibi_slopes.float().contiguous()
+            self.slopes = slopes, self.num_heads if slopes.ndim == 2 else 0
+        self.scales = softmax_scales(spec.scale(self.head_dim), spec.softcap)
+        self.arguments = self.slopes, (self.cu_seqlens_q, self.cu_seqlens_k), self.scales
+        self.constants: dict[str, Any] = {
+            "GROUP": self.group,
+            "HEAD_DIM": self.head_dim,
+            "PRECISION": float32_precision(q),
+        }
+
+    def view(self, x: Tensor | None) -> View | None:
+        """Return a tensor in the layout of q as kernels take it."""
+        return None if x is None else view(x, self.packed)
+
+    def grid(self, tiles: int) -> tuple[int]:
+        """Return the grid of so many programs per kv head and sequence."""
+        return (tiles * self.num_kv_heads * self.batch,)
+
+    def narrow_for_queries(self, config: Config) -> bool:
+        """Return whether every key block of a tile of queries must check both edges."""
+        positions = cdiv(config["BLOCK_M"], self.group) + 1
+        block = config["BLOCK_N"]
+        return self.left < block or is_narrow(self.left, self.right, positions, block)
+
+    def narrow_for_keys(self, config: Config) -> bool:
+        """Return whether every query block of a tile of keys must check both edges."""
+        return is_narrow(self.left, self.right, config["BLOCK_N"], config["BLOCK_M"])
+
+
+def fits_descriptors(*tensors: Tensor) -> bool:
+    """Return whether descriptors, whose addresses are multiples of 16 bytes, can read these."""
+    for x in tensors:
+        *strides, _ = x.stride()
+        step = math.gcd(*strides) * x.element_size()
+        if x.data_ptr() % 16 or step % 16 or min(strides) <= 0:
+            return False
+    return True
+
+
+def offsets_within(reach: str, tokens: int, *tensors: Tensor) -> str:
+    """Return `reach` if 32 bits hold the offset of any of so many tokens, else "element"."""
+    return reach if all(x.stride(-3) * tokens < 2**31 for x in tensors) else "element"
+
+
+def same_strides(config: Config, x: Tensor, y: Tensor) -> bool:
+    """Return whether a kernel that walks along both by pointers can keep one set of offsets."""
+    return not config["DESCRIPTORS"] and x.stride(-3) == y.stride(-3)

@@ -1,0 +1,254 @@
+"""Attention's three operators, `attention_forward`, `attention_backward` and `cached_attention`.
+
+`attention_forward` and its derivative take rectangular batches, (batch, seqlen, heads, head_dim),
+and packed ones, (tokens, heads, head_dim). `cached_attention` also attends to rings, flat caches
+and pages. Each has one implementation per backend, with the signature of the schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mistral_kernels.ops import extension
+from mistral_kernels.ops.attention.checks import (
+    check_attention,
+    check_cached_attention,
+    check_cached_values,
+    check_sequences,
+)
+from mistral_kernels.ops.attention.kernels.backward import attention_backward
+from mistral_kernels.ops.attention.kernels.decode import attention_decode
+from mistral_kernels.ops.attention.kernels.forward import attention_forward
+from mistral_kernels.ops.attention.spec import CACHE_SCHEMA, SCHEMA, TENSORS, AttentionSpec
+from mistral_kernels.ops.attention.torch_backend import (
+    blocked_backward,
+    blocked_forward,
+    empty_outputs,
+    wide,
+)
+from mistral_kernels.ops.attention.torch_cache import cached_forward, decode_csrc, is_decode_step
+from mistral_kernels.ops.cache_arguments import check_packing
+from mistral_kernels.ops.checks import check_device, check_same_dtype, check_shape
+from mistral_kernels.ops.dispatch import uses_triton
+from mistral_kernels.ops.operator import Function, Operator, absent, needs_gradient, run_backward
+
+
+def _no_check(*args: Any) -> None:
+    """Leave the checks to the implementations and fakes, which unflatten the spec only once."""
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, flat: Sequence[Any]) -> AttentionSpec:
+    spec = AttentionSpec.unflatten(flat)
+    check_attention(q, k, v, spec)
+    return spec
+
+
+def _check_values(q: Tensor, k: Tensor, spec: AttentionSpec) -> AttentionSpec:
+    if spec.sequences.cu_seqlens_q is None:
+        return spec
+    return spec._replace(sequences=check_sequences(q, k, spec.sequences))
+
+
+def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *flat, return_lse = args
+    out, lse = attention_forward(q, k, v, _check_values(q, k, _check(q, k, v, flat)))
+    return out, lse if return_lse else absent(lse)
+
+
+def _forward_torch(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *flat, return_lse = args
+    return blocked_forward(q, k, v, _check_values(q, k, _check(q, k, v, flat)), return_lse)
+
+
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *flat, return_lse = args
+    _check(q, k, v, flat)
+    return empty_outputs(q, return_lse)
+
+
+attention_forward_op = Operator(
+    "attention_forward",
+    f"(Tensor q, Tensor k, Tensor v, {SCHEMA}, bool return_lse) -> (Tensor out, Tensor lse)",
+    fake=_forward_fake,
+    check=_no_check,
+    torch=_forward_torch,
+    triton=_forward_triton,
+)
+
+
+def _check_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
+) -> None:
+    _check(q, k, v, args[:-3])
+    check_shape("dout", dout, q.shape)
+    check_shape("out", out, q.shape)
+    *batch, seqlen, num_heads, _ = q.shape
+    if lse.shape != (0,) or uses_triton(q):
+        check_shape("lse", lse, (*batch, num_heads, seqlen))
+    check_same_dtype("dout", dout, "q", q)
+    check_same_dtype("out", out, "q", q)
+    if lse.dtype != wide(q.dtype):
+        raise TypeError(f"lse must be {wide(q.dtype)} for q of {q.dtype}, got {lse.dtype}")
+
+
+def _backward_triton(*args: Any) -> tuple[Tensor, ...]:
+    (dout, q, k, v, out, lse, *flat), needed = args[:-3], args[-3:]
+    spec = _check_values(q, k, AttentionSpec.unflatten(flat))
+    grads = attention_backward(dout, q, k, v, out, lse, spec, list(needed))
+    return tuple(absent(q) if grad is None else grad for grad in grads)
+
+
+def _backward_torch(*args: Any) -> tuple[Tensor, ...]:
+    (dout, q, k, v, out, lse, *flat), needed = args[:-3], args[-3:]
+    spec = _check_values(q, k, AttentionSpec.unflatten(flat))
+    grads = blocked_backward(dout, q, k, v, out, lse, spec, needed)
+    return tuple(absent(q) if grad is None else grad for grad in grads)
+
+
+def _backward_fake(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty(x.shape if need else (0,), dtype=x.dtype, device=x.device)
+        for x, need in zip((q, k, v), args[-3:], strict=True)
+    )
+
+
+_backward_op = Operator(
+    "attention_backward",
+    f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {SCHEMA}, "
+    "bool needs_dq, bool needs_dk, bool needs_dv) -> (Tensor dq, Tensor dk, Tensor dv)",
+    fake=_backward_fake,
+    check=_check_backward,
+    torch=_backward_torch,
+    triton=_backward_triton,
+    gradient_of="attention",
+)
+
+
+class AttentionFunction(Function):
+    public_name = "attention"
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        return attention_forward_op(q, k, v, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, *flat, _ = inputs
+        ctx.save_for_backward(q, k, v, *output, *[flat[i] for i in TENSORS])
+        for i in TENSORS:
+            flat[i] = None
+        ctx.flat = flat
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        mask = ctx.needs_input_grad[:3]
+        grads: tuple[Tensor | None, ...] = (None, None, None)
+        if dout is not None:
+            flat = list(ctx.flat)
+            for i, x in zip(TENSORS, tensors, strict=True):
+                flat[i] = x
+            found = run_backward(_backward_op, dout, q, k, v, out, lse, *flat, *mask)
+            grads = tuple(x if need else None for x, need in zip(found, mask, strict=True))
+        return *grads, *[None] * (len(ctx.flat) + 1)
+
+
+def attend_differentiably(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """Call `attention_forward` and record its derivative."""
+    # Triton's backward pass needs the log-sum-exp. A compiled graph must not depend on the backend:
+    # Inductor finds it again by what it holds.
+    return_lse = return_lse or torch.compiler.is_compiling() or uses_triton(q)
+    return AttentionFunction.call(q, k, v, *spec.flatten(), return_lse)
+
+
+def _check_cached(q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any) -> AttentionSpec:
+    *flat, _, num_splits, counters = args
+    spec = AttentionSpec.unflatten(flat)
+    check_cached_attention(q, k, v, spec, num_splits, counters)
+    return spec
+
+
+def _cached_triton(
+    q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor]:
+    return_lse, num_splits, counters = args[-3:]
+    spec = _check_cached(q, k, v, *args)
+    check_cached_values(q, spec)
+    out, lse = attention_decode(q, k, v, spec, num_splits, counters)
+    return out, lse if return_lse else absent(lse)
+
+
+def _cached_torch(
+    q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor]:
+    return_lse, spec = args[-3], _check_cached(q, k, v, *args)
+    if is_decode_step(q, k, spec, return_lse) and extension.serves(q):
+        sequences = spec.sequences
+        if sequences.cu_seqlens_q is not None:  # which csrc does not need
+            check_packing(sequences.cu_seqlens_q, sequences.max_seqlen_q, q.shape[0])
+        try:
+            return decode_csrc(q, spec), absent(q, wide(q.dtype))
+        except RuntimeError:  # csrc checks values itself: no need to do it twice
+            check_cached_values(q, spec)
+            raise
+    check_cached_values(q, spec)
+    return cached_forward(q, k, v, spec, return_lse)
+
+
+def _cached_fake(
+    q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor]:
+    _check_cached(q, k, v, *args)
+    return empty_outputs(q, args[-3])
+
+
+_cached_attention_op = Operator(
+    "cached_attention",
+    f"(Tensor q, Tensor? k, Tensor? v, {CACHE_SCHEMA}, bool return_lse, SymInt num_splits, "
+    "Tensor? counters) -> (Tensor out, Tensor lse)",
+    fake=_cached_fake,
+    check=_no_check,
+    torch=_cached_torch,
+    triton=_cached_triton,
+)
+
+
+def attend_cached(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    spec: AttentionSpec,
+    *,
+    return_lse: bool = False,
+    num_splits: int = 0,
+    counters: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention of new tokens over a cache, and its log-sum-exp, `absent` if not wanted.
+
+    The queries are the last of `spec.cache.lengths + new` tokens of each sequence. With k and v,
+    the cache holds the `lengths` keys before the new ones; without, it holds all keys.
+
+    Args:
+        q: (batch, seqlen_q, num_heads, head_dim), or packed as in `spec.sequences`.
+        k, v: the new tokens' keys and values, packed like q; None: in the cache.
+        num_splits: programs that share a sequence's keys; 0: chosen by the number of keys.
+        counters: see `rolling_cache_attention`.
+    """
+    cache = spec.cache
+    assert cache is not None
+    if not needs_gradient(q, k, v, cache.k_cache, cache.v_cache):
+        return _cached_attention_op(q, k, v, *spec.flatten(), return_lse, num_splits, counters)
+    tensors = {"k": k, "v": v, **cache._asdict(), "alibi_slopes": spec.alibi_slopes}
+    tensors["cu_seqlens"] = spec.sequences.cu_seqlens_q
+    check_device("q", q, **{n: x for n, x in tensors.items() if isinstance(x, Tensor)})
+    check_cached_attention(q, k, v, spec, num_splits, counters)
+    check_cached_values(q, spec)
+    return cached_forward(q, k, v, spec, return_lse, attend_differentiably)

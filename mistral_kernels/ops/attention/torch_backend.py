@@ -1,0 +1,341 @@
+"""Blocked attention on the torch backend: blocks of queries, each over the keys its window reaches.
+
+A block of rows meets one slice of keys, so time and memory follow the window; neither the scores
+nor the mask of a whole sequence is ever allocated. Inside a block PyTorch's
+`scaled_dot_product_attention` does the work. It has no softcap and returns no log-sum-exp; calls
+that need one use the formula.
+
+Where csrc's library is loaded, it runs the forward pass on CPU tensors in one call, except ALiBi.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mistral_kernels.ops import extension
+from mistral_kernels.ops.attention.spec import AttentionSpec
+from mistral_kernels.ops.attention.window import (
+    distances,
+    keys_of_rows,
+    rows_with_keys,
+    triangle_rows,
+    visible,
+)
+from mistral_kernels.ops.dispatch import with_unit_stride
+from mistral_kernels.ops.operator import absent
+
+# Rows of a block. More rows waste more masked keys, fewer rows cost more calls.
+_BLOCK_ROWS = 64
+# From this many rows on PyTorch's own causal mask is faster than blocks. So it is for one block,
+# and where all products together (rows^2 * heads * head_dim) take less time than making the blocks.
+_TRIANGLE_ROWS = 2048
+_TRIANGLE_WORK = 1 << 25
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Queries `rows`, the `keys` they see, and the first key's distance to the first query."""
+
+    rows: slice
+    keys: slice
+    first_distance: int
+    triangle: bool = False  # row i sees exactly keys 0..i: PyTorch's own causal mask serves
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.keys.stop - self.keys.start
+
+
+def blocked_forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the output, and the log-sum-exp, `absent` unless `return_lse`."""
+    if spec.sequences.cu_seqlens_q is None:
+        out, lse = _forward(q, k, v, spec, return_lse)
+        return out, absent(q, wide(q.dtype)) if lse is None else lse
+    # Tokens of no sequence keep these values.
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = None
+    if return_lse:
+        lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=wide(q.dtype))
+    for rows, keys, one in _sequences(spec):
+        inputs = q[None, rows], k[None, keys], v[None, keys]
+        part, part_lse = _forward(*inputs, one, return_lse)
+        out[rows] = part[0]
+        if lse is not None and part_lse is not None:
+            lse[:, rows] = part_lse[0]
+    return out, absent(q, wide(q.dtype)) if lse is None else lse
+
+
+def blocked_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Return the gradients of q, k and v, None where not `needed`, from recomputed probabilities.
+
+    `out` and `lse` may be those of more keys than k and v hold, as in ring attention, which passes
+    the result over all parts: the gradients are then those through this part. An `lse` without
+    elements stands for that of these keys.
+    """
+    # Many rows of many blocks add to a key's gradient: it is summed in float32 or wider.
+    grads = [
+        torch.zeros(x.shape, dtype=wide(x.dtype), device=x.device) if need else None
+        for x, need in zip((q, k, v), needed, strict=True)
+    ]
+    if spec.sequences.cu_seqlens_q is None:
+        _backward(dout, q, k, v, out, lse, spec, grads)
+    else:
+        for rows, keys, one in _sequences(spec):
+            parts = [
+                None if grad is None else grad[None, s]
+                for grad, s in zip(grads, (rows, keys, keys), strict=True)
+            ]
+            inputs = dout[None, rows], q[None, rows], k[None, keys], v[None, keys]
+            sums = lse[None, :, rows] if lse.numel() else lse
+            _backward(*inputs, out[None, rows], sums, one, parts)
+    return [None if grad is None else grad.to(q.dtype) for grad in grads]
+
+
+def _sequences(spec: AttentionSpec) -> Iterator[tuple[slice, slice, AttentionSpec]]:
+    """Yield the rows, the keys and the spec of each packed sequence."""
+    cu_seqlens_q, cu_seqlens_k, *_ = spec.sequences
+    assert cu_seqlens_q is not None
+    assert cu_seqlens_k is not None
+    spans = (pairwise(x.tolist()) for x in (cu_seqlens_q, cu_seqlens_k))
+    for i, (rows, keys) in enumerate(zip(*spans, strict=True)):
+        one = spec.of_sequence(i, rows[1] - rows[0], keys[1] - keys[0])
+        yield slice(*rows), slice(*keys), one
+
+
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    grads: list[Tensor | None],
+) -> None:
+    """Add to `grads`. p = exp(s - lse), dp = dout v^T, ds = p * (dp - rowsum(dout * out)).
+
+    p is computed as softmax(s) times these keys' share of the weights of all keys, 1 without
+    others: exp(s - lse) loses a rounding of s, so the weights of large scores would not add up.
+    """
+    dq, dk, dv = grads
+    biases = _Biases(q, k, spec)
+    groups, dtype = biases.groups, biases.dtype
+    for block in _blocks(q, k, spec, needs_formula=True):
+        rows = block.shape[0]
+        queries, douts = (_stack(x[:, block.rows].to(dtype), groups) for x in (q, dout))
+        keys, values = (x[:, block.keys].transpose(1, 2).to(dtype) for x in (k, v))
+        scores, cap_slope = _scores(queries, keys, biases.of(block), spec)
+        p = scores.softmax(-1)
+        if lse.numel():
+            sums = lse[:, :, block.rows].unflatten(1, (groups, -1)).flatten(2)
+            p *= _share(scores, p, sums)
+        if dv is not None:
+            dv[:, block.keys] += (p.mT @ douts).transpose(1, 2)
+        if dq is None and dk is None:
+            continue
+        dp = douts @ values.mT
+        # Without other keys the two are equal, except the rounding of `out`.
+        of_out = douts * _stack(out[:, block.rows].to(dtype), groups) if lse.numel() else dp * p
+        ds = p.mul_(dp.sub_(of_out.sum(-1, keepdim=True)))
+        if cap_slope is not None:
+            ds *= cap_slope
+        ds *= spec.scale(q.shape[-1])
+        if dk is not None:
+            dk[:, block.keys] += (ds.mT @ queries).transpose(1, 2)
+        if dq is not None:
+            dq[:, block.rows] = _unstack(ds @ keys, rows)
+
+
+def _share(scores: Tensor, p: Tensor, lse: Tensor) -> Tensor:
+    """Return exp(logsumexp(scores) - lse) for each row; p is the softmax of the scores."""
+    # The largest weight is exp(max - logsumexp).
+    here = scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+    lse = lse.to(here.dtype).unsqueeze(-1)
+    share = here - lse
+    # Equal up to roundings: there are no other keys.
+    share = share.masked_fill(share.abs() <= 4 * torch.finfo(here.dtype).eps * here.abs(), 0.0)
+    return share.masked_fill(lse == -torch.inf, -torch.inf).exp()  # no keys anywhere
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    if spec.alibi_slopes is None and extension.serves(q):
+        return _forward_csrc(q, k, v, spec, return_lse)
+    batch, seqlen_q, num_heads, _ = q.shape
+    blocks = _blocks(q, k, spec, needs_formula=return_lse or bool(spec.softcap))
+    biases = _Biases(q, k, spec)
+    if len(blocks) == 1 and blocks[0].shape[0] == seqlen_q:
+        keys = blocks[0].keys
+        out, lse = _attend(q, k[:, keys], v[:, keys], blocks[0], biases, return_lse)
+        return out.contiguous(), lse
+    # Rows in no block see no key: they keep these values.
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = None
+    if return_lse:
+        lse = q.new_full((batch, num_heads, seqlen_q), -torch.inf, dtype=wide(q.dtype))
+    for block in blocks:
+        inputs = q[:, block.rows], k[:, block.keys], v[:, block.keys]
+        part, part_lse = _attend(*inputs, block, biases, return_lse)
+        out[:, block.rows] = part
+        if lse is not None and part_lse is not None:
+            lse[:, :, block.rows] = part_lse
+    return out, lse
+
+
+def _forward_csrc(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    batch, seqlen_q, num_heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(batch, num_heads, seqlen_q) if return_lse else None
+    torch.ops.mistral_kernels.attention(
+        *(with_unit_stride(x) for x in (q, k, v)),
+        *(out, lse, *spec.window.reach, spec.scale(q.shape[-1]), spec.softcap),
+    )
+    return out, lse
+
+
+def _blocks(q: Tensor, k: Tensor, spec: AttentionSpec, needs_formula: bool) -> list[_Block]:
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    seqlen_k, window = k.shape[1], spec.window
+    rows = rows_with_keys(seqlen_q, seqlen_k, window)
+    offset = seqlen_k - seqlen_q
+    blocks = []
+    start = rows.start
+    size = triangle_rows(seqlen_q, seqlen_k, window)
+    plain = not needs_formula and spec.alibi_slopes is None
+    plain &= q.is_cpu or q.dtype.itemsize == 2  # on a GPU only flash takes grouped queries
+    little = size**2 * batch * num_heads * head_dim <= _TRIANGLE_WORK
+    if plain and size and (size <= _BLOCK_ROWS or little or size >= _TRIANGLE_ROWS):
+        blocks.append(_Block(slice(0, size), slice(0, size), 0, triangle=True))
+        start = size
+    while start < rows.stop:
+        stop = min(start + _BLOCK_ROWS, rows.stop)
+        keys = keys_of_rows(range(start, stop), seqlen_q, seqlen_k, window)
+        first_distance = keys.start - start - offset
+        blocks.append(_Block(slice(start, stop), slice(keys.start, keys.stop), first_distance))
+        start = stop
+    return blocks[::-1]  # widest masks first
+
+
+class _Biases:
+    """The additive masks of the blocks, for the rows that `_stack` makes.
+
+    Blocks whose last keys lie at the same distance share one mask: it is made for the widest, which
+    `_blocks` returns first, and the narrower ones use its right end.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> None:
+        self.spec = spec
+        self.device = q.device
+        self.groups = k.shape[2]
+        self.group_size = q.shape[2] // k.shape[2]
+        self.dtype = wide(q.dtype)
+        self.key: tuple[int, int] | None = None
+        self.width = 0
+        self.bias: Tensor | None = None
+
+    def of(self, block: _Block) -> Tensor | None:
+        """Return (n * rows, keys), or (1 or b, g, n * rows, keys) with ALiBi; None: no mask."""
+        rows, keys = block.shape
+        key = (rows, block.first_distance + keys)
+        if key != self.key or keys > self.width:
+            self.key, self.width = key, keys
+            self.bias = self._make(rows, keys, block.first_distance)
+        return None if self.bias is None else self.bias[..., self.width - keys :]
+
+    def _make(self, rows: int, keys: int, first_distance: int) -> Tensor | None:
+        distance = distances(rows, keys, first_distance, self.device)
+        hidden = ~visible(distance, self.spec.window)
+        slopes = self.spec.alibi_slopes
+        if slopes is not None:
+            slopes = slopes.to(self.dtype).reshape(-1, self.groups, self.group_size, 1, 1)
+            return (slopes * -distance.abs()).masked_fill(hidden, -torch.inf).flatten(2, 3)
+        if not hidden.any():
+            return None
+        bias = torch.zeros(rows, keys, dtype=self.dtype, device=self.device)
+        return bias.masked_fill_(hidden, -torch.inf).repeat(self.group_size, 1)
+
+
+def _stack(q: Tensor, groups: int) -> Tensor:
+    """Reshape (b, rows, h, d) to (b, g, n * rows, d): n query heads of a kv head are one matrix.
+
+    As rows of one product they read its keys once.
+    """
+    return q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def _unstack(out: Tensor, rows: int) -> Tensor:
+    """Invert `_stack`."""
+    return out.unflatten(2, (-1, rows)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, block: _Block, biases: _Biases, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attend from one block, q (b, rows, h, d), to its k and v (b, keys, g, d)."""
+    rows, spec = q.shape[1], biases.spec
+    scale = spec.scale(q.shape[-1])
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if block.triangle:
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=True
+        )
+        return out.transpose(1, 2), None
+    stacked, bias = _stack(q, biases.groups), biases.of(block)
+    # On a GPU a mask must have q's dtype (cuDNN reads any other as if it had), which holds 0 and
+    # -inf, but not ALiBi's distances.
+    if not (spec.softcap or return_lse) and (q.is_cpu or spec.alibi_slopes is None):
+        if bias is not None and not q.is_cpu:
+            bias = bias.to(q.dtype)
+        out = F.scaled_dot_product_attention(stacked, k, v, attn_mask=bias, scale=scale)
+        return _unstack(out, rows), None
+    stacked, k, v = (x.to(biases.dtype) for x in (stacked, k, v))
+    scores, _ = _scores(stacked, k, bias, spec)
+    out = _unstack(scores.softmax(-1) @ v, rows).to(q.dtype)
+    if not return_lse:
+        return out, None
+    return out, scores.logsumexp(-1).reshape(*q.shape[:3:2], rows)
+
+
+def _scores(
+    q: Tensor, k: Tensor, bias: Tensor | None, spec: AttentionSpec
+) -> tuple[Tensor, Tensor | None]:
+    """Return scores (b, g, n * rows, keys), and the derivative of the softcap or None."""
+    scores = q @ k.mT * spec.scale(q.shape[-1])
+    cap_slope = None
+    if spec.softcap:
+        capped = torch.tanh(scores / spec.softcap)
+        scores, cap_slope = spec.softcap * capped, 1 - capped.square()
+    return scores if bias is None else scores + bias, cap_slope
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the log-sum-exp, of scores and of sums: float32, or float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """Return uninitialized `out` of q's shape and `lse` (..., num_heads, seqlen), or `absent`."""
+    *batch, seqlen, num_heads, _ = q.shape
+    lse_shape = (*batch, num_heads, seqlen) if return_lse else (0,)
+    lse = torch.empty(lse_shape, dtype=wide(q.dtype), device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse

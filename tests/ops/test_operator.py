@@ -1,0 +1,109 @@
+"""What a declaration makes of an operator: who serves a call, and what a bad one raises."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.backends import use_backend, without_csrc
+
+import mistral_kernels as mk
+from mistral_kernels.ops import extension
+from mistral_kernels.ops.operator import Operator
+
+ops = torch.ops.mistral_kernels
+X = torch.randn(3, 8)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Names of the implementations in Python that have served, without csrc's."""
+    if not extension.load("cpu"):
+        pytest.skip(extension.status("cpu"))
+    seen = []
+    original = Operator._run
+
+    def run(self, *args):
+        seen.append(self.overload.name())
+        return original(self, *args)
+
+    monkeypatch.setattr(Operator, "_run", run)
+    return seen
+
+
+def test_csrc_serves_cpu_tensors(served):
+    expected = torch.nn.functional.silu(X) * X
+    for call in (mk.swiglu, ops.swiglu_forward, torch.compile(mk.swiglu, backend="aot_eager")):
+        torch.testing.assert_close(call(X, X), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(mk.swiglu(X, X), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mk.swiglu(X, X).dtype == torch.float32
+    assert served == []
+
+
+def test_what_csrc_hands_on(served):
+    double = X.double()
+    expected = torch.nn.functional.silu(double) * double
+    for call in (mk.swiglu, ops.swiglu_forward):
+        torch.testing.assert_close(call(double, double), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(call(double, double), expected)
+    mk.rolling_cache_update_(
+        *(torch.zeros(1, 4, 1, 12) for _ in range(2)),  # csrc has multiples of 8
+        *(torch.ones(1, 1, 12) for _ in range(2)),
+        torch.zeros(1, dtype=torch.int32),
+        torch.tensor([0, 1], dtype=torch.int32),
+        1,
+    )
+    assert len(served) == 5
+
+
+def test_without_csrc(served):
+    with without_csrc():
+        mk.swiglu(X, X)
+    mk.swiglu(X, X)
+    assert len(served) == 1
+
+
+def test_triton_on_cpu_tensors(served, triton_runs):
+    """Chosen whether or not csrc's library is loaded, and left again."""
+    expected = mk.swiglu(X, X)
+    with use_backend("triton"):
+        torch.testing.assert_close(mk.swiglu(X, X), expected)
+        torch.testing.assert_close(ops.swiglu_forward(X, X), expected)
+        with pytest.raises(TypeError, match="gate must be .* on the triton backend, got torch.fl"):
+            mk.swiglu(X.double(), X.double())
+    assert len(served) == 3
+    mk.swiglu(X, X)
+    assert len(served) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_one_error_for_one_fault(dtype):
+    """A public function raises its class; an operator called by name keeps the words."""
+    x, other = X.to(dtype), X[:2].to(dtype)
+    with pytest.raises(ValueError, match=r"^up must be \(3, 8\), got \(2, 8\)$"):
+        mk.swiglu(x, other)
+    with pytest.raises((ValueError, RuntimeError), match=r"up must be \(3, 8\), got \(2, 8\)$"):
+        ops.swiglu_forward(x, other)
+
+
+def test_errors_of_pytorch_stay_what_they_are(monkeypatch):
+    """No exception of an earlier call is raised in place of another one."""
+    with pytest.raises((ValueError, RuntimeError)):
+        ops.swiglu_forward(X.double(), X[:2].double())
+    with pytest.raises(RuntimeError, match="Expected a value of type 'Tensor'"):
+        ops.swiglu_forward(3, None)
+    assert mk.swiglu(X, X).shape == X.shape
+
+
+def test_an_invalid_backend_is_named():
+    code = "import torch, mistral_kernels as mk; mk.swiglu(torch.ones(2), torch.ones(2))"
+    environment = {**os.environ, "MISTRAL_KERNELS_BACKEND": "fast"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "ValueError: MISTRAL_KERNELS_BACKEND is 'fast'; expected 'auto'" in done.stderr
