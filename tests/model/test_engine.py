@@ -48,7 +48,8 @@ class Record(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.inside and func.namespace == "mistral_kernels":
             with self:
-                result = func._op_dk(DispatchKey.CPU, *args, **kwargs)
+                # Not the CPU's key: csrc's kernels call back into Python, below this mode.
+                result = func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         else:
             result = func(*args, **kwargs)
         described = tree_map(
