@@ -10,6 +10,7 @@ from torch import Tensor
 from mistral_kernels.ops.checks import (
     INT32_MAX,
     can_read,
+    check_dtype,
     check_float,
     check_int32,
     check_range,
@@ -17,6 +18,7 @@ from mistral_kernels.ops.checks import (
     check_shape,
     check_unit_stride,
 )
+from mistral_kernels.ops.rotary_arguments import check_tables
 
 
 def check_cache(
@@ -105,14 +107,10 @@ def check_rotation(q: Tensor, cos: Tensor, sin: Tensor, k: Tensor) -> None:
     if q.ndim != 3 or q.shape[0] != total or q.shape[1] == 0 or q.shape[-1] != head_dim:
         raise ValueError(f"q must be ({total}, num_heads, {head_dim}) like k, got {tuple(q.shape)}")
     check_same_dtype("q", q, "k", k)
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.ndim != 2 or table.shape[-1] * 2 != head_dim or len(table) != len(cos):
-            raise ValueError(
-                f"{name} must be (num_positions, {head_dim / 2:g}), got {tuple(table.shape)}"
-            )
-        if table.dtype != torch.float32:
-            raise TypeError(f"{name} must be torch.float32, got {table.dtype}")
-        check_unit_stride(name, table)
+    check_tables(cos, sin, head_dim)
+    check_dtype("cos", cos, torch.float32)
+    check_unit_stride("cos", cos)
+    check_unit_stride("sin", sin)
 
 
 def check_reach(cos: Tensor, lengths: Tensor, cu_seqlens: Tensor) -> None:

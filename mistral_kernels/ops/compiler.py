@@ -269,7 +269,7 @@ def fingerprint(device_type: str, architectures: str) -> str:
 
 
 def _sources(folder: str, pattern: str = "*.cpp") -> list[str]:
-    return [f"{folder}/{source.name}" for source in sorted((SOURCES / folder).glob(pattern))]
+    return [str(x.relative_to(SOURCES)) for x in sorted((SOURCES / folder).glob(pattern))]
 
 
 def _link_flags(device_type: str) -> list[str]:

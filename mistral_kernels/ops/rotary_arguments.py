@@ -19,7 +19,6 @@ def check_rotary(
     if not given:
         raise ValueError("q or k must be given")
     (first, like), *others = given.items()
-    check_float(first, like)
     if like.ndim < 2:
         raise ValueError(f"{first} must be (..., num_heads, head_dim), got {tuple(like.shape)}")
     tokens, head_dim = like.shape[:-2], like.shape[-1]
@@ -37,6 +36,17 @@ def check_rotary(
         )
     if positions.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"positions must be torch.int32 or torch.int64, got {positions.dtype}")
+    num_positions = check_tables(cos, sin, head_dim)
+    if positions.numel() and can_read(positions):
+        lowest, highest = (x.item() for x in positions.aminmax())
+        if lowest < 0 or highest >= num_positions:
+            raise ValueError(
+                f"positions must be in the tables' [0, {num_positions}), got {lowest} to {highest}"
+            )
+
+
+def check_tables(cos: Tensor, sin: Tensor, head_dim: int) -> int:
+    """Return the number of positions of two tables for heads of `head_dim`, or raise."""
     num_positions = cos.shape[0] if cos.ndim else 0
     for name, table in (("cos", cos), ("sin", sin)):
         check_float(name, table)
@@ -45,12 +55,7 @@ def check_rotary(
                 f"{name} must be (num_positions, {head_dim / 2:g}), got {tuple(table.shape)}"
             )
     check_same_dtype("sin", sin, "cos", cos)
-    if positions.numel() and can_read(positions):
-        lowest, highest = (x.item() for x in positions.aminmax())
-        if lowest < 0 or highest >= num_positions:
-            raise ValueError(
-                f"positions must be in the tables' [0, {num_positions}), got {lowest} to {highest}"
-            )
+    return num_positions
 
 
 def check_memory(q: Tensor, k: Tensor) -> None:

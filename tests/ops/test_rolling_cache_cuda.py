@@ -66,9 +66,7 @@ class CudaUpdate:
         source, library = folder / "capture.cpp", folder / "rolling_cache_capture.so"
         source.write_text(CAPTURE)
         commands = compiler._compilations("cpu", "")
-        (operators,) = (
-            x for x in commands if x[-1].endswith("rolling_cache.cpp") and "/cpu" not in x[-1]
-        )
+        (operators,) = (x for x in commands if x[-1] == "rolling_cache.cpp")
         operators[operators.index("-DKERNELS_NAMESPACE=mistral_kernels")] = (
             f"-DKERNELS_NAMESPACE={CAPTURED}"
         )
