@@ -143,21 +143,21 @@ def visible(distance: Tensor, window: Window) -> Tensor:
 def block_ranges(
     first_place, last_place, length, left, right, BLOCK: tl.constexpr, NARROW: tl.constexpr
 ):
-    """`lo, full_lo, full_hi, hi` of the key blocks that a tile of neighbouring queries needs.
+    """Return three ranges (first key, end) of the key blocks that a tile of queries needs.
 
-    Blocks are counted from `lo`, so they are the fewest that hold what the tile sees. Every query
-    sees all of the blocks in [full_lo, full_hi). Those in [lo, full_lo) cross only left edges and
-    those in [full_hi, hi) only right ones; in a `NARROW` window all may cross both, and all are in
-    [full_hi, hi).
+    The queries are neighbors. Blocks of the first range cross only left edges, those of the second
+    none (every query sees every key), those of the third only right ones; in a `NARROW` window all
+    may cross both, and all are in the third. Blocks are counted from the first key that the tile
+    sees, so they are the fewest that hold what it sees.
     """
     lo, full_hi = key_range(first_place, length, left, right)
     full_lo, hi = key_range(last_place, length, left, right)
     hi = max(hi, lo)
     if NARROW:
-        return lo, lo, lo, hi
+        return (lo, lo), (lo, lo), (lo, hi)
     full_lo = min(lo + tl.cdiv(full_lo - lo, BLOCK) * BLOCK, hi)
     full_hi = max(lo + max(full_hi - lo, 0) // BLOCK * BLOCK, full_lo)
-    return lo, full_lo, full_hi, hi
+    return (lo, full_lo), (full_lo, full_hi), (full_hi, hi)
 
 
 @jit

@@ -108,7 +108,7 @@ def _dkdv_kernel(
     v_rows = load_sequence_rows(
         v, batch, start_k, key, kv_head, seqlen_k, VARLEN, HEAD_DIM, BLOCK_D
     )
-    bounds = block_ranges(
+    ranges = block_ranges(
         first_position, last_position, seqlen_q, window_right, window_left, BLOCK_M, NARROW
     )
 
@@ -141,13 +141,14 @@ def _dkdv_kernel(
     for PART in tl.static_range(3):
         if PART == 2 or (not NARROW and (PART == 1 or RIGHT_EDGE)):
             # The heads one after the other in one loop: its pipeline fills only once.
-            first = bounds[PART]
+            begin, end = ranges[PART]
+            first = begin
             member = 0
             q_head = q_ptr
             dout_head = dout_ptr
             lse2_head = lse2_ptr
             delta_head = delta_ptr
-            blocks = tl.cdiv(max(bounds[PART + 1] - first, 0), BLOCK_M)
+            blocks = tl.cdiv(max(end - begin, 0), BLOCK_M)
             for _ in tl.range(0, GROUP * blocks, num_stages=NUM_STAGES):
                 if DESCRIPTORS:
                     q_block = q_desc.load([first, member * q.head_stride])
@@ -191,8 +192,8 @@ def _dkdv_kernel(
                         ds.to(q_block.dtype), q_block, dk_sum, input_precision=PRECISION
                     )
                 first += BLOCK_M
-                done = first >= bounds[PART + 1]
-                first = tl.where(done, bounds[PART], first)
+                done = first >= end
+                first = tl.where(done, begin, first)
                 member += done.to(tl.int32)
                 q_head += tl.where(done, q.head_stride, 0)
                 dout_head += tl.where(done, dout.head_stride, 0)
@@ -248,7 +249,7 @@ def _dq_kernel(
         k, v, batch, start_k, kv_head, seqlen_k, VARLEN, SAME_STRIDES, SOURCE, BLOCK_N, HEAD_DIM,
         BLOCK_D,
     )  # fmt: skip
-    bounds = block_ranges(
+    ranges = block_ranges(
         first_position, last_position, seqlen_k, window_left, window_right, BLOCK_N, NARROW
     )
 
@@ -256,7 +257,8 @@ def _dq_kernel(
     # The blocks that cross left edges, those that cross none, those that cross right edges.
     for PART in tl.static_range(3):
         if PART == 2 or (not NARROW and (PART == 1 or LEFT_EDGE)):
-            for first in tl.range(bounds[PART], bounds[PART + 1], BLOCK_N, num_stages=NUM_STAGES):
+            begin, end = ranges[PART]
+            for first in tl.range(begin, end, BLOCK_N, num_stages=NUM_STAGES):
                 k_block = load_keys(
                     keys, first, seqlen_k, SOURCE, BLOCK_N, HEAD_DIM, BLOCK_D, PART == 2, OFFSETS
                 )

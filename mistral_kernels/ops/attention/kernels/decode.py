@@ -74,12 +74,13 @@ class Parts(NamedTuple):
 
 
 @jit
-def _clamped(bounds, begin, end):
-    """Return block ranges cut to the keys from `begin` to `end`."""
+def _cut(ranges, begin, end):
+    """Return ranges of key blocks cut to the keys from `begin` to `end`."""
     return (
-        min(max(bounds[0], begin), end), min(max(bounds[1], begin), end),
-        min(max(bounds[2], begin), end), min(max(bounds[3], begin), end),
-    )  # fmt: skip
+        (max(ranges[0][0], begin), min(ranges[0][1], end)),
+        (max(ranges[1][0], begin), min(ranges[1][1], end)),
+        (max(ranges[2][0], begin), min(ranges[2][1], end)),
+    )
 
 
 @jit
@@ -163,17 +164,17 @@ def _decode_kernel(
     query, head, position, first_position, last_position = rows_of_tile(
         tile, kv_head, seqlen_q, seqlen_k, GROUP, BLOCK_M
     )
-    bounds = block_ranges(
+    ranges = block_ranges(
         first_position, last_position, held, window_left, window_right, BLOCK_N, NARROW
     )
     num_parts = 1
     if parts is not None:
-        num_parts = max(tl.cdiv(bounds[3] - bounds[0], split_keys), 1)
-        begin = bounds[0] + split * split_keys
-        end = min(begin + split_keys, bounds[3])
+        num_parts = max(tl.cdiv(ranges[2][1] - ranges[0][0], split_keys), 1)
+        begin = ranges[0][0] + split * split_keys
+        end = min(begin + split_keys, ranges[2][1])
         if split >= num_parts:
             return
-        bounds = _clamped(bounds, begin, end)
+        ranges = _cut(ranges, begin, end)
 
     q_rows = load_sequence_rows(q, batch, start, query, head, seqlen_q, VARLEN, HEAD_DIM, BLOCK_D)
     if slopes is not None:
@@ -196,7 +197,7 @@ def _decode_kernel(
         empty_softmax(BLOCK_M, BLOCK_D), q_rows, position, slopes,
         (k_ptr, cache.k.batch_stride, cache.k.token_stride, ring),
         (v_ptr, cache.v.batch_stride, cache.v.token_stride, ring),
-        bounds, held, (window_left, window_right), scales,
+        ranges, held, (window_left, window_right), scales,
         SOURCE, LEFT_EDGE, NARROW, True, PRECISION, OFFSETS, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
         NUM_STAGES,
     )  # fmt: skip
@@ -205,15 +206,15 @@ def _decode_kernel(
             k, v, batch, start, kv_head, seqlen_q, VARLEN, False, "dense", BLOCK_N, HEAD_DIM,
             BLOCK_D,
         )  # fmt: skip
-        bounds = block_ranges(
+        ranges = block_ranges(
             first_position - held, last_position - held, seqlen_k - held, window_left,
             window_right, BLOCK_N, NARROW,
         )  # fmt: skip
         if parts is not None:
-            end = tl.where(split == num_parts - 1, bounds[3], bounds[0])
-            bounds = _clamped(bounds, bounds[0], end)
+            end = tl.where(split == num_parts - 1, ranges[2][1], ranges[0][0])
+            ranges = _cut(ranges, ranges[0][0], end)
         state = softmax_over_keys(
-            state, q_rows, position - held, slopes, keys, values, bounds, seqlen_k - held,
+            state, q_rows, position - held, slopes, keys, values, ranges, seqlen_k - held,
             (window_left, window_right), scales,
             "dense", LEFT_EDGE, NARROW, True, PRECISION, OFFSETS, HEAD_DIM, BLOCK_M, BLOCK_N,
             BLOCK_D, NUM_STAGES,

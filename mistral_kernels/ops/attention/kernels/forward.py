@@ -68,11 +68,11 @@ def _forward_kernel(
         k, v, batch, start_k, kv_head, seqlen_k, VARLEN, SAME_STRIDES, SOURCE, BLOCK_N, HEAD_DIM,
         BLOCK_D,
     )  # fmt: skip
-    bounds = block_ranges(
+    ranges = block_ranges(
         first_position, last_position, seqlen_k, window_left, window_right, BLOCK_N, NARROW
     )
     state = softmax_over_keys(
-        empty_softmax(BLOCK_M, BLOCK_D), q_rows, position, slopes, keys, values, bounds, seqlen_k,
+        empty_softmax(BLOCK_M, BLOCK_D), q_rows, position, slopes, keys, values, ranges, seqlen_k,
         (window_left, window_right), scales,
         SOURCE, LEFT_EDGE, NARROW, False, PRECISION, OFFSETS, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
         NUM_STAGES,

@@ -295,7 +295,7 @@ def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @jit
 def softmax_over_keys(
-    state, q, position, slopes, k, v, bounds, length, window, scales,
+    state, q, position, slopes, k, v, ranges, length, window, scales,
     SOURCE: tl.constexpr, LEFT_EDGE: tl.constexpr, NARROW: tl.constexpr, RAGGED: tl.constexpr,
     PRECISION: tl.constexpr, OFFSETS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
@@ -309,17 +309,18 @@ def softmax_over_keys(
     Args:
         state: from `empty_softmax`, or from the keys before these.
         k, v: as `load_keys` takes them from `SOURCE`.
-        bounds: four multiples of BLOCK_N apart, from `block_ranges`.
+        ranges: the first key and the end of each part, from `block_ranges`.
         RAGGED: keys may end in a block that crosses left edges.
     """
     row_max, row_sum, acc = state
     if SOURCE == "descriptors":
         ahead = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if length > 0:  # a descriptor of no rows must not be read
-            ahead = tl.dot(q, k.load([bounds[0], 0]).T, input_precision=PRECISION)
+            ahead = tl.dot(q, k.load([ranges[0][0], 0]).T, input_precision=PRECISION)
     for PART in tl.static_range(3):
         if PART == 2 or (not NARROW and (PART == 1 or LEFT_EDGE)):
-            for first in tl.range(bounds[PART], bounds[PART + 1], BLOCK_N, num_stages=NUM_STAGES):
+            begin, end = ranges[PART]
+            for first in tl.range(begin, end, BLOCK_N, num_stages=NUM_STAGES):
                 if SOURCE == "descriptors":
                     s = ahead
                 else:
