@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,9 +21,10 @@ class Allocations(TorchDispatchMode):
         self.scores = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "mistral_kernels":  # look inside our own operators
-            with self:
-                return func._op_dk(DispatchKey.CPU, *args, **(kwargs or {}))
+        is_ours = func.namespace == "mistral_kernels"
+        if is_ours and not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
+            with self:  # look inside our own operators that are written in Python
+                return func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         inputs = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(result):
