@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 from collections import Counter
 
 import pytest
 import torch
 from support.helpers import compile_only
 
-from mistral_kernels.ops.attention import attention, rolling_cache_attention
+from mistral_kernels.ops.attention import attention, kernels, rolling_cache_attention
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 from mistral_kernels.ops.rms_norm import rms_norm
 from mistral_kernels.ops.rolling_cache import rolling_cache_update_
@@ -112,6 +115,17 @@ def run_decode_fresh(tokens):
 OPERATORS = {
     name.removeprefix("run_"): value for name, value in globals().items() if name.startswith("run_")
 }
+
+
+def test_attention_kernels_have_few_parameters():
+    """Tensors are tuples of a pointer and strides: a signature can still be read."""
+    counts = {}
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if name.endswith("_kernel") and hasattr(value, "fn"):
+                counts[name] = len(inspect.signature(value.fn).parameters)
+    assert len(counts) == 5
+    assert max(counts.values()) <= 32, counts
 
 
 @pytest.mark.slow
