@@ -76,7 +76,7 @@ class World:
         value, why = made
         if why is not None:
             raise failure or ValueError(why)
-        return value
+        return value  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -225,7 +225,7 @@ def _connect(world: World, timeout: timedelta) -> dist.Store:
             reason = "it is in use; choose another (torchrun --master-port, or MASTER_PORT)"
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(f"rank {world.rank}: cannot meet at {address}: {reason}") from None
-    return store
+    return store  # type: ignore[no-any-return]
 
 
 def _join(world: World, store: dist.Store, timeout: timedelta) -> dist.ProcessGroup:
@@ -243,7 +243,7 @@ def _join(world: World, store: dist.Store, timeout: timedelta) -> dist.ProcessGr
         dist.barrier()
     except RuntimeError as error:
         raise ValueError(f"{backend} cannot connect: {str(error).splitlines()[0]}") from None
-    return patient
+    return patient  # type: ignore[no-any-return]
 
 
 def _check_ranks(world: World, store: dist.Store, timeout: timedelta) -> None:

@@ -173,7 +173,7 @@ class ParallelHead(Linear):
         # The last ranks may have fewer tokens than the first.
         own = F.pad(own, (0, -(-self.vocab_size // size) - own.shape[1]))
         parts = _all_gather(own, size).unflatten(0, (size, -1))
-        return parts.transpose(0, 1).flatten(1)[:, : self.vocab_size]
+        return parts.transpose(0, 1).flatten(1)[:, : self.vocab_size]  # type: ignore[no-any-return]
 
 
 # The functional collectives, which torch.compile traces and CUDA graphs record. By these operators,
@@ -182,13 +182,13 @@ class ParallelHead(Linear):
 
 def _all_reduce(x: Tensor) -> Tensor:
     operators = torch.ops._c10d_functional
-    return operators.wait_tensor(operators.all_reduce(x, "sum", _group_name()))
+    return operators.wait_tensor(operators.all_reduce(x, "sum", _group_name()))  # type: ignore[no-any-return]
 
 
 def _all_gather(x: Tensor, size: int) -> Tensor:
     """Return the x (rows, columns) of all ranks, one below the other."""
     operators = torch.ops._c10d_functional
-    return operators.wait_tensor(operators.all_gather_into_tensor(x, size, _group_name()))
+    return operators.wait_tensor(operators.all_gather_into_tensor(x, size, _group_name()))  # type: ignore[no-any-return]
 
 
 def _group_name() -> str:

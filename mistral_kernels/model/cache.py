@@ -74,7 +74,7 @@ class Packing:
         out: Any = attention(
             q, k, v, sliding_window=sliding_window, softmax_scale=softmax_scale, **lengths
         )
-        return out.flatten(0, 1) if self.rectangular else out
+        return out.flatten(0, 1) if self.rectangular else out  # type: ignore[no-any-return]
 
 
 class CacheLayout(NamedTuple):

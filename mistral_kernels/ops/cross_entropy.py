@@ -431,5 +431,5 @@ def linear_cross_entropy(
     args = (targets, ignore_index, reduction == "mean", label_smoothing, z_loss, softcap)
     if needs_gradient(hidden, weight):
         mask = needs_gradient(hidden), needs_gradient(weight)
-        return LinearCrossEntropyFunction.call(hidden, weight, *args, *mask)[0]
+        return LinearCrossEntropyFunction.call(hidden, weight, *args, *mask)[0]  # type: ignore[no-any-return]
     return _forward_op(hidden, weight, *args, False, False)[0]

@@ -177,7 +177,7 @@ def _choose_instruction_set() -> str:
         names = " or ".join(map(repr, supported))
         raise ValueError(f"{CPU_VARIABLE} is {setting!r}; expected {names} on this processor")
     operators.use_instruction_set(setting)
-    return setting
+    return setting  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class LazyKernel:
         self._jit_function: Any = None
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        return self.jit_function()[grid]
+        return self.jit_function()[grid]  # type: ignore[no-any-return]
 
     def jit_function(self) -> Any:
         """Return the ``triton.JITFunction``, or under the interpreter ``InterpretedFunction``."""

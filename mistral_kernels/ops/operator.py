@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,10 @@ NAMESPACE = "mistral_kernels"
 _failure = threading.local()  # `error`: what the last implementation that csrc called has raised
 
 
-class Operator:
+R = TypeVar("R")  # what an operator returns
+
+
+class Operator(Generic[R]):
     """An operator; calling it calls `torch.ops.mistral_kernels.<name>`.
 
     Args:
@@ -53,8 +56,8 @@ class Operator:
         *,
         fake: Callable[..., Any],
         check: Callable[..., None],
-        torch: Callable[..., Any],
-        triton: Callable[..., Any] | None = None,
+        torch: Callable[..., R],
+        triton: Callable[..., R] | None = None,
         csrc: Sequence[str] = (),
         gradient_of: str | None = None,
     ) -> None:
@@ -78,7 +81,7 @@ class Operator:
         if self._python is not None:
             torch.library.impl(f"{qualified}_python", "default", self._run_for_csrc)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any) -> R:
         """Call the operator.
 
         Raises:
@@ -86,11 +89,11 @@ class Operator:
             NotImplementedError: an argument has a forward-mode tangent.
         """
         if torch.compiler.is_compiling():
-            return self.overload(*args)
+            return self.overload(*args)  # type: ignore[no-any-return]
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
             _refuse_forward_mode(self.overload.name().partition("::")[2])
         try:
-            return self.overload(*args)
+            return self.overload(*args)  # type: ignore[no-any-return]
         except RuntimeError as error:
             failure = getattr(_failure, "error", None)
             if failure is None or str(error) != _describe(failure):
@@ -197,11 +200,11 @@ class Function(torch.autograd.Function):
                     f"{cls.public_name} inside torch.func cannot be compiled: transform a compiled "
                     "function, do not compile a transformed one"
                 )
-            return cls.apply(*args)
+            return cls.apply(*args)  # type: ignore[no-untyped-call]
         if in_transform():
             if forward_ad._current_level >= 0:
                 _refuse_forward_mode(cls.public_name)
-            return cls.apply(*args)
+            return cls.apply(*args)  # type: ignore[no-untyped-call]
         # Not the method of torch.autograd.Function, which inspects the signature of `forward` to
         # fill in defaults: 20 us per call.
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
@@ -227,7 +230,7 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def run_backward(operator: Operator, *args: Any) -> Any:
+def run_backward(operator: Operator[Any], *args: Any) -> Any:
     """Call a backward operator, whose results cannot be differentiated again."""
     if torch.compiler.is_compiling() or not needs_gradient(
         *(x for x in args if isinstance(x, Tensor))
@@ -240,7 +243,7 @@ class _OnceFunction(Function):
     public_name = "a gradient"
 
     @staticmethod
-    def forward(operator: Operator, *args: Any) -> Any:
+    def forward(operator: Operator[Any], *args: Any) -> Any:
         return operator(*args)
 
     @staticmethod
@@ -270,7 +273,7 @@ def _has_tangent(x: Any) -> bool:
     return forward_ad.unpack_dual(x, level=forward_ad._current_level).tangent is not None
 
 
-def _one_by_one(operator: Operator) -> Callable[..., Any]:
+def _one_by_one(operator: Operator[Any]) -> Callable[..., Any]:
     """Return a rule for `vmap` that calls the operator once per example."""
     arguments, name = operator.overload._schema.arguments, operator.overload.name()
 

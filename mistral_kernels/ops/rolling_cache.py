@@ -428,7 +428,7 @@ def rolling_cache_update_(
     args = lengths.contiguous(), cu_seqlens.contiguous(), max_seqlen
     if needs_gradient(k_cache, v_cache, k, v, q):
         tables = q, cos, sin, interleaved
-        return RollingCacheUpdateFunction.apply(k_cache, v_cache, k, v, *args, *tables)[2]
+        return RollingCacheUpdateFunction.apply(k_cache, v_cache, k, v, *args, *tables)[2]  # type: ignore[no-any-return, no-untyped-call]
     if q is None:
         return update_op(k_cache, v_cache, k, v, *args, None, None)
     return _rotary_update_op(k_cache, v_cache, k, v, *args, q, cos, sin, interleaved)

@@ -313,7 +313,7 @@ class RotaryInPlaceFunction(torch.autograd.Function):
 
 def _turned(q: Tensor | None, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     if needs_gradient(q, k):
-        return RotaryFunction.call(q, k, *args)
+        return RotaryFunction.call(q, k, *args)  # type: ignore[no-any-return]
     return rotary_op(q, k, *args)
 
 
@@ -406,7 +406,7 @@ def apply_rotary_(
             turn = cos, sin, positions, interleaved, False
             return q.copy_(_turned(q, None, *turn)[0]), k.copy_(_turned(None, k, *turn)[1])
         q, k = (
-            RotaryInPlaceFunction.apply(x, cos, sin, positions, interleaved)
+            RotaryInPlaceFunction.apply(x, cos, sin, positions, interleaved)  # type: ignore[no-untyped-call]
             if x.requires_grad
             else x
             for x in (q, k)

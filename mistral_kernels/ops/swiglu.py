@@ -278,5 +278,5 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """
     check_tensors(gate=gate)
     if needs_gradient(gate, up):
-        return SwiGLUFunction.call(gate, up)
+        return SwiGLUFunction.call(gate, up)  # type: ignore[no-any-return]
     return _forward_op(gate, up)

@@ -188,7 +188,7 @@ def rolling_cache_attention(
 
 def _length(name: str, value: Any, tokens: int) -> int:
     if torch.compiler.is_compiling():  # one that torch.compile keeps open, `index` would fix
-        return value
+        return value  # type: ignore[no-any-return]
     try:
         return min(operator.index(value), tokens)
     except TypeError:

@@ -277,7 +277,7 @@ def _check_offsets(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int) 
             f"max_seqlen_{name} is {max_seqlen}, but a sequence of cu_seqlens_{name} has "
             f"{seen.longest} tokens"
         )
-    return seen
+    return seen  # type: ignore[no-any-return]
 
 
 def _describe(cu_seqlens: Tensor, lengths: Sequence[int], end: int) -> _Seen:

@@ -166,7 +166,7 @@ def attend_differentiably(
     # Triton's backward pass needs the log-sum-exp. A compiled graph must not depend on the backend:
     # Inductor finds it again by what it holds.
     return_lse = return_lse or torch.compiler.is_compiling() or uses_triton(q)
-    return AttentionFunction.call(q, k, v, *spec.flatten(), return_lse)
+    return AttentionFunction.call(q, k, v, *spec.flatten(), return_lse)  # type: ignore[no-any-return]
 
 
 def _check_cached(q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any) -> AttentionSpec:

@@ -280,12 +280,12 @@ def _stack(q: Tensor, groups: int) -> Tensor:
 
     As rows of one product they read its keys once.
     """
-    return q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    return q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # type: ignore[no-any-return]
 
 
 def _unstack(out: Tensor, rows: int) -> Tensor:
     """Invert `_stack`."""
-    return out.unflatten(2, (-1, rows)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return out.unflatten(2, (-1, rows)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # type: ignore[no-any-return]
 
 
 def _attend(
