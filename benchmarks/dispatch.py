@@ -54,7 +54,7 @@ def calls() -> dict[str, Callable[[], object]]:
         "apply_rotary_": lambda: mk.apply_rotary_(q, k, *tables, positions),
         "rolling_cache_update_": lambda: mk.rolling_cache_update_(*caches, k[0], k[0], *packed),
         "rolling_cache_attention": lambda: mk.rolling_cache_attention(
-            q[0], None, None, *caches, *packed
+            q[0], None, None, *caches, *packed, sliding_window=None
         ),
         "attention": lambda: mk.attention(q, k, k),
         "linear": lambda: linear(x, matrix),

@@ -54,6 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     longest = (
         "test_with_sanitizers",
         "test_kernels_in_the_interpreter",
+        "test_capability_90",
+        "test_gluon_attention",
         "test_a_text_of_50_000_tokens",
     )
     items.sort(key=lambda item: not any(name in item.nodeid for name in longest))

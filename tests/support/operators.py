@@ -173,9 +173,7 @@ ROTARY_BAD = (
     Bad({"positions": lambda x: x[:1]}, ValueError, r"positions must be \(2, 3\), .* got \(1, 3\)"),
     Bad({"positions": lambda x: x.half()}, TypeError, "positions must be torch.int32 or .*float16"),
     Bad({"positions": lambda x: x > 1}, TypeError, "positions must be torch.int32 or .*torch.bool"),
-    Bad(
-        {"positions": lambda x: x + 3}, ValueError, r"positions must be in .*\[0, 6\), got 3 to 8"
-    ),
+    Bad({"positions": lambda x: x + 3}, ValueError, r"positions must be in .*\[0, 6\), got 3 to 8"),
     Bad({"positions": lambda x: x - 1}, ValueError, r"positions must .*\[0, 6\), got -1 to 4"),
     Bad({"cos": lambda x: x[:, :3]}, ValueError, r"cos must be \(num_positions, 8\), got \(6, 3\)"),
     Bad({"sin": lambda x: x[0]}, ValueError, r"sin must be \(num_positions, 8\), got \(8,\)"),

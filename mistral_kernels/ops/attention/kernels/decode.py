@@ -108,15 +108,18 @@ def _combine_parts(
     """Return the state of the softmax over all parts, added in order."""
     row_lse = parts.lse_ptr + (first_row + query * heads + head)
     exists = query < seqlen_q
-    row_max, row_sum, acc = empty_softmax(BLOCK_M, BLOCK_D)
-    # The maximum first: no part waits for the one before it, and loads overlap.
+    _, row_sum, acc = empty_softmax(BLOCK_M, BLOCK_D)
+    # The maximum first: no part waits for the one before it, and loads overlap. Reduced after the
+    # loop: Triton 3.6 fails on a reduction into a carried value that is used twice.
+    lse_max = tl.full([BLOCK_M, 64], -1.0e38, tl.float32)
     for first in tl.range(0, num_parts, 64):
         part = first + tl.arange(0, 64)[None, :]
         lse = tl.load(
             row_lse[:, None] + part.to(tl.int64) * parts.stride,
             mask=exists[:, None] & (part < num_parts), other=float("-inf"),
         )  # fmt: skip
-        row_max = tl.maximum(row_max, tl.max(lse, 1))
+        lse_max = tl.maximum(lse_max, lse)
+    row_max = tl.max(lse_max, 1)
     for part in tl.range(0, num_parts, loop_unroll_factor=4):
         offset = tl.cast(part, tl.int64) * parts.stride
         lse = tl.load(row_lse + offset, mask=exists, other=float("-inf"))
