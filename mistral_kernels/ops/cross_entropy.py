@@ -209,13 +209,17 @@ def _check_accumulate(total: Tensor, x: Tensor) -> None:
     check_written("total", total)
 
 
+def _accumulate_torch(total: Tensor, x: Tensor) -> None:
+    total.add_(x)
+
+
 # total += x, total of a wider dtype: PyTorch's own would first make x a tensor of that.
 _accumulate_op = Operator(
     "accumulate_",
     "(Tensor(a!) total, Tensor x) -> ()",
     fake=lambda *args: None,
     check=_check_accumulate,
-    torch=lambda total, x: total.add_(x) and None,
+    torch=_accumulate_torch,
     csrc=("cpu",),
 )
 

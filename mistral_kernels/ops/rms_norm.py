@@ -27,7 +27,13 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.ops import launch_configs
-from mistral_kernels.ops.checks import check_same_dtype, check_shape, check_tensors, is_number
+from mistral_kernels.ops.checks import (
+    check_optional_tensors,
+    check_same_dtype,
+    check_shape,
+    check_tensors,
+    is_number,
+)
 from mistral_kernels.ops.dispatch import as_rows, device_guard, device_properties
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
@@ -397,6 +403,7 @@ def rms_norm(
             negative or not finite.
     """
     check_tensors(x=x, weight=weight)
+    check_optional_tensors(residual=residual)
     if needs_gradient(x, weight, residual):
         y, h, _ = RMSNormFunction.call(x, weight, residual, eps)
     else:

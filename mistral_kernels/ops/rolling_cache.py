@@ -26,7 +26,12 @@ from mistral_kernels.ops.cache_arguments import (
     check_reach,
     check_rotation,
 )
-from mistral_kernels.ops.checks import check_int32, check_tensors, check_written
+from mistral_kernels.ops.checks import (
+    check_int32,
+    check_optional_tensors,
+    check_tensors,
+    check_written,
+)
 from mistral_kernels.ops.dispatch import device_guard, with_unit_stride
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
@@ -420,6 +425,7 @@ def rolling_cache_update_(
     check_tensors(
         k_cache=k_cache, v_cache=v_cache, k=k, v=v, lengths=lengths, cu_seqlens=cu_seqlens
     )
+    check_optional_tensors(q=q, cos=cos, sin=sin)
     check_one_per_row(k_cache, lengths)
     if q is None and (cos is not None or sin is not None):
         raise ValueError("cos and sin require q")

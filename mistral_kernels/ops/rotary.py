@@ -281,6 +281,8 @@ class RotaryFunction(Function):
         _, _, *tables, ctx.interleaved, ctx.backwards = inputs
         ctx.save_for_backward(*tables)
         ctx.set_materialize_grads(False)
+        frozen = [y for y, need in zip(output, ctx.needs_input_grad[:2], strict=True) if not need]
+        ctx.mark_non_differentiable(*frozen)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -20,7 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_kernels.ops import launch_configs
-from mistral_kernels.ops.checks import check_same_dtype, check_shape, check_tensors
+from mistral_kernels.ops.checks import (
+    check_optional_tensors,
+    check_same_dtype,
+    check_shape,
+    check_tensors,
+)
 from mistral_kernels.ops.dispatch import as_rows, device_guard, width_of
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
@@ -277,6 +282,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         TypeError: gate's dtype is not supported, or up has another.
     """
     check_tensors(gate=gate)
+    check_optional_tensors(up=up)
     if needs_gradient(gate, up):
         return SwiGLUFunction.call(gate, up)  # type: ignore[no-any-return]
     return _forward_op(gate, up)

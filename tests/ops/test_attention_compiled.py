@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
+
 import pytest
 import torch
 from support.helpers import TARGETS, compile_only
 
-from mistral_kernels.ops.attention import attention
+from mistral_kernels.ops.attention import attention, kernels
 
 triton_version = pytest.importorskip("triton").__version__
 pytestmark = pytest.mark.skipif(
@@ -153,3 +157,14 @@ def test_effective_share_of_backward():
             kernels[x].main_loop()["bounds"]["est_m"] for x in ("_dkdv_kernel", "_dq_kernel")
         )
         assert 10 / (8 / dkdv + 6 / dq) >= share
+
+
+def test_attention_kernels_have_few_parameters():
+    """Tensors are tuples of a pointer and strides: a signature can still be read."""
+    counts = {}
+    for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if name.endswith("_kernel") and hasattr(value, "fn"):
+                counts[name] = len(inspect.signature(value.fn).parameters)
+    assert len(counts) == 5
+    assert max(counts.values()) <= 32, counts

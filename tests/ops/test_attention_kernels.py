@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 
 import ptxrun
 import pytest
 import torch
 import torch._dynamo.testing
 from support.allocations import Allocations
-from support.attention_cases import OPTIONS, WINDOW, definition_of, eager, freeze, make_qkv
-from support.helpers import assert_matches_reference, values_and_gradients
+from support.attention_cases import (
+    OPTIONS,
+    WINDOW,
+    definition_of,
+    eager,
+    freeze,
+    make_qkv,
+    reach_of_a_key,
+)
+from support.helpers import assert_matches_reference
 
 from mistral_kernels.ops import reference
 from mistral_kernels.ops.attention import attention, tiles
@@ -248,29 +255,6 @@ def test_descriptors_of_packed_batches(triton_backend, with_descriptors, device)
         check_packed(None, "window", pairs, F16, device)
 
 
-@pytest.mark.kernels
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda fused: fused.split((4, 2, 2), dim=2),
-        lambda fused: [x[..., ::2] for x in fused.split((4, 2, 2), dim=2)],
-        lambda fused: [x[:1].expand(3, -1, -1, -1) for x in fused.split((4, 2, 2), dim=2)],
-    ],
-    ids=["fused", "strided-heads", "expanded"],
-)
-def test_strides(view, triton_backend, device):
-    q, k, v = (x.requires_grad_() for x in view(torch.randn(2, 90, 8, 32, device=device).half()))
-    assert_matches({"q": q, "k": k, "v": v}, strided_gradients=True, sliding_window=30)
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("frozen", ["q", "k", "v", "kv", "qk"])
-def test_frozen_inputs(frozen, triton_backend, device):
-    inputs = make_qkv(70, 70, (4, 2), 16, F16, device)
-    freeze(inputs, frozen)
-    assert_matches(inputs, sliding_window=30)
-
-
 def test_frozen_inputs_cost_nothing(triton_backend, device):
     """No launch for a gradient nobody needs."""
     if device.type != "cpu":
@@ -311,21 +295,13 @@ def test_exactly_the_window_is_seen(window, triton_backend, device):
     def run(k, v):
         return attention(q, k, v, sliding_window=window)
 
-    out = run(k, v)
     for j in (0, 63, 130, seqlen - 1):
-        other_k, other_v = k.detach().clone(), v.detach().clone()
-        other_k[:, j] = -other_k[:, j]
-        other_v[:, j] += 1000
-        changed = (run(other_k, other_v) != out).any(-1).any(-1)[0]
-        assert changed.nonzero().flatten().tolist() == list(range(j, min(j + window, seqlen)))
         row = min(j + window - 1, seqlen - 1)
-        dk, dv = torch.autograd.grad(out[:, row].float().sum(), (k, v), retain_graph=True)
-        seen = list(range(max(0, row - window + 1), row + 1))
+        changed, dk, dv = reach_of_a_key(run, k, v, j, row)
+        assert changed == list(range(j, min(j + window, seqlen)))
         # A weight may round to 0: none outside the window may be anything else.
-        for grad in (dk, dv):
-            reached = grad.any(-1).any(-1)[0].nonzero().flatten().tolist()
-            assert set(reached) <= set(seen)
-        assert len(reached) >= 0.9 * len(seen)
+        assert set(dk) | set(dv) <= set(range(max(0, row - window + 1), row + 1))
+        assert len(dv) >= 0.9 * min(window, row + 1)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(F16, marks=pytest.mark.slow), BF16], ids=str)
@@ -340,35 +316,6 @@ def test_backward_is_bitwise_repeatable(dtype, triton_backend, device):
     first = gradients()
     for _ in range(19):
         assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize(
-    "far", ["tokens", *(pytest.param(far, marks=pytest.mark.slow) for far in ("batches", "heads"))]
-)
-def test_offsets_past_int32(far, triton_backend, device):
-    """Strides that carry past element 2^31; pages that are not touched cost nothing."""
-    shape = {"batches": (3, 5, 4, 16), "tokens": (1, 20, 4, 16), "heads": (1, 5, 4, 16)}[far]
-    stride = {"batches": 2**30, "tokens": 2**27, "heads": 2**30}[far] + 8
-    strides = {
-        "batches": (stride, 64, 16, 1),
-        "tokens": (0, stride, 16, 1),
-        "heads": (0, 16, stride, 1),
-    }[far]
-    size = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
-    inputs = {}
-    for name in "qkv":
-        memory = torch.UntypedStorage(size * 2, device=device)
-        x = torch.empty(0, dtype=F16, device=device).set_(memory, 0, shape, strides)
-        x.copy_(torch.randn(shape))
-        inputs[name] = x.requires_grad_()
-    assert max((n - 1) * s for n, s in zip(shape, strides, strict=True)) >= 2**31
-    exact = {name: x.detach().contiguous().requires_grad_() for name, x in inputs.items()}
-    cotangents = [torch.randn(shape, device=device).half()]
-    far_off = values_and_gradients(attention, inputs, cotangents)
-    near = values_and_gradients(attention, exact, cotangents)
-    for what in near:
-        torch.testing.assert_close(far_off[what], near[what], rtol=0.02, atol=0.01)
 
 
 def blocks_needed(seqlen, window, group, tile_m, tile_n):
@@ -417,59 +364,3 @@ def test_memory(triton_backend, device):
     with Allocations() as backward:
         torch.autograd.grad(out, list(inputs.values()), dout)
     assert backward.total_new <= size + 2 * kv_size + 2 * lse_size + 2 * descriptors
-
-
-@pytest.mark.kernels
-def test_float64_on_triton(triton_backend, device):
-    inputs = make_qkv(3, 3, (2, 1), 16, torch.float64, device)
-    with pytest.raises(TypeError, match="q must be .* on the triton backend, got torch.float64"):
-        attention(**inputs)
-
-
-def compile_case(packed, rows, device):
-    if packed:
-        return packed_case((4, 2), 16, F32, device, [(rows, rows), (2, 2)])
-    return make_qkv(rows, rows, (4, 2), 16, F32, device), {}
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["rectangular", "packed"])
-def test_torch_compile(packed, backend, device):
-    """One graph, compiled at the first call alone, for every length; the same numbers as without.
-
-    (PyTorch begins that compilation anew when it finds that it need not keep `softcap` open.)
-    """
-    torch._dynamo.reset()
-    counts = []
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
-
-    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
-    def compiled(q, k, v, **lengths):
-        return attention(q, k, v, sliding_window=20, **lengths)
-
-    for rows in (30, 41, 65):
-        inputs, lengths = compile_case(packed, rows, device)
-        cotangents = [torch.randn_like(inputs["q"])]
-        uncompiled = functools.partial(attention, sliding_window=20, **lengths)
-        ours = values_and_gradients(functools.partial(compiled, **lengths), inputs, cotangents)
-        plain = values_and_gradients(uncompiled, inputs, cotangents)
-        for what in plain:
-            torch.testing.assert_close(ours[what], plain[what])
-        counts.append(counter.frame_count)
-    assert counts[0] == counts[-1]
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["rectangular", "packed"])
-def test_opcheck(packed, backend, device):
-    """Schemas and fakes, strides of the outputs included, agree with what the operators do."""
-    ops = torch.ops.mistral_kernels
-    inputs, lengths = compile_case(packed, 40, device)
-    q, k, v = (x.detach().transpose(-2, -3).contiguous().transpose(-2, -3) for x in inputs.values())
-    names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
-    lengths = tuple(lengths.get(x, 40 if "max" in x else None) for x in names)
-    options = (*lengths, 0.25, 19, 0, 0.0, None)
-    for return_lse in (False, True):
-        torch.library.opcheck(ops.attention_forward.default, (q, k, v, *options, return_lse))
-    out, lse = ops.attention_forward(q, k, v, *options, True)
-    for mask in ([True] * 3, [True, False, False], [False, False, True]):
-        arguments = (out, q, k, v, out, lse, *options, *mask)
-        torch.library.opcheck(ops.attention_backward.default, arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.fuzz_operators import OPERATORS
+from support.operator_case import OperatorCalls, assert_devices_are_checked
 
 import mistral_kernels as mk
 from mistral_kernels.ops import extension
@@ -16,24 +16,6 @@ def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_tensors_on_another_device(name):
-    """Each by its name, whichever the dispatcher looks at: nothing is computed from the others."""
-    operator = getattr(ops, name).default
-    names = [argument.name for argument in operator._schema.arguments]
-    for _ in range(20):  # several kinds of arguments
-        arguments = OPERATORS[name][2](torch.float32)
-        tensors = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
-        for i in tensors if len(tensors) > 1 else []:
-            moved = [x.to("meta") if j == i else x for j, x in enumerate(arguments)]
-            named = i if i != tensors[0] else tensors[1]
-            with pytest.raises(ValueError, match=rf"^{names[named]} must be on \w+ like \w+, got "):
-                operator(*moved)
-
-
-X, W = torch.ones(3, 8), torch.ones(8)
-Q, K = torch.ones(2, 5, 4, 8), torch.ones(2, 5, 2, 8)
-COS = torch.ones(9, 4)
 RING = {
     "k_cache": torch.zeros(2, 6, 2, 8),
     "v_cache": torch.zeros(2, 6, 2, 8),
@@ -42,60 +24,44 @@ RING = {
     "lengths": int32(0, 3),
     "cu_seqlens": int32(0, 1, 4),
 }
-FUNCTIONS = {
-    "rms_norm": (mk.rms_norm, {"x": X, "weight": W, "residual": X}),
-    "swiglu": (mk.swiglu, {"gate": X, "up": X}),
-    "apply_rotary": (
-        mk.apply_rotary,
-        {"q": Q, "k": K, "cos": COS, "sin": COS, "positions": torch.ones(2, 5).long()},
-    ),
-    "linear_cross_entropy": (
-        mk.linear_cross_entropy,
-        {"hidden": X, "weight": torch.ones(5, 8), "targets": torch.ones(3).long()},
-    ),
-    "attention": (mk.attention, {"q": Q, "k": K, "v": K, "alibi_slopes": torch.ones(4)}),
-    "packed_attention": (
-        mk.attention,
-        {"q": Q[0], "k": K[0], "v": K[0], "cu_seqlens_q": int32(0, 5), "cu_seqlens_k": int32(0, 5)},
-    ),
-    "flash_attn_with_kvcache": (
-        mk.flash_attn_with_kvcache,
-        {"q": Q, "k_cache": K, "v_cache": K, "cache_seqlens": int32(4, 5)},
-    ),
-    "rolling_cache_update_": (lambda **x: mk.rolling_cache_update_(**x, max_seqlen=3), RING),
-    "rolling_cache_attention": (
-        lambda **x: mk.rolling_cache_attention(**x, max_seqlen=3, sliding_window=4),
-        {"q": torch.ones(4, 4, 8), **RING},
-    ),
+
+
+INDICES = {
+    "cache_batch_idx": int32(1, 0),
+    "cache_leftpad": int32(0, 1),
+    "block_table": int32(0, 1).view(2, 1),
 }
-CASES = [(name, argument) for name, (_, arguments) in FUNCTIONS.items() for argument in arguments]
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize(("name", "argument"), CASES)
-def test_arguments_on_another_device(name, argument, trained):
-    function, arguments = FUNCTIONS[name]
-    arguments = {
-        x: y.clone().requires_grad_(trained and y.is_floating_point())
-        for x, y in arguments.items()
-        if not (trained and x in ("k_cache", "v_cache"))  # leaves, which may not be written
-    }
-    if len(arguments) < len(FUNCTIONS[name][1]):
-        return
-    arguments[argument] = arguments[argument].to("meta")
+@pytest.mark.parametrize("name", INDICES)
+def test_indices_on_another_device(name):
+    """With and without new tokens, which call different operators."""
+    q, cache = torch.ones(2, 2, 4, 8), torch.zeros(2, 256, 2, 8)
+    index = {name: INDICES[name], "cache_seqlens": int32(4, 5)}
+    with OperatorCalls() as seen:
+        mk.flash_attn_with_kvcache(q, cache, cache.clone(), **index)
+        if name != "cache_leftpad":
+            new = q[:, :, :2]
+            mk.flash_attn_with_kvcache(q, cache, cache.clone(), new, new, **index)
+    assert seen.calls
+    for operator, arguments in seen.calls:
+        tensors = [x for x in arguments if torch.is_tensor(x)]
+        assert any(torch.equal(x, INDICES[name]) for x in tensors)
+        assert_devices_are_checked(operator, arguments)
+
+
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "cache_seqlens"])
+def test_a_flat_cache_on_another_device(name):
+    arguments = {"q": torch.ones(2, 2, 4, 8), "cache_seqlens": int32(4, 5)}
+    arguments |= {x: torch.zeros(2, 9, 2, 8) for x in ("k_cache", "v_cache")}
+    arguments[name] = arguments[name].to("meta")
     with pytest.raises(ValueError, match=r"\w+ must be .*on (cpu|meta).*, got .*(cpu|meta)"):
-        function(**arguments)
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_other_dtypes(name):
-    """One message for a dtype that nothing here computes with."""
-    function, arguments = FUNCTIONS[name]
-    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64):
-        changed = {x: y.to(dtype) if y.is_floating_point() else y for x, y in arguments.items()}
+        mk.flash_attn_with_kvcache(**arguments)
+    for dtype in (torch.float8_e4m3fn, torch.complex64):
+        tensors = {x: torch.zeros(2, 9, 2, 8).to(dtype) for x in ("q", "k_cache", "v_cache")}
         message = f"^\\w+ must be float16, bfloat16, float32 or float64, got {dtype}$"
         with pytest.raises(TypeError, match=message):
-            function(**changed)
+            mk.flash_attn_with_kvcache(**tensors)
 
 
 def test_no_query_heads():

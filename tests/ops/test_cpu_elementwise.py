@@ -47,15 +47,6 @@ def test_swiglu(dtype, fused, operators):
         assert_matches_reference(swiglu, eager_swiglu, make_swiglu(shape, dtype, fused))
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_without_a_library(dtype, no_csrc):
-    """PyTorch's own operators serve."""
-    for choice in (False, True):
-        inputs = make_rms_norm((17, 77), dtype, choice)
-        assert_matches_reference(rms_norm, reference.rms_norm, inputs)
-        assert_matches_reference(swiglu, eager_swiglu, make_swiglu((17, 77), dtype, choice))
-
-
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_rotary_has_the_bits_of_pytorch(dtype, interleaved, operators):

@@ -153,14 +153,6 @@ def test_compiled():
     assert_multiplied(compiled(x, weight, scales), x, weight, scales)
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
-def test_without_a_library(dtype, no_csrc):
-    weight, scales = make_weight(67, 48)
-    x = torch.randn(5, 48).to(dtype)
-    assert_multiplied(linear_int8(x, weight, scales), x, weight, scales)
-    assert linear_int8(x[:0], weight, scales).shape == (0, 67)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -325,24 +325,13 @@ def test_bytes_moved_by_the_update(batch, rotary, triton_backend):
     assert profile.global_requests <= wide + programs * (5 + 4 * bool(rotary))
 
 
-@pytest.mark.parametrize("op", ["cached_attention", "rolling_cache_update", "rotary_update"])
-def test_operators_are_well_formed(op, backend, device):
+def test_opcheck_with_counters(backend, device):
     inputs = make_inputs([500, 3], [1, 1], 300, (8, 2), 64, F16, device)
-    q, k, v, k_cache, v_cache, *where = inputs.values()
-    ops = torch.ops.mistral_kernels
-    if op == "cached_attention":
-        counters = torch.zeros(16, dtype=torch.int32, device=device)
-        lengths, cu_seqlens = where
-        rest = (lengths, 0, None, None, None, cu_seqlens, 1, 0.125, 299, 0, 0.0, None, False, 0)
-        arguments = (q, None, None, k_cache, v_cache, *rest, counters)
-        torch.library.opcheck(ops.cached_attention.default, arguments)
-    elif op == "rolling_cache_update":
-        arguments = (k_cache, v_cache, k, v, *where, 1, None, None)
-        torch.library.opcheck(ops.rolling_cache_update.default, arguments)
-    else:
-        tables = rotary_tables(1000, 64, 1e4, device)
-        arguments = (k_cache, v_cache, k, v, *where, 1, q, *tables, False)
-        torch.library.opcheck(ops.rotary_rolling_cache_update.default, arguments)
+    q, _, _, k_cache, v_cache, lengths, cu_seqlens = inputs.values()
+    counters = torch.zeros(16, dtype=torch.int32, device=device)
+    rest = (lengths, 0, None, None, None, cu_seqlens, 1, 0.125, 299, 0, 0.0, None, False, 0)
+    arguments = (q, None, None, k_cache, v_cache, *rest, counters)
+    torch.library.opcheck(torch.ops.mistral_kernels.cached_attention.default, arguments)
 
 
 def test_one_graph(backend, device):

@@ -12,69 +12,34 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from support.operator_case import Missing, OperatorCase
+from support.operators import OPERATORS
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import mistral_kernels as mk
 
-BATCH, SEQLEN, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB = 2, 7, 4, 2, 16, 24, 11
-Case = tuple[Callable[..., Tensor], list[Tensor]]
+KV_HEADS, HEAD_DIM = 2, 16
+ROWS = [
+    case
+    for case in OPERATORS
+    if not isinstance(case.transforms, Missing) and "triton" in case.backends
+]
+every_case = pytest.mark.parametrize("case", ROWS, ids=lambda case: case.name)
 
 
-def cases(
-    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> dict[str, Case]:
-    """Functions of floating-point tensors, and arguments for them."""
+def split(
+    case: OperatorCase, device: str | torch.device = "cpu"
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Return a function of the differentiable inputs, of one output, and arguments for it."""
+    inputs = case.sample(7, device=device)
+    arguments = [inputs[name].detach() for name in case.differentiable]
 
-    def x(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype)
+    def function(*given: Tensor) -> Tensor:
+        outputs = case.outputs({**inputs, **dict(zip(case.differentiable, given, strict=True))})
+        return torch.cat([y.flatten() for y in outputs]) if len(outputs) > 1 else outputs[0]
 
-    def int32(*values: int) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
-
-    tables = mk.rotary_tables(SEQLEN, HEAD_DIM, 1e4, device=device)
-    positions = torch.arange(SEQLEN, device=device).expand(BATCH, SEQLEN)
-    cu_seqlens, lengths = int32(0, 3, SEQLEN), int32(1, 2)
-    targets = torch.arange(SEQLEN, device=device) % VOCAB
-    rectangular = [x(BATCH, SEQLEN, h, HEAD_DIM) for h in (HEADS, KV_HEADS, KV_HEADS)]
-    packed = [x(SEQLEN, h, HEAD_DIM) for h in (HEADS, KV_HEADS, KV_HEADS)]
-    caches = [x(BATCH, 5, KV_HEADS, HEAD_DIM) for _ in "kv"]
-    wide = BATCH, SEQLEN, HIDDEN
-    return {
-        "rms_norm": (lambda *a: mk.rms_norm(*a), [x(*wide), x(HIDDEN)]),
-        "rms_norm_residual": (
-            lambda a, w, r: torch.cat(mk.rms_norm(a, w, residual=r)),
-            [x(*wide), x(HIDDEN), x(*wide)],
-        ),
-        "swiglu": (mk.swiglu, [x(*wide), x(*wide)]),
-        "swiglu_fused": (lambda a: mk.swiglu(a), [x(*wide)]),
-        "apply_rotary": (
-            lambda q, k: torch.cat(mk.apply_rotary(q, k, *tables, positions), 2),
-            rectangular[:2],
-        ),
-        "apply_rotary_": (
-            lambda q, k: torch.cat(mk.apply_rotary_(q * 1, k * 1, *tables, positions), 2),
-            rectangular[:2],
-        ),
-        "attention": (lambda *a: mk.attention(*a, sliding_window=3), rectangular),
-        "attention_packed": (
-            lambda *a: mk.attention(*a, sliding_window=3, cu_seqlens_q=cu_seqlens),
-            packed,
-        ),
-        "linear_cross_entropy": (
-            lambda h, w: mk.linear_cross_entropy(h, w, targets),
-            [x(SEQLEN, HIDDEN), x(VOCAB, HIDDEN)],
-        ),
-        "rolling_cache_attention": (
-            lambda *a: mk.rolling_cache_attention(*a, lengths, cu_seqlens, 4, sliding_window=5),
-            [*packed, *caches],
-        ),
-    }
-
-
-NAMES = list(cases())
-ONCE = [name for name in NAMES if not name.startswith("apply_rotary")]
-every_case = pytest.mark.parametrize("name", NAMES)
+    return function, arguments
 
 
 def scalar(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -95,9 +60,9 @@ def numbers(arguments: list[Tensor]) -> tuple[int, ...]:
 
 
 @every_case
-def test_gradient_and_vmap(name, backend, device):
+def test_gradient_and_vmap(case, backend, device):
     """func.grad, vmap, and both ways of one around the other, are what plain calls give."""
-    function, arguments = cases(device)[name]
+    function, arguments = split(case, device)
     every = numbers(arguments)
     gradients = torch.func.grad(scalar(function), argnums=every)(*arguments)
     torch.testing.assert_close(gradients, plain_gradients(function, arguments))
@@ -120,13 +85,12 @@ def test_gradient_and_vmap(name, backend, device):
 
 
 @every_case
-def test_forward_mode_is_refused(name, device):
+def test_forward_mode_is_refused(case, device):
     """Tangents are never lost: they would come out as zeros."""
-    function, arguments = cases(device)[name]
+    function, arguments = split(case, device)
     tangents = [torch.ones_like(x) for x in arguments]
-    operator = name.removesuffix("_").split("_")[0].removeprefix("apply")
-    message = "(?i)" + {"rolling": "attention", "": "rotary"}.get(operator, operator)
-    message += ".* has no forward-mode derivative: use reverse mode"
+    operator = case.public_name.removeprefix("apply_")
+    message = f"{operator}.* has no forward-mode derivative: use reverse mode"
     with pytest.raises(NotImplementedError, match=message):
         torch.func.jvp(function, tuple(arguments), tuple(tangents))
     with forward_ad.dual_level():
@@ -136,9 +100,11 @@ def test_forward_mode_is_refused(name, device):
         function(*arguments)  # without tangents there is nothing to lose
 
 
-@pytest.mark.parametrize("name", ONCE)
-def test_second_derivative_is_refused(name, device):
-    function, arguments = cases(device)[name]
+@pytest.mark.parametrize(
+    "case", [case for case in ROWS if case.twice is False], ids=lambda case: case.name
+)
+def test_second_derivative_is_refused(case, device):
+    function, arguments = split(case, device)
 
     def slope(x):
         return torch.func.grad(scalar(function))(x, *arguments[1:]).sum()
@@ -147,10 +113,12 @@ def test_second_derivative_is_refused(name, device):
         torch.func.grad(slope)(arguments[0])
 
 
-@pytest.mark.parametrize("name", ["apply_rotary", "apply_rotary_"])
-def test_second_derivative_of_a_rotation(name, device):
+@pytest.mark.parametrize(
+    "case", [case for case in ROWS if case.twice is True], ids=lambda case: case.name
+)
+def test_second_derivative_of_a_rotation(case, device):
     """The sum of the squares has twice the identity."""
-    function, (q, k) = cases(device)[name]
+    function, (q, k) = split(case, device)
     slope = torch.func.grad(scalar(function))
     direction = torch.randn_like(q)
     _, pull_back = torch.func.vjp(lambda x: slope(x, k), q)
@@ -159,8 +127,8 @@ def test_second_derivative_of_a_rotation(name, device):
 
 @pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
 @every_case
-def test_traced(name, trained, device):
-    function, arguments = cases(device)[name]
+def test_traced(case, trained, device):
+    function, arguments = split(case, device)
     arguments = [x.requires_grad_(trained) for x in arguments]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated; constants are recorded
@@ -171,13 +139,13 @@ def test_traced(name, trained, device):
 
 @pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
 @every_case
-def test_fake_and_meta_tensors(name, trained):
+def test_fake_and_meta_tensors(case, trained):
     """Shapes without values: those that real tensors give."""
-    function, arguments = cases()[name]
+    function, arguments = split(case)
     expected = function(*arguments)
 
     def shapes(device: str) -> None:
-        function, arguments = cases(device)[name]
+        function, arguments = split(case, device)
         arguments = [x.requires_grad_(trained) for x in arguments]
         out = function(*arguments)
         assert out.shape == expected.shape
@@ -187,7 +155,9 @@ def test_fake_and_meta_tensors(name, trained):
             out.sum().backward()
             assert [x.grad.shape for x in arguments] == [x.shape for x in arguments]
 
-    on_lengths = trained and name == "rolling_cache_attention"  # in PyTorch, sequence by sequence
+    on_lengths = (
+        trained and case.name == "rolling_cache_attention"
+    )  # in PyTorch, sequence by sequence
     if not on_lengths:
         shapes("meta")
     with FakeTensorMode():

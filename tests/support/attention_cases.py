@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -65,3 +65,20 @@ def freeze(inputs: dict[str, Tensor], names: Iterable[str]) -> None:
     """
     for name in names:
         inputs[name].requires_grad_(False)
+
+
+def reach_of_a_key(
+    run: Callable[[Tensor, Tensor], Tensor], k: Tensor, v: Tensor, j: int, row: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Return the rows that another key j changes, and the keys in the gradients of one row."""
+    out = run(k, v)
+    other_k, other_v = k.detach().clone(), v.detach().clone()
+    other_k[:, j] = -other_k[:, j]
+    other_v[:, j] += 1000
+    changed = (run(other_k, other_v) != out).any(-1).any(-1)[0]
+    gradients = torch.autograd.grad(out[:, row].float().sum(), (k, v))
+    changed, dk, dv = (
+        x.nonzero().flatten().tolist()
+        for x in (changed, *(grad.any(-1).any(-1)[0] for grad in gradients))
+    )
+    return changed, dk, dv

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 
-from mistral_kernels.ops import dispatch
+from mistral_kernels.ops import dispatch, extension
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
 from mistral_kernels.ops.operator import choose_again
 
@@ -34,6 +35,16 @@ def without_csrc() -> Iterator[None]:
         choose_again()
         yield
     choose_again()
+
+
+def select_backend(request: pytest.FixtureRequest, device: torch.device) -> str:
+    """Select what a fixture's parameter names: PyTorch without csrc, csrc, or Triton."""
+    if request.param == "csrc" and (device.type != "cpu" or not extension.load("cpu")):
+        pytest.skip(f"csrc for {device.type} tensors: {extension.status(device.type)}")
+    fixtures = {"torch": ("torch_backend", "no_csrc"), "csrc": ("torch_backend",)}
+    for fixture in fixtures.get(request.param, ("triton_backend",)):
+        request.getfixturevalue(fixture)
+    return request.param
 
 
 def _set(setting: str | None) -> None:

@@ -81,13 +81,20 @@ def _rms(x: Tensor) -> float:
 
 def values_and_gradients(
     function: Callable[..., Any],
-    inputs: dict[str, Tensor],
+    inputs: dict[str, Any],
     cotangents: list[Tensor],
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Return outputs of ``function(**inputs)`` and its gradients, by name."""
+    """Return outputs of ``function(**inputs)`` and its gradients, by name.
+
+    With ``dtype``, floating-point inputs are converted to it.
+    """
     leaves = {
-        name: x.detach().to(dtype or x.dtype).requires_grad_(x.requires_grad)
+        name: x.detach().to(dtype).requires_grad_(x.requires_grad)
+        if isinstance(x, Tensor) and x.is_floating_point() and dtype is not None
+        else x.detach().requires_grad_(x.requires_grad)
+        if isinstance(x, Tensor)
+        else x
         for name, x in inputs.items()
     }
     outputs = function(**leaves)
@@ -96,7 +103,7 @@ def values_and_gradients(
         f"{'differentiable ' if y.requires_grad else ''}output {i}": y.detach()
         for i, y in enumerate(outputs)
     }
-    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+    wanted = {name: x for name, x in leaves.items() if isinstance(x, Tensor) and x.requires_grad}
     used = [(y, g.to(y.dtype)) for y, g in zip(outputs, cotangents, strict=True) if y.requires_grad]
     if used:
         gradients = torch.autograd.grad(
@@ -111,7 +118,7 @@ def values_and_gradients(
 def assert_matches_reference(
     function: Callable[..., Any],
     reference: Callable[..., Any],
-    inputs: dict[str, Tensor],
+    inputs: dict[str, Any],
     strided_gradients: bool = False,
 ) -> None:
     """Check that outputs and every gradient are as accurate as plain PyTorch."""
@@ -130,6 +137,38 @@ def assert_matches_reference(
     assert actual.keys() == exact.keys()
     for what in exact:
         assert_as_accurate(actual[what], plain[what], exact[what], what)
+
+
+def assert_loss_matches(
+    function: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: dict[str, Any],
+    strided_gradients: bool = False,
+    summed: bool = False,
+) -> None:
+    """Check a loss of hidden, weight and targets, and its gradients.
+
+    The loss is one number, which plain PyTorch may compute exactly by chance. Its bound is the
+    rounding of the logits (times the number of tokens, if ``summed``) and of the loss, in float32
+    if those dtypes are shorter. Gradients follow the tolerance rule.
+    """
+    hidden, weight, targets = (inputs[name] for name in ("hidden", "weight", "targets"))
+    scale = [torch.tensor(1.5, device=targets.device)]
+    actual = values_and_gradients(function, inputs, scale)
+    plain = values_and_gradients(reference, inputs, scale)
+    exact = values_and_gradients(reference, inputs, scale, torch.float64)
+    assert actual.keys() == exact.keys()
+    (output,) = (name for name in actual if "output" in name)
+    loss, exact_loss = actual.pop(output), exact[output]
+    assert loss.dtype == torch.promote_types(hidden.dtype, torch.float32)
+    assert loss.shape == ()
+    logits = hidden.double() @ weight.double().T
+    bound = 2 * torch.finfo(hidden.dtype).eps * logits.abs().max()
+    bound = bound * (len(targets) if summed else 1)
+    bound += 2 * torch.finfo(loss.dtype).eps * exact_loss.abs()
+    assert (loss - exact_loss).abs() <= bound
+    for what, gradient in actual.items():
+        assert_as_accurate(gradient, plain[what], exact[what], what)
 
 
 class Target(NamedTuple):

@@ -161,6 +161,7 @@ def rolling_cache_attention(
         TypeError: q, k or v is not floating point, or a window is not of integers.
     """
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths, cu_seqlens=cu_seqlens)
+    check_optional_tensors(k=k, v=v)
     check_one_per_row(k_cache, lengths)
     if (k is None) != (v is None):
         raise ValueError("k and v must both be given, or both be None")
