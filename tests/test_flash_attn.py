@@ -20,7 +20,7 @@ def make(kind, device, dtype=torch.float32, seqlen=40, heads=(4, 2), head_dim=16
 
 
 def call(kind, varlen, q, kv, *args, **options):
-    """The function of a kind; varlen, of the same inputs one after the other."""
+    """Return the function of a kind; varlen takes the same inputs one after the other."""
     lengths = ()
     if varlen:
         batch, seqlen = q.shape[:2]

@@ -139,13 +139,13 @@ class Definition:
         return pages, [position % page_size for position in positions]
 
     def span(self, sequence):
-        """The positions of a sequence that count."""
+        """Return the positions of a sequence that are not padding."""
         leftpad = self.arguments["cache_leftpad"]
         end = self.cached[sequence] + self.new
         return range(0 if leftpad is None else min(int(leftpad[sequence]), end), end)
 
     def seen(self, sequence):
-        """The positions that some query sees."""
+        """Return the positions that some query sees."""
         span = self.span(sequence)
         window = self.options.get("window_size", (-1, -1))
         causal = self.options.get("causal", False)
@@ -164,7 +164,7 @@ class Definition:
 
 
 def check(arguments):
-    """The caches to the bit; out and the log-sum-exp as accurate as plain PyTorch's."""
+    """Check the caches to the bit, out and the log-sum-exp against plain PyTorch's error."""
     definition = Definition(arguments)
     dtype = arguments["q"].dtype
     kept = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor)}
@@ -438,7 +438,7 @@ def test_strided_tables(backend, device):
 
 
 def with_nan(arguments, everywhere_but):
-    """The arguments, NaN in all slots of the caches but those of these positions, by sequence."""
+    """Return the arguments with NaN in every slot except those of these positions."""
     definition, result = Definition(arguments), dict(arguments)
     for name in ("k_cache", "v_cache"):
         cache = torch.full_like(arguments[name], math.nan)

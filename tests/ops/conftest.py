@@ -23,7 +23,7 @@ def fill_fresh_memory(byte: int) -> None:
 
 @pytest.fixture(params=compiler.INSTRUCTION_SETS)
 def operators(request, monkeypatch):
-    """The operators, with csrc's kernels for one instruction set."""
+    """Return the operators, with csrc's kernels for one instruction set."""
     if not extension.load("cpu"):
         pytest.skip(extension.status("cpu"))
     library = torch.ops.mistral_kernels

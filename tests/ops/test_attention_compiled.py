@@ -25,7 +25,7 @@ EDGE_SPILLS = 40
 
 
 def compiled(target, dtype, head_dim, packed=False, frozen=(), **options):
-    """What a call at Mistral's head counts, forward and backward, compiles for `target`."""
+    """Return the kernels of a call at Mistral's head counts, forward and backward."""
     with compile_only(target) as kernels:
         shape = (64,) if packed else (1, 64)
         q = torch.randn(*shape, 32, head_dim).to(dtype).requires_grad_("q" not in frozen)
@@ -37,8 +37,10 @@ def compiled(target, dtype, head_dim, packed=False, frozen=(), **options):
 
 
 def known_to_spill(kernel, head_dim, dtype):
-    """Slow paths: the multiply-adds of Turing, float32 in three tf32 products, RDNA 3's operands,
-    which each half of a wave holds in full. Forward is spared but for head_dim 256.
+    """Slow paths that spill.
+
+    They are the multiply-adds of Turing, float32 in three tf32 products, and RDNA 3's operands,
+    which each half of a wave holds in full. Forward spills at head_dim 256 only.
     """
     arch = kernel.target.arch
     rdna = str(arch).startswith("gfx1")

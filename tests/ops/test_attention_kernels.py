@@ -102,7 +102,7 @@ def test_alibi(options, per_batch, triton_backend, device):
 
 
 def packed_case(heads, head_dim, dtype, device, pairs):
-    """Inputs of `pairs` of lengths one after the other, and what tells where each begins."""
+    """Return packed inputs for `pairs` of lengths, and their cu_seqlens."""
     lengths_q, lengths_k = (torch.tensor([0, *x]) for x in zip(*pairs, strict=True))
     total_q, total_k = int(lengths_q.sum()), int(lengths_k.sum())
     rectangular = make_qkv(max(total_q, total_k), total_k, heads, head_dim, dtype, device)
@@ -121,7 +121,7 @@ def packed_case(heads, head_dim, dtype, device, pairs):
 
 
 def one_by_one(pairs, slopes, definition):
-    """The definition, sequence after sequence, in plain PyTorch."""
+    """Return the definition's results, sequence after sequence, in plain PyTorch."""
 
     def plain(q, k, v):
         outs, lses, begin_q, begin_k = [], [], 0, 0
@@ -224,7 +224,7 @@ def test_mistral_in_bfloat16(triton_backend, device):
 
 @pytest.fixture
 def with_descriptors(monkeypatch):
-    """The kernels that sm_90 and later run: compiled for whatever is here, they do the same."""
+    """Run the kernels of sm_90 and later, compiled for the target that is here."""
     smaller = {
         "attention_forward": tiles.Tile(64, 32, 4, 2, True),
         "attention_dkdv": tiles.Tile(32, 64, 4, 2, True),

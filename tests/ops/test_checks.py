@@ -82,7 +82,7 @@ def test_no_query_heads():
         with pytest.raises(ValueError, match=r"1 heads must divide q's 0, and both be positive"):
             call()
     if extension.load("cpu"):
-        with pytest.raises(RuntimeError, match="must divide the query heads.* got 1 and 0"):
+        with pytest.raises(RuntimeError, match=r"must divide the query heads.* got 1 and 0"):
             ops.attention(q, k, k, torch.empty_like(q), None, 9, 9, 1.0, 0.0)
 
 

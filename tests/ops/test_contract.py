@@ -71,7 +71,7 @@ def on_every_backend(
 
 
 def in_every_dtype(*properties: str) -> pytest.MarkDecorator:
-    """The same, in each dtype of the backend."""
+    """Run the property in each dtype of the backend."""
     params = [
         pytest.param(
             *(case, backend, dtype),

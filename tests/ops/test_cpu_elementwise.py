@@ -74,7 +74,7 @@ def test_rotary_has_the_bits_of_pytorch(dtype, interleaved, operators):
 
 
 def calls(dtype):
-    """A function of no arguments for each operator: rows far apart that are aligned to nothing."""
+    """Return a function per operator, over rows that are far apart and not aligned."""
     cos, sin = rotary_tables(50, 36, 1e4)
 
     def spaced(rows, *shape):

@@ -31,7 +31,7 @@ def make_rows(rows, vocab, dtype, spread=5.0, ignore_index=-100):
 
 
 def run(operators, logits, targets, scale, options, needs_gradient=True):
-    """The losses, and the gradient in the memory of the logits."""
+    """Return the losses; the gradient takes the memory of the logits."""
     return operators.cross_entropy_(logits, targets, scale, *options, needs_gradient), logits
 
 
@@ -178,7 +178,8 @@ def test_kernels_share_no_code(name, tmp_path):
         symbols = [line.split(maxsplit=2)[1:] for line in listed.splitlines()]
         assert symbols
         for kind, symbol in symbols:
-            assert kind == "T" and symbol.startswith(f"kernels::{name}::"), symbol
+            assert kind == "T", symbol
+            assert symbol.startswith(f"kernels::{name}::"), symbol
 
 
 @pytest.mark.slow

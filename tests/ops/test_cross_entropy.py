@@ -229,8 +229,8 @@ def test_a_stray_target_in_compiled_code(device):
         pytest.skip("a GPU's kernel finds no element that is the target, and writes none")
     inputs = [x.detach() for x in make_inputs(3, 4, 5, torch.float32, device).values()]
     for stray in (5, -1, 2**40):
+        arguments = (torch.tensor([0, stray, 1]), -100, True, 0.0, 0.0, 0.0, True, True)
         with pytest.raises(ValueError, match="must be in"):
-            arguments = (torch.tensor([0, stray, 1]), -100, True, 0.0, 0.0, 0.0, True, True)
             torch.ops.mistral_kernels.linear_cross_entropy(*inputs, *arguments)
 
 

@@ -29,7 +29,7 @@ def int32(values, device):
 
 
 def make_inputs(lengths, counts, capacity, heads, head_dim, dtype, device):
-    """New tokens and full rings, by the names of `rolling_cache_attention`."""
+    """Return new tokens and full rings, by the names of `rolling_cache_attention`."""
     num_heads, num_kv_heads = heads
     total, batch = sum(counts), len(counts)
     tokens = {
@@ -238,7 +238,7 @@ def test_gradients_of_the_fused_update(interleaved, backend, device):
 
 
 def profiled(function):
-    """The kernels that a call launches, as ptxrun counts them."""
+    """Return the kernels that a call launches, as ptxrun counts them."""
     if not ptxrun.installed():
         pytest.skip("traffic is counted by ptxrun, not by a GPU or the interpreter")
     with ptxrun.options(profile=True):
@@ -354,7 +354,7 @@ def test_one_graph(backend, device):
 
 
 def launched(target, dtype, head_dim, count):
-    """What a decode step, or a chunk, at Mistral's head counts compiles for `target`."""
+    """Return the kernel of a decode step, or of a chunk, at Mistral's head counts."""
     with compile_only(target) as kernels:
         inputs = make_inputs([5000], [count], 4096, (32, 8), head_dim, dtype, "cpu")
         tables = rotary_tables(6000, head_dim, 1e4)

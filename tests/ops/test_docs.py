@@ -15,7 +15,7 @@ from mistral_kernels.ops import reference
 
 @pytest.fixture
 def shown() -> dict[str, Any]:
-    """The names that the examples leave behind."""
+    """Return the names that the examples define."""
     names: dict[str, Any] = {}
     (test,) = (t for t in doctest.DocTestFinder().find(ops, "ops") if t.examples)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)

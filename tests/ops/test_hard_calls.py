@@ -46,7 +46,7 @@ def test_pages_past_32_bits() -> None:
     token = torch.zeros(1, 1, 8)
     for page_size in (2**32, 2**32 + 1):
         cache = torch.zeros(0, page_size, 1, 8)
-        with pytest.raises((ValueError, RuntimeError), match="k_cache must|block_table must"):
+        with pytest.raises((ValueError, RuntimeError), match=r"k_cache must|block_table must"):
             torch.ops.mistral_kernels.rolling_cache_update(
                 *(cache, cache.clone(), token, token, int32(5), int32(0, 1), 1),
                 *(None, torch.zeros(1, 2, dtype=torch.int32)),
@@ -129,7 +129,7 @@ def test_no_sequence_at_all() -> None:
 
 @pytest.mark.parametrize("flag", [np.True_, torch.tensor(True), np.array([1.0, 2.0])], ids=repr)
 def test_what_is_no_number(flag: object) -> None:
-    with pytest.raises(TypeError, match="^softmax_scale must be a number, got "):
+    with pytest.raises(TypeError, match=r"^softmax_scale must be a number, got "):
         flash_attn_func(Q, KV, KV, 0.0, flag)  # type: ignore[arg-type]
 
 
@@ -177,7 +177,9 @@ def test_vmap_over_a_caches_places() -> None:
     def call(lengths: torch.Tensor) -> torch.Tensor:
         return mk.flash_attn_with_kvcache(NEW["q"], **FLAT, cache_seqlens=lengths)
 
-    with pytest.raises(NotImplementedError, match="^flash_attn_with_kvcache has no rule for torch"):
+    with pytest.raises(
+        NotImplementedError, match=r"^flash_attn_with_kvcache has no rule for torch"
+    ):
         torch.func.vmap(call)(torch.ones(3, 2, dtype=torch.int32))
 
 

@@ -75,7 +75,7 @@ def test_triton_on_cpu_tensors(served, triton_runs):
     with use_backend("triton"):
         torch.testing.assert_close(mk.swiglu(X, X), expected)
         torch.testing.assert_close(ops.swiglu_forward(X, X), expected)
-        with pytest.raises(TypeError, match="gate must be .* on the triton backend, got torch.fl"):
+        with pytest.raises(TypeError, match=r"gate must be .* on the triton backend, got torch.fl"):
             mk.swiglu(X.double(), X.double())
     assert len(served) == 3
     mk.swiglu(X, X)

@@ -28,7 +28,7 @@ class Part(NamedTuple):
 
 
 def whole_and_parts(kind: str, seqlen: int, split: int) -> tuple[Part, list[Part]]:
-    """Queries stand on the last keys, which moves an earlier part's keys nearer to them."""
+    """Shift the window: queries stand on the last keys, nearer than an earlier part's were."""
     later = seqlen - split
     if kind == "full":
         return Part(0, seqlen, -1, -1), [Part(0, split, -1, -1), Part(split, seqlen, -1, -1)]

@@ -54,7 +54,7 @@ class GrowingCache:
         self.values = list(self.keys)
 
     def append(self, q, k, v, counts, window):
-        """What each of the new tokens sees of everything up to itself."""
+        """Return what each of the new tokens sees of everything up to itself."""
         outs = []
         for i, new in enumerate(zip(*(x.split(counts) for x in (q, k, v)), strict=True)):
             self.keys[i] = torch.cat((self.keys[i], new[1]))
@@ -181,7 +181,7 @@ def test_attention_and_gradients(lengths, counts, capacity, window, device):
 
 
 def touching_all(function):
-    """Gives a gradient of 0, not None, to a ring that no token reads."""
+    """Give a gradient of 0, not None, to a ring that no token reads."""
     return lambda **x: function(**x) + sum(0 * y.sum() for y in x.values())
 
 

@@ -209,6 +209,6 @@ def test_operators_under_vmap(device):
     with pytest.raises(NotImplementedError, match="into the same k_cache; give k_cache a batch"):
         torch.func.vmap(update, in_dims=(None, None, 0))(*caches[:, 0], k)
     with pytest.raises(
-        NotImplementedError, match="vmap over .*swiglu_forward must have a batch size > 0"
+        NotImplementedError, match=r"vmap over .*swiglu_forward must have a batch size > 0"
     ):
         torch.func.vmap(lambda x: ops.swiglu_forward(x, None))(torch.ones(0, 4, device=device))

@@ -45,7 +45,7 @@ class Window(NamedTuple):
 def resolve_window(
     causal: bool, window_size: Sequence[int] | Tensor | None, sliding_window: int | None
 ) -> Window:
-    """The window that a caller's arguments mean. `causal` is a right distance of 0.
+    """Return the window that a caller's arguments mean. `causal` is a right distance of 0.
 
     A `sliding_window` W is `window_size` (W - 1, 0), causal or not. A distance of None is no bound,
     as in flash-attn 4.
@@ -85,7 +85,7 @@ def _as_int(name: str, value: Any, expected: str) -> int:
 
 @jit
 def key_range(place, length, left, right):
-    """The keys [begin, end) that the query standing on key `place` sees, of `length` keys.
+    """Return the keys [begin, end), of `length`, that the query on key `place` sees.
 
     Turned round it gives the queries that see a key: stand on the key's place among the queries,
     and swap left and right.
@@ -94,7 +94,7 @@ def key_range(place, length, left, right):
 
 
 def rows_with_keys(seqlen_q: int, seqlen_k: int, window: Window) -> range:
-    """The queries that see at least one key; bottom-right alignment makes them one range."""
+    """Return the queries that see at least one key: one range, by the bottom-right alignment."""
     if seqlen_k == 0:
         return range(0)
     offset = seqlen_k - seqlen_q
@@ -104,7 +104,7 @@ def rows_with_keys(seqlen_q: int, seqlen_k: int, window: Window) -> range:
 
 
 def keys_of_rows(rows: range, seqlen_q: int, seqlen_k: int, window: Window) -> range:
-    """The keys that some query in `rows` sees."""
+    """Return the keys that some query in `rows` sees."""
     offset = seqlen_k - seqlen_q
     begin, _ = key_range.fn(rows.start + offset, seqlen_k, *window.reach)
     _, end = key_range.fn(rows.stop - 1 + offset, seqlen_k, *window.reach)
@@ -162,7 +162,7 @@ def block_ranges(
 
 @jit
 def hide(s, place, key, length, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """The scores `s` of queries on `place`, -inf where they do not see `key`.
+    """Return the scores `s` of queries on `place`, -inf where they do not see `key`.
 
     Checks the edges named, for blocks that cross no other.
     """
