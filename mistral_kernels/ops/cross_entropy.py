@@ -204,6 +204,10 @@ _softmax_op = Operator(
 )
 
 
+def _accumulate_torch(total: Tensor, x: Tensor) -> None:
+    total.add_(x)
+
+
 def _check_accumulate(total: Tensor, x: Tensor) -> None:
     check_shape("x", x, total.shape)
     check_written("total", total)
@@ -215,7 +219,7 @@ _accumulate_op = Operator(
     "(Tensor(a!) total, Tensor x) -> ()",
     fake=lambda *args: None,
     check=_check_accumulate,
-    torch=lambda total, x: total.add_(x) and None,
+    torch=_accumulate_torch,
     csrc=("cpu",),
 )
 
