@@ -1,13 +1,31 @@
-"""What kernels of several operators call."""
+"""Tensors as kernels take them, and device functions that kernels of several operators call."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
 
 from mistral_kernels.ops.lazy_triton import jit
 
 if TYPE_CHECKING:
     import triton.language as tl
+
+
+class View(NamedTuple):
+    """A tensor as kernels take it: its pointer, and strides in elements; heads are contiguous."""
+
+    ptr: Tensor
+    batch_stride: int
+    token_stride: int
+    head_stride: int
+
+
+def view(x: Tensor, packed: bool) -> View:
+    """Return the view of (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim)."""
+    if packed:
+        return View(x, 0, x.stride(0), x.stride(1))
+    return View(x, x.stride(0), x.stride(1), x.stride(2))
 
 
 @jit

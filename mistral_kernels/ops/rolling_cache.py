@@ -32,6 +32,7 @@ from mistral_kernels.ops.checks import (
     check_tensors,
     check_written,
 )
+from mistral_kernels.ops.device_functions import view
 from mistral_kernels.ops.dispatch import device_guard, with_unit_stride
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
@@ -66,16 +67,13 @@ def _copy_heads(
 
 @jit
 def _update_kernel(
-    q_ptr, k_ptr, v_ptr, q_out_ptr, k_cache_ptr, v_cache_ptr, cos_ptr, sin_ptr, lengths_ptr,
-    cu_seqlens_ptr, rows_ptr, table_ptr,
-    q_stride_s, q_stride_h, k_stride_s, k_stride_h, v_stride_s, v_stride_h,
-    k_cache_stride_b, k_cache_stride_s, k_cache_stride_h,
-    v_cache_stride_b, v_cache_stride_s, v_cache_stride_h,
-    cos_stride, sin_stride, table_stride_b, table_stride, tiles, capacity, page_size,
+    q, k, v, q_out_ptr, k_cache, v_cache, tables, lengths_ptr, cu_seqlens_ptr, rows_ptr,
+    block_table, tiles, capacity, page_size,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, PAGED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_I: tl.constexpr,
 ):  # fmt: skip
+    """Write a tile of new tokens. With `tables`, (cos, sin) and strides, rotate q and k."""
     tile, sequence = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     start = tl.load(cu_seqlens_ptr + sequence)
     count = tl.load(cu_seqlens_ptr + sequence + 1) - start
@@ -85,50 +83,51 @@ def _update_kernel(
     token = (start + index).to(tl.int64)
     position = tl.load(lengths_ptr + sequence).to(tl.int64) + index
     exists = index < count
-    if ROTARY:
+    if tables is not None:
         cos, sin = load_angles(
-            cos_ptr, sin_ptr, position, exists, cos_stride, sin_stride, HEAD_DIM // 2, BLOCK_I
+            tables[0], tables[1], position, exists, tables[2], tables[3], HEAD_DIM // 2, BLOCK_I
         )
 
     # A program's heads are some of q's, of k's or of v's.
     block = tl.program_id(1)
     head = tl.arange(0, BLOCK_H)[None, :, None]
-    if ROTARY:
+    if tables is not None:
         if block * BLOCK_H < Q_HEADS:
             turn_heads(
-                q_ptr + token * q_stride_s, q_out_ptr + token * (Q_HEADS * HEAD_DIM), exists,
-                block * BLOCK_H + head, cos, sin, q_stride_h, HEAD_DIM,
+                q.ptr + token * q.token_stride, q_out_ptr + token * (Q_HEADS * HEAD_DIM), exists,
+                block * BLOCK_H + head, cos, sin, q.head_stride, HEAD_DIM,
                 Q_HEADS, HEAD_DIM // 2, INTERLEAVED, BLOCK_I,
             )  # fmt: skip
             return
         block -= tl.cdiv(Q_HEADS, BLOCK_H)
     kept = exists & (index >= count - capacity)  # of a chunk longer than the ring, the end
     slot = position % capacity
-    if PAGED:
-        table_ptr += sequence * table_stride_b
-    page, slot = slot_row(table_ptr, table_stride, slot, kept, page_size, PAGED)
-    if not PAGED:
-        page += tl.load(rows_ptr + sequence) if ROWS else sequence
+    if block_table is not None:
+        table_ptr = block_table[0] + sequence * block_table[1]
+        page, slot = slot_row(table_ptr, block_table[2], slot, kept, page_size, True)
+    else:
+        page = tl.zeros_like(slot).to(tl.int64)
+        page += tl.load(rows_ptr + sequence) if rows_ptr is not None else sequence
     if block * BLOCK_H < KV_HEADS:
-        k_row = k_ptr + token * k_stride_s
-        k_cache_row = k_cache_ptr + page * k_cache_stride_b + slot * k_cache_stride_s
+        k_row = k.ptr + token * k.token_stride
+        k_cache_row = k_cache.ptr + page * k_cache.batch_stride + slot * k_cache.token_stride
         head += block * BLOCK_H
-        if ROTARY:
+        if tables is not None:
             turn_heads(
-                k_row, k_cache_row, kept, head, cos, sin, k_stride_h, k_cache_stride_h,
+                k_row, k_cache_row, kept, head, cos, sin, k.head_stride, k_cache.head_stride,
                 KV_HEADS, HEAD_DIM // 2, INTERLEAVED, BLOCK_I,
             )  # fmt: skip
         else:
             _copy_heads(
-                k_row, k_cache_row, kept, head, k_stride_h, k_cache_stride_h, KV_HEADS, HEAD_DIM,
-                BLOCK_I,
+                k_row, k_cache_row, kept, head, k.head_stride, k_cache.head_stride, KV_HEADS,
+                HEAD_DIM, BLOCK_I,
             )  # fmt: skip
     else:
         _copy_heads(
-            v_ptr + token * v_stride_s,
-            v_cache_ptr + page * v_cache_stride_b + slot * v_cache_stride_s,
+            v.ptr + token * v.token_stride,
+            v_cache.ptr + page * v_cache.batch_stride + slot * v_cache.token_stride,
             kept, head + (block - tl.cdiv(KV_HEADS, BLOCK_H)) * BLOCK_H,
-            v_stride_h, v_cache_stride_h, KV_HEADS, HEAD_DIM, BLOCK_I,
+            v.head_stride, v_cache.head_stride, KV_HEADS, HEAD_DIM, BLOCK_I,
         )  # fmt: skip
 
 
@@ -152,21 +151,20 @@ def _update_triton(
     num_heads = 0 if q is None else q.shape[1]
     config = launch_configs.rolling_cache_update(head_dim, max_seqlen)
     tiles, block_h = cdiv(max_seqlen, config["BLOCK_T"]), config["BLOCK_H"]
+    tables = None if cos is None or sin is None else (cos, sin, cos.stride(0), sin.stride(0))
+    pages = None if block_table is None else (block_table, *block_table.stride())
     with device_guard(k_cache):
         _update_kernel[(tiles * batch, cdiv(num_heads, block_h) + 2 * cdiv(num_kv_heads, block_h))](
-            *(q, k, v, q_out, k_cache, v_cache, cos, sin, lengths, cu_seqlens, rows, block_table),
-            *((0, 0) if q is None else q.stride()[:2]),
-            *(*k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3]),
-            *(0 if table is None else table.stride(0) for table in (cos, sin)),
-            *((0, 0) if block_table is None else block_table.stride()),
+            None if q is None else view(q, packed=True),
+            *(view(x, packed=True) for x in (k, v)),
+            q_out,
+            *(view(x, packed=False) for x in (k_cache, v_cache)),
+            *(tables, lengths, cu_seqlens, rows, pages),
             *(tiles, capacity_of(k_cache, block_table), k_cache.shape[1]),
             Q_HEADS=num_heads,
             KV_HEADS=num_kv_heads,
             HEAD_DIM=head_dim,
-            ROTARY=cos is not None,
             INTERLEAVED=interleaved,
-            ROWS=rows is not None,
-            PAGED=block_table is not None,
             **config,
         )
 

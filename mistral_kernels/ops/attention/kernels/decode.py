@@ -23,7 +23,6 @@ from torch import Tensor
 
 from mistral_kernels.ops.attention.kernels.problem import Problem, offsets_within
 from mistral_kernels.ops.attention.kernels.shared import (
-    View,
     dense_keys,
     empty_softmax,
     load_rows,
@@ -35,11 +34,11 @@ from mistral_kernels.ops.attention.kernels.shared import (
     softmax_over_keys,
     store_rows,
     store_softmax,
-    view,
 )
 from mistral_kernels.ops.attention.spec import AttentionSpec
 from mistral_kernels.ops.attention.tiles import launch_first_that_fits
 from mistral_kernels.ops.attention.window import block_ranges
+from mistral_kernels.ops.device_functions import View, view
 from mistral_kernels.ops.launch_configs import Config, cdiv
 from mistral_kernels.ops.lazy_triton import jit
 

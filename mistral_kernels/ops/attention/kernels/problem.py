@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mistral_kernels.ops.attention.kernels.shared import View, softmax_scales, view
+from mistral_kernels.ops.attention.kernels.shared import softmax_scales
 from mistral_kernels.ops.attention.spec import AttentionSpec
 from mistral_kernels.ops.attention.window import is_narrow
 from mistral_kernels.ops.checks import check_float, check_triton_dtype
+from mistral_kernels.ops.device_functions import View, view
 from mistral_kernels.ops.dispatch import float32_precision
 from mistral_kernels.ops.launch_configs import Config, cdiv, next_power_of_2
 

@@ -4,7 +4,7 @@ One program owns a tile of rows. A row of a query tile is a query and one of the
 that read the same kv head, heads fastest: a key block is then loaded once for all of them, and a
 tile spans `GROUP` times fewer positions, so fewer of its blocks cross an edge of the window.
 
-A kernel takes a tensor as a `View`, a tuple of its pointer and strides. Key blocks come from one of
+A kernel takes a tensor as a `View` (see `ops/device_functions.py`). Key blocks come from one of
 four sources, the constexpr `SOURCE`:
 
     "dense"         tokens that are `token_stride` apart, read by pointers
@@ -18,8 +18,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
-
 from mistral_kernels.ops.attention.window import hide
 from mistral_kernels.ops.device_functions import tanh
 from mistral_kernels.ops.lazy_triton import jit
@@ -27,22 +25,6 @@ from mistral_kernels.ops.rolling_cache import slot_row
 
 if TYPE_CHECKING:
     import triton.language as tl
-
-
-class View(NamedTuple):
-    """A tensor as kernels take it: its pointer, and strides in elements; heads are contiguous."""
-
-    ptr: Tensor
-    batch_stride: int
-    token_stride: int
-    head_stride: int
-
-
-def view(x: Tensor, packed: bool) -> View:
-    """Return the view of (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim)."""
-    if packed:
-        return View(x, 0, x.stride(0), x.stride(1))
-    return View(x, x.stride(0), x.stride(1), x.stride(2))
 
 
 class Scales(NamedTuple):
