@@ -204,10 +204,6 @@ _softmax_op = Operator(
 )
 
 
-def _accumulate_torch(total: Tensor, x: Tensor) -> None:
-    total.add_(x)
-
-
 def _check_accumulate(total: Tensor, x: Tensor) -> None:
     check_shape("x", x, total.shape)
     check_written("total", total)
