@@ -37,7 +37,7 @@ from mistral_kernels.ops.dispatch import device_guard, with_unit_stride
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
 from mistral_kernels.ops.operator import Operator, in_transform, needs_gradient
-from mistral_kernels.ops.rotary import load_angles, rotary_op, turn_heads
+from mistral_kernels.ops.rotary import load_angles, rotary_op, rotated, turn_heads
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -358,8 +358,8 @@ class RollingCacheUpdateFunction(torch.autograd.Function):
         dv, dv_cache = _split_gradient(dv_cache, lengths, cu_seqlens, ctx.total)
         if cos is not None and not (dq is None and dk is None):
             *_, position = places_of_tokens(lengths, cu_seqlens, ctx.total)
-            turned = rotary_op(dq, dk, cos, sin, position, ctx.interleaved, True)
-            dq, dk = (None if x is None else y for x, y in zip((dq, dk), turned, strict=True))
+            inverse = rotated(dq, dk, cos, sin, position, ctx.interleaved, True)
+            dq, dk = (None if x is None else y for x, y in zip((dq, dk), inverse, strict=True))
         return dk_cache, dv_cache, dk, dv, None, None, None, dq, None, None, None
 
 

@@ -289,7 +289,7 @@ class RotaryFunction(Function):
         needs_dq, needs_dk, *_ = ctx.needs_input_grad
         dq, dk = dq if needs_dq else None, dk if needs_dk else None
         if dq is not None or dk is not None:
-            inverse = _turned(dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.backwards)
+            inverse = rotated(dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.backwards)
             dq, dk = (None if x is None else y for x, y in zip((dq, dk), inverse, strict=True))
         return dq, dk, None, None, None, None, None
 
@@ -309,11 +309,12 @@ class RotaryInPlaceFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        turned, _ = _turned(dx, None, *ctx.saved_tensors, ctx.interleaved, True)
+        turned, _ = rotated(dx, None, *ctx.saved_tensors, ctx.interleaved, True)
         return turned, None, None, None, None
 
 
-def _turned(q: Tensor | None, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+def rotated(q: Tensor | None, k: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    """Return what `rotary_op` returns, differentiable."""
     if needs_gradient(q, k):
         return RotaryFunction.call(q, k, *args)  # type: ignore[no-any-return]
     return rotary_op(q, k, *args)
@@ -374,7 +375,7 @@ def apply_rotary(
         TypeError: q is not floating point.
     """
     check_tensors(q=q, k=k, cos=cos, sin=sin, positions=positions)
-    return _turned(q, k, cos, sin, positions, interleaved, False)
+    return rotated(q, k, cos, sin, positions, interleaved, False)
 
 
 def apply_rotary_(
@@ -406,7 +407,7 @@ def apply_rotary_(
             # There PyTorch takes no Function that works in place, or (before 2.13, in a compiled
             # graph) loses its history. Each by itself: vmap may batch only one of them.
             turn = cos, sin, positions, interleaved, False
-            return q.copy_(_turned(q, None, *turn)[0]), k.copy_(_turned(None, k, *turn)[1])
+            return q.copy_(rotated(q, None, *turn)[0]), k.copy_(rotated(None, k, *turn)[1])
         q, k = (
             RotaryInPlaceFunction.apply(x, cos, sin, positions, interleaved)  # type: ignore[no-untyped-call]
             if x.requires_grad
