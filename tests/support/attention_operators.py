@@ -354,7 +354,9 @@ def cached_attention_row(decode: bool) -> OperatorCase:
         width=16,
         differentiable=("q", *caches) if decode else ("q", "k", "v", *caches),
         public_name="attention",
-        operators=frozenset({"cached_attention", "attention_forward", "attention_backward"}),
+        operators=frozenset({"cached_attention"})
+        if decode
+        else frozenset({"cached_attention", "attention_forward", "attention_backward"}),
         kernels=frozenset({"_decode_kernel"}),
         traffic=Missing("test_decode_kernels.py::test_each_key_is_read_once"),
         matrix=Missing("test_decode_kernels.py::test_compile_matrix"),

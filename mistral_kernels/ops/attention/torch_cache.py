@@ -160,4 +160,4 @@ def _decode(q: Tensor, spec: AttentionSpec) -> Tensor:
     )
     if bias is not None and not q.is_cpu:  # PyTorch's kernels for GPUs average what is all hidden
         out = out.masked_fill(~bias.any(-1, keepdim=True), 0.0)
-    return out.reshape(q.shape)
+    return out.reshape(q.shape).contiguous()  # some of PyTorch's kernels keep the strides of q
