@@ -27,6 +27,7 @@ from support.small_checkpoints import SMALL, random_state
 from mistral_kernels import MistralForCausalLM, MistralTokenizer, generate
 from mistral_kernels.checkpoint import resolve, save_hf
 from mistral_kernels.generate import main
+from mistral_kernels.model import generation
 from mistral_kernels.ops import dispatch, extension
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
 
@@ -456,7 +457,7 @@ def test_an_interrupt_before_the_first_token(
         raise KeyboardInterrupt
 
     (tmp_path / "prompts").write_text("She was\nIt is")
-    monkeypatch.setattr(MistralForCausalLM, "prefill", prefill)
+    monkeypatch.setattr(generation, "prefill", prefill)
     for given in (["She was"], ["She was", "--json"], ["--prompt-file", tmp_path / "prompts"]):
         assert run(*given, *GREEDY) == (130, "", "\ninterrupted\n")
 

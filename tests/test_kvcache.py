@@ -768,7 +768,7 @@ def test_no_gradient(name):
 @pytest.mark.kernels
 def test_float64_on_triton(triton_backend, device):
     """Refused, and the caches as they were."""
-    for new, name in ((None, "q"), (2, "k")):
+    for new, name in ((None, "q"), (2, "k_cache")):
         arguments = make_arguments(device, F64, new=new)
         before = arguments["k_cache"].clone()
         message = f"{name} must be .* on the triton backend, got torch.float64"

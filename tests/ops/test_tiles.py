@@ -15,9 +15,9 @@ def device(name):
     return DeviceProperties(target.backend, target.arch, 100, target.shared_memory)
 
 
-def test_the_next_smaller_configuration_where_the_first_does_not_fit(monkeypatch):
+def test_the_next_smaller_configuration_where_the_first_does_not_fit(monkeypatch, set_backend):
     """A device with less shared memory than its kin launches all the same, and remembers."""
-    monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "triton")
+    set_backend("triton")
     monkeypatch.setitem(TARGETS, "small", TARGETS["sm_80"]._replace(shared_memory=20 << 10))
     monkeypatch.setattr(tiles, "_misfits", {})
     q, k, v = (torch.randn(1, 40, h, 64).half() for h in (2, 1, 1))
