@@ -153,8 +153,9 @@ void rolling_cache_update(const Tensor& k_cache, const Tensor& v_cache, const Te
                           int64_t max_seqlen, const OptionalTensor& rows,
                           const OptionalTensor& block_table) {
   const auto append = [&] {
-    run(update_of(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, rows, block_table),
-        k_cache, k.size(0), 0);
+    const Update u =
+        update_of(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, rows, block_table);
+    run(u, k_cache, k.size(0), 0);
   };
   run_or_call<void>("mistral_kernels::rolling_cache_update_python", append, k_cache, v_cache, k, v,
                     lengths, cu_seqlens, max_seqlen, rows, block_table);

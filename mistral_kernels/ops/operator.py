@@ -69,6 +69,9 @@ class Operator(Generic[R]):
         arguments = self.overload._schema.arguments
         self._tensors = [(i, x.name) for i, x in enumerate(arguments) if "Tensor" in str(x.type)]
         self._required = [(i, x.name) for i, x in enumerate(arguments) if str(x.type) == "Tensor"]
+        self._written = [
+            i for i, x in enumerate(arguments) if x.alias_info is not None and x.alias_info.is_write
+        ]
         self._register(f"{NAMESPACE}::{name}")
 
     def _register(self, qualified: str) -> None:
@@ -93,20 +96,28 @@ class Operator(Generic[R]):
         if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
             _refuse_forward_mode(self.overload.name().partition("::")[2])
         try:
-            return self.overload(*args)  # type: ignore[no-any-return]
+            result: R = self.overload(*args)
         except RuntimeError as error:
             failure = getattr(_failure, "error", None)
             if failure is None or str(error) != _describe(failure):
                 raise
             _failure.error = None
-            raise failure from None
+            try:
+                raise failure from None
+            finally:
+                del failure  # or this frame and its traceback would keep each other alive
+        for i in self._written:  # or autograd would use what it saved before as if unchanged
+            if not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
+        return result
 
     def _load_and_run(self, *args: Any) -> Any:
-        device_type = next(
-            (args[i].device.type for i, _ in self._tensors if args[i] is not None), ""
-        )
+        tensors = [args[i] for i, _ in self._tensors if args[i] is not None]
+        device_type = tensors[0].device.type if tensors else ""
         if (
             device_type in self._csrc
+            # The dispatcher sends other tensors back here.
+            and all(x.device.type == device_type and _is_dense(x) for x in tensors)
             and dispatch.uses_csrc(device_type)
             and extension.load(device_type)
         ):
@@ -126,9 +137,10 @@ class Operator(Generic[R]):
         return implementation(*args)
 
     def _run_for_csrc(self, *args: Any) -> Any:
+        _failure.error = None
         try:
             return self._run(*args)
-        except Exception as error:  # of which PyTorch's stable ABI keeps nothing
+        except BaseException as error:  # of which PyTorch's stable ABI keeps nothing
             _failure.error = error
             raise
 
@@ -148,6 +160,9 @@ class Operator(Generic[R]):
         (first, like), *others = [
             (name, args[i]) for i, name in self._tensors if args[i] is not None
         ]
+        for name, x in ((first, like), *others):
+            if x.layout is not torch.strided:
+                raise ValueError(f"{name} must be a dense tensor, got the layout {x.layout}")
         for name, x in others:
             if x.device != like.device:
                 raise ValueError(f"{name} must be on {like.device} like {first}, got {x.device}")
@@ -165,6 +180,10 @@ def choose_again() -> None:
 def python_error() -> str:
     """Return the message of the exception that ended the last call of csrc into Python."""
     return _describe(_failure.error)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.layout is torch.strided and not x.is_quantized
 
 
 def _describe(error: BaseException) -> str:

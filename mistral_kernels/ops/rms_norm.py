@@ -291,7 +291,7 @@ def _backward_torch(
         dx = (dx if dh is None else dx.add_(dh)).to(h.dtype).contiguous()
     if needs_dweight:
         products = dy_fp32 * normed.to(h.dtype)
-        dweight = products.reshape(-1, weight.numel()).sum(0).to(h.dtype)
+        dweight = products.reshape(rstd.numel(), weight.numel()).sum(0).to(h.dtype)
     return dx, dweight
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -107,3 +110,66 @@ def test_an_invalid_backend_is_named():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "ValueError: MISTRAL_KERNELS_BACKEND is 'fast'; expected 'auto'" in done.stderr
+
+
+def written_calls():
+    """Return calls that write into a tensor, and that tensor."""
+    q, k, tables = torch.randn(3, 2, 8), torch.randn(3, 2, 8), torch.randn(2, 10, 4)
+    ring = [torch.zeros(1, 4, 2, 8) for _ in range(2)]
+    lengths, offsets = (torch.tensor(x, dtype=torch.int32) for x in ([0], [0, 3]))
+    return (
+        (lambda: mk.apply_rotary_(q, k, *tables, torch.arange(3)), (q, k)),
+        (lambda: mk.rolling_cache_update_(*ring, q, k, lengths, offsets, 3), ring),
+    )
+
+
+def test_writes_are_counted(backend):
+    """Autograd refuses what was saved before a write, whoever serves it."""
+    for call, written in written_calls():
+        before = [x._version for x in written]
+        call()
+        assert all(x._version > y for x, y in zip(written, before, strict=True))
+    saved = torch.randn(3, 2, 8, requires_grad=True) * 1
+    result = saved.pow(2).sum()
+    with torch.no_grad():
+        mk.apply_rotary_(saved, torch.randn(3, 2, 8), *torch.randn(2, 10, 4), torch.arange(3))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.backward()
+
+
+def test_tensors_that_are_not_dense():
+    """csrc's kernels are not for them, and the dispatcher has no others."""
+    weight = torch.ones(8)
+    for x in (X.to_sparse(), X.to_sparse_csr()):
+        with pytest.raises(ValueError, match=r"^x must be a dense tensor, got the layout "):
+            mk.rms_norm(x, weight)
+        with pytest.raises(ValueError, match=r"^up must be a dense tensor, got the layout "):
+            mk.swiglu(X, x)
+    with pytest.raises(TypeError, match=r"^x must be float"):
+        mk.rms_norm(torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), weight)
+
+
+def test_an_interrupt_in_python(monkeypatch):
+    """It passes through csrc as itself, even after another error."""
+    with pytest.raises((RuntimeError, ValueError)):
+        ops.swiglu_forward(torch.randn(3), None)
+
+    def interrupt(self, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Operator, "_run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        mk.swiglu(X.double(), X.double())
+
+
+def test_a_failed_call_keeps_no_tensor():
+    x = torch.randn(3, 7)
+    alive = weakref.ref(x)
+    gc.disable()
+    try:
+        with suppress(ValueError):
+            mk.rms_norm(x, torch.ones(8))
+        del x
+        assert alive() is None
+    finally:
+        gc.enable()
