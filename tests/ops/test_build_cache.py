@@ -352,7 +352,7 @@ from mistral_kernels.ops import extension
 for _ in sys.stdin:
     if not os.fork():
         loaded = extension.load("cpu")
-        print(loaded is not None and len(loaded.instruction_sets()) > 0, flush=True)
+        print(loaded and len(torch.ops.mistral_kernels.instruction_sets()) > 0, flush=True)
         os._exit(0)
     print("ended with", os.wait()[1], flush=True)
 """
