@@ -549,7 +549,7 @@ def test_the_reader_goes_away() -> None:
     assert err == ""
 
 
-@pytest.mark.parametrize("module", ["startup", "chat"])
+@pytest.mark.parametrize("module", ["cli.startup", "text.chat"])
 def test_ctrl_c_while_importing(module: str) -> None:
     """Print one word and no traceback, from the first module's import on."""
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1", "TRITON_INTERPRET": "0"}
