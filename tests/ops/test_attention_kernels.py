@@ -23,7 +23,7 @@ from support.helpers import assert_matches_reference
 from mistral_kernels.ops import reference
 from mistral_kernels.ops.attention import attention, tiles
 from mistral_kernels.ops.attention.window import resolve_window
-from mistral_kernels.ops.dispatch import DeviceProperties
+from mistral_kernels.ops.dispatch import device_properties
 from mistral_kernels.ops.launch_configs import cdiv
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -341,7 +341,10 @@ def test_work_follows_the_window(triton_backend, device):
             attention(**inputs, sliding_window=window)
             (profile,) = ptxrun.profiles()
         visited[seqlen] = profile.mma_flop
-    tile = tiles.choose_tile("attention_forward", 128, 2, DeviceProperties("cuda", 80, 1, 1), False)
+    properties = device_properties(inputs["q"])
+    tile = tiles.choose_tile(
+        "attention_forward", 128, 2, properties, tiles.has_descriptors(properties)
+    )
     needed = blocks_needed(8192, window, 4, tile.m, tile.n) * tile.m * tile.n * 4 * head_dim
     assert needed <= visited[8192] <= 1.1 * needed
     pairs = 4 * (8192 * window - window * (window - 1) // 2)
@@ -358,7 +361,7 @@ def test_memory(triton_backend, device):
     with Allocations() as forward:
         out = attention(**inputs, sliding_window=WINDOW)
     # On a GPU with a tensor memory accelerator, 256 bytes more for the descriptors of each tile.
-    descriptors = 16 << 10 if device.type == "cuda" else 0
+    descriptors = 16 << 10 if tiles.has_descriptors(device_properties(q)) else 0
     assert size + lse_size <= forward.total_new <= size + lse_size + descriptors
     dout = torch.ones_like(out)
     with Allocations() as backward:
