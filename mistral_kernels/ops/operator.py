@@ -157,13 +157,11 @@ class Operator(Generic[R]):
         for i, name in self._required:
             if args[i] is None:
                 raise TypeError(f"{name} must be a tensor, got None")
-        (first, like), *others = [
-            (name, args[i]) for i, name in self._tensors if args[i] is not None
-        ]
-        for name, x in ((first, like), *others):
+        tensors = [(name, args[i]) for i, name in self._tensors if args[i] is not None]
+        first, like = tensors[0]
+        for name, x in tensors:
             if x.layout is not torch.strided:
                 raise ValueError(f"{name} must be a dense tensor, got the layout {x.layout}")
-        for name, x in others:
             if x.device != like.device:
                 raise ValueError(f"{name} must be on {like.device} like {first}, got {x.device}")
         check_float(first, like)

@@ -228,7 +228,7 @@ def make_cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def check_sequences(q: Tensor, k: Tensor, sequences: Sequences) -> Sequences:
-    """Return `sequences` with both offsets, checked, and tight lengths.
+    """Return packed `sequences` with both offsets, checked, and tight lengths.
 
     On a GPU, where reading values waits for the device, each version of a tensor is read once.
     Empty sequences at the end are dropped. While a CUDA graph is captured nothing may wait, and
@@ -239,8 +239,7 @@ def check_sequences(q: Tensor, k: Tensor, sequences: Sequences) -> Sequences:
             max_seqlen says.
     """
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *_ = sequences
-    if cu_seqlens_q is None:
-        return sequences
+    assert cu_seqlens_q is not None
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     seen_q = _check_offsets("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
