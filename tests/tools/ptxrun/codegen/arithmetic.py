@@ -76,23 +76,23 @@ def _half_pair(g, it, fn, ops, t):
     g.set(it, it.args[0], f"pack16({lo}, {hi})", 32)
 
 
+def _integer_sum(g, it, name):
+    """Translate add or sub of integers, with carry, saturating, or plain."""
+    if "cc" in it.op:
+        return carry(g, it)
+    if "sat" in it.op:
+        g.count("int_alu")
+        return g.set(it, it.args[0], f"{name}sat_s32({g.vals(it.args[1:3], 32)})", 32)
+    integer_binary(g, it, name)
+    return None
+
+
 @instruction("add")
 def add(g, it):
     t = g.ty(it)
     if "f" in t and t[0] in "fb" and t[:2] != "b1" and t not in ("b32", "b64", "b16"):
         return _float_binary(g, it, "add")
-    if "cc" in it.op:
-        return carry(g, it)
-    if "sat" in it.op:
-        g.count("int_alu")
-        return g.set(
-            it,
-            it.args[0],
-            f"addsat_s32({g.vals(it.args[1:3], 32)})",
-            32,
-        )
-    integer_binary(g, it, "add")
-    return None
+    return _integer_sum(g, it, "add")
 
 
 @instruction("sub")
@@ -100,18 +100,7 @@ def sub(g, it):
     t = g.ty(it)
     if t in ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2"):
         return _float_binary(g, it, "sub")
-    if "cc" in it.op:
-        return carry(g, it)
-    if "sat" in it.op:
-        g.count("int_alu")
-        return g.set(
-            it,
-            it.args[0],
-            f"subsat_s32({g.vals(it.args[1:3], 32)})",
-            32,
-        )
-    integer_binary(g, it, "sub")
-    return None
+    return _integer_sum(g, it, "sub")
 
 
 @instruction("addc", "subc", "madc")
