@@ -83,7 +83,7 @@ Result call_python(const char* name, const Arguments&... arguments) {
 
 // A contiguous tensor on this library's device, `like`'s.
 inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
-                    const Tensor& like) {
+                         const Tensor& like) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) {

@@ -71,7 +71,7 @@ void require_values(const Update& u, int64_t total, int64_t cache_rows, int64_t 
 }
 #endif
 
-// The update of caches by k and v, without a rotation.
+// Arguments of an update by k and v, without rotation.
 Update update_of(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                  const Tensor& lengths, const Tensor& cu_seqlens, int64_t max_seqlen,
                  const OptionalTensor& rows, const OptionalTensor& block_table) {

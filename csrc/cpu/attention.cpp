@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kFarthest = int64_t{1} << 62;  // positions can be added to it
 
 Heads heads(const char* name, const Tensor& x, const Tensor& like, int64_t batch,
-                     int64_t seqlen, int64_t num_heads) {
+            int64_t seqlen, int64_t num_heads) {
   KERNELS_CHECK(x.is_cpu() && x.scalar_type() == like.scalar_type() && x.dim() == 4 &&
                     x.size(0) == batch && x.size(1) == seqlen && x.size(2) == num_heads &&
                     x.size(3) == like.size(3) && (x.size(3) == 1 || x.stride(3) == 1),
@@ -71,4 +71,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mistral_kernels, m) {
       "int right, float scale, float softcap) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) { m.impl("attention", TORCH_BOX(&kernels::attention)); }
+STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
+  m.impl("attention", TORCH_BOX(&kernels::attention));
+}

@@ -307,16 +307,9 @@ def softmax_over_keys(
                     s = ahead
                 else:
                     k_block = load_keys(
-                        k,
-                        first,
-                        length,
-                        SOURCE,
-                        BLOCK_N,
-                        HEAD_DIM,
-                        BLOCK_D,
-                        PART == 2 or (RAGGED and PART == 0),
-                        OFFSETS,
-                    )
+                        k, first, length, SOURCE, BLOCK_N, HEAD_DIM, BLOCK_D,
+                        PART == 2 or (RAGGED and PART == 0), OFFSETS,
+                    )  # fmt: skip
                     s = tl.dot(q, k_block.T, input_precision=PRECISION)
                 key = first + tl.arange(0, BLOCK_N)[None, :]
                 # ptxas for sm_90 spills unless right-edge blocks check both edges.
@@ -338,16 +331,9 @@ def softmax_over_keys(
                     ahead = tl.dot(q, k_block.T, input_precision=PRECISION)
                 acc = acc * rescale[:, None]
                 v_block = load_keys(
-                    v,
-                    first,
-                    length,
-                    SOURCE,
-                    BLOCK_N,
-                    HEAD_DIM,
-                    BLOCK_D,
-                    PART == 2 or (RAGGED and PART == 0),
-                    OFFSETS,
-                )
+                    v, first, length, SOURCE, BLOCK_N, HEAD_DIM, BLOCK_D,
+                    PART == 2 or (RAGGED and PART == 0), OFFSETS,
+                )  # fmt: skip
                 acc = tl.dot(p, v_block, acc, input_precision=PRECISION)
     return row_max, row_sum, acc
 
