@@ -1,4 +1,4 @@
-"""What every operator promises: one test per property, over the table in support/operators.py.
+"""The contract of every operator: one test per property, over the table in support/operators.py.
 
 Values and numerics of one operator alone are in its own file; transforms in test_transforms.py.
 """
@@ -106,7 +106,7 @@ def counts(triton_backend: None) -> None:
 
 
 def test_every_operator_has_a_row():
-    """Of those that Python declares, with a fake; csrc's own have none."""
+    """Cover the operators that Python declares, with a fake; csrc's own have none."""
     names = {
         name.removeprefix(NAMESPACE)
         for name in torch._C._dispatch_get_all_op_names()
@@ -118,7 +118,7 @@ def test_every_operator_has_a_row():
 
 
 def test_what_a_row_lacks_has_a_reason():
-    """Where the reason is a test, that test is there."""
+    """Check that a test that a row names as its reason exists."""
     for case in OPERATORS:
         for field in dataclasses.fields(case):
             reason = getattr(case, field.name)

@@ -1,4 +1,4 @@
-"""What a declaration makes of an operator: who serves a call, and what a bad one raises."""
+"""Declared operators: the implementation that serves a call, and the errors of bad calls."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def written_calls():
 
 
 def test_writes_are_counted(backend):
-    """Autograd refuses what was saved before a write, whoever serves it."""
+    """On every backend, autograd refuses a tensor that was saved before a write."""
     for call, written in written_calls():
         before = [x._version for x in written]
         call()

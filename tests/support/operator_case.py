@@ -184,7 +184,7 @@ def _swapped(x: Tensor, i: int, j: int) -> Tensor:
 
 
 def _uneven(x: Tensor) -> Tensor:
-    """Rows that lie behind one another in each group, with room between the groups."""
+    """Return a copy whose rows are contiguous in each group, with gaps between groups."""
     wide = torch.cat((x, x), 0 if x.ndim < 3 else 1)
     return wide[: len(x)] if x.ndim < 3 else wide[:, : x.shape[1]]
 
@@ -282,7 +282,7 @@ def operator_calls(
 
 
 def half_dtype(target: Target) -> torch.dtype:
-    """Of float16 and bfloat16 the one to compile for: both take as many registers."""
+    """Return the half-precision dtype to compile for: both take as many registers."""
     return target.dtypes()[-1]
 
 
