@@ -4,50 +4,16 @@
 #include "buffer.h"
 #include "operator.h"
 
+#include <cstring>
+#include <limits>
+
 namespace kernels {
 namespace {
 
-constexpr int64_t kFarthest = int64_t{1} << 62;  // positions can be added to it
+using Two = std::tuple<Tensor, Tensor>;
 
-Heads heads(const char* name, const Tensor& x, const Tensor& like, int64_t batch,
-            int64_t seqlen, int64_t num_heads) {
-  KERNELS_CHECK(x.is_cpu() && x.scalar_type() == like.scalar_type() && x.dim() == 4 &&
-                    x.size(0) == batch && x.size(1) == seqlen && x.size(2) == num_heads &&
-                    x.size(3) == like.size(3) && (x.size(3) == 1 || x.stride(3) == 1),
-                name, " has the wrong device, dtype, shape or strides");
-  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-               const OptionalTensor& lse, int64_t left, int64_t right, double scale,
-               double softcap) {
-  KERNELS_CHECK(q.dim() == 4 && k.dim() == 4, "q and k must have 4 dimensions");
-  Attention a{};
-  a.batch = q.size(0);
-  a.seqlen_q = q.size(1);
-  a.seqlen_k = k.size(1);
-  a.heads = static_cast<int>(q.size(2));
-  a.kv_heads = static_cast<int>(k.size(2));
-  a.head_dim = static_cast<int>(q.size(3));
-  KERNELS_CHECK(a.head_dim > 0 && a.head_dim <= 256, "head_dim must lie in [1, 256]");
-  check_heads(q.size(2), k.size(2));
-  KERNELS_CHECK(left >= 0 && right >= 0, "left and right must be >= 0");
-  a.q = heads("q", q, q, a.batch, a.seqlen_q, a.heads);
-  a.k = heads("k", k, q, a.batch, a.seqlen_k, a.kv_heads);
-  a.v = heads("v", v, q, a.batch, a.seqlen_k, a.kv_heads);
-  a.out = heads("out", out, q, a.batch, a.seqlen_q, a.heads);
-  if (lse) {
-    KERNELS_CHECK(lse->is_cpu() && lse->scalar_type() == ScalarType::Float &&
-                      lse->is_contiguous() && lse->numel() == a.batch * a.heads * a.seqlen_q,
-                  "lse must be contiguous float32 of (batch, heads, seqlen_q)");
-    a.lse = static_cast<float*>(lse->data_ptr());
-  }
-  a.left = std::min(left, kFarthest);
-  a.right = std::min(right, kFarthest);
-  a.scale = static_cast<float>(scale);
-  a.softcap = static_cast<float>(softcap);
-  a.dtype = checked_dtype("q", q);
-
+// Fills in `packed` itself.
+void run(Attention a) {
   const Sizes sizes = KERNEL(sizes)(a);
   const int64_t kv_heads = a.batch * a.kv_heads;
   const Buffer packed(sizes.packed_bytes);
@@ -62,15 +28,130 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   });
 }
 
+// (batch, seqlen, heads, head_dim), or packed (tokens, heads, head_dim).
+Heads heads_of(const Tensor& x) {
+  const int64_t dim = x.dim();
+  return {x.data_ptr(), dim == 4 ? x.stride(0) : 0, x.stride(dim - 3), x.stride(dim - 2)};
+}
+
+Heads from_token(Heads heads, int64_t token, DType dtype) {
+  heads.data = static_cast<char*>(heads.data) + token * heads.token_stride * size_of(dtype);
+  return heads;
+}
+
+// How far a window of -1, without a bound, reaches: positions can be added to it.
+int64_t reach(int64_t distance) {
+  constexpr int64_t kUnbounded = int64_t{1} << 62;
+  return distance < 0 ? kUnbounded : std::min(distance, kUnbounded);
+}
+
+// Where packed sequences begin, and the last one ends.
+const int32_t* offsets_of(const Tensor& cu_seqlens, int64_t tokens, int64_t max_seqlen) {
+  const auto* offsets = static_cast<const int32_t*>(cu_seqlens.data_ptr());
+  const int64_t last = cu_seqlens.numel() - 1;
+  require(offsets[0] == 0 && offsets[last] <= tokens);
+  for (int64_t i = 0; i < last; ++i) {
+    const int64_t length = int64_t{offsets[i + 1]} - offsets[i];
+    require(length >= 0 && length <= max_seqlen);
+  }
+  return offsets;
+}
+
+// Each sequence by itself. Tokens of no sequence attend to nothing.
+void run_packed(const Attention& a, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  const int32_t* ends_q = offsets_of(cu_seqlens_q, a.seqlen_q, max_seqlen_q);
+  const int32_t* ends_k = offsets_of(cu_seqlens_k, a.seqlen_k, max_seqlen_k);
+  const int64_t batch = cu_seqlens_q.numel() - 1;
+  for (int64_t i = 0; i < batch; ++i) {
+    Attention one = a;
+    one.seqlen_q = ends_q[i + 1] - ends_q[i];
+    one.seqlen_k = ends_k[i + 1] - ends_k[i];
+    one.q = from_token(a.q, ends_q[i], a.dtype);
+    one.out = from_token(a.out, ends_q[i], a.dtype);
+    one.k = from_token(a.k, ends_k[i], a.dtype);
+    one.v = from_token(a.v, ends_k[i], a.dtype);
+    if (a.lse) one.lse = a.lse + ends_q[i];
+    run(one);
+  }
+  const int64_t end = ends_q[batch], rest = a.seqlen_q - end;
+  if (rest == 0) return;
+  std::memset(from_token(a.out, end, a.dtype).data, 0,
+              rest * a.heads * a.head_dim * size_of(a.dtype));
+  for (int64_t head = 0; a.lse && head < a.heads; ++head) {
+    std::fill_n(a.lse + head * a.lse_stride + end, rest, -std::numeric_limits<float>::infinity());
+  }
+}
+
+Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_q,
+            const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+            std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
+            double softcap, bool return_lse) {
+  const bool packed = cu_seqlens_q.has_value();
+  const int64_t dim = packed ? 3 : 4;
+  for (const Tensor* x : {&q, &k, &v}) {
+    require(is_on_cpu(*x, q.scalar_type()) && x->dim() == dim &&
+            x->size(dim - 1) == q.size(dim - 1));
+  }
+  require(same_shape(v, k) && (packed || (!cu_seqlens_k && k.size(0) == q.size(0))));
+  require(softcap == 0 || (softcap >= FLT_MIN && softcap <= FLT_MAX));
+  const int64_t heads = q.size(dim - 2), kv_heads = k.size(dim - 2), head_dim = q.size(dim - 1);
+  Attention a{};
+  a.dtype = required_dtype(q);
+  a.scale = scale_of(softmax_scale, heads, kv_heads, head_dim);
+  a.softcap = static_cast<float>(softcap);
+  a.left = reach(window_left);
+  a.right = reach(window_right);
+  a.batch = packed ? 1 : q.size(0);
+  a.seqlen_q = q.size(dim - 3);
+  a.seqlen_k = k.size(dim - 3);
+  a.heads = static_cast<int>(heads);
+  a.kv_heads = static_cast<int>(kv_heads);
+  a.head_dim = static_cast<int>(head_dim);
+  const Tensor queries = with_unit_stride(q), keys = with_unit_stride(k),
+               values = with_unit_stride(v);
+  a.q = heads_of(queries);
+  a.k = heads_of(keys);
+  a.v = heads_of(values);
+  Tensor out = new_like(q);
+  a.out = heads_of(out);
+  std::vector<int64_t> lse_sizes{0};
+  if (return_lse) lse_sizes = {heads, a.seqlen_q};
+  if (return_lse && !packed) lse_sizes.insert(lse_sizes.begin(), a.batch);
+  Tensor lse = new_tensor(lse_sizes, ScalarType::Float, q);
+  if (return_lse) a.lse = static_cast<float*>(lse.data_ptr());
+  a.lse_stride = a.seqlen_q;
+  if (packed) {
+    const int64_t entries = cu_seqlens_q->numel();
+    require(entries > 0);
+    const Tensor ends_q = vector_of(*cu_seqlens_q, ScalarType::Int, entries);
+    const Tensor ends_k = cu_seqlens_k ? vector_of(*cu_seqlens_k, ScalarType::Int, entries) : ends_q;
+    run_packed(a, ends_q, ends_k, max_seqlen_q, max_seqlen_k);
+  } else {
+    run(a);
+  }
+  return {out, lse};
+}
+
+Two attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                      const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                      int64_t max_seqlen_q, int64_t max_seqlen_k,
+                      std::optional<double> softmax_scale, int64_t window_left,
+                      int64_t window_right, double softcap, const OptionalTensor& alibi_slopes,
+                      bool return_lse) {
+  const auto run = [&] {
+    require(!alibi_slopes);
+    return forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
+                   window_left, window_right, softcap, return_lse);
+  };
+  return run_or_call<Two>("mistral_kernels::attention_forward_python", run, q, k, v, cu_seqlens_q,
+                          cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window_left,
+                          window_right, softcap, alibi_slopes, return_lse);
+}
+
 }  // namespace
 }  // namespace kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mistral_kernels, m) {
-  m.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, int left, "
-      "int right, float scale, float softcap) -> ()");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
-  m.impl("attention", TORCH_BOX(&kernels::attention));
+  m.impl("attention_forward", TORCH_BOX(&kernels::attention_forward));
 }

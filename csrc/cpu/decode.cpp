@@ -28,87 +28,111 @@ void run(Decode d) {
 
 namespace {
 
-const int32_t* int32s(const char* name, const OptionalTensor& x, int64_t size) {
-  return x ? vector_data<int32_t>(name, *x, ScalarType::Int, size) : nullptr;
-}
+using Two = std::tuple<Tensor, Tensor>;
 
-void decode_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                      const Tensor& lengths, int64_t new_tokens, const OptionalTensor& rows,
-                      const OptionalTensor& leftpad, const OptionalTensor& block_table,
-                      int64_t window_left, double scale, const Tensor& out) {
-  KERNELS_CHECK(k_cache.dim() == 4 && v_cache.dim() == 4 && q.dim() == 3,
-                "q must have 3 dimensions, k_cache and v_cache 4");
-  Decode d{};
-  d.batch = q.size(0);
-  d.num_heads = q.size(1);
-  d.head_dim = q.size(2);
-  d.num_kv_heads = k_cache.size(2);
-  for (const Tensor* x : {&q, &k_cache, &v_cache, &out}) {
-    KERNELS_CHECK(x->is_cpu() && x->scalar_type() == q.scalar_type() &&
-                      x->stride(x->dim() - 1) == 1 && x->size(x->dim() - 1) == d.head_dim,
-                  "q, k_cache, v_cache and out must be on the CPU, of one dtype and head_dim, "
-                  "contiguous in it");
-  }
-  for (int i = 0; i < 3; ++i) {
-    KERNELS_CHECK(v_cache.size(i) == k_cache.size(i), "v_cache must have k_cache's shape");
-    d.k_strides[i] = k_cache.stride(i);
-    d.v_strides[i] = v_cache.stride(i);
-  }
-  check_heads(d.num_heads, d.num_kv_heads);
-  KERNELS_CHECK(d.head_dim > 0, "head_dim must be positive");
-  KERNELS_CHECK(new_tokens >= 0 && new_tokens <= INT32_MAX, "new_tokens must lie in [0, 2^31), got ",
-                new_tokens);
-  KERNELS_CHECK(out.numel() == q.numel() && out.is_contiguous(), "out must be q's, contiguous");
-  d.q = q.data_ptr();
-  d.k_cache = k_cache.data_ptr();
-  d.v_cache = v_cache.data_ptr();
-  d.out = out.data_ptr();
-  d.q_strides[0] = q.stride(0);
-  d.q_strides[1] = q.stride(1);
-  d.lengths = int32s("lengths", lengths, d.batch);
-  d.rows = int32s("rows", rows, d.batch);
-  d.leftpad = int32s("leftpad", leftpad, d.batch);
-  d.new_tokens = new_tokens;
-  d.capacity = d.page_size = k_cache.size(1);
-  if (block_table) {
-    KERNELS_CHECK(block_table->dim() == 2, "block_table must be (batch, max_pages)");
-    d.max_pages = block_table->size(1);
-    d.block_table = int32s("block_table", block_table, d.batch * d.max_pages);
-    d.capacity *= d.max_pages;
-  }
-  KERNELS_CHECK(d.capacity > 0, "the caches have no slots");
-  d.window_left = window_left;
-  d.scale = static_cast<float>(scale);
-  d.dtype = checked_dtype("q", q);
+// Index tensors say which memory is read.
+void require_places(const Decode& d, int64_t cache_rows) {
+  const auto require_row = [&](int64_t row) { require(row >= 0 && row < cache_rows); };
   for (int64_t sequence = 0; sequence < d.batch; ++sequence) {
-    KERNELS_CHECK(d.lengths[sequence] >= 0, "lengths must be >= 0, got ", d.lengths[sequence]);
-    KERNELS_CHECK(!d.leftpad || d.leftpad[sequence] >= 0, "leftpad must be >= 0, got ",
-                  d.leftpad[sequence]);
+    const int64_t length = d.lengths[sequence];
+    require(length >= 0 && length + d.new_tokens <= INT32_MAX);
+    require(!d.leftpad || d.leftpad[sequence] >= 0);
+    if (!d.block_table) require_row(d.rows ? d.rows[sequence] : sequence);
     const Span span = visible(d, sequence);
-    const auto check = [&](const char* name, int64_t outer) {
-      KERNELS_CHECK(outer >= 0 && outer < k_cache.size(0), name, " must lie in [0, ",
-                    k_cache.size(0), "), got ", outer);
-    };
-    if (!block_table) check("rows", rows ? d.rows[sequence] : sequence);
-    for (int64_t position = span.begin; block_table && position < span.end;) {
+    for (int64_t position = span.begin; d.block_table && position < span.end;) {
       const int64_t page = position % d.capacity / d.page_size;
-      check("block_table", d.block_table[sequence * d.max_pages + page]);
+      require_row(d.block_table[sequence * d.max_pages + page]);
       position += d.page_size - position % d.page_size;
     }
   }
+}
+
+// One token of each sequence: q is (batch, heads, head_dim), or (batch, 1, heads, head_dim).
+Tensor decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths,
+              int64_t seqlen_new, const OptionalTensor& rows, const OptionalTensor& leftpad,
+              const OptionalTensor& block_table, const OptionalTensor& cu_seqlens,
+              std::optional<double> softmax_scale, int64_t window_left) {
+  const int64_t dim = cu_seqlens ? 3 : 4;
+  require(is_on_cpu(q, q.scalar_type()) && q.dim() == dim && (cu_seqlens || q.size(1) == 1));
+  for (const Tensor* x : {&k_cache, &v_cache}) {
+    require(is_on_cpu(*x, q.scalar_type()) && x->dim() == 4 && x->size(3) == q.size(dim - 1) &&
+            (x->size(3) == 1 || x->stride(3) == 1));
+  }
+  require(same_shape(v_cache, k_cache) && !(rows && block_table));
+  Decode d{};
+  d.dtype = required_dtype(q);
+  d.batch = q.size(0);
+  d.num_heads = q.size(dim - 2);
+  d.head_dim = q.size(dim - 1);
+  d.num_kv_heads = k_cache.size(2);
+  d.scale = scale_of(softmax_scale, d.num_heads, d.num_kv_heads, d.head_dim);
+  d.window_left = window_left;
+  const Tensor queries = with_unit_stride(q);
+  d.q = queries.data_ptr();
+  d.q_strides[0] = queries.stride(0);
+  d.q_strides[1] = queries.stride(dim - 2);
+  d.k_cache = k_cache.data_ptr();
+  d.v_cache = v_cache.data_ptr();
+  for (int i = 0; i < 3; ++i) {
+    d.k_strides[i] = k_cache.stride(i);
+    d.v_strides[i] = v_cache.stride(i);
+  }
+  std::vector<Tensor> indices;  // that the pointers below are of
+  const auto int32s = [&](const Tensor& x) {
+    indices.push_back(vector_of(x, ScalarType::Int, d.batch));
+    return static_cast<const int32_t*>(indices.back().data_ptr());
+  };
+  d.lengths = int32s(lengths);
+  if (rows) d.rows = int32s(*rows);
+  if (leftpad) d.leftpad = int32s(*leftpad);
+  d.new_tokens = cu_seqlens ? 1 : seqlen_new;
+  d.capacity = d.page_size = k_cache.size(1);
+  if (block_table) {
+    require(is_on_cpu(*block_table, ScalarType::Int) && block_table->dim() == 2 &&
+            block_table->size(0) == d.batch);
+    indices.push_back(as_contiguous(*block_table));
+    d.block_table = static_cast<const int32_t*>(indices.back().data_ptr());
+    d.max_pages = block_table->size(1);
+    d.capacity *= d.max_pages;
+  }
+  require(d.capacity > 0 && d.new_tokens >= 0 && d.new_tokens <= INT32_MAX);
+  if (cu_seqlens) {
+    const Tensor ends = vector_of(*cu_seqlens, ScalarType::Int, d.batch + 1);
+    const auto* offsets = static_cast<const int32_t*>(ends.data_ptr());
+    for (int64_t i = 0; i <= d.batch; ++i) require(offsets[i] == i);
+  }
+  require_places(d, k_cache.size(0));
+  Tensor out = new_like(q);
+  d.out = out.data_ptr();
   run(d);
+  return out;
+}
+
+// Serves a decode step, whose token is in the cache, without softcap, ALiBi and log-sum-exp.
+Two cached_attention(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
+                     const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths,
+                     int64_t seqlen_new, const OptionalTensor& rows, const OptionalTensor& leftpad,
+                     const OptionalTensor& block_table, const OptionalTensor& cu_seqlens,
+                     int64_t max_seqlen_q, std::optional<double> softmax_scale,
+                     int64_t window_left, int64_t window_right, double softcap,
+                     const OptionalTensor& alibi_slopes, bool return_lse, int64_t num_splits,
+                     const OptionalTensor& counters) {
+  const auto run = [&]() -> Two {
+    require(!k && !v && !alibi_slopes && softcap == 0 && !return_lse && max_seqlen_q == 1);
+    require(num_splits >= 0 && num_splits <= INT32_MAX && !counters);
+    return {decode(q, k_cache, v_cache, lengths, seqlen_new, rows, leftpad, block_table, cu_seqlens,
+                   softmax_scale, window_left),
+            absent(ScalarType::Float, q)};
+  };
+  return run_or_call<Two>("mistral_kernels::cached_attention_python", run, q, k, v, k_cache,
+                          v_cache, lengths, seqlen_new, rows, leftpad, block_table, cu_seqlens,
+                          max_seqlen_q, softmax_scale, window_left, window_right, softcap,
+                          alibi_slopes, return_lse, num_splits, counters);
 }
 
 }  // namespace
 }  // namespace kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mistral_kernels, m) {
-  m.def(
-      "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, int new_tokens, "
-      "Tensor? rows, Tensor? leftpad, Tensor? block_table, int window_left, float scale, "
-      "Tensor(a!) out) -> ()");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CPU, m) {
-  m.impl("decode_attention", TORCH_BOX(&kernels::decode_attention));
+  m.impl("cached_attention", TORCH_BOX(&kernels::cached_attention));
 }

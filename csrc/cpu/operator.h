@@ -4,6 +4,9 @@
 #include "../operator.h"
 #include "instruction_sets.h"
 
+#include <cfloat>
+#include <cmath>
+
 #include <torch/csrc/stable/ops.h>
 
 namespace kernels {
@@ -54,6 +57,12 @@ inline Tensor as_contiguous(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
+// x, or a copy whose last dimension is contiguous.
+inline Tensor with_unit_stride(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
 inline Parts parts_of(const Tensor& x, int64_t inner_dims) {
   if (auto parts = parts_in_place(x, inner_dims)) return *std::move(parts);
   return *parts_in_place(torch::stable::contiguous(x), inner_dims);
@@ -90,6 +99,18 @@ inline void check_heads(int64_t heads, int64_t kv_heads) {
   KERNELS_CHECK(kv_heads > 0 && heads > 0 && heads <= INT32_MAX && heads % kv_heads == 0,
                 "the kv heads must divide the query heads, and both be positive, got ", kv_heads,
                 " and ", heads);
+}
+
+constexpr int64_t kMaxHeadDim = 256;
+
+// Of attention: the factor of the products of queries and keys.
+inline float scale_of(const std::optional<double>& softmax_scale, int64_t heads, int64_t kv_heads,
+                      int64_t head_dim) {
+  require(heads > 0 && heads <= INT32_MAX && kv_heads > 0 && heads % kv_heads == 0);
+  require(head_dim > 0 && head_dim <= kMaxHeadDim);
+  const double scale = softmax_scale.value_or(std::pow(static_cast<double>(head_dim), -0.5));
+  require(scale > 0 && scale <= FLT_MAX);
+  return static_cast<float>(scale);
 }
 
 // How many rows are worth a thread.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from support.helpers import FLOATS, assert_as_accurate
 from torch import Tensor
 
 from mistral_kernels.ops import reference
-from mistral_kernels.ops.attention.window import UNBOUNDED
+from mistral_kernels.ops.attention.ops import attention_forward_op
+from mistral_kernels.ops.attention.spec import AttentionSpec, Sequences
+from mistral_kernels.ops.attention.window import Window
 
 # Lengths of queries and keys, heads, kv heads, head_dim, window to the left and right, softcap.
 CASES = [
@@ -29,11 +32,12 @@ CASES = [
 def attend(
     operators: Any, q: Tensor, k: Tensor, v: Tensor, left: Any, right: Any, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1])
-    reach = (UNBOUNDED if x is None else x for x in (left, right))
-    operators.attention(q, k, v, out, lse, *reach, q.shape[-1] ** -0.5, softcap)
-    return out, lse
+    spec = AttentionSpec(
+        Sequences(None, None, q.shape[1], k.shape[1]),
+        Window(*(-1 if x is None else x for x in (left, right))),
+        softcap=softcap,
+    )
+    return operators.attention_forward(q, k, v, *spec.flatten(), True)
 
 
 def make(seqlen_q: int, seqlen_k: int, heads: int, kv_heads: int, head_dim: int, dtype: Any) -> Any:
@@ -96,3 +100,47 @@ def test_extreme_scores(dtype, operators):
     out, lse = attend(operators, q, k, v, None, 0, 0.0)
     torch.testing.assert_close(out, v[:, -1:].expand_as(out))
     assert (lse == 16 * 100.0 * 100.0 / 4).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_packed(dtype, operators):
+    """Each sequence has the bits that it has alone; tokens of no sequence attend to nothing."""
+    lengths = [(3, 3), (0, 0), (70, 90), (0, 5), (4, 0), (1, 130)]
+    ends_q, ends_k = (
+        torch.tensor([0, *itertools.accumulate(x)]).int() for x in zip(*lengths, strict=True)
+    )
+    q, k, v = (x[0] for x in make(int(ends_q[-1]) + 2, int(ends_k[-1]) + 1, 6, 2, 40, dtype))
+    spec = AttentionSpec(Sequences(ends_q, ends_k, 70, 130), Window(50, 0), softcap=20.0)
+    out, lse = attention_forward_op(q, k, v, *spec.flatten(), True)
+    assert not attention_forward_op(q, k, v, *spec.flatten(), False)[1].numel()
+    spans = (itertools.pairwise(ends.tolist()) for ends in (ends_q, ends_k))
+    for (begin, end), keys in zip(*spans, strict=True):
+        one = (q[None, begin:end], *(x[None, slice(*keys)] for x in (k, v)))
+        alone, alone_lse = attend(operators, *one, 50, 0, 20.0)
+        assert torch.equal(out[begin:end], alone[0])
+        assert torch.equal(lse[:, begin:end], alone_lse[0])
+    assert not out[ends_q[-1] :].any()
+    assert (lse[:, ends_q[-1] :] == -torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cu_seqlens_q": [1, 3, 5]}, "cu_seqlens_q must begin with 0 and never decrease"),
+        ({"cu_seqlens_q": [0, 4, 3]}, "cu_seqlens_q must begin with 0 and never decrease"),
+        ({"cu_seqlens_k": [0, 1 << 26, 5]}, "cu_seqlens_k must begin with 0 and never decrease"),
+        ({"cu_seqlens_k": [0, 3, 6]}, "cu_seqlens_k ends at 6, past the 5 tokens of k"),
+        ({"max_seqlen_q": 2}, "max_seqlen_q is 2, but a sequence of cu_seqlens_q has 3 tokens"),
+    ],
+)
+def test_packed_out_of_range(change, message, operators):
+    """Offsets say which memory is read."""
+    q, k, v = (torch.randn(5, n, 8) for n in (4, 2, 2))
+    offsets = {name: torch.tensor([0, 2, 5]).int() for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    sequences = Sequences(**offsets, max_seqlen_q=3, max_seqlen_k=3)
+    for name, value in change.items():
+        new = torch.tensor(value).int() if isinstance(value, list) else value
+        sequences = sequences._replace(**{name: new})
+    arguments = AttentionSpec(sequences, Window(-1, 0)).flatten()
+    with pytest.raises(ValueError, match=message):
+        attention_forward_op(q, k, v, *arguments, False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from mistral_kernels.ops import extension
 from mistral_kernels.ops.attention.ops import attend_cached
 from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
+from mistral_kernels.ops.attention.torch_backend import blocked_forward
 from mistral_kernels.ops.attention.torch_cache import cached_forward
 from mistral_kernels.ops.attention.window import Window
 
@@ -116,9 +117,7 @@ def attend(q: Tensor, cache: CacheView, window_left: int) -> Tensor:
 
 
 def attend_in_pytorch(q: Tensor, cache: CacheView, window_left: int) -> Tensor:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extension, "load", lambda device_type: None)
-        return cached_forward(q, None, None, spec_of(cache, window_left), False)[0]
+    return cached_forward(q, None, None, spec_of(cache, window_left), False, blocked_forward)[0]
 
 
 def assert_attends(q: Tensor, cache: CacheView, window_left: int) -> Tensor:
@@ -210,48 +209,22 @@ def test_extreme_scores(operators):
     torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
-RING = torch.randn(2, 16, 2, 8)
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("kind", "name", "value", "message"),
     [
-        ({"q": torch.randn(2, 4, 16)}, "must be on the CPU, of one dtype and head_dim, contiguous"),
-        ({"q": torch.randn(2, 4, 8).half()}, "must be on the CPU, of one dtype and head_dim"),
-        ({"q": torch.randn(2, 8, 4).mT}, "must be on the CPU, of one dtype and head_dim, cont"),
-        ({"q": torch.randn(2, 3, 8)}, "kv heads must divide the query heads, .* 2 and 3"),
-        ({"q": torch.randn(8, 8)}, "q must have 3 dimensions, k_cache and v_cache 4"),
-        ({"v_cache": RING[:, :15]}, "v_cache must have k_cache's shape"),
-        ({"k_cache": RING[:, :0], "v_cache": RING[:, :0]}, "the caches have no slots"),
-        ({"k_cache": RING[:1], "v_cache": RING[:1]}, r"rows must lie in \[0, 1\), got 1"),
-        ({"lengths": torch.tensor([1, -1]).int()}, "lengths must be >= 0, got -1"),
-        ({"lengths": torch.tensor([1, 1])}, "lengths must be on the CPU, of another dtype"),
-        ({"lengths": torch.tensor([1]).int()}, "lengths must be contiguous, of 2"),
-        ({"rows": torch.tensor([0, 2]).int()}, r"rows must lie in \[0, 2\), got 2"),
-        ({"leftpad": torch.tensor([0]).int()}, "leftpad must be contiguous, of 2"),
-        ({"block_table": torch.tensor([0, 1]).int()}, r"block_table must be \(batch, max_pages\)"),
-        (
-            {"block_table": torch.tensor([[0, 1], [1, -1]]).int()},
-            r"block_table must lie in \[0, 2\), got -1",
-        ),
-        ({"out": torch.empty(2, 3, 8)}, "out must be q's, contiguous"),
+        ("flat", "lengths", -1, r"lengths must be in \[0, 2147483647\], got -1 to"),
+        ("flat", "lengths", 2**31 - 1, r"lengths must be in \[0, 2147483646\], got 0 to 214"),
+        ("rows", "rows", 6, r"rows must be in \[0, 5\], got 0 to 6"),
+        ("leftpad", "leftpad", -3, r"leftpad must be in \[0, 2147483647\], got -3 to"),
+        ("paged", "block_table", -1, r"block_table must be in \[0, 10\], got -1 to"),
+        ("paged", "block_table", 11, r"block_table must be in \[0, 10\], got 0 to 11"),
     ],
 )
-def test_bad_arguments_of_attention(change, message):
-    if not extension.load("cpu"):
-        pytest.skip(extension.status("cpu"))
-    arguments = {
-        "q": torch.randn(2, 4, 8),
-        "k_cache": RING,
-        "v_cache": RING,
-        "lengths": torch.tensor([7, 20]).int(),
-        "new_tokens": 1,
-        "rows": None,
-        "leftpad": None,
-        "block_table": None,
-        "window_left": -1,
-        "scale": 0.5,
-        "out": torch.empty(2, 4, 8),
-    }
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.mistral_kernels.decode_attention(**arguments | change)
+def test_indices_out_of_range(kind, name, value, message, operators):
+    """They say which memory is read."""
+    cache = make_cache(kind, 3, 40, 2, 64, torch.float32)
+    indices = torch.zeros_like(getattr(cache, name))
+    cache = cache._replace(**{"lengths": torch.full((3,), 39).int(), name: indices})
+    indices.view(-1)[1] = value
+    with pytest.raises(ValueError, match=message):
+        attend(make_queries(cache, 4), cache, -1)

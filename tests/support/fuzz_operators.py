@@ -618,19 +618,6 @@ OPERATORS: dict[str, tuple[Callable[..., Any], ...]] = {
 # csrc's own operators: arguments and the tensors that they write.
 
 
-def csrc_attention(dtype: torch.dtype) -> Arguments:
-    (q, k, v), options = [floats(2, 5, h, 24, dtype=dtype) for h in (6, 2, 2)], (3, 0, 0.3, 0.8)
-    return [q, k, v, torch.empty_like(q), random.choice((None, torch.empty(2, 6, 5))), *options]
-
-
-def csrc_decode_attention(dtype: torch.dtype) -> Arguments:
-    k_cache, v_cache, rows, table = cache(dtype, 2, 2, 24)
-    q = floats(2, 6, 24, dtype=dtype)
-    leftpad = random.choice((None, int32(0, 2)))
-    lengths = int32(*some_lengths(2, 9))
-    return [q, k_cache, v_cache, lengths, 1, rows, leftpad, table, 3, 0.3, torch.empty_like(q)]
-
-
 def csrc_make_decoder(dtype: torch.dtype) -> Arguments:
     def x(*shape: int) -> Tensor:
         return floats(*shape, dtype=dtype)
@@ -649,8 +636,6 @@ def csrc_decoder_step(dtype: torch.dtype) -> Arguments:
 
 
 CSRC: dict[str, Callable[[torch.dtype], Arguments]] = {
-    "attention": csrc_attention,
-    "decode_attention": csrc_decode_attention,
     "make_decoder": csrc_make_decoder,
     "decoder_step": csrc_decoder_step,
 }

@@ -264,7 +264,7 @@ void attend_block(const Attention& a, const Layout<Unit>& layout, char* scratch,
       store(to + i, load(from + i, count) * inverse, count);
     });
     if (a.lse) {
-      a.lse[(batch * a.heads + query_head(row)) * a.seqlen_q + query(row)] =
+      a.lse[(batch * a.heads + query_head(row)) * a.lse_stride + query(row)] =
           row_max[row] + __builtin_logf(total);
     }
   }

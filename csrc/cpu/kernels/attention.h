@@ -13,6 +13,7 @@ constexpr int kKeyBlock = 64;
 struct Attention {
   Heads q, k, v, out;  // (batch, seqlen, heads, head_dim)
   float* lse;    // (batch, heads, seqlen_q), or null
+  int64_t lse_stride;  // between heads
   char* packed;  // packed_bytes() for pack_keys to fill
   int64_t batch, seqlen_q, seqlen_k;
   int heads, kv_heads, head_dim;

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_kernels.ops import extension
 from mistral_kernels.ops.attention.checks import (
     check_attention,
     check_cached_attention,
@@ -30,8 +29,7 @@ from mistral_kernels.ops.attention.torch_backend import (
     empty_outputs,
     wide,
 )
-from mistral_kernels.ops.attention.torch_cache import cached_forward, decode_csrc, is_decode_step
-from mistral_kernels.ops.cache_arguments import check_packing
+from mistral_kernels.ops.attention.torch_cache import cached_forward
 from mistral_kernels.ops.checks import check_device, check_same_dtype, check_shape
 from mistral_kernels.ops.dispatch import uses_triton
 from mistral_kernels.ops.operator import Function, Operator, absent, needs_gradient, run_backward
@@ -77,6 +75,7 @@ attention_forward_op = Operator(
     check=_no_check,
     torch=_forward_torch,
     triton=_forward_triton,
+    csrc=("cpu",),  # except ALiBi
 )
 
 
@@ -189,18 +188,15 @@ def _cached_triton(
 def _cached_torch(
     q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    return_lse, spec = args[-3], _check_cached(q, k, v, *args)
-    if is_decode_step(q, k, spec, return_lse) and extension.serves(q):
-        sequences = spec.sequences
-        if sequences.cu_seqlens_q is not None:  # which csrc does not need
-            check_packing(sequences.cu_seqlens_q, sequences.max_seqlen_q, q.shape[0])
-        try:
-            return decode_csrc(q, spec), absent(q, wide(q.dtype))
-        except RuntimeError:  # csrc checks values itself: no need to do it twice
-            check_cached_values(q, spec)
-            raise
+    spec = _check_cached(q, k, v, *args)
     check_cached_values(q, spec)
-    return cached_forward(q, k, v, spec, return_lse)
+    return cached_forward(q, k, v, spec, args[-3], _attend)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    return attention_forward_op(q, k, v, *spec.flatten(), return_lse)
 
 
 def _cached_fake(
@@ -218,6 +214,7 @@ _cached_attention_op = Operator(
     check=_no_check,
     torch=_cached_torch,
     triton=_cached_triton,
+    csrc=("cpu",),  # a decode step: one token of each sequence, in the cache
 )
 
 

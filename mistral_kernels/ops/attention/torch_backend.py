@@ -4,8 +4,6 @@ A block of rows meets one slice of keys, so time and memory follow the window; n
 nor the mask of a whole sequence is ever allocated. Inside a block PyTorch's
 `scaled_dot_product_attention` does the work. It has no softcap and returns no log-sum-exp; calls
 that need one use the formula.
-
-Where csrc's library is loaded, it runs the forward pass on CPU tensors in one call, except ALiBi.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mistral_kernels.ops import extension
 from mistral_kernels.ops.attention.spec import AttentionSpec
 from mistral_kernels.ops.attention.window import (
     distances,
@@ -27,7 +24,6 @@ from mistral_kernels.ops.attention.window import (
     triangle_rows,
     visible,
 )
-from mistral_kernels.ops.dispatch import with_unit_stride
 from mistral_kernels.ops.operator import absent
 
 # Rows of a block. More rows waste more masked keys, fewer rows cost more calls.
@@ -177,8 +173,6 @@ def _share(scores: Tensor, p: Tensor, lse: Tensor) -> Tensor:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    if spec.alibi_slopes is None and extension.serves(q):
-        return _forward_csrc(q, k, v, spec, return_lse)
     batch, seqlen_q, num_heads, _ = q.shape
     blocks = _blocks(q, k, spec, needs_formula=return_lse or bool(spec.softcap))
     biases = _Biases(q, k, spec)
@@ -197,19 +191,6 @@ def _forward(
         out[:, block.rows] = part
         if lse is not None and part_lse is not None:
             lse[:, :, block.rows] = part_lse
-    return out, lse
-
-
-def _forward_csrc(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    batch, seqlen_q, num_heads, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(batch, num_heads, seqlen_q) if return_lse else None
-    torch.ops.mistral_kernels.attention(
-        *(with_unit_stride(x) for x in (q, k, v)),
-        *(out, lse, *spec.window.reach, spec.scale(q.shape[-1]), spec.softcap),
-    )
     return out, lse
 
 

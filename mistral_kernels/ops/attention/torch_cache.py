@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView
-from mistral_kernels.ops.attention.torch_backend import blocked_forward, empty_outputs, wide
+from mistral_kernels.ops.attention.torch_backend import empty_outputs, wide
 from mistral_kernels.ops.attention.window import keys_of_rows, visible
-from mistral_kernels.ops.dispatch import with_unit_stride
 from mistral_kernels.ops.operator import absent
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionSpec, bool], tuple[Tensor, Tensor]]
@@ -23,7 +22,7 @@ def cached_forward(
     v: Tensor | None,
     spec: AttentionSpec,
     return_lse: bool,
-    attend: Attend = blocked_forward,
+    attend: Attend,
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the log-sum-exp, `absent` if not wanted. Read `lengths` on the host.
 
@@ -36,7 +35,7 @@ def cached_forward(
     if not cache.lengths.numel():
         return empty_outputs(q, return_lse)
     whole_rows = cache.rows is None and cache.block_table is None
-    if whole_rows and is_decode_step(q, k, spec, return_lse):
+    if whole_rows and _is_decode_step(q, k, spec, return_lse):
         return _decode(q, spec), absent(q, wide(q.dtype))
     packed = cu_seqlens is not None
     offsets = cu_seqlens.tolist() if cu_seqlens is not None else []
@@ -90,29 +89,12 @@ def _in_order(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def is_decode_step(q: Tensor, k: Tensor | None, spec: AttentionSpec, return_lse: bool) -> bool:
+def _is_decode_step(q: Tensor, k: Tensor | None, spec: AttentionSpec, return_lse: bool) -> bool:
     """Return whether each sequence has one token, in the cache, without softcap, ALiBi and lse."""
     assert spec.cache is not None
     plain = spec.alibi_slopes is None and not spec.softcap and not return_lse
     one_each = spec.sequences.max_seqlen_q == 1 and len(q) == spec.cache.lengths.numel()
     return plain and k is None and one_each
-
-
-def decode_csrc(q: Tensor, spec: AttentionSpec) -> Tensor:
-    """Run a decode step, see `is_decode_step`, in csrc, which checks index tensors' values."""
-    cache = spec.cache
-    assert cache is not None
-    queries = with_unit_stride(q if q.ndim == 3 else q.squeeze(1))
-    out = torch.empty(queries.shape, dtype=q.dtype)
-    places = [
-        None if x is None else x.contiguous()
-        for x in (cache.rows, cache.leftpad, cache.block_table)
-    ]
-    torch.ops.mistral_kernels.decode_attention.default(
-        *(queries, cache.k_cache, cache.v_cache, cache.lengths.contiguous(), _new_tokens(spec)),
-        *(*places, spec.window.left, spec.scale(q.shape[-1]), out),
-    )
-    return out if q.ndim == 3 else out.unsqueeze(1)
 
 
 def _new_tokens(spec: AttentionSpec) -> int:
