@@ -240,8 +240,7 @@ class Step {
   }
 
  private:
-  kernels::Update update_of(const Tensor& cos, const Tensor& sin,
-                                  const Tensor& lengths) const {
+  kernels::Update update_of(const Tensor& cos, const Tensor& sin, const Tensor& lengths) const {
     const int64_t element = size_of(s_.dtype), head = s_.head_dim, token = s_.qkv();
     KERNELS_CHECK(cos.dim() == 2, "cos must be (positions, ", s_.head_dim / 2, ")");
     const auto table = [&](const char* name, const Tensor& x) {
@@ -273,7 +272,7 @@ class Step {
   }
 
   kernels::Update with_rings(kernels::Update u, const Tensor& k_cache,
-                                   const Tensor& v_cache) const {
+                             const Tensor& v_cache) const {
     const int64_t head = s_.head_dim, slot = s_.kv_heads * head;
     const int64_t capacity = k_cache.dim() == 4 ? k_cache.size(1) : 0;
     const auto ring = [&](const char* name, const Tensor& x) {

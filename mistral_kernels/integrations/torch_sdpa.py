@@ -159,9 +159,9 @@ def _forward(
     if block_table is None:
         _refuse(seqused_k=seqused_k)
         check_qkv(query, key, value, 4 if cum_seq_q is None else 3, ("query", "key", "value"))
+        spec = AttentionSpec(Sequences(cum_seq_q, cum_seq_k, max_q, max_k), window, scale)
         out, lse = torch.ops.mistral_kernels.attention_forward(
-            *(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, scale, *window),
-            *(0.0, None, True),
+            query, key, value, *spec.flatten(), True
         )
     else:
         if cum_seq_q is None or seqused_k is None:
@@ -209,9 +209,10 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     _check(query, dropout_p)
     inputs = [with_unit_stride(x) for x in (query, key, value)]
+    window = _window(is_causal, window_size_left, window_size_right)
+    spec = AttentionSpec(Sequences(cum_seq_q, cum_seq_k, max_q, max_k), window, scale)
     grads = torch.ops.mistral_kernels.attention_backward(
-        *(grad_out, *inputs, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, scale),
-        *(*_window(is_causal, window_size_left, window_size_right), 0.0, None, True, True, True),
+        *(grad_out, *inputs, out, logsumexp), *spec.flatten(), True, True, True
     )
     return tuple(
         _laid_out_like(x, grad) for x, grad in zip((query, key, value), grads, strict=True)

@@ -25,6 +25,7 @@ from mistral_kernels.model.decoder import CausalLM, MistralModel
 from mistral_kernels.model.layers import MLP, Attention, DecoderLayer, FusedLinear, Linear, RMSNorm
 from mistral_kernels.model.sampling import NextTokens
 from mistral_kernels.ops import extension
+from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.linear import KERNEL_ROWS
 from mistral_kernels.ops.operator import in_transform
 
@@ -205,13 +206,12 @@ def decoder_arguments(model: CausalLM) -> tuple[Any, ...]:
         weights += [*_weight_and_scales(attention.qkv_proj), *_weight_and_scales(attention.o_proj)]
         weights += [layer.post_attention_layernorm.weight.detach()]
         weights += [*_weight_and_scales(mlp.gate_up_proj), *_weight_and_scales(mlp.down_proj)]
-    windows = [layer.self_attn.sliding_window for layer in layers]
     return (
         model.model.embed_tokens.weight.detach(),
         weights,
         model.model.norm.weight.detach(),
         *_weight_and_scales(model.lm_head),
-        [-1 if window is None else window - 1 for window in windows],
+        [resolve_window(True, None, x.self_attn.sliding_window).left for x in layers],
         model.config.head_dim,
         model.config.rms_norm_eps,
     )

@@ -121,6 +121,8 @@ class Operator(Generic[R]):
             and dispatch.uses_csrc(device_type)
             and extension.load(device_type)
         ):
+            if not self.overload.has_kernel_for_dispatch_key(device_type.upper()):
+                raise RuntimeError(f"csrc must register {self.overload.name()} for {device_type}")
             return self.overload(*args)
         return self._run(*args)
 

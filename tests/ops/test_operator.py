@@ -37,6 +37,24 @@ def served(monkeypatch):
     return seen
 
 
+UNREGISTERED = """
+import torch
+from mistral_kernels.ops.operator import Operator
+double = Operator(
+    "double", "(Tensor x) -> Tensor", fake=torch.empty_like, check=lambda x: None,
+    torch=lambda x: 2 * x, csrc=("cpu",),
+)
+print(double(torch.ones(2)))
+"""
+
+
+def test_csrc_lacks_a_kernel(served):
+    """A declaration without its part in csrc is named, not called for ever."""
+    done = subprocess.run([sys.executable, "-c", UNREGISTERED], capture_output=True, text=True)
+    message = "RuntimeError: csrc must register mistral_kernels::double for cpu"
+    assert done.stderr.splitlines()[-1] == message
+
+
 def test_csrc_serves_cpu_tensors(served):
     expected = torch.nn.functional.silu(X) * X
     for call in (mk.swiglu, ops.swiglu_forward, torch.compile(mk.swiglu, backend="aot_eager")):

@@ -3,7 +3,8 @@
     out = softmax(scale * q k^T + bias) v        over the keys that the window lets a query see
 
 Query head h reads kv head h // (num_heads / num_kv_heads). Sequences are aligned at their ends: the
-last query stands on the last key. Windows are interpreted in `window.py` and nowhere else.
+last query stands on the last key. `window.py` says
+what a window's numbers mean.
 """
 
 from __future__ import annotations

@@ -95,6 +95,16 @@ class AttentionSpec(NamedTuple):
     alibi_slopes: Tensor | None = None
     cache: CacheView | None = None
 
+    @property
+    def needs_formula(self) -> bool:
+        """Whether the scores are none that PyTorch's attention can compute, whatever its mask."""
+        return bool(self.softcap)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the scores are scaled products, of which the window alone hides some."""
+        return not self.needs_formula and self.alibi_slopes is None
+
     def flatten(self) -> tuple[Any, ...]:
         """Return the values that `SCHEMA` names, or `CACHE_SCHEMA` if there is a cache."""
         sequences = self.sequences

@@ -174,7 +174,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     batch, seqlen_q, num_heads, _ = q.shape
-    blocks = _blocks(q, k, spec, needs_formula=return_lse or bool(spec.softcap))
+    blocks = _blocks(q, k, spec, needs_formula=return_lse)
     biases = _Biases(q, k, spec)
     if len(blocks) == 1 and blocks[0].shape[0] == seqlen_q:
         keys = blocks[0].keys
@@ -202,7 +202,7 @@ def _blocks(q: Tensor, k: Tensor, spec: AttentionSpec, needs_formula: bool) -> l
     blocks = []
     start = rows.start
     size = triangle_rows(seqlen_q, seqlen_k, window)
-    plain = not needs_formula and spec.alibi_slopes is None
+    plain = spec.is_plain and not needs_formula
     plain &= q.is_cpu or q.dtype.itemsize == 2  # on a GPU only flash takes grouped queries
     little = size**2 * batch * num_heads * head_dim <= _TRIANGLE_WORK
     if plain and size and (size <= _BLOCK_ROWS or little or size >= _TRIANGLE_ROWS):
@@ -284,7 +284,7 @@ def _attend(
     stacked, bias = _stack(q, biases.groups), biases.of(block)
     # On a GPU a mask must have q's dtype (cuDNN reads any other as if it had), which holds 0 and
     # -inf, but not ALiBi's distances.
-    if not (spec.softcap or return_lse) and (q.is_cpu or spec.alibi_slopes is None):
+    if not (spec.needs_formula or return_lse) and (q.is_cpu or spec.is_plain):
         if bias is not None and not q.is_cpu:
             bias = bias.to(q.dtype)
         out = F.scaled_dot_product_attention(stacked, k, v, attn_mask=bias, scale=scale)

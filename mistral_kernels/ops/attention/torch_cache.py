@@ -92,9 +92,8 @@ def _in_order(
 def _is_decode_step(q: Tensor, k: Tensor | None, spec: AttentionSpec, return_lse: bool) -> bool:
     """Return whether each sequence has one token, in the cache, without softcap, ALiBi and lse."""
     assert spec.cache is not None
-    plain = spec.alibi_slopes is None and not spec.softcap and not return_lse
     one_each = spec.sequences.max_seqlen_q == 1 and len(q) == spec.cache.lengths.numel()
-    return plain and k is None and one_each
+    return spec.is_plain and not return_lse and k is None and one_each
 
 
 def _new_tokens(spec: AttentionSpec) -> int:

@@ -1,4 +1,4 @@
-"""Which keys a query may see: the one place where windows are interpreted.
+"""Which keys a query may see: what the numbers of a window mean.
 
 Two words, two meanings. `sliding_window` W is a count of visible keys, the query's own included.
 `window_size` (left, right) holds inclusive distances, -1 for no bound. Query i of `seqlen_q` stands

@@ -284,6 +284,9 @@ def attention_decode(
         None if table is None else (table, table.stride(0), table.stride(1)),
     )
 
+    # A single query's first key is where its loop over blocks begins: nothing is masked there.
+    left_edge = spec.window.left >= 0 and max_seqlen_q > 1
+
     def launch(config: Config) -> None:
         tiles = cdiv(query_rows, config["BLOCK_M"])
         positions = min(max_seqlen_q, cdiv(config["BLOCK_M"], problem.group) + 1)
@@ -301,7 +304,7 @@ def attention_decode(
             *(problem.num_kv_heads, cache.capacity, cache.k_cache.shape[1]),
             *(problem.left, problem.right),
             **problem.constants,
-            LEFT_EDGE=spec.window.left >= 0 and max_seqlen_q > 1,
+            LEFT_EDGE=left_edge,
             NARROW=problem.narrow_for_queries(config),
             OFFSETS=offsets_within("block", config["BLOCK_N"], *fresh),
             **{x: y for x, y in config.items() if x != "DESCRIPTORS"},
