@@ -335,7 +335,7 @@ def test_memory_of_7b() -> None:
 
 
 def test_the_readme_has_the_models_table() -> None:
-    readme = (TESTS.parent / "README.md").read_text(encoding="utf-8")
+    readme = (TESTS.parent / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert "\n".join(parallel_model.table()) in readme
 
 
