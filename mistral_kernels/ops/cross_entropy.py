@@ -23,6 +23,7 @@ from mistral_kernels.ops import launch_configs
 from mistral_kernels.ops.checks import (
     can_read,
     check_dtype,
+    check_float,
     check_same_dtype,
     check_shape,
     check_softcap,
@@ -206,6 +207,7 @@ _softmax_op = Operator(
 
 def _check_accumulate(total: Tensor, x: Tensor) -> None:
     check_shape("x", x, total.shape)
+    check_float("x", x)
     check_written("total", total)
 
 

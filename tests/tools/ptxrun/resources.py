@@ -44,11 +44,16 @@ def resource_usage(cubin):
 
 
 def assemble(ptx, arch):
-    """Return the cubin of PTX text, compiled by ptxas for `arch`."""
+    """Return the cubin of PTX text, compiled by ptxas for `arch`.
+
+    By the toolkit's own ptxas if there is one: nvcc writes PTX of its own version, which Triton's
+    may not read yet.
+    """
+    ptxas = shutil.which("ptxas") or nvidia_tool("ptxas")
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "k.ptx"), Path(folder, "k.cubin")
         source.write_text(ptx)
-        command = [nvidia_tool("ptxas"), f"-arch={arch}", "-o", str(cubin), str(source)]
+        command = [ptxas, f"-arch={arch}", "-o", str(cubin), str(source)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise LaunchError(f"ptxas failed:\n{result.stderr[:4000]}")
