@@ -108,6 +108,10 @@ Tensor decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, con
   return out;
 }
 
+// Of `counters`, which kernels for GPUs need, for each row and head of the cache: `num_counters` in
+// mistral_kernels/ops/attention/kernels/decode.py.
+constexpr int64_t kSplitTiles = 4;
+
 // Serves a decode step, whose token is in the cache, without softcap, ALiBi and log-sum-exp.
 Two cached_attention(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
                      const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths,
@@ -119,7 +123,9 @@ Two cached_attention(const Tensor& q, const OptionalTensor& k, const OptionalTen
                      const OptionalTensor& counters) {
   const auto run = [&]() -> Two {
     require(!k && !v && !alibi_slopes && softcap == 0 && !return_lse && max_seqlen_q == 1);
-    require(num_splits >= 0 && num_splits <= INT32_MAX && !counters);
+    require(num_splits >= 0 && num_splits <= INT32_MAX);
+    require(!counters || (is_on_cpu(*counters, ScalarType::Int) && k_cache.dim() == 4 &&
+                          counters->numel() >= kSplitTiles * k_cache.size(0) * k_cache.size(2)));
     return {decode(q, k_cache, v_cache, lengths, seqlen_new, rows, leftpad, block_table, cu_seqlens,
                    softmax_scale, window_left),
             absent(ScalarType::Float, q)};

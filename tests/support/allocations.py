@@ -10,6 +10,8 @@ from torch._C import DispatchKey
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mistral_kernels.ops import dispatch
+
 
 class Allocations(TorchDispatchMode):
     """Record of the elements of the largest new tensor, the bytes of all, and the scores."""
@@ -21,10 +23,16 @@ class Allocations(TorchDispatchMode):
         self.scores = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        is_ours = func.namespace == "mistral_kernels"
-        if is_ours and not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):
-            with self:  # look inside our own operators that are written in Python
-                return func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
+        if func.namespace == "mistral_kernels":  # look inside our own that are written in Python
+            is_in_csrc = func.has_kernel_for_dispatch_key("CPU")
+            if is_in_csrc and not dispatch.uses_csrc("cpu"):
+                func = getattr(torch.ops.mistral_kernels, f"{func._opname}_python").default
+                is_in_csrc = False
+            if not is_in_csrc:
+                with self:
+                    return func._op_dk(
+                        DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {})
+                    )
         result = func(*args, **(kwargs or {}))
         inputs = {_storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(result):
