@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import ClassVar
@@ -24,6 +26,7 @@ torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
+OTHERS = "torch", "csrc"  # backends without Triton's kernels
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -34,6 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=80,
         help="compute capability for which kernels are compiled where ptxrun executes them",
+    )
+    parser.addoption(
+        "--share",
+        metavar="I/N",
+        help="run the I-th of N shares of the selected tests, the same tests every time",
     )
 
 
@@ -49,7 +57,13 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"random inputs: --seed={config.option.seed}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before the selection by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not (INTERPRETING or torch.cuda.is_available() or config.option.capability == 90):
+        for item in items:
+            parameters = getattr(item, "callspec", _NONE).params
+            if item.get_closest_marker("long") and parameters.get("backend") not in OTHERS:
+                item.add_marker("slow")
     # The longest first, so that workers end together.
     longest = (
         "test_with_sanitizers",
@@ -59,6 +73,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "test_a_text_of_50_000_tokens",
     )
     items.sort(key=lambda item: not any(name in item.nodeid for name in longest))
+    if config.option.share:
+        _keep_share(config, items)
     if INTERPRETING:
         # Triton's interpreter truncates to bf16 and multiplies bf16 bit patterns: no judge of it.
         unfit = [
@@ -72,6 +88,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         unfit = [item for item in items if item.get_closest_marker("interpreted")]
     config.hook.pytest_deselected(items=unfit)
     items[:] = [item for item in items if item not in unfit]
+
+
+def _keep_share(config: pytest.Config, items: list[pytest.Item]) -> None:
+    share = re.fullmatch(r"(\d+)/(\d+)", config.option.share)
+    if not share or not 1 <= int(share[1]) <= int(share[2]):
+        raise pytest.UsageError(f"--share must be I/N with 1 <= I <= N, got {config.option.share}")
+    index, count = int(share[1]) - 1, int(share[2])
+    others = [item for item in items if zlib.crc32(item.nodeid.encode()) % count != index]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
 
 
 class _NONE:

@@ -171,6 +171,7 @@ def test_a_step_is_profiled_operator_by_operator() -> None:
     assert printed.count("| eager | ") == len({row.case for row in rows})
 
 
+@pytest.mark.slow
 def test_a_run_and_its_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed, results = bench(
         *(

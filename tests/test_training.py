@@ -257,7 +257,9 @@ def loss_and_saved_bytes(
     return loss, sum(kept.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=str
+)
 def test_checkpointed_activations(
     corpus: Corpus, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:

@@ -48,9 +48,9 @@ def assert_matches(inputs, strided_gradients=False, **options):
 # What runs compiled too: a few, for most of the time goes into compiling.
 COMPILED = [
     ((65, 111), "causal", (4, 1), 64, BF16),
-    ((200, 70), "narrow", (6, 2), 24, BF16),
-    ((100, 100), "softcap", (2, 2), 32, BF16),
-    ((70, 130), "left-only", (4, 2), 32, F32),
+    pytest.param((200, 70), "narrow", (6, 2), 24, BF16, marks=pytest.mark.long),
+    pytest.param((100, 100), "softcap", (2, 2), 32, BF16, marks=pytest.mark.long),
+    pytest.param((70, 130), "left-only", (4, 2), 32, F32, marks=pytest.mark.long),
 ]
 
 
@@ -183,6 +183,7 @@ def check_packed(alibi, options, pairs, dtype, device):
     assert_matches_reference(ours, one_by_one(pairs, slopes, definition), inputs)
 
 
+@pytest.mark.long
 def test_tokens_of_no_sequence(backend, device):
     """cu_seqlens may end before the tokens do: what is left over gives 0, and gets no gradient."""
     inputs, _ = packed_case((2, 1), 16, F32, device, [(40, 40)])
@@ -206,6 +207,7 @@ def checked(device):
         yield
 
 
+@pytest.mark.long
 def test_lengths_in_bfloat16(triton_backend, device):
     """Lengths are no reason to compile again."""
     for seqlens in [(n, n) for n in LENGTHS] + UNEQUAL:
@@ -215,6 +217,7 @@ def test_lengths_in_bfloat16(triton_backend, device):
         assert_matches(inputs, sliding_window=WINDOW)
 
 
+@pytest.mark.long
 def test_mistral_in_bfloat16(triton_backend, device):
     """The shape of Mistral-7B: 32 query heads on 8 of keys and values, head_dim 128."""
     inputs = make_qkv(512, 512, (32, 8), 128, BF16, device)
@@ -236,6 +239,7 @@ def with_descriptors(monkeypatch):
     tiles.configs.cache_clear()
 
 
+@pytest.mark.long
 @pytest.mark.kernels
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 def test_descriptors(layout, triton_backend, with_descriptors, device):
@@ -249,6 +253,7 @@ def test_descriptors(layout, triton_backend, with_descriptors, device):
         assert_matches(inputs, sliding_window=WINDOW)
 
 
+@pytest.mark.long
 @pytest.mark.kernels
 def test_descriptors_of_packed_batches(triton_backend, with_descriptors, device):
     for pairs in PAIRS.values():
@@ -272,6 +277,7 @@ def test_frozen_inputs_cost_nothing(triton_backend, device):
             assert {profile.name for profile in ptxrun.profiles()} == kernels
 
 
+@pytest.mark.long
 @pytest.mark.kernels
 def test_rows_that_see_nothing(triton_backend, device):
     inputs = make_qkv(200, 70, (4, 2), 16, F16, device)
@@ -304,7 +310,11 @@ def test_exactly_the_window_is_seen(window, triton_backend, device):
         assert len(dv) >= 0.9 * min(window, row + 1)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(F16, marks=pytest.mark.slow), BF16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(F16, marks=pytest.mark.slow), pytest.param(BF16, marks=pytest.mark.long)],
+    ids=str,
+)
 def test_backward_is_bitwise_repeatable(dtype, triton_backend, device):
     inputs = make_qkv(300, 300, (4, 2), 64, dtype, device)
     out = attention(**inputs, sliding_window=100)

@@ -237,6 +237,7 @@ def assert_right_past_int32(case: OperatorCase, far: Any, device: torch.device) 
 
 
 @pytest.mark.kernels
+@pytest.mark.long
 @on_triton("far")
 def test_offsets_past_int32(case, triton_backend, device):
     assert_right_past_int32(case, case.far, device)
@@ -319,6 +320,7 @@ def test_torch_compile(case, backend, device):
     assert 1 <= counts[0] == counts[-1] <= 2
 
 
+@pytest.mark.long
 @on_every_backend()
 def test_opcheck(case, backend, device):
     """Schemas and fakes, strides of the outputs included, agree with what the operators do."""

@@ -48,7 +48,9 @@ def merge(outs: list[Tensor], sums: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rectangular", "packed"])
-@pytest.mark.parametrize("kind", ["full", "causal", "window"])
+@pytest.mark.parametrize(
+    "kind", ["causal", *(pytest.param(x, marks=pytest.mark.long) for x in ("full", "window"))]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_parts_add_up(kind, packed, dtype, backend, device):
     """To the gradients that float64 gives over all keys at once."""

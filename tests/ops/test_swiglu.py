@@ -35,6 +35,7 @@ def test_scalars(backend, device):
     assert_matches_reference(swiglu, eager, make_inputs((), torch.float32, device))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_halves_of_a_fused_projection(dtype, backend, device):
     """Wherever its rows lie; as one tensor the same bits, of one gradient."""
