@@ -195,6 +195,7 @@ def test_kernels_generate(kind: str, triton_backend: None, device: torch.device)
     assert_same_text(ours, eager, lambda ids: model(ids.to(device)).logits)
 
 
+@pytest.mark.long
 @pytest.mark.kernels
 @pytest.mark.parametrize("case", ["left", "packed"])
 def test_kernels_gradients(case: str, triton_backend: None, device: torch.device) -> None:

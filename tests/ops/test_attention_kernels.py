@@ -162,6 +162,7 @@ def test_packed(alibi, options, pairs, triton_backend, device):
     check_packed(alibi, options, PAIRS[pairs], F16, device)
 
 
+@pytest.mark.long
 @pytest.mark.kernels
 def test_packed_compiled(triton_backend, device):
     for pairs in PAIRS.values():

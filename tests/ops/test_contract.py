@@ -130,6 +130,7 @@ def test_what_a_row_lacks_has_a_reason():
 # Values and gradients, wherever inputs lie and whatever is asked of them.
 
 
+@pytest.mark.long
 @in_every_dtype("frozen")
 def test_frozen_inputs(case, backend, dtype, device):
     for frozen in case.frozen:
@@ -204,6 +205,7 @@ def test_without_gradients(case, backend, dtype, device):
         assert torch.equal(inputs[name], x), name
 
 
+@pytest.mark.long
 @in_every_dtype("large")
 def test_bits_are_repeatable(case, backend, dtype, device):
     for tokens, width in case.large:
@@ -302,6 +304,7 @@ def test_second_derivative(case, backend, device):
 # torch.compile and the dispatcher.
 
 
+@pytest.mark.long
 @on_every_backend("compiled")
 def test_torch_compile(case, backend, device):
     """One graph, compiled at the first call alone, for every number of tokens.
@@ -414,6 +417,7 @@ def test_bytes_moved_by_wide_rows(case, traffic, counts):
     assert_moves_the_minimum(case, traffic)
 
 
+@pytest.mark.long
 @on_triton("large")
 def test_no_races(case, counts):
     with ptxrun.options(racecheck=True):

@@ -121,6 +121,7 @@ def test_gradients(triton_backend, device):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.kernels
 @pytest.mark.parametrize("fresh", [False, True], ids=["ring", "fresh"])
 def test_unseen_slots_may_hold_anything(fresh, triton_backend, device):

@@ -238,6 +238,7 @@ def test_torch_compile_in_place(backend, device):
     assert counter.frame_count == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("head_dim", "interleaved"), [(2, False), (36, False), (36, True)])
 def test_in_place_without_races(head_dim, interleaved, triton_backend, device):
     """No thread stores where another one has yet to load, however wide their accesses are."""

@@ -24,8 +24,13 @@ def make_inputs(shape, dtype, device, fused=False):
     }
 
 
+LONG = [(5, 0), (1,), (2, 3, 1000), (3, 5000)]
+
+
 @both_forms
-@pytest.mark.parametrize("shape", [(0, 8), (5, 0), (1,), (65, 111), (2, 3, 1000), (3, 5000)])
+@pytest.mark.parametrize(
+    "shape", [(0, 8), (65, 111), *(pytest.param(x, marks=pytest.mark.long) for x in LONG)]
+)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_values_and_gradients(shape, dtype, fused, backend, device):
     assert_matches_reference(swiglu, eager, make_inputs(shape, dtype, device, fused))
