@@ -182,6 +182,7 @@ def test_packed_batches_are_whole_paragraphs(text: Path, corpus: Corpus) -> None
     assert seen == stretches, "all of the text is read"
 
 
+@pytest.mark.long
 def test_packed_sequences_do_not_see_one_another(
     corpus: Corpus, backend: str, device: torch.device
 ) -> None:
@@ -257,9 +258,8 @@ def loss_and_saved_bytes(
     return loss, sum(kept.values())
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=str
-)
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_checkpointed_activations(
     corpus: Corpus, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:

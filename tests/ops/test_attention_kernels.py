@@ -261,6 +261,7 @@ def test_descriptors_of_packed_batches(triton_backend, with_descriptors, device)
         check_packed(None, "window", pairs, F16, device)
 
 
+@pytest.mark.long
 def test_frozen_inputs_cost_nothing(triton_backend, device):
     """No launch for a gradient nobody needs."""
     if device.type != "cpu":

@@ -137,6 +137,7 @@ def test_frozen_inputs(case, backend, dtype, device):
         case.assert_matches(case.sample(65, dtype, device, frozen=frozen))
 
 
+@pytest.mark.long
 @on_every_backend("layouts")
 def test_layouts(case, backend, device):
     """Inputs and gradients at any strides are read where they lie, or copied."""
@@ -189,6 +190,7 @@ def test_one_output_alone(case, backend, device):
         )
 
 
+@pytest.mark.long
 @in_every_dtype()
 def test_without_gradients(case, backend, dtype, device):
     """Right, contiguous, no graph is kept, and inputs that are not to be written are left alone."""
