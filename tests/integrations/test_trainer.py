@@ -66,6 +66,7 @@ def test_fifty_steps(tmp_path: Path) -> None:
     assert sum(actual[-10:]) < sum(actual[:10]) - 2  # and it learns
 
 
+@pytest.mark.slow
 def test_bfloat16_and_checkpointing(tmp_path: Path) -> None:
     options = {"bf16": True, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}
     expected = fine_tune(tmp_path, 3, patched=False, gradient_accumulation_steps=2)

@@ -39,6 +39,7 @@ def as_complex(x, interleaved):
     return torch.complex(*(x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
