@@ -136,7 +136,8 @@ class AttentionFunction(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, *flat, _ = inputs
+        q, k, v, *rest, _ = inputs
+        flat = list(rest)  # torch 2.10 compiles `rest` to a tuple
         ctx.save_for_backward(q, k, v, *output, *[flat[i] for i in TENSORS])
         for i in TENSORS:
             flat[i] = None
