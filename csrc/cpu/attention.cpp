@@ -98,7 +98,8 @@ Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTen
   const int64_t heads = q.size(dim - 2), kv_heads = k.size(dim - 2), head_dim = q.size(dim - 1);
   Attention a{};
   a.dtype = required_dtype(q);
-  a.scale = scale_of(softmax_scale, heads, kv_heads, head_dim);
+  require_heads(heads, kv_heads, head_dim);
+  a.scale = scale_of(softmax_scale, head_dim);
   a.softcap = static_cast<float>(softcap);
   a.left = reach(window_left);
   a.right = reach(window_right);
@@ -115,10 +116,10 @@ Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTen
   a.v = heads_of(values);
   Tensor out = new_like(q);
   a.out = heads_of(out);
-  std::vector<int64_t> lse_sizes{0};
-  if (return_lse) lse_sizes = {heads, a.seqlen_q};
-  if (return_lse && !packed) lse_sizes.insert(lse_sizes.begin(), a.batch);
-  Tensor lse = new_tensor(lse_sizes, ScalarType::Float, q);
+  std::vector<int64_t> lse_sizes{heads, a.seqlen_q};
+  if (!packed) lse_sizes.insert(lse_sizes.begin(), a.batch);
+  Tensor lse = return_lse ? new_tensor(lse_sizes, ScalarType::Float, q)
+                          : absent(ScalarType::Float, q);
   if (return_lse) a.lse = static_cast<float*>(lse.data_ptr());
   a.lse_stride = a.seqlen_q;
   if (packed) {

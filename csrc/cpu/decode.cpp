@@ -65,7 +65,8 @@ Tensor decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, con
   d.num_heads = q.size(dim - 2);
   d.head_dim = q.size(dim - 1);
   d.num_kv_heads = k_cache.size(2);
-  d.scale = scale_of(softmax_scale, d.num_heads, d.num_kv_heads, d.head_dim);
+  require_heads(d.num_heads, d.num_kv_heads, d.head_dim);
+  d.scale = scale_of(softmax_scale, d.head_dim);
   d.window_left = window_left;
   const Tensor queries = with_unit_stride(q);
   d.q = queries.data_ptr();

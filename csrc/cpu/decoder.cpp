@@ -16,12 +16,32 @@
 
 namespace {
 
-using kernels::check_heads;
-using kernels::checked_dtype;
+using kernels::dtype_of;
+using kernels::is_on_cpu;
 using kernels::OptionalTensor;
-using kernels::vector_data;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// The data of x, contiguous in any shape, which must have this dtype and size.
+template <typename T>
+T* vector_data(const char* name, const Tensor& x, ScalarType dtype, int64_t size) {
+  KERNELS_CHECK(is_on_cpu(x, dtype), name, " must be on the CPU, of another dtype");
+  KERNELS_CHECK(x.numel() == size && x.is_contiguous(), name, " must be contiguous, of ", size);
+  return static_cast<T*>(x.data_ptr());
+}
+
+DType checked_dtype(const char* name, const Tensor& x) {
+  const auto dtype = dtype_of(x);
+  KERNELS_CHECK(dtype.has_value(), name, " must be float32, float16 or bfloat16");
+  return *dtype;
+}
+
+// Every query head reads the kv head of its group.
+void check_heads(int64_t heads, int64_t kv_heads) {
+  KERNELS_CHECK(kv_heads > 0 && heads > 0 && heads <= INT32_MAX && heads % kv_heads == 0,
+                "the kv heads must divide the query heads, and both be positive, got ", kv_heads,
+                " and ", heads);
+}
 
 struct Sizes {
   int64_t vocab, hidden, intermediate, heads, kv_heads, head_dim;

@@ -80,34 +80,16 @@ inline Tensor vector_of(const Tensor& x, ScalarType dtype, int64_t size) {
   return as_contiguous(x);
 }
 
-// The data of x, contiguous in any shape, which must have this dtype and size.
-template <typename T>
-T* vector_data(const char* name, const Tensor& x, ScalarType dtype, int64_t size) {
-  KERNELS_CHECK(is_on_cpu(x, dtype), name, " must be on the CPU, of another dtype");
-  KERNELS_CHECK(x.numel() == size && x.is_contiguous(), name, " must be contiguous, of ", size);
-  return static_cast<T*>(x.data_ptr());
-}
-
-inline DType checked_dtype(const char* name, const Tensor& x) {
-  const auto dtype = dtype_of(x);
-  KERNELS_CHECK(dtype.has_value(), name, " must be float32, float16 or bfloat16");
-  return *dtype;
-}
-
-// Every query head reads the kv head of its group.
-inline void check_heads(int64_t heads, int64_t kv_heads) {
-  KERNELS_CHECK(kv_heads > 0 && heads > 0 && heads <= INT32_MAX && heads % kv_heads == 0,
-                "the kv heads must divide the query heads, and both be positive, got ", kv_heads,
-                " and ", heads);
-}
-
 constexpr int64_t kMaxHeadDim = 256;
 
-// Of attention: the factor of the products of queries and keys.
-inline float scale_of(const std::optional<double>& softmax_scale, int64_t heads, int64_t kv_heads,
-                      int64_t head_dim) {
+// Of attention, whose query heads are divided among the kv heads.
+inline void require_heads(int64_t heads, int64_t kv_heads, int64_t head_dim) {
   require(heads > 0 && heads <= INT32_MAX && kv_heads > 0 && heads % kv_heads == 0);
   require(head_dim > 0 && head_dim <= kMaxHeadDim);
+}
+
+// The factor of the products of queries and keys.
+inline float scale_of(const std::optional<double>& softmax_scale, int64_t head_dim) {
   const double scale = softmax_scale.value_or(std::pow(static_cast<double>(head_dim), -0.5));
   require(scale > 0 && scale <= FLT_MAX);
   return static_cast<float>(scale);

@@ -3,8 +3,7 @@
     out = softmax(scale * q k^T + bias) v        over the keys that the window lets a query see
 
 Query head h reads kv head h // (num_heads / num_kv_heads). Sequences are aligned at their ends: the
-last query stands on the last key. `window.py` says
-what a window's numbers mean.
+last query stands on the last key. `window.py` defines the numbers of a window.
 """
 
 from __future__ import annotations
