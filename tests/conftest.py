@@ -26,7 +26,6 @@ torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-OTHERS = "torch", "csrc"  # backends without Triton's kernels
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -61,8 +60,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not (INTERPRETING or torch.cuda.is_available() or config.option.capability == 90):
         for item in items:
-            parameters = getattr(item, "callspec", _NONE).params
-            if item.get_closest_marker("long") and parameters.get("backend") not in OTHERS:
+            backend = getattr(item, "callspec", _NONE).params.get("backend", "triton")
+            if item.get_closest_marker("long") and backend == "triton":
                 item.add_marker("slow")
     # The longest first, so that workers end together.
     longest = (
@@ -94,10 +93,13 @@ def _keep_share(config: pytest.Config, items: list[pytest.Item]) -> None:
     share = re.fullmatch(r"(\d+)/(\d+)", config.option.share)
     if not share or not 1 <= int(share[1]) <= int(share[2]):
         raise pytest.UsageError(f"--share must be I/N with 1 <= I <= N, got {config.option.share}")
-    index, count = int(share[1]) - 1, int(share[2])
-    others = [item for item in items if zlib.crc32(item.nodeid.encode()) % count != index]
+    kept: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        is_ours = zlib.crc32(item.nodeid.encode()) % int(share[2]) == int(share[1]) - 1
+        (kept if is_ours else others).append(item)
     config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in others]
+    items[:] = kept
 
 
 class _NONE:

@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = "benchmarks", "csrc", "mistral_kernels", "tests"  # not a virtual environment beside them
 PAGES = [
-    *(page for page in ROOT.rglob("README.md") if "tools" not in page.parts),
+    ROOT / "README.md",
     ROOT / ".github" / "CONTRIBUTING.md",
+    *(
+        page
+        for folder in FOLDERS
+        for page in sorted((ROOT / folder).rglob("README.md"))
+        if "tools" not in page.relative_to(ROOT).parts
+    ),
 ]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BLOCKS = [

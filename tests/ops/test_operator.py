@@ -66,6 +66,20 @@ def test_csrc_serves_cpu_tensors(served):
     assert served == []
 
 
+def test_csrc_serves_attention(served):
+    """Or PyTorch would serve it, as right and much slower, and nobody would know."""
+    q, k, v = (torch.randn(1, 5, heads, 16) for heads in (4, 2, 2))
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
+    mk.attention(q, k, v, sliding_window=3, softcap=9.0, return_lse=True)
+    mk.attention(q[0], k[0], v[0], cu_seqlens_q=offsets)
+    ring = (q[0, :2], None, None, k[:, :4].repeat(2, 1, 1, 1), v[:, :4].repeat(2, 1, 1, 1))
+    lengths, ends = (torch.tensor(x, dtype=torch.int32) for x in ([3, 9], [0, 1, 2]))
+    counters = torch.zeros(16, dtype=torch.int32)
+    mk.rolling_cache_attention(*ring, lengths, ends, 1, sliding_window=3, counters=counters)
+    mk.flash_attn_with_kvcache(q[:, :1], k, v, cache_seqlens=5, causal=True)
+    assert served == []
+
+
 def test_what_csrc_hands_on(served):
     double = X.double()
     expected = torch.nn.functional.silu(double) * double

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from declared import declared_operators
 from peak_memory import peak_memory
 from torch import Tensor
 
@@ -784,16 +785,6 @@ def call_csrc(name: str, dtype: torch.dtype) -> None:
     arguments = change(CSRC[name](dtype))
     with contextlib.suppress(RuntimeError, ValueError, TypeError, NotImplementedError):
         getattr(_OPS, name)(*arguments)
-
-
-def declared_operators() -> set[str]:
-    """Return the names of the operators that Python declares: these have a fake."""
-    prefix = "mistral_kernels::"
-    return {
-        name.removeprefix(prefix)
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith(prefix) and torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta")
-    }
 
 
 def main(seed: int, count: int) -> int:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from support.declared import NAMESPACE
 from support.helpers import FLOATS, Target, assert_matches_reference
 
 Inputs = dict[str, Any]
 Far = tuple[Iterable[str], tuple[int, ...]]
-NAMESPACE = "mistral_kernels::"
 
 
 class Missing(str):

@@ -46,8 +46,8 @@ def resource_usage(cubin):
 def assemble(ptx, arch):
     """Return the cubin of PTX text, compiled by ptxas for `arch`.
 
-    By the toolkit's own ptxas if there is one: nvcc writes PTX of its own version, which Triton's
-    may not read yet.
+    The toolkit's own ptxas is preferred: nvcc writes PTX of its version, for which Triton's ptxas
+    may be too old.
     """
     ptxas = shutil.which("ptxas") or nvidia_tool("ptxas")
     with tempfile.TemporaryDirectory() as folder:
