@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: seeds, poisoned memory, devices, backends."""
+"""Fixtures of all tests: seeds, poisoned memory, devices and backends."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from support.backends import SetBackend, use_backend, without_csrc
 
 from mistral_kernels.model import transformer
 
-# The tensors of tests are small: threads would only wait for one another.
+# Tensors in tests are small: more threads would only add synchronization.
 torch.set_num_threads(1)
 
-# How long a machine takes over an example is not tested.
+# The tests check no times, so Hypothesis must not fail slow examples.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
@@ -30,24 +30,24 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seed", type=int, help="repeat the random inputs of an earlier run")
+    parser.addoption("--seed", type=int, help="seed of the random inputs (default: a new one)")
     parser.addoption(
         "--capability",
         type=int,
         default=80,
-        help="compute capability for which kernels are compiled where ptxrun executes them",
+        help="compute capability of kernels that ptxrun executes: 80 (default) or 90",
     )
     parser.addoption(
         "--share",
         metavar="I/N",
-        help="run the I-th of N shares of the selected tests, the same tests every time",
+        help="run share I of N of the selected tests; a test is always in the same share",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(2**31)
-    # A shell starts what runs in the background deaf to Ctrl-C, and so would be all it starts.
+    # A shell makes background processes ignore Ctrl-C, and child processes inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -56,14 +56,14 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"random inputs: --seed={config.option.seed}"
 
 
-@pytest.hookimpl(tryfirst=True)  # before the selection by markers
+@pytest.hookimpl(tryfirst=True)  # run before pytest selects tests by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not (INTERPRETING or torch.cuda.is_available() or config.option.capability == 90):
         for item in items:
-            backend = getattr(item, "callspec", _NONE).params.get("backend", "triton")
+            backend = getattr(item, "callspec", _NoSpec).params.get("backend", "triton")
             if item.get_closest_marker("long") and backend == "triton":
                 item.add_marker("slow")
-    # The longest first, so that workers end together.
+    # Run the longest tests first, so that all workers finish at about the same time.
     longest = (
         "test_with_sanitizers",
         "test_kernels_in_the_interpreter",
@@ -75,18 +75,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.share:
         _keep_share(config, items)
     if INTERPRETING:
-        # Triton's interpreter truncates to bf16 and multiplies bf16 bit patterns: no judge of it.
-        unfit = [
+        # Triton's interpreter gives wrong results in bf16: it truncates instead of rounding, and
+        # multiplies bit patterns.
+        deselected = [
             item
             for item in items
-            if any(x is torch.bfloat16 for x in getattr(item, "callspec", _NONE).params.values())
+            if any(x is torch.bfloat16 for x in getattr(item, "callspec", _NoSpec).params.values())
         ]
     elif torch.cuda.is_available():
         return
     else:
-        unfit = [item for item in items if item.get_closest_marker("interpreted")]
-    config.hook.pytest_deselected(items=unfit)
-    items[:] = [item for item in items if item not in unfit]
+        deselected = [item for item in items if item.get_closest_marker("interpreted")]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if item not in deselected]
 
 
 def _keep_share(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -102,7 +103,7 @@ def _keep_share(config: pytest.Config, items: list[pytest.Item]) -> None:
     items[:] = kept
 
 
-class _NONE:
+class _NoSpec:
     params: ClassVar[dict[str, object]] = {}
 
 
@@ -116,7 +117,7 @@ def seed(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN (integers: the largest value), so that what is never written shows."""
+    """Fill fresh memory with NaN (integers: the largest value), to reveal unwritten elements."""
 
     def poison(allocate):
         def wrapper(*args, **kwargs):
@@ -133,14 +134,14 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch, "empty_like"),
         (torch, "empty_strided"),
         (torch.Tensor, "new_empty"),
-        (transformer, "zeros"),  # of weights, which are all written
+        (transformer, "zeros"),  # allocates weights, which loading overwrites
     ):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
 @pytest.fixture
 def device() -> torch.device:
-    """Return the GPU if there is one, except under the interpreter, which is for CPU tensors."""
+    """Return the GPU if there is one, else the CPU. The interpreter uses CPU tensors."""
     on_gpu = torch.cuda.is_available() and not INTERPRETING
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
@@ -166,14 +167,14 @@ def set_backend() -> Iterator[SetBackend]:
 
 @pytest.fixture
 def no_csrc() -> Iterator[None]:
-    """Run the test as on a machine where csrc has no library."""
+    """Run the test as if the library of csrc were absent."""
     with without_csrc():
         yield
 
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.kernels)])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test on the torch backend and on Triton kernels, whatever executes these here."""
+    """Run the test with the torch backend, and with Triton kernels as `triton_runs` runs them."""
     if request.param == "triton":
         request.getfixturevalue("triton_runs")
     with use_backend(request.param):
@@ -182,13 +183,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def torch_backend() -> Iterator[None]:
-    """Select the torch backend, for what it alone has, float64 above all."""
+    """Select the torch backend, for features that only it has, such as float64."""
     with use_backend("torch"):
         yield
 
 
 @pytest.fixture
 def triton_backend(triton_runs: None) -> Iterator[None]:
-    """Select Triton. Mark such tests ``kernels`` for the interpreter."""
+    """Select the Triton backend. The interpreter runs only tests with the marker `kernels`."""
     with use_backend("triton"):
         yield

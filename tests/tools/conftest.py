@@ -1,4 +1,4 @@
-"""Fixtures of the tools' own tests."""
+"""Fixtures for the tests of ptxrun and sasscost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sm_80() -> Iterator[None]:
 
 @pytest.fixture
 def sm_90a() -> Iterator[None]:
-    """Execute Triton kernels on CPU tensors, compiled for sm_90a, with workspace if they ask."""
+    """Execute Triton kernels on CPU tensors, compiled for sm_90a, and allocate their workspace."""
     triton = pytest.importorskip("triton")
     from triton.runtime import _allocation
 
@@ -41,5 +41,5 @@ def nvcc() -> str:
     """Return the path of nvcc."""
     path = shutil.which("nvcc")
     if path is None:
-        pytest.skip("nvcc, which compiles CUDA, is absent")
+        pytest.skip("nvcc is not on PATH")
     return path

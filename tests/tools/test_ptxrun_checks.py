@@ -1,4 +1,4 @@
-"""Errors that ptxrun must find, in Triton and in CUDA C++ kernels."""
+"""Errors that ptxrun must find in Triton and CUDA C++ kernels."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def copy(x, y, n, B: tl.constexpr):
     tl.store(y + i, tl.load(x + i), mask=i < n)
 
 
-def test_oob_read():
+def test_out_of_range_read():
     x, y = torch.zeros(100), torch.zeros(300)
     with pytest.raises(
         ptxrun.MemoryFault,
@@ -28,7 +28,7 @@ def test_oob_read():
         copy[(1,)](x, y, 100, B=128)
 
 
-def test_oob_write():
+def test_out_of_range_write():
     x, y = torch.zeros(256), torch.zeros(100)
     with pytest.raises(
         ptxrun.MemoryFault,
@@ -40,7 +40,7 @@ def test_oob_write():
     assert e.value.line > 0
 
 
-def test_views_may_use_their_storage():
+def test_view_may_access_its_whole_storage():
     x, y = torch.randn(1000), torch.zeros(1000)
     copy[(1,)](x[100:], y[100:], 128, B=128)
     assert torch.equal(y[100:228], x[100:228])
@@ -61,7 +61,7 @@ def test_race_between_ctas():
         overlap[(3,)](y, 64)
 
 
-def test_race_read_write_between_ctas():
+def test_read_write_race_between_ctas():
     @triton.jit
     def shift(y, B: tl.constexpr):
         i = tl.program_id(0) * B + tl.arange(0, B)
@@ -92,7 +92,7 @@ def test_shared_race(mod):
     with pytest.raises(
         ptxrun.RaceError, match=r"shared-memory race: (write after a read|read after a write)"
     ):
-        mod["missing_sync2"].launch(1, 128, [a, b])
+        mod["missing_sync_in_loop"].launch(1, 128, [a, b])
 
 
 def test_shared_write_after_read(mod):
@@ -100,38 +100,38 @@ def test_shared_write_after_read(mod):
     with pytest.raises(
         ptxrun.RaceError, match=r"write after a read .*earlier access by warp 0 .*warp 2"
     ):
-        mod["war"].launch(1, 128, [torch.randn(128), torch.zeros(128)])
+        mod["write_after_read"].launch(1, 128, [torch.randn(128), torch.zeros(128)])
 
 
-def test_misaligned(mod):
+def test_misaligned_access(mod):
     a, b = torch.zeros(1000), torch.zeros(64)
-    for k in ("misaligned", "vecmis"):
+    for k in ("misaligned", "misaligned_vector"):
         with pytest.raises(ptxrun.MemoryFault, match="misaligned"):
             mod[k].launch(1, 32, [a, b])
 
 
-def test_shared_oob(mod):
+def test_shared_access_out_of_range(mod):
     b = torch.zeros(64)
-    mod["shoob"].launch(1, 64, [b, 0], shared_bytes=256)
+    mod["shared_write"].launch(1, 64, [b, 0], shared_bytes=256)
     with pytest.raises(
         ptxrun.MemoryFault, match=r"out-of-range shared write at offset 256 .*thread 63"
     ):
-        mod["shoob"].launch(1, 64, [b, 1], shared_bytes=256)
+        mod["shared_write"].launch(1, 64, [b, 1], shared_bytes=256)
 
 
 def test_divergent_barrier(mod):
     with pytest.raises(ptxrun.DivergenceError):
-        mod["divbar"].launch(1, 32, [torch.zeros(32)])
+        mod["divergent_barrier"].launch(1, 32, [torch.zeros(32)])
 
 
 def test_divergent_shuffle(mod):
     with pytest.raises(ptxrun.DivergenceError, match="member mask"):
-        mod["divshfl"].launch(1, 32, [torch.zeros(32, dtype=torch.int32)])
+        mod["divergent_shuffle"].launch(1, 32, [torch.zeros(32, dtype=torch.int32)])
 
 
 def test_endless_loop(mod):
     ptxrun.Options.max_steps = 10000
-    with pytest.raises(ptxrun.ExecutionError, match="budget"):
+    with pytest.raises(ptxrun.ExecutionError, match="step budget exhausted"):
         mod["spin"].launch(1, 32, [torch.zeros(1, dtype=torch.int32)])
 
 
@@ -142,13 +142,13 @@ def test_deadlock(mod):
 
 def test_cp_async_without_wait(mod):
     b = torch.zeros(32)
-    mod["unfenced"].launch(1, 32, [torch.ones(32, 4), b])
+    mod["copy_without_wait"].launch(1, 32, [torch.ones(32, 4), b])
     assert torch.isnan(b).all()
 
 
 def test_cp_async_waits_for_the_wrong_group(mod):
     a, b = torch.randn(64, 4), torch.zeros(96)
-    mod["early"].launch(1, 32, [a, b, 0])
+    mod["read_before_wait"].launch(1, 32, [a, b, 0])
     assert torch.equal(b[:32], a[:32, 0])
     assert torch.isnan(b[32:64]).all()
     assert torch.equal(b[64:], a[32:, 0])
@@ -162,21 +162,21 @@ def test_last_block_reduction(mod):
         torch.zeros(1),
     )
     ptxrun.Options.racecheck = True
-    mod["ticket"].launch(8, 32, [a, part, cnt, out, 1])
+    mod["last_block_sum"].launch(8, 32, [a, part, cnt, out, 1])
     torch.testing.assert_close(out[0], a.sum(), rtol=1e-4, atol=1e-4)
     cnt.zero_()
     with pytest.raises(ptxrun.RaceError, match="read after a write"):
-        mod["ticket"].launch(8, 32, [a, part, cnt, out, 0])
+        mod["last_block_sum"].launch(8, 32, [a, part, cnt, out, 0])
 
 
 def test_launch_errors(mod):
     b = torch.zeros(64)
     with pytest.raises(ptxrun.LaunchError, match="takes 2 parameters"):
-        mod["shoob"].launch(1, 64, [b])
+        mod["shared_write"].launch(1, 64, [b])
     with pytest.raises(ptxrun.LaunchError, match="shared memory"):
-        mod["shoob"].launch(1, 64, [b, 0], shared_bytes=200000)
+        mod["shared_write"].launch(1, 64, [b, 0], shared_bytes=200000)
     with pytest.raises(ptxrun.LaunchError, match="threads per block"):
-        mod["shoob"].launch(1, 2048, [b, 0])
+        mod["shared_write"].launch(1, 2048, [b, 0])
 
 
 def test_shared_memory_limit():

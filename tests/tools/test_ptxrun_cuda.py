@@ -20,14 +20,14 @@ def mod(nvcc):
     return ptxrun.compile_cuda(SOURCE, options=("-std=c++17",))
 
 
-def test_vadd(mod):
+def test_vector_add(mod):
     a, b, c = torch.randn(1000), torch.randn(1000), torch.full((1010,), 7.0)
     mod["vadd"].launch(9, 128, [a, b, c, 1000])
     assert torch.equal(c[:1000], a + b)
     assert (c[1000:] == 7).all()
 
 
-def test_two_threads(mod):
+def test_two_host_threads(mod):
     ptxrun.Options.threads = 2
     a, b, c = torch.randn(5000), torch.randn(5000), torch.zeros(5000)
     mod["vadd"].launch(50, 100, [a, b, c, 5000])
@@ -53,7 +53,7 @@ def test_divergent_loop(mod):
 
 def test_switch_continue_break(mod):
     o = torch.zeros(64, dtype=torch.int32)
-    mod["sw"].launch(1, 64, [o, 40])
+    mod["switch_loop"].launch(1, 64, [o, 40])
 
     def tr(a, b):
         return int(a / b)
@@ -101,7 +101,7 @@ def test_shuffles(mod):
     assert (r[2] == v[:, np.where((lane & 15) + 7 < 16, lane + 7, lane)]).all()
     assert (r[3] == v[:, (lane * 3) & 31]).all()
     assert (r[8] == v[:, np.where((lane & 7) >= 3, lane - 3, lane)]).all()
-    # lanes of later segments are out of bounds for xor with width 8, earlier segments are readable
+    # xor with width 8: a lane may read earlier segments of 8 lanes but not later ones
     assert (r[9] == v[:, np.where((lane ^ 9) <= (lane | 7), lane ^ 9, lane)]).all()
     assert (r[10] == v[:, (lane & 24) | ((lane + 5) & 7)]).all()
     for w in range(2):
@@ -139,10 +139,10 @@ def test_shared_atomics(mod):
     assert torch.equal(h.long(), torch.bincount(a & 15, minlength=16))
 
 
-def test_calls_local_constant(mod):
+def test_calls_local_and_constant_memory(mod):
     a = torch.rand(64)
     o = torch.zeros(64)
-    mod["callk"].launch(1, 64, [a, o, 64])
+    mod["call_local_const"].launch(1, 64, [a, o, 64])
     c = [1, 2, -3, 0.5]
     ref = [
         sum(c[k] * float(a[i]) ** k for k in range(4))
@@ -177,7 +177,7 @@ def test_bf16_rmsnorm(mod):
     assert ((y.double() - r).abs() <= r.abs() * 2**-8 + 1e-6).all()
 
 
-def test_half(mod):
+def test_half_arithmetic(mod):
     n = 50
     a, b = torch.randn(n).half(), torch.randn(n).half()
     o = torch.zeros(5, n).half()
@@ -204,12 +204,12 @@ def test_mma_bf16(mod):
 
 
 def test_mma_shapes(mod):
-    """Fragment layouts of PTX ISA 9.7.14, written out element by element."""
+    """Compare mma with fragments packed element by element, as in PTX ISA 9.7.14."""
     A, B = torch.randn(16, 32).half(), torch.randn(32, 8).half()
     fa, fb = np.zeros((32, 4), np.uint32), np.zeros((32, 2), np.uint32)
 
     def frags(M, N, K, x, y, per):
-        """x: MxK, y: KxN arrays of raw values; per values in one register."""
+        """Pack raw values x (M x K) and y (K x N) into fragments, `per` values per register."""
         fa[:], fb[:] = 0, 0
         w = 32 // per
         for lane in range(32):
@@ -232,7 +232,7 @@ def test_mma_shapes(mod):
                 o[(lane >> 2) + (q >> 1) * 8, 2 * (lane & 3) + (q & 1)] = c[lane, q]
         return o
 
-    def go():
+    def run():
         C, H, T, ints = (
             torch.zeros(32, 4),
             torch.zeros(32, 4, dtype=torch.half),
@@ -246,7 +246,7 @@ def test_mma_shapes(mod):
         return z.numpy().view(np.uint16)
 
     frags(16, 8, 16, h(A), h(B), 2)
-    C, H, _, _ = go()
+    C, H, _, _ = run()
     np.testing.assert_allclose(
         C, (A[:, :8].double() @ B[:8].double()).numpy(), rtol=1e-5, atol=1e-5
     )
@@ -255,7 +255,7 @@ def test_mma_shapes(mod):
     )
     x, y = torch.randn(16, 8), torch.randn(8, 8)
     frags(16, 8, 8, x.numpy().view(np.uint32), y.numpy().view(np.uint32), 1)
-    _, _, T, _ = go()
+    _, _, T, _ = run()
 
     def tr(z):
         return torch.from_numpy((z.numpy().view(np.uint32) & 0xFFFFE000).view(np.float32))
@@ -263,7 +263,7 @@ def test_mma_shapes(mod):
     np.testing.assert_allclose(T, (tr(x).double() @ tr(y).double()).numpy(), rtol=1e-5, atol=1e-5)
     x, y = np.random.randint(-128, 128, (16, 32)), np.random.randint(-128, 128, (32, 8))
     frags(16, 8, 32, x & 255, y & 255, 4)
-    _, _, _, ints = go()
+    _, _, _, ints = run()
     assert (x @ y == ints).all()
 
 
@@ -345,13 +345,13 @@ def test_printf(mod, capfd):
     assert capfd.readouterr().out == "n=42 x=1.50 s=hi l=1234567890123\n"
 
 
-def test_assert(mod):
+def test_device_assert(mod):
     mod["asserts"].launch(1, 32, [32])
     with pytest.raises(ptxrun.Trap, match=r"threadIdx.x < n"):
         mod["asserts"].launch(1, 64, [32])
 
 
-def test_pointer_array(mod):
+def test_pointers_loaded_from_memory(mod):
     ts = [torch.zeros(32) for _ in range(3)]
     p = torch.tensor([t.data_ptr() for t in ts])
     with pytest.raises(ptxrun.MemoryFault):
@@ -375,7 +375,7 @@ def test_generic_addresses(mod, which):
     assert torch.equal(g, r)
 
 
-def test_file_header_template(tmp_path):
+def test_file_with_header_and_templates(tmp_path):
     (tmp_path / "t.h").write_text(
         "template <typename T, int N> __global__ void fill(T* p) {\n"
         "  p[blockIdx.x * blockDim.x + threadIdx.x] = (T)N;\n"

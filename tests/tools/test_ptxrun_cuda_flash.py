@@ -1,4 +1,4 @@
-"""A CUDA flash attention forward: causal sliding window, grouped heads, cp.async, mma."""
+"""CUDA flash attention forward: causal sliding window, grouped heads, cp.async, mma."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tensors(S, H, G):
 
 
 @pytest.mark.parametrize(("S", "W"), [(64, 1000), (200, 1000), (333, 100)])
-def test_flash(S, W, nvcc):
+def test_flash_attention(S, W, nvcc):
     m = ptxrun.compile_cuda(SOURCE)
     q, k, v, o = tensors(S, 4, 2)
     with ptxrun.options(racecheck=True, profile=True):
@@ -48,10 +48,12 @@ def test_flash(S, W, nvcc):
         )
     r = reference(q, k, v, 2, W)
     assert (o.double() - r).norm() / r.norm() < 4e-3
-    assert ptxrun.last_profile().bank_conflict_factor == 1.0  # the padding of LD works
+    assert (
+        ptxrun.last_profile().bank_conflict_factor == 1.0
+    )  # the padding of rows to LD avoids conflicts
 
 
-def test_missing_barrier_is_found(nvcc):
+def test_missing_barrier_raises_race_error(nvcc):
     m = ptxrun.compile_cuda(SOURCE, options=["-DWITHOUT_BARRIER"])
     q, k, v, o = tensors(300, 2, 1)
     with (
@@ -61,7 +63,7 @@ def test_missing_barrier_is_found(nvcc):
         m["flash"].launch((5, 2), 128, [q, k, v, o, 300, 1, 1000, 0.1], shared_bytes=SHARED)
 
 
-def test_overrun_is_found(nvcc):
+def test_read_beyond_a_tensor_raises_memory_fault(nvcc):
     m = ptxrun.compile_cuda(SOURCE, options=["-DWITHOUT_BOUNDS"])
     q, k, v, o = tensors(200, 2, 1)
     with pytest.raises(ptxrun.MemoryFault, match=r"out-of-range global cp.async read"):

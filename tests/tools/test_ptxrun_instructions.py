@@ -1,4 +1,4 @@
-"""PTX instructions one by one, against NumPy."""
+"""Single PTX instructions, compared with NumPy."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ NP = {
 
 
 def run_many(cases):
-    """Execute snippets of PTX, one thread per element, and return the output of each.
+    """Execute PTX snippets, one thread per element, and return the output of each snippet.
 
     A case is (snippet, [(array, type), ...], output type). The snippet reads %a, %b, %c, ... and
     writes %d.
@@ -119,7 +119,7 @@ def same(a, b):
     assert ok.all(), (np.nonzero(~ok)[0][:5], a[~ok][:5], b[~ok][:5])
 
 
-def test_int_arith():
+def test_integer_arithmetic():
     cases, refs = [], []
     with np.errstate(all="ignore"):
         for t in ("u32", "s32", "u64", "s64", "u16", "s16"):
@@ -167,7 +167,7 @@ def test_int_arith():
         same(o, r)
 
 
-def test_wide_logic_shift():
+def test_wide_multiply_logic_and_shifts():
     cases, refs = [], []
     for t, w in (("u32", "u64"), ("s32", "s64"), ("u16", "u32"), ("s16", "s32")):
         a, b = ints(t), ints(t)
@@ -221,7 +221,7 @@ def test_wide_logic_shift():
         same(o, r)
 
 
-def test_bits():
+def test_bit_fields_and_permutations():
     a, b, c = ints("u32"), ints("u32"), ints("u32")
     low = ints("u64")
     cases = [
@@ -286,7 +286,7 @@ def test_bits():
         )
 
 
-def test_float_arith():
+def test_float_arithmetic():
     a, b, c = f32s(), f32s()[::-1].copy(), f32s(special=False)
     A = [(a, "f32"), (b, "f32")]
     d = a.astype(np.float64)
@@ -345,7 +345,7 @@ def test_rounding_modes():
         same(outs[3 * i + 2], up)
 
 
-def test_mufu():
+def test_approximate_functions():
     a = np.abs(f32s(5.0, special=False)) + 0.01
     s = f32s(3.0, special=False)
     e = f32s(30.0)
@@ -423,7 +423,7 @@ def test_half_and_bf16():
         same(o[4], b + b)
 
 
-def test_cvt():
+def test_conversions():
     f = f32s(1000.0)
     with np.errstate(all="ignore"):
         h = f32s(5.0).astype(np.float16)
@@ -482,7 +482,7 @@ def test_cvt():
         for o, r in zip(run_many(cases), refs, strict=True):
             same(o, r)
         g = f32s(7.0)
-        for z in (f, g):  # ties
+        for z in (f, g):  # exact ties of the rounding
             z[20:50].view(np.uint32)[:] = z[20:50].view(np.uint32) & 0xFFFF0000 | 0x8000
             z[50:70] = (z[50:70].astype(np.float16).view(np.uint16).astype(np.uint16)).view(
                 np.float16
@@ -514,7 +514,7 @@ def test_cvt():
         assert np.allclose(rz[fin], g[fin], rtol=2e-3, atol=1e-6)
 
 
-def test_compare_select():
+def test_comparisons_and_selections():
     a, b = f32s(1.0), np.round(f32s(1.0))[::-1].copy()
     a[20:40] = b[20:40]
     i, j = ints("s32"), ints("s32")
@@ -586,7 +586,7 @@ def test_compare_select():
         same(o, r)
 
 
-def test_unknown_instruction():
+def test_unknown_instruction_is_named():
     ptx = (
         ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k()\n{\n"
         ".reg .b32 %r<3>;\nfrobnicate.b32 %r1, %r2;\nret;\n}\n"

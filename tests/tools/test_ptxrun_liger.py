@@ -1,4 +1,4 @@
-"""Kernels of Liger-Kernel, launched on CPU tensors."""
+"""Liger-Kernel's kernels, executed on CPU tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts of ptxrun's profile with known values."""
+"""Counts in ptxrun's profile, compared with known values."""
 
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def test_mma_flop(dt):
 SOURCE = Path(__file__).parent / "cuda" / "counts.cu"
 
 
-def test_cuda_counts(nvcc):
+def test_sectors_bank_conflicts_and_divergence(nvcc):
     m = ptxrun.compile_cuda(SOURCE)
     ptxrun.Options.profile = True
     a, o = torch.randn(1024), torch.zeros(32)
@@ -75,5 +75,5 @@ def test_cuda_counts(nvcc):
         p = ptxrun.last_profile()
         assert p.shared_wavefronts == 32 + n
         assert p.shared_ideal == 33
-    m["divg"].launch(1, 64, [torch.ones(64)])
+    m["divergent"].launch(1, 64, [torch.ones(64)])
     assert ptxrun.last_profile().divergent_branches == 2

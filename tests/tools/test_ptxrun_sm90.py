@@ -1,4 +1,4 @@
-"""sm_90a in ptxrun: wgmma, tensor copies and mbarriers against NumPy, and planted bugs."""
+"""Instructions of sm_90a: wgmma, tensor copies and mbarriers against NumPy, and planted bugs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ rng = np.random.default_rng(5)
 
 
 def bf16(x):
-    """float32 array rounded to bf16 (as uint16 bits)."""
+    """Round a float32 array to bf16 and return the bits as uint16."""
     u = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -37,7 +37,7 @@ ENC = {
         4,
     ),
 }
-SPAN = {0: 1, 1: 8, 2: 4, 3: 2}  # 16-byte chunks in a row, by swizzle mode of a matrix descriptor
+SPAN = {0: 1, 1: 8, 2: 4, 3: 2}  # 16-byte chunks per row, by swizzle mode of the descriptor
 MASK = {0: 0, 1: 7, 2: 3, 3: 1}
 
 
@@ -45,10 +45,10 @@ def swz(a, mode):
     return a ^ (((a >> 7) & MASK[mode]) << 4)
 
 
-def place(image, m, start, mode, trans, k0=0):
-    """Write operand `m` (rows, k), encoded, to the image of shared memory; return its descriptor.
+def write_operand(image, m, start, mode, trans, k0=0):
+    """Write operand `m` (rows, k) to the image of shared memory and return its descriptor.
 
-    `k0` is the offset of its slice of k.
+    `k0` is the offset of the operand along k.
     """
     R, K = m.shape
     es = m.itemsize
@@ -138,7 +138,7 @@ ret;
 
 
 def frag(tid, N):
-    """(row, column) of the f32 accumulator registers of a thread."""
+    """Yield the (row, column) of each f32 accumulator register of a thread."""
     w, lane = divmod(tid, 32)
     g, t = lane >> 2, lane & 3
     for j in range(N // 8):
@@ -152,8 +152,8 @@ def wgmma_case(N, ty="bf16", rs=False, ma=1, mb=1, ta=0, tb=0, scale=1, sa=1, sb
     A, B, C = (rng.standard_normal(s).astype(np.float32) for s in ((64, K), (N, K), (64, N)))
     ea, eb = enc(A), enc(B)
     image = np.zeros(96 * 1024, np.uint8)
-    da = 0 if rs else place(image, ea, 1024 * 2, ma, ta, k0)
-    db = place(image, eb, 1024 * 40, mb, tb, k0)
+    da = 0 if rs else write_operand(image, ea, 1024 * 2, ma, ta, k0)
+    db = write_operand(image, eb, 1024 * 40, mb, tb, k0)
     areg = np.zeros((128, 4 * 4 // es), ea.dtype)
     u = 4 // es
     for t in range(128):
@@ -166,12 +166,12 @@ def wgmma_case(N, ty="bf16", rs=False, ma=1, mb=1, ta=0, tb=0, scale=1, sa=1, sb
         c[t] = [C[r, n] for r, n in frag(t, N)]
     m = ptxrun.load(wgmma_ptx(N, K, ty, rs, ta, tb, scale, sa, sb, **kw))
     m.kernel("k").launch(1, 128, [image, image.nbytes, areg, c, da, db], image.nbytes)
-    want = sa * sb * dec(ea).astype(np.float64) @ dec(eb).astype(np.float64).T + scale * C
+    expected = sa * sb * dec(ea).astype(np.float64) @ dec(eb).astype(np.float64).T + scale * C
     out = np.zeros((64, N), np.float32)
     for t in range(128):
         for x, (r, n) in zip(c[t], frag(t, N), strict=True):
             out[r, n] = x
-    return out, want
+    return out, expected
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,8 @@ def wgmma_case(N, ty="bf16", rs=False, ma=1, mb=1, ta=0, tb=0, scale=1, sa=1, sb
     ids=lambda kw: "-".join(f"{k}{v}" for k, v in kw.items()),
 )
 def test_wgmma(kw):
-    out, want = wgmma_case(**kw)
-    assert np.abs(out - want).max() < 2e-5 * np.abs(want).max()
+    out, expected = wgmma_case(**kw)
+    assert np.abs(out - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 def test_wgmma_without_wait():
@@ -208,14 +208,14 @@ def test_wgmma_without_wait():
 
 
 def test_wgmma_result_used_early():
-    # reads d0 before the wait: NaN there, the others are right
-    out, want = wgmma_case(16, body="add.f32 %d0, %d0, 0f00000000;")
+    # d0 is read before the wait and becomes NaN; the other results are correct
+    out, expected = wgmma_case(16, body="add.f32 %d0, %d0, 0f00000000;")
     bad = np.isnan(out)
     assert bad.sum() == 128
-    assert np.abs((out - want)[~bad]).max() < 1e-4
-    # a move keeps the value in flight, as the assembler's register allocation would
-    out, want = wgmma_case(16, body="mov.b32 %x0, %d0; mov.b32 %d0, %x0;")
-    assert np.abs(out - want).max() < 1e-4
+    assert np.abs((out - expected)[~bad]).max() < 1e-4
+    # a move keeps the value in flight, as the register allocation of the assembler may do
+    out, expected = wgmma_case(16, body="mov.b32 %x0, %d0; mov.b32 %d0, %x0;")
+    assert np.abs(out - expected).max() < 1e-4
 
 
 def test_wgmma_operand_overwritten():
@@ -298,7 +298,7 @@ TYPES = {
 
 
 def tma(x, box, co, mode, body, data=None, **kw):
-    """Load a box (returns the linear bytes of shared memory) or store data into it."""
+    """Load a box and return the bytes in shared memory, or store `data` to it."""
     n = int(np.prod(box)) * x.itemsize
     r = len(box)
     out = np.zeros(n, np.uint8) if data is None else data
@@ -343,7 +343,7 @@ def boxed(x, box, co, fill=0):
 
 
 def swizzled(lin, mode):
-    """Return the bytes of a box in the order of a swizzled copy to a multiple of 1024 bytes."""
+    """Return the bytes of a box in swizzled order, for an address aligned to 1024 bytes."""
     o = np.arange(0, lin.size, 16)
     to = o ^ (((o >> 7) & {0: 0, 1: 1, 2: 3, 3: 7}[mode]) << 4)
     w = np.empty_like(lin)
@@ -389,15 +389,15 @@ def test_tensor_store(mode, co):
     inner = {0: 64, 1: 16, 2: 32, 3: 64}[mode]
     d = rng.integers(1, 65536, (16, inner)).astype(np.uint16)
     tma(x, (16, inner), co, mode, STORE, data=swizzled(d.reshape(-1).view(np.uint8), mode))
-    want = np.zeros_like(x)
+    expected = np.zeros_like(x)
     for i in np.ndindex(16, inner):
         p = (i[0] + co[0], i[1] + co[1])
         if 0 <= p[0] < 40 and 0 <= p[1] < 72:
-            want[p] = d[i]
-    assert np.array_equal(x, want)
+            expected[p] = d[i]
+    assert np.array_equal(x, expected)
 
 
-def test_tensor_reduce():
+def test_tensor_reduction():
     x = rng.standard_normal((20, 32)).astype(np.float32)
     y, d = x.copy(), rng.standard_normal((8, 32)).astype(np.float32)
     tma(
@@ -451,7 +451,7 @@ def test_load_bugs():
         )
     with pytest.raises(
         ptxrun.ExecutionError,
-        match="deadlock: no warp can go on; warp 0 at the mbarrier at shared offset 0, parity 0 "
+        match="deadlock: no warp can continue; warp 0 at the mbarrier at shared offset 0, parity 0 "
         r".*16 bytes outstanding",
     ):
         tma(
@@ -465,7 +465,7 @@ def test_load_bugs():
         )
     with pytest.raises(
         ptxrun.ExecutionError, match="in flight"
-    ):  # parity of the phase before: passes at once
+    ):  # the wait for the parity of the previous phase returns at once
         tma(x, (16, 64), (0, 0), 3, body.replace("[%bar], 0;", "[%bar], 1;"))
     with ptxrun.options(racecheck=True):
         tma(x, (16, 64), (0, 0), 3, LOAD)
@@ -476,7 +476,7 @@ def test_load_bugs():
     with pytest.raises(ptxrun.ExecutionError, match="exceeds the swizzle span"):
         tma(x, (16, 64), (0, 0), 2, body)
     with pytest.raises(
-        ptxrun.ExecutionError, match="more arrivals than the barrier was initialised for"
+        ptxrun.ExecutionError, match="more arrivals than the barrier was initialized for"
     ):
         tma(x, (16, 64), (0, 0), 3, "@%lead mbarrier.arrive.shared::cta.b64 _, [%bar], 2;")
 
@@ -509,7 +509,7 @@ def mod(nvcc):
 
 
 def pipe(mod, steps, bug, **kw):
-    a, b, want = tiles(steps)
+    a, b, expected = tiles(steps)
     c = np.zeros((128, 8), np.float32)
     with ptxrun.options(**kw):
         mod["pipe"].launch(1, 160, [a, b, c, steps, bug], 5120)
@@ -517,7 +517,7 @@ def pipe(mod, steps, bug, **kw):
     for t in range(128):
         for x, (r, n) in zip(c[t], frag(t, 16), strict=True):
             out[r, n] = x
-    return out, want
+    return out, expected
 
 
 @pytest.mark.parametrize(
@@ -526,8 +526,8 @@ def pipe(mod, steps, bug, **kw):
     ids=str,
 )
 def test_pipeline(mod, kw):
-    out, want = pipe(mod, 7, 0, **kw)
-    assert np.abs(out - want).max() < 1e-4
+    out, expected = pipe(mod, 7, 0, **kw)
+    assert np.abs(out - expected).max() < 1e-4
 
 
 def test_pipeline_bugs(mod):
@@ -535,7 +535,7 @@ def test_pipeline_bugs(mod):
     assert np.isnan(out).all()
     with pytest.raises(
         ptxrun.ExecutionError,
-        match="deadlock: no warp can go on; warp 0 at the mbarrier .*; "
+        match="deadlock: no warp can continue; warp 0 at the mbarrier .*; "
         r"warp 4 at the mbarrier at shared offset \d+, parity",
     ):
         pipe(mod, 5, 2)
@@ -578,7 +578,7 @@ def test_setmaxnreg(mod):
     mod["regs"].launch(1, 256, [x, 0])
     assert x.sum() == 128 * 3
     text = mod.text
-    for old, new, what in (
+    for old, new, message in (
         ("inc.sync.aligned.u32 224", "inc.sync.aligned.u32 226", "multiple of 8"),
         (
             "dec.sync.aligned.u32 32",
@@ -592,7 +592,7 @@ def test_setmaxnreg(mod):
         ),
     ):
         assert "setmaxnreg." + old in text
-        with pytest.raises(ptxrun.ExecutionError, match=what):
+        with pytest.raises(ptxrun.ExecutionError, match=message):
             ptxrun.load(text.replace("setmaxnreg." + old, "setmaxnreg." + new))["regs"].launch(
                 1, 256, [x, 0]
             )

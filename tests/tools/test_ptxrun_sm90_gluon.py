@@ -1,4 +1,4 @@
-"""A warp-specialized Gluon attention with one producer and two ping-pong consumers."""
+"""Warp-specialized Gluon attention with one producer and two ping-pong consumers."""
 
 import ptxrun
 import pytest
@@ -11,14 +11,14 @@ pytestmark = [
     pytest.mark.usefixtures("sm_90a"),
     pytest.mark.skipif(
         tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 9),
-        reason="written for Triton 3.9",
+        reason="requires Triton 3.9",
     ),
 ]
 LOG2E = 1.4426950408889634
 
 
 def run(sq, sk, heads, kv_heads, left, right, **kw):
-    from support.gluon_attention import forward  # an older Triton cannot import it
+    from support.gluon_attention import forward  # older Triton cannot import it
 
     D, G = 128, heads // kv_heads
     q, k, v = (
@@ -62,15 +62,15 @@ def run(sq, sk, heads, kv_heads, left, right, **kw):
     i, j = torch.arange(sq)[:, None] + sk - sq, torch.arange(sk)[None]
     s = s.masked_fill((j > i + right) | (j < i - left), float("-inf"))
     ref = s.logsumexp(-1)
-    want = torch.einsum(
+    expected = torch.einsum(
         "hqk,khd->qhd", (s - ref[..., None]).exp(), v.repeat_interleave(G, 1).double()
     )
-    assert (o.double() - want).abs().max() < 5e-3 * want.abs().max()
+    assert (o.double() - expected).abs().max() < 5e-3 * expected.abs().max()
     assert (lse.double() - ref).abs().max() < 1e-5
 
 
 def test_gluon_attention():
-    for left in (1000, 300, 100, 10):  # one compilation
+    for left in (1000, 300, 100, 10):  # the kernel is compiled once
         run(160, 640, 4, 1, left, 0)
     run(160, 640, 4, 1, 300, 0, racecheck=True)
     for seed in range(1, 7):

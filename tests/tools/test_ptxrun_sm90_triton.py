@@ -13,13 +13,13 @@ pytestmark = [
     pytest.mark.usefixtures("sm_90a"),
     pytest.mark.skipif(
         tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 8),
-        reason="tested with Triton 3.8 and newer",
+        reason="requires Triton 3.8 or newer",
     ),
 ]
 
 
-def close(x, want, tol):
-    assert ((x.double() - want).abs().max() / want.abs().max()).item() < tol
+def close(x, expected, tol):
+    assert ((x.double() - expected).abs().max() / expected.abs().max()).item() < tol
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def multiply(a, c, N: tl.constexpr):
     tl.store(c + i[:, None] * N + i, tl.dot(x, x))
 
 
-def test_one_kernel_for_two_capabilities():
+def test_kernel_for_two_capabilities():
     a = torch.randn(64, 64).bfloat16()
     for capability, instruction in ((80, "mma.sync"), (90, "wgmma"), (80, "mma.sync")):
         c = torch.empty(64, 64)
@@ -98,13 +98,13 @@ def matmul_host(ad, bd, cd, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.conste
     "kw", [{}, {"racecheck": True}, {"seed": 1}, {"seed": 2, "racecheck": True}], ids=str
 )
 def test_descriptors(kw):
-    M, N, K = 200, 136, 264  # edges in every dimension
+    M, N, K = 200, 136, 264  # no size is a multiple of its block
     a, b = torch.randn(M, K).bfloat16(), torch.randn(K, N).bfloat16()
-    want = a.double() @ b.double()
+    expected = a.double() @ b.double()
     c = torch.full((M, N), float("nan")).bfloat16()
     with ptxrun.options(**kw):
         matmul_device[(triton.cdiv(M, 64), triton.cdiv(N, 64))](a, b, c, M, N, K, 64, 64, 64)
-        close(c, want, 4e-3)
+        close(c, expected, 4e-3)
         c.fill_(float("nan"))
         t = TensorDescriptor.from_tensor
         matmul_host[(triton.cdiv(M, 128), triton.cdiv(N, 64))](
@@ -117,7 +117,7 @@ def test_descriptors(kw):
             64,
             num_warps=8,
         )
-        close(c, want, 4e-3)
+        close(c, expected, 4e-3)
 
 
 def test_scratch_needs_an_allocator():
@@ -152,7 +152,7 @@ def attention(
     t = tl.program_id(0)
     row = t * BM + tl.arange(0, BM)
     q = qd.load([t * BM // G, 0, 0]).reshape([BM, D])
-    place = (row // G)[:, None]
+    position = (row // G)[:, None]
     lo = tl.maximum(t * BM // G - left, 0) // BN * BN
     hi = tl.minimum((t * BM + BM - 1) // G + 1, n)
     m, denominator, acc = (
@@ -163,7 +163,7 @@ def attention(
     for i in tl.range(lo, hi, BN, warp_specialize=WS):
         s = tl.dot(q, kd.load([i, 0]).T)
         key = i + tl.arange(0, BN)[None, :]
-        s = tl.where((key <= place) & (key >= place - left), s, -1e30)
+        s = tl.where((key <= position) & (key >= position - left), s, -1e30)
         new = tl.maximum(m, tl.max(s, 1) * scale)
         p = tl.exp2(s * scale - new[:, None])
         r = tl.exp2(m - new)
@@ -231,6 +231,6 @@ def accumulate(x, y, n, B: tl.constexpr):
 
 def test_descriptor_reduction():
     x, y = torch.randn(40, 32), torch.randn(40, 32)
-    want = x + y
+    expected = x + y
     accumulate[(3,)](x, y, 40, 32)
-    assert torch.equal(y, want)
+    assert torch.equal(y, expected)

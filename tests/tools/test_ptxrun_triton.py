@@ -351,8 +351,8 @@ def test_atomics():
     assert h.tolist() == [300, 300]
 
 
-def test_lock():
-    """The spin lock of the Triton layer-norm tutorial: plain accesses ordered by an atomic lock."""
+def test_spin_lock():
+    """Order plain accesses by an atomic lock, as in the layer-norm tutorial of Triton."""
 
     @triton.jit
     def k(x, acc, lock, N: tl.constexpr):
@@ -465,7 +465,7 @@ def opts_kernel(x, bias, y, n, one, scale, FLAG: tl.constexpr, B: tl.constexpr):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("flag", [False, True])
-def test_specialisation(bias, flag):
+def test_specialization(bias, flag):
     x, b, y = torch.randn(100), torch.randn(100) if bias else None, torch.zeros(100)
     opts_kernel[(2,)](x, b, y, 100, 1, 0.37, FLAG=flag, B=64)
     r = x + b if bias else x
@@ -585,7 +585,7 @@ def test_fp8():
     assert torch.equal(z, r.float())
 
 
-def test_many_warps_and_inline_asm():
+def test_16_warps_and_inline_asm():
     @triton.jit
     def k(x, y, B: tl.constexpr):
         i = tl.arange(0, B)

@@ -1,4 +1,4 @@
-"""Costs that sasscost reads from machine code: loops, pipes, waits, barriers, partitions."""
+"""Costs that sasscost computes from machine code: loops, waits, barriers, partitions."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def test_parse_and_nested_loops():
     ls = cfg.loops(blocks)
     assert [each.depth for each in ls] == [1, 2]
     assert ls[1].parent is ls[0]
-    r = sc.analyse_kernel(ins, labels, sc.get_arch("sm_80"), warps=4, ctas_per_sm=2)
+    r = sc.analyze_kernel(ins, labels, sc.get_arch("sm_80"), warps=4, ctas_per_sm=2)
     inner = next(each for each in r["loops"] if each["depth"] == 2)
     assert inner["body_instructions"] == 7
-    assert inner["steady_instructions"] == 5  # the guarded pair is off the cheapest path
+    assert inner["steady_instructions"] == 5  # the cheapest path skips two guarded instructions
     assert inner["tensor_ops"] == {"HMMA.16x8x16": 1}
-    assert r["instructions"] == 12  # the @!PT dummy is not counted
+    assert r["instructions"] == 12  # the @!PT instruction is not counted
     assert sc.main_loop(r)["name"] == inner["name"]
 
 
@@ -92,7 +92,7 @@ def test_mma_shapes():
         ("LDTM.x64", "tmem"),
     ],
 )
-def test_classes(op, k):
+def test_instruction_classes(op, k):
     assert C.klass(op) == k
 
 
@@ -125,8 +125,8 @@ def test_occupancy():
     assert sc.occupancy(sc.get_arch("sm_90"), 168, 12)["ctas_per_sm"] == 1
 
 
-def test_bounds_by_hand():
-    # 16 HMMA (8 clocks each on a scheduler), 64 MUFU (8 clocks each): MUFU-bound 4:1
+def test_bounds_equal_hand_computed_values():
+    # 16 HMMAs and 64 MUFUs of 8 clocks each on a scheduler: bound by MUFU, 4 to 1
     c = Counts()
     for _ in range(16):
         c.add(instruction("HMMA.16816.F32.BF16", "R8, R4, R6, R8"))
@@ -137,16 +137,16 @@ def test_bounds_by_hand():
     assert r["cycles"]["mufu"] == 512
     assert r["bound_a"] == 0.25
     assert r["limiter_a"] == "mufu"
-    assert abs(r["bound_b"] - 128 / (128 + 512)) < 1e-3  # a single unit: strictly serial
+    assert abs(r["bound_b"] - 128 / (128 + 512)) < 1e-3  # one unit is strictly serial
 
 
 def test_mva_limits():
     assert abs(mva(1, 3.0, 1.0) - 0.25) < 1e-9
-    assert abs(mva(2, 1.0, 1.0) - 2 / 3) < 1e-9  # balanced network: N/(N+1)
+    assert abs(mva(2, 1.0, 1.0) - 2 / 3) < 1e-9  # balanced network: N / (N + 1)
     assert mva(64, 3.0, 1.0) <= 1 / 3 + 1e-9
 
 
-def test_overlap_detection():
+def test_mufus_under_wgmma():
     w = instruction("HGMMA.64x64x16.F32.BF16", "R24, gdesc[UR8], R24")
     d = instruction("WARPGROUP.DEPBAR.LE", "gsb0, 0x0")
     m = instruction("MUFU.EX2", "R0, R0")
@@ -166,22 +166,22 @@ def counts(seq, **kw):
     return tuple(wgmma_waits(seq, **kw)[k] for k in ("hgmma", "depbars", "alone", "serialized"))
 
 
-def test_serialized_wgmma():
+def test_serialized_wgmma_counts():
     a, b = G("R24"), G("R88")
     assert counts([a, a, ALL]) == (2, 1, 0, 0)
     assert counts([a, a, b, b, ONE, ALL]) == (4, 2, 0, 0)  # two products in flight
     assert counts([a, ALL, a, ALL, b, ALL, b, ALL]) == (4, 4, 4, 4)
-    assert counts([a, ONE, a, ONE]) == (2, 2, 0, 0)  # one stays in flight
+    assert counts([a, ONE, a, ONE]) == (2, 2, 0, 0)  # one wgmma stays in flight
     assert counts([a, ALL]) == (1, 1, 1, 0)  # a product of one k-step
     assert counts([a, ALL, b, ALL]) == (2, 2, 2, 0)  # two such products
-    assert counts([a, a, ALL, b, ALL, b, ALL]) == (4, 3, 2, 2)  # serialized in part
+    assert counts([a, a, ALL, b, ALL, b, ALL]) == (4, 3, 2, 2)  # two of four are serialized
     assert counts([ALL, a], cyclic=True) == (1, 1, 1, 0)
     assert counts([a, a], cyclic=False) == (2, 0, 0, 0)
     assert counts([a, ALL, a, ALL], cyclic=False) == (2, 2, 2, 2)
     assert counts([]) == (0, 0, 0, 0)
 
 
-def test_serialized_wgmma_in_the_bounds():
+def test_serialized_wgmma_lowers_the_bounds():
     c = Counts()
     for _ in range(16):
         c.add(G("R24"))
@@ -198,7 +198,7 @@ def test_serialized_wgmma_in_the_bounds():
     assert held["est_m"] < held["bound_b"]
     assert held["est_m"] < free["est_m"] - 0.1
     one = bounds(c, arch, 4, 1, covered=0.0, serial=16)
-    assert abs(one["est_m"] - t / (t + o + z)) < 1e-3  # one warpgroup: strictly in turn
+    assert abs(one["est_m"] - t / (t + o + z)) < 1e-3  # one warpgroup is strictly serial
     assert abs(mva(1, 3.0, 1.0, 4.0) - 1 / 8) < 1e-9
 
 
@@ -213,12 +213,12 @@ def test_lockstep_of_some_warps():
     def est(lockstep):
         return bounds(c, arch, 12, 1, lockstep=lockstep)["est_m"]
 
-    assert est(0) == est(4)  # a warpgroup is the unit anyway
+    assert est(0) == est(4)  # a warpgroup is always the unit
     assert est(0) > est(8) > est(12) == est(True)
 
 
 def run_text(lines, n, **kw):
-    """Return instructions, labels, and by mnemonic the mask of its warps and its barrier."""
+    """Return instructions, labels, and dicts from mnemonic to warp mask and to barrier."""
     body = "\n".join(
         x if x.endswith(":") else f"        /*{16 * i:04x}*/ {x} ;" for i, x in enumerate(lines)
     )
@@ -256,14 +256,14 @@ BY_NUMBER = [
 ]
 
 
-def test_warps_by_their_number():
+def test_branches_on_the_warp_number():
     _, _, at, bars = run_text(BY_NUMBER, 8)
     assert at["FADD"] == 0b1111
     assert at["FMUL"] == 0b1
     assert at["FFMA"] == 0b00010000
     assert at["MUFU.EX2"] == 0b11100000
     assert bars["BAR.SYNC.A"] == [{1, 2, 3, 4}, {128}]
-    _, _, at, _ = run_text(BY_NUMBER, 8, linear=False)  # a CTA of more dimensions: nothing is known
+    _, _, at, _ = run_text(BY_NUMBER, 8, linear=False)  # the warp numbers are unknown
     assert at["FADD"] == at["FFMA"] == at["FMUL"] == 0xFF
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
 
@@ -297,7 +297,7 @@ def loop(n, extra):
 )
 def test_barriers(barrier, cta, partition, ordered):
     ins, labels, _, _ = run_text(["BAR.ARV 0x4, 0x100", *loop(0, barrier), "EXIT"], 12)
-    r = sc.analyse_kernel(ins, labels, sc.get_arch("sm_90"), 12, 1)
+    r = sc.analyze_kernel(ins, labels, sc.get_arch("sm_90"), 12, 1)
     (each,) = r["loops"]
     assert (
         each["barriers"]["cta"],
@@ -310,7 +310,7 @@ def test_barriers(barrier, cta, partition, ordered):
     )
     assert each["cta_barriers"] == cta
     assert r["partitions"] == []
-    plain = sc.analyse_kernel(
+    plain = sc.analyze_kernel(
         *run_text([*loop(0, "NOP"), "EXIT"], 12)[:2], sc.get_arch("sm_90"), 12, 1
     )["loops"][0]
     assert (each["bounds"]["est_m"] < plain["bounds"]["est_m"]) == bool(cta)
@@ -339,7 +339,7 @@ def test_pingpong_is_not_a_queue(queue):
     if not queue:
         text.insert(-8, "BAR.ARV 0x8, 0x100")
     ins, labels, _, _ = run_text(text, 12)
-    r = sc.analyse_kernel(ins, labels, sc.get_arch("sm_90"), 12, 1, launch_regs=168)
+    r = sc.analyze_kernel(ins, labels, sc.get_arch("sm_90"), 12, 1, launch_regs=168)
     m = sc.main_loop(r)
     assert [p["role"] for p in r["partitions"]] == ["load", "mma"]
     assert m["bounds"]["warps"] == 8
@@ -347,9 +347,9 @@ def test_pingpong_is_not_a_queue(queue):
     assert (m["pingpong"] is None) == queue
 
 
-def test_partitions_that_no_number_tells_apart():
-    # Any warp may take any side of a jump through a table. The barrier of 64 threads, which only
-    # one side uses, gives the size of that side.
+def test_partition_sizes_from_barriers():
+    # After a jump through a table, any warp may run any side. The barrier of 64 threads, which only
+    # one side uses, gives the number of warps of that side.
     table = 'BRX R2 -0x10 (*"BRANCH_TARGETS .L_x_7,.L_x_8"*)'
     text = [
         table,
@@ -367,15 +367,15 @@ def test_partitions_that_no_number_tells_apart():
         "EXIT",
     ]
     ins, labels, _, _ = run_text(text, 10)
-    r = sc.analyse_kernel(ins, labels, sc.get_arch("sm_90"), 10, 1, launch_regs=168)
+    r = sc.analyze_kernel(ins, labels, sc.get_arch("sm_90"), 10, 1, launch_regs=168)
     assert [
         (p["role"], p["regs"], p["count"], p["warps"], p["warps_from"]) for p in r["partitions"]
     ] == [("load", 24, 2, None, "barrier"), ("mma", 240, 8, None, "barrier")]
     assert [(each["own_warps"], each["bounds"]["warps"]) for each in r["loops"]] == [(2, 2), (8, 8)]
     assert r["register_pool"] is None
-    # without such a barrier the warps that may run it are an upper bound
+    # Without such a barrier the number of warps is an upper bound.
     ins, labels, _, _ = run_text([x.replace("0x40", "0x140") for x in text], 10)
-    r = sc.analyse_kernel(ins, labels, sc.get_arch("sm_90"), 10, 1, launch_regs=168)
+    r = sc.analyze_kernel(ins, labels, sc.get_arch("sm_90"), 10, 1, launch_regs=168)
     assert [(p["count"], p["warps_from"]) for p in r["partitions"]] == [
         (10, "unknown"),
         (8, "barrier"),
@@ -402,7 +402,7 @@ def nvdisasm():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_cubin_round_trip(tmp_path, arch):
     cubin, _ = compiled(tmp_path, KERNEL, arch)
-    (k,) = sc.analyse(cubin)
+    (k,) = sc.analyze(cubin)
     assert k["kernel"] == "axpy"
     assert k["arch"] == arch
     assert k["regs"] >= 8
@@ -431,10 +431,10 @@ def compiled(tmp_path, text, arch="sm_90a"):
 @pytest.mark.parametrize(
     ("steps", "touch", "serialized"), [(4, False, [0, 4]), (4, True, [4, 4]), (1, False, [0, 1])]
 )
-def test_what_ptxas_serializes(tmp_path, steps, touch, serialized):
-    cubin, said = compiled(tmp_path, hopper.product(steps, touch))
-    assert ("are serialized" in said) == touch
-    (k,) = sc.analyse(cubin)
+def test_wgmma_serialized_by_ptxas(tmp_path, steps, touch, serialized):
+    cubin, output = compiled(tmp_path, hopper.product(steps, touch))
+    assert ("are serialized" in output) == touch
+    (k,) = sc.analyze(cubin)
     m = sc.main_loop(k)
     assert m["serialized_wgmma"] == k["serialized_wgmma"] == serialized
     assert m["wgmma_waits"]["depbars"] == (4 if touch else 1)
@@ -446,10 +446,10 @@ def test_what_ptxas_serializes(tmp_path, steps, touch, serialized):
 
 
 @pytest.mark.usefixtures("nvcc", "nvdisasm")
-def test_serialized_wgmma_costs(tmp_path):
+def test_serialized_wgmma_lowers_the_estimate(tmp_path):
     est = []
     for touch in (False, True):
-        (k,) = sc.analyse(
+        (k,) = sc.analyze(
             compiled(tmp_path, hopper.product(16, touch))[0], loop_warps={"L0": 4}, smem=200 << 10
         )
         est.append(sc.main_loop(k)["bounds"])
@@ -475,7 +475,7 @@ FIRST = "threadIdx.x < 128"
     ],
 )
 def test_barriers_of_a_larger_cta(tmp_path, threads, who, barrier, cta, own):
-    (k,) = sc.analyse(
+    (k,) = sc.analyze(
         compiled(tmp_path, hopper.product(8, False, threads, who, barrier))[0], smem=200 << 10
     )
     m = sc.main_loop(k)
@@ -483,7 +483,7 @@ def test_barriers_of_a_larger_cta(tmp_path, threads, who, barrier, cta, own):
     assert m["cta_barriers"] == cta
     assert m["barriers"]["partition"] == 1 - cta
     assert m["own_warps"] == m["bounds"]["warps"] == own
-    (free,) = sc.analyse(
+    (free,) = sc.analyze(
         compiled(tmp_path, hopper.product(8, False, threads, who))[0], smem=200 << 10
     )
     drop = sc.main_loop(free)["bounds"]["est_m"] - m["bounds"]["est_m"]
@@ -494,23 +494,23 @@ def test_barriers_of_a_larger_cta(tmp_path, threads, who, barrier, cta, own):
 
 
 @pytest.mark.usefixtures("nvcc", "nvdisasm")
-def test_size_of_the_cta_from_the_caller(tmp_path):
+def test_cta_size_from_the_caller(tmp_path):
     cubin, _ = compiled(
         tmp_path,
         hopper.product(
             threads=384, who=FIRST, barrier=hopper.bar("bar.sync 0, 128;"), bounds=False
         ),
     )
-    for n, cta in ((12, 0), (4, 1), (None, 1)):  # without launch bounds and a caller: 128 threads
-        (k,) = sc.analyse(cubin, warps=n)
+    for n, cta in ((12, 0), (4, 1), (None, 1)):  # None without launch bounds: 128 threads
+        (k,) = sc.analyze(cubin, warps=n)
         assert sc.main_loop(k)["cta_barriers"] == cta
 
 
 @pytest.mark.usefixtures("nvcc", "nvdisasm")
-def test_warp_specialized(tmp_path):
-    cubin, said = compiled(tmp_path, hopper.specialized())
-    assert "setmaxnreg ignored" not in said
-    (k,) = sc.analyse(cubin, smem=100 << 10)
+def test_warp_specialized_kernel(tmp_path):
+    cubin, output = compiled(tmp_path, hopper.specialized())
+    assert "setmaxnreg ignored" not in output
+    (k,) = sc.analyze(cubin, smem=100 << 10)
     assert k["threads"] == 384
     assert k["regs"] == 168
     parts = {p["role"]: p for p in k["partitions"]}
@@ -525,8 +525,8 @@ def test_warp_specialized(tmp_path):
     assert m["pingpong"]["ids"] == [8, 9]
     assert m["pingpong"]["threads"] == 256
     assert m["pingpong"]["units"] == 2
-    assert m["pingpong"]["mufu_share"] == 0.5  # 64 MUFU a thread take twice the other's 4 wgmmas
-    (over,) = sc.analyse(cubin, smem=100 << 10, loop_warps={m["name"]: 4})
+    assert m["pingpong"]["mufu_share"] == 0.5  # 64 MUFUs per thread take twice as long as 4 wgmmas
+    (over,) = sc.analyze(cubin, smem=100 << 10, loop_warps={m["name"]: 4})
     assert sc.main_loop(over)["bounds"]["units"] == 1
     text = sc.to_text([k])
     assert "partition warps 4-11: mma, 240 registers (setmaxnreg)" in text
@@ -536,11 +536,11 @@ def test_warp_specialized(tmp_path):
 def test_gluon_partitions(nvdisasm):
     triton = pytest.importorskip("triton")
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
-        pytest.skip("needs the Gluon of Triton 3.9")
+        pytest.skip("requires Triton 3.9")
     from support import gluon_product as gk
 
     sig = {"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32", "trips": "i32", "stride": "i32"}
-    (k,) = sc.analyse_jit(
+    (k,) = sc.analyze_jit(
         gk.mm, sig, {"BM": 64, "BN": 128, "BK": 64}, 90, num_warps=4, divisible_by_16=("stride",)
     )
     assert k["threads"] == 256
@@ -556,12 +556,12 @@ def test_gluon_partitions(nvdisasm):
     assert [each["dispatch"] for each in k["loops"]] == [False, True, False]
 
 
-def test_triton_aot(nvdisasm):
+def test_triton_compiled_ahead_of_time(nvdisasm):
     pytest.importorskip("triton")
     from support import triton_product as tk
 
     for arch in (80, 90):
-        (k,) = sc.analyse_jit(
+        (k,) = sc.analyze_jit(
             tk.mm,
             {"A": "*bf16", "B": "*bf16", "C": "*fp32", "K": "i32"},
             {"BM": 64, "BN": 64, "BK": 64},
@@ -571,5 +571,5 @@ def test_triton_aot(nvdisasm):
         )
         m = sc.main_loop(k)
         f = m["bounds"]["mflop_per_trip"] * 1e6
-        assert abs(f - 2 * 64 * 64 * 64) < 1  # the FLOPs in the SASS are those of the source
+        assert abs(f - 2 * 64 * 64 * 64) < 1  # SASS and source have equal FLOPs
         assert ("HGMMA" if arch == 90 else "HMMA") in str(m["tensor_ops"])

@@ -1,3 +1,4 @@
+// Kernels with known traffic, bank conflicts and divergence (test_ptxrun_profile.py).
 extern "C" __global__ void strided(const float* a, float* o, int s) {
   o[threadIdx.x] = a[threadIdx.x * s];
 }
@@ -10,6 +11,6 @@ extern "C" __global__ void banks(float* o, int s) {
   __syncthreads();
   o[threadIdx.x] = m[threadIdx.x * s];
 }
-extern "C" __global__ void divg(float* o) {
+extern "C" __global__ void divergent(float* o) {
   if (threadIdx.x & 1) o[threadIdx.x] = sqrtf(o[threadIdx.x]);
 }

@@ -1,3 +1,6 @@
+// Causal sliding-window attention forward with grouped heads (test_ptxrun_cuda_flash.py).
+// Two macros plant bugs: with WITHOUT_BOUNDS the kernel reads rows beyond S, with WITHOUT_BARRIER
+// it overwrites a tile that other warps still read.
 #include <cuda_bf16.h>
 #include <stdint.h>
 constexpr int D = 64, BM = 64, BN = 64, LD = D + 8;

@@ -12,7 +12,11 @@ __device__ __forceinline__ void wait(unsigned b, unsigned par) {
 __device__ __forceinline__ uint64_t desc(unsigned a) {
   return (uint64_t)((a & 0x3ffff) >> 4) | (uint64_t)(128 >> 4) << 16 | (uint64_t)(256 >> 4) << 32;
 }
-// A: steps x 64 x 16, B: steps x 16 x 16, in core matrices; C: 128 threads x 8
+// A pipeline of one producer warp and one consumer warpgroup (test_ptxrun_sm90.py).
+// A: steps x 64 x 16, B: steps x 16 x 16, in core matrices; C: 128 threads x 8.
+// bug 1: wait_group 1 instead of 0; 2: the producer waits for the wrong parity; 3: arrive without
+// expect_tx; 4: the consumer frees a buffer before it waits for its wgmma; 5: ordinary writes to an
+// operand without a proxy fence; 6: warp 0 skips an arrival.
 extern "C" __global__ void __launch_bounds__(160)
     pipe(const char* A, const char* B, float* C, int steps, int bug) {
   extern __shared__ __align__(1024) char s[];
@@ -84,6 +88,7 @@ extern "C" __global__ void __launch_bounds__(160)
   for (int i = 0; i < 8; i++) C[t * 8 + i] = c[i] + 1.0f;
   if (bug == 1) asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
+// Named barriers. bug 1: no arrival at barrier 3; 2: two arrivals at barrier 3.
 extern "C" __global__ void __launch_bounds__(128) named(float* x, int bug) {
   int w = threadIdx.x / 64;
   __shared__ float v[2];

@@ -1,3 +1,4 @@
+// Correct kernels, one feature each (test_ptxrun_cuda.py).
 #include <assert.h>
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -47,7 +48,7 @@ __device__ int pick(int k, int i) {
       return 1000;
   }
 }
-__global__ void sw(int* o, int n) {
+__global__ void switch_loop(int* o, int n) {
   int i = threadIdx.x;
   int acc = 0;
   for (int j = 0; j < n; j++) {
@@ -137,7 +138,7 @@ __device__ __noinline__ float poly(float x, const float* c, int n) {
   return r;
 }
 __constant__ float coef[4] = {1.f, 2.f, -3.f, 0.5f};
-__global__ void callk(const float* a, float* o, int n) {
+__global__ void call_local_const(const float* a, float* o, int n) {
   int i = threadIdx.x;
   float loc[8];
   for (int j = 0; j < 8; j++) loc[j] = coef[j & 3] * a[(i + j) % n];

@@ -1,4 +1,4 @@
-"""Run a program whose Triton kernels ptxrun executes on CPU tensors.
+"""Run a program and execute its Triton kernels on CPU tensors.
 
 python -m ptxrun [options] script.py args...
 python -m ptxrun [options] -m module args...
@@ -17,16 +17,35 @@ import ptxrun
 def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m ptxrun",
-        description="Run a program with Triton kernels executed on CPU tensors.",
+        description="Run a program and execute its Triton kernels on CPU tensors.",
     )
-    parser.add_argument("--capability", type=int, default=80)
-    parser.add_argument("--racecheck", action="store_true")
-    parser.add_argument("--profile", action="store_true", help="print the model table at the end")
-    parser.add_argument("--device", default="a100", help="device of the model table")
-    parser.add_argument("--autotune", default="first", choices=("first", "model"))
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("-m", dest="module", action="store_true", help="target is a module's name")
-    parser.add_argument("target")
+    parser.add_argument(
+        "--capability",
+        type=int,
+        default=80,
+        help="compute capability to compile for: 80 (default), 86, 89 or 90 (sm_90a)",
+    )
+    parser.add_argument("--racecheck", action="store_true", help="check for data races")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="count instructions and traffic; print a table of modeled times at the end",
+    )
+    parser.add_argument("--device", default="a100", help="GPU of the table: a100 or h100")
+    parser.add_argument(
+        "--autotune",
+        default="first",
+        choices=("first", "model"),
+        help="configuration to use: the first that compiles, or the best by modeled time",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=None,
+        help="host threads; ignored with --racecheck or --profile",
+    )
+    parser.add_argument("-m", dest="module", action="store_true", help="target is a module name")
+    parser.add_argument("target", help="path of a script, or with -m the name of a module")
     parser.add_argument("args", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     names = ("racecheck", "profile", "autotune", "threads")

@@ -1,4 +1,4 @@
-"""Tensors and NumPy arrays as memory that kernels may access."""
+"""Memory of tensors and NumPy arrays that kernels may access."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def address(x):
 
 
 def pack_arguments(name, params, size, args):
-    """Return the parameter block of a launch and the (parameter, tensor) pairs in it.
+    """Return the parameter block of a launch and its (parameter, tensor) pairs.
 
-    `params` holds (name, offset, bytes, type, count, alignment) per parameter; `size` is that of
-    the block in bytes.
+    `params` holds (name, offset, bytes, type, count, alignment) per parameter; `size` is the size
+    of the block in bytes.
     """
     if len(args) != len(params):
         listed = ", ".join(p[3] + (f"[{p[4]}]" if p[4] is not None else "") for p in params)
@@ -94,17 +94,17 @@ def _pack(what, n, kind, x):
     if n == 8:
         return struct.pack("<d", x)
     if n == 4:
-        return bytes(ctypes.c_float(x))  # infinity on overflow, where struct.pack raises
+        return bytes(ctypes.c_float(x))  # infinity on overflow; struct.pack would raise
     if n == 2:
         return struct.pack("<e", x)
     raise LaunchError(f"{what} must be a {kind}, got a float")
 
 
 def accessible_ranges(buffers, variables, block):
-    """Return the sorted, disjoint (start, end, name, flags) that a launch may access.
+    """Return the sorted, disjoint (start, end, name, flags) of the memory a launch may access.
 
-    `buffers` are (name, tensor) pairs, `variables` (name, state space, address, bytes) of the
-    module, `block` the (address, bytes) of the parameters.
+    `buffers` holds (name, tensor) pairs, `variables` the (name, state space, address, bytes) of
+    the module's variables, and `block` the (address, bytes) of the parameters.
     """
     ranges = {}
     for name, x in buffers:

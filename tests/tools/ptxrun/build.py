@@ -34,7 +34,7 @@ KERNEL_FLAGS = [
     *COMMON_FLAGS,
     "-O1",
     "-fno-trapping-math",
-    # Generated code has nothing for these passes to find; they cost half of the compile time.
+    # These passes do not improve generated code and take half of the compile time.
     "-fno-tree-dse",
     "-fno-dse",
     "-fira-region=one",
@@ -51,7 +51,7 @@ KERNEL_FLAGS = [
 
 
 def cache_dir():
-    """Return $PTXRUN_CACHE or ~/.cache/ptxrun, which exists afterwards."""
+    """Create the cache folder, $PTXRUN_CACHE or ~/.cache/ptxrun, and return its path."""
     folder = Path(os.environ.get("PTXRUN_CACHE") or Path.home() / ".cache" / "ptxrun")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -62,9 +62,9 @@ def cxx():
 
 
 def missing():
-    """Return what is missing here to execute PTX, or None."""
+    """Return why this machine cannot execute PTX, or None if it can."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return "TRITON_INTERPRET=1 replaces the compiler, so that there is no PTX"
+        return "TRITON_INTERPRET=1 replaces the compiler that generates PTX"
     if shutil.which(cxx()) is None:
         return f"the C++ compiler {cxx()} is not on PATH"
     version = _output("-dumpfullversion").strip()
@@ -74,12 +74,12 @@ def missing():
 
 
 def digest(*parts):
-    """Return a key of the cache for what `parts` are."""
+    """Return the cache key of `parts`."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def write_atomically(path, text):
-    """Write a file of the cache, which other processes see either complete or not at all."""
+    """Write a file of the cache so that other processes never read an incomplete file."""
     fd, temporary = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(fd, "w") as file:
         file.write(text)
@@ -97,7 +97,7 @@ def _target():
 
 @functools.cache
 def _source_key():
-    """Return a key for the translator, the compiler and the processor."""
+    """Return the cache key of the translator, the compiler and the processor."""
     names = ("build.py", "parser.py", "ptx.py", "tokens.py")
     sources = sorted([*RUNTIME.iterdir(), *HERE.glob("codegen/*.py")])
     texts = [path.read_text() for path in (*sources, *(HERE / name for name in names))]
@@ -128,14 +128,14 @@ def runtime():
 
 def kernel_key(ptx, name):
     """Return the key of a kernel in the cache."""
-    ptx = re.sub(r"(?m)^\s*\.file.*$", "", ptx)  # temporary folders in the paths of sources
+    ptx = re.sub(r"(?m)^\s*\.file.*$", "", ptx)  # its paths may contain temporary folders
     return digest(_source_key(), name, ptx)
 
 
 def build_kernel(key, generate):
-    """Return (library, description) of a kernel.
+    """Return (library, description) of a kernel, from the cache if possible.
 
-    `generate()` returns (C++ text, description); it is called only on a cache miss.
+    `generate()` returns (C++ text, description) and is called only on a cache miss.
     """
     folder = cache_dir()
     library, description = folder / f"k-{key}.so", folder / f"k-{key}.json"
@@ -145,7 +145,7 @@ def build_kernel(key, generate):
         source.write_text(text)
         flags = list(KERNEL_FLAGS)
         if not re.search(r"-mavx512f\s+\[enabled\]", _target()):
-            # Without AVX-512 the code is long, and this pass takes most of the time.
+            # Without AVX-512 the generated code is longer, and this pass takes most of the time.
             flags.append("-fdisable-rtl-combine")
         _compile(source, library, flags)
         if os.environ.get("PTXRUN_KEEP"):

@@ -16,10 +16,14 @@ from .launch import load
 def compile_cuda(source, arch="sm_80", options=()):
     """Compile CUDA C++ with nvcc to PTX and return the `Module`.
 
-    `source` is the text of a program, or the path of a .cu file. Text without quoted includes is
-    cached. A file, or text with quoted includes, is compiled every time, since its headers may
-    have changed; the kernels translated from its PTX are cached in any case. Raises LaunchError
-    where nvcc rejects the program, FileNotFoundError where nvcc is absent ($NVCC, or on PATH).
+    `source` is the text of a program or the path of a .cu file. The PTX of a text without quoted
+    includes is cached. A file, or a text with quoted includes, is compiled every time, because its
+    headers may have changed. Kernels translated from PTX are always cached. The compiler is $NVCC,
+    by default nvcc.
+
+    Raises:
+        LaunchError: nvcc rejects the program.
+        FileNotFoundError: nvcc is absent.
     """
     options = [str(x) for x in options]
     is_path = isinstance(source, os.PathLike) or (

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 
 class PtxRunError(RuntimeError):
-    """Base class of every error raised by ptxrun."""
+    """Base class of all errors that ptxrun raises."""
 
 
 class PtxSyntaxError(PtxRunError):
-    """The PTX text could not be parsed."""
+    """Error in the syntax of a PTX text."""
 
 
 class UnsupportedPtx(PtxRunError):
-    """The PTX text uses an instruction or operand form that is not implemented."""
+    """Instruction or operand form that ptxrun does not implement."""
 
 
 class BuildError(PtxRunError):
-    """The host C++ compiler rejected generated code (a bug in ptxrun)."""
+    """Generated C++ code that the host compiler rejects: a bug in ptxrun."""
 
 
 class LaunchError(PtxRunError):
-    """The launch configuration or the arguments are not valid."""
+    """Invalid launch configuration or arguments."""
 
 
 class ExecutionError(PtxRunError):
-    """The kernel did something invalid while it ran."""
+    """Invalid operation of a running kernel.
+
+    `kind` is the name of a `faults.Kind` in lower case ("global" and "shared" for the two kinds of
+    races). `line` is the line of the PTX text, `thread` the number of the thread in its CTA.
+    """
 
     def __init__(
         self, message, kind=None, kernel=None, line=None, cta=None, thread=None, address=None
@@ -43,12 +47,12 @@ class MemoryFault(ExecutionError):
 
 
 class RaceError(ExecutionError):
-    """A data race found with racecheck enabled."""
+    """Data race, found with `racecheck=True`."""
 
 
 class DivergenceError(ExecutionError):
-    """The wrong lanes executed a .sync or .aligned instruction, or a barrier cannot complete."""
+    """Warp-level instruction executed by the wrong lanes, or barrier that cannot complete."""
 
 
 class Trap(ExecutionError):
-    """The kernel executed trap (for example a failed device assertion)."""
+    """Executed `trap` instruction or failed device assertion."""

@@ -1,4 +1,4 @@
-"""Exceptions for the errors that the runtime reports of a launch."""
+"""Conversion of the runtime's error reports to exceptions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .errors import DivergenceError, ExecutionError, MemoryFault, RaceError, Tra
 
 
 class Kind(enum.IntEnum):
-    """Kinds of errors, numbered as in rt/runtime.cpp. The names are `ExecutionError.kind`."""
+    """Kinds of errors, with the numbers of rt/runtime.cpp."""
 
     OOB = 1
     ALIGN = 2
@@ -25,10 +25,10 @@ class Kind(enum.IntEnum):
 
 
 def launch_error(kernel, report, ranges, block):
-    """Return the exception for what the runtime reports.
+    """Return the exception for an error report of the runtime.
 
-    `ranges` are the (start, end, name, flags) that the launch may access, `block` is the shape of
-    a thread block.
+    `ranges` holds the (start, end, name, flags) of the memory that the launch may access, `block`
+    the shape of a thread block.
     """
     message, address = report.msg.decode(errors="replace"), report.addr
     thread, cta = report.thread, tuple(report.ctaid)
@@ -61,12 +61,12 @@ def launch_error(kernel, report, ranges, block):
             f"(the {owner} has {report.aux} bytes) by {where}",
         )
     if kind == Kind.GLOBAL_RACE:
-        place = next(
+        position = next(
             (f"{n}+{address - lo} bytes" for lo, hi, n, _ in ranges if lo <= address < hi),
             hex(address),
         )
         other = f"CTA number {report.aux}" if report.aux >= 0 else "several CTAs or an atomic"
-        text = f"global-memory race: {message} at {place}, earlier access by {other}; {where}"
+        text = f"global-memory race: {message} at {position}, earlier access by {other}; {where}"
         return error(RaceError, text)
     if kind == Kind.SHARED_RACE:
         other = "a bulk copy" if report.aux == -2 else "several other warps or an atomic"
@@ -86,10 +86,10 @@ def launch_error(kernel, report, ranges, block):
 
 
 def _source_line(module, line):
-    """Return a line of the PTX, and the line of the source that it was compiled from."""
+    """Describe a line of the PTX text and the source line that it was compiled from."""
     lines = module.text.split("\n")
     text = lines[line - 1].strip() if 0 < line <= len(lines) else "?"
-    if len(text) > 200:  # a wgmma with its registers
+    if len(text) > 200:  # a wgmma lists up to 128 registers
         text = re.sub(r"\{[^{}]{80,}\}", "{...}", text)
     source = ""
     if location := module.mod.loc.get(line):
@@ -99,15 +99,15 @@ def _source_line(module, line):
 
 
 def _nearest(ranges, address):
-    """Describe the range next to an address outside all of them."""
+    """Describe the range that is nearest to an address outside all ranges."""
     tensors = [(lo, hi, name) for lo, hi, name, _ in ranges if name != "parameters"]
     if not tensors:
         return "no tensors were passed"
     lo, hi, name = min(tensors, key=lambda r: max(r[0] - address, address - r[1] + 1, 0))
     if address < lo:
-        place = f"{lo - address} bytes before its start"
+        position = f"{lo - address} bytes before its start"
     elif address >= hi:
-        place = f"{address - hi} bytes past its end"
+        position = f"{address - hi} bytes past its end"
     else:
-        place = f"at byte {address - lo} of it"
-    return f"nearest tensor: {name} [{lo:#x}, {hi:#x}) of {hi - lo} bytes, {place}"
+        position = f"access starts at byte {address - lo}"
+    return f"nearest tensor: {name} [{lo:#x}, {hi:#x}) of {hi - lo} bytes, {position}"

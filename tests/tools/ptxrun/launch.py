@@ -1,4 +1,4 @@
-"""Modules of PTX, their kernels, and launches."""
+"""PTX modules, their kernels, and launches."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class _Launch(ctypes.Structure):
 
 
 class Module:
-    """PTX text, parsed when needed."""
+    """PTX module. The text is parsed when it is first needed."""
 
     def __init__(self, text):
         self.text = text
@@ -100,7 +100,7 @@ class Module:
         return [name for name, function in self.mod.funcs.items() if function.kind == "entry"]
 
     def kernel(self, name):
-        """Return the kernel of this mangled name, or the only one whose demangled name has it."""
+        """Return a kernel by its mangled name, or by a unique part of its demangled name."""
         if name not in self._kernels:
             self._kernels[name] = Kernel(self, self._resolve(name))
         return self._kernels[name]
@@ -137,7 +137,7 @@ def load(ptx):
 
 
 class Kernel:
-    """An entry function of a module, translated and loaded."""
+    """Kernel of a module, compiled to a shared library and loaded."""
 
     def __init__(self, module, name):
         self.module, self.name = module, name
@@ -165,11 +165,19 @@ class Kernel:
     def launch(self, grid, block, args, shared_bytes=0, names=None, label=None, more=()):
         """Execute the kernel.
 
-        `grid` and `block` are ints or up to three ints. `args` are tensors, NumPy arrays, ints,
-        floats, None, or bytes. `names` are the parameters' names in errors and profiles, `label`
-        is the kernel's in profiles. `more` holds further (name, tensor) pairs that the kernel may
-        access, as those behind tensor maps. Raises LaunchError for what a GPU would refuse, and an
-        ExecutionError for what the kernel does wrong.
+        Args:
+            grid: number of CTAs, an int or up to three ints.
+            block: number of threads per CTA, an int or up to three ints.
+            args: one tensor, NumPy array, int, float, bytes or None per parameter.
+            shared_bytes: dynamic shared memory per CTA in bytes.
+            names: names of the parameters in errors and profiles.
+            label: name of the kernel in profiles.
+            more: further (name, tensor) pairs that the kernel may access, such as the tensors of
+                tensor maps.
+
+        Raises:
+            LaunchError: a GPU would reject the launch.
+            ExecutionError: the kernel does something invalid.
         """
         grid, block = _three(grid), _three(block)
         self._check(grid, block, shared_bytes)
@@ -214,7 +222,9 @@ class Kernel:
         if most and threads > most[0] * most[1] * most[2]:
             raise LaunchError(f"{self.name}: block must be within .maxntid {most}, got {block}")
         if min(grid) < 0 or grid[0] > 2**31 - 1 or grid[1] > 65535 or grid[2] > 65535:
-            raise LaunchError(f"{self.name}: grid is out of range: {grid}")
+            raise LaunchError(
+                f"{self.name}: grid must be 0 to [2147483647, 65535, 65535], got {grid}"
+            )
         limit = SHARED_SM_90 if self.module.arch >= 90 else Options.max_shared
         shared = self.desc["shared_static"] + shared_bytes
         if shared > limit:
@@ -224,7 +234,7 @@ class Kernel:
 
 
 class _Run:
-    """The part of a launch that one host thread executes, its counters and its error."""
+    """Part of a launch that one host thread executes, with its counters and its error."""
 
     def __init__(self, kernel, index, count):
         blocks, sites = kernel.desc["nblocks"], len(kernel.desc["sites"])
@@ -258,7 +268,7 @@ def _execute(runs):
 
 
 class _RangeTable:
-    """The runtime's table of accessible ranges, and the memory of the checks beside it."""
+    """Table of accessible ranges for the runtime, with the arrays that its checks need."""
 
     def __init__(self, ranges, flags):
         self.entries = (_Range * max(1, len(ranges)))()
@@ -278,7 +288,7 @@ class _RangeTable:
 
 
 def _aligned(data):
-    """Return a copy of `data` that begins at a multiple of 64 bytes, as tensor maps require."""
+    """Return a copy of `data`, aligned to 64 bytes as tensor maps require."""
     raw = bytearray(len(data) + 192)
     start = -ctypes.addressof(ctypes.c_char.from_buffer(raw)) % 64
     raw[start : start + len(data)] = data

@@ -1,4 +1,4 @@
-"""Settings of every launch."""
+"""Settings that apply to every launch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 
 
 class Options:
-    """Settings of every launch."""
+    """Settings that apply to every launch, as class attributes."""
 
     racecheck = False
     profile = False
-    threads = int(os.environ.get("PTXRUN_THREADS", "1"))  # used where neither of the above is on
+    threads = int(os.environ.get("PTXRUN_THREADS", "1"))  # ignored with either of the above
     max_steps = int(os.environ.get("PTXRUN_MAX_STEPS", str(100_000_000)))  # basic blocks per CTA
     max_shared = 166912  # bytes per block on sm_80
-    seed = 0  # not 0: warps and asynchronous work continue in random order
+    seed = 0  # if not 0, seed of a random order of warps and asynchronous work
 
 
 @contextlib.contextmanager

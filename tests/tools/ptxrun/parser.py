@@ -1,7 +1,7 @@
-"""A parser for the PTX that Triton and nvcc produce for sm_80 and sm_90a.
+"""Parser for the PTX that Triton and nvcc generate for sm_80 and sm_90a.
 
-The body of a function is a flat list of `Label` and `Instr`: nested scopes are flattened by
-renaming.
+The body of a function is a flat list of `Label` and `Instr`. The parser flattens nested scopes and
+renames what they declare.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class _Parser(Tokens):
                 self.i += 1
                 off = int(self.next(), 0)
             return ("sym", t, off)
-        raise PtxSyntaxError(f"line {ln}: cannot read initializer {t!r}")
+        raise PtxSyntaxError(f"line {ln}: unsupported initializer {t!r}")
 
     def _params(self):
         ps = []
@@ -181,7 +181,7 @@ class _Parser(Tokens):
                     self.expect("]")
                 al = align
                 if count is None or al is None:
-                    # An alignment after .ptr is that of the pointee.
+                    # The alignment after .ptr is the alignment of the pointee.
                     al = max(1, TYPE_BITS[elt] // 8) if count is None else (al or 1)
                 ps.append(Var(space, name, al, elt, count))
             elif self.peek() == ",":
@@ -239,13 +239,13 @@ class _Parser(Tokens):
         self.m.funcs[name] = f
 
     def _scope(self, f, names):
-        """Parse a scope; `names` renames what the enclosing scopes declare."""
+        """Parse a scope; `names` maps the names declared in enclosing scopes to unique names."""
         names = dict(names)
         top = not names.get("#nested")
         names["#nested"] = True
         self.scope_id += 1
         suffix = "" if top else f"$s{self.scope_id}"
-        # Labels of a nested scope are renamed before their declaration: branches go forward too.
+        # Rename the labels of a nested scope first, because a branch may precede its label.
         if not top:
             d, j = 1, self.i
             while d:
@@ -391,7 +391,7 @@ class _Parser(Tokens):
                 coords = (self._operand(f, names),)
                 if coords[0][0] != "v" or self.peek() == ",":
                     raise PtxSyntaxError(
-                        f"line {self.line()}: this form of tensor or texture address is unsupported"
+                        f"line {self.line()}: unsupported form of a tensor or texture address"
                     )
             self.expect("]")
             if base[0] == "s" and len(base) > 2:
@@ -407,7 +407,7 @@ class _Parser(Tokens):
                 return ("i", -o[1])
             if o[0] == "f":
                 return ("f", -o[1])
-            raise PtxSyntaxError(f"line {self.line()}: cannot negate operand")
+            raise PtxSyntaxError(f"line {self.line()}: the operand after '-' must be a number")
         if k == "int":
             self.i += 1
             return ("i", int(t.rstrip("U"), 0))
@@ -428,7 +428,7 @@ class _Parser(Tokens):
             elif t.startswith("%"):
                 base = t.partition(".")[0]
                 if names.get(base, base) in f.regs:
-                    raise PtxSyntaxError(f"line {self.line()}: vector register component {t}")
+                    raise PtxSyntaxError(f"line {self.line()}: unsupported vector component {t}")
                 o = ("sr", t)
             else:
                 o = ("s", nm)
@@ -440,9 +440,9 @@ class _Parser(Tokens):
                 sg = -1 if self.next() == "-" else 1
                 return ("s", nm, sg * int(self.next(), 0))
             return o
-        raise PtxSyntaxError(f"line {self.line()}: cannot read operand {t!r}")
+        raise PtxSyntaxError(f"line {self.line()}: unsupported operand {t!r}")
 
 
 def parse(text):
-    """Return the `Module` of a PTX text."""
+    """Parse a PTX text and return its `Module`."""
     return _Parser(text).parse()

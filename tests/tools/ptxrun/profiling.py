@@ -1,4 +1,4 @@
-"""Counts of each launch, and a model of its time that is computed from them, not measured."""
+"""Instruction and traffic counts of each launch, and a model that computes times from them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .codegen import CLASSES
 from .options import Options
 
 # Rates per SM are thread results per clock, from the arithmetic throughput table of the CUDA C++
-# Programming Guide (compute capability 8.0 and 9.0). Tensor core, clock and DRAM figures are from
-# the data sheets of A100 SXM and H100 SXM.
+# Programming Guide (compute capability 8.0 and 9.0). Tensor core, clock and DRAM rates are from the
+# data sheets of A100 SXM and H100 SXM.
 DEVICES = {
     "a100": {
         "label": "A100-SXM 80GB",
@@ -34,7 +34,8 @@ DEVICES = {
         "lsu": 1.0,
         "smem_per_sm": 167936,
     },
-    # wgmma counts at the full peak; mma.sync reaches about 62 % of it in published benchmarks.
+    # "mma" is the rate of mma.sync, about 62 % of the peak in published benchmarks. wgmma reaches
+    # the peak: its FLOPs have the weight 0.62.
     "h100": {
         "label": "H100-SXM, mma.sync",
         "sms": 132,
@@ -64,9 +65,9 @@ _records = []
 class Profile:
     """Counts of one launch.
 
-    `counts` holds the executions per instruction class, one per warp; `lane_counts` one per active
-    lane. `tensors` holds by name the size of each tensor and its distinct bytes read and written,
-    in sectors of 32 bytes.
+    `counts` holds the executions per instruction class, counted once per warp; `lane_counts` counts
+    once per active lane. `tensors` maps a tensor's name to its size and to the distinct bytes read
+    and written, rounded to sectors of 32 bytes.
     """
 
     def __init__(self, name, grid, block, shared):
@@ -112,7 +113,7 @@ class Profile:
         return self.shared_wavefronts / self.shared_ideal if self.shared_ideal else float("nan")
 
     def times(self, device="a100"):
-        """Return the seconds that each resource needs if nothing else limits the launch."""
+        """Return the seconds that the launch needs per resource if no other resource limits it."""
         d = DEVICES[device]
         ctas = max(1, self.ctas)
         # The busiest SM runs ceil(CTAs / SMs) blocks.
@@ -170,10 +171,10 @@ class Profile:
         return "\n".join(lines)
 
     def _count_accesses(self, kind, m):
-        """Add the accesses `m` of an instruction of class `kind`."""
+        """Add the accesses `m` of an instruction of class `kind` to the counts."""
         self.shared_wavefronts += m.wave
         self.shared_ideal += m.ideal
-        # An access of a generic address that met shared memory has no sectors.
+        # A generic access to shared memory has no sectors, and its bytes are not global traffic.
         n = m.bytes if m.sect or kind in ("cp_async", "tma", "tma_store") else 0
         if kind in ("ld_global", "cp_async", "tma"):
             self.global_read_sectors += m.sect
@@ -185,7 +186,7 @@ class Profile:
             self.global_requests += m.req
         if kind == "cp_async":
             self.cp_async_bytes += m.bytes
-        elif kind in ("tma", "tma_store"):  # boxes count whole, also where they are out of bounds
+        elif kind in ("tma", "tma_store"):  # whole boxes, including parts out of bounds
             self.tma_requests += m.req
             if kind == "tma":
                 self.tma_load_bytes += m.bytes
@@ -200,8 +201,8 @@ class Profile:
 def record(kernel, name, grid, block, shared, run, ranges, entries):
     """Append the profile of a launch to `profiles`.
 
-    `run` holds the counters of the launch; `entries` are the runtime's for the `ranges` that the
-    launch may access.
+    `run` holds the counters of the launch, `entries` the runtime's records of the accessible
+    `ranges`.
     """
     p = Profile(name, grid, block, shared + kernel.desc["shared_static"])
     p.divergent_branches = sum(run.divergences)
@@ -292,7 +293,7 @@ def report(device="a100", file=None, out=True):
 
 
 def model_time_of(function, device="a100"):
-    """Call `function` and return the model's seconds for the launches in it."""
+    """Call `function` and return the model's seconds for its launches."""
     profiling, count = Options.profile, len(_records)
     Options.profile = True
     try:

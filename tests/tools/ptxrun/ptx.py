@@ -16,7 +16,7 @@ TYPE_BITS = {name: bits for bits, names in _NAMES.items() for name in names.spli
 
 
 class Label:
-    """A label, and the line of the PTX text."""
+    """Label, with its line in the PTX text."""
 
     __slots__ = ("line", "name")
 
@@ -28,12 +28,12 @@ class Label:
 
 
 class Instr:
-    """An instruction.
+    """PTX instruction.
 
     `op` is the list of the parts of its opcode, `pred` is (register, negated) or None, `args` are
     its operands. An operand is a tuple whose first element names its kind:
 
-    * ("r", register), ("sr", special register), ("_",) for a result that is dropped;
+    * ("r", register), ("sr", special register), ("_",) for an unused result;
     * ("i", int), ("f", float), ("x32", bits), ("x64", bits);
     * ("s", variable or label) or ("s", variable, offset);
     * ("m", base, offset) or ("m", map, offset, coordinates) for memory;
@@ -55,7 +55,7 @@ class Instr:
 
 
 class Var:
-    """A variable of the .global, .const, .shared, .local or .param space."""
+    """Variable in the .global, .const, .shared, .local or .param space."""
 
     def __init__(self, space, name, align, elt, count, init=None, extern=False):
         self.space, self.name, self.align, self.elt, self.count = space, name, align, elt, count
@@ -71,7 +71,7 @@ class Var:
 
 
 class Function:
-    """A .func or .entry; `body` is None for a declaration."""
+    """Function (.func) or kernel (.entry). `body` is None for a declaration."""
 
     def __init__(self, name, kind, params, rets, line):
         self.name, self.kind, self.params, self.rets, self.line = name, kind, params, rets, line
@@ -86,7 +86,11 @@ class Function:
 
 
 class Module:
-    """Variables and functions of a PTX text, its lines, and their places in source files."""
+    """Variables, functions and lines of a PTX text.
+
+    `loc` maps a line of the text to (file number, line, column) of its source, `files` a file
+    number to a path.
+    """
 
     def __init__(self):
         self.version = self.target = None

@@ -1,4 +1,4 @@
-"""Registers, stack and shared memory of compiled kernels, from the tools of the CUDA toolkit."""
+"""Registers, stack and shared memory of compiled kernels, as the CUDA tools report them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import LaunchError
 
 
 def nvidia_tool(name):
-    """Return the path of ptxas or cuobjdump: Triton's own, or that on PATH."""
+    """Return the path of ptxas or cuobjdump: Triton's copy if present, else the one on PATH."""
     spec = importlib.util.find_spec("triton")
     if spec is not None:
         path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
@@ -21,14 +21,14 @@ def nvidia_tool(name):
             return str(path)
     path = shutil.which(name)
     if path is None:
-        raise FileNotFoundError(f"{name} must be on PATH, or Triton installed")
+        raise FileNotFoundError(f"{name} not found: install Triton or add {name} to PATH")
     return path
 
 
 def resource_usage(cubin):
-    """Return the resources of each kernel in a cubin: registers, stack and shared memory.
+    """Return registers, stack and shared memory of each kernel in a cubin.
 
-    `cubin` is bytes, or a compiled Triton kernel. Raises FileNotFoundError without cuobjdump.
+    `cubin` is bytes or a compiled Triton kernel. Raises FileNotFoundError if cuobjdump is absent.
     """
     if hasattr(cubin, "asm"):
         cubin = cubin.asm["cubin"]
@@ -44,10 +44,10 @@ def resource_usage(cubin):
 
 
 def assemble(ptx, arch):
-    """Return the cubin of PTX text, compiled by ptxas for `arch`.
+    """Compile PTX text with ptxas for `arch` and return the cubin.
 
-    The toolkit's own ptxas is preferred: nvcc writes PTX of its version, for which Triton's ptxas
-    may be too old.
+    The ptxas on PATH is preferred to Triton's: nvcc writes PTX of its own version, for which
+    Triton's ptxas may be too old.
     """
     ptxas = shutil.which("ptxas") or nvidia_tool("ptxas")
     with tempfile.TemporaryDirectory() as folder:

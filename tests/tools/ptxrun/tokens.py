@@ -25,10 +25,10 @@ _TOK = re.compile(
 
 
 class Tokens:
-    """The tokens of a text, and the position of a parser in them.
+    """Tokens of a PTX text, with the current position of the parser.
 
-    `m` is the module that the parser fills; comments and the positions in source files are read
-    here.
+    `m` is the module that the parser fills. Comments are removed here, and the source positions
+    of .loc and .file directives are stored in `m`.
     """
 
     def __init__(self, text):

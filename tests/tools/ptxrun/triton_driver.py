@@ -1,4 +1,4 @@
-"""A Triton driver that executes compiled PTX on CPU tensors."""
+"""Triton driver that executes compiled PTX on CPU tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .launch import load
 from .options import Options
 from .options import options as changed_options
 
-# Properties of the GPUs that the driver stands for: A100, RTX 3090 Ti, RTX 4090, H100.
+# Properties that the driver reports, of these GPUs: A100, RTX 3090 Ti, RTX 4090, H100.
 PROPERTIES = {
     80: {
         "max_shared_mem": 166912,
@@ -50,8 +50,8 @@ PROPERTIES = {
 
 class _ThreadState(threading.local):
     compiled = None  # the CompiledKernel whose binary is being loaded
-    dry = False  # compile, do not execute
-    tuned = None  # the autotuner's run in which a configuration has compiled
+    dry = False  # compile without executing
+    tuned = None  # the autotuner run in which a configuration has already compiled
 
 
 _state = _ThreadState()
@@ -63,7 +63,7 @@ def _module(ptx):
 
 
 class _Function:
-    """The handle of a loaded kernel, translated at its first launch."""
+    """Handle of a loaded kernel, which is translated at its first launch."""
 
     def __init__(self, name, ptx):
         self.name, self.ptx = name, ptx
@@ -74,7 +74,7 @@ class _Function:
 
 
 class Utils:
-    """The driver's functions on devices and binaries."""
+    """Functions of the driver for devices and binaries."""
 
     def __init__(self, capability):
         self.capability = capability
@@ -138,7 +138,7 @@ def tensor_map(address, elem_type, elem_bytes, box, shape, strides, swizzle=0, n
 
 
 def _descriptor_arguments(descriptor, meta):
-    """Return the arguments for a descriptor made on the host: map, shape, strides."""
+    """Return the kernel arguments of a host-side descriptor: map, shape and strides."""
     if meta.get("is_im2col") or meta.get("fp4_padded"):
         raise LaunchError("tensor descriptors must be tiled, got im2col or fp4")
     tf32 = getattr(descriptor, "round_f32_to_tf32", False)
@@ -156,7 +156,7 @@ def _descriptor_arguments(descriptor, meta):
 
 
 def _workspace(name, size, align, stream):
-    """Return a launch's workspace, from the allocator of `triton.set_allocator` as on a GPU."""
+    """Allocate a launch's workspace, with the allocator of `triton.set_allocator` as on a GPU."""
     import torch
 
     if name != "global_scratch":
@@ -170,7 +170,7 @@ def _workspace(name, size, align, stream):
 
 
 class _Arguments:
-    """The arguments of a launch as its PTX takes them: tuples and descriptors unpacked."""
+    """Arguments of a launch, one per PTX parameter: tuples and descriptors are unpacked."""
 
     def __init__(self, signature, arguments, descriptors):
         self.values, self.names, self.bases = [], [], []
@@ -190,7 +190,7 @@ class _Arguments:
             pass
         elif isinstance(kind, str) and kind.startswith("tensordesc"):
             meta = next(self._descriptors, None)
-            if meta is None:  # Triton has made plain arguments of it
+            if meta is None:  # Triton has replaced the descriptor by plain arguments
                 from triton.backends.driver import decompose_descriptor
 
                 unpacked = decompose_descriptor(x)
@@ -208,7 +208,7 @@ class _Arguments:
 
 
 class Launcher:
-    """Execute a compiled kernel; CompiledKernel.run calls it."""
+    """Launcher of a compiled kernel, called by CompiledKernel.run."""
 
     def __init__(self, src, metadata):
         if getattr(metadata, "num_ctas", 1) != 1:
@@ -290,11 +290,11 @@ class _DeviceInterface:
 
 
 class _PtxRun:
-    """Mark the drivers that `make_driver` returns."""
+    """Marker class of the drivers that `make_driver` returns."""
 
 
 def make_driver(capability, autotune):
-    """Return a Triton driver for `capability`; its class needs Triton to be installed."""
+    """Return a Triton driver for `capability`. Requires Triton."""
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
@@ -315,7 +315,8 @@ def make_driver(capability, autotune):
             return torch.device("cpu")
 
         def get_current_device(self):
-            # Triton caches kernels and the limit of shared memory by device: one per capability.
+            # Triton caches kernels and the shared-memory limit per device: return one device per
+            # capability.
             return capability
 
         def set_current_device(self, device):
@@ -346,7 +347,7 @@ def make_driver(capability, autotune):
             return self.benchmark
 
         def benchmark(self, function, *args, quantiles=None, **kwargs):
-            """Return the model's milliseconds for one call, or the order of the configurations."""
+            """Return modeled milliseconds of one call, or the rank of the configuration."""
             if autotune == "model":
                 time = profiling.model_time_of(function) * 1e3
             else:
@@ -357,15 +358,15 @@ def make_driver(capability, autotune):
 
 
 def _first_that_compiles(function):
-    """Return 1 for the first configuration of an autotuner's run that compiles, 2 for later ones.
+    """Return 1 for the first configuration of an autotuner run that compiles, 2 for later ones.
 
-    Later configurations are not even compiled.
+    Later configurations are not compiled.
     """
     run = None
     for cell in getattr(function, "__closure__", None) or ():
         tuner = cell.cell_contents
         if hasattr(tuner, "configs") and hasattr(tuner, "nargs"):
-            run = tuner, tuner.nargs  # all configurations of one run share these arguments
+            run = tuner, tuner.nargs  # the configurations of a run share these arguments
     last = _state.tuned
     if run is not None and last is not None and last[0] is run[0] and last[1] is run[1]:
         return 2.0
@@ -380,7 +381,7 @@ def _first_that_compiles(function):
 
 @functools.cache
 def _patch_triton():
-    """Make Triton give its drivers the PTX of a kernel, and its benchmarks to the driver."""
+    """Patch Triton: pass the PTX of kernels to the driver, and let it replace `do_bench`."""
     import triton.testing
     from triton.compiler.compiler import CompiledKernel
     from triton.runtime import driver
@@ -407,19 +408,25 @@ def _patch_triton():
 
 
 def install(capability=80, racecheck=None, profile=None, autotune="first", threads=None):
-    """Make Triton compile for a capability (80, 86, 89; 90 means sm_90a) and execute on the CPU.
+    """Install a Triton driver that executes kernels on CPU tensors, and return the driver.
 
-    `racecheck`, `profile` and `threads` set these `Options` where they are not None. `autotune` is
-    "first", which takes the first configuration that compiles and fits into shared memory, or
-    "model", which executes every configuration once and ranks them by model time. Returns the
-    driver. Raises LaunchError where the arguments or TRITON_INTERPRET=1 do not permit this.
+    Args:
+        capability: compute capability to compile for: 80, 86, 89 or 90 (sm_90a).
+        racecheck: value of `Options.racecheck`; None leaves it unchanged.
+        profile: value of `Options.profile`; None leaves it unchanged.
+        autotune: "first" uses the first configuration that compiles and fits into shared memory;
+            "model" executes every configuration once and ranks them by modeled time.
+        threads: value of `Options.threads`; None leaves it unchanged.
+
+    Raises:
+        LaunchError: an argument is invalid, or TRITON_INTERPRET=1 is set.
     """
     if capability not in PROPERTIES:
         raise LaunchError(f"capability must be one of {sorted(PROPERTIES)}, got {capability}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise LaunchError(
-            "TRITON_INTERPRET must be unset: the interpreter replaces the compiler, so that there "
-            "is no PTX"
+            "TRITON_INTERPRET must be unset, got 1: the interpreter replaces the compiler that "
+            "generates PTX"
         )
     if autotune not in ("first", "model"):
         raise LaunchError(f"autotune must be 'first' or 'model', got {autotune!r}")

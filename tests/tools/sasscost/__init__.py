@@ -2,16 +2,16 @@
 
 from .arch import ARCHS, get_arch, occupancy
 from .bounds import bounds, combine
-from .model import analyse, analyse_kernel, main_loop
+from .model import analyze, analyze_kernel, main_loop
 from .report import to_json, to_text
-from .triton_front import analyse_compiled, analyse_jit, compile_aot
+from .triton_front import analyze_compiled, analyze_jit, compile_aot
 
 __all__ = [
     "ARCHS",
-    "analyse",
-    "analyse_compiled",
-    "analyse_jit",
-    "analyse_kernel",
+    "analyze",
+    "analyze_compiled",
+    "analyze_jit",
+    "analyze_kernel",
     "bounds",
     "combine",
     "compile_aot",

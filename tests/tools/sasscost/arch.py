@@ -1,6 +1,6 @@
-"""Rates and limits of GPU architectures, on which the bounds rest.
+"""Rates and limits of GPU architectures, from which the bounds are computed.
 
-Every figure is a peak rate per SM and clock. None is a measurement of this project.
+Every rate is a peak per SM and clock from the sources below. No rate is measured in this project.
 
 Sources
 -------
@@ -9,7 +9,7 @@ Sources
         8.9, 9.0, 10.0 and 12.0: fp32 add/mul/fma, MUFU ("32-bit reciprocal, rsqrt, log2, exp2,
         sine, cosine": 16), 32-bit integer add/compare/min/max/logic (64), integer multiply-add
         (64), type conversions except 64-bit and 8/16-bit to 32-bit (64), warp shuffle (32). For
-        12.0 the integer add rate is taken as 64 as well, which is conservative: GB20x unifies
+        12.0 the integer add rate is assumed to be 64 as well, which is conservative: GB20x unifies
         INT32 with FP32 cores.
 [CC]    The same guide, "Technical Specifications per Compute Capability": resident warps and
         blocks, registers, shared memory per SM and per block, of which one KiB is reserved per
@@ -25,7 +25,7 @@ Sources
         132 SMs, 1.83 GHz); 128 FP32 lanes; 228 KiB shared memory + L1.
 [LUO]   Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture through
         Microbenchmarking", arXiv:2402.13499 and 2501.12084: mma.sync on Hopper reaches on average
-        about 63 % of the wgmma peak, the only published figure for HMMA on sm_90.
+        about 63 % of the wgmma peak, the only published rate of HMMA on sm_90.
 [B200]  NVIDIA Blackwell architecture brief: 2.25 PFLOP/s dense bf16 on 148 SMs, that is 8192
         FLOP per clock and SM at 1.85 GHz. The roofline of the FlashAttention-4 paper has the same
         8192 (tensor), 16 (exp) and 128 bytes (shared memory) per clock and SM.
@@ -33,14 +33,14 @@ Sources
         accumulation on 188 SMs (1024 FLOP per clock and SM); GeForce (RTX 5090: 209.5) half.
 [SMEM]  32 banks of 4 bytes per clock and SM (Programming Guide, "Shared Memory", 5.x and later).
 
-Assumptions, without a published figure (`assumed` in reports)
----------------------------------------------------------------
+Assumptions, without a published source (`assumed` in reports)
+--------------------------------------------------------------
 * HMMA (mma.sync) on sm_100: 2048 FLOP per clock and SM, the rate of sm_80.
 * F2FP (an fp32 pair to packed bf16 or fp16) issues at the conversion rate of [PG], on the ALU pipe.
 * IMAD runs on the fp32 multiply-add pipe at the integer multiply-add rate of [PG].
 * Packed fp32 (FFMA2, FMUL2, FADD2; sm_100+) takes one issue slot for two fp32 results per lane.
-* A wgmma that is waited for alone exposes 60 clocks besides its time on the tensor cores: about one
-  HMMA (33) and one load from shared memory (29).
+* A wgmma that is waited for alone exposes 60 clocks in addition to its time on the tensor cores:
+  about one HMMA (33 clocks) and one load from shared memory (29 clocks).
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Arch:
-    """Rates per SM and clock, limits per SM and CTA, and the reference part."""
+    """Rates per SM and clock, limits per SM and CTA, and the reference GPU."""
 
     name: str
-    tensor: dict  # dense bf16 FLOPs by kind of MMA
+    tensor: dict  # dense bf16 FLOPs by kind of MMA instruction
     fma: int  # fp32 results
     max_ctas: int
     max_warps: int
     smem_sm: int  # bytes
-    sms: int  # of the reference part
-    ghz: float  # the clock at which the reference part has its vendor's dense bf16 peak
+    sms: int  # of the reference GPU
+    ghz: float  # clock at which the reference GPU has the published dense bf16 peak
     part: str
     imad: int = 64
     alu: int = 64  # integer add, logic, compare, select, min/max, F2FP
     xu: int = 16  # MUFU and the conversions that share its pipe
-    smem_bytes: int = 128  # through shared memory
+    smem_bytes: int = 128  # read or written in shared memory
     issue: int = 4  # warp instructions
     regs_sm: int = 65536
     wgmma_latency: int = 60  # clocks exposed by each wgmma that is waited for alone
@@ -117,7 +117,7 @@ ARCHS = {
 
 
 def get_arch(name, geforce=False):
-    """Return the `Arch` of "sm_90", "sm_90a" or 90; GeForce parts have half the tensor rate."""
+    """Return the `Arch` of a name such as "sm_90", "sm_90a" or 90; `geforce`: half tensor rate."""
     n = str(name).lower().replace("sm", "").strip("_").rstrip("af")
     a = ARCHS["sm_" + n]
     if geforce and n in ("86", "89", "120"):
@@ -126,7 +126,7 @@ def get_arch(name, geforce=False):
 
 
 def occupancy(arch, regs, warps_per_cta, smem_static=0, smem_dynamic=0, tmem_cols=0):
-    """Return the resident CTAs and warps per SM, and what limits them.
+    """Return the resident CTAs and warps per SM, and the limiting resources.
 
     Registers are allocated in units of 256 per warp (per thread rounded up to 8), 64 K per SM.
     Shared memory is rounded up to 128 bytes, plus 1 KiB reserved per CTA [CC]. Tensor memory

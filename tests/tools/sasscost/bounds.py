@@ -1,7 +1,7 @@
-"""Bounds and an estimate of the tensor cores' utilization in a loop.
+"""Bounds and an estimate of tensor core utilization in a loop.
 
-The unit of work is one trip round a loop by one CTA, with all warps that run the loop. The clocks
-of an SM that a trip occupies each pipe are:
+The unit of work is one trip through a loop by one CTA, with all warps that run the loop. A trip
+occupies each pipe of an SM for these clocks:
 
     issue    instructions x warps / 4 (four schedulers, one warp instruction per clock each)
     tensor   FLOPs / (dense FLOPs per clock and SM of the instruction kind)
@@ -9,27 +9,27 @@ of an SM that a trip occupies each pipe are:
     alu      integer, compare, select, min/max, logic and F2FP, likewise
     mufu     MUFU and the conversions that share its pipe, likewise
     smem     bytes / 128: LDS, STS, LDSM, STSM, operands of wgmma and tcgen05, writes of LDGSTS,
-             and SHFL at one slot of 128 bytes. TMA's writes are not counted: the mnemonic does not
-             hold their size.
+             and 128 bytes per SHFL. Writes of TMA are not counted, because the mnemonic does not
+             contain their size.
 
 Bound (a), perfect overlap: utilization <= tensor / max(all pipes).
 
 Bound (b), no overlap inside a unit, overlap across units (asymptotic bound of a closed queueing
-network with N customers): a unit runs MMA and softmax strictly in turn. It is one warp for HMMA,
-one warpgroup for wgmma, one CTA for tcgen05. Alone on its scheduler it needs S = max(tensor, its
-reads of shared memory) + max(other pipes) clocks per trip. With N units per scheduler (per SM for
-tcgen05), utilization <= min((a), N x tensor / S). A kernel that pipelines MMA against softmax
-inside one warpgroup is bound by (a), not (b).
+network with N customers): a unit runs MMA and softmax strictly one after the other. A unit is one
+warp for HMMA, one warpgroup for wgmma, one CTA for tcgen05. A unit that is alone on its scheduler
+needs S = max(tensor, its reads of shared memory) + max(other pipes) clocks per trip. With N units
+per scheduler (per SM for tcgen05), utilization <= min((a), N x tensor / S). A kernel that pipelines
+MMA against softmax inside one warpgroup is bound by (a), not (b).
 
 Estimate (m): exact mean-value analysis of the same network of two stations (MMA, everything else)
-with exponential service times, capped by (a). Where a barrier in the loop holds warps together,
-these are the unit, since they cannot drift apart by more than the distance between two barriers.
-The share of MUFU work that is issued under a wgmma in flight is taken off the serial part, at most
-half of the MMA time, since usually one of a trip's two products is in flight. (m) is no bound; with
-N >= 2, bound (b) often equals (a).
+with exponential service times, capped by (a). If a barrier in the loop synchronizes warps, these
+warps are one unit, because they cannot drift apart by more than the distance between two barriers.
+The share of MUFU work that is issued while a wgmma is in flight is subtracted from the serial part,
+up to half of the MMA time, because usually one of a trip's two products is in flight. (m) is not a
+bound. With N >= 2, bound (b) often equals (a).
 
-Where ptxas serializes wgmmas (see `waits.wgmma_waits`), nothing overlaps with the MMA inside a
-warpgroup, so that (b) holds for (a) too. Each such wgmma adds `Arch.wgmma_latency` clocks to the
+If ptxas serializes wgmmas (see `waits.wgmma_waits`), nothing overlaps with the MMA inside a
+warpgroup, so (a) is at most (b). Each such wgmma adds `Arch.wgmma_latency` clocks to the
 warpgroup's trip, during which other warpgroups may use the tensor cores.
 
 All three ignore latency, synchronization, bank conflicts, L2 and HBM bandwidth, and the loop's
@@ -46,8 +46,8 @@ from .arch import get_arch
 def mva(n, d1, d2, z=0.0):
     """Return the throughput of a closed network of two stations and a delay with `n` customers.
 
-    `d1` and `d2` are the service times of the stations, `z` the delay; a fractional `n` is
-    interpolated.
+    `d1` and `d2` are the service times of the stations, `z` is the delay. The result for a
+    fractional `n` is interpolated.
     """
 
     def throughput(customers):
@@ -67,9 +67,9 @@ def mva(n, d1, d2, z=0.0):
 def bounds(c, arch, warps, ctas_per_sm, covered=0.0, lockstep=0, serial=0):
     """Return the clocks per pipe of one trip, the bounds (a) and (b), and the estimate (m).
 
-    `c` are the `Counts` of the steady path, run by `warps` warps of each CTA. `covered` is the
-    share of the MUFU work under a wgmma in flight, `lockstep` the number of warps that a barrier
-    holds together (True for all), `serial` the number of serialized wgmmas per trip.
+    `c` holds the `Counts` of the steady path, which `warps` warps of each CTA run. `covered` is the
+    share of the MUFU work that is issued while a wgmma is in flight, `lockstep` the number of warps
+    that a barrier synchronizes (True for all), `serial` the number of serialized wgmmas per trip.
     """
     fastest = max(arch.tensor.values())
     tensor = sum(f * warps / arch.tensor.get(k, fastest) for k, f in c.flops_warp.items()) + sum(
@@ -98,7 +98,7 @@ def bounds(c, arch, warps, ctas_per_sm, covered=0.0, lockstep=0, serial=0):
     together = warps if lockstep is True else min(int(lockstep), warps)
     customers = units, one, mma, other
     if not c.flops_cta and (together > 4 or (lockstep and together >= warps)):
-        # Warps that a barrier holds together in every trip are one unit.
+        # Warps that a barrier synchronizes in every trip are one unit.
         share = together / warps
         mma_all = max(tensor, c.smem_mma * warps / arch.smem_bytes)
         other_all = max(
@@ -112,8 +112,8 @@ def bounds(c, arch, warps, ctas_per_sm, covered=0.0, lockstep=0, serial=0):
     n, one, mma, other = customers
     serial_other = other - min(covered * other, mma / 2)
     m = min(a, one * mva(n, mma, serial_other, delay)) if n else 0.0
-    # TFLOP/s at the reference part's clock and the rate of the instruction kind in use: HMMA on
-    # sm_90 cannot reach wgmma's peak even at 100 % of its own pipe.
+    # TFLOP/s at the clock of the reference GPU and the rate of the MMA instructions in use: HMMA on
+    # sm_90 does not reach the peak of wgmma even at 100 % utilization.
     flops = sum(c.flops_warp.values()) * warps + sum(c.flops_cta.values())
     full = flops / tensor * arch.sms * arch.ghz / 1e3
     hmmas = (sum(c.flops_warp.values()) + sum(c.flops_cta.values()) / warps) / 4096.0
@@ -137,7 +137,7 @@ def bounds(c, arch, warps, ctas_per_sm, covered=0.0, lockstep=0, serial=0):
 def _unit(c, arch, warps, ctas_per_sm, cycles):
     """Return the units per scheduler (per SM for tcgen05) and one unit's clocks per trip.
 
-    The clocks are those of its MMAs, of its MMAs with their reads of shared memory, and of
+    The three clock counts are for the MMAs, for the MMAs with their reads of shared memory, and for
     everything else.
     """
     tensor, mmas = cycles["tensor"], c.by_class["tensor"]
@@ -159,7 +159,7 @@ def _unit(c, arch, warps, ctas_per_sm, cycles):
 def combine(kernel, loop_warps, arch, ctas_per_sm=1):
     """Return bound (a) of a warp-specialized kernel over the loops of its partitions.
 
-    `loop_warps` holds the number of warps per loop, as in {"L2": 4, "L9": 4, "L10": 1}. All these
+    `loop_warps` maps a loop to its number of warps, as in {"L2": 4, "L9": 4, "L10": 1}. All these
     loops must make the same number of trips.
     """
     arch = get_arch(arch)

@@ -45,7 +45,7 @@ def build(ins, labels):
         last = ins[b.end - 1]
         op = base(last.op)
         succ = []
-        # BRA.U, BRA.DIV and BRA.CONV take their condition as an operand.
+        # The condition of BRA.U, BRA.DIV and BRA.CONV is an operand.
         cond = bool(last.pred and last.pred not in ("@PT", "@UPT")) or (
             op == "BRA" and (last.args.split("`")[0].strip(" ,") != "")
         )
@@ -156,10 +156,10 @@ def loops(blocks):
 
 
 def steady_path(blocks, loop, weight, cost):
-    """Return the blocks of one trip round `loop`; None if its body is irreducible.
+    """Return the blocks of one trip through `loop`; None if its body is irreducible.
 
-    Among all acyclic paths from the header to a latch it is the one with the largest `weight` of
-    its blocks (the tensor work) and, among those, the least `cost` (instructions).
+    The trip is the acyclic path from the header to a latch with the largest sum of `weight` (the
+    tensor work) and, among such paths, the smallest sum of `cost` (instructions).
     """
     body = list(loop.blocks)
     inside = loop.blocks

@@ -41,7 +41,7 @@ ALU = _opcodes(
     "ISET ISCADD LEPC PSETP VABSDIFF VABSDIFF4 VHMNMX FMNMX2 ICMP CSETP PMTRIG I2IP SCATTER"
 )
 
-# Classes by opcode; the first that has the opcode is its class.
+# Opcodes by class. An opcode belongs to the first class that lists it.
 _BY_OPCODE = {
     "tensor": TENSOR,
     "fma": FMA,
@@ -85,7 +85,7 @@ DESCRIPTOR = re.compile(r"idesc\[(UR\d+)\]")
 
 
 def base(op):
-    """Return the opcode of a mnemonic."""
+    """Return the opcode of a mnemonic: the part before the first dot."""
     return op.split(".", 1)[0]
 
 
@@ -135,9 +135,9 @@ def descriptor_shape(v, op):
 def tensor_cost(ins, descriptor=None):
     """Return the cost of one tensor instruction as a dict.
 
-    `flops` counts the work of its whole `scope`: "warp", "warpgroup" (4 warps), or "cta" for the
-    tcgen05 MMA that a single thread issues. `smem` is the bytes of operands that it reads from
-    shared memory for that scope, `width` the bytes of an element, `resolved` whether the shape is
+    `flops` counts the work of the whole `scope`: "warp", "warpgroup" (4 warps), or "cta" for a
+    tcgen05 MMA, which a single thread issues. `smem` is the number of operand bytes that the scope
+    reads from shared memory, `width` the bytes per element. `resolved` is True if the shape is
     known.
     """
     b = base(ins.op)

@@ -1,4 +1,4 @@
-"""Instruction counts of a stretch of code, by pipe."""
+"""Instruction counts of a code section, by pipe."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from . import classify as C
 
 @dataclass
 class Counts:
-    """Instructions of one warp, and what they occupy."""
+    """Instructions of one warp, with their FLOPs, bytes and slots per pipe."""
 
     n: int = 0
     by_class: Counter = field(default_factory=Counter)
     by_op: Counter = field(default_factory=Counter)
     tensor_ops: Counter = field(default_factory=Counter)
-    # FLOPs by kind of MMA: per warp where a warp or warpgroup issues it, per CTA for tcgen05.
+    # FLOPs by kind of MMA: per warp for MMAs of a warp or warpgroup, per CTA for tcgen05.
     flops_warp: Counter = field(default_factory=Counter)
     flops_cta: Counter = field(default_factory=Counter)
     fma_lanes: float = 0  # fp32 results per thread
     imad: int = 0
     alu: int = 0
     xu: int = 0
-    # Bytes through shared memory: per warp (a quarter of wgmma's operands), the part of them that
-    # feeds an MMA (LDSM and wgmma's operands), and per CTA (tcgen05's operands).
+    # Bytes of shared-memory traffic: per warp (including a quarter of the operands of wgmma), the
+    # part of it that MMAs read (LDSM and operands of wgmma), and per CTA (operands of tcgen05).
     smem_warp: float = 0
     smem_mma: float = 0
     smem_cta: float = 0
@@ -98,8 +98,9 @@ def count(ins, indices, descriptors):
 def mma_descriptors(ins):
     """Return the constant tcgen05 descriptor of each MMA, by index.
 
-    It is what the last UMOV in program order wrote to the descriptor's register; compilers repeat
-    that UMOV next to its use. An MMA without one gets the most common descriptor of the kernel.
+    The descriptor is the constant that the last UMOV before the MMA, in program order, wrote to its
+    register: compilers repeat the UMOV next to the MMA. An MMA without a UMOV gets the most common
+    descriptor of the kernel.
     """
     last, found = {}, {}
     for i, x in enumerate(ins):

@@ -22,7 +22,7 @@ _TABLE = re.compile(r'BRANCH_TARGETS\s+([^"*]+)')
 
 @dataclass
 class Ins:
-    """An instruction: address, predicate, mnemonic, operands, and the labels it may branch to."""
+    """Instruction: address, predicate, mnemonic, operands, and labels that it may branch to."""
 
     addr: int
     pred: str
@@ -32,15 +32,15 @@ class Ins:
 
     @property
     def dead(self):
-        """Whether its predicate is constantly false."""
+        """Return whether the predicate is always false."""
         return self.pred in ("@!PT", "@!UPT")
 
 
 def find_nvdisasm():
-    """Return the path of nvdisasm: $NVDISASM, Triton's own, or that on PATH.
+    """Return the path of nvdisasm: $NVDISASM, Triton's copy, or the one on PATH, in this order.
 
-    Triton's comes first of the last two since an older one does not know every target of Triton's.
-    Raises FileNotFoundError without any.
+    An nvdisasm on PATH may be too old for the targets of Triton. Raises FileNotFoundError if there
+    is no nvdisasm.
     """
     if os.environ.get("NVDISASM"):
         return os.environ["NVDISASM"]
@@ -51,7 +51,9 @@ def find_nvdisasm():
             return str(path)
     path = shutil.which("nvdisasm")
     if path is None:
-        raise FileNotFoundError("nvdisasm must be in $NVDISASM or on PATH, or Triton installed")
+        raise FileNotFoundError(
+            "nvdisasm not found: set NVDISASM, install Triton or add nvdisasm to PATH"
+        )
     return path
 
 
@@ -63,14 +65,15 @@ def disassemble(cubin):
         command = [find_nvdisasm(), "-c", file.name]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError(result.stderr.strip())
+        raise RuntimeError(f"nvdisasm failed: {result.stderr.strip()}")
     return result.stdout
 
 
 def parse(text):
-    """Return the target of nvdisasm's text, or None, and the code of each kernel by name.
+    """Return the target of nvdisasm's text, or None, and a dict from kernel name to its code.
 
-    The code is the list of its instructions, and by label the index of the instruction after it.
+    The code is the list of instructions, and a dict from label to the index of the instruction
+    that follows it.
     """
     out, cur, labels, name, target = {}, None, None, None, None
     for line in text.splitlines():

@@ -20,7 +20,7 @@ ATTR = {
 
 def _sections(b):
     if b[:4] != b"\x7fELF" or b[4] != 2:
-        raise ValueError("not a 64-bit ELF cubin")
+        raise ValueError("cubin must be a 64-bit ELF file")
     (shoff,) = struct.unpack_from("<Q", b, 0x28)
     shentsize, shnum, shstrndx = struct.unpack_from("<HHH", b, 0x3A)
     raw = [struct.unpack_from("<IIQQQQIIQQ", b, shoff + i * shentsize) for i in range(shnum)]
@@ -47,7 +47,7 @@ def _records(data):
 def kernel_attributes(b):
     """Return the attributes of each kernel in the bytes of a cubin.
 
-    `linear` is False where the required CTA has more than one dimension.
+    `linear` is False if the required CTA size has more than one dimension.
     """
     secs = _sections(b)
     sym = None
@@ -102,8 +102,8 @@ def kernel_attributes(b):
                     if a == "REQNTID" and y * z > 1:
                         k["linear"] = False
         elif name.startswith(".nv.shared.") and name[11:] in res:
-            # From sm_90 on the section holds the KiB that the system reserves per CTA, which
-            # `occupancy` adds itself.
+            # From sm_90 on, the section includes the KiB that the system reserves per CTA.
+            # `occupancy` adds this KiB, so it is subtracted here.
             held = any(n.startswith(".nv.shared.reserved") for n, _ in secs)
             res[name[11:]]["static_smem"] = h[5] - 1024 if held and h[5] >= 1024 else h[5]
     return res

@@ -1,12 +1,12 @@
-"""The report of a kernel: its loops, partitions and costs.
+"""Report of a kernel: its loops, partitions and costs.
 
-Counts of a loop are taken on its steady path (see `cfg.steady_path`): code that runs in some trips
-only, as a mask applied under a branch or a loop that retries a barrier, is left out of the bounds
-and counted in `body_instructions`.
+The counts of a loop are those of its steady path (see `cfg.steady_path`). Code that runs only in
+some trips, such as a mask under a branch or a loop that retries a barrier, is not part of the
+bounds; `body_instructions` includes it.
 
-The warps of a loop come from `warps.run`. A loop with MMA is computed with all warps that run such
-loops of the kernel, since two consumer warpgroups may each have their own copy of the loop; any
-other loop with its own warps.
+The warps of a loop come from `warps.run`. The bounds of a loop with MMAs are computed for all warps
+that run loops with MMAs, because two consumer warpgroups may each have a copy of the loop. The
+bounds of any other loop are computed for the warps that run it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .partitions import RunLoop, partitions
 
 
 def _indices(blocks, some):
-    """Return the indices of the instructions in some blocks, given by their numbers."""
+    """Return the indices of the instructions in the blocks with the numbers `some`."""
     return [i for b in some for i in range(blocks[b].start, blocks[b].end)]
 
 
 def _is_spin(ins, blocks, loop):
-    """Return whether a loop only waits: short, with a wait in it and no work."""
+    """Return whether a loop only waits: it is short, contains a wait and does no work."""
     indices = _indices(blocks, loop.blocks)
     if len(indices) > 40:
         return False
@@ -44,12 +44,12 @@ def _is_spin(ins, blocks, loop):
 
 
 class _Analysis:
-    """What the loops of one kernel share."""
+    """Analysis of a kernel: its blocks, loops, warps, partitions and MMA descriptors."""
 
     def __init__(self, ins, labels, cta_warps, launch_regs, linear):
         self.ins, self.cta_warps = ins, cta_warps
         self.blocks = cfg.build(ins, labels)
-        # An unknown thread number decides no branch.
+        # With more than one CTA dimension, threadIdx.x does not give the number of the warp.
         linear = linear and not any(
             C.base(x.op) in ("S2R", "S2UR") and x.args.endswith(("SR_TID.Y", "SR_TID.Z"))
             for x in ins
@@ -63,7 +63,7 @@ class _Analysis:
         self.names = {id(x): f"L{n}" for n, x in enumerate(self.loops)}
         spinning = {b for x in self.spins for b in x.blocks}
         live = {self.block_of[i] for i, _ in self.flow.sites} - spinning
-        # The loop in which Triton's workers wait for work sets the registers of each partition.
+        # A loop that sets registers is the one in which Triton's workers wait for work.
         self.dispatching = [x for x in self.loops if x.blocks & live]
         self.run_loops = [
             RunLoop(self.names[id(x)], x, self.mask(x), self._has_mma(x))
@@ -84,7 +84,7 @@ class _Analysis:
         return any(C.klass(op) == "tensor" and not C.base(op).startswith("UTC") for op in ops)
 
     def _partition(self, name):
-        """Return the partition of a loop whose warps only a barrier counts; None for others."""
+        """Return the partition of a loop if a barrier gives its number of warps, else None."""
         p = self.partitions[self.partition_of[name]] if name in self.partition_of else None
         return p if p and p["warps"] is None else None
 
@@ -108,7 +108,7 @@ class _Analysis:
         return p["count"] if p else bin(self.mask(loop)).count("1")
 
     def steady_path(self, loop, inner):
-        """Return the blocks of one trip, without those of `inner`, and whether a path was found."""
+        """Return the blocks of one trip except `inner`, and whether a path was found."""
 
         def work(b):
             if b in inner:
@@ -126,14 +126,14 @@ class _Analysis:
         return [b for b in path or sorted(loop.blocks) if b not in inner], path is not None
 
     def is_queue(self, ids):
-        """Return whether warps outside the MMA loops use these barriers: producers of a queue."""
+        """Return whether warps outside MMA loops use the barriers `ids`, as queue producers do."""
         return bool(self.mma_mask) and any(
             used and used & set(ids) and self.flow.masks.get(self.block_of[i], 0) & ~self.mma_mask
             for i, (used, _) in self.flow.barriers.items()
         )
 
     def report(self, loop, arch, ctas_per_sm, warps, loop_warps):
-        """Return the dict of one loop; `warps` is None where the kernel's own warps count."""
+        """Return the report of one loop as a dict; `warps`, unless None, replaces those found."""
         name = self.names[id(loop)]
         children = [x for x in loop.children if x not in self.spins]
         inner = {b for x in children for b in x.blocks}
@@ -162,7 +162,7 @@ class _Analysis:
             wgmmas["serialized"],
         )
         if ping_pong and wgmmas["hgmma"]:
-            # The share of a warpgroup's MUFU clocks that fits under the others' products.
+            # Share of a warpgroup's MUFU clocks that fits under the products of the others.
             cycles, units = bound["cycles"], max(ping_pong["threads"] // 128, 1)
             share = (units - 1) * cycles["tensor"] / cycles["mufu"] if cycles["mufu"] else 1.0
             ping_pong = {**ping_pong, "units": units, "mufu_share": round(min(1.0, share), 4)}
@@ -202,7 +202,7 @@ class _Analysis:
         }
 
 
-def analyse_kernel(
+def analyze_kernel(
     ins,
     labels,
     arch,
@@ -215,10 +215,10 @@ def analyse_kernel(
 ):
     """Return the report of a kernel as a dict.
 
-    `warps` is the number of warps that run the loops. Where it differs from `cta_warps` (by default
-    the same) it is taken for every loop; else a loop of a warp-specialized kernel gets the warps
-    that run it. `loop_warps` overrides both by the name of a loop. `linear` says that the CTA has
-    one dimension.
+    `warps` is the number of warps that run the loops, `cta_warps` (by default the same) the number
+    of warps of the CTA. If the two differ, `warps` applies to every loop; if not, each loop of a
+    warp-specialized kernel gets the warps that run it. `loop_warps` maps a loop to a number of
+    warps and overrides both. `linear` is True if the CTA has one dimension.
     """
     cta_warps = cta_warps or warps
     kernel = _Analysis(ins, labels, cta_warps, launch_regs, linear)
@@ -242,8 +242,9 @@ def analyse_kernel(
 def main_loop(kernel):
     """Return the loop in which a kernel spends its time.
 
-    It is the innermost loop with tensor work that does the most FLOPs per instruction; without
-    tensor work, the innermost loop with the most instructions; None without loops.
+    The main loop is the innermost loop with tensor work that does the most FLOPs per instruction.
+    Without tensor work it is the innermost loop with the most instructions. The result is None if
+    there are no loops.
     """
 
     def density(loop):
@@ -258,17 +259,21 @@ def main_loop(kernel):
     return max(inner, key=lambda x: x["steady_instructions"], default=None)
 
 
-def analyse(
+def analyze(
     cubin, arch=None, warps=None, smem=0, loop_warps=None, kernel=None, tmem_cols=0, geforce=False
 ):
-    """Return the reports of the kernels in a cubin, given as bytes or as a path.
+    """Return the reports of the kernels in a cubin.
 
-    `warps` is the number of warps per CTA; by default the cubin's REQNTID or launch bounds / 32.
-    `smem` is the dynamic shared memory in bytes. A loop of a warp-specialized kernel is computed
-    with the warps found for it; `loop_warps`, as in {"L3": 8}, overrides that. Where REQNTID gives
-    the CTA's size, another `warps` is taken for the warps of every loop. `kernel` selects kernels
-    by a part of their name. `tmem_cols` is the columns of tensor memory per CTA. `geforce` takes
-    the tensor rate of GeForce parts.
+    Args:
+        cubin: bytes or path of the cubin.
+        arch: name of the architecture; None means the target of the cubin.
+        warps: warps per CTA; None means the cubin's REQNTID / 32, else its launch bounds / 32, else
+            4. If the cubin has a REQNTID of another size, `warps` applies to every loop.
+        smem: dynamic shared memory per CTA in bytes.
+        loop_warps: warps per loop, as in {"L3": 8}, instead of those found for the loop.
+        kernel: report only kernels whose name has this part.
+        tmem_cols: columns of tensor memory per CTA.
+        geforce: use the tensor rate of GeForce GPUs.
     """
     if isinstance(cubin, (str, Path)):
         cubin = Path(cubin).read_bytes()
@@ -286,7 +291,7 @@ def analyse(
         resident = occupancy(
             arch, own.get("regs", 0) or 1, cta_warps, own.get("static_smem", 0), smem, tmem_cols
         )
-        report = analyse_kernel(
+        report = analyze_kernel(
             ins,
             labels,
             arch,

@@ -13,7 +13,7 @@ LOADS = {"UTMALDG", "UBLKCP", "LDGSTS"}
 
 
 class RunLoop(NamedTuple):
-    """A loop, and the bit mask of the warps that run it."""
+    """Loop, with the bit mask of the warps that run it."""
 
     name: str
     loop: Loop
@@ -22,11 +22,11 @@ class RunLoop(NamedTuple):
 
 
 def partitions(ins, blocks, loops, flow, cta_warps, launch_regs):
-    """Group the `RunLoop`s by the setmaxnreg in force and, without one, by the warps that run them.
+    """Group the `RunLoop`s by the setmaxnreg in force or, without one, by the warps that run them.
 
-    `flow` is the kernel's `warps.Flow`. Returns the partitions as dicts, the index of its partition
-    by the name of a loop, and the [registers asked for, registers that the launch brings] in units
-    of registers x warps, or None where they are not known.
+    `flow` is the kernel's `warps.Flow`. Returns the partitions as dicts, a dict from loop name to
+    the index of its partition, and [registers that the partitions request, registers that the
+    launch provides], both in registers x warps; None if these are not known.
     """
     all_warps = (1 << cta_warps) - 1
     groups = {}
@@ -39,7 +39,7 @@ def partitions(ins, blocks, loops, flow, cta_warps, launch_regs):
         sites = [i for i in in_force if i >= 0]
         mask = _mask(members, blocks, flow, sites)
         if not sites and mask == all_warps:
-            continue  # run by all warps: no partition
+            continue  # all warps run the group: it is not a partition
         for x in members:
             index[x.name] = len(found)
         found.append(_Partition(members, blocks, flow, sites, mask, cta_warps, launch_regs))
@@ -54,13 +54,13 @@ def partitions(ins, blocks, loops, flow, cta_warps, launch_regs):
         and sum(p.mask for p in known) == all_warps
         and sum(len(p.warps) for p in found) == cta_warps
     ):
-        asked = sum(p.regs * len(p.warps) for p in found)
-        pool = [asked, launch_regs * cta_warps]
+        requested = sum(p.regs * len(p.warps) for p in found)
+        pool = [requested, launch_regs * cta_warps]
     return [p.as_dict(ins, blocks) for p in found], index, pool
 
 
 def _mask(members, blocks, flow, sites):
-    """Return the warps of a group: of its loops, and of the blocks that set its registers."""
+    """Return the mask of the warps that run a group's loops or set its registers."""
     mask = 0
     for x in members:
         mask |= x.mask
@@ -85,9 +85,9 @@ class _Partition:
             self.blocks |= {b for b, set_at in flow.in_force.items() if set_at <= set(sites)}
 
     def find_count(self, found, ins, blocks, flow, all_warps):
-        """Take the number of warps from a barrier where the warp number does not tell them apart.
+        """Set the number of warps from a barrier if the warp number does not determine it.
 
-        It is the smallest barrier that no other partition uses.
+        The barrier is the smallest that no other partition uses.
         """
         shared = any(q.mask & self.mask for q in found if q is not self and q.sites and self.sites)
         if not shared and not (self.mask == all_warps and len(found) > 1):

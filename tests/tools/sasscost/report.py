@@ -6,7 +6,7 @@ import json
 
 
 def clean(report):
-    """Return a report without the `Counts` objects, which JSON cannot hold."""
+    """Return a report without its `Counts` objects, which JSON cannot represent."""
     if isinstance(report, dict):
         return {k: clean(v) for k, v in report.items() if k not in ("counts", "total_counts")}
     if isinstance(report, list):
@@ -34,7 +34,7 @@ def ranges(warps):
 
 
 def to_text(reports, all_loops=True):
-    """Return reports as text, with the figures of all loops or of the main loops only."""
+    """Return reports as text, with details of all loops or of the main loops only."""
     lines = []
     for kernel in reports:
         lines += _kernel_lines(kernel)
@@ -66,20 +66,20 @@ def _kernel_lines(kernel):
     ]
     for p in kernel["partitions"]:
         if p["warps"] is None:
-            which = f"of {p['count']} warps (by its barrier)"
+            which = f"of {p['count']} warps (from its barrier)"
         else:
             which = f"warps {ranges(p['warps'])}"
         if p["warps_from"] == "unknown":
-            which += " at most"
+            which += " (upper bound)"
         lines.append(
             f"  partition {which}: {p['role']}, {p['regs']} registers"
             f"{' (setmaxnreg)' if p['setmaxnreg'] else ''}, loops {' '.join(p['loops'])}"
         )
     if kernel["register_pool"]:
-        asked, brought = kernel["register_pool"]
+        requested, provided = kernel["register_pool"]
         lines.append(
-            f"  setmaxnreg asks for {asked} registers a lane of the CTA, the launch brings "
-            f"{brought}{'  TOO MANY' if asked > brought else ''}"
+            f"  setmaxnreg requests {requested} registers x warps, the launch provides "
+            f"{provided}{'  TOO MANY' if requested > provided else ''}"
         )
     serialized, hgmmas = kernel["serialized_wgmma"]
     if serialized:
@@ -134,8 +134,8 @@ def _loop_lines(loop):
         )
     if barriers["partition"] or barriers["ordered"]:
         lines.append(
-            f"barriers of some warps: {barriers['partition']} of a partition, "
-            f"{barriers['ordered']} that order warps"
+            f"barriers of some warps: {barriers['partition']} synchronize a partition, "
+            f"{barriers['ordered']} order warps"
         )
     if ping_pong:
         lines.append(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .model import analyse
+from .model import analyze
 
 
-def analyse_compiled(kernel, arch=None, loop_warps=None, warps=None):
-    """Return the reports of a compiled kernel (triton.compiler.CompiledKernel); see `analyse`."""
+def analyze_compiled(kernel, arch=None, loop_warps=None, warps=None):
+    """Return the reports of a compiled kernel (triton.compiler.CompiledKernel); see `analyze`."""
     metadata = kernel.metadata
-    reports = analyse(
+    reports = analyze(
         kernel.asm["cubin"],
         arch=arch or f"sm_{metadata.target.arch}",
         smem=metadata.shared,
@@ -27,8 +27,8 @@ def compile_aot(
 ):
     """Compile a @triton.jit or @gluon.jit function for `arch` (80, 90, 100, 120, ...).
 
-    `signature` holds the type of each argument: "*bf16", "i32", "fp32", "tensordesc<...>". Pointers
-    are taken to be divisible by 16, and so are the arguments named in `divisible_by_16`.
+    `signature` maps an argument to its type: "*bf16", "i32", "fp32", "tensordesc<...>". Pointers
+    and the arguments named in `divisible_by_16` are assumed to be divisible by 16.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -51,7 +51,7 @@ def compile_aot(
     )
 
 
-def analyse_jit(function, signature, constexprs, arch, loop_warps=None, **options):
+def analyze_jit(function, signature, constexprs, arch, loop_warps=None, **options):
     """Compile a function with `compile_aot` and return its reports."""
     kernel = compile_aot(function, signature, constexprs, arch, **options)
-    return analyse_compiled(kernel, f"sm_{arch}", loop_warps)
+    return analyze_compiled(kernel, f"sm_{arch}", loop_warps)

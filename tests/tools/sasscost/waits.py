@@ -1,4 +1,4 @@
-"""Waits of a loop: for wgmmas in flight, and at barriers."""
+"""Waits in a loop: for wgmmas in flight, and at barriers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def _is_wait(x):
 def overlap(seq):
     """Return (MUFUs issued while a wgmma is in flight, MUFUs) of one trip.
 
-    `seq` holds the instructions of the steady path, which is gone through twice: a wgmma is in
-    flight from its issue to the next wait for all.
+    `seq` holds the instructions of the steady path. A wgmma is in flight from its issue to the next
+    wait for all wgmmas. Two trips are followed, because a wgmma may be in flight across the back
+    edge.
     """
     in_flight, covered, total = False, 0, 0
     for _ in range(2):
@@ -36,14 +37,14 @@ def overlap(seq):
 
 
 def wgmma_waits(seq, cyclic=True):
-    """Return how the wgmmas of one trip are waited for: hgmma, depbars, alone and serialized.
+    """Return the counts of wgmmas and their waits in one trip: hgmma, depbars, alone, serialized.
 
-    An HGMMA is alone if it is issued after a wait for all and waited for before the next HGMMA is
-    issued. It is serialized if, besides, a neighbor in the same trip has the same accumulator: a
-    product of several k-steps needs one wait at its end, and a wait at each step is what ptxas
-    does when it serializes wgmmas. A product of only one k-step is alone and not serialized.
+    An HGMMA is alone if a wait for all wgmmas precedes it and another such wait follows before the
+    next HGMMA. It is serialized if it is alone and the HGMMA before or after it in the same trip
+    has the same accumulator. A product of several k-steps needs one wait at its end; ptxas adds a
+    wait at each k-step when it serializes wgmmas. A product of one k-step is alone, not serialized.
     """
-    events = []  # the accumulator of an HGMMA; None for a wait for all
+    events = []  # the accumulator of each HGMMA; None for each wait for all wgmmas
     for x in seq:
         if C.is_wgmma(x.op):
             events.append(x.args.split(",")[0].strip())
@@ -72,11 +73,11 @@ def wgmma_waits(seq, cyclic=True):
 def barriers(ins, seq, resolved, cta_threads, loop_threads):
     """Return the counts of barriers on a loop's steady path, and its ping-pong or None.
 
-    `seq` holds the indices of the instructions, `resolved` the [ids or None, thread counts or
-    None] per index from `warps.run`. A barrier without a thread count, or with one that reaches
-    the CTA's size, is CTA-wide; one with a smaller count is a partition's. Where warps arrive at
-    the same barrier without waiting (BAR.ARV) it orders warps, as a queue or ping-pong does, and
-    does not hold them together.
+    `seq` holds the indices of the instructions, `resolved` maps an index to [ids or None, thread
+    counts or None], as `warps.run` returns them. A barrier without a thread count, or with a count
+    that reaches the CTA's size, is CTA-wide; a barrier with a smaller count belongs to a partition.
+    A barrier at which warps arrive without waiting (BAR.ARV) orders warps, as a queue or a
+    ping-pong does, but does not synchronize them.
     """
 
     def ids_and_counts(i):
@@ -123,5 +124,5 @@ def barriers(ins, seq, resolved, cta_threads, loop_threads):
 
 
 def _constant(operand):
-    """Return the set of an immediate operand; None for a register."""
+    """Return the value of an immediate operand as a set; None for a register."""
     return None if operand.startswith(("R", "UR")) else {warps.immediate(operand)}

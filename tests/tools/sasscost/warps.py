@@ -1,14 +1,15 @@
-"""The warps of a CTA that run each block of a kernel, and their registers.
+"""Warps of a CTA that run each block of a kernel, and their registers.
 
-A warp-specialized kernel branches on the warp's number: each side of the branch is a *partition*
-with its own loops and, after `setmaxnreg` (USETMAXREG in SASS), its own number of registers.
+A warp-specialized kernel branches on the number of the warp. Each side of the branch is a
+*partition* with its own loops and, after `setmaxnreg` (USETMAXREG in SASS), its own number of
+registers.
 
-`run` follows the constants that derive from the thread's index through the kernel, for all warps of
-a CTA at once. A value is, per warp, the set of the values that its 32 threads may hold, or None if
-they are unknown. A branch whose predicate is known for a warp is followed on that side only, any
-other branch on both, so that the result is a superset of the warps that reach a block.
+`run` propagates the values that derive from the thread's index through the kernel, for all warps of
+a CTA at once. A value is, per warp, the set of values that its 32 threads may hold, or None if they
+are unknown. If the predicate of a branch is known for a warp, only that side is followed; otherwise
+both sides are. The result is therefore a superset of the warps that reach a block.
 
-Triton's worker warps do not branch on their number: they read the number of their partition from a
+Triton's worker warps do not branch on their number. They read the number of their partition from a
 byte table in shared memory, `LDS.U8 [base + warp + offset]`, which the default partition fills with
 constants. A first pass rebuilds the table from the stores of constants.
 """
@@ -29,7 +30,7 @@ M32 = 0xFFFFFFFF
 
 
 def operands(args):
-    """Return the operands of an instruction, without modifiers of their use."""
+    """Return the operands of an instruction, without .reuse and .64."""
     return (
         [x.strip().replace(".reuse", "").replace(".64", "") for x in args.split(",")]
         if args.strip()
@@ -38,7 +39,7 @@ def operands(args):
 
 
 def immediate(x):
-    """Return the value of an immediate operand; None for any other."""
+    """Return the value of an immediate operand; None for any other operand."""
     try:
         if x.startswith("-"):
             return (-int(x[1:], 16)) & M32 if x[1:].startswith("0x") else None
@@ -67,9 +68,10 @@ def _lut(vals, lut, bits):
 
 
 class Machine:
-    """Execution of single instructions on sets of values.
+    """Interpreter of single instructions on sets of values.
 
-    The state at one point, `env`, holds by register a list of the sets of values per warp.
+    `env`, the state at one point of the kernel, maps a register to a list with the set of its
+    values in each warp.
     """
 
     def __init__(self, ins, n, table, linear):
@@ -119,11 +121,11 @@ class Machine:
 
     @staticmethod
     def either(v):
-        """Replace unknown truth values by both, which may still decide an AND or an OR."""
+        """Replace unknown truth values by {0, 1}: the other operand may decide an AND or OR."""
         return [frozenset((0, 1)) if s is None else s for s in v]
 
     def result(self, env, x, i):
-        """Return {destination: value} of an instruction; None if it is not one that is followed."""
+        """Return {destination: value} of an instruction; None if it is not interpreted."""
         op, b = x.op, C.base(x.op)
         o = self.ops[i]
 
@@ -247,7 +249,7 @@ class Machine:
 
     @staticmethod
     def width(op, b):
-        """Return how many registers an instruction may write, rounded up."""
+        """Return an upper bound of the number of registers that an instruction writes."""
         k = C.klass(op)
         if b.endswith("GMMA") or b == "LDTM":
             return 256
@@ -311,7 +313,7 @@ class Machine:
 
 
 def _branch(m, env, x, i):
-    """Return, per warp, the truth values under which a block's last instruction branches."""
+    """Return, per warp, the possible truth values of the condition of a block's last branch."""
     if x.pred and x.pred not in ("@PT", "@UPT"):
         v = m.get(env, x.pred[1:])
         lead = (
@@ -331,17 +333,17 @@ def _branch(m, env, x, i):
 
 
 class Flow(NamedTuple):
-    """The warps and registers of a kernel's blocks."""
+    """Warps and registers of a kernel's blocks."""
 
     masks: dict  # block: bit mask of the warps that may reach it
     barriers: dict  # index of a BAR: [set of ids or None, set of thread counts or None]
     sites: list  # (index, registers) of the USETMAXREG instructions
-    in_force: dict  # block: indices of the sites in force where it begins; -1 for none yet
+    in_force: dict  # block: indices of the sites in force at its start; -1: none
     set_in: dict  # block: index of the last site in it
 
 
 class _Pass:
-    """One pass through a kernel, until the state at the beginning of each block is stable."""
+    """One pass through a kernel, until the state at the start of each block is stable."""
 
     def __init__(self, ins, blocks, n, table, linear):
         self.ins, self.blocks, self.n = ins, blocks, n
@@ -381,7 +383,7 @@ class _Pass:
         return None if None in sets else set().union(*sets)
 
     def _note_store(self, env, i, mask):
-        """Keep the constant words that an STS writes, by its offset from a register."""
+        """Record the constant words that an STS writes, and their offset from a register."""
         ops = self.machine.ops[i]
         address = _ADDR.match(ops[0]) if ops else None
         parts = address[1].split("+") if address else []
@@ -413,7 +415,7 @@ class _Pass:
         return dict.fromkeys(block.succ, mask)
 
     def _join(self, number, mask, env):
-        """Merge a state into that of a block, and visit the block again if that changes it."""
+        """Merge a state into the state of a block, and visit the block again if it changed."""
         if number not in self.states:
             self.states[number] = mask, dict(env)
             self.work.append(number)
@@ -445,7 +447,7 @@ class _Pass:
 
 
 def run(ins, blocks, n, linear=True):
-    """Return the `Flow` of a kernel with `n` warps; `linear` if its CTA has one dimension."""
+    """Return the `Flow` of a kernel with `n` warps; `linear`: its CTA has one dimension."""
     done = _Pass(ins, blocks, n, None, linear)
     if any(C.base(x.op) == "LDS" and ".U8" in x.op for x in ins) and any(
         C.base(x.op) == "USETMAXREG" for x in ins
@@ -457,7 +459,7 @@ def run(ins, blocks, n, linear=True):
 
 
 def _byte_table(stores):
-    """Return the bytes of shared memory that are stored as constants, by offset."""
+    """Return a dict from offset to the constant bytes stored there in shared memory."""
     table, unknown = {}, set()
     for offset, words in stores.values():
         for k, word in enumerate(words):
@@ -480,7 +482,7 @@ def setmaxnreg(ins):
 
 
 def reaching(blocks, sites):
-    """Return the sites in force where each block begins, and the last site in each block."""
+    """Return the sites in force at the start of each block, and the last site in each block."""
     set_in = {}
     for i, _ in sites:
         for b in blocks:

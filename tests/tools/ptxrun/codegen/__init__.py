@@ -1,4 +1,4 @@
-"""Translation of one PTX kernel to C++: one function per basic block, on whole-warp registers.
+"""Translation of a PTX kernel to C++: one function per basic block, on whole-warp registers.
 
 `program` inlines calls and lays out memory, `blocks` splits the code into basic blocks, `liveness`
 finds the registers that outlive a block, and `emit` writes the C++. The other modules translate
@@ -21,7 +21,7 @@ def generate(mod, name):
     function = mod.funcs.get(name)
     if function is None or function.kind != "entry":
         entries = [k for k, f in mod.funcs.items() if f.kind == "entry"]
-        raise UnsupportedPtx(f"no entry {name}; the module has {entries}")
+        raise UnsupportedPtx(f"kernel must be one of {entries}, got {name!r}")
     program = Program(mod, function)
     emitter = Emitter(program)
     text = emitter.emit()

@@ -1,4 +1,4 @@
-"""Arithmetic: add, multiply, divide, fused, minimum and maximum, approximate functions."""
+"""Arithmetic instructions: add, multiply, divide, fma, min, max, approximate functions."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _half_pair(g, it, fn, ops, t):
 
 
 def _integer_sum(g, it, name):
-    """Translate add or sub of integers, with carry, saturating, or plain."""
+    """Translate an integer add or sub: plain, saturating or with carry."""
     if "cc" in it.op:
         return carry(g, it)
     if "sat" in it.op:

@@ -1,4 +1,4 @@
-"""Bitwise logic, shifts, bit fields, permutations."""
+"""Bitwise logic, shifts, bit fields and byte permutations."""
 
 from __future__ import annotations
 

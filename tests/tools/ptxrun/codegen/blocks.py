@@ -10,10 +10,10 @@ MAX_BLOCK = 160  # instructions per generated function
 
 
 class Block:
-    """Instructions without a branch between them.
+    """Basic block: instructions without a branch between them.
 
-    `succ` holds the blocks that may follow; `next` is the one that follows if no branch is taken,
-    `target` and `targets` are those of a branch. `is_last` is False for the parts of a long block
+    `succ` holds all successors, `next` the successor if no branch is taken, `target` the target of
+    a branch and `targets` the targets of a brx. `is_last` is False for all parts of a long block
     except the last.
     """
 
@@ -21,17 +21,17 @@ class Block:
         self.label, self.ins, self.succ = label, [], []
         self.next = self.target = self.targets = None
         self.is_last = True
-        # The registers that a block has in memory, as accumulators, and as local variables.
+        # Registers that the block keeps in memory (wgmma accumulators) and in local variables.
         self.accumulators, self.plain = set(), set()
 
 
 def is_barrier(it):
-    """Return whether an instruction waits at a barrier."""
+    """Return whether the instruction waits at a barrier."""
     return it.op[0] in ("bar", "barrier") and "warp" not in it.op and "arrive" not in it.op
 
 
 def may_wait(it):
-    """Return whether a warp may have to wait for asynchronous work at an instruction."""
+    """Return whether a warp may have to wait for asynchronous work at the instruction."""
     op = it.op
     return (
         (op[0] == "mbarrier" and op[1] in ("try_wait", "test_wait"))
@@ -43,7 +43,7 @@ def may_wait(it):
 
 def split_into_blocks(program, body):
     """Return the blocks of `body`, a list of labels and instructions."""
-    for it in body:  # first, so that the widths of pseudo registers are known
+    for it in body:  # first, to determine the widths of pseudo registers
         if isinstance(it, Instr) and it.op[0] in ("$ldp", "$stp"):
             call_param_registers(program, it)
     blocks, labels = _cut(program, body)
@@ -52,7 +52,7 @@ def split_into_blocks(program, body):
 
 
 def _cut(program, body):
-    """Return the blocks in the order of the text, and the block of each label."""
+    """Return the blocks in text order, and a dict from label to block."""
     blocks, labels = [Block()], {}
 
     def begin(label=None):
@@ -69,7 +69,7 @@ def _cut(program, body):
         if is_barrier(it) and "red" in it.op:
             kind = it.op[it.op.index("red") + 1]
             if it.args[1][0] != "i":
-                program.reject(it, "barrier reduction with a barrier number in a register")
+                program.reject(it, "unsupported barrier number in a register (bar.red)")
             result = Instr(["$barredres", kind], None, [it.args[0], it.args[1]], it.line)
             it = Instr(["bar", "redarrive"], it.pred, it.args[1:], it.line)
         if program.has_wgmma:
@@ -96,7 +96,7 @@ def _cut(program, body):
 
 
 def _connect(program, blocks, labels):
-    """Set the successors of blocks that are in the order of the text."""
+    """Set the successors of the blocks, which are in text order."""
     for i, b in enumerate(blocks):
         b.position = i
         b.next = blocks[i + 1] if i + 1 < len(blocks) else None
@@ -121,7 +121,7 @@ def _connect(program, blocks, labels):
 def _in_order(blocks):
     """Return the reachable blocks in reverse post-order.
 
-    Successors that leave loops are visited first, so that they come later.
+    The search visits successors outside loops first, so that they come last.
     """
     depth = _loop_depth(blocks)
 
@@ -143,7 +143,7 @@ def _in_order(blocks):
 
 
 def _loop_depth(blocks):
-    """Return the depth of each block, from back edges in the order of the text."""
+    """Return the loop depth of each block. A back edge leads to an earlier block in the text."""
     depth = dict.fromkeys(blocks, 0)
     for b in blocks:
         for s in b.succ:
@@ -154,7 +154,7 @@ def _loop_depth(blocks):
 
 
 def _shorten(blocks):
-    """Return the numbered blocks, those above MAX_BLOCK instructions split into several."""
+    """Split blocks of more than MAX_BLOCK instructions, and return all blocks numbered."""
     first, last, parts = {}, {}, []
     for b in blocks:
         chunks = [b.ins[i : i + MAX_BLOCK] for i in range(0, len(b.ins), MAX_BLOCK)] or [[]]

@@ -22,7 +22,7 @@ def mov(g, it):
 @instruction("cvt")
 def cvt(g, it):
     ops = it.op
-    # positions of the types: the last type tokens
+    # The types of destination and source; all other parts are modifiers.
     tys = [x for x in ops[1:] if x in TYPE_BITS]
     mods = [x for x in ops[1:] if x not in TYPE_BITS]
     if len(tys) != 2:
@@ -70,7 +70,7 @@ def cvt(g, it):
 def _float_to_float(g, it, d, s, mods, ftz, sat, relu):
     x = g.val(it.args[1], TYPE_BITS[s])
     rint = next((m for m in mods if m in ("rni", "rzi", "rmi", "rpi")), None)
-    # to f32 or f64 first
+    # Convert the source to f32 or f64 first.
     if s == "f16":
         x, cb = f"f16_to_f32({x})", 32
     elif s == "bf16":
@@ -136,7 +136,7 @@ def _integer_to_float(g, it, d, s, mods, sat):
     r = g.rounding(it)
     if d == "f32":
         return g.set(it, it.args[0], f"cvt_f32_{st}{'_' + r if r else ''}({x})", 32)
-    # f16 / bf16 through f64, rounded once more through f32 (exact for |x| < 2^24)
+    # Convert to f32 first, which is exact for |x| < 2^24; larger values are rounded twice.
     g.set(it, it.args[0], f"f32_to_{d}(cvt_f32_{st}({x}))", 16)
     return None
 
@@ -172,7 +172,7 @@ def _integer_to_integer(g, it, d, s, sat):
             x = f"max_{sg}{wb}({x}, {SPLAT[wb]}({hex(lo & ((1 << wb) - 1))}{u}))"
         if hi < shi:
             x = f"min_{sg}{wb}({x}, {SPLAT[wb]}({hex(hi)}{u}))"
-    # the destination register may be wider than the type: sign- or zero-extend
+    # The destination register may be wider than the type: sign- or zero-extend.
     if db == 8:
         x = f"narrow({x})" if wb == 64 else x
         x = f"sext8({x})" if d[0] == "s" else f"and_32({x}, splat32(255))"

@@ -1,4 +1,4 @@
-"""C++ of a kernel: the state of a warp, global variables, and a function per block."""
+"""Generation of a kernel's C++: warp state, global variables and one function per block."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ENDS_BLOCK = ("bra", "brx", "ret", "exit")
 
 
 class Emitter(Operands):
-    """Emit the C++ of a `Program`."""
+    """Emitter of the C++ of a `Program`."""
 
     def emit(self):
-        """Return the text; `tables`, `sites` and `gvars` describe it afterwards."""
+        """Return the C++ text, and set `tables`, `sites` and `gvars`, which describe it."""
         program = self.program
         self.bit_of = find_live_registers(program)
         own, in_flight, self.unfenced = set(), set(), set()
@@ -78,7 +78,7 @@ class Emitter(Operands):
         ]
         by_name = {v.name: v for v in candidates}
         work = list(used)
-        while work:  # initializers may name further variables
+        while work:  # initializers may refer to further variables
             v = by_name.get(work.pop())
             for x in _initializers(v) if v is not None else ():
                 if isinstance(x, tuple) and x[0] == "sym" and x[1] not in used:
@@ -134,7 +134,7 @@ class Emitter(Operands):
             self.instruction(it)
         stores = [r for r in local if b.writes & b.live_out & self.bit_of[r]]
         ending = self._end(b, end)
-        if stores:  # lanes outside of m keep their values
+        if stores:  # lanes that are not in mask m keep their values
             self.o.append("  if (m == 0xffffffffu) {")
             self.o += [f"    w.{names[r]} = {names[r]};" for r in stores]
             self.o.append("  } else {")
@@ -172,7 +172,7 @@ class Emitter(Operands):
             ) from error
 
     def _end(self, b, it):
-        """Return the statements that end a block, `it` being its last instruction or None."""
+        """Return the statements that end a block; `it` is its last instruction or None."""
         if it is None:
             return ["  return R_EXIT;" if b.next is None else f"  return {b.next.id};"]
         op = it.op[0]
@@ -209,7 +209,7 @@ class Emitter(Operands):
         return [f"  return {wait}, {b.next.id}, {it.line});"]
 
     def _branch(self, b, it, result, block):
-        """Return the statements of a branch to `block`, for which all lanes return `result`."""
+        """Return the statements of a branch to `block`; a uniform branch returns `result`."""
         if it.pred is None:
             return [f"  return {result};"]
         return [
@@ -221,9 +221,9 @@ class Emitter(Operands):
     def _barrier(self, b, it):
         self.count("barrier")
         if it.pred:
-            raise UnsupportedPtx(f"line {it.line}: predicated barrier")
+            raise UnsupportedPtx(f"line {it.line}: unsupported predicated barrier")
         args = list(it.args)
-        if "cluster" in it.op:  # clusters have one block
+        if "cluster" in it.op:  # a cluster has one block
             args = [("i", 16)]
         value = args.pop() if "redarrive" in it.op else None
         out = []

@@ -109,7 +109,7 @@ def bulk_copy(g, it):
 
 
 def _mbarrier_of(g, operand):
-    """Return "address, offset" of the mbarrier that a copy completes."""
+    """Return "address, offset" of the mbarrier on which a copy completes."""
     base = g.tmpv(g.val(operand[1], 32), 32)
     return f"&{base}, {operand[2]}"
 
@@ -145,4 +145,4 @@ def getctarank(g, it):
 
 @instruction("setmaxnreg")
 def setmaxnreg(g, it):
-    g.bad(it)  # the last instruction of a block, which the emitter translates
+    g.bad(it)  # the emitter translates it at the end of a block

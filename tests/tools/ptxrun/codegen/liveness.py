@@ -1,4 +1,4 @@
-"""Registers that outlive a block, and those that wgmmas in flight may write."""
+"""Registers that are live after a block, and registers that wgmmas in flight may write."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .registers import accumulators, registers_of, uses_and_defs
 def find_live_registers(program):
     """Set the bit masks of registers of each block: `reads`, `writes`, `live_in`, `live_out`.
 
-    Returns the bit of each register by name. `block.registers` lists those of the block in order.
-    A block reads a register if it does so before it writes it.
+    Returns a dict from register to bit. `block.registers` lists the registers of a block in order
+    of use. `reads` holds the registers that a block reads before it writes them.
     """
     program.regs["#cc"] = "pred"
     bit_of = {r: 1 << i for i, r in enumerate(program.regs)}
@@ -46,8 +46,8 @@ def find_live_registers(program):
 def find_wgmma_registers(program, bit_of):
     """Return the accumulators, the registers that may hold results in flight, and unfenced wgmmas.
 
-    Moves carry the state of their source. A wgmma is unfenced if a register that it reads was
-    written after the last wgmma.fence, on any path.
+    A move copies the state of its source. A wgmma is unfenced if, on any path, a register that it
+    reads was written after the last wgmma.fence.
     """
     instructions = [it for b in program.blocks for it in b.ins]
     own = {r for it in instructions for r in accumulators(it)}
@@ -65,7 +65,7 @@ def find_wgmma_registers(program, bit_of):
 
 def _unfenced(program, bit_of):
     """Return the wgmmas that read a register written after the last wgmma.fence."""
-    written = dict.fromkeys(program.blocks)  # since the last fence, where each block begins
+    written = dict.fromkeys(program.blocks)  # registers, at the start of each block
     written[program.blocks[0]] = 0
     work, found = [program.blocks[0]], set()
     while work:
@@ -84,7 +84,10 @@ def _unfenced(program, bit_of):
 
 
 def _after(program, bit_of, it, written, found):
-    """Return the registers written since the last fence, after an instruction."""
+    """Return the registers written since the last fence, updated by an instruction.
+
+    `written` holds them before the instruction. An unfenced wgmma is added to `found`.
+    """
     if it.op[0] == "wgmma":
         if it.op[1] == "fence":
             return 0

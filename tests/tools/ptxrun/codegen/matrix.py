@@ -9,19 +9,19 @@ from .operands import elements
 from .registers import registers_of
 from .registry import instruction
 
-# Numbers of operand formats, as in the runtime.
+# Numbers of the operand formats in the runtime.
 MMA_FORMATS = {"f16": 0, "bf16": 1, "tf32": 2, "s8": 3, "u8": 3}
 WGMMA_FORMATS = {"f16": 0, "bf16": 1, "tf32": 2, "e4m3": 3, "e5m2": 4}
 
 
 def _shape(it):
-    """Return (m, n, k)."""
+    """Return (m, n, k) of an instruction."""
     shape = next(x for x in it.op if re.fullmatch(r"m\d+n\d+k\d+", x))
     return tuple(int(x) for x in re.findall(r"\d+", shape))
 
 
 def _set_all(g, it, dst, t, bits=32):
-    """Assign the elements of array `t` to those of a destination."""
+    """Assign the elements of array `t` to the elements of a destination."""
     for j, d in enumerate(elements(dst)):
         g.set(it, d, f"{t}[{j}]", bits)
 
@@ -59,7 +59,7 @@ def mma(g, it):
     m, n, k = _shape(it)
     types = [x for x in op if x in TYPE_BITS and x != "b1"]
     if "sp" in op or any(x.startswith("sp::") for x in op):
-        g.bad(it, "sparse mma")
+        g.bad(it, "unsupported sparse mma")
     d_type, a_type, b_type, c_type = types[-4:]
     g.count("mma")
     g.flops += 2 * m * n * k
@@ -111,7 +111,7 @@ def _wmma_product(g, it):
     m, n, k = _shape(it)
     t = g.newtmp()
     types = [x for x in it.op[2:] if x in TYPE_BITS]
-    # wmma.mma.{dtype}.{ctype} for f16, .f32.{atype}.{btype}.f32 for others
+    # f16: wmma.mma.{dtype}.{ctype}; other types: wmma.mma.f32.{atype}.{btype}.f32
     if len(types) == 2:
         d_type, a_type, c_type = types[0], "f16", types[1]
     else:
@@ -145,8 +145,8 @@ def _wmma_access(g, it, kind):
     space = next((x for x in spaces if x in ("global", "shared")), "generic")
     rows, columns = {"a": (m, k), "b": (k, n), "c": (m, n), "d": (m, n)}[it.op[2]]
     row_major = int(next(x for x in it.op if x in ("row", "col")) == "row")
-    place = "shared" if space == "shared" else "global"
-    cls = f"{'ld' if kind == 'load' else 'st'}_{place}"
+    counted = "shared" if space == "shared" else "global"
+    cls = f"{'ld' if kind == 'load' else 'st'}_{counted}"
     g.count(cls)
     is_load = kind == "load"
     memory, fragment = (it.args[1], it.args[0]) if is_load else (it.args[0], it.args[1])
@@ -193,7 +193,7 @@ def wgmma(g, it):
     ):
         g.bad(it)
     if a_type != b_type:
-        g.bad(it, "wgmma of different operand types")
+        g.bad(it, "unsupported wgmma with different operand types")
     accumulator = registers_of(a[0])
     if len(accumulator) != n // (2 if d_type == "f32" else 4):
         g.bad(it, "unexpected number of accumulator registers")
@@ -204,9 +204,9 @@ def wgmma(g, it):
     if fmt < 2 and len(immediates) > 2:
         transposed = [0, immediates[2]] if a_in_registers else immediates[2:4]
     g.count("wgmma")
-    flops = 2 * 16 * n * k  # a quarter of the warpgroup's
+    flops = 2 * 16 * n * k  # of one warp: a quarter of the warpgroup's FLOPs
     g.flops += flops
-    # The model's rate is that of mma.sync, 62 % of wgmma's.
+    # The model uses the rate of mma.sync, which is 62 % of the wgmma rate.
     g.weighted_flops += flops * (2.0 if fmt == 2 else 0.5 if fmt > 2 else 1.0) * 0.62
     t = g.newtmp()
     offsets = ", ".join(f"__builtin_offsetof(W, {g.names[r]})" for r in accumulator)

@@ -17,7 +17,7 @@ def _space_vector_type(it):
     for x in it.op[1:]:
         head = x.split("::")[0]
         if head in ("global", "shared", "local", "param", "const"):
-            space = head  # shared::cluster too: clusters have one block
+            space = head  # also of shared::cluster: a cluster has one block
         elif x in ("v2", "v4", "v8"):
             vector = int(x[1:])
         elif x in TYPE_BITS:
@@ -25,7 +25,7 @@ def _space_vector_type(it):
     return space, vector, kind
 
 
-def _place(g, space, m):
+def _space_and_address(g, space, m):
     """Return (state space, "base, offset") of a memory operand."""
     if space in ("global", "const"):
         return "global", g.address(m, 64)
@@ -37,12 +37,12 @@ def _place(g, space, m):
 
 
 def _loaded(x, kind):
-    """Return a loaded value as a register holds it: s8 is sign-extended to 16 bits."""
+    """Return the register value of a loaded value: s8 is sign-extended to 16 bits."""
     return f"shr_s16i(shl_16i({x}, 8), 8)" if kind == "s8" else x
 
 
 def _ordered(it):
-    """Return the flag of volatile and synchronizing accesses."""
+    """Return the flag VOL for a volatile or synchronizing access."""
     return "" if ORDERED.isdisjoint(it.op) else " | VOL"
 
 
@@ -59,7 +59,7 @@ def load(g, it):
         _load_param(g, it, kind)
         return
     bits = max(16, TYPE_BITS[kind])
-    space, address = _place(g, space, it.args[1])
+    space, address = _space_and_address(g, space, it.args[1])
     cls = _class("ld", space)
     g.count(cls)
     t = g.newtmp()
@@ -91,7 +91,7 @@ def _load_param(g, it, kind):
 
 
 def _call_param(m, kind, j):
-    """Return the pseudo register of element `j` of a parameter of a call."""
+    """Return the pseudo register of element `j` of a call parameter."""
     return ("r", f"#{m[1][1]}@{m[2] + j * TYPE_BITS[kind] // 8}")
 
 
@@ -120,7 +120,7 @@ def store(g, it):
     if kind is None or TYPE_BITS[kind] == 128 or space == "param":
         g.bad(it)
     bits = max(16, TYPE_BITS[kind])
-    space, address = _place(g, space, it.args[0])
+    space, address = _space_and_address(g, space, it.args[0])
     values = elements(it.args[1]) if vector > 1 else [it.args[1]]
     t, cls = g.newtmp(), _class("st", space)
     g.count(cls)
@@ -137,7 +137,7 @@ def copy_async(g, it):
         return
     if op[1] != "async":
         g.bad(it)
-    if op[2] == "mbarrier":  # arrives when the thread's earlier copies have landed: now
+    if op[2] == "mbarrier":  # complete the thread's copies now, then arrive
         g.o.append(f"  {g.call(it, 'rt_cpwait', -1)};")
         if "noinc" in op:
             address = g.address(it.args[0], 32)
@@ -163,7 +163,7 @@ def _copy(g, it):
     if extra and any(x.startswith("L2::cache_hint") for x in it.op):
         extra = extra[:-1]
     size = "nullptr"
-    if extra:  # the bytes to copy, or a predicate to copy none; the others become zeros
+    if extra:  # number of bytes, or a predicate to copy none; the rest is zero
         x = extra[0]
         if (x[0] == "r" and g.bits(x[1]) == 1) or x[0] == "n":
             value = f"sel({g.val(x, 1)}, splat32(0), splat32({count}))"
@@ -176,7 +176,7 @@ def _copy(g, it):
 def _atomic(g, it, has_result):
     op = it.op
     if any(x in ("v2", "v4", "v8") for x in op):
-        g.bad(it, "vector atomics")
+        g.bad(it, "unsupported vector atomic")
     kind, operation = g.ty(it), next((x for x in op[1:] if x in ATOMICS), None)
     if operation is None or kind == "b128":
         g.bad(it)

@@ -1,4 +1,4 @@
-"""Operands of instructions as C++ expressions, and assignments to them."""
+"""Translation of operands to C++ expressions and assignments."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ _SPECIAL = {
 
 
 def elements(operand):
-    """Return the elements of a vector operand; the operand itself if it is none."""
+    """Return the elements of a vector operand; a list of the operand itself for any other."""
     return operand[1] if operand[0] == "v" else [operand]
 
 
 def converted(expr, bits, to, signed=False):
-    """Return a vector of `bits` per lane as one of `to` bits."""
+    """Return the conversion of a vector from `bits` to `to` bits per lane."""
     steps = {16: 0, 32: 1, 64: 2}
     name = "narrow" if to < bits else "widen_s" if signed else "widen_u"
     for _ in range(abs(steps[to] - steps[bits])):
@@ -72,7 +72,7 @@ class Operands:
         self.program = program
         self.regs, self.shared, self.params = program.regs, program.shared, program.params
         self.sites = []  # (line, class) of each instruction that accesses memory
-        self.names = {}  # of registers in C++
+        self.names = {}  # C++ names by register
         self.begin_block()
 
     def begin_block(self):
@@ -89,7 +89,7 @@ class Operands:
         self.counts[k] = self.counts.get(k, 0) + n
 
     def site(self, it, cls):
-        """Return the number of a new site: an instruction whose accesses are counted."""
+        """Add a site, an instruction whose accesses are counted, and return its number."""
         self.sites.append((it.line, CLASS_INDEX[cls]))
         return len(self.sites) - 1
 
@@ -98,7 +98,7 @@ class Operands:
         return f"t{self.tmp}"
 
     def tmpv(self, expr, bits, out=None):
-        """Return the name of a new variable with a value."""
+        """Declare a variable with the value `expr` and return its name."""
         t = self.newtmp()
         (self.o if out is None else out).append(f"  {CXX[bits]} {t} = {expr};")
         return t
@@ -113,7 +113,7 @@ class Operands:
         return t
 
     def rounding(self, it):
-        """Return the rounding mode of an instruction if it is not to nearest."""
+        """Return the rounding mode of an instruction: rz, rm, rp, or None for to-nearest."""
         return next((r for r in ("rz", "rm", "rp") if r in it.op), None)
 
     def pred(self, it):
@@ -133,7 +133,8 @@ class Operands:
     def call(self, it, function, *args, site=None, line=""):
         """Return a call of a runtime function for the active lanes of an instruction.
 
-        `site` is the class of its accesses, if these are counted; `line` is appended to the line.
+        `site` is the class of its accesses if they are counted. `line` is appended to the line
+        number.
         """
         args = [self.mask(it), *args, f"{it.line}{line}"]
         if site is not None:
@@ -141,7 +142,7 @@ class Operands:
         return f"{function}(c, wb, {', '.join(map(str, args))})"
 
     def vals(self, operands, bits):
-        """Return the values of operands, separated by commas."""
+        """Return the expressions of operands, separated by commas."""
         return ", ".join(self.val(x, bits) for x in operands)
 
     def uniform(self, operand, out=None):
@@ -156,7 +157,7 @@ class Operands:
         if k == "r":
             own = self.bits(o[1])
             if own != bits and 1 in (own, bits):
-                raise UnsupportedPtx(f"predicate {o[1]} used as a {bits}-bit value")
+                raise UnsupportedPtx(f"predicate {o[1]} cannot be used as a {bits}-bit value")
             name = self.names[o[1]]
             return name if own == bits else converted(name, own, bits, signed)
         if k == "i":
@@ -183,10 +184,10 @@ class Operands:
             joined = self._joined(o[1], bits // len(o[1]))
             if joined is not None:
                 return joined
-        raise UnsupportedPtx(f"operand {o} as a {bits}-bit value")
+        raise UnsupportedPtx(f"operand {o} cannot be used as a {bits}-bit value")
 
     def _joined(self, elements, bits):
-        """Return a vector of elements of `bits` as one value; None for other shapes."""
+        """Return elements of `bits` bits, joined to one value; None for unsupported shapes."""
         x = [self.val(e, max(bits, 16)) for e in elements]
         if len(x) == 2 and bits in (8, 16, 32):
             name = {8: "vec8", 16: "pack16", 32: "pack32"}[bits]
@@ -215,11 +216,14 @@ class Operands:
         if name in ("%clock64", "%globaltimer"):
             return "splat64(rt_clock())"
         if name not in _SPECIAL:
-            raise UnsupportedPtx(f"special register {name}")
+            raise UnsupportedPtx(f"unsupported special register {name}")
         return converted(_SPECIAL[name], 32, bits)
 
     def set(self, it, dst, expr, bits, signed=False):
-        """Assign a value of `bits` to a register, widened or narrowed to it, or to several."""
+        """Assign a value of `bits` bits to a register or a vector of registers.
+
+        The value is widened or narrowed to the width of the register.
+        """
         if dst[0] == "_":
             self.o.append(f"  (void)({expr});")
         elif dst[0] == "v" and len(dst[1]) == 1:
@@ -228,12 +232,12 @@ class Operands:
             part_bits = bits // len(dst[1])
             parts = _parts(self.tmpv(expr, bits), len(dst[1]), part_bits)
             if parts is None:
-                raise UnsupportedPtx(f"line {it.line}: vector destination")
+                raise UnsupportedPtx(f"line {it.line}: unsupported vector destination")
             for d, part in zip(dst[1], parts, strict=True):
                 if d[0] != "_":
                     self.set(it, d, part, max(part_bits, 16))
         elif dst[0] != "r":
-            raise UnsupportedPtx(f"line {it.line}: destination {dst}")
+            raise UnsupportedPtx(f"line {it.line}: unsupported destination {dst}")
         else:
             own, name = self.bits(dst[1]), self.names[dst[1]]
             if own != bits:
@@ -244,7 +248,7 @@ class Operands:
 
 
 def _parts(t, count, bits):
-    """Return the `count` elements of `bits` in variable `t`; None for other shapes."""
+    """Return the `count` elements of `bits` bits in `t`; None for unsupported shapes."""
     if count == 2 and bits == 32:
         return [f"lo32({t})", f"hi32({t})"]
     if count == 2 and bits == 16:

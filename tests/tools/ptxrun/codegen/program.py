@@ -1,4 +1,4 @@
-"""A kernel with its calls inlined, its memory laid out and its code split into blocks."""
+"""Kernels with inlined calls, memory offsets and basic blocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..errors import UnsupportedPtx
 from ..ptx import TYPE_BITS, Instr, Label
 from .blocks import split_into_blocks
 
-MAX_DEPTH = 24  # of calls
+MAX_DEPTH = 24  # of nested calls
 
 
 def align_up(x, alignment):
@@ -14,10 +14,10 @@ def align_up(x, alignment):
 
 
 class Program:
-    """A kernel as the emitter takes it.
+    """Kernel in the form that the emitter translates.
 
-    `params` holds (offset, bytes, type, count, alignment) by name, `shared` and `locals` the
-    offsets of variables.
+    `params` maps a parameter to (offset, bytes, type, count, alignment). `shared` and `locals` map
+    a variable to its offset.
     """
 
     def __init__(self, mod, function):
@@ -44,7 +44,7 @@ class Program:
         raise UnsupportedPtx(f"{self.function.name}: line {it.line}: {why}: `{line}`")
 
     def pseudo_register(self, name, offset, bits):
-        """Return the register for a part of a parameter of a call, at least as wide as `bits`."""
+        """Return the pseudo register of a part of a call parameter, at least `bits` wide."""
         register, bits = f"#{name}@{offset}", max(16, bits)
         if bits > TYPE_BITS[self.regs.get(register, "pred")]:
             self.regs[register] = f"b{bits}"
@@ -53,11 +53,13 @@ class Program:
     def _flatten(self, fn, depth, renamed, params, end, out):
         """Append the body of `fn` to `out`, with its calls inlined.
 
-        `renamed` maps registers, `params` the .param variables; a return branches to label `end`.
+        `renamed` is a function that renames registers, `params` maps .param variables. A return
+        becomes a branch to label `end`.
         """
         if depth > MAX_DEPTH:
             raise UnsupportedPtx(
-                f"call depth of {self.function.name} too large (recursion is not supported)"
+                f"{self.function.name}: calls must be nested at most {MAX_DEPTH} deep; recursion "
+                "is not supported"
             )
         suffix, labels = f"$i{self._inlined}", {}
 
@@ -122,7 +124,7 @@ class Program:
             return
         fn = self.mod.funcs.get(name)
         if fn is None or fn.body is None:
-            raise UnsupportedPtx(f"line {call.line}: call of external function {name}")
+            raise UnsupportedPtx(f"line {call.line}: unsupported call of external function {name}")
         if call.pred:
             skip = f"$skip{self._inlined}_{call.line}"
             register, negated = call.pred
@@ -148,7 +150,7 @@ class Program:
         self.param_bytes = offset
 
     def _lay_out_shared(self, body):
-        """Place the shared variables that are used; those of dynamic size follow the others."""
+        """Assign offsets to the shared variables in use; those of dynamic size come last."""
         used = {
             name for it in body if isinstance(it, Instr) for a in it.args for name in symbols_of(a)
         }
@@ -179,7 +181,7 @@ class Program:
         self.local_bytes = align_up(offset, 16)
 
     def _mark_call_params(self, body):
-        """Make accesses to the .param variables of calls ones to pseudo registers."""
+        """Replace accesses to the .param variables of calls by accesses to pseudo registers."""
         for it in body:
             if isinstance(it, Label) or it.op[0] not in ("ld", "st") or len(it.op) == 1:
                 continue
@@ -195,7 +197,7 @@ class Program:
 
 
 def symbols_of(operand):
-    """Return the names of the variables in an operand."""
+    """Return the names of the variables and labels in an operand."""
     kind = operand[0]
     if kind == "s":
         return [operand[1]]

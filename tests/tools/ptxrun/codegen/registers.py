@@ -35,7 +35,7 @@ WRITES_NOTHING = {
 
 
 def register_bits(kind):
-    """Return the bits of a register of a PTX type; those of 8 bits lie in 16."""
+    """Return the width in bits of a register of a PTX type; 8-bit types take 16 bits."""
     bits = TYPE_BITS[kind]
     if bits == 128:
         raise UnsupportedPtx("128-bit registers are not supported")
@@ -61,7 +61,7 @@ def accumulators(it):
 
 
 def call_param_registers(program, it):
-    """Return the pseudo registers of a load from or store to the parameters of a call."""
+    """Return the pseudo registers of a load from or store to a call parameter."""
     kind, memory = it.op[-1], it.args[1 if it.op[0] == "$ldp" else 0]
     count = next((int(x[1:]) for x in it.op if x in ("v2", "v4")), 1)
     size = TYPE_BITS[kind]
@@ -73,7 +73,8 @@ def call_param_registers(program, it):
 def uses_and_defs(program, it):
     """Return the registers that an instruction reads, and those that it writes, as lists.
 
-    A predicated instruction reads what it writes: the value is kept where the predicate is false.
+    A predicated instruction also reads the registers that it writes: their values are kept where
+    the predicate is false.
     """
     uses, defs = [], []
     op = it.op[0]

@@ -1,4 +1,4 @@
-"""The functions that translate instructions, by opcode."""
+"""Table of the functions that translate instructions, by opcode."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ INSTRUCTIONS = {}
 
 
 def instruction(*opcodes):
-    """Register a function of (emitter, instruction) for these opcodes."""
+    """Decorate a function of (emitter, instruction) that translates these opcodes."""
 
     def register(function):
         INSTRUCTIONS.update(dict.fromkeys(opcodes, function))

@@ -1,4 +1,4 @@
-"""Instructions between the lanes of a warp, barriers, fences, traps."""
+"""Warp-level instructions, barriers, fences and traps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def shfl(g, it):
 
 
 def _set_with_predicate(g, it, t, call):
-    """Assign the result of a call and the predicate that it writes to `t`."""
+    """Assign the result of a call, and the predicate that the call writes to `t`."""
     g.o.append(f"  u32 {t} = 0; V32 {t}r = {call};")
     dst = it.args[0]
     if dst[0] != "pp":
@@ -92,7 +92,7 @@ def barrier(g, it):
     if it.op[1] == "warp":
         g.o.append(f"  {g.call(it, 'rt_synccheck', g.val(it.args[0], 32))};")
     elif "cluster" in it.op:
-        pass  # barrier.cluster.arrive: the wait is a barrier of the block
+        pass  # barrier.cluster.arrive: only its wait is translated, as a barrier of the block
     elif "arrive" in it.op:
         number, threads = (g.uniform(x) for x in it.args[:2])
         g.o.append(f"  {g.call(it, 'rt_bar_arrive', number, threads)};")
@@ -136,7 +136,7 @@ def fence(g, it):
 @instruction(
     "prefetch", "prefetchu", "nanosleep", "discard", "applypriority", "griddepcontrol", "pmevent"
 )
-def nothing(g, it):
+def ignore(g, it):
     pass
 
 
@@ -147,7 +147,7 @@ def trap(g, it):
 
 @instruction("$__assertfail")
 def assertfail(g, it):
-    # The message, the file, the line, the function.
+    # Widths of message, file, line and function.
     widths = (64, 64, 32, 64)
     values = [
         g.val(("r", f"#{name}@0"), bits)
