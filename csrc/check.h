@@ -1,6 +1,6 @@
-// Checks of what the operators are given. A message is put together without streams: a libstdc++
-// that the linker took into the library is a second one beside PyTorch's, the two mix up the
-// locales of their streams, and a number written to one then spoils the message or crashes.
+// Argument checks that throw. Messages are built without C++ streams: if the linker puts a second
+// libstdc++ into the library, beside PyTorch's, the two share stream locales, and writing a number
+// to a stream corrupts the message or crashes.
 #pragma once
 
 #include <stdexcept>
@@ -10,25 +10,26 @@
 namespace kernels {
 
 template <typename T>
-std::string text_of(T word) {
+std::string text_of(T part) {
   if constexpr (std::is_integral_v<T>) {
-    return std::to_string(word);
+    return std::to_string(part);
   } else {
-    return word;
+    return part;
   }
 }
 
-// Out of the way of the code that checks, where the compiler takes calls of it to be unlikely.
+// `cold` makes the compiler treat failed checks as unlikely and keep them out of the hot code.
 template <typename... T>
-[[noreturn]] __attribute__((cold, noinline)) void check_failed(T... words) {
+[[noreturn]] __attribute__((cold, noinline)) void check_failed(T... parts) {
   std::string message;
-  ((message += text_of(words)), ...);
+  ((message += text_of(parts)), ...);
   throw std::runtime_error(message);
 }
 
 }  // namespace kernels
 
-// Throws the words, strings and integers, as a std::runtime_error; they are computed only then.
+// Throws a std::runtime_error unless the condition holds. The message is the concatenation of the
+// further arguments, strings and integers, which are evaluated only then.
 #define KERNELS_CHECK(condition, ...)                       \
   do {                                                      \
     if (!(condition)) ::kernels::check_failed(__VA_ARGS__); \

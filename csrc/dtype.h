@@ -1,4 +1,4 @@
-// The dtypes that operators take.
+// The dtypes that the kernels support.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The layout of a tensor of heads, on the CPU and the GPU. Inlined always: kernels are compiled for
-// several instruction sets, whose code must not be mixed up.
+// The layout of a tensor of heads, on the CPU and the GPU. Functions here are always inlined: the
+// kernels are compiled for several instruction sets, which must not share code.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,9 @@
 #define HOST_DEVICE __attribute__((always_inline)) inline
 #endif
 
-// (outer, token, head, head_dim), strides in elements and the last dimension contiguous. Outer is a
-// sequence, or a row or page of a cache; packed tensors have none. data is null where there is no
-// tensor.
+// A tensor (outer, token, head, head_dim). Strides are in elements; the last dimension is
+// contiguous. The outer index is a sequence, or a row or page of a cache; packed tensors have no
+// outer dimension. `data` is null if the tensor is absent.
 struct Heads {
   void* data;
   int64_t outer_stride, token_stride, head_stride;

@@ -1,24 +1,24 @@
-// What both libraries have: whether their kernels serve. See operator.h.
+// The operators enable_cpu and enable_cuda, which enable and disable the kernels of this library.
 #include "operator.h"
 
 #ifdef KERNELS_FOR_CUDA
-#define SERVE "serve_cuda"
+#define ENABLE_OPERATOR "enable_cuda"
 #else
-#define SERVE "serve_cpu"
+#define ENABLE_OPERATOR "enable_cpu"
 #endif
 
 namespace kernels {
 
-bool serving = true;
+bool kernels_enabled = true;
 
 namespace {
-void serve(bool yes) { serving = yes; }
+void enable_kernels(bool yes) { kernels_enabled = yes; }
 }  // namespace
 
 }  // namespace kernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mistral_kernels, m) { m.def(SERVE "(bool yes) -> ()"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(mistral_kernels, m) { m.def(ENABLE_OPERATOR "(bool yes) -> ()"); }
 
 STABLE_TORCH_LIBRARY_IMPL(mistral_kernels, CompositeExplicitAutograd, m) {
-  m.impl(SERVE, TORCH_BOX(&kernels::serve));
+  m.impl(ENABLE_OPERATOR, TORCH_BOX(&kernels::enable_kernels));
 }

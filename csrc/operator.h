@@ -1,8 +1,9 @@
-// What every operator's registration uses. An operator's schema, its checks and its implementation
-// in Python, the operator `<name>_python`, are declared in mistral_kernels/ops/operator.py. This
-// library registers itself as the operator's kernel for KERNELS_DEVICE. A call that it does not
-// serve goes to the implementation in Python, which serves it or raises what is wrong with it: so
-// here is a condition for all that a kernel relies on, without a message.
+// Helpers to register an operator. Python declares each operator in mistral_kernels/ops: its
+// schema, its argument checks and its implementation in Python, which is the operator
+// `<name>_python`. This library registers the operator's kernel for KERNELS_DEVICE. A call with
+// arguments that the kernel does not support falls back to `<name>_python`, which runs it or raises
+// the error. The conditions here therefore need no messages, but they must cover everything that a
+// kernel relies on.
 #pragma once
 
 #include "check.h"
@@ -21,7 +22,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-// One more level of macros, so that their arguments are expanded.
+// A second macro level, so that the arguments are expanded.
 #define LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 
 namespace kernels {
@@ -30,14 +31,14 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// False while MISTRAL_KERNELS_BACKEND names another backend for this device.
-extern bool serving;
+// False while MISTRAL_KERNELS_BACKEND selects another backend for this device.
+extern bool kernels_enabled;
 
-struct NotServed {};
+struct Unsupported {};
 
-// Leaves a call to Python unless the condition holds. Nothing may have been written before.
+// Falls back to Python unless the condition holds. Call it before anything is written.
 inline void require(bool condition) {
-  if (__builtin_expect(!condition, 0)) throw NotServed{};
+  if (__builtin_expect(!condition, 0)) throw Unsupported{};
 }
 
 template <typename Result>
@@ -66,7 +67,7 @@ struct Results<std::tuple<T...>> {
   }
 };
 
-// Call an operator that Python implements. An exception there is raised as a runtime_error of the
+// Calls an operator that Python implements. A Python exception becomes a runtime_error with the
 // same message.
 template <typename Result, typename... Arguments>
 Result call_python(const char* name, const Arguments&... arguments) {
@@ -81,7 +82,7 @@ Result call_python(const char* name, const Arguments&... arguments) {
   return Results<Result>::from(stack.data());
 }
 
-// A contiguous tensor on this library's device, `like`'s.
+// Returns an uninitialized contiguous tensor on the device of `like`.
 inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype,
                          const Tensor& like) {
   std::vector<int64_t> strides(sizes.size());
@@ -103,18 +104,18 @@ inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarT
 
 inline Tensor new_like(const Tensor& x) { return new_tensor(x.sizes(), x.scalar_type(), x); }
 
-// What stands for a result that was not asked for.
+// Returns an empty tensor: the placeholder of a result that the caller did not request.
 inline Tensor absent(ScalarType dtype, const Tensor& like) {
   return new_tensor(std::vector<int64_t>{0}, dtype, like);
 }
 
-// run(), or, where that is not served, the operator `name` with these arguments.
+// Returns run(). If run() does not support the arguments, returns what the operator `name` returns.
 template <typename Result, typename Run, typename... Arguments>
 Result run_or_call(const char* name, Run run, const Arguments&... arguments) {
-  if (serving) {
+  if (kernels_enabled) {
     try {
       return run();
-    } catch (const NotServed&) {
+    } catch (const Unsupported&) {
     }
   }
   return call_python<Result>(name, arguments...);

@@ -1,4 +1,4 @@
-// The operators that append to a rolling cache, compiled into either library; see
+// The operators that append to a rolling cache, compiled into both libraries; see
 // mistral_kernels/ops/rolling_cache.py.
 #include "rolling_cache.h"
 
@@ -9,16 +9,17 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #ifdef KERNELS_FOR_CUDA
-// Declared here since the header that has it asks for the whole of CUDA.
+// Declared here because PyTorch's header with this declaration requires the CUDA headers.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
 namespace kernels {
 namespace {
 
-constexpr int64_t kAny = -1;  // a size of any value
+constexpr int64_t kAny = -1;  // matches any size
 
-// Requires that x has the device of `cache`, this dtype and shape, and a contiguous last dimension.
+// Requires that x is on the device of `cache`, has this dtype and shape, and has a contiguous last
+// dimension.
 void require_like(const Tensor& x, const Tensor& cache, ScalarType dtype,
                   std::initializer_list<int64_t> shape) {
   require(x.dim() == static_cast<int64_t>(shape.size()) && x.scalar_type() == dtype);
@@ -35,7 +36,8 @@ Heads heads(const Tensor& x, const Tensor& cache, std::initializer_list<int64_t>
   return {x.data_ptr(), dim == 4 ? x.stride(0) : 0, x.stride(dim - 3), x.stride(dim - 2)};
 }
 
-// Heads that are written: two writers of one element would race.
+// The same for a tensor that is written: expanded dimensions are refused, because two threads would
+// write the same element.
 Heads written(const Tensor& x, const Tensor& cache, std::initializer_list<int64_t> shape) {
   for (int64_t i = 0; i < x.dim(); ++i) require(x.size(i) <= 1 || x.stride(i) != 0);
   return heads(x, cache, shape);
@@ -47,8 +49,8 @@ const int32_t* int32s(const Tensor& x, const Tensor& cache, std::initializer_lis
 }
 
 #ifndef KERNELS_FOR_CUDA
-// Index tensors decide which memory is written. On a GPU their values cannot be read without
-// waiting for it: there the caller vouches for them.
+// Index tensors decide which memory is written, so their values are checked on the CPU. On a GPU
+// reading them would synchronize with the device; the caller is responsible for them there.
 void require_values(const Update& u, int64_t total, int64_t cache_rows, int64_t num_positions) {
   require(u.cu_seqlens[0] == 0 && u.cu_seqlens[u.batch] == total);
   for (int64_t sequence = 0; sequence < u.batch; ++sequence) {
@@ -71,7 +73,7 @@ void require_values(const Update& u, int64_t total, int64_t cache_rows, int64_t 
 }
 #endif
 
-// Arguments of an update by k and v, without rotation.
+// Returns the arguments of an update with k and v, without rotation.
 Update update_of(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, const Tensor& v,
                  const Tensor& lengths, const Tensor& cu_seqlens, int64_t max_seqlen,
                  const OptionalTensor& rows, const OptionalTensor& block_table) {
@@ -101,7 +103,8 @@ Update update_of(const Tensor& k_cache, const Tensor& v_cache, const Tensor& k, 
     require(batch <= k_cache.size(0));
   }
   require(capacity > 0);
-  u.capacity = static_cast<uint32_t>(std::min<int64_t>(capacity, UINT32_MAX));  // never wraps then
+  // Positions fit in uint32: a ring of more than UINT32_MAX slots never wraps.
+  u.capacity = static_cast<uint32_t>(std::min<int64_t>(capacity, UINT32_MAX));
   u.batch = batch;
   u.max_seqlen = max_seqlen;
   u.num_kv_heads = static_cast<int32_t>(kv_heads);

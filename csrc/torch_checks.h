@@ -1,5 +1,5 @@
-// To be included before the headers of PyTorch's stable ABI: the checks in their inline functions
-// fail as ours do, without streams; see check.h.
+// Include this file before the headers of PyTorch's stable ABI. It redefines the check macros of
+// their inline functions, so that messages are built without C++ streams; see check.h.
 #pragma once
 
 #include "check.h"

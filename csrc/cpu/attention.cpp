@@ -10,9 +10,9 @@
 namespace kernels {
 namespace {
 
-using Two = std::tuple<Tensor, Tensor>;
+using TwoTensors = std::tuple<Tensor, Tensor>;
 
-// Fills in `packed` itself.
+// Packs the keys and values, then attends to them. The caller leaves `packed` null.
 void run(Attention a) {
   const Sizes sizes = KERNEL(sizes)(a);
   const int64_t kv_heads = a.batch * a.kv_heads;
@@ -28,7 +28,7 @@ void run(Attention a) {
   });
 }
 
-// (batch, seqlen, heads, head_dim), or packed (tokens, heads, head_dim).
+// Returns the layout of (batch, seqlen, heads, head_dim), or of packed (tokens, heads, head_dim).
 Heads heads_of(const Tensor& x) {
   const int64_t dim = x.dim();
   return {x.data_ptr(), dim == 4 ? x.stride(0) : 0, x.stride(dim - 3), x.stride(dim - 2)};
@@ -39,14 +39,14 @@ Heads from_token(Heads heads, int64_t token, DType dtype) {
   return heads;
 }
 
-// How far a window of -1, without a bound, reaches: positions can be added to it.
-int64_t reach(int64_t distance) {
+// Returns a window bound to which positions can be added without overflow. -1 means unbounded.
+int64_t window_bound(int64_t distance) {
   constexpr int64_t kUnbounded = int64_t{1} << 62;
   return distance < 0 ? kUnbounded : std::min(distance, kUnbounded);
 }
 
-// Where packed sequences begin, and the last one ends.
-const int32_t* offsets_of(const Tensor& cu_seqlens, int64_t tokens, int64_t max_seqlen) {
+// Returns the values of cu_seqlens, which are checked: they decide which memory is read.
+const int32_t* checked_offsets(const Tensor& cu_seqlens, int64_t tokens, int64_t max_seqlen) {
   const auto* offsets = static_cast<const int32_t*>(cu_seqlens.data_ptr());
   const int64_t last = cu_seqlens.numel() - 1;
   require(offsets[0] == 0 && offsets[last] <= tokens);
@@ -57,11 +57,11 @@ const int32_t* offsets_of(const Tensor& cu_seqlens, int64_t tokens, int64_t max_
   return offsets;
 }
 
-// Each sequence by itself. Tokens of no sequence attend to nothing.
+// Runs each sequence separately. Tokens after the last one get zeros, and a log-sum-exp of -inf.
 void run_packed(const Attention& a, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                 int64_t max_seqlen_q, int64_t max_seqlen_k) {
-  const int32_t* ends_q = offsets_of(cu_seqlens_q, a.seqlen_q, max_seqlen_q);
-  const int32_t* ends_k = offsets_of(cu_seqlens_k, a.seqlen_k, max_seqlen_k);
+  const int32_t* ends_q = checked_offsets(cu_seqlens_q, a.seqlen_q, max_seqlen_q);
+  const int32_t* ends_k = checked_offsets(cu_seqlens_k, a.seqlen_k, max_seqlen_k);
   const int64_t batch = cu_seqlens_q.numel() - 1;
   for (int64_t i = 0; i < batch; ++i) {
     Attention one = a;
@@ -83,10 +83,10 @@ void run_packed(const Attention& a, const Tensor& cu_seqlens_q, const Tensor& cu
   }
 }
 
-Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& cu_seqlens_q,
-            const OptionalTensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-            std::optional<double> softmax_scale, int64_t window_left, int64_t window_right,
-            double softcap, bool return_lse) {
+TwoTensors forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                   const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                   int64_t max_seqlen_q, int64_t max_seqlen_k, std::optional<double> softmax_scale,
+                   int64_t window_left, int64_t window_right, double softcap, bool return_lse) {
   const bool packed = cu_seqlens_q.has_value();
   const int64_t dim = packed ? 3 : 4;
   for (const Tensor* x : {&q, &k, &v}) {
@@ -101,8 +101,8 @@ Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTen
   require_heads(heads, kv_heads, head_dim);
   a.scale = scale_of(softmax_scale, head_dim);
   a.softcap = static_cast<float>(softcap);
-  a.left = reach(window_left);
-  a.right = reach(window_right);
+  a.left = window_bound(window_left);
+  a.right = window_bound(window_right);
   a.batch = packed ? 1 : q.size(0);
   a.seqlen_q = q.size(dim - 3);
   a.seqlen_k = k.size(dim - 3);
@@ -126,7 +126,8 @@ Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTen
     const int64_t entries = cu_seqlens_q->numel();
     require(entries > 0);
     const Tensor ends_q = vector_of(*cu_seqlens_q, ScalarType::Int, entries);
-    const Tensor ends_k = cu_seqlens_k ? vector_of(*cu_seqlens_k, ScalarType::Int, entries) : ends_q;
+    const Tensor ends_k =
+        cu_seqlens_k ? vector_of(*cu_seqlens_k, ScalarType::Int, entries) : ends_q;
     run_packed(a, ends_q, ends_k, max_seqlen_q, max_seqlen_k);
   } else {
     run(a);
@@ -134,20 +135,21 @@ Two forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTen
   return {out, lse};
 }
 
-Two attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                      const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                      int64_t max_seqlen_q, int64_t max_seqlen_k,
-                      std::optional<double> softmax_scale, int64_t window_left,
-                      int64_t window_right, double softcap, const OptionalTensor& alibi_slopes,
-                      bool return_lse) {
+TwoTensors attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                             const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                             int64_t max_seqlen_q, int64_t max_seqlen_k,
+                             std::optional<double> softmax_scale, int64_t window_left,
+                             int64_t window_right, double softcap,
+                             const OptionalTensor& alibi_slopes, bool return_lse) {
   const auto run = [&] {
     require(!alibi_slopes);
     return forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
                    window_left, window_right, softcap, return_lse);
   };
-  return run_or_call<Two>("mistral_kernels::attention_forward_python", run, q, k, v, cu_seqlens_q,
-                          cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, window_left,
-                          window_right, softcap, alibi_slopes, return_lse);
+  return run_or_call<TwoTensors>("mistral_kernels::attention_forward_python", run, q, k, v,
+                                 cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                 softmax_scale, window_left, window_right, softcap, alibi_slopes,
+                                 return_lse);
 }
 
 }  // namespace

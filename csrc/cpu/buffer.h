@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <memory>
 
-// Memory that begins on a line of the caches.
+// Memory aligned to a cache line.
 class Buffer {
  public:
   explicit Buffer(int64_t size) : memory_(new char[size + kLine]) {}

@@ -1,5 +1,5 @@
-// What lies between the products of linear_cross_entropy, on the CPU; see
-// mistral_kernels/ops/cross_entropy.py.
+// Operators of linear_cross_entropy on the CPU: the loss and gradient of logits, and the
+// accumulation of gradients in float32; see mistral_kernels/ops/cross_entropy.py.
 #include "kernels/cross_entropy.h"
 
 #include "operator.h"

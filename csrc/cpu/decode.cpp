@@ -1,4 +1,5 @@
-// Attention of one token per sequence over a cache, on the CPU; see mistral_kernels/ops/attention.
+// Attention of one new token per sequence over its cache, on the CPU; see
+// mistral_kernels/ops/attention.
 #include "kernels/decode.h"
 
 #include "operator.h"
@@ -9,7 +10,7 @@
 namespace kernels {
 
 void run(Decode d) {
-  constexpr int64_t kBytes = 1 << 17;  // of memory to read, worth a thread
+  constexpr int64_t kBytes = 1 << 17;  // bytes read per thread, at least
   for (int64_t sequence = 0; sequence < d.batch; ++sequence) {
     const Span span = visible(d, sequence);
     d.splits = std::max(d.splits, (span.end - span.begin + kSplit - 1) / kSplit);
@@ -28,10 +29,10 @@ void run(Decode d) {
 
 namespace {
 
-using Two = std::tuple<Tensor, Tensor>;
+using TwoTensors = std::tuple<Tensor, Tensor>;
 
-// Index tensors say which memory is read.
-void require_places(const Decode& d, int64_t cache_rows) {
+// Requires valid index tensors, because they decide which memory is read.
+void require_valid_indices(const Decode& d, int64_t cache_rows) {
   const auto require_row = [&](int64_t row) { require(row >= 0 && row < cache_rows); };
   for (int64_t sequence = 0; sequence < d.batch; ++sequence) {
     const int64_t length = d.lengths[sequence];
@@ -47,7 +48,8 @@ void require_places(const Decode& d, int64_t cache_rows) {
   }
 }
 
-// One token of each sequence: q is (batch, heads, head_dim), or (batch, 1, heads, head_dim).
+// Attends with one token per sequence. q is (batch, heads, head_dim) if cu_seqlens is given,
+// otherwise (batch, 1, heads, head_dim).
 Tensor decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths,
               int64_t seqlen_new, const OptionalTensor& rows, const OptionalTensor& leftpad,
               const OptionalTensor& block_table, const OptionalTensor& cu_seqlens,
@@ -78,7 +80,7 @@ Tensor decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, con
     d.k_strides[i] = k_cache.stride(i);
     d.v_strides[i] = v_cache.stride(i);
   }
-  std::vector<Tensor> indices;  // that the pointers below are of
+  std::vector<Tensor> indices;  // keeps the memory of the pointers below alive
   const auto int32s = [&](const Tensor& x) {
     indices.push_back(vector_of(x, ScalarType::Int, d.batch));
     return static_cast<const int32_t*>(indices.back().data_ptr());
@@ -102,27 +104,29 @@ Tensor decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, con
     const auto* offsets = static_cast<const int32_t*>(ends.data_ptr());
     for (int64_t i = 0; i <= d.batch; ++i) require(offsets[i] == i);
   }
-  require_places(d, k_cache.size(0));
+  require_valid_indices(d, k_cache.size(0));
   Tensor out = new_like(q);
   d.out = out.data_ptr();
   run(d);
   return out;
 }
 
-// Of `counters`, which kernels for GPUs need, for each row and head of the cache: `num_counters` in
-// mistral_kernels/ops/attention/kernels/decode.py.
+// Elements of `counters` per row and head of the cache. Only the GPU kernels use `counters`; see
+// `num_counters` in mistral_kernels/ops/attention/kernels/decode.py.
 constexpr int64_t kSplitTiles = 4;
 
-// Serves a decode step, whose token is in the cache, without softcap, ALiBi and log-sum-exp.
-Two cached_attention(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
-                     const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths,
-                     int64_t seqlen_new, const OptionalTensor& rows, const OptionalTensor& leftpad,
-                     const OptionalTensor& block_table, const OptionalTensor& cu_seqlens,
-                     int64_t max_seqlen_q, std::optional<double> softmax_scale,
-                     int64_t window_left, int64_t window_right, double softcap,
-                     const OptionalTensor& alibi_slopes, bool return_lse, int64_t num_splits,
-                     const OptionalTensor& counters) {
-  const auto run = [&]() -> Two {
+// Supports decode steps whose new tokens are in the cache already, without softcap, ALiBi and
+// log-sum-exp.
+TwoTensors cached_attention(const Tensor& q, const OptionalTensor& k, const OptionalTensor& v,
+                            const Tensor& k_cache, const Tensor& v_cache, const Tensor& lengths,
+                            int64_t seqlen_new, const OptionalTensor& rows,
+                            const OptionalTensor& leftpad, const OptionalTensor& block_table,
+                            const OptionalTensor& cu_seqlens, int64_t max_seqlen_q,
+                            std::optional<double> softmax_scale, int64_t window_left,
+                            int64_t window_right, double softcap,
+                            const OptionalTensor& alibi_slopes, bool return_lse, int64_t num_splits,
+                            const OptionalTensor& counters) {
+  const auto run = [&]() -> TwoTensors {
     require(!k && !v && !alibi_slopes && softcap == 0 && !return_lse && max_seqlen_q == 1);
     require(num_splits >= 0 && num_splits <= INT32_MAX);
     require(!counters || (is_on_cpu(*counters, ScalarType::Int) && k_cache.dim() == 4 &&
@@ -131,10 +135,10 @@ Two cached_attention(const Tensor& q, const OptionalTensor& k, const OptionalTen
                    softmax_scale, window_left),
             absent(ScalarType::Float, q)};
   };
-  return run_or_call<Two>("mistral_kernels::cached_attention_python", run, q, k, v, k_cache,
-                          v_cache, lengths, seqlen_new, rows, leftpad, block_table, cu_seqlens,
-                          max_seqlen_q, softmax_scale, window_left, window_right, softcap,
-                          alibi_slopes, return_lse, num_splits, counters);
+  return run_or_call<TwoTensors>("mistral_kernels::cached_attention_python", run, q, k, v, k_cache,
+                                 v_cache, lengths, seqlen_new, rows, leftpad, block_table,
+                                 cu_seqlens, max_seqlen_q, softmax_scale, window_left, window_right,
+                                 softcap, alibi_slopes, return_lse, num_splits, counters);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// One decode step of the whole model, one token per sequence: the kernels that the model's operators
-// call one by one, in the same order. See `CpuEngine` in mistral_kernels/model/engine.py.
+// A decode step of the whole model in one call, with one new token per sequence. It runs the same
+// kernels in the same order as the model's operators. See `CpuEngine` in
+// mistral_kernels/model/engine.py.
 #include "buffer.h"
 #include "operator.h"
 #include "run.h"
@@ -22,25 +23,41 @@ using kernels::OptionalTensor;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The data of x, contiguous in any shape, which must have this dtype and size.
+const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return "float64";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return "another dtype";
+  }
+}
+
+// Returns the data of x, which must be contiguous and have this dtype and number of elements.
 template <typename T>
 T* vector_data(const char* name, const Tensor& x, ScalarType dtype, int64_t size) {
-  KERNELS_CHECK(is_on_cpu(x, dtype), name, " must be on the CPU, of another dtype");
-  KERNELS_CHECK(x.numel() == size && x.is_contiguous(), name, " must be contiguous, of ", size);
+  KERNELS_CHECK(x.is_cpu(), name, " must be on the CPU");
+  KERNELS_CHECK(x.scalar_type() == dtype, name, " must be ", name_of(dtype), ", got ",
+                name_of(x.scalar_type()));
+  KERNELS_CHECK(x.is_contiguous(), name, " must be contiguous");
+  KERNELS_CHECK(x.numel() == size, name, " must have ", size, " elements, got ", x.numel());
   return static_cast<T*>(x.data_ptr());
 }
 
 DType checked_dtype(const char* name, const Tensor& x) {
   const auto dtype = dtype_of(x);
-  KERNELS_CHECK(dtype.has_value(), name, " must be float32, float16 or bfloat16");
+  KERNELS_CHECK(dtype.has_value(), name, " must be float32, float16 or bfloat16, got ",
+                name_of(x.scalar_type()));
   return *dtype;
 }
 
-// Every query head reads the kv head of its group.
 void check_heads(int64_t heads, int64_t kv_heads) {
   KERNELS_CHECK(kv_heads > 0 && heads > 0 && heads <= INT32_MAX && heads % kv_heads == 0,
-                "the kv heads must divide the query heads, and both be positive, got ", kv_heads,
-                " and ", heads);
+                "the number of query heads must be a positive multiple of that of kv heads, got ",
+                heads, " and ", kv_heads);
 }
 
 struct Sizes {
@@ -55,11 +72,11 @@ struct Sizes {
 
 struct Layer {
   const void *input_norm, *mlp_norm;
-  kernels::Linear qkv, o, gate_up, down;  // but for their rows
+  kernels::Linear qkv, o, gate_up, down;  // x, y and rows are set per step
   int64_t window_left;
 };
 
-// A model's weights, checked and kept alive.
+// The checked weights of a model. `owned` keeps their memory alive.
 struct Decoder {
   std::vector<OptionalTensor> owned;
   Sizes sizes;
@@ -70,11 +87,11 @@ struct Decoder {
   kernels::Linear head;
 };
 
-// The decoders that Python has made and not dropped, by number.
+// All decoders between make_decoder and drop_decoder, by number.
 class Decoders {
  public:
   static Decoders& all() {
-    // Never destroyed: at exit Python, which frees the tensors, may be gone.
+    // Never destroyed: freeing the tensors at exit needs Python, which may be finalized by then.
     static auto& all = *new Decoders;
     return all;
   }
@@ -88,12 +105,13 @@ class Decoders {
   std::shared_ptr<const Decoder> at(int64_t number) {
     const std::lock_guard lock(mutex_);
     const auto found = by_number_.find(number);
-    KERNELS_CHECK(found != by_number_.end(), "there is no decoder ", number);
+    KERNELS_CHECK(found != by_number_.end(),
+                  "decoder must be the number of an existing decoder, got ", number);
     return found->second;
   }
 
   void drop(int64_t number) {
-    std::shared_ptr<const Decoder> dropped;  // freed after the lock is released: it takes long
+    std::shared_ptr<const Decoder> dropped;  // freed after unlocking, because freeing is slow
     const std::lock_guard lock(mutex_);
     const auto found = by_number_.find(number);
     if (found == by_number_.end()) return;
@@ -124,11 +142,13 @@ kernels::Linear product(const char* name, const Sizes& s, const Tensor& weight,
   return l;
 }
 
-// Weights per layer, in the order of `decoder_arguments` in mistral_kernels/model/engine.py.
+// Entries of `weights` per layer; `decoder_arguments` in mistral_kernels/model/engine.py has their
+// order.
 constexpr size_t kLayerWeights = 10;
 
 const Tensor& weight_at(const OptionalTensor* weights, int i) {
-  KERNELS_CHECK(weights[i].has_value(), "of the weights only scales may be None");
+  KERNELS_CHECK(weights[i].has_value(), "weights must be tensors, got None at index ", i,
+                " of a layer; only scales may be None");
   return *weights[i];
 }
 
@@ -136,8 +156,9 @@ Sizes sizes_of(const Tensor& embedding, const OptionalTensor* weights, int64_t h
   const Tensor &qkv = weight_at(weights, 1), &o = weight_at(weights, 3);
   const Tensor& down = weight_at(weights, 8);
   KERNELS_CHECK(embedding.dim() == 2 && qkv.dim() == 2 && o.dim() == 2 && down.dim() == 2,
-                "weights must have 2 dimensions");
-  KERNELS_CHECK(head_dim > 0 && head_dim % 8 == 0, "head_dim must be a multiple of 8");
+                "weight matrices must have 2 dimensions");
+  KERNELS_CHECK(head_dim > 0 && head_dim % 8 == 0,
+                "head_dim must be a positive multiple of 8, got ", head_dim);
   Sizes s{};
   s.vocab = embedding.size(0);
   s.hidden = embedding.size(1);
@@ -168,8 +189,9 @@ int64_t make_decoder(const Tensor& embedding, const std::vector<OptionalTensor>&
                      const Tensor& norm, const Tensor& head, const OptionalTensor& head_scales,
                      const std::vector<int64_t>& windows_left, int64_t head_dim, double eps) {
   const size_t count = windows_left.size();
-  KERNELS_CHECK(count > 0 && weights.size() == count * kLayerWeights,
-                "weights and windows must be those of as many layers");
+  KERNELS_CHECK(count > 0 && weights.size() == count * kLayerWeights, "weights must have ",
+                kLayerWeights, " entries per entry of windows_left, at least one, got ",
+                weights.size(), " and ", count);
   Decoder d{};
   d.owned = weights;
   d.owned.insert(d.owned.end(), {embedding, norm, head, head_scales});
@@ -186,12 +208,12 @@ int64_t make_decoder(const Tensor& embedding, const std::vector<OptionalTensor>&
 
 void drop_decoder(int64_t decoder) { Decoders::all().drop(decoder); }
 
-// What one operator leaves for the next.
-struct Between {
+// The intermediate results of a step, in one allocation.
+struct Activations {
   Buffer memory;
-  char *embedded, *delta, *residual, *normed, *projected, *turned, *attended, *gates, *activated;
+  char *embedded, *delta, *residual, *normed, *projected, *rotated, *attended, *gates, *activated;
 
-  Between(const Sizes& s, int64_t rows)
+  Activations(const Sizes& s, int64_t rows)
       : memory(rows * size_of(s.dtype) *
                (4 * s.hidden + s.qkv() + 2 * s.q() + 3 * s.intermediate)) {
     const int64_t column = rows * size_of(s.dtype);
@@ -200,14 +222,14 @@ struct Between {
     residual = delta + column * s.hidden;
     normed = residual + column * s.hidden;
     projected = normed + column * s.hidden;
-    turned = projected + column * s.qkv();
-    attended = turned + column * s.q();
+    rotated = projected + column * s.qkv();
+    attended = rotated + column * s.q();
     gates = attended + column * s.q();
     activated = gates + column * 2 * s.intermediate;
   }
 };
 
-// A step of the sequences of one cache.
+// One decode step of the sequences of a cache.
 class Step {
  public:
   Step(const Decoder& decoder, int64_t rows)
@@ -215,22 +237,23 @@ class Step {
     std::iota(cu_seqlens_.begin(), cu_seqlens_.end(), 0);
   }
 
-  // Takes each token's row of the embedding.
+  // Copies the embedding row of each token.
   void embed(const Tensor& token_ids) {
     const auto* ids = vector_data<int64_t>("token_ids", token_ids, ScalarType::Long, rows_);
     const int64_t row_bytes = s_.hidden * size_of(s_.dtype);
     for (int64_t row = 0; row < rows_; ++row) {
-      KERNELS_CHECK(ids[row] >= 0 && ids[row] < s_.vocab, "token_ids must lie in [0, ", s_.vocab,
+      KERNELS_CHECK(ids[row] >= 0 && ids[row] < s_.vocab, "token_ids must be in [0, ", s_.vocab,
                     "), got ", ids[row]);
       std::memcpy(m_.embedded + row * row_bytes, d_.embedding + ids[row] * row_bytes, row_bytes);
     }
   }
 
-  // Takes where k and v go, and how they turn.
-  void place(const Tensor& cos, const Tensor& sin, const Tensor& lengths,
-             const std::vector<Tensor>& k_caches, const std::vector<Tensor>& v_caches) {
+  // Sets the caches that k and v are appended to, and the rotation tables.
+  void set_caches(const Tensor& cos, const Tensor& sin, const Tensor& lengths,
+                  const std::vector<Tensor>& k_caches, const std::vector<Tensor>& v_caches) {
     KERNELS_CHECK(k_caches.size() == d_.layers.size() && v_caches.size() == d_.layers.size(),
-                  "caches must be those of ", d_.layers.size(), " layers");
+                  "k_caches and v_caches must have one cache for each of ", d_.layers.size(),
+                  " layers, got ", k_caches.size(), " and ", v_caches.size());
     const auto update = update_of(cos, sin, lengths);
     for (size_t i = 0; i < k_caches.size(); ++i) {
       updates_.push_back(with_rings(update, k_caches[i], v_caches[i]));
@@ -239,23 +262,23 @@ class Step {
 
   void run(const Tensor& logits) const {
     void* const out = matrix("logits", logits, s_.stored, rows_, s_.vocab);
-    // All has been checked, and no argument was written to before.
+    // All arguments are checked at this point; none has been written.
     const void *x = m_.embedded, *residual = nullptr;
     for (size_t i = 0; i < d_.layers.size(); ++i) {
       const Layer& l = d_.layers[i];
-      normalise(x, residual, l.input_norm);
+      normalize(x, residual, l.input_norm);
       multiply(l.qkv, m_.normed, m_.projected);
       kernels::update(updates_[i], nullptr);
       attend(updates_[i], l.window_left);
       multiply(l.o, m_.attended, m_.delta);
-      normalise(m_.delta, residual ? residual : x, l.mlp_norm);
+      normalize(m_.delta, residual ? residual : x, l.mlp_norm);
       multiply(l.gate_up, m_.normed, m_.gates);
       activate();
       multiply(l.down, m_.activated, m_.delta);
       x = m_.delta;
       residual = m_.residual;
     }
-    normalise(x, residual, d_.norm);
+    normalize(x, residual, d_.norm);
     multiply(d_.head, m_.normed, out);
   }
 
@@ -271,7 +294,7 @@ class Step {
     u.q = {m_.projected, 0, token, head};
     u.k = {m_.projected + s_.q() * element, 0, token, head};
     u.v = {m_.projected + (s_.q() + s_.kv()) * element, 0, token, head};
-    u.q_out = {m_.turned, 0, s_.q(), head};
+    u.q_out = {m_.rotated, 0, s_.q(), head};
     u.cos = table("cos", cos);
     u.sin = table("sin", sin);
     u.cos_stride = u.sin_stride = s_.head_dim / 2;
@@ -284,9 +307,8 @@ class Step {
     u.head_dim = static_cast<int32_t>(s_.head_dim);
     u.dtype = s_.dtype;
     for (int64_t row = 0; row < rows_; ++row) {
-      KERNELS_CHECK(u.lengths[row] >= 0 && u.lengths[row] < cos.size(0),
-                    "lengths must lie in the tables' [0, ", cos.size(0), "), got ",
-                    u.lengths[row]);
+      KERNELS_CHECK(u.lengths[row] >= 0 && u.lengths[row] < cos.size(0), "lengths must be in [0, ",
+                    cos.size(0), "), got ", u.lengths[row]);
     }
     return u;
   }
@@ -298,8 +320,8 @@ class Step {
     const auto ring = [&](const char* name, const Tensor& x) {
       KERNELS_CHECK(x.dim() == 4 && x.size(0) == rows_ && x.size(1) == capacity && capacity > 0 &&
                         x.size(2) == s_.kv_heads && x.size(3) == s_.head_dim,
-                    name, " must be (", rows_, ", capacity of both, ", s_.kv_heads, ", ",
-                    s_.head_dim, ")");
+                    name, " must be (", rows_, ", capacity, ", s_.kv_heads, ", ", s_.head_dim,
+                    "), with the same capacity for k_cache and v_cache");
       void* data = vector_data<void>(name, x, s_.stored, rows_ * capacity * s_.kv());
       return Heads{data, capacity * slot, slot, head};
     };
@@ -309,8 +331,9 @@ class Step {
     return u;
   }
 
-  // To `normed`, of x + residual, which goes on as the residual; or of x alone.
-  void normalise(const void* x, const void* residual, const void* weight) const {
+  // Writes the norm of x to m_.normed. If `residual` is given, writes x + residual to m_.residual
+  // and the norm of that sum to m_.normed.
+  void normalize(const void* x, const void* residual, const void* weight) const {
     kernels::RMSNorm r{};
     r.x = x;
     r.residual = residual;
@@ -330,7 +353,7 @@ class Step {
     kernels::run(l);
   }
 
-  // Of the tokens that `u` has turned and written.
+  // Attends with the tokens that the update `u` has rotated and appended.
   void attend(const kernels::Update& u, int64_t window_left) const {
     kernels::Decode d{};
     d.q = u.q_out.data;
@@ -370,7 +393,7 @@ class Step {
   const Decoder& d_;
   const Sizes& s_;
   const int64_t rows_;
-  const Between m_;
+  const Activations m_;
   std::vector<int32_t> cu_seqlens_;
   std::vector<kernels::Update> updates_;
 };
@@ -378,11 +401,11 @@ class Step {
 void decoder_step(int64_t decoder, const Tensor& token_ids, const Tensor& cos, const Tensor& sin,
                   const std::vector<Tensor>& k_caches, const std::vector<Tensor>& v_caches,
                   const Tensor& lengths, const Tensor& logits) {
-  const auto held = Decoders::all().at(decoder);
+  const auto weights = Decoders::all().at(decoder);
   const int64_t rows = token_ids.numel();
-  Step step(*held, rows);
+  Step step(*weights, rows);
   step.embed(token_ids);
-  step.place(cos, sin, lengths, k_caches, v_caches);
+  step.set_caches(cos, sin, lengths, k_caches, v_caches);
   step.run(logits);
   auto* const counted = static_cast<int32_t*>(lengths.data_ptr());
   for (int64_t row = 0; row < rows; ++row) ++counted[row];

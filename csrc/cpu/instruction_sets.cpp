@@ -5,12 +5,12 @@
 namespace kernels {
 namespace {
 
-// In the order of KERNEL; each has all that those before it have.
+// The indices are those in KERNEL. Each set includes the sets before it.
 const char* const kNames[] = {"plain", "avx2", "avx512", "avx512_bf16"};
 
-int best() {
+int best_index() {
 #if defined(__x86_64__)
-  // A feature is supported where the operating system saves its registers, too.
+  // __builtin_cpu_supports checks that the operating system saves the registers, too.
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
@@ -25,22 +25,24 @@ int best() {
 
 }  // namespace
 
-int chosen = best();
+int chosen = best_index();
 
 std::string instruction_sets() {
   std::string names;
-  for (int i = best(); i >= 0; --i) names += (names.empty() ? "" : " ") + std::string(kNames[i]);
+  for (int i = best_index(); i >= 0; --i) {
+    names += (names.empty() ? "" : " ") + std::string(kNames[i]);
+  }
   return names;
 }
 
 void use_instruction_set(std::string name) {
-  for (int i = best(); i >= 0; --i) {
+  for (int i = best_index(); i >= 0; --i) {
     if (name == kNames[i]) {
       chosen = i;
       return;
     }
   }
-  check_failed("this processor has no instruction set ", name);
+  check_failed("name must be one of ", instruction_sets(), " on this processor, got ", name);
 }
 
 }  // namespace kernels

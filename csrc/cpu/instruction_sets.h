@@ -1,22 +1,24 @@
-// Which version of a kernel runs: that for the best instruction set of the processor, or another
-// that was asked for.
+// Selection of the instruction set that kernels run with: the best one of the processor, unless
+// another one is requested.
 #pragma once
 
 #include <string>
 
 namespace kernels {
 
-// The processor's instruction sets that kernels are compiled for, blanks between, the best first.
+// Returns the names of the instruction sets that this processor supports and the kernels are
+// compiled for, best first, separated by spaces.
 std::string instruction_sets();
 
-// Makes kernels use one of them.
+// Selects one of these sets for all kernels.
 void use_instruction_set(std::string name);
 
-extern int chosen;  // an index into the versions below
+extern int chosen;  // index of the selected set; see KERNEL
 
 }  // namespace kernels
 
-// For a kernel's header: FOR_EACH_INSTRUCTION_SET(its declaration). KERNEL(its name) calls it.
+// A kernel's header declares it with FOR_EACH_INSTRUCTION_SET(declaration). KERNEL(name) is the
+// kernel for the selected instruction set.
 #if defined(__x86_64__)
 #define FOR_EACH_INSTRUCTION_SET(...)  \
   namespace plain { __VA_ARGS__; }     \

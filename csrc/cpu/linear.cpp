@@ -1,4 +1,4 @@
-// The product of a few rows and a large weight on the CPU; see linear.py and linear_int8.py in
+// The product of a few rows with a large weight on the CPU; see linear.py and linear_int8.py in
 // mistral_kernels/ops.
 #include "kernels/linear.h"
 
@@ -9,7 +9,7 @@
 namespace kernels {
 
 void run(const Linear& l) {
-  constexpr int64_t kBytes = 1 << 17;  // of memory to read, worth a thread
+  constexpr int64_t kBytes = 1 << 17;  // bytes read per thread, at least
   const auto kernel = KERNEL(linear);
   const int64_t row_bytes = l.in_features * (l.scales ? 1 : size_of(l.dtype));
   const int64_t tile_bytes = kTileOuts * (l.in_features + 32) * sizeof(float);
@@ -54,8 +54,8 @@ Tensor linear_operator(const Tensor& x, const Tensor& weight) {
 Tensor linear_int8(const Tensor& x, const Tensor& weight, const Tensor& scales) {
   const auto run = [&] {
     require(weight.scalar_type() == ScalarType::Char && weight.dim() == 2);
-    const Tensor each = vector_of(scales, ScalarType::Float, weight.size(0));
-    return multiply(x, weight, static_cast<const float*>(each.data_ptr()));
+    const Tensor row_scales = vector_of(scales, ScalarType::Float, weight.size(0));
+    return multiply(x, weight, static_cast<const float*>(row_scales.data_ptr()));
   };
   return run_or_call<Tensor>("mistral_kernels::linear_int8_python", run, x, weight, scales);
 }

@@ -1,4 +1,4 @@
-// What operators for the CPU share: conditions and layouts.
+// Conditions and layouts shared by the operators for the CPU.
 #pragma once
 
 #include "../operator.h"
@@ -13,7 +13,6 @@ namespace kernels {
 
 inline int64_t width_of(const Tensor& x) { return x.dim() ? x.size(x.dim() - 1) : 1; }
 
-// Whether two tensors have one shape.
 inline bool same_shape(const Tensor& x, const Tensor& y) {
   const auto a = x.sizes(), b = y.sizes();
   return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
@@ -23,18 +22,18 @@ inline bool is_on_cpu(const Tensor& x, ScalarType dtype) {
   return x.is_cpu() && x.scalar_type() == dtype;
 }
 
-// A tensor as a kernel reads it: `outer_stride` leads from one part to the next, a part being its
-// last one or two dimensions. A copy where parts are not evenly spaced or the last dimension is not
-// contiguous.
+// A tensor as a sequence of parts: the last one or two dimensions. Part i begins i * outer_stride
+// elements after the first. `x` is a copy if the parts are not evenly spaced or the last dimension
+// is not contiguous.
 struct Parts {
   Tensor x;
-  int64_t outer_stride, inner_stride;  // inner: of the last dimension but one
+  int64_t outer_stride, inner_stride;  // inner: stride of the second to last dimension
 };
 
-inline std::optional<Parts> parts_in_place(const Tensor& x, int64_t inner_dims) {
+inline std::optional<Parts> parts_without_copy(const Tensor& x, int64_t inner_dims) {
   const auto sizes = x.sizes(), strides = x.strides();
   const int64_t dim = static_cast<int64_t>(sizes.size());
-  int64_t next = 1;  // the stride of an outer dimension that continues the one inside
+  int64_t next = 1;  // the stride that makes an outer dimension continue the inner ones
   for (int64_t i = std::max<int64_t>(dim - inner_dims, 0); i < dim; ++i) next *= sizes[i];
   Parts parts{x, next, dim > 1 ? strides[dim - 2] : 0};
   if (x.numel() == 0) return parts;
@@ -57,24 +56,24 @@ inline Tensor as_contiguous(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
-// x, or a copy whose last dimension is contiguous.
+// Returns x, or a copy if its last dimension is not contiguous.
 inline Tensor with_unit_stride(const Tensor& x) {
   const int64_t last = x.dim() - 1;
   return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
 }
 
 inline Parts parts_of(const Tensor& x, int64_t inner_dims) {
-  if (auto parts = parts_in_place(x, inner_dims)) return *std::move(parts);
-  return *parts_in_place(torch::stable::contiguous(x), inner_dims);
+  if (auto parts = parts_without_copy(x, inner_dims)) return *std::move(parts);
+  return *parts_without_copy(torch::stable::contiguous(x), inner_dims);
 }
 
-// The rows of x, which must have the shape and dtype of `like`.
+// Returns the rows of x, which must have the shape and dtype of `like`.
 inline Parts rows_like(const Tensor& x, const Tensor& like) {
   require(is_on_cpu(x, like.scalar_type()) && same_shape(x, like));
   return parts_of(x, 1);
 }
 
-// x, contiguous, which must have this dtype and one dimension of this size.
+// Returns x as a contiguous tensor. x must have this dtype and one dimension of this size.
 inline Tensor vector_of(const Tensor& x, ScalarType dtype, int64_t size) {
   require(is_on_cpu(x, dtype) && x.dim() == 1 && x.numel() == size);
   return as_contiguous(x);
@@ -82,20 +81,20 @@ inline Tensor vector_of(const Tensor& x, ScalarType dtype, int64_t size) {
 
 constexpr int64_t kMaxHeadDim = 256;
 
-// Of attention, whose query heads are divided among the kv heads.
+// Requires sizes that the attention kernels support.
 inline void require_heads(int64_t heads, int64_t kv_heads, int64_t head_dim) {
   require(heads > 0 && heads <= INT32_MAX && kv_heads > 0 && heads % kv_heads == 0);
   require(head_dim > 0 && head_dim <= kMaxHeadDim);
 }
 
-// The factor of the products of queries and keys.
+// Returns the factor of the attention scores: by default 1 / sqrt(head_dim).
 inline float scale_of(const std::optional<double>& softmax_scale, int64_t head_dim) {
   const double scale = softmax_scale.value_or(std::pow(static_cast<double>(head_dim), -0.5));
   require(scale > 0 && scale <= FLT_MAX);
   return static_cast<float>(scale);
 }
 
-// How many rows are worth a thread.
+// Returns the minimal number of rows per thread.
 inline int64_t grain(int64_t width) {
   constexpr int64_t kElements = 1 << 15;
   return std::max<int64_t>(kElements / std::max<int64_t>(width, 1), 1);

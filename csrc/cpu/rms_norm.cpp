@@ -17,17 +17,17 @@ void run(const RMSNorm& r, int64_t rows) {
 
 namespace {
 
-using Two = std::tuple<Tensor, Tensor>;
-using Three = std::tuple<Tensor, Tensor, Tensor>;
+using TwoTensors = std::tuple<Tensor, Tensor>;
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
-// The shape of x without its last dimension.
+// Returns the shape of x without its last dimension.
 torch::headeronly::IntHeaderOnlyArrayRef row_sizes(const Tensor& x) {
   require(x.dim() > 0);
   return {x.sizes().data(), static_cast<size_t>(x.dim() - 1)};
 }
 
-Three forward(const Tensor& x, const Tensor& weight, const OptionalTensor& residual, double eps,
-              bool save_rstd) {
+ThreeTensors forward(const Tensor& x, const Tensor& weight, const OptionalTensor& residual,
+                     double eps, bool save_rstd) {
   require(eps >= 0 && std::isfinite(eps));
   const auto outer = row_sizes(x);
   RMSNorm r{};
@@ -54,8 +54,8 @@ Three forward(const Tensor& x, const Tensor& weight, const OptionalTensor& resid
   return {y, h, rstd};
 }
 
-Two backward(const Tensor& dy, const OptionalTensor& dh, const Tensor& h, const Tensor& weight,
-             const Tensor& rstd, bool needs_dx, bool needs_dweight) {
+TwoTensors backward(const Tensor& dy, const OptionalTensor& dh, const Tensor& h,
+                    const Tensor& weight, const Tensor& rstd, bool needs_dx, bool needs_dweight) {
   const auto outer = row_sizes(h);
   RMSNormBackward r{};
   r.dtype = required_dtype(h);
@@ -82,7 +82,8 @@ Two backward(const Tensor& dy, const OptionalTensor& dh, const Tensor& h, const 
   Tensor dx = needs_dx ? new_like(h) : absent(h.scalar_type(), h);
   Tensor dweight = needs_dweight ? new_like(weight) : absent(h.scalar_type(), h);
   if (needs_dx) r.dx = dx.data_ptr();
-  // Blocks are the same for any number of threads: enough for many, and sums of sums.
+  // Results must not depend on the number of threads, so neither do the blocks. At most 128 blocks
+  // suffice for many threads, and summing per block first reduces the rounding error.
   r.rows_of_block = std::max<int64_t>(32, (r.rows + 127) / 128);
   const int64_t blocks = (r.rows + r.rows_of_block - 1) / r.rows_of_block;
   const std::unique_ptr<float[]> partial(needs_dweight ? new float[blocks * r.hidden] : nullptr);
@@ -99,17 +100,18 @@ Two backward(const Tensor& dy, const OptionalTensor& dh, const Tensor& h, const 
   return {dx, dweight};
 }
 
-Three rms_norm_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& residual,
-                       double eps, bool save_rstd) {
-  return run_or_call<Three>("mistral_kernels::rms_norm_forward_python",
-                            [&] { return forward(x, weight, residual, eps, save_rstd); }, x, weight,
-                            residual, eps, save_rstd);
+ThreeTensors rms_norm_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& residual,
+                              double eps, bool save_rstd) {
+  return run_or_call<ThreeTensors>(
+      "mistral_kernels::rms_norm_forward_python",
+      [&] { return forward(x, weight, residual, eps, save_rstd); }, x, weight, residual, eps,
+      save_rstd);
 }
 
-Two rms_norm_backward(const Tensor& dy, const OptionalTensor& dh, const Tensor& h,
-                      const Tensor& weight, const Tensor& rstd, bool needs_dx,
-                      bool needs_dweight) {
-  return run_or_call<Two>(
+TwoTensors rms_norm_backward(const Tensor& dy, const OptionalTensor& dh, const Tensor& h,
+                             const Tensor& weight, const Tensor& rstd, bool needs_dx,
+                             bool needs_dweight) {
+  return run_or_call<TwoTensors>(
       "mistral_kernels::rms_norm_backward_python",
       [&] { return backward(dy, dh, h, weight, rstd, needs_dx, needs_dweight); }, dy, dh, h, weight,
       rstd, needs_dx, needs_dweight);

@@ -6,14 +6,14 @@
 namespace kernels {
 namespace {
 
-using Pair = std::tuple<Tensor, Tensor>;
+using TwoTensors = std::tuple<Tensor, Tensor>;
 
-// The tables and positions of a call, as the kernel reads them.
+// The checked tables and positions of a call.
 struct Angles {
   Tensor cos, sin, positions;
   Rotary arguments{};
 
-  // like: q or k.
+  // `like` is q or k.
   Angles(const Tensor& like, const Tensor& cos_table, const Tensor& sin_table,
          const Tensor& positions_of, bool interleaved) {
     Rotary& r = arguments;
@@ -40,7 +40,7 @@ struct Angles {
     }
   }
 
-  // As float32 with contiguous rows.
+  // Returns a checked table as float32 with contiguous rows.
   static Tensor table(const Tensor& x, const Tensor& cos, int64_t head_dim) {
     require(x.is_cpu() && (dtype_of(x) || x.scalar_type() == ScalarType::Double));
     require(x.dim() == 2 && x.size(0) == cos.size(0) && 2 * x.size(1) == head_dim);
@@ -57,7 +57,7 @@ struct Angles {
   }
 };
 
-// Requires that x is q or k, `like` being the first of the two.
+// Requires that x has the dtype, the token dimensions and the head_dim of `like`.
 void require_heads(const Tensor& x, const Tensor& like) {
   require(is_on_cpu(x, like.scalar_type()) && x.dim() == like.dim());
   const auto sizes = x.sizes(), others = like.sizes();
@@ -69,13 +69,13 @@ Heads heads_of(const Parts& x) { return {x.x.data_ptr(), 0, x.outer_stride, x.in
 
 int64_t count_heads(const Tensor& x) { return x.size(x.dim() - 2); }
 
-Pair rotate(const OptionalTensor& q, const OptionalTensor& k, const Tensor& cos, const Tensor& sin,
-            const Tensor& positions, bool interleaved, bool backwards) {
+TwoTensors rotate(const OptionalTensor& q, const OptionalTensor& k, const Tensor& cos,
+                  const Tensor& sin, const Tensor& positions, bool interleaved, bool inverse) {
   require(q || k);
   const Tensor& like = q ? *q : *k;
   Angles angles(like, cos, sin, positions, interleaved);
   Rotary& r = angles.arguments;
-  r.backwards = backwards;
+  r.inverse = inverse;
   std::optional<Parts> read[2];
   const auto prepare = [&](const OptionalTensor& x, std::optional<Parts>& parts, Rotated& rotated) {
     if (!x) return absent(cos.scalar_type(), cos);
@@ -92,12 +92,14 @@ Pair rotate(const OptionalTensor& q, const OptionalTensor& k, const Tensor& cos,
   return {q_out, k_out};
 }
 
-// In elements: from one token to the next, of a token's row, and of all.
+// The memory of a tensor, in elements: `stride` between tokens, `row` spanned by one token, `end`
+// spanned by all tokens.
 struct Extent {
   int64_t stride, row, end;
 };
 
-// Requires that the kernel's strides reach all of x, which is written in place, each element once.
+// Returns the extent of x, which is rotated in place. Requires that x needs no copy and that no two
+// of its elements share memory.
 Extent extent_of(const Tensor& x, const std::optional<Parts>& parts, int64_t tokens) {
   if (x.numel() == 0) return {0, 0, 0};
   require(parts.has_value());
@@ -114,13 +116,14 @@ Extent extent_of(const Tensor& x, const std::optional<Parts>& parts, int64_t tok
   return {parts->outer_stride, row, end};
 }
 
-void require_apart(const Tensor& q, const Extent& in_q, const Tensor& k, const Extent& in_k,
-                   int64_t element_size) {
+// Requires that q and k, which are rotated in place, do not overlap.
+void require_no_overlap(const Tensor& q, const Extent& in_q, const Tensor& k, const Extent& in_k,
+                        int64_t element_size) {
   if (!in_q.end || !in_k.end) return;
   const int64_t bytes = static_cast<char*>(k.data_ptr()) - static_cast<char*>(q.data_ptr());
   const int64_t ahead = bytes / element_size;
   if (ahead >= in_q.end || ahead <= -in_k.end) return;
-  // In a fused projection the two take turns, token by token.
+  // In a fused projection the memory of q and k alternates, token by token.
   require(in_q.stride == in_k.stride && in_q.stride > 0);
   const int64_t offset = (ahead % in_q.stride + in_q.stride) % in_q.stride;
   require(in_q.row <= offset && offset <= in_q.stride - in_k.row);
@@ -132,10 +135,10 @@ void rotate_in_place(const Tensor& q, const Tensor& k, const Tensor& cos, const 
   Rotary& r = angles.arguments;
   require_heads(q, q);
   require_heads(k, q);
-  const auto q_parts = parts_in_place(q, 2), k_parts = parts_in_place(k, 2);
+  const auto q_parts = parts_without_copy(q, 2), k_parts = parts_without_copy(k, 2);
   const int64_t tokens = angles.positions.numel();
   const Extent in_q = extent_of(q, q_parts, tokens), in_k = extent_of(k, k_parts, tokens);
-  require_apart(q, in_q, k, in_k, size_of(r.dtype));
+  require_no_overlap(q, in_q, k, in_k, size_of(r.dtype));
   const auto prepare = [&](const Tensor& x, const std::optional<Parts>& parts, Rotated& rotated) {
     if (x.numel() == 0) return;
     rotated.heads = count_heads(x);
@@ -146,12 +149,12 @@ void rotate_in_place(const Tensor& q, const Tensor& k, const Tensor& cos, const 
   angles.run();
 }
 
-Pair rotary(const OptionalTensor& q, const OptionalTensor& k, const Tensor& cos, const Tensor& sin,
-            const Tensor& positions, bool interleaved, bool backwards) {
-  return run_or_call<Pair>(
+TwoTensors rotary(const OptionalTensor& q, const OptionalTensor& k, const Tensor& cos,
+                  const Tensor& sin, const Tensor& positions, bool interleaved, bool inverse) {
+  return run_or_call<TwoTensors>(
       "mistral_kernels::rotary_python",
-      [&] { return rotate(q, k, cos, sin, positions, interleaved, backwards); }, q, k, cos, sin,
-      positions, interleaved, backwards);
+      [&] { return rotate(q, k, cos, sin, positions, interleaved, inverse); }, q, k, cos, sin,
+      positions, interleaved, inverse);
 }
 
 void rotary_in_place(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,

@@ -1,4 +1,4 @@
-// Kernels on PyTorch's threads, over arguments that have been checked.
+// Functions that run a kernel on PyTorch's threads, with arguments that have been checked.
 #pragma once
 
 #include "../rolling_cache.h"
@@ -13,7 +13,7 @@ void run(const Linear&);
 void run(const RMSNorm&, int64_t rows);
 void run(const SwiGLU&, int64_t elements);
 
-// Fills in `splits` and `partials` itself.
+// The caller leaves `splits` and `partials` unset.
 void run(Decode);
 
 }  // namespace kernels

@@ -14,9 +14,9 @@ void run(const SwiGLU& s, int64_t elements) {
 
 namespace {
 
-using Two = std::tuple<Tensor, Tensor>;
+using TwoTensors = std::tuple<Tensor, Tensor>;
 
-// gate and up, or both in one: a row of gate, then one of up.
+// The inputs: `gate` and `up`, or one tensor whose rows are a row of gate and then a row of up.
 struct Inputs {
   Parts gate;
   std::optional<Parts> up;
@@ -54,8 +54,8 @@ Tensor forward(const Tensor& gate, const OptionalTensor& up) {
   return y;
 }
 
-Two backward(const Tensor& dy, const Tensor& gate, const OptionalTensor& up, bool needs_dgate,
-             bool needs_dup) {
+TwoTensors backward(const Tensor& dy, const Tensor& gate, const OptionalTensor& up,
+                    bool needs_dgate, bool needs_dup) {
   const Inputs inputs(gate, up);
   SwiGLU s = inputs.arguments();
   const auto sizes = dy.sizes();
@@ -82,11 +82,12 @@ Tensor swiglu_forward(const Tensor& gate, const OptionalTensor& up) {
                              [&] { return forward(gate, up); }, gate, up);
 }
 
-Two swiglu_backward(const Tensor& dy, const Tensor& gate, const OptionalTensor& up,
-                    bool needs_dgate, bool needs_dup) {
-  return run_or_call<Two>("mistral_kernels::swiglu_backward_python",
-                          [&] { return backward(dy, gate, up, needs_dgate, needs_dup); }, dy, gate,
-                          up, needs_dgate, needs_dup);
+TwoTensors swiglu_backward(const Tensor& dy, const Tensor& gate, const OptionalTensor& up,
+                           bool needs_dgate, bool needs_dup) {
+  return run_or_call<TwoTensors>(
+      "mistral_kernels::swiglu_backward_python",
+      [&] { return backward(dy, gate, up, needs_dgate, needs_dup); }, dy, gate, up, needs_dgate,
+      needs_dup);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The update on a GPU: each vector of q, k and v is read once and written once, and the tokens of a
-// batch of sequences of any lengths go in one launch.
+// The update on a GPU. Each vector of q, k and v is read once and written once. One launch
+// processes the tokens of all sequences, whatever their lengths.
 #include "rolling_cache.h"
 
 #include <cuda_bf16.h>
@@ -8,7 +8,7 @@
 namespace kernels {
 namespace {
 
-// N numbers that lie side by side, moved in accesses of up to ALIGNMENT bytes.
+// N contiguous elements, loaded and stored in accesses of up to ALIGNMENT bytes.
 template <typename T, int N, int ALIGNMENT>
 struct alignas(ALIGNMENT) Vector {
   T x[N];
@@ -27,14 +27,15 @@ __device__ void round_to(__half& out, float x) { out = __float2half_rn(x); }
 __device__ void round_to(__nv_bfloat16& out, float x) { out = __float2bfloat16_rn(x); }
 
 template <typename T>
-__device__ void rotate_in_place(T& a, T& b, float cos, float sin) {
+__device__ void rotate_pair(T& a, T& b, float cos, float sin) {
   const Pair y = rotate({to_float(a), to_float(b)}, cos, sin);
   round_to(a, y.a);
   round_to(b, y.b);
 }
 
-// One thread's vectors of a head, x[0..N) and x[half..half+N), to the same places of out, rotated
-// if there are angles. Interleaved pairs lie inside a vector, half-split ones in both.
+// Copies one thread's two vectors of a head, x[0..N) and x[half..half+N), to the same offsets of
+// `out`. They are rotated unless `cos` is null. An interleaved pair lies within one vector; a
+// half-split pair has one element in each vector.
 template <typename T, int BYTES, int N>
 __device__ void move(const T* x, T* out, int half, const float* cos, const float* sin,
                      bool interleaved, int first) {
@@ -48,22 +49,22 @@ __device__ void move(const T* x, T* out, int half, const float* cos, const float
     const auto sin_b = load<float, N / 2, ALIGNMENT>(sin + later);
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
-      rotate_in_place(a.x[2 * i], a.x[2 * i + 1], cos_a.x[i], sin_a.x[i]);
-      rotate_in_place(b.x[2 * i], b.x[2 * i + 1], cos_b.x[i], sin_b.x[i]);
+      rotate_pair(a.x[2 * i], a.x[2 * i + 1], cos_a.x[i], sin_a.x[i]);
+      rotate_pair(b.x[2 * i], b.x[2 * i + 1], cos_b.x[i], sin_b.x[i]);
     }
   } else if (cos) {
     constexpr int ALIGNMENT = BYTES == sizeof(T) ? 4 : N < 4 ? N * 4 : 16;
     const auto cosines = load<float, N, ALIGNMENT>(cos + first);
     const auto sines = load<float, N, ALIGNMENT>(sin + first);
 #pragma unroll
-    for (int i = 0; i < N; ++i) rotate_in_place(a.x[i], b.x[i], cosines.x[i], sines.x[i]);
+    for (int i = 0; i < N; ++i) rotate_pair(a.x[i], b.x[i], cosines.x[i], sines.x[i]);
   }
   *reinterpret_cast<decltype(a)*>(out) = a;
   *reinterpret_cast<decltype(b)*>(out + half) = b;
 }
 
-// Threads follow one another over the vectors of half a head, the heads of q, k and v, the tokens
-// of a sequence: what is side by side in memory is moved by neighbours.
+// Consecutive threads take consecutive vectors of half a head, then the next head of q, k and v,
+// then the next token of the sequence, so that memory accesses coalesce.
 template <typename T, int BYTES>
 __global__ void __launch_bounds__(kBlock) update_kernel(const __grid_constant__ Update u) {
   constexpr int N = BYTES == sizeof(T) ? 2 : BYTES / sizeof(T);
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(kBlock) update_kernel(const __grid_constant__ 
     const int64_t start = u.cu_seqlens[sequence], count = u.cu_seqlens[sequence + 1] - start;
     const int64_t step = int64_t{gridDim.x} * kBlock;
     for (int64_t i = int64_t{blockIdx.x} * kBlock + threadIdx.x; i < count * per_token; i += step) {
-      // Only the longest of prompts need the slow division.
+      // The slower 64-bit division is needed for the longest prompts only.
       const int64_t token = i <= UINT32_MAX ? uint32_t(i) / per_token : i / per_token;
       const int in_token = static_cast<int>(i - token * per_token);
       int head = in_token / vectors;

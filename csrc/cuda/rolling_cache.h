@@ -1,4 +1,4 @@
-// How the update runs on a GPU: its arithmetic and its launch, apart from CUDA itself.
+// The arithmetic and the launch parameters of the update on a GPU, without CUDA headers.
 #pragma once
 
 #include "../rolling_cache.h"
@@ -11,8 +11,8 @@ struct Pair {
   float a, b;
 };
 
-// Each product and each sum is rounded on its own, so that every backend gives the same bits.
-// Host code gets this from -ffp-contract=off.
+// Each product and each sum is rounded separately, so that results are bit-identical on every
+// backend. Host code is compiled with -ffp-contract=off for the same reason.
 HOST_DEVICE Pair rotate(Pair x, float cos, float sin) {
 #ifdef __CUDA_ARCH__
   return {__fsub_rn(__fmul_rn(x.a, cos), __fmul_rn(x.b, sin)),
@@ -22,12 +22,13 @@ HOST_DEVICE Pair rotate(Pair x, float cos, float sin) {
 #endif
 }
 
-// How many bytes the GPU may move at once: 16 or 8 where every vector of every tensor is aligned
-// to it and the vectors divide half a head; otherwise one element.
+// Returns the bytes per memory access: 16 or 8 if every tensor is aligned to it and it divides the
+// size of half a head; otherwise the size of one element.
 inline int access_bytes(const Update& u) {
   const int64_t half = u.head_dim / 2 * size_of(u.dtype);
   for (int bytes : {16, 8}) {
-    // The angles of a vector of half-precision numbers are twice as many bytes; 16 will do.
+    // The float32 cosines of a half-precision vector take twice its bytes; an alignment of 16 bytes
+    // is sufficient.
     const int table_bytes = std::min(bytes / size_of(u.dtype) * 4, 16);
     uint64_t tables = 0, all = half;
     for (const Heads& x : {u.q, u.k, u.v, u.q_out, u.k_cache, u.v_cache}) {
@@ -44,19 +45,19 @@ inline int access_bytes(const Update& u) {
   return size_of(u.dtype);
 }
 
-// Elements of each half of a head that one GPU thread takes. Two at least: an interleaved pair.
+// Returns the elements of each half of a head per GPU thread: at least 2, an interleaved pair.
 inline int vector_length(const Update& u) {
   return std::max(access_bytes(u) / size_of(u.dtype), 2);
 }
 
-constexpr int kBlock = 128;  // threads
+constexpr int kBlock = 128;  // threads per block
 
 struct Launch {
   uint32_t grid_x, grid_y;
 };
 
-// grid.x: tokens of a sequence, their heads, vectors of half a head; grid.y: sequences. Loops of
-// the kernel do what no grid can hold.
+// grid.x covers the tokens of a sequence, their heads, and the vectors of half a head; grid.y
+// covers the sequences. The kernel loops over what exceeds the maximal grid size.
 inline Launch launch_shape(const Update& u) {
   const int64_t heads = u.num_heads + 2 * int64_t{u.num_kv_heads};
   const int64_t threads = u.max_seqlen * heads * (u.head_dim / 2 / vector_length(u));

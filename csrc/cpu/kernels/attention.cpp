@@ -1,10 +1,11 @@
-// Flash attention (arXiv:2205.14135) for a CPU: the query heads of a kv head are rows of one block,
-// a block of keys and values serves all of them out of a cache, and blocks that the window hides
-// are never visited.
+// Flash attention (arXiv:2205.14135) for a CPU. The query heads of a kv head are rows of one query
+// block, so that a block of keys and values is reused from the CPU cache for all of them. Key
+// blocks outside the window are skipped.
 //
-// Products run over units of 32 bits, which one instruction multiplies with a whole vector of
-// others: a float32, or, with AVX-512 BF16, a pair of bfloat16. The left factor lies in rows, the
-// right one in tiles of kCols units, one step of the inner dimension after the other.
+// Matrix products work on units of 32 bits: a float32 or, with AVX-512 BF16, a pair of bfloat16.
+// One instruction multiplies a unit with a vector of units. The left matrix is stored in rows. The
+// right matrix is stored in tiles of kCols columns; within a tile, the kCols units of one step of
+// the inner dimension are contiguous.
 #include "attention.h"
 
 #include "vector.h"
@@ -12,7 +13,7 @@
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
-// Of sums in registers: rows, and vectors in each.
+// Size of the accumulator tile in registers: rows, and vectors per row.
 constexpr int kRows = 6;
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kVecs = 4;
@@ -20,22 +21,24 @@ constexpr int kVecs = 4;
 constexpr int kVecs = 2;
 #endif
 constexpr int kCols = kVecs * kLanes;
-constexpr int kBlockRows = 8 * kRows;  // or as many as a kv head has query heads
+constexpr int kBlockRows = 8 * kRows;  // or the number of query heads per kv head, if larger
 constexpr int kMaxHeadDim = 256;
 constexpr float kInfinity = __builtin_inff();
 
-static_assert(kKeyBlock % kCols == 0, "a block of keys is whole tiles");
+static_assert(kKeyBlock % kCols == 0, "kKeyBlock must be a multiple of kCols");
 
-struct Singles {
+// The unit of a product: one float32.
+struct SingleUnit {
   using Number = float;
-  static constexpr int kWidth = 1;  // numbers in a unit
+  static constexpr int kWidth = 1;  // numbers per unit
 
   static INLINE Vec multiply_add(const Number* a, Vec b, Vec sum) { return fma(splat(*a), b, sum); }
   static INLINE Vec exponential(Vec x) { return exp(x); }
 };
 
 #if defined(__AVX512BF16__)
-struct Pairs {
+// The unit of a product: a pair of bfloat16.
+struct PairUnit {
   using Number = BFloat16;
   static constexpr int kWidth = 2;
 
@@ -45,7 +48,7 @@ struct Pairs {
   static INLINE Vec exponential(Vec x) { return rough_exp(x); }
 };
 #else
-using Pairs = Singles;
+using PairUnit = SingleUnit;
 #endif
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -53,15 +56,17 @@ INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }
 
-// What follows from the sizes of a call. Numbers, but for what says bytes.
+// Sizes derived from the arguments of a call, in numbers unless the name contains `bytes`.
 template <typename Unit>
 struct Layout {
   using Number = typename Unit::Number;
-  static constexpr int kSteps = kKeyBlock / Unit::kWidth;  // of keys, in the second product
+  static constexpr int kSteps = kKeyBlock / Unit::kWidth;  // of the product of weights and values
 
-  int group, queries, rows;  // of a block of queries
-  int depth;                 // head_dim, whole units
-  int width;                 // head_dim, whole tiles
+  int group;    // query heads per kv head
+  int queries;  // positions per query block
+  int rows;     // rows per query block: queries * group
+  int depth;    // head_dim, rounded up to whole units
+  int width;    // head_dim, rounded up to whole tiles
   int64_t key_blocks, query_blocks;
 
   explicit Layout(const Attention& a)
@@ -76,14 +81,14 @@ struct Layout {
   int64_t block() const { return int64_t{kKeyBlock} * (depth + width); }
 
   Sizes sizes(const Attention& a) const {
-    const int64_t of_a_row = (depth + kKeyBlock) * sizeof(Number) + (kKeyBlock + width) * 4 +
-                             sizeof(Vec) + 4;
-    return {a.batch * a.kv_heads * key_blocks * block() * int64_t{sizeof(Number)}, rows * of_a_row,
+    const int64_t row_bytes =
+        (depth + kKeyBlock) * sizeof(Number) + (kKeyBlock + width) * 4 + sizeof(Vec) + 4;
+    return {a.batch * a.kv_heads * key_blocks * block() * int64_t{sizeof(Number)}, rows * row_bytes,
             key_blocks, query_blocks};
   }
 };
 
-// c (+)= a b, for kR rows and one tile.
+// c = a b, or c += a b if `accumulate`, for kR rows and the columns of one tile.
 template <int kR, typename Unit, typename Number = typename Unit::Number>
 void multiply_rows(const Number* a, int64_t a_stride, const Number* b, int steps, float* c,
                    int64_t c_stride, bool accumulate) {
@@ -109,6 +114,7 @@ void multiply_rows(const Number* a, int64_t a_stride, const Number* b, int steps
   }
 }
 
+// The same for any number of rows.
 template <typename Unit, typename Number = typename Unit::Number>
 void multiply(const Number* a, int64_t a_stride, int rows, const Number* b, int steps, float* c,
               int64_t c_stride, bool accumulate) {
@@ -125,7 +131,7 @@ void multiply(const Number* a, int64_t a_stride, int rows, const Number* b, int 
   if (rows) rest(a, a_stride, b, steps, c, c_stride, accumulate);
 }
 
-// One token's head, zeros behind it up to `size`.
+// Converts one head of a token and pads it with zeros up to `size`.
 template <typename T, typename Number>
 INLINE void convert(const T* from, int head_dim, Number* to, int size) {
   for_each_vector(head_dim, [&](int64_t i, int count) {
@@ -134,7 +140,8 @@ INLINE void convert(const T* from, int head_dim, Number* to, int size) {
   for (int i = head_dim; i < size; ++i) to[i] = Number{};
 }
 
-// Keys as [tile][step of head_dim][key], then values as [tile][step of keys][channel], in units.
+// Packs a block of keys as units [tile][step of head_dim][key], followed by its values as units
+// [tile][step of keys][channel].
 template <typename T, typename Unit>
 void pack_block(const Attention& a, const Layout<Unit>& layout, int64_t index) {
   using Number = typename Unit::Number;
@@ -163,11 +170,11 @@ void pack_block(const Attention& a, const Layout<Unit>& layout, int64_t index) {
   }
 }
 
-// Scores of a row and a block become weights, of which only keys [begin, end) have any. Returns
-// what earlier weights are to be multiplied by.
+// Computes the softmax weights of a row of scores; keys outside [begin, end) are masked. Updates
+// row_max and row_sum. Returns the factor that rescales the sums of earlier blocks.
 template <typename Unit>
-INLINE float softmax(const Attention& a, float* scores, typename Unit::Number* weights, int begin,
-                     int end, float& row_max, Vec& row_sum) {
+INLINE float softmax_weights(const Attention& a, float* scores, typename Unit::Number* weights,
+                             int begin, int end, float& row_max, Vec& row_sum) {
   Vec z[kKeyBlock / kLanes], largest = splat(-kInfinity);
   IntVec key;
   for (int i = 0; i < kLanes; ++i) key[i] = i;
@@ -181,7 +188,7 @@ INLINE float softmax(const Attention& a, float* scores, typename Unit::Number* w
   }
   const float before = row_max, found = max(largest);
   if (found > row_max) row_max = found;
-  const float base = row_max == -kInfinity ? 0 : row_max;  // no key seen yet
+  const float base = row_max == -kInfinity ? 0 : row_max;  // every key so far is masked
   Vec sum = {};
   for (int i = 0; i < kKeyBlock / kLanes; ++i) {
     const Vec weight = Unit::exponential(z[i] - base);
@@ -244,8 +251,9 @@ void attend_block(const Attention& a, const Layout<Unit>& layout, char* scratch,
     for (int row = 0; row < rows; ++row) {
       const int begin = clamp(begin_of(row) - first_key, 0, kKeyBlock);
       const int end = clamp(end_of(row) - first_key, 0, kKeyBlock);
-      const float rest = softmax<Unit>(a, scores + row * kKeyBlock, weights + row * kKeyBlock,
-                                       begin, end, row_max[row], row_sum[row]);
+      const float rest =
+          softmax_weights<Unit>(a, scores + row * kKeyBlock, weights + row * kKeyBlock, begin, end,
+                                row_max[row], row_sum[row]);
       if (rest == 1) continue;
       float* const sums = out + row * layout.width;
       for (int i = 0; i < layout.width; i += kLanes) store(sums + i, load(sums + i) * rest);
@@ -270,11 +278,11 @@ void attend_block(const Attention& a, const Layout<Unit>& layout, char* scratch,
   }
 }
 
-INLINE Singles unit_of(float) { return {}; }
-INLINE Singles unit_of(Half) { return {}; }
-INLINE Pairs unit_of(BFloat16) { return {}; }
+INLINE SingleUnit unit_of(float) { return {}; }
+INLINE SingleUnit unit_of(Half) { return {}; }
+INLINE PairUnit unit_of(BFloat16) { return {}; }
 
-// body(number, unit), of each dtype.
+// Returns body(number, unit), called with values of the types for this dtype.
 template <typename Body>
 INLINE auto with_types(DType dtype, Body body) {
   return with_type(dtype, [&](auto number) { return body(number, unit_of(number)); });

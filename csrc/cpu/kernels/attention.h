@@ -1,4 +1,4 @@
-// Attention over whole sequences, in blocks that stay in a cache; see
+// Attention over whole sequences, in blocks that fit in the CPU cache; see
 // mistral_kernels/ops/attention.
 #pragma once
 
@@ -14,26 +14,27 @@ struct Attention {
   Heads q, k, v, out;  // (batch, seqlen, heads, head_dim)
   float* lse;    // (batch, heads, seqlen_q), or null
   int64_t lse_stride;  // between heads
-  char* packed;  // packed_bytes() for pack_keys to fill
+  char* packed;        // Sizes::packed_bytes bytes, filled by pack_keys
   int64_t batch, seqlen_q, seqlen_k;
   int heads, kv_heads, head_dim;
-  int64_t left, right;  // how far a query sees to either side of its place
+  int64_t left, right;  // window: visible keys before and after the position of a query
   float scale, softcap;
   DType dtype;
 };
 
 struct Sizes {
-  int64_t packed_bytes, scratch_bytes;   // of all keys and values; of each thread
-  int64_t key_blocks, query_blocks;      // of one kv head of one sequence
+  int64_t packed_bytes;              // of all packed keys and values
+  int64_t scratch_bytes;             // per thread
+  int64_t key_blocks, query_blocks;  // per kv head and sequence
 };
 
 FOR_EACH_INSTRUCTION_SET(Sizes sizes(const Attention&))
 
-// Lays keys and values out as the products want them: blocks [begin, end) of batch * kv_heads *
-// key_blocks.
+// Packs keys and values into the layout of the matrix products: blocks [begin, end) of batch *
+// kv_heads * key_blocks.
 FOR_EACH_INSTRUCTION_SET(void pack_keys(const Attention&, int64_t begin, int64_t end))
 
-// Query blocks [begin, end) of batch * kv_heads * query_blocks.
+// Computes query blocks [begin, end) of batch * kv_heads * query_blocks.
 FOR_EACH_INSTRUCTION_SET(
     void attend(const Attention&, char* scratch, int64_t begin, int64_t end))
 

@@ -1,5 +1,5 @@
-// A row of logits is read from memory once for its loss, and once more, now most likely out of a
-// cache, to become its gradient.
+// A row of logits is read once for its loss and once more for its gradient. The second read is
+// mostly served by the CPU cache.
 #include "cross_entropy.h"
 
 #include "vector.h"
@@ -7,12 +7,14 @@
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
-constexpr int kBlock = 512;  // logits, as float32 in the first of caches
+constexpr int kBlock = 512;  // logits per block; as float32 they fit in L1
 constexpr float kLargest = 3.4028235e38f, kInfinity = __builtin_inff();
 
-// Of a row: logsumexp is max + log(exps). The two are not added, lest a large one round the other.
+// Sums over a row of logits. Its log-sum-exp is max + log(exps). The two terms are kept apart,
+// because adding a large `max` would round away log(exps).
 struct Sums {
-  float max, exps, total;
+  float max, exps;  // exps: sum of exp(logit - max)
+  float total;      // sum of the logits
 };
 
 INLINE Vec capped(Vec z, float softcap) {
@@ -22,14 +24,14 @@ INLINE Vec capped(Vec z, float softcap) {
 template <typename T>
 Sums sums(const Softmax& s, const T* logits) {
   float row_max = -kLargest;
-  Vec exps = {}, total = {};  // sums of sums of blocks: errors grow with the root of a root
+  Vec exps = {}, total = {};  // summed per block first, which reduces the rounding error
   for (int64_t begin = 0; begin < s.vocab; begin += kBlock) {
     const int count = s.vocab - begin < kBlock ? static_cast<int>(s.vocab - begin) : kBlock;
     float block[kBlock];
     Vec block_max = splat(-kInfinity), block_exps = {}, block_total = {};
     for_each_vector(count, [&](int64_t i, int lanes) {
       Vec z = capped(load(logits + begin + i, lanes), s.softcap);
-      block_total += z;  // 0 past the end
+      block_total += z;  // lanes past the end are 0
       for (int lane = lanes; lane < kLanes; ++lane) z[lane] = -kInfinity;
       block_max = max(block_max, z);
       store(block + i, z);

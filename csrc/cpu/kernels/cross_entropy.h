@@ -1,4 +1,5 @@
-// What lies between the products of linear_cross_entropy; see mistral_kernels/ops/cross_entropy.py.
+// The loss and gradient of logits, and the accumulation of gradients in float32; see
+// mistral_kernels/ops/cross_entropy.py.
 #pragma once
 
 #include "../../dtype.h"
@@ -7,10 +8,10 @@
 namespace kernels {
 
 struct Softmax {
-  void* logits;            // (rows, vocab); becomes its own gradient
-  int64_t stride, vocab;   // stride: of a row, in elements
+  void* logits;            // (rows, vocab); overwritten with the gradient
+  int64_t stride, vocab;   // stride: between rows, in elements
   const int64_t* targets;  // (rows,)
-  const float* scale;      // (1,): of the gradient
+  const float* scale;      // (1,): factor of the gradient
   float* losses;           // (rows,)
   int64_t ignore_index;
   float label_smoothing, z_loss, softcap;
@@ -18,9 +19,10 @@ struct Softmax {
   DType dtype;
 };
 
+// Computes rows [begin, end): the losses, and the gradient if `needs_gradient`.
 FOR_EACH_INSTRUCTION_SET(void softmax(const Softmax&, int64_t begin, int64_t end))
 
-// sum += x.
+// Adds x to `sum`.
 FOR_EACH_INSTRUCTION_SET(void accumulate(float* sum, const void* x, DType, int64_t size))
 
 }  // namespace kernels

@@ -1,5 +1,6 @@
-// The query heads of a kv head read its keys and values together, once. Keys are taken in splits of
-// a fixed number, whose results are combined in order: nothing depends on threads or batch-mates.
+// All query heads of a kv head share one read of its keys and values. The keys of a sequence are
+// divided into splits of a fixed size, whose results are combined in order. Results therefore do
+// not depend on the number of threads or on the other sequences of the batch.
 #include "decode.h"
 
 #include "dots.h"
@@ -7,11 +8,12 @@
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
-// Of a tile, so that its sums and factors stay in registers.
+// Tile sizes, chosen so that accumulators and factors stay in registers.
 constexpr int kHeads = 4, kKeys = kRegisters == 32 ? 4 : 2, kVecs = kRegisters == 32 ? 4 : 2;
-constexpr int kBlock = 64, kSoon = 12;  // keys
+constexpr int kBlock = 64;       // keys per block, at most
+constexpr int kFetchAhead = 12;  // keys
 
-// Of a head and a split: softmax is weights / total, weights being exp(score - max).
+// The result of a split for one query head. Weights are exp(score - max); `total` is their sum.
 struct Partial {
   float max, total, weighted_values[];
 };
@@ -21,7 +23,7 @@ INLINE Partial* partial(const Decode& d, int64_t sequence, int64_t split, int64_
   return reinterpret_cast<Partial*>(d.partials + index * (2 + d.head_dim));
 }
 
-// One split of a sequence's keys, for one kv head.
+// One split of the keys of a sequence, for one kv head.
 struct Item {
   int64_t sequence, split, kv_head;
   Span span;
@@ -36,13 +38,13 @@ INLINE Item item_at(const Decode& d, int64_t index) {
   return {sequence, split, kv_head, span};
 }
 
-// Keys, or values, in slots that follow one another.
+// Keys or values in consecutive slots.
 template <typename T>
 struct Block {
   Rows<T> rows;
-  int first, count;  // of the item's
+  int first, count;  // keys [first, first + count) of the item
 
-  // Brings part of a row into the second of caches, where the first would lose it again.
+  // Prefetches part of a row into L2. In L1 it would be evicted before it is used.
   INLINE void fetch(int row, int64_t begin, int64_t size) const {
     if (row >= count) return;
     const char* from = reinterpret_cast<const char*>(rows.data + row * rows.stride + begin);
@@ -68,15 +70,16 @@ INLINE Block<T> block_at(const Decode& d, const Item& item, const void* cache,
   return {{data, strides[1]}, static_cast<int>(first), static_cast<int>(count)};
 }
 
-// While it is a key's turn: its like of the block after, and once more what comes soon, since
-// processors forget what is asked for faster than memory sends it.
+// While `key` of `block` is processed, prefetches the same key of the next block, and once more the
+// key kFetchAhead keys ahead, because the processor may have dropped its earlier prefetch.
 template <typename T>
 INLINE void fetch_ahead(Block<T> block, Block<T> next, int key, int64_t begin, int64_t size) {
   next.fetch(key, begin, size);
-  block.fetch(key + kSoon, begin, size);
+  block.fetch(key + kFetchAhead, begin, size);
 }
 
-// body(block, next) for all of an item's, where `next` is what will be wanted after it.
+// Calls body(block, next) for each block of an item. `next` is the block that is read after it: for
+// the last block, `after`.
 template <typename T, typename Body>
 INLINE void for_each_block(const Decode& d, const Item& item, const void* cache,
                            const int64_t* strides, Block<T> after, Body body) {
@@ -102,8 +105,8 @@ INLINE void score_keys(const Decode& d, Rows<T> keys, Rows<T> queries, float* sc
   }
 }
 
-// The scores of a head become its weights, in their place.
-INLINE void weigh(float* scores, int count, float scale, Partial* result) {
+// Replaces the scores of a head by its softmax weights, without the division by their sum.
+INLINE void softmax_weights(float* scores, int count, float scale, Partial* result) {
   Vec largest = splat(-__builtin_inff()), total = {};
   for (int i = count; i % kLanes; ++i) scores[i] = largest[0];
   for (int i = 0; i < count; i += kLanes) largest = max(largest, load(scores + i) * scale);
@@ -116,7 +119,8 @@ INLINE void weigh(float* scores, int count, float scale, Partial* result) {
   result->total = sum(total);
 }
 
-// Adds what a block's values weigh, in `size` channels from `begin` on: kTileVecs vectors of them.
+// Adds the weighted values of a block to `sums`, for `size` channels from `begin` on, which fill
+// kTileVecs vectors.
 template <int kTileHeads, int kTileVecs, typename T>
 INLINE void add_values(Block<T> block, Block<T> next, int64_t begin, int size, const float* weights,
                        float* sums, int64_t sums_stride) {
@@ -146,7 +150,8 @@ INLINE void add_values(Block<T> block, Block<T> next, int64_t begin, int size, c
   }
 }
 
-// For query heads from `head` on, of the item's kv head. `after` are the next item's first keys.
+// Computes an item for kTileHeads query heads, from `head` on. `after` is the first block of keys
+// of the next item.
 template <int kTileHeads, typename T>
 void attend(const Decode& d, const Item& item, int64_t head, Block<T> after) {
   alignas(64) float scores[kTileHeads * kSplit];
@@ -172,8 +177,8 @@ void attend(const Decode& d, const Item& item, int64_t head, Block<T> after) {
   const int64_t sums_stride = 2 + d.head_dim;
   float* sums = partial(d, item.sequence, item.split, head)->weighted_values;
   for (int i = 0; i < kTileHeads; ++i) {
-    weigh(scores + i * kSplit, static_cast<int>(item.span.end - item.span.begin), d.scale,
-          partial(d, item.sequence, item.split, head + i));
+    softmax_weights(scores + i * kSplit, static_cast<int>(item.span.end - item.span.begin), d.scale,
+                    partial(d, item.sequence, item.split, head + i));
     __builtin_memset(sums + i * sums_stride, 0, d.head_dim * sizeof(float));
   }
   for_each_block<T>(d, item, d.v_cache, d.v_strides, after, [&](Block<T> block, Block<T> next) {

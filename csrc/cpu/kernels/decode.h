@@ -1,4 +1,4 @@
-// Attention of one new token a sequence over its cache; see mistral_kernels/ops/attention.
+// Attention of one new token per sequence over its cache; see mistral_kernels/ops/attention.
 #pragma once
 
 #include "../../dtype.h"
@@ -9,26 +9,27 @@ namespace kernels {
 struct Decode {
   const void *q, *k_cache, *v_cache;
   void* out;  // (batch, num_heads, head_dim), contiguous
-  // In elements: of q a sequence's and a head's; of a cache a row's or page's, a slot's, a head's.
+  // In elements. q: between sequences, heads. Caches: between rows (or pages), slots, heads.
   int64_t q_strides[2], k_strides[3], v_strides[3];
   const int32_t *lengths, *rows, *leftpad;  // (batch,); the last two may be null
   const int32_t* block_table;               // (batch, max_pages), or null
   int64_t max_pages;
-  int64_t new_tokens;  // in the cache already, but not in `lengths`
+  int64_t new_tokens;  // tokens in the cache that `lengths` does not count yet
   int64_t batch, num_heads, num_kv_heads, head_dim;
-  int64_t capacity, page_size;  // slots of a sequence; those that follow one another
-  int64_t window_left;          // -1: all
+  int64_t capacity, page_size;  // slots per sequence, contiguous slots per page
+  int64_t window_left;          // -1: no limit
   float scale;
   DType dtype;
-  int64_t splits;   // of the sequence with most keys
+  int64_t splits;   // of the sequence with the most keys
   float* partials;  // (batch, splits, num_heads, 2 + head_dim)
 };
 
-// Keys. So few that the threads of one sequence share its keys rather than its heads: those of a
-// token lie side by side, and a processor fetches its neighbours unasked.
+// Keys per split. It is small so that the threads divide the keys of a sequence rather than its kv
+// heads: the kv heads of a token are adjacent in memory, and the hardware prefetcher of one core
+// would load those of other cores.
 constexpr int kSplit = 256;
 
-// The positions that a sequence's token sees.
+// The positions [begin, end) that the new token of a sequence attends to.
 struct Span {
   int64_t begin, end;
 };
@@ -41,10 +42,11 @@ inline Span visible(const Decode& d, int64_t sequence) {
   return {begin < end ? begin : end, end};
 }
 
-// Partial results of items [begin, end), each a split of a sequence's keys and one of its kv heads.
+// Computes the partial results of items [begin, end). An item is one split of the keys of a
+// sequence, for one kv head.
 FOR_EACH_INSTRUCTION_SET(void attend_splits(const Decode&, int64_t begin, int64_t end))
 
-// The output of items [begin, end), each a head of a sequence's query.
+// Computes the output of items [begin, end). An item is one query head of a sequence.
 FOR_EACH_INSTRUCTION_SET(void combine_splits(const Decode&, int64_t begin, int64_t end))
 
 }  // namespace kernels

@@ -1,7 +1,7 @@
-// Dot products of a few rows with a few others, which is what decoding consists of.
+// Dot products of a few rows with a few other rows, the main work of decoding.
 //
-// Each is summed in the lanes of one vector of float32, in the order of memory, and does not depend
-// on what else its tile holds.
+// Each dot product is accumulated in the lanes of one float32 vector, in memory order. Its bits do
+// not depend on the other rows of the tile.
 #pragma once
 
 #include "vector.h"
@@ -15,8 +15,9 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 
-// What one instruction multiplies: numbers become float32, but for pairs of bfloat16 where an
-// instruction adds both products (it takes subnormal numbers for zero, and so do eager's products).
+// The operand of one multiply-add. Numbers are converted to float32, except with AVX-512 BF16,
+// whose instruction adds both products of a pair of bfloat16. It flushes subnormal numbers to zero,
+// as PyTorch's matrix products do.
 template <typename T>
 struct Factor {
   static constexpr int kSize = kLanes;
@@ -52,7 +53,7 @@ INLINE Factor<BFloat16> load_factor(const BFloat16* x, int count) {
 }
 #endif
 
-// Of int8, which all T hold exactly.
+// Converts int8 to factors of T, which is exact for every T.
 template <typename T>
 INLINE Factor<T> load_factor_of(const int8_t* x, int count) {
   return {load(x, count)};
@@ -70,15 +71,15 @@ INLINE Factor<BFloat16> load_factor_of<BFloat16>(const int8_t* x, int count) {
 }
 #endif
 
-// Rows of numbers, each `stride` elements after the one before.
+// Rows of numbers. Each row begins `stride` elements after the previous one.
 template <typename T>
 struct Rows {
   const T* data;
   int64_t stride;
 };
 
-// Adds up in totals[j * kW + i], lane by lane, the products of what `load_w(i, first, count)` gives
-// of row i, from its `first` element on, and row j of `x`.
+// Adds the products of row i of w and row j of x to totals[j * kW + i], lane by lane.
+// load_w(i, first, count) returns `count` elements of row i of w, from element `first` on.
 template <int kW, int kX, typename T, typename LoadW>
 INLINE void add_products(LoadW load_w, Rows<T> x, int64_t size, Vec* totals) {
   constexpr int kSize = Factor<T>::kSize;
@@ -95,7 +96,7 @@ INLINE void add_products(LoadW load_w, Rows<T> x, int64_t size, Vec* totals) {
   if (first < size) step(first, static_cast<int>(size - first));
 }
 
-// Their sums, products[j * kW + i].
+// Stores the dot product of row i of w and row j of x in products[j * kW + i].
 template <int kW, int kX, typename T, typename LoadW>
 INLINE void dots(LoadW load_w, Rows<T> x, int64_t size, float* products) {
   Vec totals[kX * kW] = {};

@@ -1,5 +1,5 @@
-// A tile of outputs is formed for all rows before the next: the weight comes from memory once, and
-// for further rows out of a cache.
+// A tile of outputs is computed for all rows of x before the next tile. The weight is read from
+// memory once; for further rows of x it is read from the CPU cache.
 #include "linear.h"
 
 #include "dots.h"
@@ -7,14 +7,14 @@
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
-// Of a tile, so that its sums and factors stay in registers, of which AVX-512 and NEON have 32.
+// Rows of x per tile, chosen so that accumulators and factors stay in registers.
 constexpr int kRows = kRegisters == 32 ? 4 : 2;
 
-// A vector of outputs of a single row, one after the other: that is straight through memory, where
-// processors fetch unasked and farther ahead than it pays to ask. (int8 is widened meanwhile, which
-// leaves them less to wait for, and tiles are as fast.)
+// Computes kLanes outputs for a single row of x, one output after the other. The weight is read
+// sequentially, where the hardware prefetcher is faster than software prefetches. (For int8
+// weights, tiles are as fast: the conversion hides part of the memory latency.)
 template <typename T>
-void in_turn(const Linear& l, int64_t out) {
+void one_row(const Linear& l, int64_t out) {
   const Rows<T> x{static_cast<const T*>(l.x), 0};
   Vec totals[kLanes] = {};
   for (int i = 0; i < kLanes; ++i) {
@@ -29,13 +29,13 @@ void in_turn(const Linear& l, int64_t out) {
   store(static_cast<T*>(l.y) + out, load(products));
 }
 
-// Products of a weight in x's dtype.
+// Dot products with a weight in the dtype of x.
 template <int kOuts, int kTileRows, typename T>
 INLINE void products_of(const T* weight, const Linear& l, int64_t row, Rows<T> x, char*,
                         float* products) {
-  // Of the tiles that follow, a share as large as that of the rows is fetched meanwhile, into the
-  // second of caches: what memory sends lasts from the first rows to the last. Processors forget
-  // what is asked for faster than memory sends it, so that with more rows all is asked for again.
+  // Each call prefetches a share of the next tiles of the weight into L2, proportional to its share
+  // of the rows of x, so that memory is read steadily. With kTilesAhead > 1 a tile is prefetched
+  // repeatedly, because the processor may drop early prefetches.
   constexpr int kTilesAhead = kOuts < 8 ? 3 : 1;
   const auto share = [&](int64_t end) { return static_cast<int>(kOuts * end / l.rows); };
   const int begin = share(row), end = share(row + kTileRows);
@@ -51,30 +51,31 @@ INLINE void products_of(const T* weight, const Linear& l, int64_t row, Rows<T> x
   dots<kOuts, kTileRows, T>(load_weight, x, l.in_features, products);
 }
 
-// Of int8, which the first rows widen: with `scratch`, for those after them too. These take longer
-// than memory does, so that nothing has to be asked for again.
+// Dot products with an int8 weight. The first rows of x convert the tile to factors; with
+// `scratch`, further rows reuse them. Then a tile takes longer than its memory reads, so that one
+// prefetch is enough.
 template <int kOuts, int kTileRows, typename T>
 INLINE void products_of(const int8_t* weight, const Linear& l, int64_t row, Rows<T> x,
                         char* scratch, float* products) {
   constexpr int64_t kBytes = sizeof(Factor<T>);
   const int tiles_ahead = scratch ? 1 : 3;
   const int64_t steps = (l.in_features + Factor<T>::kSize - 1) / Factor<T>::kSize;
-  const auto widened = [&](int i, int64_t first) {
+  const auto converted = [&](int i, int64_t first) {
     return scratch + (i * steps + first / Factor<T>::kSize) * kBytes;
   };
-  const auto widen = [&](int i, int64_t first, int count) {
+  const auto convert = [&](int i, int64_t first, int count) {
     const int8_t* from = weight + i * l.weight_stride + first;
     for (int tile = 1; tile <= tiles_ahead; ++tile) {
       __builtin_prefetch(from + tile * kOuts * l.weight_stride, 0, 2);
     }
     const Factor<T> factor = load_factor_of<T>(from, count);
-    if (scratch) __builtin_memcpy(widened(i, first), &factor, kBytes);
+    if (scratch) __builtin_memcpy(converted(i, first), &factor, kBytes);
     return factor;
   };
   const auto load = [&](int i, int64_t first, int) {
-    return load_as<Factor<T>>(widened(i, first));
+    return load_as<Factor<T>>(converted(i, first));
   };
-  if (row == 0) return dots<kOuts, kTileRows, T>(widen, x, l.in_features, products);
+  if (row == 0) return dots<kOuts, kTileRows, T>(convert, x, l.in_features, products);
   dots<kOuts, kTileRows, T>(load, x, l.in_features, products);
 }
 
@@ -82,7 +83,7 @@ template <int kOuts, int kTileRows, typename T, typename W>
 void tile(const Linear& l, char* scratch, int64_t row, int64_t out) {
   const W* weight = static_cast<const W*>(l.weight) + out * l.weight_stride;
   const T* x = static_cast<const T*>(l.x) + row * l.x_stride;
-  // Whole vectors, which are scaled and rounded at once.
+  // The size is rounded up to whole vectors, which are rounded to T at once.
   constexpr int kSize = (kTileRows * kOuts + kLanes - 1) / kLanes * kLanes;
   float products[kSize] = {};
   T results[kSize];
@@ -99,7 +100,7 @@ void tile(const Linear& l, char* scratch, int64_t row, int64_t out) {
   }
 }
 
-// `count` rows, at most kTileRows.
+// Computes a tile of `count` rows of x, at most kTileRows.
 template <int kOuts, int kTileRows, typename T, typename W>
 void rows(const Linear& l, char* scratch, int64_t row, int64_t count, int64_t out) {
   if constexpr (kTileRows > 1) {
@@ -108,6 +109,7 @@ void rows(const Linear& l, char* scratch, int64_t row, int64_t count, int64_t ou
   tile<kOuts, kTileRows, T, W>(l, scratch, row, out);
 }
 
+// Computes kOuts outputs for all rows of x, in tiles of nearly equal numbers of rows.
 template <int kOuts, typename T, typename W>
 void outputs(const Linear& l, char* scratch, int64_t out) {
   const int64_t tiles = (l.rows + kRows - 1) / kRows, base = l.rows / tiles, more = l.rows % tiles;
@@ -128,11 +130,10 @@ void all_outputs(const Linear& l, char* scratch, int64_t begin, int64_t end) {
 template <typename T>
 void multiply(const Linear& l, char* scratch, int64_t begin, int64_t end) {
   if (l.scales) return all_outputs<kTileOuts, T, int8_t>(l, scratch, begin, end);
-  // In tiles, the more rows of the weight are read side by side, the nearer to what memory can give;
-  // but a tile of short ones is over too soon.
+  // More weight rows per tile use more of the memory bandwidth, unless the rows are short.
   if constexpr (kLanes == 16) {
     if (l.rows == 1) {
-      for (; begin + kLanes <= end; begin += kLanes) in_turn<T>(l, begin);
+      for (; begin + kLanes <= end; begin += kLanes) one_row<T>(l, begin);
     } else if (l.in_features * static_cast<int64_t>(sizeof(T)) >= 3072) {
       if (l.rows == 2) return all_outputs<8, T, T>(l, scratch, begin, end);
       return all_outputs<6, T, T>(l, scratch, begin, end);

@@ -1,4 +1,4 @@
-// A row is read from memory once, and then from the first of caches.
+// A row is read from memory once, and from L1 after that.
 #include "rms_norm.h"
 
 #include "vector.h"
@@ -6,8 +6,8 @@
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
-// The sum of term(first, count), vectors that are 0 past the end; four at a time, for each addition
-// waits for the one before it.
+// Returns the sum of the vectors term(first, count), whose lanes past the end are 0. Four
+// accumulators hide the latency of the additions.
 template <typename Term>
 INLINE float sum_of(int64_t size, Term term) {
   Vec sums[4] = {};
@@ -19,8 +19,8 @@ INLINE float sum_of(int64_t size, Term term) {
   return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// Each pass fetches what is not at hand yet, and no more than memory can send meanwhile: the first,
-// where y goes; the second, what the next row is read from.
+// The first pass prefetches the memory that y is written to; the second pass prefetches the inputs
+// of the next row. One row of prefetches per pass does not exceed the memory bandwidth.
 template <typename T>
 void norm_row(const RMSNorm& r, int64_t row) {
   const int64_t hidden = r.hidden;
@@ -56,8 +56,8 @@ void norm_row(const RMSNorm& r, int64_t row) {
   });
 }
 
-// Several rows at once, for the sums that become dweight are read and written once for all of them.
-// Each pass fetches as forward's do.
+// Processes several rows at once, so that the partial sums of dweight are read and written once for
+// all of them. Each pass prefetches as in the forward.
 template <typename T, int Rows>
 void backward_rows(const RMSNormBackward& r, int64_t row, float* partial) {
   const T *dy[Rows], *dh[Rows], *h[Rows], *weight = static_cast<const T*>(r.weight);

@@ -1,4 +1,5 @@
-// See mistral_kernels/ops/rms_norm.py. Strides are of rows, in elements; what is absent is null.
+// RMSNorm; see mistral_kernels/ops/rms_norm.py. Strides are between rows, in elements. Pointers to
+// absent tensors are null.
 #pragma once
 
 #include "../../dtype.h"
@@ -24,13 +25,13 @@ struct RMSNormBackward {
   DType dtype;
 };
 
-// Rows [begin, end).
+// Computes rows [begin, end).
 FOR_EACH_INSTRUCTION_SET(void rms_norm(const RMSNorm&, int64_t begin, int64_t end))
 
-// Blocks [begin, end) of rows, each of which leaves one row of `partial`.
+// Computes blocks [begin, end) of rows_of_block rows. Each block writes one row of `partial`.
 FOR_EACH_INSTRUCTION_SET(void rms_norm_backward(const RMSNormBackward&, int64_t begin, int64_t end))
 
-// Columns [begin, end) of dweight, the sum of the rows of `partial`.
+// Computes columns [begin, end) of dweight: the sum of the rows of `partial`.
 FOR_EACH_INSTRUCTION_SET(void rms_norm_dweight(const RMSNormBackward&, int64_t blocks,
                                                void* dweight, int64_t begin, int64_t end))
 

@@ -5,7 +5,8 @@
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
-// Copies `count` tokens that follow one another on both sides, in the largest pieces there are.
+// Copies `count` tokens from consecutive tokens to consecutive slots, with as few memcpy calls as
+// the strides allow.
 template <typename T>
 void copy_tokens(const Heads& from, int64_t token, const Heads& to, Slot slot, int64_t count,
                  const Update& u) {
@@ -45,7 +46,7 @@ void update(const Update& u, int64_t sequence, int64_t begin, int64_t end) {
                  u.head_dim, u.interleaved, 1.0f);
   }
   while (begin < end && !is_kept(begin - start, count, u.capacity)) ++begin;
-  while (begin < end) {  // tokens whose slots follow one another
+  while (begin < end) {  // copy runs of tokens with consecutive slots
     const Slot slot = slot_at(begin);
     const int64_t left = end - begin, free = u.page_size - slot.token;
     const int64_t run = left < free ? left : free;

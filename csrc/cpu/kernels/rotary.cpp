@@ -14,7 +14,7 @@ TokenHeads<T> heads_of(const Rotated& r, int64_t token) {
 }  // namespace
 
 void rotary(const Rotary& r, int64_t begin, int64_t end) {
-  const float sign = r.backwards ? -1.0f : 1.0f;
+  const float sign = r.inverse ? -1.0f : 1.0f;
   with_type<ExactBFloat16>(r.dtype, [&](auto number) {
     using T = decltype(number);
     for (int64_t token = begin; token < end; ++token) {

@@ -1,4 +1,4 @@
-// See mistral_kernels/ops/rotary.py. Strides are in elements.
+// The rotary embedding; see mistral_kernels/ops/rotary.py. Strides are in elements.
 #pragma once
 
 #include "../../dtype.h"
@@ -7,7 +7,7 @@
 
 namespace kernels {
 
-// The heads of every token, and where they go: elsewhere, or to where they are.
+// The heads of every token and their output. `out` may be `x`.
 struct Rotated {
   Heads x, out;
   int64_t heads;
@@ -16,9 +16,9 @@ struct Rotated {
 struct Rotary {
   Rotated q, k;  // either may have no heads
   const float *cos, *sin;
-  int64_t cos_stride, sin_stride;  // of a position
+  int64_t cos_stride, sin_stride;  // between positions
   const void* positions;           // int32 or int64
-  bool wide_positions, interleaved, backwards;
+  bool wide_positions, interleaved, inverse;
   int64_t head_dim;
   DType dtype;
 
@@ -28,7 +28,7 @@ struct Rotary {
   }
 };
 
-// Tokens [begin, end).
+// Rotates tokens [begin, end).
 FOR_EACH_INSTRUCTION_SET(void rotary(const Rotary&, int64_t begin, int64_t end))
 
 }  // namespace kernels

@@ -1,5 +1,5 @@
 // The rotation of one token's heads, in one instruction set. Each product is rounded before the two
-// are added, and so is each result, subnormal or not: the bits are those of every other backend.
+// are added, and subnormal results are kept, so that results are bit-identical on every backend.
 #pragma once
 
 #include "vector.h"
@@ -7,10 +7,10 @@
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
-constexpr int kBlock = 256;  // numbers of x, whose angles are at hand for all heads
-constexpr int kAhead = 16;   // heads further on, which are prefetched
+constexpr int kBlock = 256;      // channels per block; all heads share the angles of a block
+constexpr int kFetchAhead = 16;  // heads
 
-// Heads of one token, and where they go: elsewhere, or to where they are. Strides in elements.
+// The heads of one token and their output. `out` may be `x`. Strides are in elements.
 template <typename T>
 struct TokenHeads {
   const T* x;
@@ -18,27 +18,28 @@ struct TokenHeads {
   int64_t heads, x_stride, out_stride;
 };
 
-// Of one token: cosines and sines of pairs, or interleaved: what a number and its partner in the
-// pair are multiplied by.
+// The angles of one token for a block of channels. Half-split: the cosine and sine of each pair.
+// Interleaved: for each channel, the factors of the channel itself and of its partner in the pair.
 struct Angles {
   float cos[kBlock], sin[kBlock];
 };
 
-INLINE Vec swap_neighbours(Vec x) {
+INLINE Vec swap_pairs(Vec x) {
   typedef uint64_t LongVec __attribute__((vector_size(4 * kLanes)));
   const LongVec pairs = (LongVec)x;
   return (Vec)(pairs << 32 | pairs >> 32);
 }
 
-// `count` numbers from `first` on of every head; half-split, as many half a head further on.
+// Rotates channels [first, first + count) of every head. Half-split, their partners are `half`
+// channels further on; interleaved, `half` is 0.
 template <typename T>
 void rotate_block(const TokenHeads<T>& t, int64_t first, int count, int64_t half,
                   const Angles& angles) {
   for (int64_t head = 0; head < t.heads; ++head) {
     const T* x = t.x + head * t.x_stride + first;
     T* out = t.out + head * t.out_stride + first;
-    const T* next = x + kAhead * t.x_stride;
-    T* next_out = out + kAhead * t.out_stride;
+    const T* next = x + kFetchAhead * t.x_stride;
+    T* next_out = out + kFetchAhead * t.out_stride;
     for_each_vector(count, [&](int64_t i, int lanes) {
       __builtin_prefetch(next + i, 0, 2);
       __builtin_prefetch(next_out + i, 1, 2);
@@ -50,13 +51,13 @@ void rotate_block(const TokenHeads<T>& t, int64_t first, int count, int64_t half
         store(out + i, a * cos - b * sin, lanes);
         store(out + half + i, b * cos + a * sin, lanes);
       } else {
-        store(out + i, a * cos + swap_neighbours(a) * sin, lanes);
+        store(out + i, a * cos + swap_pairs(a) * sin, lanes);
       }
     });
   }
 }
 
-// Rotates the heads of q and k by one position's cosines and sines; by sign * angle.
+// Rotates the heads of q and k by sign * angle, given the cosines and sines of one position.
 template <typename T>
 void rotate_token(const TokenHeads<T>& q, const TokenHeads<T>& k, const float* cos,
                   const float* sin, int64_t head_dim, bool interleaved, float sign) {

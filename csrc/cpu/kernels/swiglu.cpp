@@ -5,14 +5,15 @@
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
-// 1 + e^-gate, as exact as the results can show.
+// Returns 1 + e^-gate. The argument's type T is the dtype that results are rounded to; for 16-bit
+// dtypes an approximate exponential is sufficient.
 INLINE Vec inverse_sigmoid(const float*, Vec gate) { return 1.0f + exp(-gate); }
 template <typename T>
 INLINE Vec inverse_sigmoid(const T*, Vec gate) {
   return 1.0f + rough_exp(-gate);
 }
 
-// body(row, first, count): what of [begin, end) lies in each row.
+// Calls body(row, first, count) for the part of elements [begin, end) in each row.
 template <typename Body>
 INLINE void for_each_row(int64_t cols, int64_t begin, int64_t end, Body body) {
   int64_t row = begin / cols, first = begin % cols;

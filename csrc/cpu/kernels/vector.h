@@ -1,11 +1,13 @@
-// Vectors of float32 in one instruction set: that of the compiler's flags.
+// Vectors of float32 in the instruction set of the compiler flags.
 //
-// ops/compiler.py compiles every kernel once for each instruction set, with INSTRUCTION_SET its name;
-// instruction_sets.h chooses among them at run time. So that the linker never takes one's code for
-// another's, all here has internal linkage, and kernels include nothing of the standard library
-// but types: an inline function compiled for AVX-512 must not end up being called everywhere.
+// ops/compiler.py compiles every kernel once per instruction set and defines INSTRUCTION_SET as its
+// name; instruction_sets.h selects one at run time. The linker must not replace code compiled for
+// one set by code compiled for another, for example an inline function by its AVX-512 version.
+// Therefore everything here has internal linkage, and kernels use only types of the standard
+// library.
 //
-// Nothing is contracted: a product is rounded before it is added, but in fma where there is one.
+// The compiler does not contract a * b + c: a product is rounded before it is added, except in
+// fma(), where the instruction set has it.
 #pragma once
 
 #include "../../dtype.h"
@@ -31,7 +33,7 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;  // SSE2, NEON
 #endif
 
-// Arithmetic, comparisons and a ? b : c work on these as on numbers, and casts keep the bits.
+// GCC and Clang vectors: operators and a ? b : c are elementwise; casts keep the bits.
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t UintVec __attribute__((vector_size(4 * kLanes)));
@@ -45,7 +47,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-struct ExactBFloat16 : BFloat16 {};  // subnormal numbers stay what they are
+struct ExactBFloat16 : BFloat16 {};  // stored without flushing subnormal numbers to zero
 
 INLINE Vec splat(float x) { return x - Vec{}; }
 
@@ -61,7 +63,7 @@ INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// Of two numbers; NaN where b is.
+// Elementwise maximum; NaN where b is NaN.
 INLINE Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(a, b);
@@ -90,12 +92,12 @@ INLINE float sum(Vec x) {
 #endif
 }
 
-// results[i] = sum(x[i]), to the bit.
+// Stores sum(x[i]) in results[i], with the same bits as sum().
 template <int kCount>
 INLINE void sums(const Vec (&x)[kCount], float* results) {
 #if defined(__AVX512F__)
   if constexpr (kCount == 16) {
-    // Halves are added, then their halves, and what two vectors leave free goes into one.
+    // Each step adds the halves of two vectors and packs both results into one vector.
     __m512 blocks[4], pairs[2];
     for (int i = 0; i < 4; ++i) {
       __m512 quarters[2];
@@ -129,24 +131,24 @@ INLINE float max(Vec x) {
 #endif
 }
 
-// 2^n, n in [-126, 127].
+// Returns 2^n for n in [-126, 127].
 INLINE Vec power_of_2(IntVec n) { return (Vec)((UintVec)(n + 127) << 23); }
 
-// n: whole numbers in [-252, 254].
+// Returns x 2^n for integers n in [-252, 254].
 INLINE Vec times_power_of_2(Vec x, Vec n) {
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(x, n);
 #else
-  // In two steps, for the ends of the range: 2^128 overflows by itself, 2^-149 vanishes.
+  // Two factors are needed, because 2^128 overflows and 2^-149 underflows.
   const IntVec whole = __builtin_convertvector(n, IntVec), half = whole >> 1;
   return x * power_of_2(half) * power_of_2(whole - half);
 #endif
 }
 
-// To about one unit in the last place over all float32: 0 and infinity beyond, NaN of NaN.
+// Returns e^x, accurate to about 1 ulp, with underflow to 0, overflow to infinity, and NaN for NaN.
 INLINE Vec exp(Vec x) {
   x = min(splat(89.0f), max(splat(-104.0f), x));
-  // 2^n e^r with |r| <= ln(2) / 2. Adding this number rounds to an integer.
+  // e^x = 2^n e^r with |r| <= ln(2) / 2. Adding and subtracting `rounder` rounds to an integer.
   const Vec rounder = splat(0x1.8p23f);
   const Vec n = x * 0x1.715476p0f + rounder - rounder;
   Vec r = fma(n, splat(-0.693359375f), x);  // exact, with or without fma
@@ -160,7 +162,8 @@ INLINE Vec exp(Vec x) {
   return times_power_of_2(p, n);
 }
 
-// For what is rounded to 16 bits: to 2^-18 or, where |x| is large, x 2^-24.
+// Returns e^x for results that are rounded to 16 bits, with a relative error of 2^-18 or, for large
+// |x|, |x| 2^-24.
 INLINE Vec rough_exp(Vec x) {
   x = min(splat(89.0f), max(splat(-104.0f), x));
   const Vec rounder = splat(0x1.8p23f), power = x * 0x1.715476p0f;
@@ -172,7 +175,8 @@ INLINE Vec rough_exp(Vec x) {
   return times_power_of_2(p, n);
 }
 
-// Near 0, where 1 - 2 / (e^2x + 1) cancels, a polynomial fitted to a relative error of 4e-8.
+// Near 0, where 1 - 2 / (e^2x + 1) suffers from cancellation, a polynomial with a relative error of
+// 4e-8 is used.
 INLINE Vec tanh(Vec x) {
   const Vec square = x * x;
   Vec p = fma(splat(0.0164375f), square, splat(-0.05267176f));
@@ -193,7 +197,7 @@ INLINE To load_as(const From* x) {
 INLINE Vec load(const float* x) { return load_as<Vec>(x); }
 INLINE void store(float* to, Vec x) { __builtin_memcpy(to, &x, sizeof x); }
 
-// GCC would widen and narrow 16 numbers half by half.
+// Intrinsics, because GCC converts 16 numbers in two halves.
 INLINE UintVec widened(ShortVec x) {
 #if defined(__AVX512F__)
   return (UintVec)_mm512_cvtepu16_epi32((__m256i)x);
@@ -212,7 +216,7 @@ INLINE ShortVec narrowed(UintVec x) {
 
 INLINE Vec load(const BFloat16* x) { return (Vec)(widened(load_as<ShortVec>(x)) << 16); }
 
-// Rounded to the nearest, ties to even.
+// Rounds to nearest, ties to even.
 INLINE void store(ExactBFloat16* to, Vec x) {
   const UintVec bits = (UintVec)x;
   const UintVec nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -221,7 +225,7 @@ INLINE void store(ExactBFloat16* to, Vec x) {
   __builtin_memcpy(to, &rounded, sizeof rounded);
 }
 
-// The processor's own instruction makes subnormals zero.
+// The AVX-512 BF16 instruction flushes subnormal numbers to zero.
 INLINE void store(BFloat16* to, Vec x) {
 #if defined(__AVX512BF16__)
   const auto rounded = _mm512_cvtneps_pbh(x);
@@ -241,7 +245,8 @@ INLINE Vec load(const Half* x) {
 #else
   const UintVec bits = __builtin_convertvector(load_as<ShortVec>(x), UintVec);
   const UintVec magnitude = bits & 0x7fffu;
-  // The exponent of a normal number, of infinity and NaN is moved; 0.5 aligns a subnormal's bits.
+  // Normal numbers, infinity and NaN: rebias the exponent. Subnormal numbers: subtracting 0.5
+  // normalizes them.
   const Vec normal = (Vec)((magnitude << 13) + (0xe0u << 23)) * 0x1.0p-112f;
   const Vec subnormal = (Vec)(magnitude | (126u << 23)) - 0.5f;
   const Vec x_abs = magnitude < 0x400u ? subnormal : normal;
@@ -257,8 +262,8 @@ INLINE void store(Half* to, Vec x) {
 #elif defined(__aarch64__)
   const auto rounded = vcvt_f16_f32(x);
 #else
-  // Past the largest number, infinity. Adding 2^(e + 13), or 2^-1 for the subnormal, rounds to the
-  // bits that Half has and leaves them lowest.
+  // The scaling overflows to infinity past the largest Half. Adding 2^(e + 13), or 2^-1 for
+  // subnormal numbers, rounds to the precision of Half and moves its bits to the lowest ones.
   const UintVec bits = (UintVec)x, magnitude = bits & 0x7fffffffu;
   const Vec scaled = abs(x) * 0x1.0p112f * 0x1.0p-110f;
   UintVec exponent = (bits << 1) & 0xff000000u;
@@ -277,7 +282,7 @@ INLINE Vec load(const int8_t* x) {
 #elif defined(__AVX2__)
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load_as<int64_t>(x))));
 #elif defined(__x86_64__)
-  // Four copies of each byte, of which the highest stays.
+  // Unpack four copies of each byte; the arithmetic shift keeps the highest, sign-extended.
   __m128i bytes = _mm_cvtsi32_si128(load_as<int32_t>(x));
   bytes = _mm_unpacklo_epi8(bytes, bytes);
   return _mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(bytes, bytes), 24));
@@ -287,7 +292,7 @@ INLINE Vec load(const int8_t* x) {
 #endif
 }
 
-// To what T can hold.
+// Returns x rounded to T.
 template <typename T>
 INLINE Vec rounded(Vec x) {
   T whole[kLanes];
@@ -295,7 +300,7 @@ INLINE Vec rounded(Vec x) {
   return load(whole);
 }
 
-// The first `count` numbers, and zeros.
+// Loads `count` numbers; further lanes are 0.
 template <typename T>
 INLINE Vec load(const T* x, int count) {
   if (count == kLanes) return load(x);
@@ -312,7 +317,7 @@ INLINE void store(T* to, Vec x, int count) {
   __builtin_memcpy(to, whole, count * sizeof(T));
 }
 
-// body(number) with a number of the dtype's type; of bfloat16, Brain.
+// Returns body(number), called with a value of the type for this dtype; Brain for bfloat16.
 template <typename Brain = BFloat16, typename Body>
 INLINE auto with_type(DType dtype, Body body) {
   switch (dtype) {
@@ -322,7 +327,7 @@ INLINE auto with_type(DType dtype, Body body) {
   }
 }
 
-// body(first, count) for vectors of kLanes numbers, and for what is left.
+// Calls body(first, count) for each vector of kLanes numbers, and for the remainder.
 template <typename Body>
 INLINE void for_each_vector(int64_t size, Body body) {
   int64_t first = 0;
