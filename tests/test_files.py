@@ -1,4 +1,4 @@
-"""Files that come from elsewhere: irregular, too large, or malformed."""
+"""Untrusted files: irregular, too large, or malformed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mistral_kernels.utils.files import (
 )
 
 
-def test_regular_files_and_links_to_them(tmp_path):
+def test_regular_files_and_links_are_read(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"\xef\xbb\xbfa\r\nb")
     link = tmp_path / "link"
@@ -27,7 +27,7 @@ def test_regular_files_and_links_to_them(tmp_path):
     assert read_text(link) == "a\r\nb"
 
 
-def test_nothing_but_regular_files(tmp_path):
+def test_other_kinds_of_files_are_refused(tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     listener = socket.socket(socket.AF_UNIX)
@@ -52,8 +52,8 @@ def test_nothing_but_regular_files(tmp_path):
         assert not is_taken(tmp_path / target / "x")
 
 
-def test_a_new_file_in_the_place_of_another(tmp_path):
-    """Neither wait for a FIFO nor write through a link; keep a folder."""
+def test_created_files_replace_other_files(tmp_path):
+    """`create_anew` does not block on a FIFO or write through a link, and it keeps folders."""
     mine, new = tmp_path / "mine", tmp_path / "new"
     mine.write_text("mine")
     ways = (lambda: None, new.touch, lambda: os.mkfifo(new), lambda: new.symlink_to(mine))
@@ -70,7 +70,7 @@ def test_a_new_file_in_the_place_of_another(tmp_path):
         create_anew(new)
 
 
-def test_size_is_bounded(tmp_path):
+def test_large_files_are_refused(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"x" * 11)
     with pytest.raises(CheckpointError, match=r"file must have at most 10 bytes, got 11$"):
@@ -91,7 +91,7 @@ def test_size_is_bounded(tmp_path):
         (b"null", "must be a JSON object, got NoneType"),
     ],
 )
-def test_no_json_object(tmp_path, contents, message):
+def test_contents_that_are_not_a_json_object(tmp_path, contents, message):
     file = tmp_path / "file.json"
     file.write_bytes(contents)
     with pytest.raises(CheckpointError) as caught:
@@ -121,7 +121,7 @@ SCHEMA = {
         {"tokens": {"first": "x", "...": 1, "other": {"id": 2, "y": "z"}}},
     ],
 )
-def test_what_the_schema_admits(tmp_path, contents):
+def test_contents_that_match_the_schema(tmp_path, contents):
     file = tmp_path / "file.json"
     file.write_text(json.dumps(contents))
     assert read_json(file, SCHEMA) == contents
@@ -148,7 +148,7 @@ def test_what_the_schema_admits(tmp_path, contents):
         ('{"tokens": {"other": {"id": "x"}}}', "tokens.other.id must be an integer, got 'x'"),
     ],
 )
-def test_what_the_schema_refuses(tmp_path, contents, message):
+def test_contents_that_do_not_match_the_schema(tmp_path, contents, message):
     file = tmp_path / "file.json"
     file.write_text(contents)
     with pytest.raises(CheckpointError) as caught:

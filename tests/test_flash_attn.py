@@ -1,4 +1,4 @@
-"""flash-attn's names: arguments and returns as there, on top of `attention`."""
+"""Tests of the functions of flash-attn 2: arguments, results, gradients and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make(kind, device, dtype=torch.float32, seqlen=40, heads=(4, 2), head_dim=16
 
 
 def call(kind, varlen, q, kv, *args, **options):
-    """Return the function of a kind; varlen takes the same inputs one after the other."""
+    """Call the function of a kind; with `varlen`, on the same sequences as a packed batch."""
     lengths = ()
     if varlen:
         batch, seqlen = q.shape[:2]
@@ -77,14 +77,14 @@ def test_gradients(kind, varlen, device, torch_backend):
         torch.testing.assert_close(a, b)
 
 
-def test_a_last_dimension_that_is_not_contiguous(device):
+def test_last_dimension_need_not_be_contiguous(device):
     q, kv = make("plain", device)
     k, v = kv.unbind(2)
     strided = [torch.stack((x, x), -1)[..., 0] for x in (q, k, v)]
     assert torch.equal(mk.flash_attn_func(*strided), mk.flash_attn_func(q, k, v))
 
 
-ORDER = "softmax_scale must be a number, got {}; arguments are in flash-attn 2's order, .* 3 and 4"
+ORDER = "softmax_scale must be a number, got {}; the order of arguments is .* 3 and 4"
 Q, KV = torch.ones(2, 5, 4, 8), torch.ones(2, 5, 2, 2, 8)
 K = KV[:, :, 0]
 CU = torch.tensor([0, 4, 10], dtype=torch.int32)
@@ -101,41 +101,42 @@ def varlen(cu_q=CU, cu_k=CU, max_q=6, max_k=6, *args, **options):
         (
             lambda: mk.flash_attn_func(Q, K, K, Q),
             TypeError,
-            "dropout_p must .* a tensor;",
+            "dropout_p must .* a tensor; the order",
         ),
         (
             lambda: varlen(CU, CU, 6, 6, Q),
             TypeError,
-            "dropout_p must .* a tensor;",
+            "dropout_p must .* a tensor; the order",
         ),
         (lambda: mk.flash_attn_func(Q, K, K, 0.1), NotImplementedError, "dropout_p must be 0"),
-        # flash-attn 3: (q, k, v, softmax_scale, causal); 4: (q, k, v, qv, gather, softmax_scale,
-        # causal). After the lengths, 3 has seqused_q, seqused_k, softmax_scale, causal.
+        # Order of arguments in flash-attn 3: (q, k, v, softmax_scale, causal); in flash-attn 4:
+        # (q, k, v, qv, gather, softmax_scale, causal). In the varlen function of flash-attn 3,
+        # seqused_q, seqused_k, softmax_scale and causal follow the lengths.
         (lambda: mk.flash_attn_func(Q, K, K, None, True), TypeError, ORDER.format("True")),
         (lambda: mk.flash_attn_func(Q, K, K, 0.25, True), TypeError, ORDER.format("True")),
         (lambda: mk.flash_attn_func(Q, K, K, softmax_scale=True), TypeError, ORDER.format("True")),
-        (lambda: mk.flash_attn_func(Q, K, K, 0.25), NotImplementedError, "0, got 0.25: .* 3 and 4"),
-        (lambda: mk.flash_attn_func(Q, K, K, None, None, 0.25), TypeError, "causal .* 0.25; a"),
+        (lambda: mk.flash_attn_func(Q, K, K, 0.25), NotImplementedError, "0, got 0.25; .* 3 and 4"),
+        (lambda: mk.flash_attn_func(Q, K, K, None, None, 0.25), TypeError, "causal .* 0.25; the"),
         (lambda: mk.flash_attn_func(Q, K, K, None, None, None, True), TypeError, "causal .* None;"),
-        (lambda: varlen(CU, CU, 6, 6, None, None, 0.25), TypeError, "causal must .* 0.25; arg"),
-        (lambda: varlen(CU, CU, 6, 6, None, None, 1.0), TypeError, "causal must .*, got 1.0; arg"),
+        (lambda: varlen(CU, CU, 6, 6, None, None, 0.25), TypeError, "causal must .* 0.25; the"),
+        (lambda: varlen(CU, CU, 6, 6, None, None, 1.0), TypeError, "causal must .*, got 1.0; the"),
         (lambda: mk.flash_attn_kvpacked_func(Q, KV, None, True), TypeError, ORDER.format("True")),
         (lambda: mk.flash_attn_func(Q, K, K, 0.0, "1"), TypeError, ORDER.format("'1'")),
         (lambda: varlen(dropout_p=0.1), NotImplementedError, "dropout_p must be 0, got 0.1"),
-        (lambda: varlen(block_table=CU), NotImplementedError, "block_table: paged keys"),
-        (lambda: mk.flash_attn_kvpacked_func(Q, K), ValueError, r"kv must have 5 dimensions and 2"),
-        (lambda: mk.flash_attn_qkvpacked_func(KV), ValueError, r"qkv must have 5 dim.* and 3 at"),
+        (lambda: varlen(block_table=CU), NotImplementedError, "block_table must be None"),
+        (lambda: mk.flash_attn_kvpacked_func(Q, K), ValueError, "kv must have 5 .* size 2 in dim"),
+        (lambda: mk.flash_attn_qkvpacked_func(KV), ValueError, "qkv must have 5 .* size 3 in dim"),
         (lambda: mk.flash_attn_func(Q, K, K, window_size=(-2, 0)), ValueError, r"got \(-2, 0\)"),
         (lambda: varlen(CU.long()), TypeError, "cu_seqlens_q must be torch.int32, got torch.int64"),
         (lambda: varlen([0, 10]), TypeError, "cu_seqlens_q must be a tensor, got list"),
         (lambda: varlen(cu_k=CU[None]), ValueError, r"cu_seqlens_k must be .*, got \(1, 3\)"),
         (lambda: varlen(cu_k=CU.to("meta")), ValueError, "cu_seqlens_k must be on cpu like q"),
-        (lambda: varlen(cu_k=CU[:2]), ValueError, "cu_seqlens_k must be of 2 sequences .* got 1"),
+        (lambda: varlen(cu_k=CU[:2]), ValueError, "cu_seqlens_k must have 2 sequences .* got 1"),
         (lambda: varlen(CU.flip(0)), ValueError, r"cu_seqlens_q must begin with 0 and never"),
         (lambda: varlen(CU + 1), ValueError, r"cu_seqlens_q must begin with 0 .* \[1, 5, 11\]"),
-        (lambda: varlen(CU * 2, max_q=99), ValueError, "cu_seqlens_q ends at 20, past the 10 tok"),
-        (lambda: varlen(max_q=5), ValueError, "max_seqlen_q is 5, but a sequence .* has 6 tokens"),
-        (lambda: varlen(max_k=5), ValueError, "max_seqlen_k is 5, but a sequence .* has 6 tokens"),
+        (lambda: varlen(CU * 2, max_q=99), ValueError, "cu_seqlens_q must end within the 10 tok"),
+        (lambda: varlen(max_q=5), ValueError, "max_seqlen_q must be at least 6, .*, got 5"),
+        (lambda: varlen(max_k=5), ValueError, "max_seqlen_k must be at least 6, .*, got 5"),
         (lambda: varlen(max_k=5.0), TypeError, "max_seqlen_k must be an integer, got float"),
     ],
 )
@@ -144,11 +145,11 @@ def test_bad_input(function, error, message):
         function()
 
 
-def test_offsets_changed_in_place_are_read_again(device):
+def test_modified_cu_seqlens_are_read_again(device):
     cu_seqlens = torch.tensor([0, 4, 10], dtype=torch.int32)
     varlen(cu_seqlens, cu_seqlens)
     cu_seqlens[1] = 1
-    with pytest.raises(ValueError, match="a sequence of cu_seqlens_q has 9 tokens"):
+    with pytest.raises(ValueError, match="max_seqlen_q must be at least 9"):
         varlen(cu_seqlens, cu_seqlens)
 
 

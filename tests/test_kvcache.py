@@ -1,4 +1,4 @@
-"""flash_attn_with_kvcache against attention over keys that plain indexing gathers."""
+"""Tests of flash_attn_with_kvcache against attention over keys gathered by plain indexing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float6
 TENSORS = ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin")
 DEFINED = ("softmax_scale", "causal", "window_size", "softcap")
 
-# Each case has kernels of its own: compiled, that takes too long, and interpreted, minutes.
+# Each case needs different kernels. Compiling them takes too long; interpreted they take minutes.
 KERNELS = [pytest.mark.kernels, pytest.mark.interpreted, pytest.mark.slow]
 on_both_backends = pytest.mark.parametrize(
     "backend", ["torch", pytest.param("triton", marks=KERNELS)], indirect=True
@@ -48,13 +48,11 @@ def make_arguments(
     alibi=None,
     **options,
 ):
-    """Random arguments of `flash_attn_with_kvcache`.
+    """Return random arguments of `flash_attn_with_kvcache`.
 
-    Args:
-        cached: `cache_seqlens`, one a sequence; a number or None goes as it is, for 3 sequences.
-        page_size: in place of a flat cache, pages of that size in random order, some of them free.
-        tables: the dtype of the rotary tables, q's if None.
-        alibi: "shared" or "per-batch".
+    `cached` is `cache_seqlens`: a tuple with one length per sequence, or a number or None for 3
+    sequences. `page_size` selects a cache of pages in random order, of which some are unused.
+    `tables` is the dtype of the rotary tables; None for q's. `alibi` is "shared" or "per-batch".
     """
     (num_heads, num_kv_heads), batch = heads, len(cached) if isinstance(cached, tuple) else 3
 
@@ -70,7 +68,7 @@ def make_arguments(
         block_table = [block_table[i * pages :][:pages] for i in range(batch)]
     cos = sin = slopes = None
     if rotary_dim is not None:
-        # Of any size: not from an angle, so that cosines and sines are told apart.
+        # Random numbers instead of cosines and sines: exchanging the tables changes the result.
         cos, sin = torch.randn(2, capacity + seqlen_q, rotary_dim // 2, device=device).to(
             tables or dtype
         )
@@ -95,7 +93,7 @@ def make_arguments(
 
 
 class Definition:
-    """What a call must leave in the caches, and what its queries then attend to."""
+    """Expected caches and attention of a call, computed by plain indexing."""
 
     def __init__(self, arguments):
         a = self.arguments = arguments
@@ -110,27 +108,27 @@ class Definition:
         self.options = {name: a[name] for name in DEFINED if name in a}
         window = self.options.get("window_size", (-1, -1))
         self.local = self.options.get("causal", False) or tuple(window) != (-1, -1)
-        self.q = self.turned(a["q"], 1 if self.local else 0)
+        self.q = self.rotated(a["q"], 1 if self.local else 0)
         self.caches = [a["k_cache"].clone(), a["v_cache"].clone()]
-        for cache, x in zip(self.caches, (self.turned(a["k"], 1), a["v"]), strict=True):
+        for cache, x in zip(self.caches, (self.rotated(a["k"], 1), a["v"]), strict=True):
             for i, length in enumerate(self.cached if self.new else ()):
-                cache[self.places(i, range(length, length + self.new))] = x[i]
+                cache[self.slots(i, range(length, length + self.new))] = x[i]
 
-    def turned(self, x, step):
-        """x at positions `cached`, `cached + step`, ..."""
+    def rotated(self, x, step):
+        """Return x rotated to positions `cached`, `cached + step`, ..."""
         a = self.arguments
         if x is None or a["rotary_cos"] is None:
             return x
         cos, sin = a["rotary_cos"].float(), a["rotary_sin"].float()
         index = torch.arange(x.shape[1], device=x.device)
         positions = torch.tensor(self.cached, device=x.device)[:, None] + step * index
-        some = x[..., : 2 * cos.shape[1]]
+        channels = x[..., : 2 * cos.shape[1]]
         interleaved = a.get("rotary_interleaved", True)
-        some, _ = reference.apply_rotary(some, some, cos, sin, positions, interleaved)
-        return torch.cat((some, x[..., 2 * cos.shape[1] :]), -1)
+        channels, _ = reference.apply_rotary(channels, channels, cos, sin, positions, interleaved)
+        return torch.cat((channels, x[..., 2 * cos.shape[1] :]), -1)
 
-    def places(self, sequence, positions):
-        """Where a cache holds these positions of a sequence: the rows, or pages, and the slots."""
+    def slots(self, sequence, positions):
+        """Return the index of a sequence's positions in a cache: row or pages, and slots."""
         rows, table = self.arguments["cache_batch_idx"], self.arguments["block_table"]
         if table is None:
             return sequence if rows is None else int(rows[sequence]), list(positions)
@@ -145,7 +143,7 @@ class Definition:
         return range(0 if leftpad is None else min(int(leftpad[sequence]), end), end)
 
     def seen(self, sequence):
-        """Return the positions that some query sees."""
+        """Return the positions that at least one query sees."""
         span = self.span(sequence)
         window = self.options.get("window_size", (-1, -1))
         causal = self.options.get("causal", False)
@@ -153,18 +151,18 @@ class Definition:
         return [span[key] for key in mask.any(0).nonzero().flatten().tolist()]
 
     def attend(self, attention, dtype):
-        """`attention` in `dtype`, sequence by sequence."""
+        """Compute `attention` in `dtype`, sequence by sequence."""
         results, slopes = [], self.arguments["alibi_slopes"]
         for i in range(len(self.cached)):
-            keys, values = (cache[self.places(i, self.span(i))][None] for cache in self.caches)
+            keys, values = (cache[self.slots(i, self.span(i))][None] for cache in self.caches)
             own = slopes if slopes is None or slopes.ndim == 1 else slopes[i : i + 1]
-            text = (x.to(dtype) for x in (self.q[i : i + 1], keys, values))
-            results.append(attention(*text, **self.options, alibi_slopes=own))
+            qkv = (x.to(dtype) for x in (self.q[i : i + 1], keys, values))
+            results.append(attention(*qkv, **self.options, alibi_slopes=own))
         return [torch.cat(x) for x in zip(*results, strict=True)]
 
 
-def check(arguments):
-    """Check the caches to the bit, out and the log-sum-exp against plain PyTorch's error."""
+def check_call(arguments):
+    """Check that caches are bitwise right, and results as accurate as plain PyTorch."""
     definition = Definition(arguments)
     dtype = arguments["q"].dtype
     kept = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor)}
@@ -176,13 +174,13 @@ def check(arguments):
     exact, exact_lse = definition.attend(reference.attention, F64)
     plain, _ = definition.attend(eager, dtype)
     _, plain_lse = definition.attend(reference.attention, torch.promote_types(dtype, F32))
-    blind = exact_lse.isneginf()
-    assert torch.equal(lse.isneginf(), blind)
-    assert (out.transpose(1, 2)[blind] == 0).all()
+    no_keys = exact_lse.isneginf()
+    assert torch.equal(lse.isneginf(), no_keys)
+    assert (out.transpose(1, 2)[no_keys] == 0).all()
     assert_as_accurate(out, plain, exact, "out")
-    if not uses_triton(out):  # where nobody asks for the log-sum-exp, other code gives the output
+    if not uses_triton(out):  # other code computes the output without the log-sum-exp
         assert_as_accurate(flash_attn_with_kvcache(**arguments), plain, exact, "out alone")
-    lses = (x.masked_fill(blind, 0.0) for x in (lse, plain_lse, exact_lse))
+    lses = (x.masked_fill(no_keys, 0.0) for x in (lse, plain_lse, exact_lse))
     assert_as_accurate(*lses, "softmax_lse")
     return out, lse
 
@@ -193,8 +191,8 @@ CASES = {
     "mqa": {"heads": (4, 1)},
     "head-dim-24": {"head_dim": 24, "new": 2},
     "head-dim-128": {"head_dim": 128, "new": 2},
-    "head-dim-20": {"head_dim": 20, "new": 2},  # csrc takes multiples of 8
-    # Which keys.
+    "head-dim-20": {"head_dim": 20, "new": 2},  # csrc supports multiples of 8 only
+    # Keys in the cache.
     "all-of-the-cache": {"cached": None},
     "one-number": {"cached": 77},
     "numbers-from-0": {"cached": 0, "new": 5},
@@ -219,13 +217,13 @@ CASES = {
     # Rotary embedding.
     "interleaved": {"new": 3, "rotary_dim": 64, "causal": True},
     "half-split": {"new": 3, "rotary_dim": 64, "causal": True, "rotary_interleaved": False},
-    "all-at-one-place": {"new": 1, "rotary_dim": 64},
-    "turned-in-a-window": {"new": 3, "rotary_dim": 64, "window_size": (30, 40)},
+    "all-at-one-position": {"new": 1, "rotary_dim": 64},
+    "rotated-in-a-window": {"new": 3, "rotary_dim": 64, "window_size": (30, 40)},
     "partial": {"new": 3, "rotary_dim": 32, "causal": True},
     "partial-half-split": {"new": 40, "rotary_dim": 16, "rotary_interleaved": False},
     "float32-tables": {"new": 3, "rotary_dim": 64, "causal": True, "tables": F32},
-    "turned-from-0": {"cached": 0, "new": 40, "rotary_dim": 64, "causal": True},
-    "turned-in-pages": {"new": 3, "rotary_dim": 64, "page_size": 37, "causal": True},
+    "rotated-from-0": {"cached": 0, "new": 40, "rotary_dim": 64, "causal": True},
+    "rotated-in-pages": {"new": 3, "rotary_dim": 64, "page_size": 37, "causal": True},
     # Masks and scores.
     "causal": {"causal": True},
     "left": {"window_size": (50, -1)},
@@ -240,7 +238,7 @@ CASES = {
     "alibi": {"alibi": "shared", "causal": True},
     "alibi-per-batch": {"alibi": "per-batch", "leftpad": [20, 0, 40]},
     "alibi-and-softcap": {"alibi": "shared", "softcap": 2.0, "window_size": (90, 0), "new": 1},
-    # Parts.
+    # Splits of the keys.
     "1-split": {"num_splits": 1},
     "2-splits": {"num_splits": 2, "causal": True},
     "5-splits": {"num_splits": 5, "page_size": 37},
@@ -254,17 +252,17 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_values(case, seqlen_q, backend, device):
     dtype = (F32, F16)[(list(CASES).index(case) + seqlen_q // 3) % 2]
-    check(make_arguments(device, dtype, seqlen_q, **CASES[case]))
+    check_call(make_arguments(device, dtype, seqlen_q, **CASES[case]))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F64], ids=str)
 @pytest.mark.parametrize("seqlen_q", [1, 3, 40])
 @pytest.mark.parametrize("case", CASES)
 def test_other_dtypes_on_the_torch_backend(case, seqlen_q, dtype, device, torch_backend):
-    check(make_arguments(device, dtype, seqlen_q, **CASES[case]))
+    check_call(make_arguments(device, dtype, seqlen_q, **CASES[case]))
 
 
-# What runs compiled too: a few, for most of the time goes into compiling.
+# Cases that also run compiled. They are few, since compiling takes most of the time.
 COMPILED = {
     "decode": {
         "dtype": BF16,
@@ -321,12 +319,12 @@ COMPILED = {
     ("case", "dtype"), [(name, case["dtype"]) for name, case in COMPILED.items()], ids=str
 )
 def test_values_compiled(case, dtype, triton_backend, device):
-    check(make_arguments(device, **COMPILED[case]))
+    check_call(make_arguments(device, **COMPILED[case]))
 
 
 @st.composite
 def combinations(draw):
-    """Any options together, that fit one another."""
+    """Draw a valid combination of options."""
     capacity, batch = draw(st.integers(1, 150)), draw(st.integers(1, 3))
     new = draw(st.none() | st.integers(0, min(capacity, 12)))
     per_sequence = {"min_size": batch, "max_size": batch}
@@ -360,12 +358,12 @@ def combinations(draw):
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=combinations())
 def test_options_together(case, backend, device):
-    check(make_arguments(device, **case))
+    check_call(make_arguments(device, **case))
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 40])
 def test_returns(seqlen_q, backend, device):
-    """The output alone, or with the log-sum-exp, which is -inf where there are no keys."""
+    """Check the output with and without the log-sum-exp, which is -inf without keys."""
     for heads, window_size in (((4, 2), (-1, -1)), ((4, 2), (100, 0))):
         arguments = make_arguments(device, F16, seqlen_q, heads, window_size=window_size)
         out, lse = flash_attn_with_kvcache(**arguments, return_softmax_lse=True)
@@ -384,7 +382,7 @@ def test_returns(seqlen_q, backend, device):
 
 
 def test_positional_arguments(device):
-    """In flash-attn's order, and with its defaults."""
+    """Check flash-attn's order of arguments."""
     a = make_arguments(device, new=2, rotary_dim=64, rows=[4, 0, 2], leftpad=[3, 0, 1], alibi=None)
     given = [a[name] for name in (*TENSORS, "cache_seqlens", "cache_batch_idx", "cache_leftpad")]
     out, lse = flash_attn_with_kvcache(
@@ -392,7 +390,7 @@ def test_positional_arguments(device):
     )
     named = {"softmax_scale": 0.3, "causal": True, "window_size": (60, 0), "softcap": 1.5}
     named |= {"rotary_interleaved": False, "alibi_slopes": torch.ones(4, device=device)}
-    expected, expected_lse = check({**a, **named})
+    expected, expected_lse = check_call({**a, **named})
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
 
@@ -402,7 +400,7 @@ def test_positional_arguments(device):
     ["first", "beside-keys", "heads-first"],
 )
 def test_strides(cache, backend, device):
-    """Slices of a fused projection; caches that are views of one tensor."""
+    """Check slices of a fused projection, and caches that are views of one tensor."""
     shape = {"first": (2, 3, 240, 2, 64), "beside-keys": (3, 240, 2, 2, 64)}
     both = torch.randn(shape.get(cache, (2, 3, 2, 240, 64)), device=device).half()
     k_cache, v_cache = both.unbind(2 if cache == "beside-keys" else 0)
@@ -410,41 +408,41 @@ def test_strides(cache, backend, device):
         k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     arguments = make_arguments(device, F16, causal=True, new=1)
     q, k, v = torch.randn(3, 1, 8, 64, device=device).half().split((4, 2, 2), dim=2)
-    check({**arguments, "q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache})
+    check_call({**arguments, "q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache})
     strided = [torch.stack((x, -x), -1)[..., 0] for x in (q, k, v)]
     assert all(x.stride(-1) == 2 for x in strided)
     strided = dict(zip("qkv", strided, strict=True))
-    check({**arguments, **strided, "k_cache": k_cache, "v_cache": v_cache})
+    check_call({**arguments, **strided, "k_cache": k_cache, "v_cache": v_cache})
 
 
 @on_both_backends
 @pytest.mark.parametrize("name", ["cache_seqlens", "cache_batch_idx", "cache_leftpad"])
 def test_strided_indices(name, backend, device):
-    """A column of a larger tensor."""
+    """Check an index tensor that is a column of a larger tensor."""
     arguments = make_arguments(device, rows=[4, 0, 2], leftpad=[3, 9, 1], new=2)
     wide = torch.stack((arguments[name], arguments[name].flip(0) // 2), 1)
-    check({**arguments, name: wide[:, 0]})
+    check_call({**arguments, name: wide[:, 0]})
 
 
 @on_both_backends
 def test_strided_tables(backend, device):
-    """Columns of a larger table of pages, and of a table that holds cosines and sines in turn."""
+    """Check a strided block table, and rotary tables interleaved in one tensor."""
     arguments = make_arguments(device, page_size=37, new=2, rotary_dim=64, causal=True)
     table = arguments["block_table"]
     wide = torch.stack((table, torch.full_like(table, 2**30)), -1)
     tables = torch.stack((arguments["rotary_cos"], arguments["rotary_sin"]), -1)
     cos, sin = tables.unbind(-1)
-    check({**arguments, "block_table": wide[..., 0], "rotary_cos": cos, "rotary_sin": sin})
+    check_call({**arguments, "block_table": wide[..., 0], "rotary_cos": cos, "rotary_sin": sin})
 
 
-def with_nan(arguments, everywhere_but):
-    """Return the arguments with NaN in every slot except those of these positions."""
+def with_nan(arguments, kept):
+    """Return the arguments with NaN in all slots except those of the `kept` positions."""
     definition, result = Definition(arguments), dict(arguments)
     for name in ("k_cache", "v_cache"):
         cache = torch.full_like(arguments[name], math.nan)
-        for sequence, positions in enumerate(everywhere_but):
-            place = definition.places(sequence, positions)
-            cache[place] = arguments[name][place]
+        for sequence, positions in enumerate(kept):
+            index = definition.slots(sequence, positions)
+            cache[index] = arguments[name][index]
         result[name] = cache
     return result
 
@@ -464,36 +462,35 @@ UNSEEN = {
 @pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @pytest.mark.parametrize("seqlen_q", [1, 3, 40])
 @pytest.mark.parametrize("case", UNSEEN)
-def test_what_no_query_sees_may_be_nan(case, seqlen_q, dtype, triton_backend, device):
+def test_unseen_slots_may_be_nan(case, seqlen_q, dtype, triton_backend, device):
     check_nan(make_arguments(device, dtype, seqlen_q, **UNSEEN[case]))
 
 
 @pytest.mark.kernels
-def test_what_no_query_sees_may_be_nan_compiled(triton_backend, device):
+def test_unseen_slots_may_be_nan_compiled(triton_backend, device):
     case = {"seqlen_q": 3, "causal": True, "window_size": (100, 0), "num_splits": 2}
     check_nan(make_arguments(device, F16, **case))
 
 
 def check_nan(arguments):
-    """No bit of the output changes; with one key less that is seen, the output is NaN."""
+    """Check that NaN in unseen slots changes no bit, and NaN in a seen slot gives NaN."""
     definition = Definition(arguments)
     old = [range(length) for length in definition.cached]
     seen = [[x for x in definition.seen(i) if x in old[i]] for i in range(len(old))]
-    poisoned, worse = with_nan(arguments, seen), with_nan(arguments, [seen[0][1:], *seen[1:]])
+    unseen_nan, seen_nan = with_nan(arguments, seen), with_nan(arguments, [seen[0][1:], *seen[1:]])
     out, lse = flash_attn_with_kvcache(**arguments, return_softmax_lse=True)
     for x, expected in zip(
-        flash_attn_with_kvcache(**poisoned, return_softmax_lse=True), (out, lse), strict=True
+        flash_attn_with_kvcache(**unseen_nan, return_softmax_lse=True), (out, lse), strict=True
     ):
         assert torch.equal(x, expected)
     assert out.isfinite().all()
-    assert flash_attn_with_kvcache(**worse)[0].isnan().any()
+    assert flash_attn_with_kvcache(**seen_nan)[0].isnan().any()
 
 
 @pytest.mark.kernels
 @pytest.mark.interpreted
 @pytest.mark.parametrize("window_size", [(-1, -1), (150, 0)])
-def test_batch_mates_change_no_bit(window_size, triton_backend, device):
-    """Each sequence, alone, gives the bits that it gives in the batch."""
+def test_bits_do_not_depend_on_the_batch(window_size, triton_backend, device):
     arguments = make_arguments(device, F16, window_size=window_size, rows=[2, 0, 3])
     together = flash_attn_with_kvcache(**arguments)
     for i in range(3):
@@ -505,7 +502,7 @@ def test_batch_mates_change_no_bit(window_size, triton_backend, device):
 
 @on_both_backends
 def test_token_by_token(backend, device):
-    """Appended in chunks and single tokens, turned on the way, a text is attended to whole."""
+    """Append and rotate chunks and single tokens, and compare with attention at once."""
     q, k, v = (torch.randn(1, 30, heads, 16, device=device) for heads in (4, 2, 2))
     angles = torch.arange(30, device=device)[:, None] * torch.rand(8, device=device)
     cos, sin = angles.cos(), angles.sin()
@@ -513,7 +510,7 @@ def test_token_by_token(backend, device):
     outs, start = [], 0
     for count in (9, 1, 1, 14, 1, 4):
         new = slice(start, start + count)
-        if backend == "torch":  # which may read what is masked
+        if backend == "torch":  # the torch backend reads masked slots
             caches = [x.nan_to_num() for x in caches]
         outs.append(
             flash_attn_with_kvcache(
@@ -524,16 +521,16 @@ def test_token_by_token(backend, device):
             )
         )
         start += count
-    turned = reference.apply_rotary(q, k, cos, sin, torch.arange(30, device=device)[None], True)
+    rotated = reference.apply_rotary(q, k, cos, sin, torch.arange(30, device=device)[None], True)
     options = {"causal": True, "window_size": (11, 0)}
-    exact, _ = reference.attention(*(x.double() for x in (*turned, v)), **options)
-    plain, _ = eager(*turned, v, **options)
+    exact, _ = reference.attention(*(x.double() for x in (*rotated, v)), **options)
+    plain, _ = eager(*rotated, v, **options)
     assert_as_accurate(torch.cat(outs, 1), plain, exact, "out")
 
 
 @pytest.mark.parametrize("shape", ["no-queries", "no-sequences"])
-def test_nothing_to_do(shape, backend, device):
-    """Without queries the caches still take the new tokens."""
+def test_empty_inputs(shape, backend, device):
+    """Check that new tokens are appended even without queries."""
     arguments = make_arguments(device, new=2)
     if shape == "no-sequences":
         for name in ("q", "k", "v", "k_cache", "v_cache", "cache_seqlens"):
@@ -590,7 +587,7 @@ BAD = [
     ),
     (
         {"q": Q[:, :, :3]},
-        "k_cache's 2 heads must divide q's 3, and both be positive (grouped-query attention)",
+        "q's number of heads must be a positive multiple of k_cache's, got 3 and 2",
     ),
     (
         {"k_cache": CACHE.mT.contiguous().mT},
@@ -614,15 +611,15 @@ BAD = [
     ),
     (
         {"cache_seqlens": 8},
-        "cache_seqlens must be in [0, 7] for 3 new tokens in 10 places, got 8",
+        "cache_seqlens must be in [0, 7] for 3 new tokens and capacity 10, got 8",
     ),
     (
         {"cache_seqlens": -1},
-        "cache_seqlens must be in [0, 7] for 3 new tokens in 10 places, got -1",
+        "cache_seqlens must be in [0, 7] for 3 new tokens and capacity 10, got -1",
     ),
     (
         {**NO_NEW, "cache_seqlens": 21, "block_table": PAGES},
-        "cache_seqlens must be in [0, 20] for 0 new tokens in 20 places, got 21",
+        "cache_seqlens must be in [0, 20] for 0 new tokens and capacity 20, got 21",
     ),
     (
         {"cache_seqlens": LENGTHS.long()},
@@ -640,11 +637,11 @@ BAD = [
     ({"cache_seqlens": int32([-3, 2], "cpu")}, "cache_seqlens must be in [0, 7], got -3 to 2"),
     (
         {"k_cache": CACHE[:1], "v_cache": CACHE[:1]},
-        "k_cache must have q's batch of 2, or cache_batch_idx say which of its 1 rows are meant",
+        "k_cache must have q's batch size 2, got 1; select rows by cache_batch_idx",
     ),
     (
         {"cache_batch_idx": LENGTHS, "block_table": PAGES},
-        "cache_batch_idx and block_table both say where a sequence is: give one",
+        "cache_batch_idx must be None with block_table, got a tensor",
     ),
     ({"cache_batch_idx": int32([0, 2], "cpu")}, "cache_batch_idx must be in [0, 1], got 0 to 2"),
     ({"cache_batch_idx": int32([-1, 1], "cpu")}, "cache_batch_idx must be in [0, 1], got -1 to 1"),
@@ -681,9 +678,9 @@ BAD = [
         {"window_size": (-2, 0)},
         "window_size must hold distances >= 0, or -1 for no bound, got (-2, 0)",
     ),
-    ({"rotary_cos": None}, "rotary_cos and rotary_sin go together, with k and v"),
-    ({"rotary_sin": None}, "rotary_cos and rotary_sin go together, with k and v"),
-    ({"k": None, "v": None}, "rotary_cos and rotary_sin go together, with k and v"),
+    ({"rotary_cos": None}, "rotary_cos and rotary_sin must be given together, with k and v"),
+    ({"rotary_sin": None}, "rotary_cos and rotary_sin must be given together, with k and v"),
+    ({"k": None, "v": None}, "rotary_cos and rotary_sin must be given together, with k and v"),
     ({"rotary_cos": TABLE[None]}, f"{ROTARY}(1, 20, 4) and (20, 4)"),
     ({"rotary_sin": TABLE[:9]}, f"{ROTARY}(20, 4) and (9, 4)"),
     (
@@ -701,19 +698,18 @@ BAD = [
     ),
     (
         {"rotary_cos": TABLE[:9], "rotary_sin": TABLE[:9]},
-        "rotary_cos ends at position 9, but 10 are needed",
+        "rotary_cos must have at least 10 positions, got 9",
     ),
     (
         {"q": torch.ones(2, 9, 4, 8), "rotary_cos": TABLE[:15], "rotary_sin": TABLE[:15]}
         | {"causal": True},
-        "rotary_cos ends at position 15, but 16 are needed",
+        "rotary_cos must have at least 16 positions, got 15",
     ),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[message[:50] for _, message in BAD])
-def test_bad_input(change, message):
-    """Named in so many words, and the caches as they were."""
+def test_bad_input_raises_and_keeps_the_caches(change, message):
     arguments = {name: x.clone() if x is CACHE else x for name, x in {**GOOD, **change}.items()}
     before = {name: arguments[name].clone() for name in ("k_cache", "v_cache")}
     with pytest.raises((ValueError, TypeError)) as error:
@@ -723,7 +719,7 @@ def test_bad_input(change, message):
 
 
 def test_good_input():
-    """What `test_bad_input` changes is good, to the last position of the tables."""
+    """Check that the unchanged arguments are valid, up to the last position of the tables."""
     caches = {"k_cache": CACHE.clone(), "v_cache": CACHE.clone()}
     for causal, end in ((False, 10), (True, 12)):
         tables = {"rotary_cos": TABLE[:end], "rotary_sin": TABLE[:end]}
@@ -741,15 +737,15 @@ def test_good_input():
     ],
     ids=str,
 )
-def test_bad_types(change, message):
+def test_bad_types_raise(change, message):
     with pytest.raises(TypeError) as error:
         flash_attn_with_kvcache(**{**GOOD, "k_cache": CACHE.clone(), **change})
     assert str(error.value) == message
 
 
 @pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "k", "v"])
-def test_no_gradient(name):
-    """Refused, and only where one is wanted."""
+def test_gradients_raise(name):
+    """Check that an input that requires a gradient raises, except under no_grad."""
     arguments = {x: y.clone() for x, y in GOOD.items()}
     arguments[name].requires_grad_()
     before = arguments["k_cache"].detach().clone()
@@ -766,8 +762,7 @@ def test_no_gradient(name):
 
 
 @pytest.mark.kernels
-def test_float64_on_triton(triton_backend, device):
-    """Refused, and the caches as they were."""
+def test_float64_on_triton_raises_and_keeps_the_caches(triton_backend, device):
     for new, name in ((None, "q"), (2, "k_cache")):
         arguments = make_arguments(device, F64, new=new)
         before = arguments["k_cache"].clone()

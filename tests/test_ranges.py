@@ -1,4 +1,4 @@
-"""Ranges of numbers: their members, as arguments and on a command line, and their messages."""
+"""Ranges of numbers, in arguments and command lines, and their error messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mistral_kernels.utils.ranges import COUNT, SEED, Range
 WHOLE, SHARE, POSITIVE = Range(int, 0, 9), Range(float, 0, 1, above=True), Range(float, 0)
 
 
-def test_admitted_values_come_back_as_plain_numbers() -> None:
+def test_accepted_values_become_python_numbers() -> None:
     for value in (0, 9, np.int64(4), np.uint8(4), np.int32(0)):
         checked = WHOLE.check("x", value)
         assert type(checked) is int
@@ -45,13 +45,13 @@ def test_out_of_range(allowed: Range, value: float, message: str) -> None:
         allowed.check("x", value)
 
 
-def test_an_integer_that_python_does_not_print() -> None:
+def test_huge_integers_are_reported_by_their_bits() -> None:
     with pytest.raises(ValueError, match=r"x must be in \[0, 9\], got an integer of 16610 bits$"):
         WHOLE.check("x", 10**5000)
 
 
 @pytest.mark.parametrize("value", [1.0, True, "1", None, [1], b"1", 1j, np.bool_(1), np.float64(1)])
-def test_what_is_no_integer(value: object) -> None:
+def test_values_that_are_not_integers(value: object) -> None:
     with pytest.raises(
         TypeError, match=r"x must be an integer in \[0, 9\], got " + type(value).__name__
     ):
@@ -59,13 +59,13 @@ def test_what_is_no_integer(value: object) -> None:
 
 
 @pytest.mark.parametrize("value", [True, "1", None, 1j, torch.tensor(0.5)])
-def test_what_is_no_number(value: object) -> None:
+def test_values_that_are_not_numbers(value: object) -> None:
     with pytest.raises(TypeError, match=r"x must be a number in \(0, 1\], got "):
         SHARE.check("x", value)
 
 
-def test_texts() -> None:
-    """Admit a number or raise `ArgumentTypeError` of one short line, whatever the text."""
+def test_parsed_texts() -> None:
+    """Any text is a number in the range or raises `ArgumentTypeError` with one short line."""
     assert [WHOLE(text) for text in ("0", "+7", "9")] == [0, 7, 9]
     assert [SHARE(text) for text in ("1", "1e-320", ".5")] == [1.0, 1e-320, 0.5]
     for text in ("x", "", "1.5", "0x1", "9" * 5000):

@@ -1,4 +1,4 @@
-"""Commands ended by SIGTERM and SIGHUP: they clean up, and die of the signal."""
+"""Commands that SIGTERM or SIGHUP ends: they clean up, and the signal is their exit status."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from mistral_kernels.cli.command import run
 from mistral_kernels.ops.compiler import BUILD_VARIABLE
 
 NUMBERS = (signal.SIGTERM, signal.SIGHUP)
-# nohup would have a command ignore SIGHUP.
+# Under nohup a command would ignore SIGHUP.
 COMMAND = "import signal, sys, runpy; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
 COMMAND += "sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__')"
 
 
-def ended(
+def terminate_command(
     number: int, ready: Callable[[], bool], module: str, *arguments: str, **environment: str
 ) -> tuple[int, str]:
-    """Send the signal to a command when it is `ready`; return its exit code and stderr."""
+    """Start a command and send it the signal once `ready`; return its exit code and stderr."""
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, f"mistral_kernels.{module}", *arguments],
         stdin=subprocess.DEVNULL,
@@ -46,13 +46,13 @@ def ended(
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_training_leaves_no_tokenizer(tmp_path: Path, number: int) -> None:
+def test_terminated_training_removes_its_tokenizer(tmp_path: Path, number: int) -> None:
     words = ["".join(random.choices("abcdefghijklmno", k=random.randint(2, 9))) for _ in range(900)]
     text, scratch, out = tmp_path / "text", tmp_path / "scratch", tmp_path / "out"
     text.write_text("\n\n".join(" ".join(random.choices(words, k=60)) for _ in range(100)))
     scratch.mkdir()
     small = ("--batch-size", "2", "--seqlen", "24", "--held-out-chars", "900", "--device", "cpu")
-    code, errors = ended(
+    code, errors = terminate_command(
         *(number, lambda: any(scratch.glob("*/tokenizer.model")), "train"),
         *(str(text), "--output", str(out), "--steps", "1000000", *small),
         TMPDIR=str(scratch),
@@ -63,8 +63,8 @@ def test_training_leaves_no_tokenizer(tmp_path: Path, number: int) -> None:
     assert not out.exists()
 
 
-def test_compilers_end_with_the_command(tmp_path: Path) -> None:
-    """The build's folder is removed, and no compiler is left running."""
+def test_terminated_command_ends_its_compilers(tmp_path: Path) -> None:
+    """The folder of the build is removed, and no compiler keeps running."""
     compiler, pids, cache = tmp_path / "c++", tmp_path / "pids", tmp_path / "cache"
     compiler.write_text(f"#!/bin/sh\necho $$ >> {pids}\nexec sleep 600\n")
     compiler.chmod(0o755)
@@ -75,10 +75,10 @@ def test_compilers_end_with_the_command(tmp_path: Path) -> None:
 
     def started() -> bool:
         both = pids.exists() and pids.read_text().count("\n") == 2
-        time.sleep(0.2 * both)  # the command notes the second, too
+        time.sleep(0.2 * both)  # until the command has registered the second compiler
         return both
 
-    code, errors = ended(signal.SIGTERM, started, "generate", *arguments, **settings)
+    code, errors = terminate_command(signal.SIGTERM, started, "generate", *arguments, **settings)
     assert code == -signal.SIGTERM
     assert "Traceback" not in errors
     for pid in map(int, pids.read_text().split()):
@@ -87,8 +87,8 @@ def test_compilers_end_with_the_command(tmp_path: Path) -> None:
     assert [path for path in cache.rglob("*") if path.name.startswith(".building-")] == []
 
 
-def test_handlers_are_put_back() -> None:
-    """Replace only the default handlers, and only while a command runs."""
+def test_signal_handlers_are_restored() -> None:
+    """Only default handlers are replaced, and only while a command runs."""
     before = [signal.signal(number, signal.SIG_DFL) for number in NUMBERS]
     seen = []
 

@@ -1,4 +1,4 @@
-"""benchmarks.tune: which tiles it tries, what it prints, and its errors; no GPU is needed."""
+"""Tests of benchmarks.tune: tiles that it tries, output and errors. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_every_chosen_tile_has_neighbors(kernel: str) -> None:
                 assert list(tune.neighbors(kernel, tile, device))
 
 
-def test_the_search_ends_at_the_fastest() -> None:
-    """Every step of the way is faster by more than noise, and what does not fit is no way."""
+def test_search_ends_at_the_fastest_tile() -> None:
+    """Search tiles with known times, of which some are infinite because they do not fit."""
     best = Tile(32, 32, 8, 2)
 
     def seconds(tile: Tile) -> float:
@@ -59,7 +59,7 @@ def test_the_search_ends_at_the_fastest() -> None:
     assert math.inf in times.values()
 
 
-def test_an_entry_is_the_source_of_an_exception() -> None:
+def test_entry_is_python_source_of_an_exception() -> None:
     tile = Tile(64, 64, 4, 3, True)
     line = tune.entry(HOPPER, 2, 96, tile)
     assert line == '"sm_90": {(2, 128): Tile(64, 64, 4, 3, True)},  # measured'
@@ -71,8 +71,8 @@ def test_an_entry_is_the_source_of_an_exception() -> None:
 
 
 @pytest.mark.parametrize("kernel", tiles.KERNELS)
-def test_the_tile_is_what_runs(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call launches the kernel with the given tile, and leaves no trace of it behind."""
+def test_call_runs_with_the_given_tile(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the launched tile, and that the table of tiles is restored after the call."""
     triton = pytest.importorskip("triton")
 
     def once(call: Callable[[], object], **_: object) -> float:

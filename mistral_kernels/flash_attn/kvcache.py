@@ -1,8 +1,8 @@
-"""flash-attn 2's `flash_attn_with_kvcache`: append to a cache, and attend over it, for inference.
+"""`flash_attn_with_kvcache` of flash-attn 2: append to a cache and attend over it, for inference.
 
 The cache is flat, (batch, seqlen, heads, head_dim), or paged. Differences from flash-attn: float32
-too; pages of any size; a key is read once for all query heads of its kv head, with and without a
-window.
+is supported too, pages may have any size, and each key is read once for all query heads of its kv
+head, with and without a window.
 """
 
 from __future__ import annotations
@@ -60,46 +60,73 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Append k and v to the caches, in place, and attend to all that these then hold.
+    """Append k and v to the caches in place, then compute attention of q over the caches.
 
-    Not differentiable. The last query stands on the last key.
+    The function is not differentiable. The last query has the position of the last key.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim).
-        k_cache, v_cache: (batch_of_cache, seqlen_cache, num_kv_heads, head_dim), or, with
-            `block_table`, (num_pages, page_size, ...). A contiguous last dimension.
-        k, v: (batch, seqlen_new, num_kv_heads, head_dim), written from position `cache_seqlens` on.
-        rotary_cos, rotary_sin: (num_positions, rotary_dim / 2): the first rotary_dim channels of q
-            and k are rotated to the positions from `cache_seqlens` on; all of q to `cache_seqlens`
-            itself if there is neither a causal mask nor a window. Needs k and v.
-        cache_seqlens: tokens in the cache before k and v; (batch,) int32 or one number. None: all
-            of seqlen_cache.
-        cache_batch_idx: (batch,) int32, which row of the caches is each sequence's.
-        cache_leftpad: (batch,) int32, the first position of the cache that counts.
+        k_cache: (batch_of_cache, seqlen_cache, num_kv_heads, head_dim), or, with `block_table`,
+            (num_pages, page_size, num_kv_heads, head_dim). Of q's dtype; the last dimension must be
+            contiguous.
+        v_cache: the shape and dtype of k_cache.
+        k: (batch, seqlen_new, num_kv_heads, head_dim), new keys, written to the positions from
+            `cache_seqlens` on; None to append nothing.
+        v: new values, of k's shape; None with k.
+        rotary_cos: (num_positions, rotary_dim / 2), cosines of the rotary embedding. The first
+            rotary_dim channels of k, and of q, are rotated to the positions from `cache_seqlens`
+            on. Without a causal mask and a window, all of q is rotated to position `cache_seqlens`.
+            Requires rotary_sin, k and v.
+        rotary_sin: sines, of rotary_cos's shape.
+        cache_seqlens: number of tokens of each sequence in the cache before k and v: (batch,)
+            int32, or one integer. None for a full cache.
+        cache_batch_idx: (batch,) int32, the row of each sequence in the caches; None for its index
+            in the batch.
+        cache_leftpad: (batch,) int32, the first position of each sequence that is not padding; None
+            for 0.
         block_table: (batch, max_pages) int32, the pages of each sequence.
-        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
-        rotary_interleaved: channels (2i, 2i + 1) form a pair, as in raw Mistral checkpoints, not
-            (i, i + rotary_dim / 2), as in Hugging Face ones.
-        num_splits: programs that share a sequence's keys; 0: chosen by the number of keys.
-        return_softmax_lse: also return the log-sum-exp.
+        softmax_scale: as in `flash_attn_func`.
+        causal: as in `flash_attn_func`.
+        window_size: as in `flash_attn_func`.
+        softcap: as in `flash_attn_func`.
+        rotary_interleaved: whether channels (2i, 2i + 1) are rotated as a pair, as in raw Mistral
+            checkpoints, instead of (i, i + rotary_dim / 2), as in Hugging Face checkpoints.
+        alibi_slopes: as in `flash_attn_func`.
+        num_splits: number of programs that share a sequence's keys; 0 chooses by the number of
+            keys.
+        return_softmax_lse: whether to return the log-sum-exp too.
 
     Returns:
-        out, of q's shape, or (out, softmax_lse (batch, num_heads, seqlen_q)), float32, or float64
-        like q.
+        out, of q's shape and dtype, or (out, softmax_lse), where softmax_lse is
+        (batch, num_heads, seqlen_q) in float32, or in float64 for float64 inputs.
 
     Raises:
-        ValueError: naming the argument that does not fit; on the CPU also a value of
-            `cache_seqlens`, `cache_batch_idx`, `cache_leftpad` or `block_table` outside its range;
-            on a GPU values are not read. The caches are then untouched.
-        TypeError: an argument is not the tensor, number or flag that it must be, or has another
-            dtype.
-        NotImplementedError: something here requires a gradient, or torch.func transforms an index
-            tensor.
-        RuntimeError: in a compiled call on the CPU, where values are seen only when it runs: a
-            value outside its range.
+        ValueError: an argument has a wrong shape, device or value; the message names the argument.
+            The caches are unchanged. Values of `cache_seqlens`, `cache_batch_idx`, `cache_leftpad`
+            and `block_table` are checked on the CPU only.
+        TypeError: an argument has a wrong type or dtype. The caches are unchanged.
+        NotImplementedError: a tensor requires a gradient, or torch.func transforms an index tensor.
+        RuntimeError: a compiled call on the CPU has an index out of range, which is found only when
+            the compiled code runs.
+
+    Example:
+        >>> import torch
+        >>> from mistral_kernels.flash_attn import flash_attn_func, flash_attn_with_kvcache
+        >>> q, k, v = torch.randn(1, 5, 4, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 8)
+        >>> k_cache, v_cache = torch.zeros(1, 16, 2, 8), torch.zeros(1, 16, 2, 8)
+        >>> for i in range(5):  # append and attend, token by token
+        ...     new = slice(i, i + 1)
+        ...     out = flash_attn_with_kvcache(
+        ...         q[:, new], k_cache, v_cache, k[:, new], v[:, new], cache_seqlens=i, causal=True
+        ...     )
+        >>> torch.equal(k_cache[:, :5], k)
+        True
+        >>> whole = flash_attn_func(q, k, v, causal=True)
+        >>> torch.allclose(out, whole[:, -1:], atol=1e-6)
+        True
     """
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    places = cache_batch_idx, cache_leftpad, block_table
+    indices = cache_batch_idx, cache_leftpad, block_table
     tensors = q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes
     check_optional_tensors(
         k=k,
@@ -111,10 +138,10 @@ def flash_attn_with_kvcache(
         cache_leftpad=cache_leftpad,
         block_table=block_table,
     )
-    if in_transform() and any(map(_is_wrapped, (cache_seqlens, *places))):
+    if in_transform() and any(map(_is_wrapped, (cache_seqlens, *indices))):
         raise NotImplementedError(
-            "flash_attn_with_kvcache has no rule for torch.func over its index tensors: call it "
-            "outside of transforms"
+            "flash_attn_with_kvcache does not support torch.func transforms of its index tensors; "
+            "call it outside of transforms"
         )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise NotImplementedError(
@@ -129,13 +156,13 @@ def flash_attn_with_kvcache(
     batch, seqlen_q = q.shape[:2]
     capacity = capacity_of(k_cache, block_table)
     new = _check_new(q, k_cache, k, v)
-    lengths = _lengths(cache_seqlens, q, capacity, new)
-    _check_places(k_cache, lengths, cache_batch_idx, cache_leftpad, block_table, batch, new)
+    lengths = _cache_lengths(cache_seqlens, q, capacity, new)
+    _check_index_tensors(k_cache, lengths, cache_batch_idx, cache_leftpad, block_table, batch, new)
     check_options(causal, softmax_scale, softcap)
     check_num_splits(num_splits)
     if not is_flag(return_softmax_lse):
         raise TypeError(f"return_softmax_lse must be True or False, got {return_softmax_lse!r}")
-    if k is not None:  # before the update writes: the attention operator checks too late
+    if k is not None:  # the attention operator checks only after the update has written
         check_device("q", q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes)
         check_unit_stride("k_cache", k_cache)
         check_unit_stride("v_cache", v_cache)
@@ -148,12 +175,13 @@ def flash_attn_with_kvcache(
     q = with_unit_stride(q)
     if rotary_cos is not None or rotary_sin is not None:
         if rotary_cos is None or rotary_sin is None or k is None:
-            raise ValueError("rotary_cos and rotary_sin go together, with k and v")
-        together = tuple(window) == (-1, -1)
-        _check_tables(rotary_cos, rotary_sin, q, lengths, max(new, 1 if together else seqlen_q))
+            raise ValueError("rotary_cos and rotary_sin must be given together, with k and v")
+        one_position = tuple(window) == (-1, -1)  # all queries have position cache_seqlens
+        needed = max(new, 1 if one_position else seqlen_q)
+        _check_tables(rotary_cos, rotary_sin, q, lengths, needed)
         dtype = torch.promote_types(rotary_cos.dtype, torch.float32)
         tables = rotary_cos.to(dtype), rotary_sin.to(dtype)
-        q = _rotate(q, tables, lengths, 0 if together else 1, rotary_interleaved)
+        q = _rotate(q, tables, lengths, 0 if one_position else 1, rotary_interleaved)
         k = _rotate(k, tables, lengths, 1, rotary_interleaved)
     if k is not None and v is not None:
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * new
@@ -175,7 +203,7 @@ def flash_attn_with_kvcache(
 
 
 def _check_new(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None) -> int:
-    """Return the number of new tokens per sequence."""
+    """Check k and v, and return the number of new tokens per sequence."""
     if (k is None) != (v is None):
         raise ValueError("k and v must both be given, or both be None")
     for name, x in (("k", k), ("v", v)):
@@ -196,7 +224,10 @@ def _check_new(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None) -
     return k.shape[1]
 
 
-def _lengths(cache_seqlens: int | Tensor | None, q: Tensor, capacity: int, new: int) -> Tensor:
+def _cache_lengths(
+    cache_seqlens: int | Tensor | None, q: Tensor, capacity: int, new: int
+) -> Tensor:
+    """Return `cache_seqlens` as a (batch,) tensor; `_check_index_tensors` checks a given tensor."""
     if cache_seqlens is None:
         if new:
             raise ValueError("cache_seqlens is required when k and v are given")
@@ -210,14 +241,14 @@ def _lengths(cache_seqlens: int | Tensor | None, q: Tensor, capacity: int, new: 
             raise TypeError(f"cache_seqlens must be an integer or a tensor, got {kind}") from None
         if not 0 <= cache_seqlens <= capacity - new:
             raise ValueError(
-                f"cache_seqlens must be in [0, {capacity - new}] for {new} new tokens in "
-                f"{capacity} places, got {cache_seqlens}"
+                f"cache_seqlens must be in [0, {capacity - new}] for {new} new tokens and capacity "
+                f"{capacity}, got {cache_seqlens}"
             )
         return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     return cache_seqlens.contiguous()
 
 
-def _check_places(
+def _check_index_tensors(
     k_cache: Tensor,
     lengths: Tensor,
     rows: Tensor | None,
@@ -226,24 +257,26 @@ def _check_places(
     batch: int,
     new: int,
 ) -> None:
-    capacity, rows_there = capacity_of(k_cache, block_table), k_cache.shape[0]
-    if rows is None and block_table is None and rows_there != batch:
+    """Raise ValueError unless the index tensors fit the cache and the batch."""
+    capacity, num_rows = capacity_of(k_cache, block_table), k_cache.shape[0]
+    if rows is None and block_table is None and num_rows != batch:
         raise ValueError(
-            f"k_cache must have q's batch of {batch}, or cache_batch_idx say which of its "
-            f"{rows_there} rows are meant"
+            f"k_cache must have q's batch size {batch}, got {num_rows}; select rows by "
+            "cache_batch_idx"
         )
     if rows is not None and block_table is not None:
-        raise ValueError("cache_batch_idx and block_table both say where a sequence is: give one")
+        raise ValueError("cache_batch_idx must be None with block_table, got a tensor")
     _check_index("cache_seqlens", lengths, (batch,), capacity - new, k_cache)
-    _check_index("cache_batch_idx", rows, (batch,), rows_there - 1, k_cache)
+    _check_index("cache_batch_idx", rows, (batch,), num_rows - 1, k_cache)
     _check_index("cache_leftpad", leftpad, (batch,), capacity, k_cache)
     pages = batch, capacity // k_cache.shape[1]
-    _check_index("block_table", block_table, pages, rows_there - 1, k_cache)
+    _check_index("block_table", block_table, pages, num_rows - 1, k_cache)
 
 
 def _check_index(
     name: str, x: Tensor | None, shape: tuple[int, ...], highest: int, cache: Tensor
 ) -> None:
+    """Raise unless `x` is None, or int32 of this shape on the cache's device, in [0, highest]."""
     if x is None:
         return
     if x.dtype != torch.int32 or x.shape != shape or x.device != cache.device:
@@ -252,15 +285,17 @@ def _check_index(
             f"got {tuple(x.shape)} of {x.dtype} on {x.device}"
         )
     check_range(name, x, highest)
-    if torch.compiler.is_compiling() and x.is_cpu and x.numel():  # no values yet: when they come
+    if torch.compiler.is_compiling() and x.is_cpu and x.numel():  # check when the graph runs
         torch._assert_async(((x >= 0) & (x <= highest)).all(), f"{name} must be in [0, {highest}]")
 
 
 def _is_wrapped(x: object) -> bool:
+    """Return whether `x` is a tensor inside a transform of torch.func."""
     return isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
-def _check_tables(cos: Tensor, sin: Tensor, q: Tensor, lengths: Tensor, new: int) -> None:
+def _check_tables(cos: Tensor, sin: Tensor, q: Tensor, lengths: Tensor, needed: int) -> None:
+    """Raise unless the tables fit q, and have `needed` positions from `lengths` on."""
     rotary_dim = cos.shape[-1] * 2 if cos.ndim == 2 else 0
     if not 0 < rotary_dim <= q.shape[-1] or sin.shape != cos.shape:
         raise ValueError(
@@ -273,15 +308,15 @@ def _check_tables(cos: Tensor, sin: Tensor, q: Tensor, lengths: Tensor, new: int
                 f"{name} must be floating point on {q.device}, got {table.dtype} on {table.device}"
             )
     if lengths.numel() and can_read(lengths):
-        end = int(lengths.max()) + new
+        end = int(lengths.max()) + needed
         if end > len(cos):
-            raise ValueError(f"rotary_cos ends at position {len(cos)}, but {end} are needed")
+            raise ValueError(f"rotary_cos must have at least {end} positions, got {len(cos)}")
 
 
 def _rotate(
     x: Tensor, tables: tuple[Tensor, Tensor], lengths: Tensor, step: int, interleaved: bool
 ) -> Tensor:
-    """Rotate x to positions `lengths`, `lengths + step`, ..., in the channels of the tables."""
+    """Rotate the channels of x that the tables cover to positions lengths, lengths + step, ..."""
     rotary_dim = tables[0].shape[1] * 2
     positions = lengths.long()[:, None] + step * torch.arange(x.shape[1], device=x.device)
     rotary = torch.ops.mistral_kernels.rotary

@@ -1,39 +1,44 @@
-"""The operators: functions for models, and below them what PyTorch knows as `torch.ops`.
+"""Operators: differentiable functions for models, and the `torch.ops` operators that they call.
 
-A model calls the functions (`rms_norm`, `apply_rotary`, `attention`, ...): they are differentiable,
-and compile. Below each function are operators with a schema, `torch.ops.mistral_kernels.*`, for
-whatever must name an operator: an exported graph, a compiler's pass, a function compiled ahead of
-time. They check their arguments, have fakes with true strides and a rule for `torch.func.vmap`, no
-defaults, and no gradient flows through them: a backward pass is an operator of its own. A result
-that was not asked for is an empty tensor.
+A model calls the functions (`rms_norm`, `apply_rotary`, `attention`, ...). They are differentiable
+and work under `torch.compile`. Each function calls operators with a schema,
+`torch.ops.mistral_kernels.*`. Call the operators directly where an operator must be named: in an
+exported graph, a compiler pass or a function that is compiled ahead of time.
+
+The operators check their arguments. They have fakes with the real strides and a rule for
+`torch.func.vmap`. Their arguments have no defaults. They are not differentiable: each backward pass
+is an operator of its own. A result that was not requested is an empty tensor.
 
     >>> import torch
     >>> import mistral_kernels
     >>> ops = torch.ops.mistral_kernels
     >>> batch, seqlen, hidden, heads, kv_heads, head_dim = 2, 50, 64, 4, 2, 16
 
-RMSNorm over the last dimension of x or, if there is a residual, of x + residual, which is then the
-second result. The third, for a backward pass, is computed if `save_rstd`.
+RMSNorm over the last dimension of x, or of x + residual if a residual is given. The results are the
+normalized tensor, x + residual, and 1 / RMS of every row. The last one is for the backward pass and
+is computed if `save_rstd` is True.
 
     >>> x, weight = torch.randn(batch, seqlen, hidden), torch.ones(hidden)
     >>> y, _, _ = ops.rms_norm_forward(x, weight, residual=None, eps=1e-5, save_rstd=False)
     >>> y.shape
     torch.Size([2, 50, 64])
 
-Rotary embedding, of q and k in one launch, by tables of (num_positions, head_dim / 2) in float32.
-`interleaved` pairs channels as raw Mistral checkpoints do, False as Hugging Face's.
+Rotary embedding of q and k in one launch. The tables are (num_positions, head_dim / 2) float32.
+`interleaved` is True for the channel pairs of raw Mistral checkpoints, and False for the pairs of
+Hugging Face checkpoints. `inverse` selects the inverse rotation.
 
     >>> q = torch.randn(batch, seqlen, heads, head_dim)
     >>> k, v = torch.randn(2, batch, seqlen, kv_heads, head_dim)
     >>> cos, sin = mistral_kernels.rotary_tables(seqlen, head_dim, theta=1e4)
     >>> positions = torch.arange(seqlen).expand(batch, seqlen)
-    >>> q, k = ops.rotary(q, k, cos, sin, positions, interleaved=False, backwards=False)
+    >>> q, k = ops.rotary(q, k, cos, sin, positions, interleaved=False, inverse=False)
     >>> q.shape, k.shape
     (torch.Size([2, 50, 4, 16]), torch.Size([2, 50, 2, 16]))
 
-Attention. The window is a pair of distances: W keys, a query's own included, are W - 1 to its left
-and 0 to its right; -1 is no bound. `softmax_scale` is head_dim^-0.5 if None, and a softcap of 0.0
-none. A packed batch is (tokens, heads, head_dim) with `cu_seqlens`, as in flash-attn.
+Attention. The window is a pair of inclusive distances to the left and to the right of a query; -1
+means no bound. A causal window of W keys, the query's own key included, is W - 1 and 0.
+`softmax_scale` is head_dim^-0.5 if None. A softcap of 0.0 means no softcap. A packed batch is
+(tokens, heads, head_dim) with `cu_seqlens`, as in flash-attn.
 
     >>> def attend(q, k, v, window):
     ...     out, _ = ops.attention_forward(
@@ -53,12 +58,12 @@ none. A packed batch is (tokens, heads, head_dim) with `cu_seqlens`, as in flash
     >>> attend(q, k, v, window=20).shape
     torch.Size([2, 50, 4, 16])
 
-All three, as half of a decoder layer:
+The three operators compose to the attention half of a decoder layer:
 
     >>> def attention_block(x, norm_weight, qkv_weight, o_weight, cos, sin, positions):
     ...     y, _, _ = ops.rms_norm_forward(x, norm_weight, None, 1e-5, False)
     ...     qkv = torch.nn.functional.linear(y, qkv_weight).unflatten(-1, (-1, head_dim))
-    ...     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=-2)  # views: nothing is copied
+    ...     q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=-2)  # views, not copies
     ...     q, k = ops.rotary(q, k, cos, sin, positions, False, False)
     ...     out = attend(q, k, v, window=20)
     ...     return x + torch.nn.functional.linear(out.flatten(-2), o_weight)

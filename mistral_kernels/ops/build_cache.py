@@ -1,8 +1,9 @@
-"""Keep compiled libraries in folders that only this user may write to, with checksums.
+"""Store compiled libraries, with checksums, in folders that only this user may write to.
 
-A library is native code that runs as this user: nobody else may be able to put one there. Before it
-is loaded its checksum is compared, since loading a damaged one kills the process. One process of a
-machine builds at a time; the lock is the kernel's, so that none outlives its holder.
+A library is native code that runs with this user's rights, so no other user may be able to write to
+its folder. Its checksum is verified before it is loaded, because loading a damaged library kills
+the process. Only one process per machine builds a library at a time. The lock is an flock, which
+the kernel releases when the process ends.
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ from mistral_kernels.ops.compiler import UNFINISHED, BuildError, checksum_file
 from mistral_kernels.utils.files import read_bytes
 
 ROOT_VARIABLE = "TORCH_EXTENSIONS_DIR"
-_REMEDY = f"set {ROOT_VARIABLE} to a folder that is yours alone"
-_LARGEST_LIBRARY = 1 << 30
-_ABANDONED = 3600.0  # seconds after which nobody builds any more in a folder of another digest
+_REMEDY = f"set {ROOT_VARIABLE} to a folder that only you can write to"
+_LARGEST_LIBRARY = 1 << 30  # bytes
+_ABANDONED = 3600.0  # seconds; an older build folder of another digest is abandoned
 
 
 def folder_of(digest: str) -> Path:
-    """Return the folder of the library with this digest, whether it is there or not.
+    """Return the path of the folder for the library with this digest. It need not exist.
 
-    It is in `$TORCH_EXTENSIONS_DIR/mistral_kernels`, by default that of PyTorch's extensions. All
-    symbolic links on the way are followed now, and none later.
+    The folder is in `$TORCH_EXTENSIONS_DIR/mistral_kernels`; without that variable, in the cache of
+    PyTorch's extensions. Symbolic links in the path are resolved here, and refused later.
 
-    Raises BuildError if the path is relative: the current folder may be another user's.
+    Raises:
+        BuildError: the path is relative; the current folder may belong to another user.
     """
     root = os.environ.get(ROOT_VARIABLE)
     root = root or torch._appdirs.user_cache_dir("torch_extensions")
@@ -46,47 +48,48 @@ def folder_of(digest: str) -> Path:
     return Path(os.path.realpath(os.path.join(root, "mistral_kernels", digest)))
 
 
-def check_whole(library: Path) -> str:
-    """Return the checksum of a library that is as it was built.
+def verify_checksum(library: Path) -> str:
+    """Return the SHA-256 of a library after comparing it with the checksum file.
 
     Raises:
-        BuildError: it is not, its checksum is not there, or either is no regular file.
-        OSError: either cannot be read.
+        BuildError: the checksum differs, or the library or its checksum file is missing or is not a
+            regular file.
+        OSError: the library or its checksum file cannot be read.
     """
     try:
         contents = read_bytes(library, _LARGEST_LIBRARY)
         expected = read_bytes(checksum_file(library), 1000).decode("ascii", "replace")
     except (ValueError, FileNotFoundError) as error:
-        raise BuildError(f"{library} does not load: {error}") from None
+        raise BuildError(f"{library} cannot be loaded: {error}") from None
     digest = hashlib.sha256(contents).hexdigest()
     if digest != expected:
-        raise BuildError(f"{library} does not load: its checksum is not {expected[:64]!r}")
+        raise BuildError(f"{library} cannot be loaded: its checksum is not {expected[:64]!r}")
     return digest
 
 
 def check_private(folder: Path) -> None:
-    """Raise BuildError if another user than root could put a library into `folder`.
+    """Raise BuildError if a user other than root and this user could put a library into `folder`.
 
-    Another user could if that user owns, or may write to, the folder or one above it that has no
-    sticky bit.
+    Another user could do that by owning `folder` or a folder above it, or by write access to
+    `folder` or to a folder above it without the sticky bit.
     """
-    for place in (folder, *folder.parents):
-        status = place.lstat()  # a symbolic link here was made after `folder_of`
+    for path in (folder, *folder.parents):
+        status = path.lstat()  # `folder_of` resolved links; a link here is newer
         if not stat.S_ISDIR(status.st_mode):
-            raise BuildError(f"{place} must be a folder; {_REMEDY}")
-        is_root = place == place.parent  # in a container its owner may be anybody
+            raise BuildError(f"{path} must be a folder; {_REMEDY}")
+        is_root = path == path.parent  # in a container, any user may own the root folder
         if not is_root and status.st_uid not in (0, os.geteuid()):
-            raise BuildError(f"{place} belongs to another user (uid {status.st_uid}); {_REMEDY}")
-        if place != folder and status.st_mode & stat.S_ISVTX:
+            raise BuildError(f"{path} belongs to another user (uid {status.st_uid}); {_REMEDY}")
+        if path != folder and status.st_mode & stat.S_ISVTX:
             continue
         if status.st_mode & stat.S_IWOTH:
-            raise BuildError(f"{place} may be written to by all users; {_REMEDY}")
+            raise BuildError(f"{path} may be written to by all users; {_REMEDY}")
         if status.st_mode & stat.S_IWGRP and not _is_own_group(status.st_gid):
-            raise BuildError(f"{place} may be written to by its group; {_REMEDY}")
+            raise BuildError(f"{path} may be written to by its group; {_REMEDY}")
 
 
 def _is_own_group(gid: int) -> bool:
-    """Return whether it is the group that a distribution makes for this user alone."""
+    """Return whether the group is the private group that Linux distributions create per user."""
     import grp
     import pwd
 
@@ -94,19 +97,20 @@ def _is_own_group(gid: int) -> bool:
         user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
     except KeyError:
         return False
-    is_named_alike = group.gr_name == user.pw_name and gid == user.pw_gid
-    return is_named_alike and not set(group.gr_mem) - {user.pw_name}
+    is_private_group = group.gr_name == user.pw_name and gid == user.pw_gid
+    return is_private_group and not set(group.gr_mem) - {user.pw_name}
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the build lock of `folder`, which is created private if it is absent.
+    """Hold the build lock of `folder`. The folder is created, with mode 700, if it is absent.
 
-    Waits for one that does, and says so on stderr. What killed builds have left is removed.
+    If another process holds the lock, print a line on stderr and wait. Files of killed builds are
+    removed.
 
     Raises:
-        BuildError: others may write to the folder, or its file system has no locks.
-        OSError: the folder cannot be made or written to.
+        BuildError: other users may write to the folder, or its file system has no locks.
+        OSError: the folder cannot be created or written to.
     """
     _make_private(folder)
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
@@ -120,11 +124,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _make_private(folder: Path) -> None:
-    for place in (*reversed(folder.parents), folder):
-        if not place.exists():
-            check_private(place.parent)
-            with suppress(FileExistsError):  # another process is as far
-                place.mkdir(0o700)
+    for path in (*reversed(folder.parents), folder):
+        if not path.exists():
+            check_private(path.parent)
+            with suppress(FileExistsError):  # another process has just created it
+                path.mkdir(0o700)
     check_private(folder)
 
 
@@ -142,7 +146,10 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed builds left in `folder`, which is locked, and long ago beside it."""
+    """Remove the files of killed builds in `folder`, which is locked.
+
+    In the folders beside it, which are not locked, only old build folders are removed.
+    """
     for unfinished in folder.parent.glob(f"*/{UNFINISHED}*"):
         with suppress(OSError):
             if unfinished.parent == folder or (

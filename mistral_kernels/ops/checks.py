@@ -1,4 +1,4 @@
-"""Checks of arguments that several operators share. One grammar: name, expectation, what came."""
+"""Check arguments of operators. Messages read `<name> must be <expectation>, got <value>`."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FEW = 64  # values that are read faster one by one
+_FEW = 64  # for fewer values, `tolist` is faster than `aminmax`
 INT32_MAX = torch.iinfo(torch.int32).max
-FLOAT32 = torch.finfo(torch.float32)  # in which kernels take their scalars
+FLOAT32 = torch.finfo(torch.float32)  # the dtype of the kernels' scalar arguments
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensors(**tensors: Any) -> None:
-    """Raise TypeError unless these, by their names, are tensors."""
+    """Raise TypeError unless every named argument is a tensor."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
 def check_optional_tensors(**tensors: Any) -> None:
-    """Raise TypeError unless these, by their names, are tensors or None."""
+    """Raise TypeError unless every named argument is a tensor or None."""
     for name, x in tensors.items():
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
 def check_float(name: str, x: Tensor) -> None:
-    """Raise TypeError unless `x` has a dtype that some backend computes with."""
+    """Raise TypeError unless `x` has a floating-point dtype that some backend supports."""
     if x.dtype not in _ALL_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
 def check_triton_dtype(name: str, x: Tensor) -> None:
-    """Raise TypeError for float64, which the Triton kernels do not have."""
+    """Raise TypeError if `x` is float64, which the Triton kernels do not support."""
     if x.dtype == torch.float64:
         raise TypeError(
             f"{name} must be float16, bfloat16 or float32 on the triton backend, got "
@@ -44,14 +44,14 @@ def check_triton_dtype(name: str, x: Tensor) -> None:
         )
 
 
-def check_written(name: str, x: Tensor) -> None:
-    """Raise ValueError if elements of `x`, which is written in place, share memory."""
+def check_writable(name: str, x: Tensor) -> None:
+    """Raise ValueError if `x`, which is written in place, is an expanded tensor."""
     if 0 in x.stride() and any(
         s == 0 and size > 1 for s, size in zip(x.stride(), x.shape, strict=True)
     ):
         raise ValueError(
-            f"{name} must not hold an element twice, as an expanded tensor does, got strides "
-            f"{x.stride()} for {tuple(x.shape)}"
+            f"{name} must not be an expanded tensor, since it is written in place, got strides "
+            f"{x.stride()} for shape {tuple(x.shape)}"
         )
 
 
@@ -74,7 +74,10 @@ def check_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether `value` is a real number, of Python, NumPy or a trace, and no bool."""
+    """Return whether `value` is a real number and not a bool.
+
+    It may be a number of Python or NumPy, a 0-d tensor, or a symbolic number of `torch.compile`.
+    """
     if isinstance(value, (int, float)):
         return not isinstance(value, bool)
     if isinstance(value, Tensor):
@@ -83,16 +86,16 @@ def is_number(value: Any) -> bool:
 
 
 def is_flag(value: Any) -> bool:
-    """Return whether `value` is a bool of Python or NumPy, or the integer 0 or 1."""
+    """Return whether `value` is a Python, NumPy or symbolic bool, or the integer 0 or 1."""
     if value is True or value is False:
         return True
     if type(value) is int:
         return value in (0, 1)
-    return type(value).__name__ in ("bool", "bool_", "SymBool")  # NumPy's is either, by version
+    return type(value).__name__ in ("bool", "bool_", "SymBool")  # NumPy 1: bool_; NumPy 2: bool
 
 
 def check_softcap(softcap: float) -> None:
-    """Raise ValueError unless it is 0, or a normal float32 and positive."""
+    """Raise ValueError unless `softcap` is 0 or a positive normal float32."""
     if softcap != 0 and not FLOAT32.tiny <= softcap <= FLOAT32.max:
         raise ValueError(
             f"softcap must be 0, or in [{FLOAT32.tiny:.2g}, {FLOAT32.max:.2g}], got {softcap}"
@@ -100,9 +103,9 @@ def check_softcap(softcap: float) -> None:
 
 
 def check_device(like_name: str, like: Tensor, **others: Tensor | None) -> None:
-    """Raise ValueError unless the `others`, by their names, are on the device of `like`.
+    """Raise ValueError unless the `others` are on the device of `like`.
 
-    For functions that call several operators: each operator checks its own tensors.
+    Functions that call several operators use it, because an operator checks only its own tensors.
     """
     for name, x in others.items():
         if x is not None and x.device != like.device:
@@ -116,7 +119,7 @@ def check_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
 
 
 def check_int32(name: str, x: Tensor | None, shape: Sequence[int]) -> None:
-    """Raise unless `x` is absent, or int32 of this shape."""
+    """Raise ValueError or TypeError unless `x` is None, or has this shape and dtype int32."""
     if x is None:
         return
     check_shape(name, x, shape)
@@ -124,7 +127,10 @@ def check_int32(name: str, x: Tensor | None, shape: Sequence[int]) -> None:
 
 
 def check_range(name: str, x: Tensor | None, highest: int) -> None:
-    """Raise ValueError unless all of `x` lies in [0, highest], where its values can be read."""
+    """Raise ValueError unless all values of `x` are in [0, highest].
+
+    Nothing is checked if `can_read(x)` is False.
+    """
     if x is None or not x.numel() or not can_read(x):
         return
     values = x.tolist() if x.numel() < _FEW and x.ndim == 1 else [int(y) for y in x.aminmax()]
@@ -134,23 +140,23 @@ def check_range(name: str, x: Tensor | None, highest: int) -> None:
 
 
 def can_read(x: Tensor) -> bool:
-    """Return whether the values of `x` can be checked here at no cost.
+    """Return whether the values of `x` can be read without synchronizing with a device.
 
-    Not on a GPU, where reading waits for the device.
+    It is False on a GPU, where reading waits for the device.
     """
     return x.is_cpu and has_memory(x)
 
 
 def is_plain(x: Tensor) -> bool:
-    """Return whether `x` is a tensor or a parameter, not of a subclass with ways of its own."""
+    """Return whether `x` is a `torch.Tensor` or `nn.Parameter`, not another subclass."""
     return type(x) in _PLAIN
 
 
 def has_memory(x: Tensor) -> bool:
-    """Return whether `x` has values in memory that it addresses itself.
+    """Return whether `x` has a data pointer.
 
-    Not while tracing or compiling; nor have subclasses such as fake tensors, meta tensors, and the
-    batched tensors of `vmap`.
+    It is False while tracing or compiling, for subclasses such as fake tensors, for meta tensors,
+    and for the batched tensors of `vmap`.
     """
     if torch.compiler.is_compiling() or not is_plain(x) or x.is_meta:
         return False

@@ -1,9 +1,9 @@
-"""Compile csrc: the sources, the flags, and the commands that make one library of them.
+"""Compile csrc: the sources, the flags, and the commands that build one library.
 
-CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean to torch.utils.cpp_extension,
-which itself is of no use here: its lock outlives a killed build and stops everybody else, and it
-compiles no CUDA beside a CPU build of PyTorch, as `setup.py` does. This module imports nothing of
-the package: `setup.py` loads it alone.
+CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS have the same meaning as in
+torch.utils.cpp_extension. That module is not used: its lock remains after a killed build and blocks
+all later builds, and it cannot compile CUDA with a CPU build of PyTorch, which `setup.py` does.
+This module imports no other module of the package, because `setup.py` loads it alone.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ import torch
 
 BUILD_VARIABLE = "MISTRAL_KERNELS_BUILD"
 DEVICE_TYPES = ("cpu", "cuda")
-UNFINISHED = ".building-"  # begins the name of the folder in which a library is made
+UNFINISHED = ".building-"  # prefix of the temporary folder of a build
 
 _PACKAGE = Path(__file__).parent.parent
-INSTALLED = _PACKAGE / "csrc"  # what an installed package has: the sources, and libraries
+INSTALLED = _PACKAGE / "csrc"  # sources and libraries of an installed package
 SOURCES = INSTALLED if INSTALLED.is_dir() else _PACKAGE.parent / "csrc"
 
 _FLAGS = [
     "-O3",
     "-std=c++17",
-    # One binary for this PyTorch and all later ones; what is newer does not compile.
+    # The binary runs with torch 2.10 and later. Newer parts of the ABI do not compile.
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
 _HOST_FLAGS = [
     "-fPIC",
-    "-ffp-contract=off",  # products are rounded before they are added, as on the GPU
-    "-fvisibility=hidden",  # both libraries define the same names, and PyTorch loads them globally
+    "-ffp-contract=off",  # no fused multiply-adds, as on the GPU
+    "-fvisibility=hidden",  # both libraries define the same symbols and are loaded globally
 ]
 
-# The sources in cpu/kernels are compiled for each of these; csrc/cpu/instruction_sets.cpp asks the
-# processor for what the flags name.
+# The sources in cpu/kernels are compiled once per set. csrc/cpu/instruction_sets.cpp checks that
+# the processor supports the features of these flags.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 INSTRUCTION_SETS: dict[str, list[str]] = {"plain": []}
@@ -62,15 +62,19 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 class BuildError(RuntimeError):
-    """A library could not be built; the message holds the compiler's own words."""
+    """A library could not be built. The message includes the output of the compiler."""
 
 
 class NotBuiltError(BuildError):
-    """No build was attempted: no compiler, no GPU, or MISTRAL_KERNELS_BUILD=never."""
+    """No build was started: no compiler, no GPU, or MISTRAL_KERNELS_BUILD=never."""
 
 
 def build_setting() -> str:
-    """Return the value of MISTRAL_KERNELS_BUILD; ValueError if it is no known one."""
+    """Return the value of MISTRAL_KERNELS_BUILD.
+
+    Raises:
+        ValueError: the value is not auto, never or always.
+    """
     setting = os.environ.get(BUILD_VARIABLE, "auto")
     if setting not in ("auto", "never", "always"):
         raise ValueError(f"{BUILD_VARIABLE} must be 'auto', 'never' or 'always', got {setting!r}")
@@ -78,27 +82,29 @@ def build_setting() -> str:
 
 
 def library_name(device_type: str) -> str:
-    """Return the file name of a library."""
+    """Return the file name of the library for a device type."""
     return f"mistral_kernels_{device_type}.so"
 
 
 def checksum_file(library: Path) -> Path:
-    """Return the path of the file with the SHA-256 of a library, in hexadecimal digits."""
+    """Return the path of the file that contains the SHA-256 of a library, in hexadecimal."""
     return library.with_name(f"{library.name}.sha256")
 
 
 def build(device_type: str, library: Path, architectures: str = "") -> None:
     """Compile and link `library`, and write its checksum beside it.
 
-    The library appears whole or not at all; it is on the disk before its checksum is. An interrupt
-    ends the compilers and removes what they have written.
+    The library is written atomically and before its checksum, each with fsync. An interrupt kills
+    the compilers and removes their files.
 
     Args:
-        architectures: of the GPUs to build for, as TORCH_CUDA_ARCH_LIST gives them.
+        device_type: "cpu" or "cuda".
+        library: the path of the library.
+        architectures: the GPU architectures to build for, in the format of TORCH_CUDA_ARCH_LIST.
 
     Raises:
         NotBuiltError: there is no compiler.
-        BuildError: the compiler failed, or a variable that it needs is malformed.
+        BuildError: the compiler failed, or an environment variable is malformed.
         OSError: `library` cannot be written.
     """
     compiler = _compiler(device_type)
@@ -107,7 +113,7 @@ def build(device_type: str, library: Path, architectures: str = "") -> None:
     library = library.absolute()
     library.parent.mkdir(parents=True, exist_ok=True)
     print(
-        f"mistral_kernels: compiling the {device_type} operators, once, for about a minute, "
+        f"mistral_kernels: compiling the {device_type} operators once, in about one minute, "
         f"into {library.parent}",
         file=sys.stderr,
     )
@@ -143,16 +149,17 @@ def _sync(path: Path) -> None:
 
 
 def _run(commands: Sequence[list[str]], jobs: int) -> None:
-    """Run commands in the folder of the sources, `jobs` at a time, until one fails.
+    """Run commands in the folder of the sources, at most `jobs` at a time, until one fails.
 
-    In a thread: an interrupt reaches the main one alone, so no command escapes between its start
-    and its place in the list of those to be killed.
+    The commands are started in another thread, because an interrupt is raised in the main thread
+    only. Otherwise an interrupt between the start of a process and its registration in `running`
+    would leave the process running.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         try:
             future = pool.submit(_run_until, stop, commands, jobs)
-            while wait([future], timeout=0.1).not_done:  # a signal need not wake a longer wait
+            while wait([future], timeout=0.1).not_done:  # a signal may not interrupt a longer wait
                 pass
             future.result()
         finally:
@@ -166,26 +173,26 @@ def _run_until(stop: threading.Event, commands: Sequence[list[str]], jobs: int) 
         while (waiting or running) and not stop.is_set():
             while waiting and len(running) < jobs:
                 running.append(_start(waiting.pop()))
-            ended = [each for each in running if each[0].poll() is not None]
-            for process, output in ended:
+            finished = [item for item in running if item[0].poll() is not None]
+            for process, output in finished:
                 running.remove((process, output))
                 with output:
                     output.seek(0)
-                    said = output.read().decode(errors="replace")
+                    text = output.read().decode(errors="replace")
                 if process.returncode:
                     name = str(process.args[0])  # type: ignore[index]
-                    raise BuildError(f"{name} ended with {process.returncode}\n{said}")
-            if not ended:
+                    raise BuildError(f"{name} exited with code {process.returncode}\n{text}")
+            if not finished:
                 time.sleep(0.02)
     finally:
         for process, output in running:
             with output, suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+                os.killpg(process.pid, signal.SIGKILL)  # includes its children
             process.wait()
 
 
 def _start(command: list[str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-    output = tempfile.TemporaryFile()  # noqa: SIM115, read when the compiler ends
+    output = tempfile.TemporaryFile()  # noqa: SIM115, read when the compiler has ended
     process = subprocess.Popen(
         command,
         cwd=SOURCES,
@@ -198,7 +205,7 @@ def _start(command: list[str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
 
 
 def _jobs() -> int:
-    """Return how many compilers run at a time."""
+    """Return the maximal number of concurrent compilers."""
     setting = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     if not re.fullmatch(r"0*[1-9][0-9]{0,5}", setting):
         raise BuildError(f"MAX_JOBS must be a positive integer, got {setting!r}")
@@ -206,7 +213,7 @@ def _jobs() -> int:
 
 
 def nvcc() -> str | None:
-    """Return the path of nvcc, looked for where torch.utils.cpp_extension does."""
+    """Return the path of nvcc, or None. Search where torch.utils.cpp_extension does."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     folder = os.path.join(home, "bin") if home else None
     return shutil.which("nvcc", path=folder) or (
@@ -218,7 +225,7 @@ def _compiler(device_type: str) -> list[str]:
     try:
         cxx = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:
-        raise BuildError(f"CXX is {os.environ['CXX']!r}: {error}") from None
+        raise BuildError(f"CXX must be a command, got {os.environ['CXX']!r}: {error}") from None
     if device_type == "cpu":
         name, *options = cxx or ["c++"]
         compiler = shutil.which(name)
@@ -229,11 +236,11 @@ def _compiler(device_type: str) -> list[str]:
     if compiler is None:
         raise NotBuiltError("no nvcc: neither on PATH nor in CUDA_HOME; install the CUDA toolkit")
     _check_cuda_version(compiler)
-    return [compiler, *(f"-ccbin={word}" for word in cxx[-1:])]  # the first may be ccache
+    return [compiler, *(f"-ccbin={word}" for word in cxx[-1:])]  # the first word may be ccache
 
 
 def _compilations(device_type: str, architectures: str) -> list[list[str]]:
-    """Return the arguments that compile each object of a library, in the folder of the sources."""
+    """Return the compiler arguments of each object, relative to the folder of the sources."""
     flags = [
         *_FLAGS,
         "-DKERNELS_NAMESPACE=mistral_kernels",
@@ -257,7 +264,7 @@ def _compilations(device_type: str, architectures: str) -> list[list[str]]:
 
 
 def fingerprint(device_type: str, architectures: str) -> str:
-    """Return 16 hexadecimal digits that change with all that goes into a library."""
+    """Return a hash, 16 hexadecimal digits, of the sources, the flags and the compiler settings."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.rglob("*")):
         if source.suffix in (".h", ".cpp", ".cu"):
@@ -275,8 +282,8 @@ def _sources(folder: str, pattern: str = "*.cpp") -> list[str]:
 def _link_flags(device_type: str) -> list[str]:
     flags = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu"]
     if device_type == "cuda":
-        # The CUDA runtime that PyTorch uses. No symbol of libtorch is used: --no-as-needed keeps
-        # it, because it loads libtorch_cuda.
+        # Link to the same CUDA runtime as PyTorch. No symbol of libtorch is used; --no-as-needed
+        # keeps it, because it loads libtorch_cuda.
         flags = ["--cudart=shared", "-Xlinker=--no-as-needed", *flags]
     return flags
 
@@ -293,15 +300,15 @@ def _gencode(architectures: str) -> list[str]:
 
 def _check_cuda_version(compiler: str) -> None:
     """Raise NotBuiltError unless nvcc has the CUDA major version of this PyTorch."""
-    if torch.version.cuda is None:  # built for another PyTorch
+    if torch.version.cuda is None:  # `setup.py` builds for another PyTorch
         return
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True)
     release = re.search(r"release (\d+)\.", done.stdout)
     if release is None or release[1] != cuda_major():
-        found = f"of CUDA {release[1]}" if release else "of no known version"
-        raise NotBuiltError(f"{compiler} is {found}, this PyTorch of CUDA {torch.version.cuda}")
+        found = f"CUDA {release[1]}" if release else "an unknown version"
+        raise NotBuiltError(f"{compiler} must be CUDA {cuda_major()} like PyTorch, got {found}")
 
 
 def cuda_major() -> str:
-    """Return the major version of the CUDA that this PyTorch was built with."""
+    """Return the major version of the CUDA toolkit that PyTorch was built with."""
     return str(torch.version.cuda).partition(".")[0]

@@ -1,14 +1,16 @@
-"""Linear + cross entropy without the logits of all tokens.
+"""Linear layer and cross entropy, without the logits of all tokens in memory.
 
-    z = softcap * tanh(W h / softcap), or W h
+    z = softcap * tanh(W h / softcap), or W h without a softcap
     loss of a token = logsumexp(z) - (1 - e) z[target] - e mean(z) + z_loss * logsumexp(z)^2
     d loss / dz = softmax(z) (1 + 2 z_loss logsumexp(z)) - (1 - e) onehot(target) - e / vocab
 
-with label smoothing e; the mean or the sum over tokens, in nats. The logits of 7B-class training
-(tokens x vocabulary) dwarf everything else in memory. Here they exist for one chunk of tokens at a
-time, and since their gradient is known as soon as they are, both gradients are formed in the
-forward pass (as in arXiv:2410.10989): the products by PyTorch, what lies between them in place, in
-one kernel, Triton's or csrc's, that reads a row of logits twice and writes it once.
+e is the label smoothing. The result is the mean or the sum over tokens, in nats.
+
+When a model of 7B parameters is trained, its logits (tokens x vocabulary) are larger than any other
+tensor. Here the logits exist for one chunk of tokens at a time. The gradients of the chunk are
+computed in the forward pass too, as soon as its logits exist (as in arXiv:2410.10989). PyTorch
+computes the matrix products. Between them one kernel, Triton's or csrc's, replaces the logits by
+their gradient in place: it reads each row of logits twice and writes it once.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from mistral_kernels.ops.checks import (
     check_softcap,
     check_tensors,
     check_unit_stride,
-    check_written,
+    check_writable,
 )
 from mistral_kernels.ops.device_functions import tanh
 from mistral_kernels.ops.dispatch import device_guard
@@ -46,12 +48,12 @@ from mistral_kernels.ops.operator import (
 if TYPE_CHECKING:
     import triton.language as tl
 
-# Logits alive at a time, in elements: 32 MiB of float32 on a CPU. A GPU's products want more rows,
-# for each chunk reads the whole weight.
+# Elements of the logits of one chunk: 32 MiB of float32 on a CPU. Chunks are larger on a GPU
+# because the products of every chunk read the whole weight.
 _CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 25}
-# Of a chunk's share in the weight's gradient, where it is added to others in float32: on a CPU what
-# stays in a cache until it is.
-_SHARE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+# Elements of one block of a chunk's dweight, where dweight is accumulated in float32. On a CPU a
+# block stays in the cache until it is added.
+_PRODUCT_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
 @jit
@@ -60,7 +62,7 @@ def _softmax_kernel(
     ignore_index, label_smoothing, z_loss, softcap,
     VOCAB: tl.constexpr, SOFTCAP: tl.constexpr, NEEDS_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write one row's loss, and its gradient times `scale` over the logits."""
+    """Write one row's loss, and overwrite the row's logits with their gradient times `scale`."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     counted = target != ignore_index
@@ -76,20 +78,20 @@ def _softmax_kernel(
         z = tl.load(logits_ptr + col, mask=col < VOCAB, other=0.0).to(tl.float32)
         if SOFTCAP:
             z = softcap * tanh(z / softcap)
-        lane_total += z  # tanh(0) is 0, and so is what is loaded past the end
+        lane_total += z  # lanes past the end add 0: they load 0, and tanh(0) is 0
         lane_target += tl.where(col == target, z, 0.0)
         z = tl.where(col < VOCAB, z, float("-inf"))
         new_max = tl.maximum(lane_max, z)
         lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.exp(z - new_max)
         lane_max = new_max
     row_max = tl.max(lane_max, 0)
-    # Relative to the maximum: a large one would round away what is added to it.
+    # Keep the sum relative to the maximum: terms added to a large maximum would be rounded away.
     row_sum = tl.sum(lane_sum * tl.exp(lane_max - row_max), 0)
     log_sum = tl.log(row_sum)
     lse = row_max + log_sum
     smooth = label_smoothing / VOCAB
     loss = log_sum + (1.0 - label_smoothing) * (row_max - tl.sum(lane_target, 0))
-    if label_smoothing > 0.0:  # else the total may be infinite
+    if label_smoothing > 0.0:  # 0 times an infinite total would be NaN
         loss += label_smoothing * (row_max - tl.sum(lane_total, 0) / VOCAB)
     loss += z_loss * lse * lse
     tl.store(losses_ptr + row, tl.where(counted, loss, 0.0))
@@ -127,7 +129,7 @@ def _softmax_triton(
         _softmax_kernel[(len(logits),)](
             *(logits, targets, scale, losses, logits.stride(0)),
             *(ignore_index, label_smoothing, z_loss, softcap),
-            VOCAB=logits.shape[1],  # fixed: lanes are then masked by vectors of 16 bytes
+            VOCAB=logits.shape[1],  # constexpr: lanes are then masked in vectors of 16 bytes
             SOFTCAP=softcap > 0,
             NEEDS_GRADIENT=needs_gradient,
             **config,
@@ -152,10 +154,10 @@ def _softmax_torch(
     if softcap:
         capped = torch.tanh(z / softcap)
         z, cap_slope = softcap * capped, 1 - capped.square_()
-    # Relative to the maximum: a large one would round away what is added to it.
+    # Keep the sums relative to the maximum, as the kernel does.
     z_max = z.amax(1, keepdim=True)
     z = z.sub_(z_max)
-    # A few rows at a time: logsumexp makes a copy of what it is given.
+    # Take 16 rows at a time: logsumexp copies its input.
     log_sum = torch.cat([x.logsumexp(dim=1, keepdim=True) for x in z.split(16)])
     lse = log_sum + z_max
     losses = log_sum - (1 - label_smoothing) * z.gather(1, target) + z_loss * lse.square()
@@ -164,7 +166,7 @@ def _softmax_torch(
     losses = losses.squeeze(1).masked_fill(~counted, 0)
     if not needs_gradient:
         return losses
-    # In place, the logits become their own gradient.
+    # Overwrite the logits with their gradient.
     dz = z.sub_(log_sum).exp_()
     if z_loss:
         dz *= 1 + 2 * z_loss * lse
@@ -187,7 +189,7 @@ def _check_softmax(logits: Tensor, targets: Tensor, scale: Tensor, *args: Any) -
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must be (rows, vocab_size), got {tuple(logits.shape)}")
     check_unit_stride("logits", logits)
-    check_written("logits", logits)
+    check_writable("logits", logits)
     check_dtype("scale", scale, torch.promote_types(logits.dtype, torch.float32))
     check_shape("scale", scale, ())
     _check_targets(targets, logits.shape[0], logits.shape[1], *args[:-1])
@@ -208,14 +210,14 @@ _softmax_op = Operator(
 def _check_accumulate(total: Tensor, x: Tensor) -> None:
     check_shape("x", x, total.shape)
     check_float("x", x)
-    check_written("total", total)
+    check_writable("total", total)
 
 
 def _accumulate_torch(total: Tensor, x: Tensor) -> None:
     total.add_(x)
 
 
-# total += x, total of a wider dtype: PyTorch's own would first make x a tensor of that.
+# total += x, where total has a wider dtype. PyTorch's `add_` would first convert a copy of x.
 _accumulate_op = Operator(
     "accumulate_",
     "(Tensor(a!) total, Tensor x) -> ()",
@@ -226,7 +228,7 @@ _accumulate_op = Operator(
 )
 
 
-Outputs = tuple[Tensor, Tensor, Tensor]  # loss, dhidden, dweight; `absent` where there is none
+Outputs = tuple[Tensor, Tensor, Tensor]  # loss, dhidden, dweight; `absent` if not computed
 
 
 def _forward(
@@ -253,13 +255,13 @@ def _forward(
     scale = torch.ones_like(total)
     if mean:
         scale /= (targets != ignore_index).sum()
-    dweight = dweight_out  # summed in place, unless its dtype is too narrow for that
+    dweight = dweight_out  # accumulated in place, or in float32 if its dtype is narrower
     if dweight is not None:
         wide = dweight.dtype == total.dtype
         dweight = dweight.zero_() if wide else torch.zeros_like(weight, dtype=total.dtype)
     num_tokens, vocab_size = len(hidden), len(weight)
     rows = max(1, _CHUNK_ELEMENTS[hidden.device.type] // vocab_size)
-    rows -= rows % min(rows, 64)  # whole tiles for the products
+    rows -= rows % min(rows, 64)  # a multiple of the products' tiles
     logits = hidden.new_empty(min(rows, num_tokens), vocab_size)
     for start in range(0, num_tokens, rows):
         chunk = slice(start, start + rows)
@@ -279,12 +281,12 @@ def _forward(
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, total of a wider dtype."""
-    rows = max(1, _SHARE_ELEMENTS[total.device.type] // max(1, total.shape[1]))
-    share = b.new_empty(min(rows, len(total)), total.shape[1])
+    """Add a @ b to `total`, which has a wider dtype."""
+    rows = max(1, _PRODUCT_ELEMENTS[total.device.type] // max(1, total.shape[1]))
+    product = b.new_empty(min(rows, len(total)), total.shape[1])
     for start in range(0, len(total), rows):
-        part = total[start : start + rows]
-        _accumulate_op(part, torch.mm(a[start : start + rows], b, out=share[: len(part)]))
+        block = total[start : start + rows]
+        _accumulate_op(block, torch.mm(a[start : start + rows], b, out=product[: len(block)]))
 
 
 def _empty_outputs(hidden: Tensor, weight: Tensor, *args: Any) -> Outputs:
@@ -350,17 +352,17 @@ _forward_op = Operator(
 
 
 def _scaled(gradients: tuple[Tensor | None, ...], dloss: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients times dloss, in their own memory unless they may be needed again."""
+    """Return the gradients times dloss, in place unless they may be needed again."""
     if (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or in_transform()
-        or torch._C._functorch.is_legacy_batchedtensor(dloss)  # of is_grads_batched
-        # Whether the engine was asked to retain the graph; true outside of it.
+        or torch._C._functorch.is_legacy_batchedtensor(dloss)  # is_grads_batched=True
+        # True if the backward pass retains the graph, and outside of a backward pass.
         or torch._C._autograd._get_current_graph_task_keep_graph()
     ):
         return tuple(None if grad is None else grad * dloss for grad in gradients)
-    # Results of the forward pass: they have its history.
+    # Detach: the gradients are results of the forward pass and have its history.
     gradients = tuple(None if grad is None else grad.detach() for grad in gradients)
     if can_read(dloss) and dloss == 1:
         return gradients
@@ -368,27 +370,30 @@ def _scaled(gradients: tuple[Tensor | None, ...], dloss: Tensor) -> tuple[Tensor
 
 
 class LinearCrossEntropyFunction(Function):
+    """Autograd function of `linear_cross_entropy`; the forward pass computes the gradients."""
+
     public_name = "linear_cross_entropy"
 
     @staticmethod
     def forward(hidden: Tensor, weight: Tensor, *args: Any) -> Outputs:
+        """Return the loss and the gradients of hidden and weight."""
         return _forward_op(hidden, weight, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+        """Save the gradients."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:])
         ctx.mask = inputs[-2:]
-        if (
-            torch.compiler.is_compiling()
-        ):  # which gives zeros for None, and has no second derivative
+        # torch.compile passes zeros to `backward` in place of None, and has no second derivative.
+        if torch.compiler.is_compiling():
             ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(
         ctx: Any, dloss: Tensor | None, ddhidden: Tensor | None, ddweight: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        # torch.compile gives zeros for None, and has no second derivative.
+        """Return the saved gradients times `dloss`."""
         second = ddhidden is not None or ddweight is not None
         if second and not torch.compiler.is_compiling():
             refuse_second_derivative("linear_cross_entropy")
@@ -411,25 +416,45 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Cross entropy, in nats, of the logits hidden @ weight^T. Differentiable once, in both.
+    """Compute the cross entropy, in nats, of the logits hidden @ weight^T.
+
+    The logits of all tokens never exist at once (method of arXiv:2410.10989), so that memory does
+    not grow with num_tokens * vocab_size. Differentiable once in hidden and weight; the forward
+    pass computes the gradients that are needed.
 
     Args:
         hidden: (num_tokens, hidden_size), float16, bfloat16, float32 or, on the torch backend,
             float64.
-        weight: (vocab_size, hidden_size), of hidden's dtype. Frozen, it costs no product.
-        targets: (num_tokens,) int64 in [0, vocab_size), or `ignore_index`: such a token counts
-            neither in the sum nor in the mean.
-        reduction: "mean" or "sum".
-        label_smoothing: in [0, 1], the share of the target spread over all classes.
-        z_loss: >= 0; adds z_loss * logsumexp^2 to the loss of each token.
-        softcap: logits z become softcap * tanh(z / softcap); 0 for none.
+        weight: (vocab_size, hidden_size), dtype of hidden. A weight without `requires_grad` saves
+            one of three matrix products.
+        targets: (num_tokens,) int64, each in [0, vocab_size) or equal to `ignore_index`.
+        ignore_index: target of the tokens that count neither in the sum nor in the mean.
+        reduction: "mean" or "sum", over the tokens that count.
+        label_smoothing: e in [0, 1]: the target class has probability 1 - e + e / vocab_size, and
+            each other class e / vocab_size (arXiv:1512.00567).
+        z_loss: >= 0; adds z_loss * logsumexp^2 to the loss of each token (arXiv:2204.02311).
+        softcap: replaces each logit z by softcap * tanh(z / softcap); 0 for no softcap.
 
     Returns:
-        A float32 scalar (float64 for float64 inputs); NaN for the mean of no token, as PyTorch's.
+        A float32 scalar (float64 for float64 inputs). The mean over no tokens is NaN, as in
+        PyTorch.
 
     Raises:
-        ValueError: naming the argument that does not fit; targets are looked at on the CPU only.
-        TypeError: hidden has another dtype.
+        ValueError: a shape, device or value does not fit (targets are checked on the CPU only).
+        TypeError: a dtype does not fit.
+
+    Example:
+        >>> import torch
+        >>> from mistral_kernels import linear_cross_entropy
+        >>> hidden = torch.zeros(4, 8, requires_grad=True)  # equal logits for all 10 classes
+        >>> weight = torch.randn(10, 8)
+        >>> targets = torch.tensor([3, 1, -100, 7])  # the third token does not count
+        >>> loss = linear_cross_entropy(hidden, weight, targets)
+        >>> loss.backward()
+        >>> round(loss.item(), 4)  # ln(10)
+        2.3026
+        >>> hidden.grad[2].any()
+        tensor(False)
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")

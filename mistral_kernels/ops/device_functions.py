@@ -1,4 +1,4 @@
-"""Tensors as kernels take them, and device functions that kernels of several operators call."""
+"""Tensor arguments of Triton kernels, and device functions that several operators share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class View(NamedTuple):
-    """A tensor as kernels take it: its pointer, and strides in elements; heads are contiguous."""
+    """A kernel's tensor argument: pointer and strides in elements. Each head is contiguous."""
 
     ptr: Tensor
     batch_stride: int
@@ -22,7 +22,7 @@ class View(NamedTuple):
 
 
 def view(x: Tensor, packed: bool) -> View:
-    """Return the view of (batch, seqlen, heads, head_dim), or packed (total, heads, head_dim)."""
+    """Return the view of (batch, seqlen, heads, head_dim), or packed (tokens, heads, head_dim)."""
     if packed:
         return View(x, 0, x.stride(0), x.stride(1))
     return View(x, x.stride(0), x.stride(1), x.stride(2))
@@ -30,7 +30,10 @@ def view(x: Tensor, packed: bool) -> View:
 
 @jit
 def tanh(x):
-    """Near 0, where 1 - 2 / (e^2x + 1) cancels, a polynomial fitted to a relative error of 4e-8."""
+    """Return the hyperbolic tangent in float32.
+
+    Near 0, where 1 - 2 / (exp(2x) + 1) cancels, a polynomial with a relative error of 4e-8.
+    """
     square = x * x
     near = x + x * square * (
         -0.33332947 + square * (0.13320724 + square * (-0.05267176 + square * 0.0164375))

@@ -1,8 +1,8 @@
-"""Which backend serves a tensor, and why; the current device; what the device can do.
+"""Select the backend for a tensor; query and set the device that Triton kernels run on.
 
-``triton`` serves GPU tensors and ``torch`` serves CPU tensors; the environment variable
-``MISTRAL_KERNELS_BACKEND=auto|triton|torch`` forces one. Nothing falls back: a backend that cannot
-run raises, naming the remedy.
+``triton`` is the backend for GPU tensors and ``torch`` the backend for CPU tensors. The environment
+variable ``MISTRAL_KERNELS_BACKEND=auto|triton|torch`` overrides the selection. There is no silent
+fallback: if the selected backend cannot run, an error names the remedy.
 """
 
 from __future__ import annotations
@@ -22,45 +22,48 @@ _NO_GUARD = contextlib.nullcontext()
 
 
 class Backend(NamedTuple):
-    """A choice (``"triton"`` or ``"torch"``) and the reason for it, in words for people."""
+    """A backend, ``"triton"`` or ``"torch"``, and the reason of the selection as text."""
 
     name: str
     reason: str
 
 
 class DeviceProperties(NamedTuple):
-    """What launch parameters depend on. ``arch``: 90 for sm_90, or AMD's name, ``"gfx942"``."""
+    """Properties of a device that the launch parameters depend on."""
 
     platform: str  # "cuda" or "hip"
-    arch: int | str
+    arch: int | str  # 90 for sm_90; for AMD a name, "gfx942"
     multiprocessors: int
-    shared_memory: int  # bytes that one block may use
+    shared_memory: int  # bytes available to one block
 
 
 def choose_backend(device: torch.device) -> Backend:
     """Return the backend for tensors on ``device``.
 
     Raises:
-        ValueError: ``MISTRAL_KERNELS_BACKEND`` is none of auto, triton, torch.
-        RuntimeError: the backend cannot run here; the message names the remedy.
+        ValueError: ``MISTRAL_KERNELS_BACKEND`` is not auto, triton or torch.
+        RuntimeError: the backend cannot run on this machine; the message names the remedy.
     """
     return _choose(device.type, _setting())
 
 
 def uses_triton(x: torch.Tensor) -> bool:
-    """Return whether the Triton backend serves ``x``."""
-    device_type = "cpu" if x.is_cpu else x.device.type  # the first is the quicker to ask for
+    """Return whether ``triton`` is the backend for ``x``."""
+    device_type = "cpu" if x.is_cpu else x.device.type  # is_cpu is faster than device.type
     return _choose(device_type, _setting()).name == "triton"
 
 
 def uses_csrc(device_type: str) -> bool:
-    """Return whether csrc's kernels, where there are any, serve tensors on this type of device."""
+    """Return whether csrc's kernels may be used for this device type, if there are any."""
     setting = _setting()
     return setting == "auto" or (setting == "torch" and device_type == "cpu")
 
 
-def forget_choice() -> None:
-    """Read MISTRAL_KERNELS_BACKEND again at the next choice; see `operator.choose_again`."""
+def clear_backend_cache() -> None:
+    """Make the next selection read MISTRAL_KERNELS_BACKEND again.
+
+    Call `operator.reload_backend_setting` instead, which also updates csrc's libraries.
+    """
     _setting.cache_clear()
     _choose.cache_clear()
 
@@ -70,10 +73,10 @@ def _setting() -> str:
     return os.environ.get(BACKEND_VARIABLE, "auto")
 
 
-@functools.cache  # exceptions are not cached: a remedy takes effect at the next call
+@functools.cache  # exceptions are not cached, so that a remedy takes effect at the next call
 def _choose(device_type: str, setting: str) -> Backend:
     if setting not in ("auto", "triton", "torch"):
-        raise ValueError(f"{BACKEND_VARIABLE} is {setting!r}; expected 'auto', 'triton' or 'torch'")
+        raise ValueError(f"{BACKEND_VARIABLE} must be 'auto', 'triton' or 'torch', got {setting!r}")
     if setting == "torch":
         return Backend("torch", f"{BACKEND_VARIABLE}=torch")
     if setting == "auto" and device_type != "cuda":
@@ -87,19 +90,19 @@ def _choose(device_type: str, setting: str) -> Backend:
     if device_type == "cuda":
         forced = f"{BACKEND_VARIABLE}=triton" if setting == "triton" else "GPU tensors"
         return Backend("triton", f"{forced}: Triton kernels")
-    return Backend("triton", f"{BACKEND_VARIABLE}=triton: {_what_runs_triton_on(device_type)}")
+    return Backend("triton", f"{BACKEND_VARIABLE}=triton: {_describe_triton_runner(device_type)}")
 
 
-def _what_runs_triton_on(device_type: str) -> str:
+def _describe_triton_runner(device_type: str) -> str:
     if _interpreting():
         return "Triton's interpreter (TRITON_INTERPRET=1)"
     from triton.runtime import driver
 
     try:
-        served = driver.active.get_active_torch_device().type
-    except RuntimeError:  # Triton found no driver at all
-        served = None
-    if served == device_type:
+        runs_on = driver.active.get_active_torch_device().type
+    except RuntimeError:  # Triton found no driver
+        runs_on = None
+    if runs_on == device_type:
         return f"Triton's active driver runs compiled kernels on {device_type} tensors"
     raise RuntimeError(
         f"{BACKEND_VARIABLE}=triton, but nothing here runs Triton kernels on {device_type} "
@@ -109,13 +112,16 @@ def _what_runs_triton_on(device_type: str) -> str:
 
 
 def _interpreting() -> bool:
-    import triton  # and its modules by name: `from triton import` takes six times as long
+    import triton  # `from triton import knobs` would take six times as long per call
 
     return bool(triton.knobs.runtime.interpret)
 
 
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make the device of ``x`` current, where Triton launches; do nothing for CPU tensors."""
+    """Return a context manager that makes the device of ``x`` current, as Triton launches require.
+
+    It does nothing for CPU tensors, and if the device is current already.
+    """
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return _NO_GUARD
@@ -124,10 +130,11 @@ def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 def device_properties(x: torch.Tensor) -> DeviceProperties:
     """Return the properties of the device that runs Triton kernels on ``x``.
 
-    It is not for code that is being traced.
+    Do not call this function in code that `torch.compile` traces.
     """
     if not x.is_cuda and _interpreting():
-        # The interpreter has no device. Few multiprocessors make loops take several turns.
+        # The interpreter has no device. With few multiprocessors, tests cover loops of several
+        # iterations.
         return DeviceProperties("cuda", 80, 4, 163 * 1024)
     import triton
 
@@ -147,9 +154,10 @@ def _query(driver: Any, index: int) -> DeviceProperties:
 
 
 def with_workspace(x: torch.Tensor, launch: Callable[[], None]) -> None:
-    """Launch kernels that need memory of their own, as for descriptors made on the device.
+    """Run ``launch``, which launches kernels that need workspace, on the device of ``x``.
 
-    Triton asks an allocator for it, which is set for this launch alone: the caller's stays.
+    Tensor descriptors that are created on the device need workspace, for example. Triton requests
+    it from an allocator, which is set for this launch only; the caller's allocator is kept.
     """
     import triton
 
@@ -163,9 +171,13 @@ def with_workspace(x: torch.Tensor, launch: Callable[[], None]) -> None:
 
 
 def float32_precision(x: torch.Tensor) -> str:
-    """How `tl.dot` multiplies float32: "tf32" if the user allows it, exact to float32 otherwise."""
+    """Return `input_precision` of `tl.dot`.
+
+    For float32 it is "tf32" if `torch.backends.cuda.matmul.fp32_precision` is "tf32", and otherwise
+    a precision that is as accurate as float32: "tf32x3", or "ieee" on devices without tf32.
+    """
     if x.dtype != torch.float32:
-        return "ieee"  # says nothing of other types
+        return "ieee"  # has no effect on other dtypes
     device = device_properties(x)
     if device.platform != "cuda" or int(device.arch) < 80:
         return "ieee"
@@ -173,20 +185,24 @@ def float32_precision(x: torch.Tensor) -> str:
 
 
 def with_unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """``x``, or a copy if its last dimension is not contiguous: all other strides kernels take."""
+    """Return ``x``, or a copy if its last dimension is not contiguous.
+
+    The kernels require a contiguous last dimension and support any other strides.
+    """
     return x if x.ndim == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
 def width_of(x: torch.Tensor) -> int:
-    """Of the last dimension; a single number is a row of one."""
+    """Return the size of the last dimension; 1 for a 0-d tensor."""
     return x.shape[-1] if x.ndim else 1
 
 
 def as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """``x`` as rows of its last dimension, and the stride between rows in elements.
+    """Return ``x`` as rows of its last dimension, and the stride between rows in elements.
 
-    Copies only when the rows are not evenly spaced or their elements not contiguous. Contiguous
-    tensors come back in the shape they have: a kernel needs no more than the pointer and stride.
+    ``x`` is copied only if its rows are not evenly spaced or their elements are not contiguous. A
+    contiguous ``x`` is returned unchanged in shape, because a kernel uses only the data pointer and
+    the stride.
     """
     width = width_of(x)
     if x.is_contiguous():

@@ -1,10 +1,12 @@
-"""The compiled operators of csrc, one library for each type of device: found, or built once.
+"""Find, build and load the compiled operators of csrc: one library per device type.
 
-A library is taken from the package, where `setup.py` puts what it could build; else from the cache
-of PyTorch's extensions; else it is compiled into that cache. Nothing here is needed: without a
-library other backends serve, and `status` says why there is none. MISTRAL_KERNELS_BUILD=never
-compiles nothing; MISTRAL_KERNELS_BUILD=always raises where a library can neither be found nor
-built. MISTRAL_KERNELS_CPU names the instruction set of the kernels for the CPU, otherwise the best.
+A library is loaded from the installed package, where `setup.py` puts the libraries that it built;
+otherwise from the cache of PyTorch's extensions; otherwise it is compiled into that cache. The
+libraries are optional: without one, PyTorch or Triton runs instead, and `status` returns why.
+
+- MISTRAL_KERNELS_BUILD=never: do not compile.
+- MISTRAL_KERNELS_BUILD=always: raise an error if a library can neither be found nor built.
+- MISTRAL_KERNELS_CPU: the instruction set of the CPU kernels; by default the best one.
 """
 
 from __future__ import annotations
@@ -46,14 +48,15 @@ _lock = threading.Lock()
 
 
 def load(device_type: str) -> bool:
-    """Load csrc's kernels for tensors on `device_type`; return whether there are any.
+    """Load csrc's library for `device_type`; return whether there is one.
 
-    The first call may compile, and says so on stderr; the answer stays for the process.
+    The first call may compile the library; it prints a line on stderr then. The result is cached
+    for the process.
 
     Raises:
-        ValueError: MISTRAL_KERNELS_BUILD is none of auto, never, always, or MISTRAL_KERNELS_CPU no
-            instruction set of this processor.
-        RuntimeError: there is no library though MISTRAL_KERNELS_BUILD=always.
+        ValueError: MISTRAL_KERNELS_BUILD is not auto, never or always, or MISTRAL_KERNELS_CPU is
+            not an instruction set of this processor.
+        RuntimeError: there is no library and MISTRAL_KERNELS_BUILD=always.
     """
     library = _libraries.get(device_type)
     if library is None:
@@ -64,25 +67,25 @@ def load(device_type: str) -> bool:
     return library.is_loaded
 
 
-def serves(x: torch.Tensor) -> bool:
-    """Return whether csrc's kernels for the CPU serve `x`; loads them."""
-    wanted = x.is_cpu and x.dtype != torch.float64 and dispatch.uses_csrc("cpu")
-    return wanted and load("cpu")
+def supports(x: torch.Tensor) -> bool:
+    """Load csrc's library for the CPU if it supports `x`; return whether it does."""
+    supported = x.is_cpu and x.dtype != torch.float64 and dispatch.uses_csrc("cpu")
+    return supported and load("cpu")
 
 
-def update_choice() -> None:
-    """Tell the loaded libraries whether their kernels serve, or the backend is another one."""
+def apply_backend_setting() -> None:
+    """Enable or disable the kernels of the loaded libraries, as MISTRAL_KERNELS_BACKEND demands."""
     for device_type, library in _libraries.items():
         if library.is_loaded:
-            _serve(device_type)
+            _enable_if_chosen(device_type)
 
 
-def _serve(device_type: str) -> None:
-    getattr(torch.ops.mistral_kernels, f"serve_{device_type}")(dispatch.uses_csrc(device_type))
+def _enable_if_chosen(device_type: str) -> None:
+    getattr(torch.ops.mistral_kernels, f"enable_{device_type}")(dispatch.uses_csrc(device_type))
 
 
 def status(device_type: str) -> str:
-    """One line: where the library for `device_type` was loaded from, or why there is none."""
+    """Return one line: the path that the library was loaded from, or why there is no library."""
     try:
         load(device_type)
     except (RuntimeError, ValueError) as error:
@@ -93,16 +96,16 @@ def status(device_type: str) -> str:
 def _find(device_type: str) -> _Library:
     setting = build_setting()
     installed = INSTALLED / library_name(device_type)
-    reason = _why_not_here(device_type)
+    reason = _why_unavailable(device_type)
     if reason is not None:
         if installed.exists():
-            reason += f"; {installed} was built at installation and is left alone"
+            reason += f"; {installed} was built at installation and is not used"
         return _Library(False, f"not loaded: {reason}")
     failures: list[Exception] = []
     try:
         if installed.exists():
-            with _remembering(failures):
-                build_cache.check_whole(installed)
+            with _collecting(failures):
+                build_cache.verify_checksum(installed)
                 return _open(device_type, installed)
         return _from_cache(device_type, setting, failures)
     except (BuildError, OSError) as error:
@@ -121,12 +124,12 @@ def _from_cache(device_type: str, setting: str, failures: list[Exception]) -> _L
     folder = build_cache.folder_of(fingerprint(device_type, architectures))
     cached = folder / library_name(device_type)
     if os.path.lexists(cached):
-        whole = False
-        with _remembering(failures):
+        is_valid = False
+        with _collecting(failures):
             build_cache.check_private(folder)
-            whole = bool(build_cache.check_whole(cached))
+            is_valid = bool(build_cache.verify_checksum(cached))
             return _open(device_type, cached)
-        if whole:  # it would be compiled to the same at every start
+        if is_valid:  # compiling again would produce the same library, at every start
             raise BuildError(f"{failures.pop()}; remove {folder} to compile it again")
     if setting == "never":
         raise NotBuiltError(f"not compiled, since {BUILD_VARIABLE}=never")
@@ -139,15 +142,15 @@ def _from_cache(device_type: str, setting: str, failures: list[Exception]) -> _L
 def _is_built_meanwhile(cached: Path) -> bool:
     """Return whether another process has built the library while this one waited for the lock."""
     try:
-        return bool(build_cache.check_whole(cached))
+        return bool(build_cache.verify_checksum(cached))
     except (BuildError, OSError):
         return False
 
 
-def _why_not_here(device_type: str) -> str | None:
-    """Why there is no library to be had for `device_type`, whatever is installed."""
+def _why_unavailable(device_type: str) -> str | None:
+    """Return why no library can be used for `device_type`; None if one can."""
     if device_type not in DEVICE_TYPES:
-        return f"csrc has nothing for {device_type} tensors"
+        return f"csrc has no kernels for {device_type} tensors"
     if sys.platform == "win32":
         return "csrc is not built on Windows"
     if device_type == "cuda" and torch.version.cuda is None:
@@ -159,10 +162,10 @@ def _open(device_type: str, library: Path) -> _Library:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        raise BuildError(f"{library} does not load: {error.__cause__ or error}") from error
-    if not hasattr(torch.ops.mistral_kernels, f"serve_{device_type}"):
-        raise BuildError(f"{library} does not load: it lacks the operators")
-    _serve(device_type)
+        raise BuildError(f"{library} cannot be loaded: {error.__cause__ or error}") from error
+    if not hasattr(torch.ops.mistral_kernels, f"enable_{device_type}"):
+        raise BuildError(f"{library} cannot be loaded: it does not define the operators")
+    _enable_if_chosen(device_type)
     status = f"loaded from {library}"
     if device_type == "cpu":
         status += f", kernels for {_choose_instruction_set()}"
@@ -175,13 +178,13 @@ def _choose_instruction_set() -> str:
     setting = os.environ.get(CPU_VARIABLE, supported[0])
     if setting not in supported:
         names = " or ".join(map(repr, supported))
-        raise ValueError(f"{CPU_VARIABLE} is {setting!r}; expected {names} on this processor")
+        raise ValueError(f"{CPU_VARIABLE} must be {names} on this processor, got {setting!r}")
     operators.use_instruction_set(setting)
     return setting  # type: ignore[no-any-return]
 
 
 @contextmanager
-def _remembering(failures: list[Exception]) -> Iterator[None]:
+def _collecting(failures: list[Exception]) -> Iterator[None]:
     try:
         yield
     except (BuildError, OSError) as error:
@@ -189,7 +192,7 @@ def _remembering(failures: list[Exception]) -> Iterator[None]:
 
 
 def _architectures(device_type: str) -> str:
-    """TORCH_CUDA_ARCH_LIST, or the architectures of the GPUs that are here."""
+    """Return TORCH_CUDA_ARCH_LIST, or the architectures of the GPUs of this machine."""
     if device_type == "cpu":
         return ""
     setting = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
@@ -202,7 +205,7 @@ def _architectures(device_type: str) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """Return a message's most telling line: a compiler's first error, not the linker's last."""
+    """Return the most informative line of a message: the compiler's first error if there is one."""
     first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()]
     errors = (x for x in rest if re.search(r"\berror\b", x, re.I) and "collect2" not in x)
     return next(errors, rest[0] if rest else first)

@@ -1,7 +1,7 @@
-"""Launch parameters by operator, size, dtype and device: rules, nothing is timed.
+"""Choose the launch parameters of the Triton kernels by fixed rules, without autotuning.
 
-Each function returns the meta-parameters of one kernel, ready for ``kernel[grid](..., **config)``,
-and is cached: in a loop it costs one dictionary look-up. Those of attention stand beside it, in
+Each function returns the meta-parameters of one kernel, for ``kernel[grid](..., **config)``. The
+functions are cached: a call costs one dictionary lookup. The launch parameters of attention are in
 `attention/tiles.py`.
 """
 
@@ -14,103 +14,132 @@ from typing import Any
 
 from mistral_kernels.ops.dispatch import DeviceProperties
 
-Config = Mapping[str, Any]
+LaunchConfig = Mapping[str, Any]
 
 
-def config(**parameters: Any) -> Config:
-    """Read-only, since shared. Floating-point fusion: Triton 3.10 changes the default."""
+def launch_config(**parameters: Any) -> LaunchConfig:
+    """Return the parameters as a read-only mapping, which cached callers share.
+
+    `enable_fp_fusion` is set explicitly, because its default changes in Triton 3.10.
+    """
     return MappingProxyType({"enable_fp_fusion": True, **parameters})
 
 
 def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
+    """Return the smallest power of 2 that is at least `n`."""
     return 1 << (n - 1).bit_length()
 
 
 @functools.cache
-def rms_norm_forward(hidden: int) -> Config:
-    """Whole rows in registers, 16 elements a thread; short rows share a program."""
+def rms_norm_forward(hidden: int) -> LaunchConfig:
+    """Return the parameters of RMSNorm's forward.
+
+    A program holds whole rows in registers, 16 elements per thread. Short rows share a program.
+    """
     block_cols = next_power_of_2(hidden)
     block_rows = max(1, 2048 // block_cols)
     num_warps = min(16, max(1, block_rows * block_cols // 512))
-    return config(BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols, num_warps=num_warps)
+    return launch_config(BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols, num_warps=num_warps)
 
 
 @functools.cache
-def rms_norm_backward(hidden: int, element_bytes: int, device: DeviceProperties) -> Config:
-    """As forward, with the next rows on their way to shared memory while there is room for them.
+def rms_norm_backward(hidden: int, element_bytes: int, device: DeviceProperties) -> LaunchConfig:
+    """Return the parameters of RMSNorm's backward.
 
-    ``element_bytes``: one element of every input that is read by rows. Wide rows are cut into
-    chunks, of which each program owns one: the fp32 state of more columns would not fit its
-    registers.
+    They are those of the forward, with further rows prefetched into shared memory while they fit.
+    Wide rows are divided into chunks, and each program owns one chunk, because the float32 state of
+    more columns does not fit in registers.
+
+    Args:
+        hidden: columns per row.
+        element_bytes: sum of the element sizes, in bytes, of the inputs that are read by rows.
+        device: properties of the device that runs the kernel.
     """
     widest = 16384 if device.platform == "hip" else 8192
     chunks = cdiv(hidden, widest)
     forward = rms_norm_forward(min(hidden, widest))
     stage_bytes = forward["BLOCK_ROWS"] * forward["BLOCK_COLS"] * element_bytes
-    # Of other chunks dy, h and weight are read, of at least two inputs: half as much again.
+    # A program also reads dy, h and weight of the other chunks. There are at least two inputs, so
+    # these are at most 1.5 times the bytes of its own chunk.
     stage_bytes += (chunks - 1) * stage_bytes * 3 // 2
     num_stages = max(1, min(3, device.shared_memory // stage_bytes))
-    # Fewer elements a thread where registers run out: long float32 rows, and any on AMD.
-    crowded = device.platform == "hip" or (element_bytes >= 8 and forward["BLOCK_ROWS"] == 1)
-    num_warps = min(16, forward["num_warps"] * (2 if crowded else 1))
-    return config(**{**forward, "num_warps": num_warps}, CHUNKS=chunks, NUM_STAGES=num_stages)
+    # More warps, so fewer elements per thread, where registers run out: long float32 rows, and all
+    # rows on AMD.
+    spills = device.platform == "hip" or (element_bytes >= 8 and forward["BLOCK_ROWS"] == 1)
+    num_warps = min(16, forward["num_warps"] * (2 if spills else 1))
+    return launch_config(
+        **{**forward, "num_warps": num_warps}, CHUNKS=chunks, NUM_STAGES=num_stages
+    )
 
 
 def rms_norm_partial_sums(rows: int, device: DeviceProperties) -> int:
-    """How many programs share the rows of backward, each leaving fp32 partial sums of dweight.
+    """Return the number of programs of RMSNorm's backward; each writes partial sums of dweight.
 
-    At 32 rows a program, writing and reading the partial sums is under 5 % of the traffic in bf16.
-    With fewer rows, half the multiprocessors still keep the memory busy: each has rows in flight.
+    With 32 rows per program, the float32 partial sums are under 5 % of the memory traffic in
+    bfloat16. With fewer rows, half of the multiprocessors saturate the memory bandwidth, because
+    each has several rows in flight.
     """
     return min(4 * device.multiprocessors, max(device.multiprocessors // 2, cdiv(rows, 32)))
 
 
 @functools.cache
-def rms_norm_sum_partials() -> Config:
-    return config(BLOCK_ROWS=32, BLOCK_COLS=32, num_warps=4)
+def rms_norm_sum_partials() -> LaunchConfig:
+    """Return the parameters of the kernel that adds up the partial sums of dweight."""
+    return launch_config(BLOCK_ROWS=32, BLOCK_COLS=32, num_warps=4)
 
 
 @functools.cache
-def swiglu(cols: int) -> Config:
-    """2048 elements a program, 16 of each tensor a thread; short rows share a program.
+def swiglu(cols: int) -> LaunchConfig:
+    """Return the parameters of SwiGLU's kernels, forward and backward.
 
-    Wider blocks would leave lanes idle: 14336 columns are 7 times 2048.
+    A program processes 2048 elements, 16 of each tensor per thread. Short rows share a program.
+    Wider blocks would leave lanes idle: Mistral 7B has 14336 = 7 * 2048 columns.
     """
     block_cols = min(2048, next_power_of_2(cols))
-    return config(BLOCK_ROWS=2048 // block_cols, BLOCK_COLS=block_cols, num_warps=4)
+    return launch_config(BLOCK_ROWS=2048 // block_cols, BLOCK_COLS=block_cols, num_warps=4)
 
 
 @functools.cache
-def rotary(half: int) -> Config:
-    """2048 pairs of channels a turn of the loop over heads, 16 a thread.
+def rotary(half: int) -> LaunchConfig:
+    """Return the parameters of the rotary embedding for heads of 2 * `half` channels.
 
-    Unfused here and in the cache update: the products have the same bits on every backend.
+    Each iteration of the loop over heads rotates 2048 pairs of channels, 16 per thread. Fused
+    multiply-adds are disabled, so that results are bit-identical on every backend.
     """
     block_i = next_power_of_2(half)
     block_h = 8
     block_t = max(1, 2048 // (block_h * block_i))
-    return config(
+    return launch_config(
         BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_I=block_i, num_warps=4, enable_fp_fusion=False
     )
 
 
 @functools.cache
-def rolling_cache_update(head_dim: int, max_seqlen: int) -> Config:
-    """As rotary for a chunk; for single tokens, more programs of 4 heads each: latency decides."""
+def rolling_cache_update(head_dim: int, max_seqlen: int) -> LaunchConfig:
+    """Return the parameters of the rolling cache's update.
+
+    They are those of `rotary` for several tokens per sequence. A single token per sequence is
+    latency bound, so more programs process 4 heads each. Fused multiply-adds are disabled, so that
+    results are bit-identical on every backend.
+    """
     block_i = max(1, next_power_of_2(head_dim) // 2)
     block_h, warps = (4, 1) if max_seqlen == 1 else (8, 4)
     block_t = 1 if max_seqlen == 1 else max(1, 2048 // (block_h * block_i))
-    return config(
+    return launch_config(
         BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_I=block_i, num_warps=warps, enable_fp_fusion=False
     )
 
 
 @functools.cache
-def cross_entropy(vocab: int) -> Config:
-    """One program a row of logits, 16 of them a thread at a time."""
+def cross_entropy(vocab: int) -> LaunchConfig:
+    """Return the parameters of the cross entropy kernel.
+
+    A program processes one row of logits, in blocks of 16 logits per thread.
+    """
     block = min(4096, max(64, next_power_of_2(vocab)))
-    return config(BLOCK=block, num_warps=max(1, block // 512))
+    return launch_config(BLOCK=block, num_warps=max(1, block // 512))

@@ -1,22 +1,23 @@
-"""Triton kernels at the top of a module that must import without Triton.
+"""Define Triton kernels at module level without importing Triton.
 
-``import mistral_kernels`` has to be quick and has to work where Triton is not installed, so kernels
-are decorated with this module's ``jit`` instead of ``triton.jit``::
+``import mistral_kernels`` must be fast and must work without Triton. Kernels are therefore
+decorated with this module's ``jit`` instead of ``triton.jit``::
 
     from mistral_kernels.ops.lazy_triton import jit
 
     if TYPE_CHECKING:
         import triton.language as tl
 
-The first launch imports Triton, binds ``tl`` in the kernel's module, and replaces the module's own
-name for the kernel by what ``triton.jit`` makes of it, so that later launches cost nothing more.
-Device functions are decorated in the same way and imported by name where other modules need them.
+The first launch imports Triton, binds ``tl`` in the kernel's module, and rebinds the kernel's name
+in that module to the result of ``triton.jit``. Later launches have no overhead. Device functions
+are decorated in the same way; other modules import them by name.
 
-Parameters are named ``*_ptr`` and ``*_stride*``; Triton compiles a kernel for each alignment of
-these. Any other number (rows, lengths) may change at every step and is not specialized; nor is
-``lse_stride``, since the distance between two heads' log-sum-exps is a length. Of a tuple, named or
-not, Triton specializes every element and ignores ``do_not_specialize``: tuples hold pointers,
-strides and floating-point numbers, never lengths. None, in a tuple or alone, is a constexpr.
+Triton specializes a kernel on the alignment of parameters named ``*_ptr`` and ``*_stride*``. All
+other numbers (rows, lengths) may change at every step and are not specialized. ``lse_stride`` is
+not specialized either: the distance between the log-sum-exps of two heads is a length. Triton
+specializes every element of a tuple and ignores ``do_not_specialize`` for it. Tuples must therefore
+hold pointers, strides and floating-point numbers only, never lengths. None, alone or in a tuple, is
+a constexpr.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["LazyKernel", "jit"]
 
 
 class LazyKernel:
-    """A kernel waiting for its first launch."""
+    """A Triton kernel that is created at its first launch."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
@@ -39,7 +40,7 @@ class LazyKernel:
         return self.jit_function()[grid]  # type: ignore[no-any-return]
 
     def jit_function(self) -> Any:
-        """Return the ``triton.JITFunction``, or under the interpreter ``InterpretedFunction``."""
+        """Return the ``triton.JITFunction``; in interpreter mode the ``InterpretedFunction``."""
         if self._jit_function is None:
             import triton
             import triton.language as tl
@@ -49,12 +50,12 @@ class LazyKernel:
             for name in self.fn.__code__.co_names:
                 if isinstance(scope.get(name), LazyKernel):
                     scope[name] = scope[name].jit_function()
-            self._jit_function = triton.jit(self.fn, do_not_specialize=_unspecialised(self.fn))
+            self._jit_function = triton.jit(self.fn, do_not_specialize=_unspecialized(self.fn))
             scope[self.fn.__name__] = self._jit_function
         return self._jit_function
 
 
-def _unspecialised(fn: Callable[..., Any]) -> list[str]:
+def _unspecialized(fn: Callable[..., Any]) -> list[str]:
     return [
         name
         for name, parameter in inspect.signature(fn).parameters.items()
@@ -64,7 +65,7 @@ def _unspecialised(fn: Callable[..., Any]) -> list[str]:
     ]
 
 
-if TYPE_CHECKING:  # a kernel's parameters have no Python types to check
+if TYPE_CHECKING:  # the parameters of kernels have no Python types
     from typing import no_type_check as jit
 else:
     jit = LazyKernel

@@ -1,10 +1,12 @@
-"""y = x W^T: PyTorch's linear, except for few rows on the CPU.
+"""Linear layer y = x W^T: PyTorch's linear, except for few rows on the CPU.
 
 Decoding is memory bound: each weight is multiplied by one row per sequence. csrc's kernel reads the
-weight once for all rows and sums each product in the same order for any number of rows: a row's
-result has the same bits alone and in any batch of up to `KERNEL_ROWS`. It computes no gradients;
-PyTorch does, and serves without csrc's library. There, few rows of float32 would be multiplied on a
-single thread: as a batch of products, one per block of W's rows, all threads take part.
+weight once for all rows, and sums each product in the same order for any number of rows. A row's
+result therefore has the same bits alone and in any batch of up to `KERNEL_ROWS` rows.
+
+The kernel computes no gradients. PyTorch computes the calls that need gradients and, without csrc's
+library, all calls. PyTorch multiplies few float32 rows on a single thread. `_linear_torch` uses all
+threads: it splits W into blocks of rows and computes one product per block.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from torch import Tensor
 from mistral_kernels.ops.checks import check_same_dtype, is_plain
 from mistral_kernels.ops.operator import Operator, needs_gradient
 
-# The most rows of x for the kernel: on Zen 4 (AVX-512 BF16) it is as fast as PyTorch at 64 in
-# bfloat16, and still faster in float32 and float16. Other processors' products may be better.
+# Largest number of rows of x for the kernel. With 64 rows on Zen 4 (AVX-512 BF16) it is as fast as
+# PyTorch in bfloat16, and faster in float32 and float16. PyTorch may do better on other processors.
 KERNEL_ROWS = 32
-# The most rows of x for which blocks are faster (measured on two Zen 4 cores): a weight with more
-# outputs than inputs gains for longer.
+# Largest numbers of rows of x for which blocks are faster, measured on two Zen 4 cores. The second
+# is for a weight with more outputs than inputs.
 _FEW_ROWS, _FEW_ROWS_WIDE = 32, 512
 
 
@@ -68,9 +70,16 @@ _linear_op = Operator(
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (rows, in_features) times the transpose of weight (out_features, in_features).
+    """Multiply x by the transpose of weight, like `torch.nn.functional.linear` without a bias.
 
-    Differentiable; dtypes and devices as for `torch.nn.functional.linear`.
+    Differentiable. Dtypes and devices are those of `torch.nn.functional.linear`.
+
+    Args:
+        x: (rows, in_features).
+        weight: (out_features, in_features), dtype of x.
+
+    Returns:
+        (rows, out_features), dtype of x.
     """
     if not x.is_cpu or torch.compiler.is_compiling():
         return F.linear(x, weight)

@@ -1,14 +1,17 @@
-"""y = x W^T with W of 8 bits: W[o, i] = scales[o] weight[o, i], weight of int8.
+"""Linear layer y = x W^T with an int8 weight: W[o, i] = scales[o] * weight[o, i].
 
-Few rows take the time of reading the weight, and half of bfloat16's bytes take half of that. The
-scales are per output ("channel"), symmetric: the largest of a row becomes +-127, as in LLM.int8()
-(arXiv:2208.07339) and torchao's int8 weight-only. With scales per group of 128 inputs, 8 rows would
-take 1.15 times as long (measured with AVX-512 BF16), more than those of a bfloat16 weight.
+With few rows of x, a product takes the time of reading the weight. An int8 weight has half the
+bytes of a bfloat16 weight and takes half the time. There is one scale per output ("channel"), and
+quantization is symmetric: the largest magnitude of a row becomes 127, as in LLM.int8()
+(arXiv:2208.07339) and torchao's int8 weight-only quantization. With one scale per group of 128
+inputs, a product of 8 rows would take 1.15 times as long (measured with AVX-512 BF16), longer than
+with a bfloat16 weight.
 
-int8 is exact in all dtypes of x: csrc's kernel multiplies as `ops.linear`'s does, in the same
-order, and scales the float32 sums. So here, too, a row has the same bits in any batch of up to
-`_KERNEL_ROWS`. More rows are multiplied by PyTorch, with a block of the weight at a time brought to
-x's dtype; and so are all without csrc's library, which is slower than an unquantised weight.
+All dtypes of x represent int8 exactly. csrc's kernel multiplies in the same order as the kernel of
+`ops.linear`, and scales the float32 sums. A row's result therefore has the same bits in any batch
+of up to `_KERNEL_ROWS` rows. PyTorch multiplies larger batches: it converts one block of the weight
+at a time to x's dtype. Without csrc's library PyTorch computes all products, which is slower than
+with an unquantized weight.
 """
 
 from __future__ import annotations
@@ -21,30 +24,33 @@ from mistral_kernels.ops.checks import check_dtype, check_shape
 from mistral_kernels.ops.linear import check_shapes
 from mistral_kernels.ops.operator import Operator
 
-# The most rows of x for the kernel: on Zen 4 (AVX-512 BF16) it is faster up to 256, but other
-# processors' products may be better.
+# Largest number of rows of x for the kernel. On Zen 4 (AVX-512 BF16) it is faster than PyTorch up
+# to 256 rows, but PyTorch may do better on other processors.
 _KERNEL_ROWS = 128
-_BLOCK = 1 << 20  # elements of the weight that are in x's dtype at a time: what a cache holds
+_BLOCK = 1 << 20  # elements of the weight that are converted at a time; they fit in a cache
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the int8 weight and float32 scales (out_features,) nearest to `weight`.
+    """Quantize `weight` to int8, with one scale per output.
 
         scales[o] = max |weight[o]| / 127,    int8[o, i] = round(weight[o, i] / scales[o])
 
     Args:
-        weight: (out_features, in_features), of any floating dtype.
+        weight: (out_features, in_features), any floating-point dtype.
+
+    Returns:
+        The int8 weight (out_features, in_features) and the float32 scales (out_features,).
 
     Raises:
-        ValueError: weight is no floating matrix.
+        ValueError: weight is not a floating-point matrix.
     """
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(
-            "weight must be (out_features, in_features), floating, got "
+            "weight must be (out_features, in_features) of a floating-point dtype, got "
             f"{tuple(weight.shape)} {weight.dtype}"
         )
     weight = weight.detach().float()
-    # A row of zeros has a scale, too, since it is divided by.
+    # Clamp: the scale of a zero row is a divisor, too.
     scales = weight.abs().amax(dim=1).div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
     return weight.div(scales[:, None]).round_().to(torch.int8), scales
 
@@ -82,12 +88,15 @@ _linear_op = Operator(
 
 
 def linear_int8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-    """x (rows, in_features) times the transpose of a quantized weight: (rows, out_features).
+    """Multiply x by the transpose of a quantized weight, without gradients.
 
     Args:
-        x: any floating dtype, which is y's, too.
+        x: (rows, in_features), any floating-point dtype, on the CPU.
         weight: (out_features, in_features), int8.
         scales: (out_features,), float32.
+
+    Returns:
+        (rows, out_features), dtype of x.
 
     Raises:
         ValueError: a shape or device does not fit.
@@ -96,13 +105,13 @@ def linear_int8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """
     if not x.is_cpu:
         raise NotImplementedError(
-            f"linear_int8: x is on {x.device}; quantized weights are for the CPU: "
-            "use unquantized ones elsewhere"
+            f"x must be on the CPU for an int8 weight, got {x.device}; "
+            "use an unquantized weight on other devices"
         )
     if torch.is_grad_enabled() and x.requires_grad:
         raise NotImplementedError(
-            "linear_int8: x requires a gradient, and there is none; use torch.no_grad(), or an "
-            "unquantized weight for training"
+            "x must not require a gradient for an int8 weight, got requires_grad=True; use "
+            "torch.no_grad(), or an unquantized weight for training"
         )
     if x.ndim and x.shape[0] > _KERNEL_ROWS:
         _check(x, weight, scales)

@@ -1,15 +1,17 @@
 """Declare the operators of `torch.ops.mistral_kernels`: one `Operator` per operator.
 
-An operator's declaration names its schema, its fake, its checks and its implementations. This
-module registers them with PyTorch's dispatcher, and is the one place that chooses among them:
+A declaration consists of the schema, the fake implementation, the argument checks and the
+implementations. This module registers them with PyTorch's dispatcher. It is the only module that
+selects an implementation:
 
-    operator                    CPU tensors: csrc's kernel, once its library is loaded
-        first call              loads csrc's library where it has the operator, and calls again
-        otherwise               `triton` or `torch`, as `dispatch.uses_triton` decides
-    operator_python             the same without csrc, which calls it for what it does not serve
+    operator                    the kernel in csrc, once csrc's library is loaded
+        first call              loads csrc's library if it has the operator, and calls again
+        otherwise               `triton` or `torch`, selected by `dispatch.uses_triton`
+    operator_python             `triton` or `torch`; csrc calls it for arguments that its kernel
+                                does not support
 
-Derivatives are those of an operator's `Function`; `torch.func.vmap` calls an operator once per
-example.
+The derivative of an operator is a subclass of `Function`. `torch.func.vmap` calls an operator once
+per example.
 """
 
 from __future__ import annotations
@@ -26,27 +28,32 @@ from mistral_kernels.ops import dispatch, extension
 from mistral_kernels.ops.checks import check_float, check_triton_dtype
 
 NAMESPACE = "mistral_kernels"
-_failure = threading.local()  # `error`: what the last implementation that csrc called has raised
+_failure = threading.local()  # `error`: the last exception of an implementation called by csrc
 
 
 R = TypeVar("R")  # what an operator returns
 
 
 class Operator(Generic[R]):
-    """An operator; calling it calls `torch.ops.mistral_kernels.<name>`.
+    """An operator. Calling it calls `torch.ops.mistral_kernels.<name>`.
 
     Args:
-        schema: without the name, in the grammar of `torch.library`, without default values. Every
-            result is a tensor, since `torch.jit.trace` cannot record None: return `absent` for one
-            that the caller did not request.
-        fake: called with meta or fake tensors; returns empty tensors with true shapes and strides.
-        check: called with the arguments first; raises for shapes, dtypes and numbers that do not
-            fit. That tensors are given, on one device, and that the first one has a floating-point
-            dtype of the backend, is checked here.
+        name: the name of the operator.
+        schema: the arguments and results in the grammar of `torch.library`, without the name and
+            without default values. Every result must be a tensor, because `torch.jit.trace` cannot
+            record None. Return `absent` for a result that the caller did not request.
+        fake: called with meta or fake tensors. It returns empty tensors with the shapes and strides
+            of the results.
+        check: called with the arguments before any implementation. It raises an exception for
+            shapes, dtypes and numbers that do not fit. `Operator` itself checks that required
+            tensors are given, that all tensors are dense and on one device, and that the first
+            tensor has a floating-point dtype of the backend.
         torch: the implementation in PyTorch, for any device and dtype.
-        triton: the implementation in Triton, for float16, bfloat16 and float32; `torch` without.
-        csrc: types of the devices for which csrc registers a kernel of this operator.
-        gradient_of: the public function whose backward pass this operator is, for `run_backward`.
+        triton: the implementation in Triton, for float16, bfloat16 and float32. If it is None,
+            `torch` is used instead.
+        csrc: the device types for which csrc registers a kernel of this operator.
+        gradient_of: the name of the public function whose backward pass this operator computes; see
+            `run_backward`.
     """
 
     def __init__(
@@ -75,12 +82,13 @@ class Operator(Generic[R]):
         self._register(f"{NAMESPACE}::{name}")
 
     def _register(self, qualified: str) -> None:
-        # For any device. When csrc's library is loaded, its kernels take the place of this one.
+        # Registered for every device. csrc's library, once loaded, registers its own kernels, which
+        # have precedence for their device type.
         torch.library.impl(qualified, "default", self._load_and_run if self._csrc else self._run)
         if "cuda" not in self._csrc:
             torch.library.impl(qualified, "cuda", self._run)
         torch.library.register_fake(qualified, self._run_fake)
-        torch.library.register_vmap(qualified, _one_by_one(self))
+        torch.library.register_vmap(qualified, _vmap_rule(self))
         if self._python is not None:
             torch.library.impl(f"{qualified}_python", "default", self._run_for_csrc)
 
@@ -88,7 +96,8 @@ class Operator(Generic[R]):
         """Call the operator.
 
         Raises:
-            TypeError, ValueError: an argument does not fit.
+            TypeError: an argument has a wrong type or dtype.
+            ValueError: an argument has a wrong shape, device or value.
             NotImplementedError: an argument has a forward-mode tangent.
         """
         if torch.compiler.is_compiling():
@@ -105,8 +114,9 @@ class Operator(Generic[R]):
             try:
                 raise failure from None
             finally:
-                del failure  # or this frame and its traceback would keep each other alive
-        for i in self._written:  # or autograd would use what it saved before as if unchanged
+                del failure  # breaks the reference cycle of this frame and the traceback
+        # Without the new version, autograd would not detect that a saved tensor has changed.
+        for i in self._written:
             if not args[i].is_inference():
                 torch.autograd.graph.increment_version(args[i])
         return result
@@ -116,7 +126,7 @@ class Operator(Generic[R]):
         device_type = tensors[0].device.type if tensors else ""
         if (
             device_type in self._csrc
-            # The dispatcher sends other tensors back here.
+            # For other tensors the dispatcher would call this function again.
             and all(x.device.type == device_type and _is_dense(x) for x in tensors)
             and dispatch.uses_csrc(device_type)
             and extension.load(device_type)
@@ -133,7 +143,8 @@ class Operator(Generic[R]):
             check_triton_dtype(name, x)
             implementation = self._triton
         device_type = x.device.type
-        if torch.is_autocast_enabled(device_type):  # it would cast for PyTorch's operators in here
+        # Autocast would cast the arguments of PyTorch's operators in the implementation.
+        if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 return implementation(*args)
         return implementation(*args)
@@ -142,7 +153,7 @@ class Operator(Generic[R]):
         _failure.error = None
         try:
             return self._run(*args)
-        except BaseException as error:  # of which PyTorch's stable ABI keeps nothing
+        except BaseException as error:  # PyTorch's stable ABI does not pass exceptions on
             _failure.error = error
             raise
 
@@ -151,10 +162,10 @@ class Operator(Generic[R]):
         return self._fake(*args)
 
     def _check_arguments(self, args: tuple[Any, ...]) -> tuple[str, Tensor]:
-        """Check all arguments; return the first tensor and its name.
+        """Check all arguments; return the name of the first tensor and the tensor.
 
-        The dispatcher hands on None for a tensor, and sends a call with a meta tensor among others
-        to the fake, whose results nobody computes.
+        The dispatcher does not check these conditions: it passes on None for a tensor, and if any
+        tensor is a meta tensor, it calls the fake implementation.
         """
         for i, name in self._required:
             if args[i] is None:
@@ -163,7 +174,7 @@ class Operator(Generic[R]):
         first, like = tensors[0]
         for name, x in tensors:
             if x.layout is not torch.strided:
-                raise ValueError(f"{name} must be a dense tensor, got the layout {x.layout}")
+                raise ValueError(f"{name} must be a dense tensor, got layout {x.layout}")
             if x.device != like.device:
                 raise ValueError(f"{name} must be on {like.device} like {first}, got {x.device}")
         check_float(first, like)
@@ -171,14 +182,14 @@ class Operator(Generic[R]):
         return first, like
 
 
-def choose_again() -> None:
-    """Read MISTRAL_KERNELS_BACKEND again. Otherwise it is read once, by the first call."""
-    dispatch.forget_choice()
-    extension.update_choice()
+def reload_backend_setting() -> None:
+    """Read MISTRAL_KERNELS_BACKEND again. Without this call it is read only once, at first use."""
+    dispatch.clear_backend_cache()
+    extension.apply_backend_setting()
 
 
 def python_error() -> str:
-    """Return the message of the exception that ended the last call of csrc into Python."""
+    """Return the message of the last exception that a Python implementation raised into csrc."""
     return _describe(_failure.error)
 
 
@@ -200,44 +211,45 @@ torch.library.impl(f"{NAMESPACE}::python_error", "default", python_error)
 
 
 class Function(torch.autograd.Function):
-    """Base class of the operators' derivatives.
+    """Base class of the autograd functions of operators.
 
-    A subclass has `forward` without a context, and `setup_context`, as `torch.func` needs them.
+    A subclass defines `forward` without a context, and `setup_context`, as `torch.func` requires.
     """
 
     generate_vmap_rule = True
-    public_name: ClassVar[str]  # of the function that it is the derivative of, for messages
+    public_name: ClassVar[str]  # the differentiated public function, for error messages
 
     @classmethod
     def call(cls, *args: Any) -> Any:
-        """Return what `apply` returns, sooner."""
+        """Return what `apply` returns, with less overhead: 20 us less per call."""
         if torch.compiler.is_compiling():
             if in_transform():
-                # There torch.compile runs `forward` alone, and takes its derivative for ours: zero.
-                # Where it may, it leaves the transform to eager execution instead.
+                # torch.compile would run `forward` without its derivative, and the gradient would
+                # be 0. With fullgraph=False this error makes it run the transform eagerly.
                 raise NotImplementedError(
-                    f"{cls.public_name} inside torch.func cannot be compiled: transform a compiled "
-                    "function, do not compile a transformed one"
+                    f"{cls.public_name} inside a torch.func transform cannot be compiled; "
+                    "transform the compiled function instead"
                 )
             return cls.apply(*args)  # type: ignore[no-untyped-call]
         if in_transform():
             if forward_ad._current_level >= 0:
                 _refuse_forward_mode(cls.public_name)
             return cls.apply(*args)  # type: ignore[no-untyped-call]
-        # Not the method of torch.autograd.Function, which inspects the signature of `forward` to
-        # fill in defaults: 20 us per call.
+        # Skip the `apply` of torch.autograd.Function: it inspects the signature of `forward` to
+        # fill in default values, which takes 20 us per call.
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the empty tensor that stands for a result which was not asked for."""
+    """Return an empty tensor, the placeholder of a result that the caller did not request."""
     return torch.empty(0, dtype=dtype or like.dtype, device=like.device)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Return whether a call with these tensors must go through a `Function`.
 
-    Always inside a transform of `torch.func`: `requires_grad` of outer levels cannot be read.
+    It is always True inside a transform of `torch.func`, because the `requires_grad` of its outer
+    levels cannot be read.
     """
     if in_transform():
         return True
@@ -245,12 +257,12 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def in_transform() -> bool:
-    """Return whether a transform of `torch.func` is active."""
+    """Return whether a `torch.func` transform is active."""
     return torch._C._are_functorch_transforms_active()
 
 
 def run_backward(operator: Operator[Any], *args: Any) -> Any:
-    """Call a backward operator, whose results cannot be differentiated again."""
+    """Call a backward operator. Differentiating its results again raises a RuntimeError."""
     if torch.compiler.is_compiling() or not needs_gradient(
         *(x for x in args if isinstance(x, Tensor))
     ):
@@ -275,14 +287,14 @@ class _OnceFunction(Function):
 
 
 def refuse_second_derivative(name: str) -> NoReturn:
-    """Raise the error of a public function that can be differentiated only once."""
-    raise RuntimeError(f"{name} can be differentiated only once; its gradients have no gradients")
+    """Raise the error for a second derivative of the public function `name`."""
+    raise RuntimeError(f"{name} can be differentiated only once; its gradients have no derivative")
 
 
 def _refuse_forward_mode(name: str) -> NoReturn:
     raise NotImplementedError(
-        f"{name} has no forward-mode derivative: use reverse mode (torch.func.vjp, "
-        "torch.autograd.grad), or the definition in mistral_kernels.ops.reference"
+        f"{name} has no forward-mode derivative; use reverse mode (torch.func.vjp, "
+        "torch.autograd.grad) or the definition in mistral_kernels.ops.reference"
     )
 
 
@@ -292,16 +304,16 @@ def _has_tangent(x: Any) -> bool:
     return forward_ad.unpack_dual(x, level=forward_ad._current_level).tangent is not None
 
 
-def _one_by_one(operator: Operator[Any]) -> Callable[..., Any]:
-    """Return a rule for `vmap` that calls the operator once per example."""
+def _vmap_rule(operator: Operator[Any]) -> Callable[..., Any]:
+    """Return the rule for `torch.func.vmap`, which calls the operator once per example."""
     arguments, name = operator.overload._schema.arguments, operator.overload.name()
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         for argument, dim in zip(arguments, in_dims, strict=True):
             if dim is None and argument.alias_info is not None and argument.alias_info.is_write:
                 raise NotImplementedError(
-                    f"{name}: vmap over its other arguments would write every example "
-                    f"into the same {argument.name}; give {argument.name} a batch dimension, too"
+                    f"{argument.name} must have a batch dimension in vmap over {name}, because "
+                    "every example writes to it"
                 )
         if info.batch_size == 0:
             raise NotImplementedError(f"vmap over {name} must have a batch size > 0, got 0")

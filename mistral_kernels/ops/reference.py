@@ -1,12 +1,12 @@
-"""Every operator of the package, defined in plain PyTorch.
+"""Definitions of the package's operators in plain PyTorch.
 
-These functions *are* the semantics: each backend is tested against them, in float64, values and
-gradients. They run on any device, are differentiable (twice, where the formula is), work in the
-dtype of their inputs but never below float32, and make no attempt to be fast: attention builds the
-whole score matrix, the rolling cache is updated one token at a time.
+The tests compare values and gradients of every backend with these functions in float64. The
+functions run on any device and are differentiable (twice, if the formula is). They compute in the
+dtype of their inputs, but at least in float32. They are not fast: attention builds the whole score
+matrix, and the rolling cache is updated one token at a time.
 
 Notation: `b` sequences, `s` tokens, `h` query heads, `g` key/value heads, `d` head_dim. `t` is the
-number of tokens of a packed batch, cut into sequences by `cu_seqlens` (b + 1 offsets from 0).
+number of tokens of a packed batch, which `cu_seqlens` (b + 1 offsets from 0) cuts into sequences.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _widen = True
 
 @contextlib.contextmanager
 def eager_arithmetic() -> Iterator[None]:
-    """Inside, the definitions compute in the dtype of their inputs, as a model in plain PyTorch.
+    """Make the definitions compute in the dtype of their inputs, as eager PyTorch models do.
 
-    The error of that is this package's yardstick: a kernel's must be at most twice as large.
+    The tests compare errors with this arithmetic: a kernel's error may be at most twice as large.
     """
     global _widen
     before, _widen = _widen, False
@@ -36,22 +36,23 @@ def eager_arithmetic() -> Iterator[None]:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """float64 stays, everything narrower becomes float32: the accumulation type."""
+    """Convert `x` to the accumulation dtype: float64 for float64, float32 for narrower dtypes."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) if _widen else x
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension (arXiv:1910.07467).
+    """Compute weight * x / sqrt(mean(x^2) + eps) over the last dimension (arXiv:1910.07467).
 
-    The normalised value is rounded to x.dtype *before* it meets the weight, as Mistral does. With
-    `residual`: (norm(x + residual), x + residual).
+    The normalized value is rounded to x.dtype before the product with the weight, as in Mistral's
+    own code. With `residual`, return (norm(x + residual), x + residual).
     """
     h = x if residual is None else x + residual
-    wide = h.to(torch.promote_types(h.dtype, torch.float32))  # everybody's eager RMSNorm does so
-    normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    y = normalised.to(x.dtype) * weight
+    # In float32 within `eager_arithmetic` too, as in the RMSNorm of eager models.
+    wide = h.to(torch.promote_types(h.dtype, torch.float32))
+    normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    y = normalized.to(x.dtype) * weight
     return y if residual is None else (y, h)
 
 
@@ -63,10 +64,10 @@ def apply_rotary(
     positions: Tensor,
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Turn each pair of channels by its angle times the token's position (arXiv:2104.09864).
+    """Rotate each pair of channels by the angle of the token's position (arXiv:2104.09864).
 
-    q (..., h, d), k (..., g, d), positions (...), cos and sin (num_positions, d / 2). Channel i is
-    paired with i + d/2 (half-split, Hugging Face checkpoints), or 2i with 2i + 1 (`interleaved`,
+    q (..., h, d), k (..., g, d), positions (...), cos and sin (num_positions, d / 2). Pairs are the
+    channels i and i + d/2 (half-split, Hugging Face checkpoints), or 2i and 2i + 1 (`interleaved`,
     raw Mistral checkpoints).
     """
 
@@ -75,17 +76,17 @@ def apply_rotary(
         c, s = (table.to(wide.dtype)[positions].unsqueeze(-2) for table in (cos, sin))
         if interleaved:
             a, b = wide[..., 0::2], wide[..., 1::2]
-            turned = torch.stack((a * c - b * s, b * c + a * s), dim=-1).flatten(-2)
+            rotated = torch.stack((a * c - b * s, b * c + a * s), dim=-1).flatten(-2)
         else:
             a, b = wide.chunk(2, dim=-1)
-            turned = torch.cat((a * c - b * s, b * c + a * s), dim=-1)
-        return turned.to(x.dtype)
+            rotated = torch.cat((a * c - b * s, b * c + a * s), dim=-1)
+        return rotated.to(x.dtype)
 
     return rotate(q), rotate(k)
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    """silu(gate) * up (arXiv:2002.05202). Without up, gate has both, one behind the other."""
+    """Compute silu(gate) * up (arXiv:2002.05202). Without up, gate holds gate and up, in order."""
     if up is None:
         gate, up = gate.chunk(2, dim=-1)
     return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
@@ -98,11 +99,11 @@ def visible(
     window_size: tuple[int, int],
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """(seqlen_q, seqlen_k) booleans: may this query see this key?
+    """Return the mask (seqlen_q, seqlen_k) that is True where the query sees the key.
 
-    Bottom-right aligned: the last query sits on the last key. `window_size` holds inclusive
-    distances to the left and right of the query's own place, -1 for no bound; `causal` is a right
-    distance of 0.
+    The mask is bottom-right aligned: the last query has the position of the last key. `window_size`
+    holds inclusive distances to the left and right of the query's position, -1 for no bound.
+    `causal` is a right distance of 0.
     """
     left, right = window_size
     if causal:
@@ -130,12 +131,12 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q k^T + bias) v over the visible keys, and its log-sum-exp.
+    """Compute softmax(scale * q k^T + bias) v over the visible keys, and the log-sum-exp.
 
     q (b, sq, h, d), k and v (b, sk, g, d): query head i reads kv head i // (h / g). `softcap` c
-    turns a score s into c * tanh(s / c). `alibi_slopes` (h,) or (b, h) subtract
-    slope * |distance| (arXiv:2108.12409). Returns out (b, sq, h, d) and lse (b, h, sq). A query
-    that sees no key gives 0, a log-sum-exp of -inf, and zero gradients.
+    replaces a score s by c * tanh(s / c). `alibi_slopes` (h,) or (b, h) subtract
+    slope * |distance| (arXiv:2108.12409). Return out (b, sq, h, d) and lse (b, h, sq). A query that
+    sees no key has output 0, a log-sum-exp of -inf and zero gradients.
     """
     seqlen_q, seqlen_k, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -149,7 +150,7 @@ def attention(
         distance = (rows - torch.arange(seqlen_k, device=q.device)).abs()
         scores = scores - alibi_slopes.to(scores).reshape(-1, q.shape[2], 1, 1) * distance
     mask = visible(seqlen_q, seqlen_k, causal, window_size, q.device)
-    # The lowest finite value, not -inf: a row that sees nothing then has no NaN to differentiate.
+    # The lowest finite value instead of -inf: the gradients of a row without keys are not NaN.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1).masked_fill(~mask, 0.0)
     out = torch.einsum("bhqk,bkhd->bqhd", weights, values).to(q.dtype)
@@ -160,10 +161,10 @@ def attention(
 def rolling_cache_update(
     k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the rings after each sequence has appended its new tokens.
+    """Return copies of the caches with the new tokens of every sequence appended.
 
-    k_cache and v_cache (b, capacity, g, d), k and v (t, g, d) packed, lengths (b,) tokens seen
-    before. The token at absolute position p lives in slot p % capacity; later ones overwrite.
+    k_cache and v_cache (b, capacity, g, d), k and v (t, g, d) packed, lengths (b,) tokens before
+    the new ones. The token at absolute position p is written to slot p % capacity.
     """
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     for sequence in range(len(lengths)):
@@ -187,10 +188,11 @@ def rolling_cache_attention(
     sliding_window: int | None,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """Causal attention of new tokens over the ring, as it was before them, and over themselves.
+    """Compute causal attention of new tokens to the cache and to each other.
 
-    q (t, h, d), k and v (t, g, d) packed; caches and lengths as in `rolling_cache_update`. The
-    token at position i sees the positions in (i - sliding_window, i]. Returns (t, h, d).
+    q (t, h, d), k and v (t, g, d) packed. The caches and lengths are those before
+    `rolling_cache_update`. The token at position i sees the positions in (i - sliding_window, i].
+    Return (t, h, d).
     """
     capacity = k_cache.shape[1]
     window_size = (-1 if sliding_window is None else sliding_window - 1, 0)
@@ -223,12 +225,13 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Cross entropy, in nats, of the next-token logits hidden @ weight^T.
+    """Compute the cross entropy, in nats, of the logits hidden @ weight^T.
 
-    hidden (t, hidden_size), weight (vocab_size, hidden_size), targets (t,) int64. Tokens whose
-    target is `ignore_index` count neither in the sum nor in the mean. `softcap` c turns a logit z
-    into c * tanh(z / c); `label_smoothing` e gives the target 1 - e and every class e / vocab_size
-    (arXiv:1512.00567); `z_loss` adds z_loss * logsumexp^2 to each token's loss (arXiv:2204.02311).
+    hidden (t, hidden_size), weight (vocab_size, hidden_size), targets (t,) int64. Tokens with the
+    target `ignore_index` count neither in the sum nor in the mean. `softcap` c replaces a logit z
+    by c * tanh(z / c). `label_smoothing` e gives every class the probability e / vocab_size and the
+    target 1 - e more (arXiv:1512.00567). `z_loss` adds z_loss * logsumexp^2 to each token's loss
+    (arXiv:2204.02311).
     """
     logits = _wide(hidden) @ _wide(weight).mT
     if softcap:

@@ -9,13 +9,13 @@ Backward, with g = weight * dy and n = h * rstd, all in fp32:
     dx = dresidual = rstd * (g - n * mean(g * n)) + dh, where dh is the gradient of the output h
     dweight = sum over rows of dy * n
 
-x, residual, y, h: (..., hidden). weight: (hidden,). rstd: (...). Each element is read and written
-once, forward and backward. dweight is summed without atomics: each program (of csrc, each block of
-rows) leaves one row of partial sums, and a second kernel adds those up in a fixed order.
+x, residual, y, h: (..., hidden). weight: (hidden,). rstd: (...). Each of forward and backward reads
+and writes each element once. dweight is summed without atomics: each program (in csrc, each block
+of rows) writes one row of partial sums, and a second kernel adds these rows in a fixed order.
 
-Where a row has too many columns for the registers of backward, programs share it: each reads the
-other columns too, but for the mean alone and at the same time as their owner, so that they come
-from L2.
+If a row has too many columns for the registers of one backward program, several programs share the
+row. Each program then also reads the columns of the other programs, to compute the mean. The
+programs of a row run at the same time, so that these reads hit L2.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _backward_kernel(
         if NEEDS_DX:
             g = dy * weight
             products = g * normed
-            for i in tl.static_range(1, CHUNKS):
+            for i in tl.static_range(1, CHUNKS):  # the columns of the row's other programs
                 far = (chunk + i) % CHUNKS * BLOCK_COLS + lane
                 far_mask = (row < rows) & (far < HIDDEN)
                 far_dy = tl.load(dy_ptr + row * dy_stride + far, mask=far_mask, other=0.0)
@@ -165,8 +165,8 @@ def _sum_partials_kernel(
     tl.store(dweight_ptr + col, dweight, mask=col < hidden)
 
 
-Outputs = tuple[Tensor, Tensor, Tensor]  # y, h, rstd; `absent` where there is none
-Gradients = tuple[Tensor, Tensor]  # dx, dweight; `absent` where there is none
+Outputs = tuple[Tensor, Tensor, Tensor]  # y, h, rstd; `absent` if not computed
+Gradients = tuple[Tensor, Tensor]  # dx, dweight; `absent` if not computed
 
 
 def _empty_outputs(
@@ -319,7 +319,7 @@ def _check_backward(
     check_shape("rstd", rstd, h.shape[:-1])
     check_same_dtype("dy", dy, "h", h)
     if rstd.dtype != torch.promote_types(h.dtype, torch.float32):
-        raise TypeError(f"rstd must be float32, or float64 like h, got {rstd.dtype}")
+        raise TypeError(f"rstd must be float32, or float64 if h is float64, got {rstd.dtype}")
 
 
 _forward_op = Operator(
@@ -346,14 +346,18 @@ _backward_op = Operator(
 
 
 class RMSNormFunction(Function):
+    """Autograd function of `rms_norm`."""
+
     public_name = "rms_norm"
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> Outputs:
+        """Return y, h and rstd."""
         return _forward_op(x, weight, residual, eps, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Outputs) -> None:
+        """Save h, weight and rstd."""
         (x, weight, residual, _), (_, h, rstd) = inputs, output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(rstd)
@@ -364,14 +368,15 @@ class RMSNormFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> Any:
+        """Return the gradients of x, weight and residual."""
         needs_dx, needs_dweight, needs_dresidual, _ = ctx.needs_input_grad
         if not ctx.has_residual:
-            dh = None  # torch.compile gives one
+            dh = None  # torch.compile passes a gradient of the absent h, too
         dx = dweight = None
         if dy is not None:
             mask = needs_dx or needs_dresidual, needs_dweight
             dx, dweight = run_backward(_backward_op, dy, dh, *ctx.saved_tensors, *mask)
-        else:  # only h was used
+        else:  # y is unused
             dx = dh
         return (
             dx if needs_dx else None,
@@ -384,23 +389,42 @@ class RMSNormFunction(Function):
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-5, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """RMSNorm over the last dimension, or residual addition and RMSNorm in one pass.
+    """Normalize the last dimension by its root mean square (arXiv:1910.07467).
+
+        h = x + residual, or x without a residual
+        y = weight * h / sqrt(mean(h^2) + eps)
+
+    The residual addition and the norm are one pass over memory. The mean is float32 (float64 for
+    float64 inputs). h / RMS is rounded to the dtype of ``x`` before the product with ``weight``, as
+    in Mistral's own code. Differentiable once in ``x``, ``weight`` and ``residual``, through both
+    outputs.
 
     Args:
-        x: (..., hidden), float16, bfloat16, float32 or, on the torch backend, float64. Any
-            strides; rows that are evenly spaced and contiguous are read in place.
+        x: (..., hidden), float16, bfloat16, float32 or, on the torch backend, float64. Any strides;
+            rows that are evenly spaced and contiguous are not copied.
         weight: (hidden,), dtype of ``x``.
-        eps: added to the mean of the squares.
+        eps: added to the mean of the squares; finite and >= 0.
         residual: shape and dtype of ``x``; added to ``x`` before the norm.
 
     Returns:
-        ``y`` (..., hidden), contiguous, dtype of ``x``; with ``residual``, ``(y, x + residual)``.
-        Differentiable once, in ``x``, ``weight`` and ``residual``, through both outputs.
+        ``y``, or ``(y, x + residual)`` if ``residual`` is given; each (..., hidden), contiguous, of
+        the dtype of ``x``.
 
     Raises:
-        TypeError: a dtype is not supported, or differs from that of ``x``.
+        TypeError: a dtype is not supported or differs from the dtype of ``x``, or ``eps`` is not a
+            number.
         ValueError: a shape does not fit ``x``, a tensor is on another device, or ``eps`` is
             negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from mistral_kernels import rms_norm
+        >>> x, weight = torch.tensor([[3.0, 4.0]]), torch.ones(2)
+        >>> rms_norm(x, weight)
+        tensor([[0.8485, 1.1314]])
+        >>> y, total = rms_norm(x, weight, residual=torch.tensor([[0.0, -1.0]]))
+        >>> total
+        tensor([[3., 3.]])
     """
     check_tensors(x=x, weight=weight)
     check_optional_tensors(residual=residual)

@@ -1,11 +1,12 @@
-"""Writing new keys and values into the rolling cache, turned to their positions on the way.
+"""Write new keys and values into the rolling cache, with the rotary embedding in the same launch.
 
-The cache of a layer is a ring of `capacity` slots a sequence: the token at absolute position p
-lives in slot p % capacity, so that a window of `capacity` tokens is kept in constant memory and
-nothing is ever moved. `lengths` counts the tokens each sequence has seen, so new token i of a
-sequence stands at position lengths + i. A cache that never wraps, paged or not, is the same ring.
+The cache of a layer is a ring of `capacity` slots per sequence. The token at absolute position p is
+stored in slot p % capacity. A window of `capacity` tokens therefore takes constant memory, and no
+token is ever moved. `lengths` counts the tokens of each sequence before the call: new token i of a
+sequence has position lengths + i. A cache that never wraps, paged or not, is updated in the same
+way.
 
-Four implementations give the same bits: csrc for the CPU and for CUDA, Triton, and PyTorch.
+Four implementations return the same bits: csrc for the CPU, csrc for CUDA, Triton, and PyTorch.
 """
 
 from __future__ import annotations
@@ -19,25 +20,25 @@ from torch import Tensor
 from mistral_kernels.ops import launch_configs
 from mistral_kernels.ops.cache_arguments import (
     check_cache,
+    check_cache_indices,
+    check_cu_seqlens_values,
     check_new_tokens,
-    check_one_per_row,
-    check_packing,
-    check_places,
-    check_reach,
-    check_rotation,
+    check_num_positions,
+    check_one_sequence_per_row,
+    check_packed_rotary,
 )
 from mistral_kernels.ops.checks import (
     check_int32,
     check_optional_tensors,
     check_tensors,
-    check_written,
+    check_writable,
 )
 from mistral_kernels.ops.device_functions import view
 from mistral_kernels.ops.dispatch import device_guard, with_unit_stride
 from mistral_kernels.ops.launch_configs import cdiv
 from mistral_kernels.ops.lazy_triton import jit
 from mistral_kernels.ops.operator import Operator, in_transform, needs_gradient
-from mistral_kernels.ops.rotary import load_angles, rotary_op, rotated, turn_heads
+from mistral_kernels.ops.rotary import load_angles, rotary_op, rotate_heads, rotated
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -45,7 +46,10 @@ if TYPE_CHECKING:
 
 @jit
 def slot_row(table_ptr, table_stride, slot, exists, page_size, PAGED: tl.constexpr):
-    """Which row of the cache, from the sequence's first or, `PAGED`, the cache's, holds a slot."""
+    """Return the cache row of a ring slot, and the slot within this row.
+
+    The row is a page if PAGED. Otherwise it is 0, relative to the sequence's row.
+    """
     if PAGED:
         page = tl.load(table_ptr + slot // page_size * table_stride, mask=exists, other=0)
         return page.to(tl.int64), slot % page_size
@@ -57,7 +61,7 @@ def _copy_heads(
     x_row, out_row, exists, head, x_stride_h, out_stride_h, HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """`turn_heads` without the turn."""
+    """Copy a block of heads in a tile of tokens: `rotate_heads` without rotation."""
     channel = tl.arange(0, 2 * BLOCK_I)[None, None, :]
     mask = exists & (head < HEADS) & (channel < HEAD_DIM)
     head = tl.cast(head, tl.int64)
@@ -73,7 +77,7 @@ def _update_kernel(
     INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of new tokens. With `tables`, (cos, sin) and strides, rotate q and k."""
+    """Write a tile of new tokens. If `tables` has cos, sin and their strides, rotate q and k."""
     tile, sequence = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     start = tl.load(cu_seqlens_ptr + sequence)
     count = tl.load(cu_seqlens_ptr + sequence + 1) - start
@@ -88,19 +92,19 @@ def _update_kernel(
             tables[0], tables[1], position, exists, tables[2], tables[3], HEAD_DIM // 2, BLOCK_I
         )
 
-    # A program's heads are some of q's, of k's or of v's.
+    # Each program has a block of heads of q, of k or of v.
     block = tl.program_id(1)
     head = tl.arange(0, BLOCK_H)[None, :, None]
     if tables is not None:
         if block * BLOCK_H < Q_HEADS:
-            turn_heads(
+            rotate_heads(
                 q.ptr + token * q.token_stride, q_out_ptr + token * (Q_HEADS * HEAD_DIM), exists,
                 block * BLOCK_H + head, cos, sin, q.head_stride, HEAD_DIM,
                 Q_HEADS, HEAD_DIM // 2, INTERLEAVED, BLOCK_I,
             )  # fmt: skip
             return
         block -= tl.cdiv(Q_HEADS, BLOCK_H)
-    kept = exists & (index >= count - capacity)  # of a chunk longer than the ring, the end
+    kept = exists & (index >= count - capacity)  # the last `capacity` tokens
     slot = position % capacity
     if block_table is not None:
         table_ptr = block_table[0] + sequence * block_table[1]
@@ -113,7 +117,7 @@ def _update_kernel(
         k_cache_row = k_cache.ptr + page * k_cache.batch_stride + slot * k_cache.token_stride
         head += block * BLOCK_H
         if tables is not None:
-            turn_heads(
+            rotate_heads(
                 k_row, k_cache_row, kept, head, cos, sin, k.head_stride, k_cache.head_stride,
                 KV_HEADS, HEAD_DIM // 2, INTERLEAVED, BLOCK_I,
             )  # fmt: skip
@@ -170,14 +174,14 @@ def _update_triton(
 
 
 def capacity_of(k_cache: Tensor, block_table: Tensor | None) -> int:
-    """Slots of a sequence: those of its row, or of all its pages."""
+    """Return the number of slots per sequence: in its row, or in all its pages."""
     return k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
 
 
-def places_of_tokens(
+def token_positions(
     lengths: Tensor, cu_seqlens: Tensor, total: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each packed token its sequence, its index among the new ones, and its position."""
+    """Return each packed token's sequence, index among its sequence's new tokens, and position."""
     batch = torch.arange(lengths.numel(), device=lengths.device)
     sequence = torch.repeat_interleave(batch, cu_seqlens.diff(), output_size=total)
     index = torch.arange(total, device=lengths.device) - cu_seqlens.long()[sequence]
@@ -192,9 +196,9 @@ def _slots_of_tokens(
     rows: Tensor | None,
     block_table: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tokens that are kept, and where each is: row (or page), and slot in it."""
+    """Return the indices of the tokens that are kept, and the row (or page) and slot of each."""
     capacity = capacity_of(k_cache, block_table)
-    sequence, index, position = places_of_tokens(lengths, cu_seqlens, total)
+    sequence, index, position = token_positions(lengths, cu_seqlens, total)
     kept = (index >= cu_seqlens.diff()[sequence] - capacity).nonzero().squeeze(1)
     sequence, slot = sequence[kept], position[kept] % capacity
     if block_table is not None:
@@ -221,10 +225,10 @@ def _update_torch(
 ) -> None:
     total = k.shape[0]
     if q is not None and q_out is not None and cos is not None:
-        *_, position = places_of_tokens(lengths, cu_seqlens, total)
-        turned_q, turned_k = rotary_op(q, k, cos, sin, position, interleaved, False)
-        q_out.copy_(turned_q)
-        k = turned_k
+        *_, position = token_positions(lengths, cu_seqlens, total)
+        rotated_q, rotated_k = rotary_op(q, k, cos, sin, position, interleaved, False)
+        q_out.copy_(rotated_q)
+        k = rotated_k
     if k_cache.device.type == "cpu" and max_seqlen > 1 and block_table is None:
         _append_(k_cache, k, lengths, cu_seqlens, rows)
         _append_(v_cache, v, lengths, cu_seqlens, rows)
@@ -237,16 +241,16 @@ def _update_torch(
 def _append_(
     cache: Tensor, new: Tensor, lengths: Tensor, cu_seqlens: Tensor, rows: Tensor | None
 ) -> None:
-    """Update by slices, at most two per sequence: on the CPU far faster than by index."""
+    """Write the tokens as at most two slices per sequence: on the CPU much faster than indexing."""
     capacity = cache.shape[1]
     seen, offsets = lengths.tolist(), cu_seqlens.tolist()
     for sequence, row in enumerate(range(len(seen)) if rows is None else rows.tolist()):
         start, end = offsets[sequence : sequence + 2]
         kept = new[max(start, end - capacity) : end]
         slot = (seen[sequence] + end - start - len(kept)) % capacity
-        ahead = min(len(kept), capacity - slot)
-        cache[row, slot : slot + ahead] = kept[:ahead]
-        cache[row, : len(kept) - ahead] = kept[ahead:]
+        before_wrap = min(len(kept), capacity - slot)
+        cache[row, slot : slot + before_wrap] = kept[:before_wrap]
+        cache[row, : len(kept) - before_wrap] = kept[before_wrap:]
 
 
 Update = Callable[..., None]
@@ -293,20 +297,20 @@ def _check(
     block_table: Tensor | None,
 ) -> None:
     batch = check_cache(k_cache, v_cache, lengths, rows, block_table)
-    check_written("k_cache", k_cache)
-    check_written("v_cache", v_cache)
+    check_writable("k_cache", k_cache)
+    check_writable("v_cache", v_cache)
     check_new_tokens("k", k, k_cache, k.shape[0] if k.ndim else 0)
     check_new_tokens("v", v, k_cache, k.shape[0])
     check_int32("cu_seqlens", cu_seqlens, (batch + 1,))
-    check_places(k_cache, lengths, rows, block_table)
-    check_packing(cu_seqlens, max_seqlen, k.shape[0])
+    check_cache_indices(k_cache, lengths, rows, block_table)
+    check_cu_seqlens_values(cu_seqlens, max_seqlen, k.shape[0])
 
 
 def _check_rotary(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *args: Any) -> None:
     lengths, cu_seqlens, max_seqlen, q, cos, sin, _ = args
     _check(k_cache, v_cache, k, v, lengths, cu_seqlens, max_seqlen, None, None)
-    check_rotation(q, cos, sin, k)
-    check_reach(cos, lengths, cu_seqlens)
+    check_packed_rotary(q, cos, sin, k)
+    check_num_positions(cos, lengths, cu_seqlens)
 
 
 _CACHES = "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v"
@@ -332,12 +336,17 @@ _rotary_update_op = Operator(
 
 
 class RollingCacheUpdateFunction(torch.autograd.Function):
-    """A token's gradient is that of the slot it was written to; what it overwrote gets none."""
+    """Autograd function of `rolling_cache_update_`.
+
+    The gradient of a token is the gradient of the slot that it was written to. The gradient of the
+    overwritten value is 0.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, *args: Any
     ) -> tuple[Tensor | None, ...]:
+        """Update the caches in place; return them, and the rotated q or None."""
         lengths, cu_seqlens, max_seqlen, q, cos, sin, interleaved = args
         q_out = None
         if q is None:
@@ -352,12 +361,13 @@ class RollingCacheUpdateFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Split the caches' gradients between the new tokens and the previous contents."""
         lengths, cu_seqlens, cos, sin = ctx.saved_tensors
         dk_cache, dv_cache, dq = grads
         dk, dk_cache = _split_gradient(dk_cache, lengths, cu_seqlens, ctx.total)
         dv, dv_cache = _split_gradient(dv_cache, lengths, cu_seqlens, ctx.total)
         if cos is not None and not (dq is None and dk is None):
-            *_, position = places_of_tokens(lengths, cu_seqlens, ctx.total)
+            *_, position = token_positions(lengths, cu_seqlens, ctx.total)
             inverse = rotated(dq, dk, cos, sin, position, ctx.interleaved, True)
             dq, dk = (None if x is None else y for x, y in zip((dq, dk), inverse, strict=True))
         return dk_cache, dv_cache, dk, dv, None, None, None, dq, None, None, None
@@ -366,7 +376,7 @@ class RollingCacheUpdateFunction(torch.autograd.Function):
 def _split_gradient(
     dcache: Tensor | None, lengths: Tensor, cu_seqlens: Tensor, total: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of the new tokens, and of what the cache held before."""
+    """Return the gradients of the new tokens and of the cache's previous contents."""
     if dcache is None:
         return None, None
     kept, row, slot = _slots_of_tokens(dcache, lengths, cu_seqlens, total, None, None)
@@ -391,42 +401,65 @@ def rolling_cache_update_(
     sin: Tensor | None = None,
     interleaved: bool = False,
 ) -> Tensor | None:
-    """Append new tokens to each sequence's ring, in place. `lengths` is left as it was.
+    """Append new tokens to the rolling cache of each sequence, in place.
 
-    With q, cos and sin, q and k are first turned to their positions, in the same launch.
-    Differentiable, in k, v, q and what the rings held.
+    The token at position p of its sequence is written to slot p % capacity; the first new token of
+    a sequence has position `lengths`. If q, cos and sin are given, q and k are rotated first, in
+    the same launch. Differentiable in k, v, q and the previous contents of the caches. A call that
+    raises leaves the caches unchanged.
 
     Args:
-        k_cache, v_cache: (batch, capacity, num_kv_heads, head_dim), of any strides but a contiguous
-            last dimension.
-        k, v: (total_tokens, num_kv_heads, head_dim), packed, of the caches' dtype, any strides.
-            Of more than `capacity` new tokens the last ones are kept.
-        lengths: (batch,) int32, tokens that each sequence had seen before.
-        cu_seqlens: (batch + 1,) int32, where each sequence begins in k and v.
-        max_seqlen: the most new tokens of any sequence.
-        q: (total_tokens, num_heads, head_dim), packed like k.
-        cos, sin: (num_positions, head_dim / 2) float32, from `rotary_tables`, long enough for the
-            new tokens' positions.
-        interleaved: pair channels (2i, 2i + 1) in place of (i, i + head_dim / 2).
+        k_cache: (batch, capacity, num_kv_heads, head_dim), float16, bfloat16, float32 or, on the
+            torch backend, float64. The last dimension must be contiguous.
+        v_cache: like k_cache.
+        k: (total_tokens, num_kv_heads, head_dim), packed, dtype of k_cache, any strides. If a
+            sequence has more than `capacity` new tokens, only the last `capacity` are kept.
+        v: like k.
+        lengths: (batch,) int32, number of tokens of each sequence before this call. It is not
+            updated.
+        cu_seqlens: (batch + 1,) int32, offset of each sequence's first token in k and v, and
+            total_tokens.
+        max_seqlen: largest number of new tokens of any sequence.
+        q: (total_tokens, num_heads, head_dim), packed like k, dtype of k.
+        cos: (num_positions, head_dim / 2) float32, cosines from `rotary_tables`. num_positions must
+            exceed the position of every new token.
+        sin: like cos, the sines.
+        interleaved: pair channels (2i, 2i + 1), as raw Mistral checkpoints do. The default pairs
+            channels (i, i + head_dim / 2), as Hugging Face checkpoints do.
 
     Returns:
-        q turned, a new tensor; None without q.
+        The rotated q, a new tensor; None without q.
 
     Raises:
-        ValueError: naming the argument that does not fit; the caches are untouched.
+        ValueError: a shape, device or value does not fit (values are checked on the CPU only).
+        TypeError: a dtype does not fit.
+        NotImplementedError: the call is inside a `torch.func` transform.
+
+    Example:
+        >>> import torch
+        >>> from mistral_kernels import rolling_cache_update_
+        >>> k_cache, v_cache = torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 8)
+        >>> k = torch.tensor([1.0, 2.0, 3.0])[:, None, None].expand(3, 1, 8)
+        >>> lengths = torch.tensor([3, 0], dtype=torch.int32)
+        >>> cu_seqlens = torch.tensor([0, 2, 3], dtype=torch.int32)  # 2 new tokens, and 1
+        >>> rolling_cache_update_(k_cache, v_cache, k, k, lengths, cu_seqlens, max_seqlen=2)
+        >>> k_cache[:, :, 0, 0]  # positions 3 and 4 of the first sequence: slots 3 and 0
+        tensor([[2., 0., 0., 1.],
+                [3., 0., 0., 0.]])
+        >>> lengths += cu_seqlens.diff()
     """
     if in_transform():
         raise NotImplementedError(
-            "rolling_cache_update_ writes into its caches and has no rule for torch.func: call it "
+            "rolling_cache_update_ writes into its caches and does not support torch.func; call it "
             "outside of transforms, or use mistral_kernels.ops.reference.rolling_cache_update"
         )
     check_tensors(
         k_cache=k_cache, v_cache=v_cache, k=k, v=v, lengths=lengths, cu_seqlens=cu_seqlens
     )
     check_optional_tensors(q=q, cos=cos, sin=sin)
-    check_one_per_row(k_cache, lengths)
+    check_one_sequence_per_row(k_cache, lengths)
     if q is None and (cos is not None or sin is not None):
-        raise ValueError("cos and sin require q")
+        raise ValueError("q is required when cos or sin is given, got None")
     k, v = with_unit_stride(k), with_unit_stride(v)
     q = q if q is None else with_unit_stride(q)
     args = lengths.contiguous(), cu_seqlens.contiguous(), max_seqlen

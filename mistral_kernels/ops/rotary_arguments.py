@@ -1,4 +1,4 @@
-"""Checks of what is handed to the rotary embedding: an error names what is off."""
+"""Checks of the rotary embedding's arguments."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mistral_kernels.ops.dispatch import with_unit_stride
 def check_rotary(
     q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor, *_: Any
 ) -> None:
-    """Raise unless these are arguments of `apply_rotary`, of which q or k may be absent."""
+    """Raise unless the arguments fit `apply_rotary`; one of q and k may be None."""
     given = {name: x for name, x in (("q", q), ("k", k)) if x is not None}
     if not given:
-        raise ValueError("q or k must be given")
+        raise ValueError("q or k must be a tensor, got None for both")
     (first, like), *others = given.items()
     if like.ndim < 2:
         raise ValueError(f"{first} must be (..., num_heads, head_dim), got {tuple(like.shape)}")
@@ -41,12 +41,13 @@ def check_rotary(
         lowest, highest = (x.item() for x in positions.aminmax())
         if lowest < 0 or highest >= num_positions:
             raise ValueError(
-                f"positions must be in the tables' [0, {num_positions}), got {lowest} to {highest}"
+                f"positions must be in [0, {num_positions}), got {lowest} to {highest}; "
+                f"cos and sin have {num_positions} rows"
             )
 
 
 def check_tables(cos: Tensor, sin: Tensor, head_dim: int) -> int:
-    """Return the number of positions of two tables for heads of `head_dim`, or raise."""
+    """Check the tables for heads of `head_dim` and return their number of positions."""
     num_positions = cos.shape[0] if cos.ndim else 0
     for name, table in (("cos", cos), ("sin", sin)):
         check_float(name, table)
@@ -58,39 +59,42 @@ def check_tables(cos: Tensor, sin: Tensor, head_dim: int) -> int:
     return num_positions
 
 
-def check_memory(q: Tensor, k: Tensor) -> None:
-    """Raise unless kernels' strides reach all that is rotated in place, and no element twice."""
+def check_in_place_memory(q: Tensor, k: Tensor) -> None:
+    """Raise ValueError unless strides describe q and k for in-place kernels, without overlap."""
     if not (has_memory(q) and has_memory(k)):
         return
-    q_stride, q_row, q_end = _memory_of("q", q)
-    k_stride, k_row, k_end = _memory_of("k", k)
-    ahead = (k.data_ptr() - q.data_ptr()) // q.element_size()
-    # In a fused projection the two take turns, token by token.
-    in_turns = q_stride == k_stride > 0 and q_row <= ahead % q_stride <= q_stride - k_row
-    if q_end and k_end and not (ahead >= q_end or ahead <= -k_end or in_turns):
-        raise ValueError("apply_rotary_: q and k must not share memory; use apply_rotary")
+    q_stride, q_row, q_end = _memory_extent("q", q)
+    k_stride, k_row, k_end = _memory_extent("k", k)
+    offset = (k.data_ptr() - q.data_ptr()) // q.element_size()
+    # In a fused projection the rows of q and k alternate, token by token.
+    alternate = q_stride == k_stride > 0 and q_row <= offset % q_stride <= q_stride - k_row
+    if q_end and k_end and not (offset >= q_end or offset <= -k_end or alternate):
+        raise ValueError("q and k must not share memory; use apply_rotary")
 
 
-def _memory_of(name: str, x: Tensor) -> tuple[int, int, int]:
-    """How many elements from one token to the next, in a token's row, and in all."""
+def _memory_extent(name: str, x: Tensor) -> tuple[int, int, int]:
+    """Return the stride between tokens and the span of one token and of all, in elements."""
     if x.numel() == 0:
         return 0, 0, 0
-    rows = by_token(x)
+    rows = flatten_tokens(x)
     tokens, heads, end = rows.shape
     row = (heads - 1) * rows.stride(1) + end
-    apart = rows.data_ptr() == x.data_ptr()  # else it was copied
+    supported = rows.data_ptr() == x.data_ptr()  # otherwise `rows` is a copy
     for stride, size in sorted(zip(rows.stride()[:2], (tokens, heads), strict=True)):
-        apart &= size == 1 or stride >= end
+        supported &= size == 1 or stride >= end
         end += (size - 1) * stride
-    if not apart:
+    if not supported:
         raise ValueError(
-            f"apply_rotary_: {name} must have tokens evenly spaced, channels side by side and no "
-            f"element twice, got {tuple(x.shape)} with strides {x.stride()}; use apply_rotary"
+            f"{name} must have evenly spaced tokens, contiguous channels and no "
+            f"repeated elements, got {tuple(x.shape)} with strides {x.stride()}; use apply_rotary"
         )
     return rows.stride(0), row, end
 
 
-def by_token(x: Tensor) -> Tensor:
-    """(tokens, heads, head_dim) with a contiguous last dimension; a copy only where views end."""
+def flatten_tokens(x: Tensor) -> Tensor:
+    """Return `x` as (tokens, heads, head_dim) with a contiguous last dimension.
+
+    Return a copy only if no view has this shape.
+    """
     x = x.flatten(0, -3) if x.ndim > 2 else x.unsqueeze(0)
     return with_unit_stride(x)

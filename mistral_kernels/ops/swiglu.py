@@ -2,13 +2,13 @@
 
     y = silu(gate) * up,    silu(g) = g * s,    s = 1 / (1 + exp(-g))
 
-Backward, from gate and up alone (nothing else is saved):
+Backward saves gate and up only:
 
     dgate = dy * up * s * (1 + g * (1 - s)),    dup = dy * silu(g)
 
-gate, up, y: equal shapes (..., intermediate). Or gate and up are the halves of one tensor, the
-output of a fused projection, and so are their gradients. Arithmetic in fp32; each element is read
-and written once.
+gate, up and y have the shape (..., intermediate). Alternatively, gate and up are the halves of one
+tensor, the output of a fused projection; their gradients are then the halves of one tensor too.
+Arithmetic is fp32. Each element is read and written once.
 """
 
 from __future__ import annotations
@@ -92,18 +92,18 @@ def _backward_kernel(
 
 @jit
 def _tile(COLS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Return the rows, in 64 bits, and the columns of a program's tile."""
+    """Return the row indices (64-bit) and the column indices of a program's tile."""
     tiles: tl.constexpr = (COLS + BLOCK_COLS - 1) // BLOCK_COLS
     first_row = tl.program_id(0) // tiles * BLOCK_ROWS
     row = first_row.to(tl.int64) + tl.arange(0, BLOCK_ROWS)[:, None]
     return row, tl.program_id(0) % tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
 
 
-Gradients = tuple[Tensor, Tensor]  # `absent` where there is none
+Gradients = tuple[Tensor, Tensor]  # dgate, dup; `absent` if not computed
 
 
 def _parts(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    """gate and up; without up, the halves of the fused gate."""
+    """Return gate and up; without up, return the halves of the fused gate."""
     if up is None:
         size = gate.shape[-1] // 2
         return gate[..., :size], gate[..., size:]
@@ -149,7 +149,7 @@ def _backward_triton(
     gradients = _empty_gradients(dy, gate, up, needs_dgate, needs_dup)
     if dy.numel() == 0:
         return gradients
-    dgate, dup = _written(gradients, up, needs_dgate, needs_dup)
+    dgate, dup = _gradient_parts(gradients, up, needs_dgate, needs_dup)
     cols = width_of(dy)
     rows = dy.numel() // cols
     dy, dy_stride = as_rows(dy)
@@ -167,10 +167,10 @@ def _backward_triton(
     return gradients
 
 
-def _written(
+def _gradient_parts(
     gradients: Gradients, up: Tensor | None, needs_dgate: bool, needs_dup: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return what is written of gate's and of up's gradient: without up, halves of one tensor."""
+    """Return the parts of `gradients` to write as dgate and dup; None for a part not needed."""
     dgate, dup = gradients
     if up is None:
         return _parts(dgate, None) if needs_dgate else (None, None)
@@ -178,7 +178,7 @@ def _written(
 
 
 def _rows(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor, int, int]:
-    """Return gate and up as rows, and the strides between these."""
+    """Return gate and up as rows, and their strides between rows in elements."""
     gate, gate_stride = as_rows(gate)
     if up is None:
         return *_parts(gate, None), gate_stride, gate_stride
@@ -186,7 +186,7 @@ def _rows(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor, int, int]:
     return gate, up, gate_stride, up_stride
 
 
-def _grid(rows: int, cols: int, config: launch_configs.Config) -> tuple[int]:
+def _grid(rows: int, cols: int, config: launch_configs.LaunchConfig) -> tuple[int]:
     return (cdiv(rows, config["BLOCK_ROWS"]) * cdiv(cols, config["BLOCK_COLS"]),)
 
 
@@ -199,7 +199,7 @@ def _backward_torch(
     dy: Tensor, gate: Tensor, up: Tensor | None, needs_dgate: bool, needs_dup: bool
 ) -> Gradients:
     gradients = _empty_gradients(dy, gate, up, needs_dgate, needs_dup)
-    dgate, dup = _written(gradients, up, needs_dgate, needs_dup)
+    dgate, dup = _gradient_parts(gradients, up, needs_dgate, needs_dup)
     gate, up = _parts(gate, up)
     if dgate is not None:
         torch.ops.aten.silu_backward(dy * up, gate, grad_input=dgate)
@@ -214,7 +214,7 @@ def _check(gate: Tensor, up: Tensor | None) -> None:
         check_same_dtype("up", up, "gate", gate)
     elif gate.ndim == 0 or gate.shape[-1] % 2:
         raise ValueError(
-            "gate without up must be (..., 2 * intermediate), an even last dimension, "
+            "gate without up must be (..., 2 * intermediate) with an even last dimension, "
             f"got {tuple(gate.shape)}"
         )
 
@@ -248,38 +248,56 @@ _backward_op = Operator(
 
 
 class SwiGLUFunction(Function):
+    """Autograd function of `swiglu`."""
+
     public_name = "swiglu"
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor | None) -> Tensor:
+        """Return silu(gate) * up."""
         return _forward_op(gate, up)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None], output: Tensor) -> None:
+        """Save gate and up."""
         ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of gate and up."""
         mask = ctx.needs_input_grad
         gradients = run_backward(_backward_op, dy, *ctx.saved_tensors, *mask)
         return tuple(x if need else None for x, need in zip(gradients, mask, strict=True))
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    """silu(gate) * up. Differentiable once, in both.
+    """Compute silu(gate) * up, Mistral's gated activation (arXiv:2002.05202).
+
+    Arithmetic is float32 (float64 for float64 inputs). Differentiable once in both arguments.
 
     Args:
-        gate, up: (..., intermediate), equal shapes; float16, bfloat16, float32 or, on the torch
-            backend, float64. Any strides.
-        gate, alone: (..., 2 * intermediate), the output of a fused projection: gate, then up. Its
-            gradient is written as one tensor too; those of two views would have to be put together.
+        gate: (..., intermediate), float16, bfloat16, float32 or, on the torch backend, float64. Any
+            strides. Without `up`, (..., 2 * intermediate): the output of a fused projection, first
+            gate, then up. The gradient of a fused `gate` is written directly, as one tensor.
+        up: shape and dtype of `gate`, or None if `gate` is fused.
 
     Returns:
         (..., intermediate), contiguous, of gate's dtype.
 
     Raises:
         ValueError: shapes or devices differ, or a fused gate has an odd last dimension.
-        TypeError: gate's dtype is not supported, or up has another.
+        TypeError: gate's dtype is not supported, or up has another dtype.
+
+    Example:
+        >>> import torch
+        >>> from mistral_kernels import swiglu
+        >>> gate, up = torch.randn(5, 16), torch.randn(5, 16)
+        >>> y = swiglu(gate, up)
+        >>> y.shape
+        torch.Size([5, 16])
+        >>> fused = torch.cat((gate, up), dim=-1)  # as a fused projection returns them
+        >>> torch.equal(swiglu(fused), y)
+        True
     """
     check_tensors(gate=gate)
     check_optional_tensors(up=up)

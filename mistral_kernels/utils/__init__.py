@@ -1,1 +1,1 @@
-"""Small modules that import nothing else of the package: files, schemas, ranges, signals."""
+"""Utilities for files, schemas, ranges, errors and signals, without imports from the package."""

@@ -1,6 +1,6 @@
-"""Read files that come from elsewhere: regular files only, bounded sizes, JSON of a known shape.
+"""Read untrusted files: only regular files of bounded size, and JSON that matches a schema.
 
-`create_anew` writes a file beside files that come from elsewhere.
+`create_anew` creates a file in a folder with untrusted files.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from typing import IO, Any, NoReturn
 
 from mistral_kernels.utils.schema import OneLineError, find_mismatch
 
-# Python objects take up to 24 times the memory of the JSON that describes them.
+# Bytes. The Python objects of a JSON text take up to 24 times its size.
 JSON_LIMIT = 64 << 20
 
 
 class CheckpointError(OneLineError):
-    """Error of reading or writing a checkpoint. The message names the file and the remedy."""
+    """A checkpoint cannot be read or written. The message names the file and the remedy."""
 
 
 def expand_user(path: str | Path) -> Path:
-    """Return `path` with the home folder in place of `~`; CheckpointError if there is none."""
+    """Return `path` with `~` replaced by the home folder.
+
+    Raises:
+        CheckpointError: the user of `~user` does not exist.
+    """
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -33,23 +37,26 @@ def expand_user(path: str | Path) -> Path:
 
 
 def is_taken(path: Path) -> bool:
-    """Return whether anything has this name; a symbolic link that leads nowhere has it, too.
+    """Return whether `path` exists, including a symbolic link that leads nowhere.
 
-    Raises OSError if that cannot be found out. Reading such a link raises an error that names it.
+    Reading such a link raises an error that names it.
+
+    Raises:
+        OSError: the folder of `path` cannot be accessed.
     """
     return path.exists() or path.is_symlink()
 
 
 def check_regular(path: Path, limit: int | None = None) -> int:
-    """Return the size in bytes of a regular file, or of the one that a symbolic link leads to.
+    """Return the size in bytes of a regular file. Symbolic links are followed.
 
-    Every file that a library opens by name is checked here first: opening a FIFO waits forever, and
-    reading a device may never end.
+    Call this function before a library opens a file by name: opening a FIFO blocks, and reading a
+    device may never end.
 
     Raises:
-        CheckpointError: `path` is a folder, a FIFO, a socket, a device or a link that leads
-            nowhere, or has more than `limit` bytes.
-        OSError: there is no such file, or it cannot be accessed.
+        CheckpointError: `path` is a folder, a FIFO, a socket, a device or a symbolic link that
+            leads nowhere, or the file has more than `limit` bytes.
+        OSError: the file does not exist or cannot be accessed.
     """
     try:
         status = os.stat(path)
@@ -67,9 +74,9 @@ def check_regular(path: Path, limit: int | None = None) -> int:
 
 
 def create_anew(path: Path) -> IO[bytes]:
-    """Open a new file for writing, after removing what has its name, except a folder.
+    """Remove `path` unless it is a folder, then create it as a new file, open for writing.
 
-    An open by name alone would wait at a FIFO, and overwrite the file that a link leads to.
+    Opening an existing path could block on a FIFO, or overwrite the target of a link.
     """
     with suppress(FileNotFoundError):
         os.unlink(path)
@@ -78,9 +85,14 @@ def create_anew(path: Path) -> IO[bytes]:
 
 
 def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
-    """Return the contents of a regular file. Raises as `check_regular`."""
+    """Return the contents of a regular file of at most `limit` bytes.
+
+    Raises:
+        CheckpointError: see `check_regular`.
+        OSError: the file cannot be read, or it grows while it is read.
+    """
     size = check_regular(path, limit)
-    # Not blocking: the file may have been replaced by a FIFO after the check.
+    # O_NONBLOCK, because the file may have been replaced by a FIFO after the check.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         contents = file.read(size + 1)
     if len(contents) > size:
@@ -89,9 +101,11 @@ def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
 
 
 def read_text(path: Path, limit: int = JSON_LIMIT) -> str:
-    """Return a text in UTF-8, without its byte order mark.
+    """Return the text of a UTF-8 file, without the byte order mark.
 
-    Raises CheckpointError for another encoding, and as `check_regular`.
+    Raises:
+        CheckpointError: the encoding is not UTF-8; see `check_regular` for other reasons.
+        OSError: the file cannot be read.
     """
     try:
         return read_bytes(path, limit).decode("utf-8-sig")
@@ -105,12 +119,15 @@ def read_json(
     """Return the object in a JSON file.
 
     Args:
-        path: the file, at most `limit` bytes.
+        path: the file.
         schema: the types of the keys that the caller uses; see `schema.find_mismatch`.
+        limit: the maximal size of the file in bytes.
 
     Raises:
-        CheckpointError: the file is not JSON, is not an object, or has a value that `schema` does
-            not admit; the message names the file and the value. Raises as `check_regular`, too.
+        CheckpointError: the file is not JSON, does not contain an object, or contains a value that
+            does not match `schema`; the message names the file and the value. See `check_regular`
+            for other reasons.
+        OSError: the file cannot be read.
     """
     try:
         contents = json.loads(read_text(path, limit), parse_constant=_refuse_constant)
@@ -128,7 +145,7 @@ def read_json(
 
 
 def digest(*parts: bytes) -> str:
-    """Return the beginning of a SHA-256: enough to find out whether two contents differ."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of `parts`, to compare contents."""
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

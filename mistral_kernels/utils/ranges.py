@@ -1,4 +1,4 @@
-"""Ranges of numbers that users give: on a command line, as arguments, in a file."""
+"""Ranges of numbers that users pass: in command lines, arguments and files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers of a type in an interval: an argparse type, and a check of a value.
+    """An interval of integers or floating-point numbers.
+
+    A range is an `argparse` type, and `check` validates a value.
 
     Attributes:
-        kind: int or float; a float admits integers, and neither admits a bool.
-        low, high: the bounds, both included. A float must be finite.
-        above: `low` itself is excluded.
+        kind: int or float. A float range includes integers. No range includes a bool.
+        low: the lower bound.
+        high: the upper bound, included. Values of a float range must be finite.
+        above: whether `low` itself is excluded.
     """
 
     kind: type[int] | type[float]
@@ -36,9 +39,15 @@ class Range:
         return self.low <= value <= self.high and not (self.above and value == self.low)
 
     def check(self, name: str, value: Any) -> Any:
-        """Return `value` as a plain int or float; numbers of NumPy are accepted.
+        """Return `value` as an int or float of Python; NumPy numbers are accepted.
 
-        Raises, naming `name`, TypeError for another type and ValueError outside the interval.
+        Args:
+            name: the name of the value in error messages.
+            value: the value to check.
+
+        Raises:
+            TypeError: `value` is not a number of this kind.
+            ValueError: `value` is outside the interval.
         """
         if isinstance(value, bool) or not isinstance(value, Integral if self.kind is int else Real):
             raise TypeError(f"{name} must be {self._noun} {self}, got {type(value).__name__}")
@@ -48,7 +57,11 @@ class Range:
         return number
 
     def __call__(self, text: str) -> Any:
-        """Return the number that `text` holds. Raises ArgumentTypeError."""
+        """Return the number in `text`.
+
+        Raises:
+            argparse.ArgumentTypeError: `text` is not a number in the interval.
+        """
         try:
             number = self.kind(text)
         except ValueError:

@@ -1,4 +1,4 @@
-"""Checks of values that files from elsewhere hold: types by a schema, errors in one line."""
+"""Check the values of untrusted files against a schema, with error messages of one line."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import math
 import reprlib
 from typing import Any
 
-# What a JSON value must be: a type, None, a list of one schema for all items, a mapping from keys
-# to schemas (other keys are ignored, or have the schema of the key `...`; absent ones are allowed),
-# or a tuple of alternatives.
+# The schema of a JSON value is one of:
+# - a type, or None for null;
+# - a list with one schema, that of every item;
+# - a dict from keys to schemas. Keys may be absent. The key `...` has the schema of all other keys,
+#   which are ignored without it;
+# - a tuple of alternative schemas.
 Schema = type | None | list[Any] | dict[Any, Any] | tuple[Any, ...]
 
 _TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
@@ -16,10 +19,10 @@ _LONGEST_MESSAGE = 1000
 
 
 class OneLineError(ValueError):
-    """An error about a file's contents, in one line of at most 1000 characters.
+    """An error about the contents of a file. Its message is one line of at most 1000 characters.
 
-    Control characters are escaped: paths and names of tensors may hold line breaks, or sequences
-    that a terminal obeys.
+    Control characters are escaped, because paths and tensor names may contain line breaks or
+    terminal escape sequences.
     """
 
     def __init__(self, message: str) -> None:
@@ -27,29 +30,34 @@ class OneLineError(ValueError):
 
 
 def escaped(text: str) -> str:
-    """Return at most 1000 characters of a text, control characters escaped."""
+    """Return at most 1000 characters of `text`, with control characters escaped."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: 2 * _LONGEST_MESSAGE])
     return text if len(text) <= _LONGEST_MESSAGE else f"{text[: _LONGEST_MESSAGE - 3]}..."
 
 
 def find_mismatch(value: Any, schema: Schema, name: str = "") -> str | None:
-    """Describe the first part of a JSON value that `schema` does not admit; None if there is none.
+    """Return a description of the first mismatch of a JSON value and a schema; None without one.
 
-    Integers must fit into 64 bits, and numbers must be finite; `float` admits integers, `int`
-    admits no bool. `name`: what the message calls `value`; its parts are `name.key`, `name[i]`.
+    Integers must fit in 64 bits, and numbers must be finite. `float` accepts integers; `int` does
+    not accept a bool.
+
+    Args:
+        value: the JSON value.
+        schema: the schema; see `Schema`.
+        name: the name of `value` in the description. Its parts are `name.key` and `name[i]`.
     """
     alternatives = schema if isinstance(schema, tuple) else (schema,)
-    for each in alternatives:
-        if isinstance(each, dict) and isinstance(value, dict):
+    for option in alternatives:
+        if isinstance(option, dict) and isinstance(value, dict):
             prefix = f"{name}." if name else ""
             parts = (
-                (value[key], each[key if key in each else ...], prefix + key)
+                (value[key], option[key if key in option else ...], prefix + key)
                 for key in value
-                if key in each or ... in each
+                if key in option or ... in option
             )
-        elif isinstance(each, list) and isinstance(value, list):
-            parts = ((item, each[0], f"{name}[{i}]") for i, item in enumerate(value))
-        elif _admits(each, value):
+        elif isinstance(option, list) and isinstance(value, list):
+            parts = ((item, option[0], f"{name}[{i}]") for i, item in enumerate(value))
+        elif _matches(option, value):
             return None
         else:
             continue
@@ -58,7 +66,7 @@ def find_mismatch(value: Any, schema: Schema, name: str = "") -> str | None:
     return f"{name} must be {expected}, got {reprlib.repr(value)}"
 
 
-def _admits(schema: Any, value: Any) -> bool:
+def _matches(schema: Any, value: Any) -> bool:
     if schema is None or schema is str or schema is bool:
         return value is None if schema is None else type(value) is schema
     if type(value) is int:

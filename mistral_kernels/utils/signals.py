@@ -1,4 +1,4 @@
-"""End a process by SIGTERM or SIGHUP only after its `finally` blocks have run."""
+"""Run `finally` blocks before SIGTERM or SIGHUP ends the process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any, NoReturn
 
 @contextmanager
 def unwinding_when_terminated() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise SystemExit in the block, and end the process after it."""
+    """Make SIGTERM and SIGHUP raise SystemExit in the block, and end the process after it."""
     received: list[int] = []
 
     def unwind(number: int, frame: Any) -> NoReturn:
         received.append(number)
         raise SystemExit(128 + number)
 
-    # Only the main thread may set handlers. Those that the program or nohup has set are kept.
+    # Only the main thread may set handlers. Handlers set by the program or by nohup are kept.
     replaced = [
         number
         for number in (signal.SIGTERM, signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""What tests of csrc's kernels for the CPU share."""
+"""Fixtures of the tests of csrc's CPU kernels."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from mistral_kernels.ops import compiler, extension, linear, linear_int8
 
 
 def fill_fresh_memory(byte: int) -> None:
-    """Let malloc fill what it returns with the other bits: csrc allocates its outputs itself.
+    """Make malloc fill new memory with the complement of `byte`; 0 disables the filling.
 
-    0x80 makes all bytes 0x7f, a float16 NaN and the largest numbers of other dtypes; 0 stops it.
+    Outputs that a kernel of csrc does not write then hold wrong values. 0x80 makes all bytes 0x7f,
+    which is NaN in float16 and close to the largest number in other dtypes.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).mallopt(-6, byte)  # M_PERTURB
@@ -23,7 +24,7 @@ def fill_fresh_memory(byte: int) -> None:
 
 @pytest.fixture(params=compiler.INSTRUCTION_SETS)
 def operators(request, monkeypatch):
-    """Return the operators, with csrc's kernels for one instruction set."""
+    """Return the operators, running csrc's kernels for one instruction set."""
     if not extension.load("cpu"):
         pytest.skip(extension.status("cpu"))
     library = torch.ops.mistral_kernels
@@ -43,7 +44,7 @@ def operators(request, monkeypatch):
 
 @pytest.fixture
 def kernel_rows(monkeypatch):
-    """How many rows each call of csrc's products had."""
+    """Return a list that records the number of rows of each call of csrc's linear kernels."""
     if not extension.load("cpu"):
         pytest.skip(extension.status("cpu"))
     seen = []
@@ -53,10 +54,10 @@ def kernel_rows(monkeypatch):
             seen.append(len(x))
             return operator(x, *rest)
 
-        def leave_to_pytorch(*args, run=module._linear_op._torch):
+        def run_in_pytorch(*args, run=module._linear_op._torch):
             seen.pop()
             return run(*args)
 
-        monkeypatch.setattr(module._linear_op, "_torch", leave_to_pytorch)
+        monkeypatch.setattr(module._linear_op, "_torch", run_in_pytorch)
         monkeypatch.setattr(module, "_linear_op", call)
     return seen

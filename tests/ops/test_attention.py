@@ -1,4 +1,4 @@
-"""attention: values and gradients, what a window shows, cost and memory, bad input."""
+"""Tests of attention on the torch backend: values, gradients, windows, cost and memory."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ DTYPES = (torch.float32, *HALF, torch.float64)
 
 
 @pytest.fixture(autouse=True, params=["csrc", "PyTorch"])
-def served_by(request, set_backend):
-    """Who serves the forward pass on the torch backend."""
+def implementation(request, set_backend):
+    """Select csrc or PyTorch for the forward pass on the torch backend."""
     set_backend("torch")
     if request.param == "PyTorch":
         request.getfixturevalue("no_csrc")
@@ -39,13 +39,13 @@ def served_by(request, set_backend):
 
 
 @pytest.fixture
-def device(served_by, device):
-    """csrc serves CPU tensors alone; PyTorch those of a GPU too."""
-    return torch.device("cpu") if served_by == "csrc" else device
+def device(implementation, device):
+    """Return the device of the tensors: csrc computes on the CPU only."""
+    return torch.device("cpu") if implementation == "csrc" else device
 
 
 def assert_matches(inputs, strided_gradients=False, with_lse=False, **options):
-    """`attention` is as accurate as plain PyTorch, alone and with the log-sum-exp beside it."""
+    """Check that `attention` is as accurate as plain PyTorch, with and without the log-sum-exp."""
     definition = definition_of(options)
 
     def plain(q, k, v):
@@ -58,7 +58,7 @@ def assert_matches(inputs, strided_gradients=False, with_lse=False, **options):
         return
 
     def plain_with_lse(q, k, v):
-        with torch.no_grad():  # in float32: the log-sum-exp of a kernel never is in half precision
+        with torch.no_grad():  # in float32, like the log-sum-exp of the implementations
             lse = reference.attention(q, k, v, **definition)[1]
         return plain(q, k, v), torch.where(lse.isneginf(), 99.0, lse)
 
@@ -75,7 +75,7 @@ UNEQUAL = [(1, 65), (64, 200), (65, 1000), (200, 64), (65, 1), (7, 0), (0, 7), (
 HEADS = [(8, 2), (8, 8), (4, 1)]
 HEAD_DIMS = [64, 16, 128, 1, 40, 256]
 
-# Lengths meet every option; heads, head_dims and dtypes take turns.
+# Every other pair of lengths and options; heads, head_dims and dtypes cycle through their values.
 CASES = [
     pytest.param(seqlens, options, HEADS[(i + j) % 3], HEAD_DIMS[(i + 2 * j) % 6], DTYPES[n % 4])
     for i, seqlens in enumerate(LENGTHS + UNEQUAL)
@@ -97,7 +97,7 @@ def test_values_and_gradients(seqlens, options, heads, head_dim, dtype, device):
 
 @pytest.mark.parametrize("seqlen", [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_lengths_about_the_window(seqlen, dtype, device):
+def test_lengths_near_the_window(seqlen, dtype, device):
     inputs = make_qkv(seqlen, seqlen, (4, 2), 32, dtype, device, batch=2)
     assert_matches(inputs, sliding_window=WINDOW)
 
@@ -105,7 +105,7 @@ def test_lengths_about_the_window(seqlen, dtype, device):
 @pytest.mark.parametrize("triangle_rows", [1, 10_000], ids=["triangle", "blocks"])
 @pytest.mark.parametrize("options", ["causal", "window"])
 def test_triangle_and_blocks(options, triangle_rows, device, monkeypatch):
-    """Both ways to the rows that the window's left edge does not reach, at whatever length."""
+    """Check both code paths for rows before the window's left edge: causal mask and blocks."""
     monkeypatch.setattr(torch_backend, "_TRIANGLE_ROWS", triangle_rows)
     for seqlen in (70, 131, 200):
         inputs = make_qkv(seqlen, seqlen, (4, 2), 32, torch.float32, device)
@@ -121,7 +121,7 @@ def test_windows(window, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_single_key_has_weight_one(dtype, device):
+def test_single_key_has_weight_one(dtype, device):
     q, k, v = make_qkv(70, 70, (2, 1), 16, dtype, device).values()
     out = attention(q, k, v, sliding_window=1)
     roundings = 4 if device.type == "cuda" else 1
@@ -152,7 +152,7 @@ def test_log_sum_exp(options, dtype, device):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("options", ["causal", "full", "window"])
 def test_many_rows_add_to_one_key(options, dtype, device, monkeypatch):
-    """A key's gradient is a long sum, formed in float32: in half precision this test fails."""
+    """Check that the gradient of a key, a long sum, is accumulated in float32."""
     monkeypatch.setattr(torch_backend, "_BLOCK_ROWS", 4)
     monkeypatch.setattr(torch_backend, "_TRIANGLE_ROWS", 1)
     seqlen = 1500 if options == "causal" else 500
@@ -167,12 +167,12 @@ def test_many_rows_add_to_one_key(options, dtype, device, monkeypatch):
     ours = values_and_gradients(lambda **x: attention(**x, **OPTIONS[options]), inputs, dout)
     rounded = values_and_gradients(plain, inputs, dout)
     exact = values_and_gradients(plain, inputs, dout, torch.float64)
-    for what in ("gradient of k", "gradient of v"):
-        errors = [(x[what] - exact[what]).square().mean().sqrt() for x in (ours, rounded)]
-        assert errors[0] < 0.7 * errors[1], what
+    for name in ("gradient of k", "gradient of v"):
+        errors = [(x[name] - exact[name]).square().mean().sqrt() for x in (ours, rounded)]
+        assert errors[0] < 0.7 * errors[1], name
 
 
-def test_rows_that_see_nothing(device):
+def test_rows_without_keys_give_zeros(device):
     inputs = make_qkv(200, 70, (4, 2), 16, torch.float32, device)
     for softcap in (0.0, 2.0):
         out, lse = attention(**inputs, softcap=softcap, return_lse=True)
@@ -192,8 +192,8 @@ PATHS = [{}, {"softcap": 5.0}, {"alibi_slopes": torch.tensor([0.001, 0.002])}]
 @pytest.mark.parametrize("options", PATHS, ids=["plain", "softcap", "alibi"])
 @pytest.mark.parametrize("window", [1, 7, 64, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_exactly_the_window_is_seen(window, dtype, options, device):
-    """Another key j changes the rows j .. j + W - 1, each of them, and no bit of any other."""
+def test_key_affects_exactly_its_window(window, dtype, options, device):
+    """Check that a change of key j changes the rows j to j + W - 1, and no bit of other rows."""
     options = {name: x.to(device) if name[0] == "a" else x for name, x in options.items()}
     seqlen = 230
     q, k, v = make_qkv(seqlen, seqlen, (2, 1), 16, dtype, device, batch=1).values()
@@ -206,7 +206,7 @@ def test_exactly_the_window_is_seen(window, dtype, options, device):
         changed, dk, dv = reach_of_a_key(run, k, v, j, row)
         assert changed == list(range(j, min(j + window, seqlen)))
         assert dv == list(range(max(0, row - window + 1), row + 1))
-        assert dk == dv or window == 1  # the weight of a key alone is 1, whatever it is
+        assert dk == dv or window == 1  # a single key always has weight 1
 
 
 def test_sliding_window_looks_back_even_when_not_causal(device):
@@ -224,7 +224,7 @@ PATHS_WITH_LSE = [*PATHS, {"return_lse": True}]
     [(SEQLEN, LONG_WINDOW, {}), *((SEQLEN // 4, LONG_WINDOW // 4, x) for x in PATHS_WITH_LSE)],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else str(x),
 )
-def test_cost_and_memory_follow_the_window(seqlen, window, options, device, served_by):
+def test_cost_and_memory_are_linear_in_the_window(seqlen, window, options, device, implementation):
     options = {name: x.to(device) if name[0] == "a" else x for name, x in options.items()}
     inputs = make_qkv(seqlen, seqlen, (2, 1), 16, torch.float32, device, batch=1)
     with Allocations() as forward:
@@ -232,18 +232,18 @@ def test_cost_and_memory_follow_the_window(seqlen, window, options, device, serv
     out = out[0] if isinstance(out, tuple) else out
     with Allocations() as backward:
         out.backward(torch.ones_like(out))
-    linear = out.numel()  # 32 elements a token; scores would take 2 * seqlen
+    linear = out.numel()  # 32 elements per token; scores would take 2 * seqlen
     assert forward.largest_new <= linear
     assert backward.largest_new <= linear
     needed = 2 * (seqlen * window - window * (window - 1) // 2)
-    if device.type == "cpu" and served_by == "PyTorch":
-        # A band of 64 rows forms at most 63 scores a row more.
+    if device.type == "cpu" and implementation == "PyTorch":
+        # A block of 64 rows computes at most 63 more scores per row.
         assert 0.95 * needed <= forward.scores <= 1.1 * needed * (1 + 63 / window)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_blocks_out_of_sight_are_never_read(dtype):
-    """csrc: whoever read them would multiply by NaN."""
+def test_csrc_never_reads_blocks_outside_the_window(dtype):
+    """Fill blocks outside the window with NaN, which would propagate to the output."""
     block, seqlen, window = 64, 700, 100
     if not extension.load("cpu"):
         pytest.skip(extension.status("cpu"))
@@ -254,7 +254,7 @@ def test_blocks_out_of_sight_are_never_read(dtype):
         seen = torch.zeros(seqlen, dtype=torch.bool)
         seen[first:end] = True
         hidden = [x.masked_fill(~seen[:, None, None], torch.nan) for x in (k, v)]
-        # One query stands on the last key it may see: the keys behind it are cut off.
+        # Drop the keys after the query: the last query has the position of the last key.
         rows = (x[:, : query + 1] for x in hidden)
         out = attention(q[:, query : query + 1], *rows, sliding_window=window)
         assert torch.isfinite(out).all(), query
@@ -263,7 +263,7 @@ def test_blocks_out_of_sight_are_never_read(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided-heads"])
 @pytest.mark.parametrize("triangle_rows", [1, 10_000], ids=["triangle", "blocks"])
-def test_no_square_without_a_window(triangle_rows, contiguous, dtype, device, monkeypatch):
+def test_memory_is_linear_without_a_window(triangle_rows, contiguous, dtype, device, monkeypatch):
     monkeypatch.setattr(torch_backend, "_TRIANGLE_ROWS", triangle_rows)
     q, k, v = make_qkv(2000, 2000, (4, 2), 64, dtype, device, batch=1).values()
     if not contiguous:
@@ -276,9 +276,9 @@ def test_no_square_without_a_window(triangle_rows, contiguous, dtype, device, mo
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory():
-    """The process itself: one matrix of scores would take a GiB.
+    """Measure the peak memory of a process, in which one matrix of scores would take 1 GiB.
 
-    VmHWM is this program's own; ru_maxrss would begin at the size of the process that started it.
+    VmHWM is the peak of this program alone; ru_maxrss starts at the size of the parent process.
     """
     code = f"""
 import re, torch
@@ -299,12 +299,7 @@ print(peak() - before)
     assert int(done.stdout) < 64  # MiB
 
 
-Q, K, BIG = torch.ones(2, 5, 4, 8), torch.ones(2, 5, 2, 8), torch.ones(1, 1, 1, 257)
-CU = torch.tensor([0, 5], dtype=torch.int32)
-
-
-def test_what_is_known_of_packed_lengths():
-    """No work for empty sequences at the end, nor for a maximum that is not tight."""
+def test_check_sequences_drops_empty_sequences_and_tightens_lengths():
     q = torch.empty(9, 1, 16)
     cu_seqlens = torch.tensor([0, 4, 4, 9, 9, 9], dtype=torch.int32)
     found = checks.check_sequences(q, q, Sequences(cu_seqlens, None, 9, 9))
@@ -312,7 +307,7 @@ def test_what_is_known_of_packed_lengths():
     assert found[2:] == (5, 5, True, True)
     made = checks.make_cu_seqlens([4, 0, 5, 0, 0], q.device)
     assert torch.equal(made, cu_seqlens)
-    longer = checks.make_cu_seqlens([1, 2, 3, 1, 0], q.device)  # of keys: what has keys stays
+    longer = checks.make_cu_seqlens([1, 2, 3, 1, 0], q.device)  # one sequence more
     found = checks.check_sequences(q, q, Sequences(made, longer, 5, 3))
     assert found.cu_seqlens_q.tolist() == [0, 4, 4, 9, 9]
     assert found.cu_seqlens_k.tolist() == [0, 1, 3, 6, 7]

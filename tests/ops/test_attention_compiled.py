@@ -1,4 +1,4 @@
-"""attention's kernels as machine code: every target, and what the main loops cost."""
+"""Tests of the machine code of the attention kernels: all targets, and costs of main loops."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mistral_kernels.ops.attention import attention, kernels
 triton_version = pytest.importorskip("triton").__version__
 pytestmark = pytest.mark.skipif(
     tuple(map(int, triton_version.split(".")[:2])) < (3, 9),
-    reason=f"tiles are chosen for the ptxas of Triton 3.9; with {triton_version}'s some spill",
+    reason=f"tiles are chosen for the ptxas of Triton 3.9; some spill with Triton {triton_version}",
 )
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 KERNELS = {"_forward_kernel", "_delta_kernel", "_dkdv_kernel", "_dq_kernel"}
-# Column indices that ptxas keeps on the stack for the few blocks that cross an edge.
+# Spills allowed in the few blocks that cross an edge, where ptxas spills column indices.
 EDGE_SPILLS = 40
 
 
 def compiled(target, dtype, head_dim, packed=False, frozen=(), **options):
-    """Return the kernels of a call at Mistral's head counts, forward and backward."""
+    """Return the compiled kernels of a forward and backward call with Mistral's heads."""
     with compile_only(target) as kernels:
         shape = (64,) if packed else (1, 64)
         q = torch.randn(*shape, 32, head_dim).to(dtype).requires_grad_("q" not in frozen)
@@ -36,11 +36,11 @@ def compiled(target, dtype, head_dim, packed=False, frozen=(), **options):
     return {kernel.name: kernel for kernel in kernels}
 
 
-def known_to_spill(kernel, head_dim, dtype):
-    """Slow paths that spill.
+def may_spill(kernel, head_dim, dtype):
+    """Return whether the kernel is a slow path that spills registers.
 
-    They are the multiply-adds of Turing, float32 in three tf32 products, and RDNA 3's operands,
-    which each half of a wave holds in full. Forward spills at head_dim 256 only.
+    Slow paths are multiply-adds on Turing, float32 as three tf32 products, and RDNA 3, where each
+    half of a wave holds the operands in full. The forward kernel spills at head_dim 256 only.
     """
     arch = kernel.target.arch
     rdna = str(arch).startswith("gfx1")
@@ -56,7 +56,7 @@ def known_to_spill(kernel, head_dim, dtype):
 
 def assert_healthy(kernels, head_dim, dtype):
     for kernel in kernels.values():
-        if not known_to_spill(kernel, head_dim, dtype):
+        if not may_spill(kernel, head_dim, dtype):
             kernel.assert_healthy(EDGE_SPILLS)
 
 
@@ -79,7 +79,7 @@ def test_compiles_for(target):
         (name, dtype, head_dim)
         for name, target in TARGETS.items()
         for head_dim in (64, 128, 256)
-        # float16 takes no more registers than bfloat16.
+        # float16 does not need more registers than bfloat16.
         for dtype in ((target.dtypes()[-1], F32) if head_dim == 128 else (F16,))
     ],
     ids=str,
@@ -91,7 +91,7 @@ def test_compile_matrix(target, dtype, head_dim):
 
 
 OPTIONS = [{"packed": True}, {"sliding_window": 20}, {"frozen": "q"}]
-SLOW_FOR_SM_100 = [  # minutes
+SLOW_FOR_SM_100 = [  # take minutes to compile
     {"sliding_window": None},
     {"sliding_window": None, "causal": False},
     {"softcap": 30.0},
@@ -113,13 +113,13 @@ def test_compile_options(options, target):
     kernels = compiled(target, BF16, 128, **options)
     assert kernels.keys() == KERNELS - ({"_dq_kernel"} if "frozen" in options else set())
     if not {"softcap", "alibi_slopes"} & options.keys():
-        for kernel in kernels.values():  # the only loop of a narrow window has every check in it
+        for kernel in kernels.values():  # narrow windows have one loop, with all checks
             kernel.assert_healthy(EDGE_SPILLS, EDGE_SPILLS)
 
 
-# Of the main loop, causal with a window, bf16, head_dim 128. At most: instructions beside the
-# matrix products, per HMMA-equivalent. At least: the share of the tensor cores' time, with perfect
-# overlap (a) and as estimated (m).
+# Bounds for the main loop with a causal window, bf16 and head_dim 128: the maximum of other
+# instructions per HMMA-equivalent, and the minimum share of tensor core time, with perfect overlap
+# (bound_a) and as estimated (est_m).
 COSTS = [
     ("sm_80", "_forward_kernel", 3.4, 1.00, 0.87),
     ("sm_90", "_forward_kernel", 2.75, 1.00, 0.84),
@@ -139,20 +139,20 @@ def test_cost_of_the_main_loops(target):
     for name, instructions, bound, estimate in [c[1:] for c in COSTS if c[0] == target]:
         loop = kernels[name].main_loop()
         costs = loop["bounds"]
-        figures = costs["nonmma_per_hmma_equiv"], costs["bound_a"], costs["est_m"]
-        print(target, name, *(f"{x:.3f}" for x in figures), loop["mufu_under_wgmma"])
+        stats = costs["nonmma_per_hmma_equiv"], costs["bound_a"], costs["est_m"]
+        print(target, name, *(f"{x:.3f}" for x in stats), loop["mufu_under_wgmma"])
         assert loop["spills"] == 0
         assert costs["nonmma_per_hmma_equiv"] <= instructions + 0.005
         assert costs["bound_a"] >= bound - 0.005
         assert costs["est_m"] >= estimate
-        if target == "sm_90":  # the exponentials hide under matrix products
-            hidden, all_of_them = loop["mufu_under_wgmma"]
-            assert hidden >= all_of_them - (name != "_forward_kernel")
+        if target == "sm_90":  # exponentials overlap with matrix products
+            hidden, total = loop["mufu_under_wgmma"]
+            assert hidden >= total - (name != "_forward_kernel")
 
 
 @pytest.mark.slow
-def test_effective_share_of_backward():
-    """Useful are 5 products a pair of tiles; dk and dv take 4, dq 3, recomputing 2."""
+def test_tensor_core_share_of_backward():
+    """Count 5 useful products per pair of tiles; the kernels compute 4 (dk, dv) and 3 (dq)."""
     for target, share in (("sm_80", 0.57), ("sm_90", 0.71)):
         kernels = compiled(target, BF16, 128)
         dkdv, dq = (
@@ -161,8 +161,8 @@ def test_effective_share_of_backward():
         assert 10 / (8 / dkdv + 6 / dq) >= share
 
 
-def test_attention_kernels_have_few_parameters():
-    """Tensors are tuples of a pointer and strides: a signature can still be read."""
+def test_attention_kernels_have_at_most_32_parameters():
+    """Tensors are passed as tuples of a pointer and strides, which keeps signatures readable."""
     counts = {}
     for module in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
         for name, value in vars(importlib.import_module(module.name)).items():

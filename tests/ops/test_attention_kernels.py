@@ -1,4 +1,4 @@
-"""attention on Triton: values and gradients, windows, packed batches, work, memory."""
+"""Tests of attention on Triton: values, gradients, windows, packed batches, work and memory."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 def assert_matches(inputs, strided_gradients=False, **options):
-    """Output, log-sum-exp and all gradients are as accurate as plain PyTorch's."""
+    """Check that output, log-sum-exp and all gradients are as accurate as plain PyTorch's."""
     definition = definition_of(options)
 
     def plain(q, k, v):
-        with torch.no_grad():  # in float32: the log-sum-exp of a kernel never is in half precision
+        with torch.no_grad():  # in float32, like the log-sum-exp of the kernels
             lse = reference.attention(q, k, v, **definition)[1]
         return eager(q, k, v, **definition)[0], torch.where(lse.isneginf(), 99.0, lse)
 
@@ -45,7 +45,7 @@ def assert_matches(inputs, strided_gradients=False, **options):
     assert_matches_reference(ours, plain, inputs, strided_gradients)
 
 
-# What runs compiled too: a few, for most of the time goes into compiling.
+# Cases that also run compiled. They are few, since compiling takes most of the time.
 COMPILED = [
     ((65, 111), "causal", (4, 1), 64, BF16),
     pytest.param((200, 70), "narrow", (6, 2), 24, BF16, marks=pytest.mark.long),
@@ -87,7 +87,7 @@ def test_lengths_and_options(seqlens, options, heads, head_dim, dtype, triton_ba
 @pytest.mark.kernels
 @pytest.mark.interpreted
 @pytest.mark.parametrize("head_dim", [96, 160, 192, 256])
-def test_long_heads(head_dim, triton_backend, device):
+def test_large_head_dims(head_dim, triton_backend, device):
     assert_matches(make_qkv(90, 90, (2, 1), head_dim, F16, device), sliding_window=WINDOW)
 
 
@@ -102,7 +102,7 @@ def test_alibi(options, per_batch, triton_backend, device):
 
 
 def packed_case(heads, head_dim, dtype, device, pairs):
-    """Return packed inputs for `pairs` of lengths, and their cu_seqlens."""
+    """Return packed inputs for `pairs` of lengths, and the arguments of their lengths."""
     lengths_q, lengths_k = (torch.tensor([0, *x]) for x in zip(*pairs, strict=True))
     total_q, total_k = int(lengths_q.sum()), int(lengths_k.sum())
     rectangular = make_qkv(max(total_q, total_k), total_k, heads, head_dim, dtype, device)
@@ -120,8 +120,8 @@ def packed_case(heads, head_dim, dtype, device, pairs):
     return inputs, lengths
 
 
-def one_by_one(pairs, slopes, definition):
-    """Return the definition's results, sequence after sequence, in plain PyTorch."""
+def sequence_by_sequence(pairs, slopes, definition):
+    """Return a function that computes packed attention per sequence in plain PyTorch."""
 
     def plain(q, k, v):
         outs, lses, begin_q, begin_k = [], [], 0, 0
@@ -170,6 +170,7 @@ def test_packed_compiled(triton_backend, device):
 
 
 def check_packed(alibi, options, pairs, dtype, device):
+    """Check packed attention of `pairs` of lengths against one call per sequence."""
     inputs, lengths = packed_case((4, 2), 32, dtype, device, pairs)
     shape = {"shared": (4,), "per-sequence": (len(pairs), 4)}.get(alibi)
     slopes = None if shape is None else torch.rand(shape, device=device)
@@ -181,12 +182,12 @@ def check_packed(alibi, options, pairs, dtype, device):
         return out, torch.where(lse.isneginf(), 99.0, lse)
 
     definition = definition_of(OPTIONS[options])
-    assert_matches_reference(ours, one_by_one(pairs, slopes, definition), inputs)
+    assert_matches_reference(ours, sequence_by_sequence(pairs, slopes, definition), inputs)
 
 
 @pytest.mark.long
-def test_tokens_of_no_sequence(backend, device):
-    """cu_seqlens may end before the tokens do: what is left over gives 0, and gets no gradient."""
+def test_tokens_outside_sequences_give_zeros(backend, device):
+    """Check that tokens after the end of cu_seqlens have output 0 and gradient 0."""
     inputs, _ = packed_case((2, 1), 16, F32, device, [(40, 40)])
     lengths = torch.tensor([0, 10, 33], dtype=torch.int32, device=device)
     out, lse = attention(**inputs, cu_seqlens_q=lengths, return_lse=True)
@@ -199,8 +200,8 @@ def test_tokens_of_no_sequence(backend, device):
 
 
 @contextlib.contextmanager
-def checked(device):
-    """Every address and every race, where ptxrun executes."""
+def racecheck(device):
+    """Check all addresses and races, if ptxrun executes the kernels."""
     if device.type == "cpu" and not pytest.importorskip("triton").knobs.runtime.interpret:
         with ptxrun.options(racecheck=True):
             yield
@@ -210,7 +211,7 @@ def checked(device):
 
 @pytest.mark.long
 def test_lengths_in_bfloat16(triton_backend, device):
-    """Lengths are no reason to compile again."""
+    """Check many lengths with the same compiled kernels."""
     for seqlens in [(n, n) for n in LENGTHS] + UNEQUAL:
         inputs = make_qkv(*seqlens, (8, 2), 64, BF16, device)
         if seqlens[1] == 1:
@@ -220,21 +221,21 @@ def test_lengths_in_bfloat16(triton_backend, device):
 
 @pytest.mark.long
 def test_mistral_in_bfloat16(triton_backend, device):
-    """The shape of Mistral-7B: 32 query heads on 8 of keys and values, head_dim 128."""
+    """Check the shape of Mistral-7B: 32 query heads, 8 kv heads, head_dim 128."""
     inputs = make_qkv(512, 512, (32, 8), 128, BF16, device)
-    with checked(device):
+    with racecheck(device):
         assert_matches(inputs, sliding_window=200)
 
 
 @pytest.fixture
 def with_descriptors(monkeypatch):
-    """Run the kernels of sm_90 and later, compiled for the target that is here."""
-    smaller = {
+    """Force kernels with descriptors, as on sm_90 and later, with small tiles."""
+    small_tiles = {
         "attention_forward": tiles.Tile(64, 32, 4, 2, True),
         "attention_dkdv": tiles.Tile(32, 64, 4, 2, True),
         "attention_dq": tiles.Tile(64, 32, 4, 2, True),
     }
-    monkeypatch.setattr(tiles, "choose_tile", lambda kernel, *_: smaller[kernel])
+    monkeypatch.setattr(tiles, "choose_tile", lambda kernel, *_: small_tiles[kernel])
     tiles.configs.cache_clear()
     yield
     tiles.configs.cache_clear()
@@ -250,7 +251,7 @@ def test_descriptors(layout, triton_backend, with_descriptors, device):
             name: x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
             for name, x in inputs.items()
         }
-    with checked(device):
+    with racecheck(device):
         assert_matches(inputs, sliding_window=WINDOW)
 
 
@@ -262,16 +263,15 @@ def test_descriptors_of_packed_batches(triton_backend, with_descriptors, device)
 
 
 @pytest.mark.long
-def test_frozen_inputs_cost_nothing(triton_backend, device):
-    """No launch for a gradient nobody needs."""
+def test_frozen_inputs_launch_no_kernel(triton_backend, device):
     if device.type != "cpu":
-        pytest.skip("ptxrun counts on CPU tensors")
-    for wanted, kernels in (
+        pytest.skip("only ptxrun, on CPU tensors, counts launches and operations")
+    for needed, kernels in (
         ("q", {"_delta_kernel", "_dq_kernel"}),
         ("kv", {"_delta_kernel", "_dkdv_kernel"}),
     ):
         inputs = make_qkv(70, 70, (4, 2), 16, F16, device)
-        freeze(inputs, set(inputs) - set(wanted))
+        freeze(inputs, set(inputs) - set(needed))
         out = attention(**inputs, sliding_window=30)
         with ptxrun.options(profile=True):
             ptxrun.reset_profile()
@@ -281,7 +281,7 @@ def test_frozen_inputs_cost_nothing(triton_backend, device):
 
 @pytest.mark.long
 @pytest.mark.kernels
-def test_rows_that_see_nothing(triton_backend, device):
+def test_rows_without_keys_give_zeros(triton_backend, device):
     inputs = make_qkv(200, 70, (4, 2), 16, F16, device)
     out, lse = attention(**inputs, return_lse=True)
     assert (out[:, :130] == 0).all()
@@ -295,8 +295,8 @@ def test_rows_that_see_nothing(triton_backend, device):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("window", [1, 7, 64, 100])
-def test_exactly_the_window_is_seen(window, triton_backend, device):
-    """Another key j changes the rows j .. j + W - 1, each of them, and no bit of any other."""
+def test_key_affects_exactly_its_window(window, triton_backend, device):
+    """Check that a change of key j changes the rows j to j + W - 1, and no bit of other rows."""
     seqlen = 230
     q, k, v = make_qkv(seqlen, seqlen, (2, 1), 16, F16, device).values()
 
@@ -307,7 +307,7 @@ def test_exactly_the_window_is_seen(window, triton_backend, device):
         row = min(j + window - 1, seqlen - 1)
         changed, dk, dv = reach_of_a_key(run, k, v, j, row)
         assert changed == list(range(j, min(j + window, seqlen)))
-        # A weight may round to 0: none outside the window may be anything else.
+        # Weights inside the window may round to 0; weights outside must be 0.
         assert set(dk) | set(dv) <= set(range(max(0, row - window + 1), row + 1))
         assert len(dv) >= 0.9 * min(window, row + 1)
 
@@ -331,7 +331,7 @@ def test_backward_is_bitwise_repeatable(dtype, triton_backend, device):
 
 
 def blocks_needed(seqlen, window, group, tile_m, tile_n):
-    """Of tiles of rows: whole blocks that the keys they see fill, counted from the first."""
+    """Return the total number of key blocks that the tiles of rows need, at least."""
     left = resolve_window(True, None, window).left
     rows = [
         (max(0, m // group - left), min(seqlen, (m + tile_m - 1) // group + 1))
@@ -340,10 +340,10 @@ def blocks_needed(seqlen, window, group, tile_m, tile_n):
     return sum(cdiv(end - begin, tile_n) for begin, end in rows)
 
 
-def test_work_follows_the_window(triton_backend, device):
-    """Only blocks that hold a visible key are visited; past the window, cost grows linearly."""
+def test_work_is_proportional_to_the_window(triton_backend, device):
+    """Check that only blocks with visible keys are visited, and that cost grows linearly."""
     if device.type != "cpu":
-        pytest.skip("ptxrun counts on CPU tensors")
+        pytest.skip("only ptxrun, on CPU tensors, counts launches and operations")
     window, head_dim = 1024, 128
     visited = {}
     for seqlen in (2048, 4096, 8192):
@@ -360,19 +360,19 @@ def test_work_follows_the_window(triton_backend, device):
     needed = blocks_needed(8192, window, 4, tile.m, tile.n) * tile.m * tile.n * 4 * head_dim
     assert needed <= visited[8192] <= 1.1 * needed
     pairs = 4 * (8192 * window - window * (window - 1) // 2)
-    assert visited[8192] <= 1.1 * pairs * 4 * head_dim  # and edges add little
+    assert visited[8192] <= 1.1 * pairs * 4 * head_dim  # masked pairs at edges add at most 10 %
     assert visited[8192] - visited[4096] == 2 * (visited[4096] - visited[2048])
 
 
 @pytest.mark.kernels
-def test_memory(triton_backend, device):
-    """Forward allocates the output and the log-sum-exp, backward the gradients and two such."""
+def test_allocated_memory(triton_backend, device):
+    """Check that forward allocates out and lse, and backward the gradients and two lse."""
     inputs = make_qkv(500, 500, (4, 2), 16, F16, device)
     q, k, _ = inputs.values()
     size, kv_size, lse_size = q.numel() * 2, k.numel() * 2, 4 * 500 * 4
     with Allocations() as forward:
         out = attention(**inputs, sliding_window=WINDOW)
-    # On a GPU with a tensor memory accelerator, 256 bytes more for the descriptors of each tile.
+    # With a tensor memory accelerator, each tile needs 256 more bytes for its descriptors.
     descriptors = 16 << 10 if tiles.has_descriptors(device_properties(q)) else 0
     assert size + lse_size <= forward.total_new <= size + lse_size + descriptors
     dout = torch.ones_like(out)

@@ -1,4 +1,4 @@
-"""The cache of compiled libraries: built once, verified, private, and never in anybody's way."""
+"""The cache of compiled libraries: built once, verified, private, robust to killed builds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.builds import compiled_once, fake_compiler, finish, libraries, needs_compiler, start
+from support.builds import caching_compiler, fake_compiler, finish, libraries, needs_compiler, start
 
 from mistral_kernels.ops import build_cache, extension
 from mistral_kernels.ops.compiler import BuildError, checksum_file
@@ -23,35 +23,37 @@ from mistral_kernels.ops.compiler import BuildError, checksum_file
 
 @pytest.fixture(scope="module")
 def cxx(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return compiled_once(tmp_path_factory.mktemp("objects"))
+    return caching_compiler(tmp_path_factory.mktemp("objects"))
 
 
 def unfinished(cache: Path) -> list[str]:
     return [path.parent.name for path in cache.rglob(".building-*")]
 
 
-def test_only_private_folders(tmp_path: Path) -> None:
+def test_folders_writable_by_others_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True, mode=0o700)
     build_cache.check_private(folder)
-    for place, mode, message in (
+    for path, mode, message in (
         (folder, 0o777, f"{folder} may be written to by all users; "),
         (folder, 0o1777, f"{folder} may be written to by all users; "),
         (folder.parent, 0o757, f"{folder.parent} may be written to by all users; "),
-        (folder.parent, 0o1777, None),  # as /tmp
+        (folder.parent, 0o1777, None),  # sticky, like /tmp
         (folder, 0o755, None),
     ):
-        place.chmod(mode)
+        path.chmod(mode)
         if message is None:
             build_cache.check_private(folder)
         else:
             with pytest.raises(BuildError, match=message + "set TORCH_EXTENSIONS_DIR to a folder"):
                 build_cache.check_private(folder)
-        place.chmod(0o700)
+        path.chmod(0o700)
 
 
-def test_writable_by_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group that is this user's alone does no harm."""
+def test_folders_writable_by_a_shared_group_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The private group of this user may write."""
     tmp_path.chmod(0o770)
     monkeypatch.setattr(build_cache, "_is_own_group", lambda gid: gid == tmp_path.stat().st_gid)
     build_cache.check_private(tmp_path)
@@ -62,17 +64,17 @@ def test_writable_by_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
 @pytest.mark.parametrize("above", [False, True])
-def test_of_another_user(above: bool, tmp_path: Path) -> None:
+def test_folders_of_another_user_are_refused(above: bool, tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True)
-    place = folder.parent if above else folder
-    os.chown(place, 12345, -1)
-    with pytest.raises(BuildError, match=f"^{place} belongs to another user .uid 12345.; set "):
+    path = folder.parent if above else folder
+    os.chown(path, 12345, -1)
+    with pytest.raises(BuildError, match=f"^{path} belongs to another user .uid 12345.; set "):
         build_cache.check_private(folder)
 
 
-def test_links_are_followed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder is named without links; one that is put there later is refused."""
+def test_links_are_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`folder_of` resolves links; a link that is created later is refused."""
     (tmp_path / "real").mkdir()
     (tmp_path / "mistral_kernels").symlink_to(tmp_path / "real")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
@@ -84,7 +86,7 @@ def test_links_are_followed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         build_cache.check_private(folder)
 
 
-def test_folders_are_made_for_this_user_alone(tmp_path: Path) -> None:
+def test_created_folders_are_private(tmp_path: Path) -> None:
     mask = os.umask(0)
     try:
         with build_cache.locked(tmp_path / "a" / "b"):
@@ -101,8 +103,8 @@ def test_folders_are_made_for_this_user_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "a" / "c").exists()
 
 
-def test_refused_where_others_may_write(tmp_path: Path) -> None:
-    """One line on stderr, and other backends serve."""
+def test_public_cache_folder_is_not_used(tmp_path: Path) -> None:
+    """The reason is printed as one line on stderr."""
     tmp_path.chmod(0o777)
     loaded, status, error = finish(start(tmp_path))
     reason = f"{tmp_path} may be written to by all users; set TORCH_EXTENSIONS_DIR to a folder "
@@ -115,7 +117,7 @@ def test_refused_where_others_may_write(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "variables", [{"TORCH_EXTENSIONS_DIR": "here"}, {"XDG_CACHE_HOME": ""}, {"XDG_CACHE_HOME": "x"}]
 )
-def test_no_relative_path(
+def test_relative_paths_are_refused(
     variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -127,7 +129,7 @@ def test_no_relative_path(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -139,8 +141,8 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         pass
 
 
-def test_what_killed_builds_left(tmp_path: Path) -> None:
-    """Under the lock nobody else builds here; elsewhere only what is old is surely abandoned."""
+def test_files_of_killed_builds_are_removed(tmp_path: Path) -> None:
+    """In other folders, which are not locked, only old files are removed."""
     for folder, age in (("here", 0), ("old", 7200), ("new", 0)):
         made = tmp_path / folder / ".building-x"
         made.mkdir(parents=True)
@@ -155,7 +157,7 @@ def test_what_killed_builds_left(tmp_path: Path) -> None:
     [
         ({"MAX_JOBS": "0"}, "MAX_JOBS must be a positive integer, got '0'"),
         ({"MAX_JOBS": "many"}, "MAX_JOBS must be a positive integer, got 'many'"),
-        ({"CXX": "'c++"}, """CXX is "'c++": No closing quotation"""),
+        ({"CXX": "'c++"}, """CXX must be a command, got "'c++": No closing quotation"""),
     ],
 )
 @needs_compiler
@@ -168,8 +170,8 @@ def test_malformed_variables(variables: dict[str, str], reason: str, tmp_path: P
 
 
 @needs_compiler
-def test_interrupted(tmp_path: Path) -> None:
-    """Ctrl-C ends the compilers at once, and leaves nothing."""
+def test_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
+    """Ctrl-C ends the compilers at once and removes their files."""
     compiler = fake_compiler(tmp_path, f"echo $$ >>{tmp_path}/begun", "sleep 100")
     process = start(tmp_path / "cache", CXX=compiler, MAX_JOBS="2")
     await_file(tmp_path / "begun", process)
@@ -192,14 +194,14 @@ def await_file(path: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.slow
 @needs_compiler
-def test_built_once(tmp_path: Path, cxx: str) -> None:
-    """The first process says so and builds; the second finds it, also if it may not build."""
+def test_library_is_built_once(tmp_path: Path, cxx: str) -> None:
+    """The first process builds the library and prints a line. Later processes load it silently."""
     loaded, status, error = finish(start(tmp_path, CXX=cxx))
     (library,) = libraries(tmp_path)
     assert loaded
     assert status == f"loaded from {library}"
     assert error.splitlines() == [
-        f"mistral_kernels: compiling the cpu operators, once, for about a minute, "
+        f"mistral_kernels: compiling the cpu operators once, in about one minute, "
         f"into {library.parent}"
     ]
     names = {path.name for path in library.parent.iterdir()}
@@ -211,22 +213,22 @@ def test_built_once(tmp_path: Path, cxx: str) -> None:
 
 @pytest.mark.slow
 @needs_compiler
-def test_one_builds_while_others_wait(tmp_path: Path, cxx: str) -> None:
+def test_one_process_builds_while_others_wait(tmp_path: Path, cxx: str) -> None:
     processes = [start(tmp_path, CXX=cxx) for _ in range(3)]
     results = [finish(process) for process in processes]
     (library,) = libraries(tmp_path)
     assert [result[:2] for result in results] == 3 * [(True, f"loaded from {library}")]
-    said = [line for *_, error in results for line in error.splitlines()]
-    assert sum("compiling the cpu operators" in line for line in said) == 1
-    assert {line for line in said if "compiling the cpu" not in line} <= {
+    lines = [line for *_, error in results for line in error.splitlines()]
+    assert sum("compiling the cpu operators" in line for line in lines) == 1
+    assert {line for line in lines if "compiling the cpu" not in line} <= {
         f"mistral_kernels: waiting for a process that compiles {library.parent}"
     }
 
 
 @pytest.mark.slow
 @needs_compiler
-def test_killed_while_building(tmp_path: Path, cxx: str) -> None:
-    """Its leavings stop nobody, and are removed."""
+def test_build_after_a_killed_build(tmp_path: Path, cxx: str) -> None:
+    """The lock and the files of the killed build do not prevent the next build."""
     wrapper = fake_compiler(
         tmp_path,
         f"if [ ! -e {tmp_path}/begun ]; then touch {tmp_path}/begun; exec sleep 100; fi",
@@ -246,7 +248,7 @@ def test_killed_while_building(tmp_path: Path, cxx: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_cache_folder_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     loaded, status, _ = finish(start(tmp_path / "file"))
     assert not loaded
@@ -255,14 +257,14 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 @needs_compiler
 @pytest.mark.slow
-def test_damaged_where_nothing_may_be_built(tmp_path: Path, cxx: str) -> None:
+def test_damaged_library_with_build_never(tmp_path: Path, cxx: str) -> None:
     finish(start(tmp_path, CXX=cxx))
     (library,) = libraries(tmp_path)
     library.write_bytes(library.read_bytes()[:-1])
     loaded, status, error = finish(start(tmp_path, CXX=cxx, MISTRAL_KERNELS_BUILD="never"))
     assert not loaded
     assert error == ""
-    assert f"{library} does not load: its checksum is not " in status
+    assert f"{library} cannot be loaded: its checksum is not " in status
     assert status.endswith("; not compiled, since MISTRAL_KERNELS_BUILD=never")
 
 
@@ -270,12 +272,14 @@ def test_damaged_where_nothing_may_be_built(tmp_path: Path, cxx: str) -> None:
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("int x;", "does not load: it lacks the operators"),
+        ("int x;", "cannot be loaded: it does not define the operators"),
         ("extern int nowhere(void); int x(void) { return nowhere(); }", "undefined symbol"),
     ],
 )
-def test_a_compiler_whose_libraries_are_of_no_use(source: str, reason: str, tmp_path: Path) -> None:
-    """They are not compiled again and again; the remedy is named."""
+def test_unusable_libraries_are_compiled_only_once(
+    source: str, reason: str, tmp_path: Path
+) -> None:
+    """The second process reports the remedy instead of compiling again."""
     (tmp_path / "x.c").write_text(source)
     wrapper = fake_compiler(
         tmp_path,
@@ -296,7 +300,7 @@ def test_a_compiler_whose_libraries_are_of_no_use(source: str, reason: str, tmp_
 
 
 def damages(generator: random.Random) -> dict[str, Callable[[Path], object]]:
-    """Return damages by name: crashes before the disk was written, other programs, pranks."""
+    """Return functions that damage a file, by name: power failures, other programs, odd files."""
 
     def bytes_like(change: Callable[[bytearray], object]) -> Callable[[Path], object]:
         def damage(path: Path) -> None:
@@ -345,7 +349,7 @@ def damages(generator: random.Random) -> dict[str, Callable[[Path], object]]:
     }
 
 
-# A process for each line that comes: a crash is one of that process.
+# Forks one process per line of stdin, so that a crash ends only that process.
 FORKING = """
 import os, sys, torch
 from mistral_kernels.ops import extension
@@ -360,8 +364,8 @@ for _ in sys.stdin:
 
 @needs_compiler
 @pytest.mark.slow
-def test_any_damage_is_mended(tmp_path: Path, cxx: str) -> None:
-    """Whatever is in the place of a library, or of its checksum: it is built again, and serves."""
+def test_damaged_libraries_are_rebuilt(tmp_path: Path, cxx: str) -> None:
+    """A damaged or replaced library or checksum file is detected, and the library is rebuilt."""
     finish(start(tmp_path, CXX=cxx))
     (library,) = libraries(tmp_path)
     generator = random.Random(random.getrandbits(32))
@@ -382,27 +386,27 @@ def test_any_damage_is_mended(tmp_path: Path, cxx: str) -> None:
         for name, damage in damages(generator).items():
             file = generator.choice([library, library, checksum_file(library)])
             damage(file)
-            what = f"{name} in the place of {file.name}"
-            signal.alarm(60)  # with what is compiled already, a build takes a second or two
+            what = f"{name} replaces {file.name}"
+            signal.alarm(60)  # seconds; a build with cached objects takes 1 to 2
             process.stdin.write("\n")
             process.stdin.flush()
-            said = [process.stdout.readline(), process.stdout.readline()]
+            lines = [process.stdout.readline(), process.stdout.readline()]
             signal.alarm(0)
-            assert said == ["True\n", "ended with 0\n"], (what, errors.read_text()[-2000:])
-            assert build_cache.check_whole(library), what
+            assert lines == ["True\n", "ended with 0\n"], (what, errors.read_text()[-2000:])
+            assert build_cache.verify_checksum(library), what
     process.stdin.close()
     assert process.wait(20) == 0
     assert unfinished(tmp_path) == []
 
 
 @needs_compiler
-def test_a_library_of_another_make(tmp_path: Path) -> None:
-    """A valid one under our name, which lacks our operators, is told by its checksum."""
+def test_foreign_library_fails_the_checksum(tmp_path: Path) -> None:
+    """A valid library of another project under the same file name is refused."""
     library = tmp_path / "mistral_kernels_cpu.so"
     (tmp_path / "x.c").write_text("int x;")
     compiling = ["cc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "x.c")]
     subprocess.run(compiling, check=True)
     checksum_file(library).write_text(64 * "0")
-    with pytest.raises(BuildError, match=f"^{library} does not load: its checksum is not '000"):
-        build_cache.check_whole(library)
+    with pytest.raises(BuildError, match=f"^{library} cannot be loaded: its checksum is not '000"):
+        build_cache.verify_checksum(library)
     assert not extension._is_built_meanwhile(library)

@@ -1,7 +1,7 @@
-"""The attention tests on kernels compiled for sm_90a: wgmma, TMA and mbarriers.
+"""Attention tests on kernels compiled for sm_90a, with wgmma, TMA and mbarriers.
 
-ptxrun executes them as those for sm_80, in processes of their own: its capability is an option of
-the session.
+ptxrun executes these kernels in separate processes, because its compute capability is an option of
+the test session.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ FILES = ["test_attention_kernels.py", "test_decode_kernels.py"]
 def ptxrun_executes():
     pytest.importorskip("triton")
     if torch.cuda.is_available():
-        pytest.skip("a GPU executes the kernels compiled for itself")
+        pytest.skip("a GPU executes only kernels compiled for its own architecture")
     if reason := ptxrun.missing():
         pytest.skip(f"ptxrun cannot execute PTX: {reason}")
 
 
 def run_tests(request, *selection):
-    """Run tests at capability 90; none may be skipped for want of what executes them."""
+    """Run tests at capability 90 and check that they pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--capability=90"]
     command += [*selection, f"--seed={request.config.option.seed}"]
     result = subprocess.run(command, cwd=request.config.rootpath, capture_output=True, text=True)
@@ -36,12 +36,12 @@ def run_tests(request, *selection):
 
 
 def test_forward_and_backward(request):
-    """One case of values and gradients, for a first word within a minute."""
+    """Run one case of values and gradients, which takes less than a minute."""
     run_tests(request, f"{HERE / FILES[0]}::test_values_and_gradients", "-k", "causal")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_all(file, request):
-    """Values, gradients, races, addresses and traffic."""
+    """Run all tests of a file: values, gradients, races, addresses and memory traffic."""
     run_tests(request, str(HERE / file), "-m", "not slow", "-k", "not on_the_torch_backend")

@@ -1,4 +1,4 @@
-"""Arguments that operators refuse, and results at the edges of what they take."""
+"""Arguments that operators refuse, and results at the limits of the supported range."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ INDICES = {
 
 @pytest.mark.parametrize("name", INDICES)
 def test_indices_on_another_device(name):
-    """With and without new tokens, which call different operators."""
+    """Calls with and without new tokens use different operators."""
     q, cache = torch.ones(2, 2, 4, 8), torch.zeros(2, 256, 2, 8)
     index = {name: INDICES[name], "cache_seqlens": int32(4, 5)}
     with OperatorCalls() as seen:
@@ -63,8 +63,7 @@ def test_a_flat_cache_on_another_device(name):
             mk.flash_attn_with_kvcache(**tensors)
 
 
-def test_no_query_heads():
-    """A group of query heads would be empty."""
+def test_zero_query_heads_are_refused():
     q, k = torch.zeros(1, 3, 0, 8), torch.zeros(1, 3, 1, 8)
     cu_seqlens = int32(0, 3)
     options = None, None, 3, 3, None, -1, 0, 0.0, None, False
@@ -77,7 +76,7 @@ def test_no_query_heads():
         "operator": lambda: ops.attention_forward(q, k, k, *options),
         "cached": lambda: ops.cached_attention(q, None, None, *step),
     }
-    message = r"1 heads must divide q's 0, and both be positive"
+    message = "q's number of heads must be a positive multiple of (k|k_cache)'s, got 0 and 1"
     for name, call in calls.items():
         error = RuntimeError if name in ("operator", "cached") else ValueError
         with pytest.raises((error, ValueError), match=message):
@@ -89,17 +88,17 @@ OUT_OF_RANGE = [
     ({"rows": int32(-(1 << 24), 0)}, "rows must be in .0, 1., got -16777216 to 0"),
     ({"block_table": int32(0, 1 << 24).view(2, 1)}, "block_table must be in .0, 1., got 0 to 167"),
     ({"block_table": int32(-1, 0).view(2, 1)}, "block_table must be in .0, 1., got -1 to 0"),
-    ({"cu_seqlens": int32(0, 1 << 26, 4)}, "cu_seqlens must rise from 0 to the 4 new tokens"),
-    ({"cu_seqlens": int32(0, -1, 4)}, "cu_seqlens must rise from 0 to the 4 new tokens"),
+    ({"cu_seqlens": int32(0, 1 << 26, 4)}, "cu_seqlens must begin with 0, end with 4"),
+    ({"cu_seqlens": int32(0, -1, 4)}, "cu_seqlens must begin with 0, end with 4"),
     ({"lengths": int32(0, -3)}, "lengths must be in .0, 2147483647., got -3 to 0"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), OUT_OF_RANGE)
-def test_indices_out_of_range(change, message, backend, device):
-    """They decide which memory is written: called by the operator's name, and in compiled code."""
+def test_indices_out_of_range_are_refused(change, message, backend, device):
+    """Invalid indices would corrupt memory. Compiled calls and calls by name check them, too."""
     if device.type != "cpu":
-        pytest.skip("to read them would wait for the GPU")
+        pytest.skip("indices on a GPU are not checked, because reading them synchronizes")
     arguments = {**RING, "max_seqlen": 3, "rows": None, "block_table": None, **change}
     arguments |= {"k_cache": RING["k_cache"].clone(), "v_cache": RING["v_cache"].clone()}
     with pytest.raises((ValueError, RuntimeError), match=message):
@@ -115,8 +114,7 @@ def test_indices_out_of_range(change, message, backend, device):
     assert not arguments["v_cache"].any()
 
 
-def test_windows_past_all_numbers():
-    """A distance that reaches past any sequence is no bound, however large."""
+def test_huge_windows_are_unbounded():
     q, k, v = (torch.randn(1, 5, h, 8) for h in (4, 2, 2))
     expected = mk.attention(q, k, v, causal=False)
     for far in (5, 1 << 30, 2**31 - 1, 2**31, 2**62, 2**63 - 1, 2**70):
@@ -132,14 +130,14 @@ def test_windows_past_all_numbers():
 
 @pytest.mark.parametrize("slopes", [None, torch.zeros(1)], ids=["plain", "alibi"])
 @pytest.mark.parametrize("size", [1e3, 1e5])
-def test_large_scores(size, slopes, torch_backend):
-    """Weights add up to one, and gradients with them, where a rounding of a score is no small one.
+def test_weights_of_large_scores_sum_to_one(size, slopes, torch_backend):
+    """Rounding errors of large scores must not change the sum of the weights, or its gradient.
 
-    Scores of 1e10 are all equal: each row of the output is a mean of ones.
+    All scores are equal, and v is 1, so that every output is 1.
     """
     q = torch.full((1, 4, 1, 16), size, requires_grad=True)
     v = torch.ones_like(q, requires_grad=True)
-    for dtype in (torch.float32, torch.float64):  # csrc, and PyTorch
+    for dtype in (torch.float32, torch.float64):  # computed by csrc and by PyTorch
         inputs = q.to(dtype), q.detach().to(dtype), v.to(dtype)
         out, _, _ = mk.flash_attn_func(*inputs, alibi_slopes=slopes, return_attn_probs=True)
         torch.testing.assert_close(out, torch.ones_like(out))
@@ -147,8 +145,8 @@ def test_large_scores(size, slopes, torch_backend):
         torch.testing.assert_close(dv, torch.ones_like(v))
 
 
-def test_large_logits(backend, device):
-    """A loss is of differences: a logit's size rounds away no part of it."""
+def test_large_logits_lose_no_precision(backend, device):
+    """The loss depends on differences of logits, whose precision must not depend on their size."""
     hidden = torch.full((3, 1), 1e5, device=device, requires_grad=True)
     weight = torch.tensor([1.0, 1.0, 0.0, 1.0], device=device)[:, None]
     targets = torch.tensor([0, 3, 1], device=device)

@@ -1,6 +1,7 @@
-"""The contract of every operator: one test per property, over the table in support/operators.py.
+"""Properties that every operator must have: one test per property, over support/operators.py.
 
-Values and numerics of one operator alone are in its own file; transforms in test_transforms.py.
+Values and numerics of a single operator are tested in its own file, transforms in
+test_transforms.py.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def has(case: OperatorCase, *properties: str) -> bool:
 def every(
     *properties: str, where: Callable[[OperatorCase], Any] = lambda case: True
 ) -> pytest.MarkDecorator:
-    """Each row that has the properties."""
+    """Parametrize `case` over the operators that have the properties."""
     rows = [case for case in OPERATORS if has(case, *properties) and where(case)]
     return pytest.mark.parametrize("case", rows, ids=lambda case: case.name)
 
@@ -56,7 +57,7 @@ def every(
 def on_every_backend(
     *properties: str, where: Callable[[OperatorCase], Any] = lambda case: True
 ) -> pytest.MarkDecorator:
-    """Each row that has the properties, on each of its backends."""
+    """Parametrize over the operators that have the properties, on each of their backends."""
     params = [
         pytest.param(
             *(case, backend),
@@ -71,7 +72,7 @@ def on_every_backend(
 
 
 def in_every_dtype(*properties: str) -> pytest.MarkDecorator:
-    """Run the property in each dtype of the backend."""
+    """Parametrize like `on_every_backend`, in each dtype of the backend."""
     params = [
         pytest.param(
             *(case, backend, dtype),
@@ -96,23 +97,23 @@ def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
 
 
 @pytest.fixture
-def counts(triton_backend: None) -> None:
-    """Require ptxrun, which counts what kernels do, in the place of a GPU or the interpreter."""
+def ptxrun_counters(triton_backend: None) -> None:
+    """Require ptxrun, which runs Triton kernels on CPU tensors and counts their accesses."""
     if not ptxrun.installed():
-        pytest.skip("ptxrun counts on CPU tensors")
+        pytest.skip("requires ptxrun")
 
 
-# The table itself.
+# The table in support/operators.py.
 
 
 def test_every_operator_has_a_row():
-    """Cover the operators that Python declares, with a fake; csrc's own have none."""
-    inner = {"accumulate_", "cross_entropy_"}  # which linear_cross_entropy alone calls
+    """Operators that csrc alone declares have no fake implementation, and no row."""
+    inner = {"accumulate_", "cross_entropy_"}  # called by linear_cross_entropy only
     assert declared_operators() - inner == set().union(*(case.operators for case in OPERATORS))
 
 
-def test_what_a_row_lacks_has_a_reason():
-    """Check that a test that a row names as its reason exists."""
+def test_missing_properties_have_a_reason():
+    """A reason is a sentence, or the name of an existing test."""
     for case in OPERATORS:
         for field in dataclasses.fields(case):
             reason = getattr(case, field.name)
@@ -122,20 +123,19 @@ def test_what_a_row_lacks_has_a_reason():
                 assert f"def {test}(" in text if test else " " in reason, (case.name, field.name)
 
 
-# Values and gradients, wherever inputs lie and whatever is asked of them.
+# Values and gradients, for all layouts, dtypes and sets of frozen inputs.
 
 
 @pytest.mark.long
 @in_every_dtype("frozen")
-def test_frozen_inputs(case, backend, dtype, device):
+def test_gradients_with_frozen_inputs(case, backend, dtype, device):
     for frozen in case.frozen:
         case.assert_matches(case.sample(65, dtype, device, frozen=frozen))
 
 
 @pytest.mark.long
 @on_every_backend("layouts")
-def test_layouts(case, backend, device):
-    """Inputs and gradients at any strides are read where they lie, or copied."""
+def test_strided_inputs_and_gradients(case, backend, device):
     dtype = case.triton_dtypes[0] if backend == "triton" else torch.float32
     for layout in case.layouts:
         inputs = laid_out(case.sample(65, dtype, device), layout, case.unit_stride)
@@ -143,7 +143,7 @@ def test_layouts(case, backend, device):
 
 
 @every(where=lambda case: case.unit_stride)
-def test_last_dimensions_that_must_be_contiguous(case):
+def test_strided_last_dimension_is_refused(case):
     for name in case.unit_stride:
         inputs = detached(case.sample())
         inputs[name] = torch.stack((inputs[name],) * 2, -1)[..., 0]
@@ -152,23 +152,23 @@ def test_last_dimensions_that_must_be_contiguous(case):
 
 
 @in_every_dtype("empty")
-def test_nothing_to_do(case, backend, dtype, device):
+def test_empty_inputs(case, backend, dtype, device):
     tokens, width = case.empty
     inputs = case.sample(tokens, dtype, device, width)
 
-    def touching_all(function: Callable[..., Any], **given: Any) -> Any:
-        """Give a gradient of 0, not None, to an input that no output depends on."""
+    def with_zero_terms(function: Callable[..., Any], **given: Any) -> Any:
+        """Make inputs that no output depends on have a gradient of 0 instead of None."""
         zero = sum(0 * given[name].sum() for name in case.differentiable)
         first, *others = as_tuple(function(**given))
         return (first + zero, *others)
 
-    functions = (functools.partial(touching_all, f) for f in (case.call, case.reference))
+    functions = (functools.partial(with_zero_terms, f) for f in (case.call, case.reference))
     case.matches(*functions, inputs)
 
 
 @on_every_backend(where=lambda case: case.differentiable)
-def test_one_output_alone(case, backend, device):
-    """Gradients through any output when the others are not used; 0, where it does not depend."""
+def test_gradients_through_a_single_output(case, backend, device):
+    """Inputs that the output does not depend on have a gradient of 0."""
     groups = [()] if isinstance(case.frozen, Missing) else [(), *case.frozen]
     inputs = case.sample(9, device=device)
     count = len(case.outputs(inputs))
@@ -188,7 +188,7 @@ def test_one_output_alone(case, backend, device):
 @pytest.mark.long
 @in_every_dtype()
 def test_without_gradients(case, backend, dtype, device):
-    """Right, contiguous, no graph is kept, and inputs that are not to be written are left alone."""
+    """Outputs are correct, contiguous and without a graph. Inputs are not modified."""
     inputs = case.sample(9, dtype, device)
     before = {name: x.detach().clone() for name, x in case.tensors(inputs).items()}
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_without_gradients(case, backend, dtype, device):
 
 @pytest.mark.long
 @in_every_dtype("large")
-def test_bits_are_repeatable(case, backend, dtype, device):
+def test_results_are_bitwise_repeatable(case, backend, dtype, device):
     for tokens, width in case.large:
         inputs = case.sample(tokens, dtype, device, width)
         outputs = case.outputs(inputs)
@@ -219,7 +219,7 @@ def test_bits_are_repeatable(case, backend, dtype, device):
             assert all(map(torch.equal, first, later))
 
 
-def assert_right_past_int32(case: OperatorCase, far: Any, device: torch.device) -> None:
+def assert_matches_past_int32(case: OperatorCase, far: Any, device: torch.device) -> None:
     for names, dims in far:
         inputs = case.sample(3, torch.float16, device)
         inputs |= {name: far_apart(inputs[name], dims) for name in names}
@@ -239,14 +239,14 @@ def assert_right_past_int32(case: OperatorCase, far: Any, device: torch.device) 
 @pytest.mark.long
 @on_triton("far")
 def test_offsets_past_int32(case, triton_backend, device):
-    assert_right_past_int32(case, case.far, device)
+    assert_matches_past_int32(case, case.far, device)
 
 
 @pytest.mark.slow
 @pytest.mark.kernels
 @every(where=lambda case: case.far_slow)
 def test_more_offsets_past_int32(case, triton_backend, device):
-    assert_right_past_int32(case, case.far_slow, device)
+    assert_matches_past_int32(case, case.far_slow, device)
 
 
 # Dtypes and derivatives.
@@ -254,7 +254,7 @@ def test_more_offsets_past_int32(case, triton_backend, device):
 
 @every()
 def test_float64_on_the_torch_backend(case, torch_backend, device):
-    """The formula itself, and its derivatives."""
+    """The results and derivatives match the reference and numerical differentiation."""
     tokens, width = case.narrow
     inputs = case.sample(tokens, torch.float64, device, width)
     exact = as_tuple(case.reference(**detached(inputs)))
@@ -267,19 +267,19 @@ def test_float64_on_the_torch_backend(case, torch_backend, device):
         return case.call(**{**inputs, **dict(zip(case.differentiable, leaves, strict=True))})
 
     assert torch.autograd.gradcheck(function, tuple(case.leaves(inputs)))
-    if case.twice is True:
+    if case.twice_differentiable is True:
         assert torch.autograd.gradgradcheck(function, tuple(case.leaves(inputs)))
 
 
 @pytest.mark.kernels
 @on_triton()
-def test_float64_on_triton(case, triton_backend, device):
-    """Refused before anything is written."""
+def test_float64_is_refused_on_triton(case, triton_backend, device):
+    """The error is raised before anything is written."""
     message = r"^\w+ must be float16, bfloat16 or float32 on the triton backend, got torch.float64"
     inputs = case.sample(3, torch.float64, device)
     before = {name: inputs[name].detach().clone() for name in case.writes}
-    # Where PyTorch's attention serves a call with gradients, it has float64.
-    for given in (detached(inputs), *([inputs] if has(case, "twice") else [])):
+    # If PyTorch's attention computes calls with gradients, it supports float64.
+    for given in (detached(inputs), *([inputs] if has(case, "twice_differentiable") else [])):
         with pytest.raises(TypeError, match=message):
             case.call(**given)
     given = detached(inputs)
@@ -288,8 +288,11 @@ def test_float64_on_triton(case, triton_backend, device):
     assert all(torch.equal(given[name], x) for name, x in before.items())
 
 
-@on_every_backend("twice", where=lambda case: case.differentiable and not case.twice)
-def test_second_derivative(case, backend, device):
+@on_every_backend(
+    "twice_differentiable",
+    where=lambda case: case.differentiable and not case.twice_differentiable,
+)
+def test_second_derivative_is_refused(case, backend, device):
     inputs = case.sample(3, device=device)
     outputs = [y for y in case.outputs(inputs) if y.requires_grad]
     for leaf in case.leaves(inputs):
@@ -304,12 +307,12 @@ def test_second_derivative(case, backend, device):
 @pytest.mark.long
 @on_every_backend("compiled")
 def test_torch_compile(case, backend, device):
-    """One graph, compiled at the first call alone, for every number of tokens.
+    """The graph of the first call is reused for every number of tokens.
 
-    (PyTorch begins that compilation anew when it finds that it need not keep a number open.)
+    The first call may compile twice: PyTorch restarts if a size need not be dynamic.
     """
     torch._dynamo.reset()
-    compiler = "aot_eager" if backend == "torch" else "inductor"  # which takes longer
+    compiler = "aot_eager" if backend == "torch" else "inductor"  # inductor is slow to compile
     counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
     function = case.pure or case.function
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
@@ -323,7 +326,7 @@ def test_torch_compile(case, backend, device):
 @pytest.mark.long
 @on_every_backend()
 def test_opcheck(case, backend, device):
-    """Schemas and fakes, strides of the outputs included, agree with what the operators do."""
+    """Schemas and fakes, including the strides of outputs, match the operators."""
     only = {"test_utils": ("test_schema", "test_faketensor")} if backend == "torch" else {}
     reached = set()
     layouts = [None] if isinstance(case.layouts, Missing) else [None, "transposed"]
@@ -356,8 +359,8 @@ def traffic_params(slow: bool) -> Any:
     ]
 
 
-def assert_moves_the_minimum(case: OperatorCase, traffic: Traffic) -> None:
-    """In launches, bytes and width of accesses."""
+def assert_minimal_traffic(case: OperatorCase, traffic: Traffic) -> None:
+    """Check the number of launches, the bytes moved and the bytes per memory request."""
     inputs = case.sample(traffic.tokens, torch.bfloat16, "cpu", traffic.width, **traffic.sizes)
     if traffic.layout:
         inputs = laid_out(inputs, traffic.layout)
@@ -404,19 +407,19 @@ def assert_moves_the_minimum(case: OperatorCase, traffic: Traffic) -> None:
 
 
 @pytest.mark.parametrize(("case", "traffic"), traffic_params(slow=False))
-def test_bytes_moved(case, traffic, counts):
-    assert_moves_the_minimum(case, traffic)
+def test_memory_traffic_is_minimal(case, traffic, ptxrun_counters):
+    assert_minimal_traffic(case, traffic)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "traffic"), traffic_params(slow=True))
-def test_bytes_moved_by_wide_rows(case, traffic, counts):
-    assert_moves_the_minimum(case, traffic)
+def test_memory_traffic_of_wide_rows_is_minimal(case, traffic, ptxrun_counters):
+    assert_minimal_traffic(case, traffic)
 
 
 @pytest.mark.long
 @on_triton("large")
-def test_no_races(case, counts):
+def test_kernels_have_no_races(case, ptxrun_counters):
     with ptxrun.options(racecheck=True):
         for tokens, width in case.large:
             case.assert_matches(case.sample(tokens, torch.float32, "cpu", width))
@@ -425,7 +428,7 @@ def test_no_races(case, counts):
 def compiled_kernels(
     case: OperatorCase, target: str, dtype: torch.dtype, width: int, frozen: tuple[str, ...] = ()
 ) -> set[str]:
-    """Names of the kernels that a call and its backward pass compile, each found healthy."""
+    """Compile and check the kernels of a call and its backward pass; return their names."""
     with compile_only(target) as kernels:
         inputs = case.sample(65, dtype, "cpu", width, frozen)
         case.function(**detached(inputs))
@@ -438,8 +441,8 @@ def compiled_kernels(
 
 @pytest.mark.parametrize("target", TARGETS)
 @every("matrix", where=lambda case: has(case, "matrix") and case.matrix.default)
-def test_compiles_for(case, target, set_backend):
-    """Within the target's shared memory and registers, with the launch parameters chosen for it."""
+def test_compiles_for_target(case, target, set_backend):
+    """The kernels fit in the shared memory and registers of the target."""
     set_backend("triton")
     dtype = half_dtype(TARGETS[target])
     assert compiled_kernels(case, target, dtype, case.matrix.default) == case.kernels
@@ -453,7 +456,7 @@ def test_compile_matrix(case, target, set_backend):
     matrix = case.matrix
     for dtype in (torch.float32, half_dtype(TARGETS[target])):
         for width in matrix.widths:
-            if matrix.leaves_out(target, dtype, width):
+            if matrix.excludes(target, dtype, width):
                 continue
             assert compiled_kernels(case, target, dtype, width) == case.kernels
             for frozen in matrix.frozen.get(width, ()):
@@ -462,8 +465,7 @@ def test_compile_matrix(case, target, set_backend):
 
 @pytest.mark.slow
 @on_triton()
-def test_compiled_for_any_number_of_tokens(case, set_backend):
-    """Further lengths compile no kernel, forward or backward."""
+def test_other_numbers_of_tokens_compile_no_kernel(case, set_backend):
     set_backend("triton")
     with compile_only("sm_90") as launched:
 
@@ -475,13 +477,13 @@ def test_compiled_for_any_number_of_tokens(case, set_backend):
                     backward(case.outputs(inputs), case.leaves(inputs))
             return {kernel.files["cubin"]: kernel.name for kernel in launched}
 
-        # One token, few, and many; multiples of 16 and not.
+        # One, few and many tokens; multiples of 16 and other numbers.
         kernels = compiled_for(1, 7, 512, 4097)
         assert case.kernels <= set(kernels.values())
         assert compiled_for(5, 11, 640, 3001) == kernels
 
 
-# Calls that raise. Nothing is written then.
+# Calls that raise. They must not write to any argument.
 
 
 def assert_raises(
@@ -489,7 +491,7 @@ def assert_raises(
 ) -> None:
     for trained in (False, True):
         inputs = case.sample() if trained else detached(case.sample())
-        for name in case.writes:  # leaves that need a gradient may not be written
+        for name in case.writes:  # autograd refuses writes to leaves that require gradients
             inputs[name] = inputs[name].detach()
         for name, new in change.items():
             inputs[name] = new(inputs[name]) if callable(new) else new
@@ -508,7 +510,7 @@ def assert_raises(
         for i, bad in enumerate(case.bad)
     ],
 )
-def test_bad_input(case, bad):
+def test_bad_input_is_refused(case, bad):
     assert_raises(case, bad.change, bad.error, bad.message)
 
 
@@ -523,15 +525,15 @@ def test_tensors_on_another_device(case):
 
 
 @every()
-def test_tensors_of_an_operator_on_another_device(case):
-    """Called by its name, whichever tensor the dispatcher looks at."""
+def test_operators_refuse_tensors_on_another_device(case):
+    """Operators are called by name. The dispatcher selects the kernel by any of the tensors."""
     for operator, arguments in operator_calls(case, case.sample()):
         assert_devices_are_checked(operator, arguments)
 
 
 @every("checks")
-def test_other_dtypes(case):
-    """One message for a dtype that nothing here computes with, one for dtypes that differ."""
+def test_unsupported_and_mixed_dtypes(case):
+    """Unsupported dtypes and differing dtypes raise different messages."""
     first = case.first()
     floating = list(case.differentiable or (first,))
     for dtype in OTHERS:
@@ -549,7 +551,7 @@ def test_other_dtypes(case):
 
 
 @every("checks")
-def test_arguments_that_are_no_tensors(case):
+def test_arguments_that_are_not_tensors(case):
     for name in case.tensors(case.sample()):
         for value in (3, [1.0], "x", np.ones(8), None):
             message = f"^{name} must be a tensor, got {type(value).__name__}$"

@@ -1,4 +1,4 @@
-"""csrc's attention over whole sequences, in each instruction set of this processor."""
+"""Tests of csrc's attention over whole sequences, in each instruction set of this processor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mistral_kernels.ops.attention.ops import attention_forward_op
 from mistral_kernels.ops.attention.spec import AttentionSpec, Sequences
 from mistral_kernels.ops.attention.window import Window
 
-# Lengths of queries and keys, heads, kv heads, head_dim, window to the left and right, softcap.
+# seqlen_q, seqlen_k, heads, kv heads, head_dim, left and right window, softcap.
 CASES = [
     (1, 1, 1, 1, 1, 0, 0, 0.0),
     (67, 67, 8, 2, 128, 16, 0, 0.0),
@@ -52,19 +52,19 @@ def test_attention(case, dtype, operators):
     q, k, v = make(*sizes, dtype)
     out, lse = attend(operators, q, k, v, left, right, softcap)
     window = tuple(-1 if x is None else x for x in (left, right))
-    how = {"causal": False, "window_size": window, "softcap": softcap}
-    exact, exact_lse = reference.attention(q.double(), k.double(), v.double(), **how)
+    options = {"causal": False, "window_size": window, "softcap": softcap}
+    exact, exact_lse = reference.attention(q.double(), k.double(), v.double(), **options)
     with reference.eager_arithmetic():
-        plain, _ = reference.attention(q, k, v, **how)
+        plain, _ = reference.attention(q, k, v, **options)
     assert_as_accurate(out, plain, exact, "out")
-    seen = torch.isfinite(exact_lse)
-    assert torch.equal(torch.isfinite(lse), seen)
-    assert (lse[~seen] == -torch.inf).all()
-    torch.testing.assert_close(lse[seen].double(), exact_lse[seen], rtol=1e-5, atol=1e-5)
+    has_keys = torch.isfinite(exact_lse)
+    assert torch.equal(torch.isfinite(lse), has_keys)
+    assert (lse[~has_keys] == -torch.inf).all()
+    torch.testing.assert_close(lse[has_keys].double(), exact_lse[has_keys], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_with_any_number_of_threads_and_batch_mates(dtype, operators):
+def test_bits_do_not_depend_on_threads_or_batch(dtype, operators):
     q, k, v = make(150, 150, 8, 2, 64, dtype)
     expected = attend(operators, q, k, v, 40, 0, 0.0)
     for threads in (2, 3, 4):
@@ -77,8 +77,8 @@ def test_with_any_number_of_threads_and_batch_mates(dtype, operators):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_of_views(dtype, operators):
-    """Heads within larger rows, aligned to nothing; heads first."""
+def test_strided_inputs(dtype, operators):
+    """Check unaligned heads inside larger rows, and tensors with heads before tokens."""
     tensors = make(70, 70, 8, 2, 40, dtype)
     expected = attend(operators, *tensors, 30, 0, 0.0)
     views = []
@@ -86,15 +86,15 @@ def test_of_views(dtype, operators):
         heads = x.shape[2]
         memory = torch.full((2, 70, heads * 43 + 1), float("nan"), dtype=dtype)
         views.append(memory[..., 1:].unflatten(-1, (heads, 43))[..., :40].copy_(x))
-    turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
-    for strided in (views, turned):
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    for strided in (views, heads_first):
         for x, y in zip(attend(operators, *strided, 30, 0, 0.0), expected, strict=True):
             assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_extreme_scores(dtype, operators):
-    """Scores of any size, the largest of all in the last block."""
+    """Check large scores, of which the largest is in the last block of keys."""
     q, k, v = make(1, 200, 2, 1, 16, dtype)
     k[:, -1], q[:] = 100.0, 100.0
     out, lse = attend(operators, q, k, v, None, 0, 0.0)
@@ -104,7 +104,7 @@ def test_extreme_scores(dtype, operators):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_packed(dtype, operators):
-    """Each sequence has the bits that it has alone; tokens of no sequence attend to nothing."""
+    """Check that sequences have the same bits as alone, and other tokens an output of 0."""
     lengths = [(3, 3), (0, 0), (70, 90), (0, 5), (4, 0), (1, 130)]
     ends_q, ends_k = (
         torch.tensor([0, *itertools.accumulate(x)]).int() for x in zip(*lengths, strict=True)
@@ -115,8 +115,8 @@ def test_packed(dtype, operators):
     assert not attention_forward_op(q, k, v, *spec.flatten(), False)[1].numel()
     spans = (itertools.pairwise(ends.tolist()) for ends in (ends_q, ends_k))
     for (begin, end), keys in zip(*spans, strict=True):
-        one = (q[None, begin:end], *(x[None, slice(*keys)] for x in (k, v)))
-        alone, alone_lse = attend(operators, *one, 50, 0, 20.0)
+        sequence = (q[None, begin:end], *(x[None, slice(*keys)] for x in (k, v)))
+        alone, alone_lse = attend(operators, *sequence, 50, 0, 20.0)
         assert torch.equal(out[begin:end], alone[0])
         assert torch.equal(lse[:, begin:end], alone_lse[0])
     assert not out[ends_q[-1] :].any()
@@ -129,12 +129,11 @@ def test_packed(dtype, operators):
         ({"cu_seqlens_q": [1, 3, 5]}, "cu_seqlens_q must begin with 0 and never decrease"),
         ({"cu_seqlens_q": [0, 4, 3]}, "cu_seqlens_q must begin with 0 and never decrease"),
         ({"cu_seqlens_k": [0, 1 << 26, 5]}, "cu_seqlens_k must begin with 0 and never decrease"),
-        ({"cu_seqlens_k": [0, 3, 6]}, "cu_seqlens_k ends at 6, past the 5 tokens of k"),
-        ({"max_seqlen_q": 2}, "max_seqlen_q is 2, but a sequence of cu_seqlens_q has 3 tokens"),
+        ({"cu_seqlens_k": [0, 3, 6]}, "cu_seqlens_k must end within the 5 tokens of k, got 6"),
+        ({"max_seqlen_q": 2}, "max_seqlen_q must be at least 3, the longest .*, got 2"),
     ],
 )
-def test_packed_out_of_range(change, message, operators):
-    """Offsets say which memory is read."""
+def test_bad_cu_seqlens_raise(change, message, operators):
     q, k, v = (torch.randn(5, n, 8) for n in (4, 2, 2))
     offsets = {name: torch.tensor([0, 2, 5]).int() for name in ("cu_seqlens_q", "cu_seqlens_k")}
     sequences = Sequences(**offsets, max_seqlen_q=3, max_seqlen_k=3)

@@ -1,4 +1,4 @@
-"""csrc's kernels for a decode step on the CPU: the product of few rows, attention of one token."""
+"""Tests of csrc's CPU kernels for a decode step: products of few rows, attention of one token."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mistral_kernels.ops.attention.window import Window
     ("out_features", "in_features"), [(1, 1), (4, 64), (7, 3), (67, 133), (6, 1100)]
 )
 def test_linear(out_features, in_features, dtype, operators):
-    """As accurate as eager; a row's bits do not depend on the number of rows."""
+    """Check accuracy, and that the bits of a row do not depend on the number of rows."""
     weight = torch.randn(out_features, in_features).to(dtype)
     x = torch.randn(33, in_features).to(dtype)
     alone = torch.cat([operators.linear(row, weight) for row in x.split(1)])
@@ -35,8 +35,8 @@ def test_linear(out_features, in_features, dtype, operators):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_linear_of_views(dtype, operators):
-    """Rows apart from one another and aligned to nothing."""
+def test_linear_of_strided_inputs(dtype, operators):
+    """Check unaligned rows with gaps between them."""
     x, weight = torch.randn(5, 77).to(dtype), torch.randn(30, 77).to(dtype)
     expected = operators.linear(x, weight)
     views = []
@@ -47,7 +47,7 @@ def test_linear_of_views(dtype, operators):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_linear_with_any_number_of_threads(dtype, operators):
+def test_linear_bits_do_not_depend_on_threads(dtype, operators):
     x, weight = torch.randn(3, 1024).to(dtype), torch.randn(1031, 1024).to(dtype)
     expected = operators.linear(x, weight)
     for threads in (2, 3, 4):
@@ -56,12 +56,12 @@ def test_linear_with_any_number_of_threads(dtype, operators):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_linear_of_extremes(dtype, operators):
-    """What is not finite stays in its row and its output; nothing overflows on the way."""
+def test_linear_of_extreme_values(dtype, operators):
+    """Check that non-finite values stay in their row, and that no partial sum overflows."""
     inf, nan = float("inf"), float("nan")
     x, weight = torch.randn(6, 70), torch.randn(9, 70)
     x[1, 3], x[2, 69], x[3, 64], weight[7, 5] = inf, nan, -inf, nan
-    x[4], weight[8] = 200.0, 300.0  # their products are beyond float16
+    x[4], weight[8] = 200.0, 300.0  # their products exceed float16's range
     x[4, ::2] *= -1
     x, weight = x.to(dtype), weight.to(dtype)
     exact = F.linear(x.double(), weight.double())
@@ -73,30 +73,34 @@ def test_linear_of_extremes(dtype, operators):
 
 
 def make_cache(kind: str, batch: int, capacity: int, heads: int, head_dim: int, dtype) -> CacheView:
-    """Rings, several times round; flat rows, all, chosen, or from a first key on; pages."""
+    """Return a cache of random keys and values.
+
+    Kinds are a ring that has wrapped several times, flat rows ("flat", "rows", "leftpad") and
+    pages. Tensors are views with arbitrary strides.
+    """
     longest = 3 * capacity if kind == "ring" else capacity
     lengths = torch.randint(longest, (batch,)).int()
     lengths[0], lengths[-1] = 0, longest - 1
-    places: dict[str, Any] = {"seqlen_new": 1}
+    options: dict[str, Any] = {"seqlen_new": 1}
     shape: tuple[int, ...] = (batch, capacity)
     if kind == "ring":
-        places = {}  # one packed token per sequence
+        options = {}  # one packed token per sequence
     elif kind == "rows":
         shape = (batch + 3, capacity)
-        places["rows"] = torch.randperm(batch + 3)[:batch].int()
+        options["rows"] = torch.randperm(batch + 3)[:batch].int()
     elif kind == "leftpad":
-        places["leftpad"] = (torch.rand(batch) * (lengths + 1)).int()
+        options["leftpad"] = (torch.rand(batch) * (lengths + 1)).int()
     elif kind == "paged":
         pages = -(-capacity // 16)
         shape = (batch * pages + 2, 16)
-        places["block_table"] = torch.randperm(shape[0])[: batch * pages].view(batch, -1).int()
+        options["block_table"] = torch.randperm(shape[0])[: batch * pages].view(batch, -1).int()
     else:
         assert kind == "flat"
-    caches = []  # views with strides of their own, but the last
+    caches = []  # views in which only the last dimension is contiguous
     for _ in range(2):
         memory = torch.randn(shape[1], shape[0], heads, head_dim + 8).to(dtype)
         caches.append(memory[..., :head_dim].transpose(0, 1))
-    return CacheView(*caches, lengths, **places)
+    return CacheView(*caches, lengths, **options)
 
 
 def make_queries(cache: CacheView, heads: int) -> Tensor:
@@ -120,7 +124,7 @@ def attend_in_pytorch(q: Tensor, cache: CacheView, window_left: int) -> Tensor:
     return cached_forward(q, None, None, spec_of(cache, window_left), False, blocked_forward)[0]
 
 
-def assert_attends(q: Tensor, cache: CacheView, window_left: int) -> Tensor:
+def assert_attention_is_accurate(q: Tensor, cache: CacheView, window_left: int) -> Tensor:
     wide = cache._replace(k_cache=cache.k_cache.double(), v_cache=cache.v_cache.double())
     plain = attend_in_pytorch(q, cache, window_left)
     exact = attend_in_pytorch(q.double(), wide, window_left)
@@ -129,8 +133,8 @@ def assert_attends(q: Tensor, cache: CacheView, window_left: int) -> Tensor:
     return actual
 
 
-# Capacity, heads of queries and of keys, head_dim: several splits of keys, tiles of 4, 2 and 1
-# heads and keys, head_dims that are no vector's multiple.
+# Capacity, query heads, kv heads, head_dim. They cover several splits of keys, tiles of 4, 2 and 1
+# heads and keys, and head_dims that are not a multiple of a vector.
 SHAPES = [(1, 1, 1, 8), (5, 6, 2, 24), (100, 14, 2, 80), (600, 8, 4, 64), (1300, 4, 1, 128)]
 KINDS = ["ring", "flat", "rows", "leftpad", "paged"]
 
@@ -142,24 +146,23 @@ def test_attention(dtype, kind, operators):
         cache = make_cache(kind, 3, capacity, kv_heads, head_dim, dtype)
         q = make_queries(cache, heads)
         for window_left in (-1, capacity // 2):
-            assert_attends(q, cache, window_left)
+            assert_attention_is_accurate(q, cache, window_left)
 
 
-def test_without_a_library():
-    """PyTorch's own operators serve, which add in another order."""
+def test_pytorch_computes_without_the_library():
+    """Check the result of PyTorch's operators, which add in another order than csrc."""
     has_library = extension.load("cpu")
     cache = make_cache("ring", 3, 600, 2, 64, torch.float32)
     q = make_queries(cache, 8)
     before = attend(q, cache, 300)
     with without_csrc():
-        without = assert_attends(q, cache, 300)
-    assert torch.equal(without, attend_in_pytorch(q, cache, 300))
-    assert torch.equal(without, before) != has_library
+        out = assert_attention_is_accurate(q, cache, 300)
+    assert torch.equal(out, attend_in_pytorch(q, cache, 300))
+    assert torch.equal(out, before) != has_library
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_attention_has_the_same_bits_in_any_batch(kind, operators):
-    """And on any number of threads."""
+def test_attention_bits_do_not_depend_on_batch_or_threads(kind, operators):
     cache = make_cache(kind, 5, 1300, 2, 64, torch.bfloat16)
     q = make_queries(cache, 8)
     together = attend(q, cache, -1)
@@ -171,9 +174,9 @@ def test_attention_has_the_same_bits_in_any_batch(kind, operators):
         alone = cache._replace(
             lengths=cache.lengths[one],
             **{
-                name: None if places is None else places[one]
+                name: None if indices is None else indices[one]
                 for name in ("rows", "leftpad", "block_table")
-                for places in (getattr(cache, name),)
+                for indices in (getattr(cache, name),)
             },
         )
         if kind in ("ring", "flat", "leftpad"):
@@ -181,21 +184,20 @@ def test_attention_has_the_same_bits_in_any_batch(kind, operators):
         assert torch.equal(attend(q[one], alone, -1), together[one])
 
 
-def test_no_key_is_in_sight(operators):
-    """Zeros, as of every fully masked row."""
+def test_query_without_keys_gives_zeros(operators):
     cache = make_cache("leftpad", 3, 40, 2, 64, torch.float32)
     assert cache.leftpad is not None
     cache.leftpad[1] = cache.lengths[1] + 1
     q = make_queries(cache, 4)
-    out = assert_attends(q, cache, -1)
+    out = assert_attention_is_accurate(q, cache, -1)
     assert not out[1].any()
     assert out[0].all()
-    nobody = CacheView(*(x[:0] for x in cache[:3]), seqlen_new=1)
-    assert attend(q[:0], nobody, -1).shape == (0, 1, 4, 64)
+    empty = CacheView(*(x[:0] for x in cache[:3]), seqlen_new=1)
+    assert attend(q[:0], empty, -1).shape == (0, 1, 4, 64)
 
 
-def test_extreme_scores(operators):
-    """Infinity and NaN among keys and values: what PyTorch makes of them."""
+def test_non_finite_keys_and_values(operators):
+    """Check that huge, infinite and NaN keys and values give the same result as PyTorch."""
     cache = make_cache("flat", 6, 700, 1, 8, torch.float32)
     cache.lengths[:] = 699
     q = make_queries(cache, 4)
@@ -220,8 +222,7 @@ def test_extreme_scores(operators):
         ("paged", "block_table", 11, r"block_table must be in \[0, 10\], got 0 to 11"),
     ],
 )
-def test_indices_out_of_range(kind, name, value, message, operators):
-    """They say which memory is read."""
+def test_indices_out_of_range_raise(kind, name, value, message, operators):
     cache = make_cache(kind, 3, 40, 2, 64, torch.float32)
     indices = torch.zeros_like(getattr(cache, name))
     cache = cache._replace(**{"lengths": torch.full((3,), 39).int(), name: indices})

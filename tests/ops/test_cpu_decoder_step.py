@@ -1,4 +1,4 @@
-"""The model's step in one call: the bits of its operators called one by one."""
+"""The model's decode step in one call, bit-identical to its operators called one by one."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ CONFIG = MistralConfig(
 
 
 class Step:
-    """A model of random weights, a cache filled by sequences of several lengths, and tokens.
+    """A decode step of a random model, with a cache filled with sequences of several lengths.
 
-    `calls` counts the steps in csrc.
+    `calls` counts the steps that csrc has run.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Step:
         monkeypatch.setattr(CpuEngine, "step", counted)
 
     def run(self, engine: Engine | None = None) -> list[Tensor]:
-        """Return the logits and the rings of one step, by `model.decode` without an engine."""
+        """Run one step, by `model.decode` without an engine; return the logits and the rings."""
         before = [ring.clone() for ring in self.rings]
         self.cache.host_lengths = [5 * i % 19 for i in range(self.cache.batch)]
         self.cache.lengths.copy_(torch.tensor(self.cache.host_lengths))
@@ -79,12 +79,12 @@ class Step:
         return [logits, *after]
 
 
-def assert_same_bits(step: Step) -> None:
+def assert_bit_identical(step: Step) -> None:
     with torch.no_grad():
         one_by_one = step.run(ModuleEngine(step.model, step.cache))
         assert step.calls == 0
-        for chosen in (None, engine_for(step.model, step.cache)):
-            for a, b in zip(step.run(chosen), one_by_one, strict=True):
+        for selected in (None, engine_for(step.model, step.cache)):
+            for a, b in zip(step.run(selected), one_by_one, strict=True):
                 assert a.isfinite().all()
                 assert torch.equal(a, b)
     assert step.calls == 2
@@ -96,7 +96,7 @@ def assert_same_bits(step: Step) -> None:
 def test_same_bits(num_hidden_layers, batch, dtype, operators, monkeypatch):
     windows = CONFIG.sliding_window[:num_hidden_layers]
     sizes = {"num_hidden_layers": num_hidden_layers, "sliding_window": windows}
-    assert_same_bits(Step(monkeypatch, dtype, batch, **sizes))
+    assert_bit_identical(Step(monkeypatch, dtype, batch, **sizes))
 
 
 @pytest.mark.parametrize("window", [None, 1, 64])
@@ -104,12 +104,12 @@ def test_same_bits(num_hidden_layers, batch, dtype, operators, monkeypatch):
 def test_windows_and_threads(window, threads, operators, monkeypatch):
     torch.set_num_threads(threads)
     sizes = {"sliding_window": window, "hidden_size": 512, "intermediate_size": 1024}
-    assert_same_bits(Step(monkeypatch, torch.bfloat16, 2, **sizes))
+    assert_bit_identical(Step(monkeypatch, torch.bfloat16, 2, **sizes))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_int8(dtype, operators, monkeypatch):
-    """Of some projections, or of all."""
+    """Half of the projections have int8 weights, then all of them."""
     step = Step(monkeypatch, dtype)
     quantized = [x for x in step.model.modules() if isinstance(x, layers.Linear)]
     for part in (quantized[::2], quantized[1::2]):
@@ -117,7 +117,7 @@ def test_int8(dtype, operators, monkeypatch):
             weight, module.scales = quantize_int8(module.weight)
             module.weight = nn.Parameter(weight, requires_grad=False)
         step.calls = 0
-        assert_same_bits(step)
+        assert_bit_identical(step)
 
 
 def replace_module(model: MistralForCausalLM) -> None:
@@ -129,31 +129,31 @@ def wrap_module(model: MistralForCausalLM) -> None:
     attention.qkv_proj = nn.Sequential(attention.qkv_proj)
 
 
-def watch(model: MistralForCausalLM) -> None:
+def hook_projection(model: MistralForCausalLM) -> None:
     model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda *args: None)
 
 
-def watch_before(model: MistralForCausalLM) -> None:
+def hook_layer_input(model: MistralForCausalLM) -> None:
     model.model.layers[2].register_forward_pre_hook(lambda *args: None)
 
 
-def watch_norm(model: MistralForCausalLM) -> None:
+def hook_norm(model: MistralForCausalLM) -> None:
     model.model.norm.register_forward_hook(lambda *args: None)
 
 
-def watch_all(model: MistralForCausalLM) -> None:
+def hook_model(model: MistralForCausalLM) -> None:
     model.model.register_forward_hook(lambda *args: None)
 
 
-def watch_embedding(model: MistralForCausalLM) -> None:
+def hook_embedding(model: MistralForCausalLM) -> None:
     model.model.embed_tokens.register_forward_hook(lambda *args: None)
 
 
-def limit_embedding(model: MistralForCausalLM) -> None:
+def set_embedding_max_norm(model: MistralForCausalLM) -> None:
     model.model.embed_tokens.max_norm = 1.0
 
 
-def watch_head(model: MistralForCausalLM) -> None:
+def hook_head(model: MistralForCausalLM) -> None:
     model.lm_head.register_forward_pre_hook(lambda *args: None)
 
 
@@ -161,7 +161,7 @@ def replace_head(model: MistralForCausalLM) -> None:
     model.lm_head = nn.Linear(52, 11, bias=False)
 
 
-def override(model: MistralForCausalLM) -> None:
+def override_forward(model: MistralForCausalLM) -> None:
     attention = model.model.layers[1].self_attn
     original = attention.forward
     attention.forward = lambda *args: original(*args)
@@ -176,19 +176,19 @@ class _Weight(nn.Parameter):
     pass
 
 
-def another_eps(model: MistralForCausalLM) -> None:
+def change_eps(model: MistralForCausalLM) -> None:
     model.model.layers[1].post_attention_layernorm.eps = 1e-3
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        *(replace_module, wrap_module, replace_head, override, replace_weight, another_eps),
-        *(watch, watch_before, watch_norm, watch_all, watch_embedding, watch_head),
-        limit_embedding,
+        *(replace_module, wrap_module, replace_head, override_forward, replace_weight, change_eps),
+        *(hook_projection, hook_layer_input, hook_norm, hook_model, hook_embedding, hook_head),
+        set_embedding_max_norm,
     ],
 )
-def test_modules_that_have_to_be_called(change, monkeypatch):
+def test_modified_modules_are_called(change, monkeypatch):
     step = Step(monkeypatch)
     change(step.model)
     with torch.no_grad():
@@ -197,7 +197,7 @@ def test_modules_that_have_to_be_called(change, monkeypatch):
         assert type(engine_for(step.model, step.cache)) is ModuleEngine
 
 
-def test_a_hook_for_every_module(monkeypatch):
+def test_global_hooks_are_called(monkeypatch):
     seen = []
     hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
     step = Step(monkeypatch)
@@ -210,7 +210,7 @@ def test_a_hook_for_every_module(monkeypatch):
     assert step.model.model.layers[0].mlp in seen
 
 
-def test_a_class_whose_forward_was_replaced(monkeypatch):
+def test_replaced_forward_of_a_class_is_called(monkeypatch):
     step = Step(monkeypatch)
     monkeypatch.setattr(layers.MLP, "forward", lambda self, x: torch.zeros_like(x))
     with torch.no_grad():
@@ -220,31 +220,33 @@ def test_a_class_whose_forward_was_replaced(monkeypatch):
     assert step.calls == 0
 
 
-def test_generation_chooses_its_engine_once(operators, monkeypatch):
-    """A hook that comes while text is generated waits for the next call of `generate`."""
-    step, chosen = Step(monkeypatch), []
+def test_generation_selects_its_engine_once(operators, monkeypatch):
+    """A hook that is added during generation takes effect in the next call."""
+    step, selections = Step(monkeypatch), []
     original = generation.engine_for
-    monkeypatch.setattr(generation, "engine_for", lambda *args: chosen.append(1) or original(*args))
+    monkeypatch.setattr(
+        generation, "engine_for", lambda *args: selections.append(1) or original(*args)
+    )
     steps = step.model.stream([[1, 2], [3], [4]], max_new_tokens=5)
     next(steps)
-    watch_norm(step.model)
+    hook_norm(step.model)
     assert len(list(steps)) == 4
-    assert (len(chosen), step.calls) == (1, 4)
+    assert (len(selections), step.calls) == (1, 4)
     list(step.model.stream([[1, 2], [3], [4]], max_new_tokens=5))
-    assert (len(chosen), step.calls) == (2, 4)
+    assert (len(selections), step.calls) == (2, 4)
 
 
 @pytest.mark.parametrize(
     "options", [{"batch": KERNEL_ROWS + 1}, {"head_dim": 12}, {"dtype": torch.float64}], ids=str
 )
-def test_what_is_not_served(options, monkeypatch):
+def test_unsupported_models_run_their_modules(options, monkeypatch):
     step = Step(monkeypatch, **options)
     with torch.no_grad():
         step.run()
     assert step.calls == 0
 
 
-def test_gradients_and_autocast(monkeypatch):
+def test_gradients_and_autocast_run_the_modules(monkeypatch):
     step = Step(monkeypatch)
     step.model.requires_grad_(True)
     logits, *_ = step.run()
@@ -254,8 +256,7 @@ def test_gradients_and_autocast(monkeypatch):
     assert step.calls == 0
 
 
-def test_tokens_of_other_kinds(operators, monkeypatch):
-    """Strided tokens and int32 give the same bits."""
+def test_strided_and_int32_tokens(operators, monkeypatch):
     step = Step(monkeypatch)
     with torch.no_grad():
         logits, *_ = step.run()
@@ -265,12 +266,12 @@ def test_tokens_of_other_kinds(operators, monkeypatch):
             assert step.calls == calls
 
 
-def test_a_refused_step_leaves_the_cache_usable(operators, monkeypatch):
+def test_refused_step_leaves_the_cache_usable(operators, monkeypatch):
     step = Step(monkeypatch)
     with torch.no_grad():
         expected = step.run()
         good, step.token_ids = step.token_ids, torch.tensor([1, 11, 2])
-        with pytest.raises(RuntimeError, match=r"token_ids must lie in \[0, 11\), got 11"):
+        with pytest.raises(RuntimeError, match=r"token_ids must be in \[0, 11\), got 11"):
             step.run()
         assert not step.cache.interrupted
         step.token_ids = good
@@ -291,24 +292,36 @@ def weights_of(step: Step) -> dict[str, Any]:
     ("change", "message"),
     [
         ({"embedding": lambda x: x[:, 1:]}, "embedding must be contiguous"),
-        ({"embedding": lambda x: x[0]}, "weights must have 2 dimensions"),
-        ({"embedding": lambda x: x.double()}, "embedding must be float32, float16 or bfloat16"),
+        ({"embedding": lambda x: x[0]}, "weight matrices must have 2 dimensions"),
+        (
+            {"embedding": lambda x: x.double()},
+            "embedding must be float32, float16 or bfloat16, got float64",
+        ),
         ({"head": lambda x: x[1:]}, r"head must be \(11, 52\)"),
-        ({"head": lambda x: x.char()}, "head must be on the CPU, of another dtype"),
-        ({"head_scales": lambda _: torch.ones(11)}, "head must be on the CPU, of another dtype"),
-        ({"norm": lambda x: x.half()}, "norm must be on the CPU, of another dtype"),
-        ({"windows_left": lambda x: x[1:]}, "must be those of as many layers"),
-        ({"head_dim": lambda _: 12}, "head_dim must be a multiple of 8"),
-        ({"head_dim": lambda _: 144}, "kv heads must divide the query heads"),
-        ({"weights": lambda x: x[10:]}, "must be those of as many layers"),
+        ({"head": lambda x: x.char()}, "head must be float32, got int8"),
+        ({"head_scales": lambda _: torch.ones(11)}, "head must be int8, got float32"),
+        ({"norm": lambda x: x.half()}, "norm must be float32, got float16"),
+        (
+            {"windows_left": lambda x: x[1:]},
+            "weights must have 10 entries per entry of windows_left",
+        ),
+        ({"head_dim": lambda _: 12}, "head_dim must be a positive multiple of 8, got 12"),
+        ({"head_dim": lambda _: 144}, "query heads must be a positive multiple of"),
+        ({"weights": lambda x: x[10:]}, "weights must have 10 entries per entry of windows_left"),
         ({"weights": lambda x: [*x[:28], x[28][:-1], None]}, r"down must be \(52, 70\)"),
         ({"weights": lambda x: [*x[:28], x[28][:, 1:], None]}, r"down must be \(52, 70\)"),
-        ({"weights": lambda x: [*x[:28], None, None]}, "only scales may be None"),
+        (
+            {"weights": lambda x: [*x[:28], None, None]},
+            "weights must be tensors, got None at index 8 of a layer; only scales",
+        ),
         ({"weights": lambda x: [x[0], x[1][:, 1:], *x[2:]]}, r"qkv must be \(240, 52\)"),
-        ({"weights": lambda x: [*x[:3], x[3][:, 24:], *x[4:]]}, "kv heads must divide the query"),
+        (
+            {"weights": lambda x: [*x[:3], x[3][:, 24:], *x[4:]]},
+            "query heads must be a positive multiple of",
+        ),
         (
             {"weights": lambda x: [*x[:5], x[5].half(), *x[6:]]},
-            "mlp_norm must be on the CPU, of another",
+            "mlp_norm must be float32, got float16",
         ),
     ],
 )
@@ -322,27 +335,33 @@ def test_bad_weights(change, message, operators, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lengths": lambda x: x + 100}, r"lengths must lie in the tables' \[0, 20\), got 100"),
-        ({"lengths": lambda x: x.long()}, "lengths must be on the CPU, of another dtype"),
-        ({"k_caches": lambda x: [*x[:-1], x[-1][:2]]}, r"k_cache must be \(3, capacity of both, 2"),
-        ({"v_caches": lambda x: [*x[:-1], x[-1][:, 1:]]}, r"v_cache must be \(3, capacity of both"),
+        ({"lengths": lambda x: x + 100}, r"lengths must be in \[0, 20\), got 100"),
+        ({"lengths": lambda x: x.long()}, "lengths must be int32, got int64"),
+        ({"k_caches": lambda x: [*x[:-1], x[-1][:2]]}, r"k_cache must be \(3, capacity, 2"),
+        ({"v_caches": lambda x: [*x[:-1], x[-1][:, 1:]]}, r"v_cache must be \(3, capacity, "),
         (
             {"v_caches": lambda x: [x[0].double(), *x[1:]]},
-            "v_cache must be on the CPU, of another dtype",
+            "v_cache must be float32, got float64",
         ),
         ({"k_caches": lambda x: [x[0].mT.contiguous().mT, *x[1:]]}, "k_cache must be contiguous"),
         (
             {"k_caches": lambda x: [x[0][0], *x[1:]]},
-            r"k_cache must be \(3, capacity of both, 2, 24",
+            r"k_cache must be \(3, capacity, 2, 24",
         ),
-        ({"k_caches": lambda x: x[1:]}, "caches must be those of 3 layers"),
-        ({"token_ids": lambda x: x - 9}, r"token_ids must lie in \[0, 11\), got -"),
-        ({"token_ids": lambda x: x.int()}, "token_ids must be on the CPU, of another dtype"),
+        (
+            {"k_caches": lambda x: x[1:]},
+            "k_caches and v_caches must have one cache for each of 3 layers",
+        ),
+        ({"token_ids": lambda x: x - 9}, r"token_ids must be in \[0, 11\), got -"),
+        ({"token_ids": lambda x: x.int()}, "token_ids must be int64, got int32"),
         ({"logits": lambda x: x[:, :-1].contiguous()}, r"logits must be \(3, 11\)"),
         ({"logits": lambda x: x[0]}, r"logits must be \(3, 11\)"),
         ({"cos": lambda x: x[:, 1:]}, r"cos must be \(20, 12\)"),
         ({"sin": lambda x: x[1:]}, r"sin must be \(20, 12\)"),
-        ({"decoder": lambda x: x + 1000}, "there is no decoder 1"),
+        (
+            {"decoder": lambda x: x + 1000},
+            "decoder must be the number of an existing decoder, got 1",
+        ),
     ],
 )
 def test_bad_arguments(change, message, operators, monkeypatch):
@@ -367,17 +386,17 @@ def test_bad_arguments(change, message, operators, monkeypatch):
     assert all(map(torch.equal, before, written))
 
 
-def test_weights_live_as_long_as_their_engine(operators, monkeypatch):
-    """The engine needs no weight of the model, and frees its own."""
+def test_engine_owns_its_weights(operators, monkeypatch):
+    """The engine keeps its own references to the weights, and releases them when it is deleted."""
     step = Step(monkeypatch)
     with torch.no_grad():
         expected = step.run()
-        chosen = engine_for(step.model, step.cache)
+        selected = engine_for(step.model, step.cache)
         for weight in step.model.parameters():
             weight.data = torch.full_like(weight, torch.nan)
-        for a, b in zip(step.run(chosen), expected, strict=True):
+        for a, b in zip(step.run(selected), expected, strict=True):
             assert torch.equal(a, b)
-        number = chosen._number
-        del chosen
-        with pytest.raises(RuntimeError, match=f"there is no decoder {number}"):
+        number = selected._number
+        del selected
+        with pytest.raises(RuntimeError, match=f"of an existing decoder, got {number}"):
             operators.decoder_step(number, *[step.token_ids] * 3, [], [], *[step.token_ids] * 2)

@@ -1,4 +1,4 @@
-"""rms_norm, swiglu and rotary by csrc's kernels, in each instruction set of this processor."""
+"""csrc's kernels of rms_norm, swiglu and rotary, for each instruction set of this processor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mistral_kernels.ops.swiglu import swiglu
 ops = torch.ops.mistral_kernels
 eager_swiglu = reference.eager_arithmetic()(reference.swiglu)
 
-# No vector's multiple, and more rows than are summed as one block.
+# Widths that are no multiple of a vector; more rows than one block of partial sums has.
 SHAPES = [(0, 7), (1, 1), (2, 15), (3, 64), (5, 1003), (17, 77), (33, 130), (71, 9)]
 
 
@@ -34,7 +34,7 @@ def make_swiglu(shape, dtype, fused):
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_rms_norm(dtype, residual, operators):
+def test_rms_norm_matches_the_reference(dtype, residual, operators):
     for shape in SHAPES:
         inputs = make_rms_norm(shape, dtype, residual)
         assert_matches_reference(rms_norm, reference.rms_norm, inputs)
@@ -42,15 +42,15 @@ def test_rms_norm(dtype, residual, operators):
 
 @pytest.mark.parametrize("fused", [False, True], ids=["two", "fused"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_swiglu(dtype, fused, operators):
+def test_swiglu_matches_the_reference(dtype, fused, operators):
     for shape in SHAPES:
         assert_matches_reference(swiglu, eager_swiglu, make_swiglu(shape, dtype, fused))
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_rotary_has_the_bits_of_pytorch(dtype, interleaved, operators):
-    """Subnormal numbers too; in place, and between other things."""
+def test_rotary_has_the_same_bits_as_pytorch(dtype, interleaved, operators):
+    """Includes subnormal numbers, and rotation in place within a larger tensor."""
     for tokens, head_dim in ((0, 8), (1, 2), (7, 20), (3, 36), (5, 128), (2, 614)):
         q, k, q_out, k_out = (
             torch.randn(1 + tokens * heads * head_dim).to(dtype)[1:].view(tokens, heads, head_dim)
@@ -59,22 +59,22 @@ def test_rotary_has_the_bits_of_pytorch(dtype, interleaved, operators):
         q[:, 1] *= torch.finfo(dtype).smallest_normal
         cos, sin = rotary_tables(50, head_dim, 1e4)
         positions = torch.randint(50, (tokens,), dtype=torch.int32 if head_dim % 4 else torch.int64)
-        for backwards in (False, True):
-            arguments = cos, sin, positions, interleaved, backwards
-            turn = rotary.Turn(*arguments)
-            rotary._rotate_torch(q, k, (q_out, k_out), turn)
+        for inverse in (False, True):
+            arguments = cos, sin, positions, interleaved, inverse
+            rotation = rotary.Rotation(*arguments)
+            rotary._rotate_torch(q, k, (q_out, k_out), rotation)
             assert all(map(torch.equal, ops.rotary(q, k, *arguments), (q_out, k_out)))
             assert torch.equal(ops.rotary(None, k, *arguments)[1], k_out)
             memory = torch.full((tokens, 7, head_dim), 9.0, dtype=dtype)
             parts = memory[:, 1:5].copy_(q), memory[:, 5:].copy_(k)
-            if not backwards:
+            if not inverse:
                 ops.rotary_(*parts, *arguments[:-1])
                 assert torch.equal(memory[:, 1:], torch.cat((q_out, k_out), dim=1))
             assert (memory[:, 0] == 9.0).all()
 
 
 def calls(dtype):
-    """Return a function per operator, over rows that are far apart and not aligned."""
+    """Return each operator and its arguments: unaligned rows with gaps between them."""
     cos, sin = rotary_tables(50, 36, 1e4)
 
     def spaced(rows, *shape):
@@ -103,28 +103,26 @@ def results(function, arguments):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_any_number_of_threads(dtype, operators):
-    """And any strides and alignment."""
+def test_threads_strides_and_alignment_do_not_change_bits(dtype, operators):
     for name, (function, arguments) in calls(dtype).items():
-        alike = [x.contiguous() if torch.is_tensor(x) else x for x in arguments]
-        expected = results(function, alike)
+        contiguous = [x.contiguous() if torch.is_tensor(x) else x for x in arguments]
+        expected = results(function, contiguous)
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
             assert all(map(torch.equal, results(function, arguments), expected)), name
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_without_gradients(dtype, operators):
-    """The same bits, with any strides."""
+def test_calls_without_gradients_have_the_same_bits(dtype, operators):
     wide = torch.randn(2, 5, 3, 44).to(dtype)
     x, residual = wide[..., :20], wide[..., 20:40]
     weight = torch.randn(20).to(dtype)
     tables, positions = rotary_tables(9, 20, 1e4), torch.randint(9, (2, 5))
     functions = {
         "rms_norm": lambda x, residual: rms_norm(x, weight, residual=residual),
-        "rms_norm alone": lambda x, residual: rms_norm(x, weight),
+        "rms_norm without residual": lambda x, residual: rms_norm(x, weight),
         "swiglu": swiglu,
-        "swiglu of one": lambda x, residual: swiglu(x),
+        "swiglu of a fused gate": lambda x, residual: swiglu(x),
         "rotary": lambda x, residual: rotary.apply_rotary(x, residual, *tables, positions),
     }
     for name, function in functions.items():
@@ -137,7 +135,7 @@ def test_without_gradients(dtype, operators):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_rows_are_independent(dtype, operators):
-    """Alone or in any batch, a row becomes the same bits. (dweight is a sum of all.)"""
+    """Each row has the same bits alone and in a batch. dweight is excluded: it sums all rows."""
     inputs = calls(dtype)
     for name in ("rms_norm_forward", "rms_norm_backward"):
         function, arguments = inputs[name]

@@ -1,4 +1,4 @@
-"""csrc's kernels for the CPU, in each instruction set that this processor has."""
+"""csrc's kernels for the CPU, in each instruction set that this processor supports."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ CASES = {  # ignore_index, label_smoothing, z_loss, softcap
 
 
 def make_rows(rows, vocab, dtype, spread=5.0, ignore_index=-100):
-    """Logits, targets, and the scale of the gradient."""
+    """Return logits, targets, and the scale of the gradient."""
     targets = torch.randint(vocab, (rows,))
     targets[2::3] = ignore_index
     return (torch.randn(rows, vocab) * spread).to(dtype), targets, torch.tensor(0.7)
 
 
 def run(operators, logits, targets, scale, options, needs_gradient=True):
-    """Return the losses; the gradient takes the memory of the logits."""
+    """Return the losses and the gradient, which overwrites the logits."""
     return operators.cross_entropy_(logits, targets, scale, *options, needs_gradient), logits
 
 
@@ -48,8 +48,8 @@ def test_softmax(shape, dtype, case, operators):
     logits, *rest = make_rows(*shape, dtype, ignore_index=options[0])
     exact = run_in_pytorch(logits.double(), rest[0], rest[1].double(), options)
     plain = run_in_pytorch(logits, *rest, options)
-    losses, untouched = run(operators, logits.clone(), *rest, options, needs_gradient=False)
-    assert torch.equal(untouched, logits)
+    losses, unchanged = run(operators, logits.clone(), *rest, options, needs_gradient=False)
+    assert torch.equal(unchanged, logits)
     actual = run(operators, logits, *rest, options)
     assert torch.equal(actual[0], losses)
     for name, *results in zip(("losses", "gradient"), actual, plain, exact, strict=True):
@@ -58,7 +58,7 @@ def test_softmax(shape, dtype, case, operators):
 
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
 def test_half_precision_is_rounded_float32(dtype, operators):
-    """To the nearest and the last bit, over all sizes: subnormal, normal, infinite."""
+    """Results are rounded to nearest: normal, subnormal and infinite numbers."""
     logits, targets, _ = make_rows(64, 1003, dtype)
     scale = torch.tensor(1e6 if dtype == torch.float16 else 0.7)
     wide = run(operators, logits.float(), targets, scale, CASES["smoothed"])
@@ -72,8 +72,8 @@ def test_half_precision_is_rounded_float32(dtype, operators):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_views(dtype, operators):
-    """Rows apart from one another and aligned to nothing; what lies between stays."""
+def test_strided_logits(dtype, operators):
+    """Rows are not adjacent and not aligned. The memory between rows does not change."""
     logits, *rest = make_rows(5, 777, dtype)
     expected = run(operators, logits.clone(), *rest, CASES["smoothed"])
     memory = torch.full((5 * 800 + 1,), 9.0, dtype=dtype)
@@ -85,7 +85,7 @@ def test_views(dtype, operators):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_any_number_of_threads(dtype, operators):
+def test_bits_do_not_depend_on_the_number_of_threads(dtype, operators):
     logits, *rest = make_rows(41, 9001, dtype)
     results = []
     for threads in (1, 2, 3, 4):
@@ -96,7 +96,7 @@ def test_any_number_of_threads(dtype, operators):
 
 
 def test_extreme_logits(operators):
-    """What PyTorch makes of them in float64, NaN where that is."""
+    """Results match PyTorch in float64, including NaN."""
     inf, nan, vocab = float("inf"), float("nan"), 600
     logits = torch.randn(11, vocab)
     logits[0] = -3e38
@@ -110,7 +110,7 @@ def test_extreme_logits(operators):
     logits[8, ::2] -= 95  # their exponentials are subnormal
     logits[9, 1] = logits[10, 2] = nan
     targets = torch.full((11,), vocab - 1)
-    targets[9:] = -100  # rows that do not count: nothing of them is seen
+    targets[9:] = -100  # ignored rows, whose NaNs have no effect
     exact = logits.double().requires_grad_()
     exact_losses = F.cross_entropy(exact, targets, reduction="none")
     exact_losses.sum().backward()
@@ -122,8 +122,7 @@ def test_extreme_logits(operators):
 
 
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
-def test_accumulate(dtype, operators):
-    """Every bit pattern is read as what it means."""
+def test_accumulate_reads_every_bit_pattern(dtype, operators):
     x = torch.arange(2**16).to(torch.uint16).view(dtype)
     for part in (x, x[:0], x[1:2], x[3:20]):
         total = torch.zeros(len(part))
@@ -137,8 +136,8 @@ def test_accumulate(dtype, operators):
         assert torch.equal(total, expected)
 
 
-def test_each_set_has_its_own_kernels(operators):
-    """Vectors of other lengths add in another order."""
+def test_each_instruction_set_has_its_own_kernels(operators):
+    """Vectors of other lengths add in another order, so the results have other bits."""
     arguments = *make_rows(64, 9001, torch.float32), CASES["plain"]
     usual = run(operators, arguments[0].clone(), *arguments[1:])[1]
     widths = {"plain": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
@@ -150,22 +149,22 @@ def test_each_set_has_its_own_kernels(operators):
 
 
 @pytest.mark.parametrize("setting", ["", "avx", "AVX2"])
-def test_an_unknown_instruction_set(setting, monkeypatch):
+def test_unknown_instruction_set_is_refused(setting, monkeypatch):
     if not extension.load("cpu"):
         pytest.skip(extension.status("cpu"))
     monkeypatch.setenv(extension.CPU_VARIABLE, setting)
     monkeypatch.setattr(extension, "_libraries", {})
-    words = f"MISTRAL_KERNELS_CPU is {setting!r}; expected .*'plain' on this processor"
-    with pytest.raises(ValueError, match=words):
+    message = f"MISTRAL_KERNELS_CPU must be .*'plain' on this processor, got {setting!r}$"
+    with pytest.raises(ValueError, match=message):
         extension.load("cpu")
-    assert extension.status("cpu").startswith(f"not loaded: MISTRAL_KERNELS_CPU is {setting!r}; ")
+    assert extension.status("cpu").startswith("not loaded: MISTRAL_KERNELS_CPU must be ")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
 @pytest.mark.parametrize("name", compiler.INSTRUCTION_SETS)
 def test_kernels_share_no_code(name, tmp_path):
-    """The linker could take such code, compiled for one processor, for that of another."""
+    """The linker would merge shared code that is compiled for different processors."""
     commands = [x for x in compiler._compilations("cpu", "") if f"-DINSTRUCTION_SET={name}" in x]
     assert commands
     for command in commands:
@@ -185,15 +184,15 @@ def test_kernels_share_no_code(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads GCC's sanitizer")
 def test_with_sanitizers(tmp_path):
-    """All of the above and the rolling cache with every access and every operation checked."""
+    """Run the CPU tests and the tests of the rolling cache with address and UB sanitizers."""
     cxx = os.environ.get("CXX", "c++")
     preloaded = []
-    for name in ("libasan.so", "libstdc++.so"):  # it intercepts what the second throws
+    for name in ("libasan.so", "libstdc++.so"):  # libasan intercepts exceptions of libstdc++
         command = [cxx, f"-print-file-name={name}"]
         preloaded.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
         if not Path(preloaded[-1]).is_absolute():
             pytest.skip(f"{cxx} has no {name}")
-    script = tmp_path / "c++"  # its options come last, for -O3 takes long over what is checked
+    script = tmp_path / "c++"  # -O1 comes last: -O3 is slow with sanitizers
     options = "-fsanitize=address,undefined -fno-sanitize-recover=all -g1 -O1"
     script.write_text(f'#!/bin/sh\nexec {cxx} "$@" {options}\n')
     script.chmod(0o755)
@@ -208,7 +207,7 @@ def test_with_sanitizers(tmp_path):
     here = Path(__file__)
     tests = [*map(str, here.parent.glob("test_cpu_*.py"))]
     tests.append(f"{here.with_name('test_extension.py')}::test_same_bits")
-    tests.append(f"{here.with_name('test_fuzz.py')}::test_mangled_calls")
+    tests.append(f"{here.with_name('test_fuzz.py')}::test_malformed_calls")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         env=environment,

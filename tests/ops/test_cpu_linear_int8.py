@@ -1,4 +1,4 @@
-"""The product with a weight of int8: csrc's kernel, and the operator around it."""
+"""Products with an int8 weight: csrc's kernel, and the function that chooses between backends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mistral_kernels.ops.linear_int8 import linear_int8, quantize_int8
 
 
 def make_weight(out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-    """All values that int8 has, and scales of many sizes."""
+    """Return a random int8 weight and scales of several magnitudes."""
     weight = torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8)
     return weight, torch.rand(out_features) * 10.0 ** torch.randint(-3, 1, (out_features,))
 
@@ -22,8 +22,8 @@ def dequantized(weight: Tensor, scales: Tensor) -> Tensor:
     return weight.double() * scales.double()[:, None]
 
 
-def assert_multiplied(y: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> None:
-    """As accurate as PyTorch with the weight in x's dtype, which is less exact than int8."""
+def assert_product_is_accurate(y: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> None:
+    """Check that y is as accurate as PyTorch's product with the dequantized weight in x's dtype."""
     wide = dequantized(weight, scales)
     assert_as_accurate(y, F.linear(x, wide.to(x.dtype)), F.linear(x.double(), wide), "y")
 
@@ -32,19 +32,20 @@ def assert_multiplied(y: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> N
 @pytest.mark.parametrize(
     ("out_features", "in_features"), [(1, 1), (4, 64), (7, 3), (67, 133), (6, 1100)]
 )
-def test_kernel(out_features, in_features, dtype, operators):
-    """A row's bits do not depend on the number of rows."""
+def test_kernel_has_the_same_bits_for_any_number_of_rows(
+    out_features, in_features, dtype, operators
+):
     weight, scales = make_weight(out_features, in_features)
     x = torch.randn(33, in_features).to(dtype)
     alone = torch.cat([operators.linear_int8(row, weight, scales) for row in x.split(1)])
-    assert_multiplied(alone, x, weight, scales)
+    assert_product_is_accurate(alone, x, weight, scales)
     for rows in (*range(18), 32, 33):
         assert torch.equal(operators.linear_int8(x[:rows], weight, scales), alone[:rows])
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_kernel_is_exact(dtype, operators):
-    """Whole numbers, whose sums float32 holds: no bit of int8 is lost, wherever it lies."""
+    """Multiplication by the identity returns every int8 value exactly, from every position."""
     weight = torch.arange(-128, 128, dtype=torch.int8).repeat(7, 1)
     weight = torch.stack([row.roll(31 * i) for i, row in enumerate(weight)])
     x = torch.eye(256).to(dtype)
@@ -53,8 +54,7 @@ def test_kernel_is_exact(dtype, operators):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_kernel_of_views(dtype, operators):
-    """Rows apart from one another and aligned to nothing."""
+def test_kernel_with_unaligned_rows_and_gaps(dtype, operators):
     weight, scales = make_weight(30, 77)
     x = torch.randn(5, 77).to(dtype)
     expected = operators.linear_int8(x, weight, scales)
@@ -77,14 +77,14 @@ def test_kernel_with_any_number_of_threads(dtype, rows, operators):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_kernel_of_extremes(dtype, operators):
-    """What is not finite stays in its row and its output; sums may be larger than results."""
+def test_kernel_with_large_and_nonfinite_values(dtype, operators):
+    """Infinity and NaN affect their row and output alone; a sum may exceed the output's range."""
     inf, nan = float("inf"), float("nan")
     weight, scales = make_weight(9, 70)
     scales = scales.clamp_min_(0.01)
     x = torch.randn(6, 70)
     x[1, 3], x[2, 69], x[3, 64], scales[7] = inf, nan, -inf, nan
-    x[4], weight[8], scales[8] = 200.0, 127, 1e-3  # the sum is beyond float16
+    x[4], weight[8], scales[8] = 200.0, 127, 1e-3  # the unscaled sum exceeds float16
     x = x.to(dtype)
     actual = operators.linear_int8(x, weight, scales)
     exact = F.linear(x.double(), dequantized(weight, scales))
@@ -100,7 +100,7 @@ WEIGHT, SCALES = make_weight(7, 5)
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
 def test_quantization(dtype):
-    """Nearest, and the largest of each row is +-127."""
+    """Values are rounded to the nearest, and the largest magnitude of each row becomes 127."""
     weight = (torch.randn(65, 43) * 10.0 ** torch.randint(-3, 3, (65, 1))).to(dtype)
     weight[3] = 0
     quantized, scales = quantize_int8(weight)
@@ -118,14 +118,14 @@ def test_quantization(dtype):
 @pytest.mark.parametrize(
     "weight", [torch.randn(3), torch.ones(3, 4, dtype=torch.int8)], ids=["vector", "int8"]
 )
-def test_what_cannot_be_quantized(weight):
-    with pytest.raises(ValueError, match=r"weight must be \(out_features, in_features\), floating"):
+def test_quantization_requires_a_floating_point_matrix(weight):
+    with pytest.raises(ValueError, match=r"^weight must be \(out_f.* of a floating-point"):
         quantize_int8(weight)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_few_rows_and_many(dtype, kernel_rows, monkeypatch):
-    """One kernel for few rows; for more, PyTorch, a block of the weight after another."""
+    """The kernel computes few rows; PyTorch computes more, one block of the weight at a time."""
     monkeypatch.setattr(op, "_BLOCK", 1000)
     weight, scales = make_weight(67, 48)
     limit = op._KERNEL_ROWS
@@ -133,16 +133,16 @@ def test_few_rows_and_many(dtype, kernel_rows, monkeypatch):
     few, many = (linear_int8(x[:rows], weight, scales) for rows in (limit, limit + 1))
     assert kernel_rows == [limit]
     for y in (few, many):
-        assert_multiplied(y, x[: len(y)], weight, scales)
+        assert_product_is_accurate(y, x[: len(y)], weight, scales)
     for i in range(0, limit, 7):
         assert torch.equal(linear_int8(x[i : i + 1], weight, scales), few[i : i + 1])
 
 
-def test_what_the_kernel_leaves_to_pytorch(kernel_rows):
+def test_calls_that_pytorch_computes(kernel_rows):
     weight, scales = make_weight(20, 16)
     x = torch.randn(3, 16)
     for transposed in ((x, weight.T.contiguous().T), (x.T.contiguous().T, weight)):
-        assert_multiplied(linear_int8(*transposed, scales), x, weight, scales)
+        assert_product_is_accurate(linear_int8(*transposed, scales), x, weight, scales)
     assert not kernel_rows
 
 
@@ -150,14 +150,14 @@ def test_compiled():
     weight, scales = make_weight(20, 16)
     x = torch.randn(3, 16)
     compiled = torch.compile(linear_int8, fullgraph=True, backend="eager")
-    assert_multiplied(compiled(x, weight, scales), x, weight, scales)
+    assert_product_is_accurate(compiled(x, weight, scales), x, weight, scales)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": X.to("meta")}, NotImplementedError, "x is on meta; quantized weights are for the"),
-        ({"x": X.clone().requires_grad_()}, NotImplementedError, "x requires a gradient, and ther"),
+        ({"x": X.to("meta")}, NotImplementedError, "x must be on the CPU .*, got meta; use"),
+        ({"x": X.clone().requires_grad_()}, NotImplementedError, "x must not require a gradi"),
         ({"x": X[:, :4]}, ValueError, r"out_features, in_features\), got \(3, 4\) and \(7, 5\)"),
         ({"x": X[0]}, ValueError, r"out_features, in_features\), got \(5,\) and \(7, 5\)"),
         ({"scales": SCALES[:6]}, ValueError, r"scales must be \(7,\), got \(6,\)"),

@@ -1,4 +1,4 @@
-"""rolling_cache_attention and rolling_cache_update_ on Triton: values, bits, traffic, launches."""
+"""Tests of the Triton kernels of the rolling cache: values, bits, memory traffic, launches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def int32(values, device):
 
 
 def make_inputs(lengths, counts, capacity, heads, head_dim, dtype, device):
-    """Return new tokens and full rings, by the names of `rolling_cache_attention`."""
+    """Return new tokens and full rings as arguments of `rolling_cache_attention`."""
     num_heads, num_kv_heads = heads
     total, batch = sum(counts), len(counts)
     tokens = {
@@ -46,7 +46,7 @@ def make_inputs(lengths, counts, capacity, heads, head_dim, dtype, device):
 
 
 def assert_matches(inputs, counts, window):
-    """With fresh keys, and, for single tokens, with all in the ring."""
+    """Check the output with fresh keys and, for single tokens, with all keys in the ring."""
     definition = {"sliding_window": window}
     exact = reference.rolling_cache_attention(
         **{n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}, **definition
@@ -58,19 +58,20 @@ def assert_matches(inputs, counts, window):
         q = inputs.pop("q")
         rolling_cache_update_(**inputs, max_seqlen=1)
         out = rolling_cache_attention(q, **{**inputs, "k": None, "v": None}, **options)
-        assert_as_accurate(out, eager_like(out, exact), exact, "out, from the ring alone")
+        assert_as_accurate(out, rounded_twice(out, exact), exact, "out, from the ring alone")
 
 
-def eager_like(out, exact):
-    """No worse than rounding the exact result twice."""
+def rounded_twice(out, exact):
+    """Return a result with the error of rounding the exact one twice."""
     return (exact.float() * (1 + torch.finfo(out.dtype).eps)).to(out.dtype)
 
 
-# Lengths, new tokens, capacity, window; the last without a window that bites.
+# Lengths, new tokens per sequence, capacity, window, heads, head_dim, dtype.
 COMPILED = [
     ([500, 3], [1, 1], 300, 300, (8, 2), 64, BF16),
     pytest.param(*([500, 3, 0], [50, 4, 0], 300, 200, (8, 2), 64, BF16), marks=pytest.mark.long),
 ]
+# Lengths, new tokens per sequence, capacity, window.
 SPANS = [
     ([0, 7, 29, 30, 31, 1000], [1] * 6, 30, 30),
     ([700, 2], [1, 1], 640, 640),
@@ -105,7 +106,7 @@ def test_values(lengths, counts, capacity, window, heads, head_dim, dtype, trito
 @pytest.mark.kernels
 @pytest.mark.interpreted
 def test_gradients(triton_backend, device):
-    """In pieces, through the forward and backward kernels: as on the torch backend."""
+    """Check gradients, which are computed per sequence by the forward and backward kernels."""
     names = ("q", "k", "v", "k_cache", "v_cache")
     counts = [3, 40]
     inputs = make_inputs([500, 9], counts, 30, (4, 2), 16, F32, device)
@@ -116,8 +117,8 @@ def test_gradients(triton_backend, device):
     actual = torch.autograd.grad(out, [inputs[name] for name in names], cotangent)
     wide = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
     exact = reference.rolling_cache_attention(**wide, sliding_window=25)
-    wanted = torch.autograd.grad(exact, [wide[name] for name in names], cotangent.double())
-    for a, b in zip(actual, wanted, strict=True):
+    expected_grads = torch.autograd.grad(exact, [wide[name] for name in names], cotangent.double())
+    for a, b in zip(actual, expected_grads, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
@@ -125,12 +126,12 @@ def test_gradients(triton_backend, device):
 @pytest.mark.kernels
 @pytest.mark.parametrize("fresh", [False, True], ids=["ring", "fresh"])
 def test_unseen_slots_may_hold_anything(fresh, triton_backend, device):
-    """NaN where nothing was written, and outside the window, does not get through."""
+    """Check that NaN in unwritten slots and outside the window does not reach the output."""
     lengths, window = [40, 700], 100
     inputs = make_inputs(lengths, [1, 1], 300, (8, 2), 64, F16, device)
     if not fresh:
         inputs["k"] = inputs["v"] = None
-    wanted = rolling_cache_attention(**inputs, max_seqlen=1, sliding_window=window)
+    expected_out = rolling_cache_attention(**inputs, max_seqlen=1, sliding_window=window)
     for sequence, length in enumerate(lengths):
         end = length if fresh else length + 1
         seen = {p % 300 for p in range(max(0, length + 1 - window), end)}
@@ -138,13 +139,13 @@ def test_unseen_slots_may_hold_anything(fresh, triton_backend, device):
         for name in ("k_cache", "v_cache"):
             inputs[name][sequence, unseen] = math.nan
     out = rolling_cache_attention(**inputs, max_seqlen=1, sliding_window=window)
-    assert torch.equal(out, wanted)
+    assert torch.equal(out, expected_out)
     assert not out.isnan().any()
 
 
 @pytest.mark.kernels
-def test_bits_do_not_depend_on_batch_mates(triton_backend, device):
-    """Alone or in a batch, whatever the others' lengths; and at every call."""
+def test_bits_do_not_depend_on_the_batch(triton_backend, device):
+    """Check that a sequence has the same bits alone, in a batch and in repeated calls."""
     inputs = make_inputs([500, 3, 299], [1, 1, 1], 300, (8, 2), 64, F16, device)
     inputs["k"] = inputs["v"] = None
     options = {"max_seqlen": 1, "sliding_window": 300}
@@ -158,28 +159,29 @@ def test_bits_do_not_depend_on_batch_mates(triton_backend, device):
 
 @pytest.mark.kernels
 def test_counters(triton_backend, device):
-    """The caller's are used in place of fresh ones, and left as they were found."""
+    """Check that the caller's counters are used, and are 0 again after the call."""
     inputs = make_inputs([500, 3], [1, 1], 300, (8, 2), 64, F16, device)
     inputs["k"] = inputs["v"] = None
     options = {"max_seqlen": 1, "sliding_window": 300}
-    wanted = rolling_cache_attention(**inputs, **options)
+    expected_out = rolling_cache_attention(**inputs, **options)
     counters = torch.zeros(16, dtype=torch.int32, device=device)
     for _ in range(2):
         out = rolling_cache_attention(**inputs, **options, counters=counters)
-        assert torch.equal(out, wanted)
+        assert torch.equal(out, expected_out)
         assert not counters.any()
-    counters += 1  # programs that count from elsewhere never find that they are the last
-    assert not torch.equal(rolling_cache_attention(**inputs, **options, counters=counters), wanted)
+    counters += 1  # with a wrong start, no program detects that it is the last
+    out = rolling_cache_attention(**inputs, **options, counters=counters)
+    assert not torch.equal(out, expected_out)
     for bad, message in (
-        (counters[:15], "counters must hold 16 zeros of torch.int32, got 15 of torch.int32"),
-        (counters.long(), "counters must hold 16 zeros of torch.int32, got 16 of torch.int64"),
+        (counters[:15], "counters must hold at least 16 zeros of .*, got 15 of torch.int32"),
+        (counters.long(), "counters must hold at least 16 zeros of .*, got 16 of torch.int64"),
         (counters.to("meta"), f"counters must be on {device} like q, got meta"),
     ):
         with pytest.raises(ValueError, match=message):
             rolling_cache_attention(**inputs, **options, counters=bad)
 
 
-# Every case is interpreted; compiled run a few of each kind, in bf16, which is not.
+# Cases in float32 and float16 run in the interpreter only; a few in bfloat16 run compiled.
 UPDATES = [
     pytest.param(case, dtype, rotary, marks=() if compiled else pytest.mark.interpreted)
     for case in CASES
@@ -193,7 +195,7 @@ UPDATES = [
 @pytest.mark.kernels
 @pytest.mark.parametrize(("case", "dtype", "rotary"), UPDATES, ids=str)
 def test_update_has_the_same_bits(case, dtype, rotary, triton_runs, device, set_backend):
-    """On these cases csrc's versions are tested too; PyTorch's beside Triton's."""
+    """Check the updates of Triton and PyTorch; other tests check csrc on the same cases."""
     for backend, update in (("triton", _update_triton), ("torch", _update_torch)):
         set_backend(backend)
         arguments = make_arguments(dtype, rotary, **CASES[case], device=device)
@@ -203,22 +205,22 @@ def test_update_has_the_same_bits(case, dtype, rotary, triton_runs, device, set_
 
 
 def test_rotation_has_the_same_bits(backend, device):
-    """In the update and before it."""
+    """Check that rotation in the update equals rotation before it."""
     cos, sin = rotary_tables(1000, 64, 1e4, device)
     inputs = make_inputs([500, 3], [5, 4], 300, (8, 2), 64, F16, device)
     q = inputs.pop("q")
     rings = {name: inputs[name].clone() for name in ("k_cache", "v_cache")}
     positions = torch.cat([torch.arange(500, 505), torch.arange(3, 7)]).to(device)
-    q_turned, k_turned = apply_rotary(q, inputs["k"], cos, sin, positions)
-    turned = rolling_cache_update_(**inputs, max_seqlen=5, q=q, cos=cos, sin=sin)
-    rolling_cache_update_(**{**inputs, **rings, "k": k_turned}, max_seqlen=5)
-    assert torch.equal(turned, q_turned)
+    q_rotated, k_rotated = apply_rotary(q, inputs["k"], cos, sin, positions)
+    rotated = rolling_cache_update_(**inputs, max_seqlen=5, q=q, cos=cos, sin=sin)
+    rolling_cache_update_(**{**inputs, **rings, "k": k_rotated}, max_seqlen=5)
+    assert torch.equal(rotated, q_rotated)
     assert all(torch.equal(inputs[name], ring) for name, ring in rings.items())
 
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 def test_gradients_of_the_fused_update(interleaved, backend, device):
-    """Through the rotation and the ring, as through the definitions."""
+    """Check gradients through the rotation and the ring against the reference."""
     tables = rotary_tables(1000, 16, 1e4, device)
     inputs = make_inputs([4, 0, 11], [9, 0, 3], 5, (4, 2), 16, F32, device)
     names = ("q", "k", "v", "k_cache", "v_cache")
@@ -227,21 +229,21 @@ def test_gradients_of_the_fused_update(interleaved, backend, device):
     q, k, v, *rings = leaves
     rings = [ring.clone() for ring in rings]
     options = {"cos": tables[0], "sin": tables[1], "interleaved": interleaved}
-    turned = rolling_cache_update_(*rings, k, v, **where, max_seqlen=9, q=q, **options)
+    rotated = rolling_cache_update_(*rings, k, v, **where, max_seqlen=9, q=q, **options)
     positions = torch.tensor([*range(4, 13), *range(11, 14)], device=device)
     definition = reference.apply_rotary(q, k, *tables, positions, interleaved)
-    wanted = reference.rolling_cache_update(*leaves[3:], definition[1], v, **where)
-    cotangents = [torch.randn_like(x) for x in (turned, *rings)]
-    actual = torch.autograd.grad((turned, *rings), leaves, cotangents)
-    exact = torch.autograd.grad((definition[0], *wanted), leaves, cotangents)
+    expected_rings = reference.rolling_cache_update(*leaves[3:], definition[1], v, **where)
+    cotangents = [torch.randn_like(x) for x in (rotated, *rings)]
+    actual = torch.autograd.grad((rotated, *rings), leaves, cotangents)
+    exact = torch.autograd.grad((definition[0], *expected_rings), leaves, cotangents)
     for name, a, b in zip(names, actual, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def profiled(function):
-    """Return the kernels that a call launches, as ptxrun counts them."""
+    """Return ptxrun's profiles of the kernels that a call launches."""
     if not ptxrun.installed():
-        pytest.skip("traffic is counted by ptxrun, not by a GPU or the interpreter")
+        pytest.skip("only ptxrun counts memory traffic, not a GPU or the interpreter")
     with ptxrun.options(profile=True):
         ptxrun.reset_profile()
         function()
@@ -251,9 +253,9 @@ def profiled(function):
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [[1, 1], [3, 40]], ids=str)
 def test_no_races(counts, triton_backend):
-    """The last program to arrive sees what the others wrote; nobody else touches it."""
+    """Check that the last program reads the other programs' parts without a race."""
     if not ptxrun.installed():
-        pytest.skip("races are seen by ptxrun, not by a GPU or the interpreter")
+        pytest.skip("only ptxrun detects races, not a GPU or the interpreter")
     inputs = make_inputs([700, 3], counts, 300, (8, 2), 64, F16, "cpu")
     tables = rotary_tables(1000, 64, 1e4)
     options = {"max_seqlen": max(counts), "sliding_window": 300}
@@ -267,7 +269,7 @@ def test_no_races(counts, triton_backend):
 
 
 def attend_profiled(lengths, capacity, window):
-    """One decode step at Mistral-7B's heads."""
+    """Return the profile of one decode step with the heads of Mistral-7B."""
     batch = len(lengths)
     inputs = make_inputs(lengths, [1] * batch, capacity, (32, 8), 128, BF16, "cpu")
     inputs["k"] = inputs["v"] = None
@@ -279,19 +281,19 @@ def attend_profiled(lengths, capacity, window):
 
 @pytest.mark.parametrize("lengths", [[5000], [5000, 4095, 100_000, 17]], ids=str)
 def test_each_key_is_read_once(lengths, triton_backend):
-    """One launch; in-window bytes of k and v once, 16 at a time, in full sectors."""
+    """Check that one launch reads the visible k and v once, by 16 bytes, in full sectors."""
     profile = attend_profiled(lengths, 4096, 4096)
     needed = sum(min(length + 1, 4096) for length in lengths) * 8 * 128 * 2 * 2
     read = {name: counts["read"] for name, counts in profile.tensors.items()}
     assert read["cache[0][0]"] + read["cache[1][0]"] == needed
-    # By asynchronous copies come k, v and the parts of the softmax, and none of them twice.
+    # Asynchronous copies load k, v and the parts of the softmax, each once.
     assert profile.cp_async_bytes <= 1.001 * (needed + read["parts[0]"])
-    assert profile.dram_read <= 1.035 * needed  # the parts, which a GPU keeps in its L2, included
-    assert profile.global_read_sectors * 32 <= 1.09 * needed  # q and scalars, once a program
+    assert profile.dram_read <= 1.035 * needed  # includes the parts, which fit a GPU's L2
+    assert profile.global_read_sectors * 32 <= 1.09 * needed  # q and scalars, once per program
 
 
-def test_windowed_is_never_slower_than_full(triton_backend):
-    """At equal length a window reads no more, and only what it shows."""
+def test_windowed_costs_no_more_than_full(triton_backend):
+    """Check that a window adds no instructions and reads only visible keys."""
     for length in (500, 1023, 3000):
         full = attend_profiled([length], 4096, None)
         windowed = attend_profiled([length], 4096, 1024)
@@ -305,7 +307,7 @@ def test_windowed_is_never_slower_than_full(triton_backend):
 @pytest.mark.parametrize("rotary", [None, "half-split", "interleaved"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_bytes_moved_by_the_update(batch, rotary, triton_backend):
-    """At most 1.05 of the minimum, in 16-byte accesses."""
+    """Check that the update moves at most 1.05 times the minimum, in 16-byte accesses."""
     arguments = make_arguments(
         BF16,
         rotary,
@@ -320,7 +322,7 @@ def test_bytes_moved_by_the_update(batch, rotary, triton_backend):
     heads = 48 if rotary else 16
     minimum = batch * (2 * heads * 128 * 2 + (2 * 64 * 4 if rotary else 0))
     assert profile.dram_bytes <= 1.05 * minimum
-    # Of the rest, each program's scalars, one request is 4 to 128 bytes.
+    # Each program also loads scalars, in requests of 4 to 128 bytes.
     wide = 2 * heads * 128 * 2 * batch / 512
     programs = math.prod(profile.grid)
     assert profile.global_requests <= wide + programs * (5 + 4 * bool(rotary))
@@ -335,8 +337,8 @@ def test_opcheck_with_counters(backend, device):
     torch.library.opcheck(torch.ops.mistral_kernels.cached_attention.default, arguments)
 
 
-def test_one_graph(backend, device):
-    """A decode step compiles whole, whatever the batch."""
+def test_decode_step_is_one_graph(backend, device):
+    """Compile a decode step without graph breaks, for different batch sizes."""
 
     def step(q, k, v, k_cache, v_cache, lengths, cu_seqlens, cos, sin):
         ring = (k_cache, v_cache), (lengths, cu_seqlens, 1)
@@ -349,13 +351,13 @@ def test_one_graph(backend, device):
         inputs = make_inputs(lengths, [1] * len(lengths), 300, (8, 2), 64, F16, device)
         copies = {name: x.clone() for name, x in inputs.items()}
         with torch.no_grad():
-            wanted = step(*inputs.values(), *tables)
-            assert torch.equal(compiled(*copies.values(), *tables), wanted)
+            expected_out = step(*inputs.values(), *tables)
+            assert torch.equal(compiled(*copies.values(), *tables), expected_out)
         assert all(torch.equal(copies[name], inputs[name]) for name in ("k_cache", "v_cache"))
 
 
 def launched(target, dtype, head_dim, count):
-    """Return the kernel of a decode step, or of a chunk, at Mistral's head counts."""
+    """Return the kernels of a decode step, or of a chunk, with Mistral's numbers of heads."""
     with compile_only(target) as kernels:
         inputs = make_inputs([5000], [count], 4096, (32, 8), head_dim, dtype, "cpu")
         tables = rotary_tables(6000, head_dim, 1e4)
@@ -377,10 +379,10 @@ def launched(target, dtype, head_dim, count):
         (name, dtype, head_dim, count)
         for name, target in TARGETS.items()
         for head_dim in (64, 128, 256)
-        # float16 takes no more registers than bfloat16.
+        # float16 does not need more registers than bfloat16.
         for dtype in ((target.dtypes()[-1], F32) if head_dim == 128 else (F16,))
         for count in (1, 1000)
-        # For a chunk, one of each kind of architecture, and no small head.
+        # Chunks: one target per kind of architecture, without head_dim 64.
         if count == 1
         or (head_dim > 64 and name in ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942"))
     ],
@@ -391,25 +393,25 @@ def test_compile_matrix(target, dtype, head_dim, count, set_backend):
     kernels = launched(target, dtype, head_dim, count)
     assert kernels.keys() == {"_decode_kernel", "_update_kernel"}
     kernels["_update_kernel"].assert_healthy()
-    if not (target == "gfx1100" and head_dim == 256):  # RDNA 3's operands, as in attention
-        # The last blocks of a chunk's own keys cost two registers too many at head_dim 256.
+    if not (target == "gfx1100" and head_dim == 256):  # where attention spills too
+        # The last blocks of fresh keys need two registers too many at head_dim 256.
         edge_spills = 2 if (target, head_dim, count) == ("sm_90", 256, 1000) else 0
         kernels["_decode_kernel"].assert_healthy(edge_spills)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "clocks"), [("sm_80", 2447), ("sm_90", 2266)])
-def test_memory_decides(target, clocks, set_backend):
-    """Of the clocks in which 32 KiB of k and v arrive, no pipe is busy in more than 0.4.
+def test_decode_is_memory_bound(target, clocks, set_backend):
+    """Check that no pipe is busy for more than 0.4 of the `clocks` that loading 32 KiB takes.
 
-    And 128 KiB or more are on their way into each multiprocessor.
+    Also check that about 128 KiB are in flight per multiprocessor.
     """
     set_backend("triton")
     kernel = launched(target, BF16, 128, 1)["_decode_kernel"]
-    loop = kernel.main_loop()  # 64 keys of 128 numbers: 32 KiB
+    loop = kernel.main_loop()  # 64 keys and values of 128 elements: 32 KiB
     assert loop["spills"] == 0
     assert max(loop["bounds"]["cycles"].values()) <= 0.4 * clocks, loop["bounds"]["cycles"]
     blocks = loop["bounds"]["units"]
-    in_flight = 2 * 32 * blocks  # of three stages, two are being filled
+    in_flight = 2 * 32 * blocks  # in KiB: two of the three stages are being loaded
     print(target, loop["bounds"]["cycles"], blocks, in_flight)
     assert min(blocks, 256 / kernel.target.multiprocessors) * 64 >= 2 * 0.95 * 64

@@ -1,4 +1,4 @@
-"""Which backend is chosen, why, and what is said when it cannot run."""
+"""Selection of the backend, its reason, and the error if it cannot run."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture
-def choose(set_backend):
-    def choose(setting, device):
+def select_with(set_backend):
+    def select_with(setting, device):
         set_backend(setting)
         return dispatch.choose_backend(device)
 
-    return choose
+    return select_with
 
 
-def test_choices(choose):
+def test_selected_backends(select_with):
     pytest.importorskip("triton")
-    chosen = choose("auto", CPU)
-    assert chosen == ("torch", "cpu tensors: csrc's kernels or PyTorch's own")
-    assert choose("auto", GPU) == ("triton", "GPU tensors: Triton kernels")
-    assert choose("torch", GPU) == ("torch", "MISTRAL_KERNELS_BACKEND=torch")
-    assert choose("triton", GPU).name == "triton"
-    assert choose(None, CPU).name == "torch"
+    selected = select_with("auto", CPU)
+    assert selected == ("torch", "cpu tensors: csrc's kernels or PyTorch's own")
+    assert select_with("auto", GPU) == ("triton", "GPU tensors: Triton kernels")
+    assert select_with("torch", GPU) == ("torch", "MISTRAL_KERNELS_BACKEND=torch")
+    assert select_with("triton", GPU).name == "triton"
+    assert select_with(None, CPU).name == "torch"
 
 
-def test_the_variable_is_read_once(choose, monkeypatch):
-    assert choose("torch", GPU).name == "torch"
+def test_the_variable_is_read_once(select_with, monkeypatch):
+    assert select_with("torch", GPU).name == "torch"
     monkeypatch.setenv("MISTRAL_KERNELS_BACKEND", "auto")
     assert dispatch.choose_backend(GPU).name == "torch"
 
 
-def test_unknown_setting(choose):
-    with pytest.raises(ValueError, match="is 'cuda'; expected 'auto', 'triton' or 'torch'"):
-        choose("cuda", CPU)
+def test_unknown_setting_is_refused(select_with):
+    with pytest.raises(ValueError, match="must be 'auto', 'triton' or 'torch', got 'cuda'"):
+        select_with("cuda", CPU)
 
 
-def test_triton_missing(choose, monkeypatch):
+def test_missing_triton_raises(select_with, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="triton is not installed; run `pip install triton`"):
-        choose("auto", GPU)
+        select_with("auto", GPU)
 
 
-def test_triton_on_cpu_tensors_needs_something_to_run_it():
+def test_triton_on_cpu_tensors_needs_a_driver_or_the_interpreter():
     pytest.importorskip("triton")
     code = "import torch; from mistral_kernels.ops.rms_norm import rms_norm; "
     code += "rms_norm(torch.ones(2, 8), torch.ones(8))"
@@ -65,10 +65,10 @@ def test_triton_on_cpu_tensors_needs_something_to_run_it():
     assert "set TRITON_INTERPRET=1" in result.stderr
 
 
-def test_triton_on_cpu_tensors_by_a_driver(choose):
+def test_triton_on_cpu_tensors_with_a_driver(select_with):
     pytest.importorskip("triton")
     with compile_only("sm_90"):
-        reason = choose("triton", CPU).reason
+        reason = select_with("triton", CPU).reason
     assert "Triton's active driver runs compiled kernels on cpu tensors" in reason
 
 
@@ -89,7 +89,7 @@ def test_as_rows():
         (x[:, :, :5], False, 8),
         (x[:, :1], False, 48),
         (x[:, ::2], False, 16),
-        (x[:, :5], True, 8),  # evenly spaced within a batch only
+        (x[:, :5], True, 8),  # rows are evenly spaced only within a batch
         (x[..., ::2], True, 4),
         (x[:1, :1].expand(4, 6, 8), False, 0),
     ):

@@ -1,4 +1,4 @@
-"""The CPU library's operator, and how libraries are found, built, loaded, or honestly missing."""
+"""The update of csrc's library for the CPU; how libraries are found, built and loaded."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_same_bits(case, dtype, rotary, operators):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize("rotary", [None, "interleaved"])
-def test_any_number_of_threads(rotary, threads, operators):
-    """Enough tokens for all threads; their shares end within sequences."""
+def test_bits_do_not_depend_on_the_number_of_threads(rotary, threads, operators):
+    """There are enough tokens for all threads, and the shares of threads end within sequences."""
     torch.set_num_threads(threads)
     arguments = make_arguments(
         torch.bfloat16,
@@ -61,7 +61,7 @@ def test_any_number_of_threads(rotary, threads, operators):
     assert_same_bits(arguments, after)
 
 
-def test_nothing_new(operators):
+def test_update_without_new_tokens(operators):
     arguments = make_arguments(torch.float32, "half-split", counts=[0, 0])
     after = expected(arguments)
     update(operators, arguments)
@@ -69,32 +69,32 @@ def test_nothing_new(operators):
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(12, torch.float32), (16, torch.float64)])
-def test_what_pytorch_serves(head_dim, dtype, operators):
+def test_unsupported_arguments_run_in_pytorch(head_dim, dtype, operators):
     arguments = make_arguments(dtype, None, head_dim=head_dim)
     after = expected(arguments)
     update(operators, arguments)
-    for name, wanted in after.items():
-        assert torch.equal(arguments[name], wanted)
+    for name, result in after.items():
+        assert torch.equal(arguments[name], result)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("nm") is None, reason="no nm for ELF")
-def test_no_streams(operators):
-    """They crash where the linker took a second libstdc++ into the library; see csrc/check.h."""
+def test_library_uses_no_cpp_streams(operators):
+    """Streams crash if the linker puts a second libstdc++ into the library; see csrc/check.h."""
     library = extension.status("cpu").removeprefix("loaded from ").partition(", kernels for ")[0]
     imported = subprocess.check_output(["nm", "-DC", "--undefined-only", library], text=True)
     assert "torch_parallel_for" in imported
     assert re.findall(".*std::.*(?:stream|locale|codecvt).*", imported) == []
 
 
-def test_no_compiler(tmp_path):
+def test_missing_compiler(tmp_path):
     loaded, status, error = finish(start(tmp_path, PATH="", CXX=""))
     assert not loaded
     assert status == "not loaded: no compiler: c++ is not on PATH"
     assert error == ""
 
 
-def test_a_broken_compiler(tmp_path):
-    """The reason is the line that names the error; it is said where it was tried."""
+def test_failing_compiler(tmp_path):
+    """The status and stderr contain the first line of the output with an error."""
     broken = fake_compiler(
         tmp_path, "echo in file x", "echo x.h:3: fatal error: no such header", "exit 4"
     )
@@ -128,7 +128,7 @@ print(extension.status("cpu"))
 
 @pytest.mark.slow
 def test_build_always(tmp_path):
-    """Raises, with all that the compiler said."""
+    """The error contains the whole output of the compiler."""
     broken = fake_compiler(tmp_path, "echo one", "echo error: two", "echo three", "exit 1")
     process = start(tmp_path, RAISES, MISTRAL_KERNELS_BUILD="always", CXX=broken)
     raised, status = process.communicate(timeout=120)[0].splitlines()
@@ -137,25 +137,25 @@ def test_build_always(tmp_path):
     assert status == "not loaded: error: two"
 
 
-def test_a_bad_setting(tmp_path):
+def test_bad_build_setting(tmp_path):
     process = start(tmp_path, RAISES, MISTRAL_KERNELS_BUILD="yes")
     raised, status = process.communicate(timeout=120)[0].splitlines()
-    words = "MISTRAL_KERNELS_BUILD must be 'auto', 'never' or 'always', got 'yes'"
-    assert raised == f"ValueError {words}"
-    assert status == f"not loaded: {words}"
+    message = "MISTRAL_KERNELS_BUILD must be 'auto', 'never' or 'always', got 'yes'"
+    assert raised == f"ValueError {message}"
+    assert status == f"not loaded: {message}"
 
 
 def test_devices_without_a_library(monkeypatch):
     monkeypatch.setattr(extension, "_libraries", {})
     assert not extension.load("mps")
-    assert extension.status("mps") == "not loaded: csrc has nothing for mps tensors"
+    assert extension.status("mps") == "not loaded: csrc has no kernels for mps tensors"
     if torch.version.cuda is None and torch.version.hip is None:
         assert not extension.load("cuda")
         assert extension.status("cuda") == "not loaded: this PyTorch is a CPU build"
 
 
-def test_an_installed_library_comes_first(tmp_path, monkeypatch):
-    """One that does not load is named, and the next is taken; one for a GPU is left alone."""
+def test_installed_library_has_precedence(tmp_path, monkeypatch):
+    """An installed library for a GPU is not used by a CPU build of PyTorch."""
     monkeypatch.setattr(extension, "_libraries", {})
     monkeypatch.setattr(extension, "INSTALLED", tmp_path)
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -164,12 +164,12 @@ def test_an_installed_library_comes_first(tmp_path, monkeypatch):
     monkeypatch.setattr(
         extension, "_open", lambda *x: opened.append(x) or extension._Library(True, "")
     )
-    monkeypatch.setattr(build_cache, "check_whole", lambda library: "checksum")
+    monkeypatch.setattr(build_cache, "verify_checksum", lambda library: "checksum")
     for device_type in compiler.DEVICE_TYPES:
         (tmp_path / compiler.library_name(device_type)).write_text("")
         extension.load(device_type)
     assert opened == [("cpu", tmp_path / compiler.library_name("cpu"))]
-    assert "was built at installation and is left alone" in extension.status("cuda")
+    assert "was built at installation and is not used" in extension.status("cuda")
 
 
 @pytest.mark.parametrize(
@@ -180,5 +180,5 @@ def test_an_installed_library_comes_first(tmp_path, monkeypatch):
         ("10.0+PTX;", ["100,code=sm_100", "100,code=compute_100"]),
     ],
 )
-def test_architectures(listed, codes):
+def test_gencode_flags(listed, codes):
     assert compiler._gencode(listed) == [f"-gencode=arch=compute_{code}" for code in codes]

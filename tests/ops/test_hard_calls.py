@@ -1,4 +1,4 @@
-"""Calls that were answered wrongly, or with an error that named nothing."""
+"""Regression tests of calls that once had wrong results or unclear errors."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def int32(*values: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("write", ["inference", "numpy", "data"])
-def test_offsets_that_change_between_calls(write: str) -> None:
-    """None of these writes is counted in the tensor's version."""
+def test_offsets_changed_without_a_new_version(write: str) -> None:
+    """These writes do not increment the version counter of the tensor."""
     q, kv = Q[0], KV[0]
     with torch.inference_mode(write == "inference"):
         array = np.array([0, 4, 4, 4], dtype=np.int32)
@@ -40,7 +40,7 @@ def test_offsets_that_change_between_calls(write: str) -> None:
         torch.testing.assert_close(out, torch.cat(parts))
 
 
-def test_pages_past_32_bits() -> None:
+def test_page_sizes_past_32_bits_are_refused() -> None:
     if not extension.load("cpu"):
         pytest.skip(extension.status("cpu"))
     token = torch.zeros(1, 1, 8)
@@ -69,7 +69,7 @@ FUNCTIONS = {
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiled_transforms(name: str) -> None:
-    """torch.compile takes the derivative of a transformed Function's forward, which is zero."""
+    """torch.compile would ignore the backward of a Function in a transform, and return 0."""
 
     def loss(q: torch.Tensor) -> torch.Tensor:
         return FUNCTIONS[name](q).pow(3).sum()
@@ -79,15 +79,15 @@ def test_compiled_transforms(name: str) -> None:
     assert expected.any()
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(gradient, backend="aot_eager")(Q), expected)
-    each = torch.func.vmap(gradient)
+    gradients = torch.func.vmap(gradient)
     batch = torch.stack([Q, 2 * Q])
-    compiled = torch.compile(each, backend="aot_eager")(batch)
-    torch.testing.assert_close(compiled, each(batch))
+    compiled = torch.compile(gradients, backend="aot_eager")(batch)
+    torch.testing.assert_close(compiled, gradients(batch))
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_compiled_with_one_tensor_twice(name: str) -> None:
+def test_compiled_with_the_same_tensor_twice(name: str) -> None:
     q = Q.clone().requires_grad_()
     (expected,) = torch.autograd.grad(FUNCTIONS[name](q).square().sum(), q)
     torch._dynamo.reset()
@@ -96,7 +96,7 @@ def test_compiled_with_one_tensor_twice(name: str) -> None:
 
 
 def test_autocast_changes_nothing() -> None:
-    """Operators compute in the dtype of their arguments, whatever PyTorch's own would do."""
+    """Operators compute in the dtype of their arguments, unlike PyTorch's operators."""
     q, kv = Q.clone().requires_grad_(), KV.clone()
     slopes = torch.tensor([0.1, 0.2, 0.3, 0.4])
     for options in ({}, {"alibi_slopes": slopes}):
@@ -109,26 +109,26 @@ def test_autocast_changes_nothing() -> None:
         torch.testing.assert_close(gradient, torch.autograd.grad(plain.sum(), q)[0])
 
 
-def test_the_longest_sequence_there_is() -> None:
-    """Its length and the new token do not fit 32 bits together."""
+def test_sequence_of_the_maximal_length() -> None:
+    """The length plus the new token exceeds int32."""
     cache = torch.randn(1, 4, 2, 8, dtype=torch.float64)
     arguments = (int32(2**31 - 1), int32(0, 1), 1)
     for dtype in (torch.float32, torch.float64):
         caches = [cache.to(dtype)] * 2
         q = Q[0, :1].to(dtype)
         out = mk.rolling_cache_attention(q, None, None, *caches, *arguments, sliding_window=4)
-        whole = reference.attention(q[None], *(x.to(dtype) for x in (cache, cache)))[0][0]
-        torch.testing.assert_close(out, whole)
+        expected = reference.attention(q[None], *(x.to(dtype) for x in (cache, cache)))[0][0]
+        torch.testing.assert_close(out, expected)
 
 
-def test_no_sequence_at_all() -> None:
+def test_batch_without_sequences() -> None:
     for dtype in (torch.float32, torch.float64):
         q, cache = torch.zeros(0, 1, 2, 8, dtype=dtype), torch.zeros(0, 4, 2, 8, dtype=dtype)
         assert mk.flash_attn_with_kvcache(q, cache, cache).shape == q.shape
 
 
 @pytest.mark.parametrize("flag", [np.True_, torch.tensor(True), np.array([1.0, 2.0])], ids=repr)
-def test_what_is_no_number(flag: object) -> None:
+def test_scale_that_is_not_a_number_is_refused(flag: object) -> None:
     with pytest.raises(TypeError, match=r"^softmax_scale must be a number, got "):
         flash_attn_func(Q, KV, KV, 0.0, flag)  # type: ignore[arg-type]
 
@@ -151,7 +151,7 @@ NEW = {"q": torch.ones(2, 2, 4, 8), "k": torch.ones(2, 2, 2, 8), "v": torch.ones
     ],
     ids=str,
 )
-def test_refused_before_a_cache_is_written(change: dict[str, object]) -> None:
+def test_bad_arguments_are_refused_before_the_cache_is_written(change: dict[str, object]) -> None:
     caches = {name: x.clone() for name, x in FLAT.items()}
     (name,) = change
     with pytest.raises((TypeError, ValueError), match=f"^{name} must be "):
@@ -159,7 +159,7 @@ def test_refused_before_a_cache_is_written(change: dict[str, object]) -> None:
     assert not any(x.any() for x in caches.values())
 
 
-def test_a_flat_cache_that_overflows_when_compiled() -> None:
+def test_flat_cache_overflow_when_compiled() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(mk.flash_attn_with_kvcache, backend="aot_eager")
     for lengths, fits in ((int32(2, 1), True), (int32(2, 3), False)):
@@ -173,18 +173,18 @@ def test_a_flat_cache_that_overflows_when_compiled() -> None:
                 compiled(**NEW, **caches, cache_seqlens=lengths)
 
 
-def test_vmap_over_a_caches_places() -> None:
+def test_vmap_over_cache_lengths_is_refused() -> None:
     def call(lengths: torch.Tensor) -> torch.Tensor:
         return mk.flash_attn_with_kvcache(NEW["q"], **FLAT, cache_seqlens=lengths)
 
     with pytest.raises(
-        NotImplementedError, match=r"^flash_attn_with_kvcache has no rule for torch"
+        NotImplementedError, match=r"^flash_attn_with_kvcache does not support torch"
     ):
         torch.func.vmap(call)(torch.ones(3, 2, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("name", ["rotary_cos", "rotary_sin", "alibi_slopes"])
-def test_gradients_that_a_flat_cache_lacks(name: str) -> None:
+def test_gradients_of_tables_and_slopes_are_refused(name: str) -> None:
     tables = {"rotary_cos": COS, "rotary_sin": SIN, "alibi_slopes": torch.ones(4)}
     tables[name] = tables[name].clone().requires_grad_()
     caches = {key: x.clone() for key, x in FLAT.items()}
@@ -192,11 +192,11 @@ def test_gradients_that_a_flat_cache_lacks(name: str) -> None:
         mk.flash_attn_with_kvcache(**NEW, **caches, cache_seqlens=0, **tables)
 
 
-def test_many_losses_at_once() -> None:
+def test_batched_gradients_of_a_loss() -> None:
     hidden = torch.randn(4, 8, requires_grad=True)
     loss = mk.linear_cross_entropy(hidden, KV[0, :, 0], torch.zeros(4).long())
-    (each,) = torch.autograd.grad(loss, hidden, torch.tensor([1.0, 2.0]), is_grads_batched=True)
-    torch.testing.assert_close(each[1], 2 * each[0])
+    (dhidden,) = torch.autograd.grad(loss, hidden, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    torch.testing.assert_close(dhidden[1], 2 * dhidden[0])
 
 
 @pytest.mark.parametrize("bad", [None, 3, [1.0], np.ones(8), "x"], ids=lambda x: type(x).__name__)
@@ -207,9 +207,9 @@ def test_many_losses_at_once() -> None:
         (mk.flash_attn_with_kvcache, "q k_cache v_cache"),
     ],
 )
-def test_what_is_no_tensor(function: object, names: str, bad: object) -> None:
+def test_arguments_that_are_not_tensors(function: object, names: str, bad: object) -> None:
     for name in names.split():
-        arguments = {each: bad if each == name else Q for each in names.split()}
+        arguments = {other: bad if other == name else Q for other in names.split()}
         with pytest.raises(TypeError, match=f"^{name} must be a tensor, got {type(bad).__name__}$"):
             function(**arguments)  # type: ignore[operator]
 
@@ -223,16 +223,17 @@ def test_what_is_no_tensor(function: object, names: str, bad: object) -> None:
         ((4, 8, float("nan")), "theta must be positive and finite, got nan"),
     ],
 )
-def test_tables_of_nothing(arguments: tuple[int, int, float], message: str) -> None:
+def test_bad_rotary_tables_are_refused(arguments: tuple[int, int, float], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         mk.rotary_tables(*arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_leftpad_in_a_ring_that_has_wrapped(dtype: torch.dtype) -> None:
-    """Padding counts positions, which are not the ring's slots any more."""
+def test_leftpad_in_a_wrapped_ring(dtype: torch.dtype) -> None:
+    """`leftpad` counts positions, which differ from the slots of a wrapped ring."""
     keys, values = torch.randn(2, 1, 7, 2, 8, dtype=dtype)
-    caches = [torch.cat((x[:, 4:], x[:, 3:4]), 1) for x in (keys, values)]  # 3 to 6 in 4 slots
+    # Positions 3 to 6 in 4 slots.
+    caches = [torch.cat((x[:, 4:], x[:, 3:4]), 1) for x in (keys, values)]
     q = Q[0, :1].to(dtype)
     for leftpad in (0, 4, 6):
         out = torch.ops.mistral_kernels.cached_attention(

@@ -1,7 +1,7 @@
-"""The same kernel tests under Triton's interpreter.
+"""The kernel tests, repeated under Triton's interpreter.
 
-Triton reads ``TRITON_INTERPRET`` when it is first imported, hence other processes: one a file, so
-that several cores share them.
+Triton reads ``TRITON_INTERPRET`` when it is first imported. Each test file therefore runs in a
+process of its own, so that several cores can share the files.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ FILES = [
     for path in sorted(TESTS.rglob("test_*.py"))
     if path != Path(__file__)
     and KERNELS.search(path.read_text())
-    and path.parent == Path(__file__).parent  # elsewhere they are run compiled, or are slow
+    and path.parent == Path(__file__).parent  # tests in other folders run compiled, or are slow
 ]
-NO_TESTS = 5  # as if all of a file's kernels are slow
+NO_TESTS = 5  # pytest's exit code if all kernel tests of a file are slow
 
 
 @pytest.mark.slow
@@ -44,7 +44,6 @@ def test_kernels_in_the_interpreter(file, request):
     assert result.returncode in (0, NO_TESTS), result.stdout + result.stderr
 
 
-def test_there_are_kernels_to_interpret():
-    """Files with kernels are found by what they say: these are among them."""
+def test_kernel_test_files_are_found():
     names = {Path(file).name for file in FILES}
     assert {"test_attention_kernels.py", "test_decode_kernels.py", "test_rms_norm.py"} <= names

@@ -1,4 +1,4 @@
-"""The product of a few rows, by csrc's kernel or split over the threads, is that of many."""
+"""ops.linear: few rows, computed by csrc's kernel or split over threads, and many rows."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_values_and_gradients(rows, out_features, in_features, dtype, device):
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_any_strides():
+def test_transposed_and_strided_inputs():
     x, weight = torch.randn(3, 40)[:, ::2], torch.randn(20, 16).T
     assert torch.allclose(linear(x, weight), x @ weight.T, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_few_rows_without_gradients(dtype, kernel_rows):
-    """One kernel for 1 to `KERNEL_ROWS` rows, so that a row's bits are the same in any batch."""
+    """One kernel computes 1 to `KERNEL_ROWS` rows: a row has the same bits in any batch."""
     x = torch.randn(KERNEL_ROWS + 1, 48).to(dtype)
     weight = torch.nn.Parameter(torch.randn(67, 48).to(dtype))
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_few_rows_without_gradients(dtype, kernel_rows):
         assert_as_accurate(y, F.linear(x, weight)[: len(y)], exact[: len(y)], "y")
 
 
-def test_what_the_kernel_leaves_to_pytorch(kernel_rows):
+def test_calls_that_pytorch_computes(kernel_rows):
     x, weight = torch.randn(3, 16), torch.randn(20, 16)
     assert linear(x, weight.clone().requires_grad_()).requires_grad
     assert linear(x.clone().requires_grad_(), weight).requires_grad

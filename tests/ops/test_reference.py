@@ -1,4 +1,4 @@
-"""The definitions themselves, against independent formulations in float64."""
+"""The reference definitions against independent formulations in float64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def qkv(seqlen_q, seqlen_k, heads=4, kv_heads=2, head_dim=3, batch=2):
 
 
 def attention_row_by_row(q, k, v, causal, window_size, scale, softcap, slopes):
-    """One query at a time, over a list of the keys it sees."""
+    """Compute attention for one query at a time, from the list of keys that the query sees."""
     (batch, seqlen_q, heads, _), seqlen_k = q.shape, k.shape[1]
     out, lse = torch.zeros_like(q), torch.empty(batch, heads, seqlen_q, **float64)
     left, right = window_size
@@ -33,17 +33,17 @@ def attention_row_by_row(q, k, v, causal, window_size, scale, softcap, slopes):
         for h in range(heads):
             g = h // (heads // k.shape[2])
             for i in range(seqlen_q):
-                place = i + seqlen_k - seqlen_q
+                position = i + seqlen_k - seqlen_q
                 keys = range(seqlen_k)
-                keys = [j for j in keys if left == -1 or place - j <= left]
-                keys = [j for j in keys if right == -1 or j - place <= right]
-                keys = [j for j in keys if not causal or j <= place]
+                keys = [j for j in keys if left == -1 or position - j <= left]
+                keys = [j for j in keys if right == -1 or j - position <= right]
+                keys = [j for j in keys if not causal or j <= position]
                 scores = []
                 for j in keys:
                     score = scale * (q[b, i, h] @ k[b, j, g]).item()
                     if softcap:
                         score = softcap * math.tanh(score / softcap)
-                    scores.append(score - slopes[b][h] * abs(place - j))
+                    scores.append(score - slopes[b][h] * abs(position - j))
                 total = math.fsum(math.exp(score) for score in scores)
                 lse[b, h, i] = math.log(total) if keys else -math.inf
                 for j, score in zip(keys, scores, strict=True):
@@ -77,7 +77,7 @@ def test_attention_row_by_row(seqlens, causal, window_size):
 
 
 @pytest.mark.parametrize("seqlens", [(9, 9), (4, 9)], ids=str)
-def test_attention_like_pytorch(seqlens):
+def test_attention_matches_pytorch(seqlens):
     q, k, v = qkv(*seqlens, heads=6, kv_heads=2)
     transposed = [x.transpose(1, 2) for x in (q, k, v)]
     expected = F.scaled_dot_product_attention(*transposed, enable_gqa=True)
@@ -88,7 +88,7 @@ def test_attention_like_pytorch(seqlens):
     torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
-def test_attention_of_rows_that_see_nothing():
+def test_attention_rows_that_see_no_key():
     q, k, v = (x.requires_grad_() for x in qkv(7, 3))
     out, lse = reference.attention(q, k, v, causal=True)
     assert (out[:, :4] == 0).all()
@@ -110,7 +110,7 @@ def test_gradients():
 
     def attention(q, k, v):
         out, lse = reference.attention(q, k, v, causal=True, window_size=(1, 0), softcap=1.5)
-        return out, lse[..., 2:]  # the first rows see nothing
+        return out, lse[..., 2:]  # the first rows see no key
 
     check(attention, *qkv(5, 3, batch=1))
     cos, sin = (table.double() for table in rotary_tables(9, 4, 10.0))
@@ -134,35 +134,35 @@ def test_gradients():
     )
 
 
-def test_rotary_turns_complex_numbers():
+def test_rotary_is_multiplication_of_complex_numbers():
     q, k = torch.randn(2, 5, 4, 6, **float64), torch.randn(2, 5, 2, 6, **float64)
     positions = torch.randint(100, (2, 5))
     cos, sin = rotary_tables(100, 6, 1e4)
-    turn = torch.complex(cos.double(), sin.double())[positions].unsqueeze(-2)
-    for x, turned in zip(
+    rotation = torch.complex(cos.double(), sin.double())[positions].unsqueeze(-2)
+    for x, rotated in zip(
         (q, k), reference.apply_rotary(q, k, cos, sin, positions, True), strict=True
     ):
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-        torch.testing.assert_close(turned, torch.view_as_real(pairs * turn).flatten(-2))
+        torch.testing.assert_close(rotated, torch.view_as_real(pairs * rotation).flatten(-2))
 
 
-def test_rotary_like_hugging_face():
+def test_rotary_matches_hugging_face():
     q, k = torch.randn(2, 5, 4, 6, **float64), torch.randn(2, 5, 2, 6, **float64)
     positions = torch.randint(100, (2, 5))
     cos, sin = (table.double() for table in rotary_tables(100, 6, 1e4))
     wide_cos, wide_sin = (torch.cat((t, t), -1)[positions].unsqueeze(2) for t in (cos, sin))
-    for x, turned in zip((q, k), reference.apply_rotary(q, k, cos, sin, positions), strict=True):
+    for x, rotated in zip((q, k), reference.apply_rotary(q, k, cos, sin, positions), strict=True):
         rotated_half = torch.cat((-x[..., 3:], x[..., :3]), dim=-1)
-        torch.testing.assert_close(turned, x * wide_cos + rotated_half * wide_sin)
+        torch.testing.assert_close(rotated, x * wide_cos + rotated_half * wide_sin)
 
 
 def test_swiglu_and_rms_norm_formulas():
     x, y, weight = torch.randn(3, 7, **float64), torch.randn(3, 7, **float64), torch.randn(7)
     torch.testing.assert_close(reference.swiglu(x, y), x / (1 + torch.exp(-x)) * y)
-    normalised, total = reference.rms_norm(x, weight.double(), 1e-3, residual=y)
+    normalized, total = reference.rms_norm(x, weight.double(), 1e-3, residual=y)
     torch.testing.assert_close(total, x + y)
     rms = ((x + y).pow(2).sum(-1, keepdim=True) / 7 + 1e-3).sqrt()
-    torch.testing.assert_close(normalised, (x + y) / rms * weight)
+    torch.testing.assert_close(normalized, (x + y) / rms * weight)
 
 
 def test_linear_cross_entropy_formula():
@@ -176,8 +176,8 @@ def test_linear_cross_entropy_formula():
 
 
 @pytest.mark.parametrize("window", [1, 3, 5])
-def test_rolling_cache_is_attention_over_the_whole_text(window):
-    """Chunks through rings of `window` slots give what one pass over the text gives."""
+def test_rolling_cache_matches_attention_over_the_whole_text(window):
+    """Chunks with rings of `window` slots give the results of one pass over the whole text."""
     lengths = [13, 9]
     texts = [tuple(x[0] for x in qkv(n, n, batch=1)) for n in lengths]
     k_cache = torch.full((2, window, 2, 3), math.nan, **float64)

@@ -1,7 +1,8 @@
-"""The backward operator of a part of the keys, with the output and log-sum-exp over all of them.
+"""Tests of the backward operator on a part of the keys, given the output and lse over all keys.
 
-So ring attention and other kinds of context parallelism call it: each device holds a part of the
-keys, merges the outputs of all parts, and asks each part for its share of the gradients.
+Ring attention and other kinds of context parallelism call the operator in this way. Each device
+holds a part of the keys. The outputs of all parts are merged, and each part computes its share of
+the gradients.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ HEADS, KV_HEADS, HEAD_DIM = 6, 2, 16
 
 
 class Part(NamedTuple):
-    """Keys [start, stop) of each sequence, and the window that they are seen through."""
+    """Keys [start, stop) of each sequence, and the window of the queries over this part."""
 
     start: int
     stop: int
@@ -28,7 +29,11 @@ class Part(NamedTuple):
 
 
 def whole_and_parts(kind: str, seqlen: int, split: int) -> tuple[Part, list[Part]]:
-    """Shift the window: queries stand on the last keys, nearer than an earlier part's were."""
+    """Return all keys as one part, and two parts with shifted windows.
+
+    Queries are aligned with the last key of each part, so distances to an earlier part are smaller
+    by the number of later keys.
+    """
     later = seqlen - split
     if kind == "full":
         return Part(0, seqlen, -1, -1), [Part(0, split, -1, -1), Part(split, seqlen, -1, -1)]
@@ -38,9 +43,10 @@ def whole_and_parts(kind: str, seqlen: int, split: int) -> tuple[Part, list[Part
     return Part(0, seqlen, left, 0), [Part(0, split, 3, -1), Part(split, seqlen, left, 0)]
 
 
-def merge(outs: list[Tensor], sums: list[Tensor]) -> tuple[Tensor, Tensor]:
-    lse = torch.logsumexp(torch.stack(sums), 0)
-    shares = [(x - lse).nan_to_num(-torch.inf, -torch.inf, -torch.inf).exp() for x in sums]
+def merge(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the output and the log-sum-exp over all parts."""
+    lse = torch.logsumexp(torch.stack(lses), 0)
+    shares = [(x - lse).nan_to_num(-torch.inf, -torch.inf, -torch.inf).exp() for x in lses]
     out = sum(
         x * share.transpose(-1, -2).unsqueeze(-1) for x, share in zip(outs, shares, strict=True)
     )
@@ -52,10 +58,10 @@ def merge(outs: list[Tensor], sums: list[Tensor]) -> tuple[Tensor, Tensor]:
     "kind", ["causal", *(pytest.param(x, marks=pytest.mark.long) for x in ("full", "window"))]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_parts_add_up(kind, packed, dtype, backend, device):
-    """To the gradients that float64 gives over all keys at once."""
+def test_gradients_of_parts_add_up(kind, packed, dtype, backend, device):
+    """Compare the gradients of the parts with float64 gradients over all keys at once."""
     if backend == "triton" and dtype == torch.float64:
-        pytest.skip("no float64 there")
+        pytest.skip("Triton kernels do not support float64")
     batch, queries, seqlen, split = 2, 45, 131, 67
     whole, parts = whole_and_parts(kind, seqlen, split)
     q, dout = (torch.randn(batch, queries, HEADS, HEAD_DIM, device=device) for _ in "qd")
@@ -68,7 +74,7 @@ def test_parts_add_up(kind, packed, dtype, backend, device):
 
     q, k, v, dout = (x.to(dtype) for x in (q, k, v, dout))
 
-    def laid_out(x: Tensor) -> Tensor:
+    def in_layout(x: Tensor) -> Tensor:
         return x.flatten(0, 1) if packed else x
 
     def options(part: Part) -> tuple:
@@ -80,19 +86,19 @@ def test_parts_add_up(kind, packed, dtype, backend, device):
         return *lengths, None, part.left, part.right, 0.0, None
 
     def keys(x: Tensor, part: Part) -> Tensor:
-        return laid_out(x[:, part.start : part.stop])
+        return in_layout(x[:, part.start : part.stop])
 
     results = [
-        ops.attention_forward(laid_out(q), keys(k, part), keys(v, part), *options(part), True)
+        ops.attention_forward(in_layout(q), keys(k, part), keys(v, part), *options(part), True)
         for part in parts
     ]
     out, lse = merge([x for x, _ in results], [x for _, x in results])
     torch.testing.assert_close(out.double().view_as(exact), exact.detach(), rtol=1e-5, atol=1e-5)
 
-    dq, dk, dv = torch.zeros_like(laid_out(q)), [], []
+    dq, dk, dv = torch.zeros_like(in_layout(q)), [], []
     for part in parts:
         grads = ops.attention_backward(
-            *(laid_out(dout), laid_out(q), keys(k, part), keys(v, part), out.contiguous(), lse),
+            *(in_layout(dout), in_layout(q), keys(k, part), keys(v, part), out.contiguous(), lse),
             *(*options(part), True, True, True),
         )
         dq += grads[0]

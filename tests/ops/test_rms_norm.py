@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch._dynamo.testing
 from support.helpers import FLOATS, assert_matches_reference
 from torch import Tensor
 
 from mistral_kernels.ops import reference
 from mistral_kernels.ops.rms_norm import rms_norm
 
-# The widest are shared by programs in backward.
+# In backward, several programs share each row of the widest shapes.
 SHAPES = [
     (0, 64),
     (1, 4096),
@@ -24,7 +23,7 @@ SHAPES = [
     (3, 16384),
 ]
 
-# Half of all, in which every two of shape, dtype and residual meet.
+# Half of all combinations: every pair of values of shape, dtype and residual occurs.
 CASES = [
     pytest.param(
         *(shape, dtype, residual),
@@ -55,9 +54,7 @@ def make_inputs(
 def test_values_and_gradients(shape, dtype, residual, backend, device):
     inputs = make_inputs(shape, dtype, device, residual)
     if residual and shape[-1] == 1:
-        # y is then the sign of x + residual: where they cancel, their rounding decides, by luck.
+        # y is then the sign of x + residual. Give both one sign: if they cancelled, rounding alone
+        # would decide the sign of y.
         inputs["residual"].detach().copysign_(inputs["x"].detach())
     assert_matches_reference(rms_norm, reference.rms_norm, inputs)
-
-
-X, W = torch.ones(3, 64), torch.ones(64)

@@ -1,4 +1,4 @@
-"""rolling_cache_update_ and rolling_cache_attention against a cache that only grows."""
+"""rolling_cache_update_ and rolling_cache_attention against a cache that keeps all tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ eager_attention = reference.eager_arithmetic()(reference.rolling_cache_attention
 
 @pytest.fixture(params=[*FLOATS, torch.float64], ids=str)
 def dtype(request, set_backend):
-    if request.param == torch.float64:  # no kernel has it
+    if request.param == torch.float64:  # supported by the torch backend only
         set_backend("torch")
     return request.param
 
@@ -47,14 +47,14 @@ def make_tokens(total, dtype, device):
 
 
 class GrowingCache:
-    """All keys and values of each sequence, in order."""
+    """Cache of all keys and values of each sequence, in order."""
 
     def __init__(self, batch):
         self.keys = [torch.empty(0, KV_HEADS, HEAD_DIM) for _ in range(batch)]
         self.values = list(self.keys)
 
     def append(self, q, k, v, counts, window):
-        """Return what each of the new tokens sees of everything up to itself."""
+        """Append the tokens and return their attention to all tokens up to themselves."""
         outs = []
         for i, new in enumerate(zip(*(x.split(counts) for x in (q, k, v)), strict=True)):
             self.keys[i] = torch.cat((self.keys[i], new[1]))
@@ -68,9 +68,9 @@ class GrowingCache:
 @settings(max_examples=60)
 @given(st.data())
 def test_any_sequence_of_chunks(data):
-    """Prompts, chunks longer than the ring, single tokens, idle sequences: always the whole text.
+    """Attention matches the whole text after prompts, long chunks, single and no new tokens.
 
-    A slot that was never written is NaN, so that reading it shows.
+    Slots that were never written hold NaN, so that reading one fails the test.
     """
     batch = data.draw(st.integers(1, 3), "batch")
     capacity = data.draw(st.integers(1, 6), "capacity")
@@ -92,7 +92,7 @@ def test_any_sequence_of_chunks(data):
         before = lengths.clone()
         assert rolling_cache_update_(k=k, v=v, **ring) is None
         assert torch.equal(lengths, before)
-        # Rings of unequal filling are masked, where NaN would still count.
+        # Rings that hold unequal numbers of tokens are masked, and a masked NaN still gives NaN.
         if max(counts) == min(counts) == 1 and len(set(lengths.clamp(max=capacity).tolist())) == 1:
             out = rolling_cache_attention(q, None, None, **ring, sliding_window=window)
             torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
@@ -141,11 +141,11 @@ def test_update_gradients_and_strides(counts, device):
 
     inputs = {"k_cache": rings[0], "v_cache": rings[1], "k": fused[:, 4:6], "v": fused[:, 6:]}
     assert_matches_reference(
-        update, lambda **x: reference.rolling_cache_update(**x, **named(where)), inputs
+        update, lambda **x: reference.rolling_cache_update(**x, **by_name(where)), inputs
     )
 
 
-def named(where):
+def by_name(where):
     return {"lengths": where[0], "cu_seqlens": where[1]}
 
 
@@ -165,39 +165,39 @@ def test_attention_and_gradients(lengths, counts, capacity, window, device):
     q, k, v = make_tokens(sum(counts), torch.float32, device)
     rings = make_ring(len(lengths), capacity, torch.float32, device)
     inputs = dict(zip(("q", "k", "v", "k_cache", "v_cache"), (q, k, v, *rings), strict=True))
-    # Alone with itself a token has weight 1: no gradient to measure.
+    # A token that sees only itself has weight 1, and q and the keys get no gradient.
     frozen = ("q", "k", "k_cache") if window == 1 or counts == [0] else ()
     inputs = {name: x.requires_grad_(name not in frozen) for name, x in inputs.items()}
-    where = named((int32(lengths, device), offsets(counts, device)))
+    where = by_name((int32(lengths, device), offsets(counts, device)))
     assert_matches_reference(
-        touching_all(
+        with_zero_gradients(
             lambda **x: rolling_cache_attention(
                 **x, **where, max_seqlen=max(counts), sliding_window=window
             )
         ),
-        touching_all(lambda **x: eager_attention(**x, **where, sliding_window=window)),
+        with_zero_gradients(lambda **x: eager_attention(**x, **where, sliding_window=window)),
         inputs,
     )
 
 
-def touching_all(function):
-    """Give a gradient of 0, not None, to a ring that no token reads."""
+def with_zero_gradients(function):
+    """Add 0 times each input, so that a ring that no token reads has gradient 0 and not None."""
     return lambda **x: function(**x) + sum(0 * y.sum() for y in x.values())
 
 
 @pytest.mark.parametrize("lengths", [[0, 0], [3, 29], [29, 30], [29, 29], [500, 31], [7, 500]])
 @pytest.mark.parametrize("window", [30, 11, 1, 40, None])
 def test_decode_after_update(lengths, window, dtype, device):
-    """One token a sequence: update, then attend to the ring alone."""
+    """Write one token per sequence, then attend to the ring without new tokens."""
     q, k, v = make_tokens(2, dtype, device)
     rings = make_ring(2, 30, dtype, device)
-    where = named((int32(lengths, device), int32([0, 1, 2], device)))
-    # Past its capacity a ring without a narrower window has lost the oldest key to the new one.
-    shown = min(window or 30, 30)
+    where = by_name((int32(lengths, device), int32([0, 1, 2], device)))
+    # In a full ring the new token has overwritten the oldest key: at most 30 keys are visible.
+    visible = min(window or 30, 30)
     exact = reference.rolling_cache_attention(
-        *(x.double() for x in (q, k, v, *rings)), **where, sliding_window=shown
+        *(x.double() for x in (q, k, v, *rings)), **where, sliding_window=visible
     )
-    plain = eager_attention(q, k, v, *rings, **where, sliding_window=shown)
+    plain = eager_attention(q, k, v, *rings, **where, sliding_window=visible)
     rolling_cache_update_(*rings, k, v, **where, max_seqlen=1)
     out = rolling_cache_attention(
         q, None, None, *rings, **where, max_seqlen=1, sliding_window=window
@@ -207,12 +207,12 @@ def test_decode_after_update(lengths, window, dtype, device):
 
 @pytest.mark.parametrize("options", [{}, {"softmax_scale": 0.7}], ids=str)
 def test_scale_and_strides(options, device):
-    """Tokens of a fused projection, in a chunk and one by one."""
+    """Slices of a fused projection, as a chunk and as single tokens."""
     rings = make_ring(2, 6, torch.float32, device)
     for counts in ([3, 9], [1, 1]):
         fused = torch.randn(sum(counts), 8, HEAD_DIM, device=device)
         q, k, v = fused.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
-        where = named((int32([4, 11], device), offsets(counts, device)))
+        where = by_name((int32([4, 11], device), offsets(counts, device)))
         expected = reference.rolling_cache_attention(
             q, k, v, *rings, **where, sliding_window=6, **options
         )
@@ -225,6 +225,3 @@ def test_scale_and_strides(options, device):
                 q, None, None, *rings, **where, sliding_window=6, **options
             )
             torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-
-
-C, KV, QS = torch.zeros(2, 5, KV_HEADS, 8), torch.ones(4, KV_HEADS, 8), torch.ones(4, HEADS, 8)

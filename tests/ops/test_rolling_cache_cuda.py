@@ -1,4 +1,4 @@
-"""csrc/rolling_cache.cu: compiled by nvcc, and its PTX executed on CPU tensors, bit for bit."""
+"""csrc/cuda/rolling_cache.cu: compiled by nvcc, its PTX executed on CPU tensors, bit for bit."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from mistral_kernels.ops import compiler, rolling_cache
 ROTARY = [None, "half-split", "interleaved"]
 KERNELS = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
-# In the place of a launch: what the operators made of their arguments, and how to launch it.
+# Replaces the launch of the kernel: captures the kernel's argument and the launch parameters.
 CAPTURE = """
 #include "cuda/rolling_cache.h"
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 namespace kernels {
-bool serving = true;
+bool kernels_enabled = true;
 Update captured;
 const char* update(const Update& u, void*) { captured = u; return nullptr; }
 EXPORTED int size() { return sizeof(Update); }
@@ -43,7 +43,7 @@ EXPORTED void shape(uint32_t* to) {
 }
 }
 """
-CAPTURED = "rolling_cache_capture"  # the namespace of operators that only capture
+CAPTURED = "rolling_cache_capture"  # namespace of the operators that capture and do not launch
 
 
 def tensors_of(arguments: dict[str, Any]) -> list[torch.Tensor]:
@@ -57,7 +57,7 @@ class Launch(NamedTuple):
 
 
 class CudaUpdate:
-    """The operator, its kernel run by ptxrun on CPU tensors."""
+    """The update operators, with the CUDA kernel executed by ptxrun on CPU tensors."""
 
     def __init__(self, folder: Any) -> None:
         self.module = ptxrun.compile_cuda(
@@ -102,7 +102,7 @@ class CudaUpdate:
 @pytest.fixture(scope="module")
 def cuda_update(tmp_path_factory: pytest.TempPathFactory) -> CudaUpdate:
     if shutil.which("nvcc") is None:
-        pytest.skip("nvcc, which compiles CUDA, is absent")
+        pytest.skip("nvcc is not installed")
     return CudaUpdate(tmp_path_factory.mktemp("capture"))
 
 
@@ -112,12 +112,12 @@ def cuda_update(tmp_path_factory: pytest.TempPathFactory) -> CudaUpdate:
         pytest.param(case, dtype, rotary, marks=() if dtype == torch.bfloat16 else pytest.mark.slow)
         for i, (case, rotary) in enumerate(UPDATES)
         for k, dtype in enumerate(FLOATS)
-        # Of the others half, in which every two of case, dtype and rotary meet.
+        # Half of the combinations of the other dtypes: all pairs of values occur.
         if dtype == torch.bfloat16 or (i + k) % 2
     ],
     ids=str,
 )
-def test_same_bits(case, dtype, rotary, cuda_update):
+def test_kernel_has_the_bits_of_pytorch(case, dtype, rotary, cuda_update):
     arguments = make_arguments(dtype, rotary, **CASES[case])
     after = expected(arguments)
     cuda_update(arguments)
@@ -129,7 +129,7 @@ def test_same_bits(case, dtype, rotary, cuda_update):
     [x for x in UPDATES if x[0] in ("longer-than-the-ring", "fused-qkv", "paged", "misaligned")],
 )
 def test_no_races(case, rotary, cuda_update):
-    """No two blocks touch the same byte, one of them writing."""
+    """No block writes a byte that another block reads or writes."""
     arguments = make_arguments(torch.bfloat16, rotary, **CASES[case])
     after = expected(arguments)
     with ptxrun.options(racecheck=True):
@@ -139,7 +139,7 @@ def test_no_races(case, rotary, cuda_update):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_width_of_accesses(dtype, cuda_update):
-    """As wide as pointers, strides and half a head allow."""
+    """Accesses are as wide as pointers, strides and half a head allow, up to 16 bytes."""
     element = dtype.itemsize
     widths = {
         "decode": 16,
@@ -157,7 +157,7 @@ def test_width_of_accesses(dtype, cuda_update):
     for sin in (
         torch.randn(200, 33)[:, :32],
         torch.randn(200 * 32 + 1)[1:].view(200, 32),
-    ):  # a stride or the pointer of these angles alone is off
+    ):  # the stride or the pointer of sin alone is unaligned
         arguments = {**make_arguments(dtype, "half-split"), "sin": sin}
         assert cuda_update(arguments).access_bytes == element
 
@@ -166,7 +166,10 @@ def test_width_of_accesses(dtype, cuda_update):
 @pytest.mark.parametrize("tokens", [1, 512])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_bytes_moved(batch, tokens, rotary, cuda_update):
-    """At Mistral-7B's size, nothing twice, 16 bytes a thread; cos and sin once a position."""
+    """At Mistral-7B's size each byte is moved once, in accesses of 16 bytes per thread.
+
+    cos and sin are read once per position.
+    """
     arguments = make_arguments(
         torch.bfloat16,
         rotary,
@@ -174,18 +177,19 @@ def test_bytes_moved(batch, tokens, rotary, cuda_update):
         capacity=600,
         head_dim=128,
         heads=(32, 8),
-        lengths=[100 + 600 * i for i in range(batch)],  # no two at one position
+        lengths=[100 + 600 * i for i in range(batch)],  # all positions differ
         num_positions=100 + 600 * batch,
     )
-    # ptxrun counts by allocation those that it meets through pointers in memory: here one.
+    # One allocation for all tensors: the kernel reads their pointers from memory, and ptxrun then
+    # counts the bytes of an allocation together.
     room, start = (
         torch.empty(sum(x.nbytes + 64 for x in tensors_of(arguments)), dtype=torch.int8),
         0,
     )
     for name, x in arguments.items():
         if isinstance(x, torch.Tensor):
-            place = room[start : start + x.nbytes].view(x.dtype).view(x.shape)
-            arguments[name] = place.copy_(x)
+            part = room[start : start + x.nbytes].view(x.dtype).view(x.shape)
+            arguments[name] = part.copy_(x)
             start += -(-x.nbytes // 64) * 64
     with ptxrun.options(profile=True):
         ptxrun.reset_profile()
@@ -194,13 +198,12 @@ def test_bytes_moved(batch, tokens, rotary, cuda_update):
     heads = 48 if rotary else 16
     minimum = batch * tokens * (2 * heads * 128 * 2 + (2 * 64 * 4 if rotary else 0))
     assert profile.dram_bytes <= 1.02 * minimum
-    # Of each thread 2 vectors read and written and at most 4 of angles; 3 requests are scalars.
+    # Each thread reads 2 vectors, writes 2, reads at most 4 vectors of angles, and 3 scalars.
     warps = batch * tokens * heads * 8 / 32
     assert profile.global_requests <= (11 if rotary else 7) * warps
 
 
-def test_more_than_a_grid(cuda_update):
-    """Loops of the kernel do what a smaller grid leaves."""
+def test_grid_smaller_than_the_work(cuda_update):
     arguments = make_arguments(torch.bfloat16, "half-split", counts=[40, 3, 17], capacity=30)
     after = expected(arguments)
     cuda_update(arguments, grid=(1, 2))
@@ -208,10 +211,10 @@ def test_more_than_a_grid(cuda_update):
 
 
 @pytest.mark.slow
-def test_whole_library(tmp_path):
-    """Bindings and kernels compile and link for every architecture, beside any PyTorch."""
+def test_library_compiles_for_every_architecture(tmp_path):
+    """Bindings and kernels compile and link with any build of PyTorch."""
     if compiler.nvcc() is None:
-        pytest.skip("nvcc, which compiles CUDA, is absent")
+        pytest.skip("nvcc is not installed")
     numbers = [str(target.arch) for target in TARGETS.values() if target.backend == "cuda"]
     library = tmp_path / compiler.library_name("cuda")
     compiler.build("cuda", library, ";".join(f"{n[:-1]}.{n[-1]}" for n in numbers))

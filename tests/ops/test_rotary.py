@@ -1,4 +1,4 @@
-"""rotary_tables and apply_rotary, in place too: exact angles, both layouts, in place."""
+"""rotary_tables, apply_rotary and apply_rotary_: exact angles, both layouts, memory layouts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def test_tables_at_far_positions(theta):
     assert cos.shape == sin.shape == (131072, 64)
     for position in (0, 1, 4095, 32767, 131071):
         for i in range(64):
-            # The double nearest to the exact product: off by one rounding of the frequency.
+            # The float64 nearest to the exact product; its error is one rounding of the frequency.
             angle = float(position * Fraction(theta ** (-2 * i / 128)))
-            allowed = 2**-24 + 4e-16 * max(1.0, angle)  # half a float32 ulp below 1, and doubles
+            allowed = 2**-24 + 4e-16 * max(1.0, angle)  # half a float32 ulp below 1, and float64
             assert abs(cos[position, i].item() - math.cos(angle)) <= allowed
             assert abs(sin[position, i].item() - math.sin(angle)) <= allowed
 
@@ -46,10 +46,13 @@ def as_complex(x, interleaved):
     "head_dim",
     [pytest.param(size, marks=pytest.mark.slow if size != 20 else ()) for size in (2, 20, 128)],
 )
-def test_each_pair_turns_by_its_angle(head_dim, dtype, interleaved, backend, device):
-    """Within one rounding of the result and two of float32; gradients turn the other way."""
+def test_each_pair_rotates_by_its_angle(head_dim, dtype, interleaved, backend, device):
+    """Errors are at most one rounding of the result and two of float32.
+
+    Gradients rotate by the negative angle.
+    """
     q, k, cos, sin, positions = make_inputs(dtype, device, head_dim)
-    turn = torch.complex(cos.double(), sin.double())[positions].unsqueeze(2)
+    rotation = torch.complex(cos.double(), sin.double())[positions].unsqueeze(2)
     wide = torch.promote_types(dtype, torch.float32)
     outs = apply_rotary(q, k, cos, sin, positions, interleaved)
     cotangents = [torch.randn_like(x) for x in (q, k)]
@@ -57,7 +60,7 @@ def test_each_pair_turns_by_its_angle(head_dim, dtype, interleaved, backend, dev
     for x, out, dout, dx in zip((q, k), outs, cotangents, gradients, strict=True):
         assert out.dtype == dx.dtype == dtype
         assert out.shape == x.shape
-        for start, end, angle in ((x, out, turn), (dout, dx, turn.conj())):
+        for start, end, angle in ((x, out, rotation), (dout, dx, rotation.conj())):
             exact = as_complex(start.double(), interleaved) * angle
             error = (as_complex(end.detach().double(), interleaved) - exact).abs()
             rounding = torch.finfo(dtype).eps / 2 + 2 * torch.finfo(wide).eps
@@ -80,13 +83,13 @@ def test_scores_depend_on_distance_alone(device, torch_backend):
     positions = torch.arange(7, device=device).expand(2, 7)
 
     def scores(shift):
-        turned = apply_rotary(q, k, cos, sin, positions + shift)
-        return torch.einsum("bqhd,bkgd->bhgqk", *turned)
+        rotated = apply_rotary(q, k, cos, sin, positions + shift)
+        return torch.einsum("bqhd,bkgd->bhgqk", *rotated)
 
     torch.testing.assert_close(scores(0), scores(1234), rtol=0, atol=1e-5)
 
 
-def test_inputs_stay_and_may_be_views(backend, device):
+def test_inputs_are_unchanged_and_may_be_views(backend, device):
     q, k, *rest = make_inputs(torch.float32, device)
     q, k = q.detach(), k.detach()
     fused = torch.cat((q, k), dim=2)
@@ -100,7 +103,7 @@ def test_inputs_stay_and_may_be_views(backend, device):
     assert [x.shape for x in none] == [(2, 0, 4, 20), (2, 0, 2, 20)]
 
 
-# The shape of some memory, and where in it q and k lie.
+# The shape of a tensor, and the function that slices q and k from it.
 IN_MEMORY = {
     "apart": ((2, 2, 7, 4, 20), lambda x: (x[0], x[1, :, :, :2])),
     "fused": ((2, 7, 8, 20), lambda x: (x[:, :, :4], x[:, :, 4:6])),
@@ -116,32 +119,32 @@ IN_MEMORY = {
 )
 @pytest.mark.parametrize("where", IN_MEMORY)
 def test_in_place(where, dtype, interleaved, backend, device):
-    """The bits of `apply_rotary`, of gradients too; what lies between q and k is left alone."""
-    shape, places = IN_MEMORY[where]
+    """Results and gradients have the bits of `apply_rotary`; elements outside q and k are kept."""
+    shape, slices = IN_MEMORY[where]
     memory, dout = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     cos, sin = rotary_tables(5000, 20, 1e4, device)
-    positions = torch.randint(5000, places(memory)[0].shape[:-2], device=device)
+    positions = torch.randint(5000, slices(memory)[0].shape[:-2], device=device)
     rest = cos, sin, positions, interleaved
 
-    leaves = [x.clone().requires_grad_() for x in places(memory)]
+    leaves = [x.clone().requires_grad_() for x in slices(memory)]
     outs = apply_rotary(*leaves, *rest)
-    gradients = torch.autograd.grad(outs, leaves, places(dout))
+    gradients = torch.autograd.grad(outs, leaves, slices(dout))
     expected, dexpected = memory.clone(), dout.clone()
     for whole, values in ((expected, outs), (dexpected, gradients)):
-        for place, value in zip(places(whole), values, strict=True):
-            place.copy_(value.detach())
+        for part, value in zip(slices(whole), values, strict=True):
+            part.copy_(value.detach())
 
     leaf = memory.clone().requires_grad_()
     out = leaf.clone()
-    apply_rotary_(*places(out), *rest)
+    apply_rotary_(*slices(out), *rest)
     (dx,) = torch.autograd.grad(out, leaf, dout)
     assert torch.equal(out, expected)
     assert torch.equal(dx, dexpected)
 
-    q, k = places(memory)
-    turned = apply_rotary_(q, k, *rest)
-    assert turned[0] is q
-    assert turned[1] is k
+    q, k = slices(memory)
+    rotated = apply_rotary_(q, k, *rest)
+    assert rotated[0] is q
+    assert rotated[1] is k
     assert torch.equal(memory, expected)
 
 
@@ -151,8 +154,8 @@ def make_fused(device):
     return memory, cos, sin, torch.randint(5000, (2, 7), device=device)
 
 
-def test_what_autograd_needs_is_not_overwritten(backend, device):
-    """PyTorch refuses, in its own words, before anything is written."""
+def test_tensors_that_autograd_needs_are_not_overwritten(backend, device):
+    """PyTorch's own error is raised before anything is written."""
     memory, *rest = make_fused(device)
     leaf, plain = memory.clone().requires_grad_(), memory[..., 4:, :].clone()
     for q, k, message in (
@@ -170,25 +173,25 @@ def test_what_autograd_needs_is_not_overwritten(backend, device):
     apply_rotary_(saved, plain, *rest)
     with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
         square.sum().backward()
-    q, k = memory.split((4, 2), dim=-2)  # which have no history
+    q, k = memory.split((4, 2), dim=-2)  # without history
     expected = apply_rotary(q, k, *rest)
     assert all(torch.equal(x, y) for x, y in zip(apply_rotary_(q, k, *rest), expected, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("places", "message"),
+    ("make_q_and_k", "message"),
     [
         (
             lambda x, y: (x[:, :, :1].expand_as(x), y),
-            "q must have .* twice, got .* 0, 1",
+            "q must have .* repeated elements, got .* 0, 1",
         ),
         (lambda x, y: (y, x[:1].expand_as(x)), r"k must have .* got .* strides \(0, 32, 8, 1"),
         (lambda x, y: (y, x[:, :1].expand_as(x)), r"k must have .* strides \(256, 0, 8, 1"),
-        (lambda x, y: (x.as_strided((2, 8, 2, 8), (256, 32, 4, 1)), y), "q must have .* twice"),
-        (lambda x, y: (x.transpose(1, 2), y[:, :4]), "q must have tokens evenly spaced.*_rotary$"),
+        (lambda x, y: (x.as_strided((2, 8, 2, 8), (256, 32, 4, 1)), y), "q must have .* repeated"),
+        (lambda x, y: (x.transpose(1, 2), y[:, :4]), "q must have evenly spaced tokens.*_rotary$"),
         (
             lambda x, y: (torch.stack((x, x), -1)[..., 0], y),
-            "q must have .*channels side by",
+            "q must have .*contiguous channels",
         ),
         (lambda x, y: (x, x), "q and k must not share memory; use apply_rotary"),
         (lambda x, y: (x, x[:, :, 3:]), "q and k must not share memory"),
@@ -196,17 +199,13 @@ def test_what_autograd_needs_is_not_overwritten(backend, device):
         (lambda x, y: (x[:, :, 1:], x[:, :, :2]), "q and k must not share memory"),
     ],
 )
-def test_in_place_each_element_has_its_own_place(places, message, backend, device):
+def test_in_place_requires_distinct_evenly_spaced_elements(make_q_and_k, message, backend, device):
     x, y = torch.zeros(2, 2, 8, 4, 8, device=device)
-    q, k = places(x, y)
+    q, k = make_q_and_k(x, y)
     cos, sin = rotary_tables(10, 8, 1e4, device)
     positions = torch.zeros(q.shape[:2], dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match=f"^apply_rotary_: {message}"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         apply_rotary_(q, k, cos, sin, positions)
-
-
-Q, K, P = torch.ones(3, 4, 8), torch.ones(3, 2, 8), torch.arange(3)
-COS, SIN = torch.ones(10, 4), torch.ones(10, 4)
 
 
 def test_odd_head_dim():
@@ -215,7 +214,7 @@ def test_odd_head_dim():
 
 
 def test_torch_compile_in_place(backend, device):
-    """The same, where q and k are parts of an argument, and where they are made inside."""
+    """Rotate slices of an argument, and of a tensor that the compiled function creates."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
 
@@ -242,7 +241,7 @@ def test_torch_compile_in_place(backend, device):
 @pytest.mark.long
 @pytest.mark.parametrize(("head_dim", "interleaved"), [(2, False), (36, False), (36, True)])
 def test_in_place_without_races(head_dim, interleaved, triton_backend, device):
-    """No thread stores where another one has yet to load, however wide their accesses are."""
+    """No thread stores channels that another thread has not loaded yet, at any access width."""
     if device.type != "cpu":
         pytest.skip("ptxrun checks on CPU tensors")
     memory = torch.randn(9, 12, head_dim).half()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch._dynamo.testing
 from support.helpers import FLOATS, assert_matches_reference
 
 from mistral_kernels.ops import reference
@@ -15,7 +14,7 @@ both_forms = pytest.mark.parametrize("fused", [False, True], ids=["two", "fused"
 
 
 def make_inputs(shape, dtype, device, fused=False):
-    """gate and up of this shape, or both in one."""
+    """Return gate and up of this shape, or a fused gate."""
     if fused:
         shape = (*shape[:-1], 2 * shape[-1])
     return {
@@ -43,7 +42,7 @@ def test_scalars(backend, device):
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_halves_of_a_fused_projection(dtype, backend, device):
-    """Wherever its rows lie; as one tensor the same bits, of one gradient."""
+    """With any strides, the fused call has the bits of two halves and one contiguous gradient."""
     wide = torch.randn(5, 7, 66, device=device).to(dtype)
     spread = torch.stack((wide, wide), dim=-1)[..., 0]
     for fused in (wide, wide.transpose(0, 1), wide[..., :64], spread):

@@ -1,4 +1,4 @@
-"""attention's tiles: a rule for every device and size, its exceptions, and smaller tiles."""
+"""Tests of the tiles of attention: the rule, its exceptions, and smaller tiles."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def device(name):
     return DeviceProperties(target.backend, target.arch, 100, target.shared_memory)
 
 
-def test_the_next_smaller_configuration_where_the_first_does_not_fit(monkeypatch, set_backend):
-    """A device with less shared memory than its kin launches all the same, and remembers."""
+def test_smaller_configuration_is_used_if_the_first_does_not_fit(monkeypatch, set_backend):
+    """Check that the number of configurations that do not fit is stored for later calls."""
     set_backend("triton")
     monkeypatch.setitem(TARGETS, "small", TARGETS["sm_80"]._replace(shared_memory=20 << 10))
     monkeypatch.setattr(tiles, "_misfits", {})
@@ -41,8 +41,8 @@ def test_every_device_has_a_tile_for_every_size(kernel):
                     arguments = kernel, size, element_bytes, a_device, descriptors
                     configs = tiles.configs(*arguments)
                     assert configs[-1]["BLOCK_M"] == configs[-1]["BLOCK_N"] == 16
-                    has_them = a_device.platform == "cuda" and 90 <= a_device.arch < 120
-                    assert not configs[0]["DESCRIPTORS"] or (descriptors and has_them)
+                    has_tma = a_device.platform == "cuda" and 90 <= a_device.arch < 120
+                    assert not configs[0]["DESCRIPTORS"] or (descriptors and has_tma)
 
 
 MEASURED = {
@@ -55,16 +55,16 @@ MEASURED = {
 
 
 @pytest.mark.parametrize("kernel", tiles.KERNELS)
-def test_measured(kernel):
-    """The fastest on an H200 at head_dim 128: to be changed by a measurement only."""
+def test_tiles_measured_on_h200(kernel):
+    """Check the fastest tiles at head_dim 128. Only a new measurement may change them."""
     descriptors = kernel not in ("attention_decode", "attention_chunk")
     chosen = tiles.choose_tile(kernel, 128, 2, device("sm_90"), descriptors)
     assert chosen == MEASURED[kernel]
 
 
 @pytest.mark.parametrize("kernel", tiles.KERNELS)
-def test_exceptions_differ_from_what_they_except(kernel, monkeypatch):
-    """Each entry changes what would be chosen without it, somewhere: none is dead."""
+def test_every_exception_changes_the_tile(kernel, monkeypatch):
+    """Remove each exception and check that another tile is chosen."""
     for arch, entries in tiles.EXCEPTIONS[kernel].items():
         name = {"cdna": "gfx942", "rdna": "gfx1100", "rdna4": "gfx1201"}.get(arch, arch)
         for (element_bytes, head_dim), tile in entries.items():

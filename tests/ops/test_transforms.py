@@ -1,6 +1,7 @@
 """The operators under PyTorch's transforms: torch.func, forward mode, fake tensors, tracing.
 
-Each either gives what the plain call gives, or raises an error that names the operator.
+A transformed call returns the results of the plain call, or raises an error that names the
+operator.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ every_case = pytest.mark.parametrize("case", ROWS, ids=lambda case: case.name)
 def split(
     case: OperatorCase, device: str | torch.device = "cpu"
 ) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """Return a function of the differentiable inputs, of one output, and arguments for it."""
+    """Return a function of the differentiable inputs with one output, and its arguments."""
     inputs = case.sample(7, device=device)
     arguments = [inputs[name].detach() for name in case.differentiable]
 
@@ -61,7 +62,7 @@ def numbers(arguments: list[Tensor]) -> tuple[int, ...]:
 
 @every_case
 def test_gradient_and_vmap(case, backend, device):
-    """func.grad, vmap, and both ways of one around the other, are what plain calls give."""
+    """func.grad, vmap, and each of them around the other return the results of plain calls."""
     function, arguments = split(case, device)
     every = numbers(arguments)
     gradients = torch.func.grad(scalar(function), argnums=every)(*arguments)
@@ -71,7 +72,7 @@ def test_gradient_and_vmap(case, backend, device):
     rows = list(zip(*batched, strict=True))
     expected = torch.stack([function(*row) for row in rows])
     torch.testing.assert_close(torch.func.vmap(function)(*batched), expected)
-    # One of the arguments is shared by all examples.
+    # All examples share the arguments except the first.
     shared = torch.func.vmap(function, in_dims=(0, *[None] * (len(arguments) - 1)))
     expected = torch.stack([function(x, *arguments[1:]) for x in batched[0]])
     torch.testing.assert_close(shared(batched[0], *arguments[1:]), expected)
@@ -85,25 +86,27 @@ def test_gradient_and_vmap(case, backend, device):
 
 
 @every_case
-def test_forward_mode_is_refused(case, device):
-    """Tangents are never lost: they would come out as zeros."""
+def test_forward_mode_raises(case, device):
+    """Tangents are not dropped silently, which would return zeros."""
     function, arguments = split(case, device)
     tangents = [torch.ones_like(x) for x in arguments]
     operator = case.public_name.removeprefix("apply_")
-    message = f"{operator}.* has no forward-mode derivative: use reverse mode"
+    message = f"{operator}.* has no forward-mode derivative; use reverse mode"
     with pytest.raises(NotImplementedError, match=message):
         torch.func.jvp(function, tuple(arguments), tuple(tangents))
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(x, t) for x, t in zip(arguments, tangents, strict=True)]
         with pytest.raises(NotImplementedError, match=message):
             function(*duals)
-        function(*arguments)  # without tangents there is nothing to lose
+        function(*arguments)  # without tangents the call succeeds
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in ROWS if case.twice is False], ids=lambda case: case.name
+    "case",
+    [case for case in ROWS if case.twice_differentiable is False],
+    ids=lambda case: case.name,
 )
-def test_second_derivative_is_refused(case, device):
+def test_second_derivative_raises(case, device):
     function, arguments = split(case, device)
 
     def slope(x):
@@ -114,10 +117,10 @@ def test_second_derivative_is_refused(case, device):
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in ROWS if case.twice is True], ids=lambda case: case.name
+    "case", [case for case in ROWS if case.twice_differentiable is True], ids=lambda case: case.name
 )
 def test_second_derivative_of_a_rotation(case, device):
-    """The sum of the squares has twice the identity."""
+    """The second derivative of the sum of squares is twice the identity."""
     function, (q, k) = split(case, device)
     slope = torch.func.grad(scalar(function))
     direction = torch.randn_like(q)
@@ -140,7 +143,7 @@ def test_traced(case, trained, device):
 @pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
 @every_case
 def test_fake_and_meta_tensors(case, trained):
-    """Shapes without values: those that real tensors give."""
+    """Outputs and gradients have the shapes and dtypes of those of real tensors."""
     function, arguments = split(case)
     expected = function(*arguments)
 
@@ -155,20 +158,19 @@ def test_fake_and_meta_tensors(case, trained):
             out.sum().backward()
             assert [x.grad.shape for x in arguments] == [x.shape for x in arguments]
 
-    on_lengths = (
-        trained and case.name == "rolling_cache_attention"
-    )  # in PyTorch, sequence by sequence
-    if not on_lengths:
+    # In training PyTorch computes it sequence by sequence, which reads `lengths`.
+    reads_lengths = trained and case.name == "rolling_cache_attention"
+    if not reads_lengths:
         shapes("meta")
     with FakeTensorMode():
-        if on_lengths:
+        if reads_lengths:
             with pytest.raises(DataDependentOutputException):
                 shapes("cpu")
         else:
             shapes("cpu")
 
 
-def test_cache_updates_are_refused(device):
+def test_cache_update_raises_under_transforms(device):
     """An update writes into its caches, which torch.func cannot follow."""
     k = torch.randn(3, KV_HEADS, HEAD_DIM, device=device)
     caches = [torch.zeros(1, 5, KV_HEADS, HEAD_DIM, device=device) for _ in "kv"]
@@ -191,7 +193,7 @@ def test_cache_updates_are_refused(device):
 
 
 def test_operators_under_vmap(device):
-    """Operators by their own names, too; each example must have the tensor that is written."""
+    """Operators run once per example; a tensor that is written must have a batch dimension."""
     ops = torch.ops.mistral_kernels
     caches = torch.zeros(2, 3, 1, 5, KV_HEADS, HEAD_DIM, device=device)
     k = torch.randn(3, 2, KV_HEADS, HEAD_DIM, device=device)
@@ -206,7 +208,7 @@ def test_operators_under_vmap(device):
     for cache in caches:
         assert torch.equal(cache[:, 0, [4, 0]], k)
         assert not cache[:, 0, 1:4].any()
-    with pytest.raises(NotImplementedError, match="into the same k_cache; give k_cache a batch"):
+    with pytest.raises(NotImplementedError, match=r"^k_cache must have a batch dimension in vmap"):
         torch.func.vmap(update, in_dims=(None, None, 0))(*caches[:, 0], k)
     with pytest.raises(
         NotImplementedError, match=r"vmap over .*swiglu_forward must have a batch size > 0"

@@ -1,4 +1,4 @@
-"""The one place where windows are interpreted."""
+"""Tests of windows: arguments, masks, and ranges of rows and keys."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_triangle_rows(seqlen_q, seqlen_k, window):
 
     rows = triangle_rows(seqlen_q, seqlen_k, window)
     assert all(map(in_triangle, range(rows)))
-    # Nor one more, unless the window is open to the right: such rows are never counted.
+    # The next row is outside the triangle. Windows with right != 0 have no triangle.
     assert rows == seqlen_q or window.right != 0 or not in_triangle(rows)
 
 
@@ -74,14 +74,14 @@ def test_visible(seqlen_q, seqlen_k, window):
 
 @pytest.mark.parametrize("count", [1, 4096, np.int64(7), np.uint8(7), torch.tensor(7)], ids=repr)
 @pytest.mark.parametrize("causal", [False, True])
-def test_sliding_window_counts_the_query_itself(count, causal):
+def test_sliding_window_includes_the_query(count, causal):
     assert resolve_window(causal, None, count) == (count - 1, 0)
 
 
 @pytest.mark.parametrize(
     "pair", [(3, 5), [3, 5], np.array([3, 5]), torch.tensor([3, 5]), (np.int32(3), 5)], ids=repr
 )
-def test_window_size_is_distances(pair):
+def test_window_size_holds_distances(pair):
     for window in (resolve_window(False, pair, None), resolve_window(True, pair, None)):
         assert all(type(distance) is int for distance in window)
     assert resolve_window(False, pair, None) == (3, 5)
@@ -106,10 +106,10 @@ def test_no_window():
         (torch.tensor([1.0, 0.0]), None, TypeError, "window_size must be two integers, got Tensor"),
         ((1, 2, 3), None, ValueError, r"window_size must be \(left, right\), got \(1, 2, 3\)"),
         (5, None, ValueError, r"window_size must be \(left, right\), got 5"),
-        ((3, 0), 4, ValueError, "give sliding_window or window_size, not both"),
+        ((3, 0), 4, ValueError, "sliding_window must be None with window_size, got 4"),
     ],
 )
-def test_bad_windows(window_size, sliding_window, error, message):
+def test_bad_windows_raise(window_size, sliding_window, error, message):
     for causal in (False, True):
         with pytest.raises(error, match=f"{message}$"):
             resolve_window(causal, window_size, sliding_window)

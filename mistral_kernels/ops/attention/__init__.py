@@ -1,9 +1,9 @@
-"""Sliding-window grouped-query attention, over whole sequences and over the rolling cache.
+"""Sliding-window grouped-query attention over whole sequences and over the rolling cache.
 
-    out = softmax(scale * q k^T + bias) v        over the keys that the window lets a query see
+    out = softmax(scale * q k^T + bias) v        over the keys inside each query's window
 
 Query head h reads kv head h // (num_heads / num_kv_heads). Sequences are aligned at their ends: the
-last query stands on the last key. `window.py` defines the numbers of a window.
+last query has the position of the last key. `window.py` defines the arguments of a window.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mistral_kernels.ops.attention.ops import (
 )
 from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
 from mistral_kernels.ops.attention.window import resolve_window
-from mistral_kernels.ops.cache_arguments import check_one_per_row
+from mistral_kernels.ops.cache_arguments import check_one_sequence_per_row
 from mistral_kernels.ops.checks import check_optional_tensors, check_tensors
 from mistral_kernels.ops.dispatch import with_unit_stride
 from mistral_kernels.ops.operator import needs_gradient
@@ -50,37 +50,64 @@ def attention(
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute attention of a batch, rectangular or packed. Differentiable once in q, k and v.
+    """Compute softmax attention of a rectangular or packed batch; differentiable once in q, k, v.
 
-    Time is proportional to the visible pairs; memory to the output: only tiles of scores exist.
+    The scores of a query and the keys inside its window are
+
+        s = softmax_scale * q k^T,   then softcap * tanh(s / softcap),   then minus ALiBi's bias
+
+    Only tiles of the score matrix are stored (arXiv:2307.08691). Time is proportional to the number
+    of visible (query, key) pairs, memory to the size of the output.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), or packed (total_q, num_heads, head_dim) with
-            `cu_seqlens_q`. float16, bfloat16, float32, or, on the torch backend, float64; head_dim
-            at most 256. Any strides; a last dimension that is not contiguous is copied.
-        k, v: (batch, seqlen_k, num_kv_heads, head_dim), or packed (total_k, ...), of q's dtype;
-            num_kv_heads divides num_heads.
-        causal: no query sees past its own position.
-        sliding_window: how many keys a query sees, its own included; None for no window.
-        window_size: the same as inclusive distances (left, right), -1 for no bound.
-        softmax_scale: positive; head_dim^-0.5 if None.
-        softcap: scores s become softcap * tanh(s / softcap); 0 for none.
-        alibi_slopes: (num_heads,) or (batch, num_heads); slope * |distance| is subtracted
-            (arXiv:2108.12409).
-        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on q's device, where each packed sequence
-            starts and the last one ends; from 0, never decreasing. cu_seqlens_k is cu_seqlens_q if
-            None. Sequences may be empty.
-        max_seqlen_q, max_seqlen_k: at least the longest sequence; the number of tokens if None,
-            which is right but may launch programs without work.
-        return_lse: also return the log-sum-exp of the scores, float32 (batch, num_heads, seqlen_q)
-            or packed (num_heads, total_q), through which no gradient flows.
+            `cu_seqlens_q`. float16, bfloat16 or float32; also float64 on the torch backend.
+            head_dim is at most 256. Strides are arbitrary; a tensor whose last dimension is not
+            contiguous is copied.
+        k: (batch, seqlen_k, num_kv_heads, head_dim), or packed (total_k, num_kv_heads, head_dim),
+            of q's dtype. num_heads must be a multiple of num_kv_heads.
+        v: the shape and dtype of k.
+        causal: whether keys after the query's position are masked.
+        sliding_window: number of visible keys per query, including its own position; None for no
+            window.
+        window_size: the window as inclusive distances (left, right) instead; -1 for no bound.
+        softmax_scale: positive factor of the products q k^T; head_dim^-0.5 if None.
+        softcap: bound of the absolute scores; 0 for no softcap.
+        alibi_slopes: (num_heads,) or (batch, num_heads). ALiBi's bias, slope * |distance| in
+            tokens, is subtracted from the scores (arXiv:2108.12409).
+        cu_seqlens_q: (batch + 1,) int32 on q's device: 0, then the end of each packed sequence
+            in q, never decreasing. Sequences may be empty.
+        cu_seqlens_k: the same for k and v; cu_seqlens_q if None.
+        max_seqlen_q: upper bound of the lengths in cu_seqlens_q, in tokens. total_q if None, which
+            is always valid but may launch programs without work.
+        max_seqlen_k: the same for cu_seqlens_k; total_k if None.
+        return_lse: whether to return the log-sum-exp of the scores too.
 
     Returns:
-        out of q's shape and dtype, or (out, lse). A query that sees no key gives 0 and -inf.
+        out, of q's shape and dtype, or (out, lse). lse is (batch, num_heads, seqlen_q), or packed
+        (num_heads, total_q), in float32 (float64 for float64 inputs); it is not differentiable.
+        A query without visible keys has an output of 0 and an lse of -inf.
 
     Raises:
-        ValueError: naming the argument that does not fit.
-        TypeError: q, k or v is not floating point, or a window or length is not of integers.
+        ValueError: an argument has a wrong shape, device or value; the message names the argument.
+        TypeError: q, k or v is not floating point, dtypes differ, cu_seqlens is not int32, or a
+            window or length is not an integer.
+
+    Example:
+        >>> import torch
+        >>> from mistral_kernels import attention
+        >>> q = torch.randn(1, 6, 4, 8)  # one sequence of 6 tokens, 4 query heads
+        >>> k, v = torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)  # 2 kv heads
+        >>> out = attention(q, k, v, sliding_window=3)
+        >>> out.shape
+        torch.Size([1, 6, 4, 8])
+        >>> last = attention(q[:, -1:], k[:, -3:], v[:, -3:])  # the last query sees 3 keys
+        >>> torch.allclose(out[:, -1:], last, atol=1e-6)
+        True
+        >>> cu_seqlens = torch.tensor([0, 2, 6], dtype=torch.int32)  # packed: 2 and 4 tokens
+        >>> packed = attention(q[0], k[0], v[0], cu_seqlens_q=cu_seqlens, sliding_window=3)
+        >>> torch.allclose(packed[:2], out[0, :2], atol=1e-6)
+        True
     """
     check_options(causal, softmax_scale, softcap)
     check_tensors(q=q, k=k, v=v)
@@ -89,12 +116,16 @@ def attention(
     )
     if cu_seqlens_q is None and not max_seqlen_q is max_seqlen_k is None:
         name = "max_seqlen_k" if max_seqlen_q is None else "max_seqlen_q"
-        raise ValueError(f"{name} is for packed batches and needs cu_seqlens_q too")
+        value = max_seqlen_k if max_seqlen_q is None else max_seqlen_q
+        raise ValueError(
+            f"{name} must be None without cu_seqlens_q, got {value}; packed batches need "
+            "cu_seqlens_q"
+        )
     ndim = 4 if cu_seqlens_q is None else 3
     check_ndim("q", q, ndim)
     check_ndim("k", k, ndim)
     tokens_q, tokens_k = q.shape[-3], k.shape[-3]
-    if cu_seqlens_k is cu_seqlens_q:  # torch.compile takes no tensor twice
+    if cu_seqlens_k is cu_seqlens_q:  # torch.compile rejects a tensor that is passed twice
         cu_seqlens_k = None
     spec = AttentionSpec(
         Sequences(
@@ -130,45 +161,72 @@ def rolling_cache_attention(
     softmax_scale: float | None = None,
     counters: Tensor | None = None,
 ) -> Tensor:
-    """Compute causal attention of new tokens over the rolling cache and over themselves.
+    """Compute causal attention of new tokens over the rolling cache and over the new tokens.
 
-    Differentiable. Without a gradient, keys are read from the ring in place, each once, and no
-    value is copied to the host.
+    The function is differentiable. When no input requires a gradient, each key is read once,
+    directly from the ring; the Triton backend copies no value to the host.
 
-    With k and v, the ring must not hold the new tokens yet: call `rolling_cache_update_` after
-    this. With k and v of None, for one new token per sequence, call it before.
-    `RollingCache.attend` does both in the right order.
+    With k and v, the ring must not hold the new tokens yet: call `rolling_cache_update_` after this
+    function. With k and v of None, the ring must hold them already: call `rolling_cache_update_`
+    before. This is allowed for one new token per sequence. `RollingCache.attend` calls both
+    functions in the right order.
 
     Args:
         q: (total_tokens, num_heads, head_dim), packed.
-        k, v: (total_tokens, num_kv_heads, head_dim), packed; None: already in the ring.
-        k_cache, v_cache: (batch, capacity, num_kv_heads, head_dim), finite throughout: begin with
-            zeros, for on the torch backend slots not yet written are masked, and NaN would pass.
-        lengths: (batch,) int32, tokens each sequence had seen before the new ones.
-        cu_seqlens: (batch + 1,) int32, where each sequence begins in q.
-        max_seqlen: the most new tokens of any sequence.
-        sliding_window: how many keys a token sees, its own included; at most `capacity` are kept.
-        softmax_scale: head_dim^-0.5 if None.
-        counters: (at least 4 * batch * num_kv_heads,) int32 on the device, zeros, and zeros again
-            afterwards: where programs that share a sequence's keys count one another. Give calls
-            that may overlap in time their own. None: cleared for the call, with a launch more.
+        k: (total_tokens, num_kv_heads, head_dim), packed; None if the ring holds the new tokens.
+        v: the shape and dtype of k; None with k.
+        k_cache: (batch, capacity, num_kv_heads, head_dim), the ring of keys. The position p of a
+            sequence is in slot p % capacity. All values must be finite, so start from zeros: the
+            torch backend masks unwritten slots after reading them, and NaN would propagate.
+        v_cache: the ring of values, of k_cache's shape.
+        lengths: (batch,) int32, number of tokens of each sequence before the new ones.
+        cu_seqlens: (batch + 1,) int32: 0, then the end of each sequence in q.
+        max_seqlen: upper bound of the number of new tokens per sequence.
+        sliding_window: number of visible keys per token, including its own position; None for no
+            window. The ring holds at most `capacity` of them.
+        softmax_scale: positive factor of the products q k^T; head_dim^-0.5 if None.
+        counters: at least 4 * batch * num_kv_heads zeros, int32, on q's device. Programs that share
+            the keys of a sequence count here how many of them have finished, then reset the
+            counter to 0. Calls that may run at the same time need different counters. None
+            allocates and clears counters for this call, which costs one more launch.
 
     Returns:
         (total_tokens, num_heads, head_dim), of q's dtype.
 
     Raises:
-        ValueError: naming the argument that does not fit.
-        TypeError: q, k or v is not floating point, or a window is not of integers.
+        ValueError: an argument has a wrong shape, device or value; the message names the argument.
+        TypeError: q, k or v is not floating point, dtypes differ, an index tensor is not int32, or
+            the window is not an integer.
+
+    Example:
+        >>> import torch
+        >>> from mistral_kernels import attention, rolling_cache_attention, rolling_cache_update_
+        >>> q, k, v = torch.randn(6, 4, 8), torch.randn(6, 2, 8), torch.randn(6, 2, 8)
+        >>> k_cache, v_cache = torch.zeros(1, 3, 2, 8), torch.zeros(1, 3, 2, 8)  # ring of 3 slots
+        >>> outs = []
+        >>> for start, end in ((0, 4), (4, 6)):  # a sequence of 6 tokens in chunks of 4 and 2
+        ...     lengths = torch.tensor([start], dtype=torch.int32)
+        ...     chunk = torch.tensor([0, end - start], dtype=torch.int32), end - start
+        ...     new = k[start:end], v[start:end]
+        ...     outs.append(
+        ...         rolling_cache_attention(
+        ...             q[start:end], *new, k_cache, v_cache, lengths, *chunk, sliding_window=3
+        ...         )
+        ...     )
+        ...     rolling_cache_update_(k_cache, v_cache, *new, lengths, *chunk)
+        >>> whole = attention(q[None], k[None], v[None], sliding_window=3)
+        >>> torch.allclose(torch.cat(outs), whole[0], atol=1e-6)
+        True
     """
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths, cu_seqlens=cu_seqlens)
     check_optional_tensors(k=k, v=v)
-    check_one_per_row(k_cache, lengths)
+    check_one_sequence_per_row(k_cache, lengths)
     if (k is None) != (v is None):
         raise ValueError("k and v must both be given, or both be None")
     if k is None and (max_seqlen != 1 or q.shape[0] != lengths.shape[0]):
         raise ValueError(
-            "k and v may be None only for one new token per sequence, got "
-            f"{q.shape[0]} tokens for {lengths.shape[0]} sequences, max_seqlen {max_seqlen}"
+            "k and v must be given unless each sequence has one new token, got "
+            f"{q.shape[0]} tokens for {lengths.shape[0]} sequences and max_seqlen {max_seqlen}"
         )
     if softmax_scale is not None:
         check_options(True, softmax_scale, 0.0)
@@ -188,7 +246,8 @@ def rolling_cache_attention(
 
 
 def _length(name: str, value: Any, tokens: int) -> int:
-    if torch.compiler.is_compiling():  # one that torch.compile keeps open, `index` would fix
+    """Return the upper bound of a sequence length as an integer, at most `tokens`."""
+    if torch.compiler.is_compiling():  # `operator.index` would specialize a symbolic length
         return value  # type: ignore[no-any-return]
     try:
         return min(operator.index(value), tokens)

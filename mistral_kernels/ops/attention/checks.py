@@ -1,4 +1,4 @@
-"""Checks of attention's arguments, for its functions and operators."""
+"""Checks of the arguments of attention, for its functions and operators."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mistral_kernels.ops.attention.kernels.decode import num_counters
 from mistral_kernels.ops.attention.spec import AttentionSpec, Sequences
 from mistral_kernels.ops.cache_arguments import (
     check_cache,
+    check_cache_indices,
+    check_cu_seqlens_values,
     check_new_tokens,
-    check_packing,
-    check_places,
 )
 from mistral_kernels.ops.checks import (
     FLOAT32,
@@ -42,7 +42,10 @@ def check_qkv(
     ndim: int,
     names: tuple[str, ...] = ("q", "k", "v"),
 ) -> None:
-    """Raise unless q, k and v, by whatever names, fit one another: see `attention`."""
+    """Raise unless the shapes and dtypes of q, k and v fit one another, as `attention` requires.
+
+    `names` are the names of q, k and v in messages.
+    """
     q_name, k_name, v_name = names
     check_ndim(q_name, q, ndim)
     check_ndim(k_name, k, ndim)
@@ -54,28 +57,28 @@ def check_qkv(
 
 
 def check_heads(q_name: str, q: Tensor, k_name: str, k: Tensor) -> None:
-    """Raise ValueError unless the heads of q and k go together."""
+    """Raise ValueError unless the number and size of the heads of q and k fit one another."""
     (heads, head_dim), (kv_heads, kv_head_dim) = q.shape[-2:], k.shape[-2:]
     if not 0 < head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"{q_name}'s head_dim must lie in [1, {MAX_HEAD_DIM}], got {head_dim}")
+        raise ValueError(f"{q_name}'s head_dim must be in [1, {MAX_HEAD_DIM}], got {head_dim}")
     if kv_head_dim != head_dim:
         raise ValueError(f"{k_name} must have q's head_dim {head_dim}, got {kv_head_dim}")
     if not heads or not kv_heads or heads % kv_heads:
         raise ValueError(
-            f"{k_name}'s {kv_heads} heads must divide {q_name}'s {heads}, and both be positive "
-            "(grouped-query attention)"
+            f"{q_name}'s number of heads must be a positive multiple of {k_name}'s, "
+            f"got {heads} and {kv_heads}"
         )
 
 
 def check_ndim(name: str, x: Tensor, ndim: int) -> None:
-    """Raise ValueError unless `x` has 4 dimensions, or the 3 of a packed batch."""
+    """Raise ValueError unless `x` has `ndim` dimensions: 4, or 3 for a packed batch."""
     if x.ndim != ndim:
         layout = "batch, seqlen" if ndim == 4 else "tokens"
         raise ValueError(f"{name} must be ({layout}, heads, head_dim), got {tuple(x.shape)}")
 
 
 def check_slopes(alibi_slopes: Tensor | None, num_heads: int, batch: int) -> None:
-    """Raise unless the slopes fit the heads and the batch."""
+    """Raise unless `alibi_slopes` is None, or fits the number of heads and the batch size."""
     if alibi_slopes is None:
         return
     check_float("alibi_slopes", alibi_slopes)
@@ -87,7 +90,7 @@ def check_slopes(alibi_slopes: Tensor | None, num_heads: int, batch: int) -> Non
 
 
 def check_options(causal: Any, softmax_scale: Any, softcap: Any) -> None:
-    """Raise TypeError unless these are a flag and numbers; `softmax_scale` may be None."""
+    """Raise TypeError unless the options have their types; `softmax_scale` may be None."""
     if not is_flag(causal):
         raise TypeError(f"causal must be True or False, got {causal!r}")
     for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap)):
@@ -96,17 +99,17 @@ def check_options(causal: Any, softmax_scale: Any, softcap: Any) -> None:
 
 
 def check_scoring(softmax_scale: float | None, softcap: float) -> None:
-    """Raise ValueError for numbers that give NaN, or results that depend on the backend."""
+    """Raise ValueError for values that give NaN, or results that depend on the backend."""
     if softmax_scale is not None and not 0 < softmax_scale <= FLOAT32.max:
         raise ValueError(f"softmax_scale must be in (0, {FLOAT32.max:.2g}], got {softmax_scale}")
     check_softcap(softcap)
 
 
 def check_num_splits(num_splits: Any) -> None:
-    """Raise unless it is an integer from 0 on that fits 32 bits."""
+    """Raise unless `num_splits` is an integer in [0, 2^31 - 1]."""
     if type(num_splits) is int and 0 <= num_splits <= INT32_MAX:
         return
-    if torch.compiler.is_compiling():  # it may be symbolic
+    if torch.compiler.is_compiling():  # a symbolic integer
         return
     try:
         number = operator.index(num_splits)
@@ -117,15 +120,18 @@ def check_num_splits(num_splits: Any) -> None:
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
-    """Raise unless q, k, v and `spec` fit one another: see `attention`."""
+    """Raise unless q, k, v and `spec` fit one another, as `attention` requires."""
     cu_seqlens_q, cu_seqlens_k = spec.sequences.cu_seqlens_q, spec.sequences.cu_seqlens_k
     if cu_seqlens_q is None:
         check_qkv(q, k, v, ndim=4)
         if cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens_k is for packed batches and needs cu_seqlens_q too")
+            raise ValueError(
+                "cu_seqlens_k must be None without cu_seqlens_q, got a tensor; packed batches need "
+                "cu_seqlens_q"
+            )
         batch = q.shape[0]
         if k.shape[0] != batch:
-            raise ValueError(f"k must have q's batch of {batch}, got {k.shape[0]}")
+            raise ValueError(f"k must have q's batch size {batch}, got {k.shape[0]}")
     else:
         check_qkv(q, k, v, ndim=3)
         batch = _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
@@ -133,7 +139,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Non
             batch_k = _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k)
             if batch_k != batch:
                 raise ValueError(
-                    f"cu_seqlens_k must be of {batch} sequences like cu_seqlens_q, got {batch_k}"
+                    f"cu_seqlens_k must have {batch} sequences like cu_seqlens_q, got {batch_k}"
                 )
     check_slopes(spec.alibi_slopes, q.shape[-2], batch)
     check_scoring(spec.softmax_scale, spec.softcap)
@@ -147,7 +153,7 @@ def check_cached_attention(
     num_splits: int,
     counters: Tensor | None,
 ) -> None:
-    """Raise unless q, the new k and v, and the cache of `spec` fit one another."""
+    """Raise unless q, the new k and v, and the cache in `spec` fit one another."""
     assert spec.cache is not None
     k_cache, v_cache, lengths, seqlen_new, rows, leftpad, block_table = spec.cache
     cu_seqlens, max_seqlen_q = spec.sequences.cu_seqlens_q, spec.sequences.max_seqlen_q
@@ -160,11 +166,11 @@ def check_cached_attention(
     if cu_seqlens is not None:
         check_int32("cu_seqlens", cu_seqlens, (batch + 1,))
     elif k is not None:
-        raise ValueError("k and v are for packed queries and need cu_seqlens")
+        raise ValueError("k and v must be None without cu_seqlens; new keys must be packed")
     else:
         if q.shape[0] != batch or q.shape[1] > max_seqlen_q:
             raise ValueError(
-                f"q must hold {batch} sequences of at most max_seqlen_q {max_seqlen_q} tokens, "
+                f"q must hold {batch} sequences of at most {max_seqlen_q} tokens (max_seqlen_q), "
                 f"got {tuple(q.shape)}"
             )
         if not 0 <= seqlen_new <= INT32_MAX:
@@ -180,25 +186,28 @@ def check_cached_attention(
         needed = num_counters(k_cache.shape[0], k_cache.shape[2])
         if counters.numel() < needed or counters.dtype != torch.int32:
             raise ValueError(
-                f"counters must hold {needed} zeros of torch.int32, "
+                f"counters must hold at least {needed} zeros of torch.int32, "
                 f"got {counters.numel()} of {counters.dtype}"
             )
 
 
 def check_cached_values(q: Tensor, spec: AttentionSpec) -> None:
-    """Raise ValueError for index tensors that do not fit, where their values can be read."""
+    """Raise ValueError if an index tensor holds a value out of range.
+
+    Values that cannot be read without waiting for the device are not checked.
+    """
     cache, cu_seqlens = spec.cache, spec.sequences.cu_seqlens_q
     assert cache is not None
-    check_places(cache.k_cache, cache.lengths, cache.rows, cache.block_table)
+    check_cache_indices(cache.k_cache, cache.lengths, cache.rows, cache.block_table)
     check_range("leftpad", cache.leftpad, INT32_MAX)
     if cu_seqlens is not None:
-        check_packing(cu_seqlens, spec.sequences.max_seqlen_q, q.shape[0])
+        check_cu_seqlens_values(cu_seqlens, spec.sequences.max_seqlen_q, q.shape[0])
     else:
         check_range("lengths", cache.lengths, INT32_MAX - cache.seqlen_new)
 
 
 def _check_cu_seqlens(name: str, cu_seqlens: Tensor) -> int:
-    """Return the number of sequences. `check_sequences` checks the values."""
+    """Return the number of sequences. Values are checked later, by `check_sequences`."""
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} must be torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
@@ -206,56 +215,60 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor) -> int:
     return cu_seqlens.shape[0] - 1
 
 
-class _Seen(NamedTuple):
+class _Summary(NamedTuple):
+    """Facts about the values of a cu_seqlens tensor, valid while its version is unchanged."""
+
     version: int
-    sequences: int  # how many, without empty ones at the end
+    sequences: int  # the number of sequences without empty ones at the end
     longest: int
     end: int
 
 
-_seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_summaries: WeakIdKeyDictionary = WeakIdKeyDictionary()  # cu_seqlens -> _Summary
 
 
 def make_cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Return (len(lengths) + 1,) int32 for sequences of these lengths, which nobody may change.
+    """Return the (len(lengths) + 1,) int32 cu_seqlens of sequences with these lengths.
 
-    `check_sequences` takes its values from here and never reads them.
+    A summary of the values is stored, so `check_sequences` never reads them from the device. The
+    tensor must not be changed in place.
     """
     offsets = [0, *accumulate(lengths)]
     cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
-    _seen[cu_seqlens] = _describe(cu_seqlens, lengths, offsets[-1])
+    _summaries[cu_seqlens] = _summarize(cu_seqlens, lengths, offsets[-1])
     return cu_seqlens
 
 
 def check_sequences(q: Tensor, k: Tensor, sequences: Sequences) -> Sequences:
-    """Return packed `sequences` with both offsets, checked, and tight lengths.
+    """Return packed `sequences` with both cu_seqlens, checked, and tight maximum lengths.
 
-    On a GPU, where reading values waits for the device, each version of a tensor is read once.
-    Empty sequences at the end are dropped. While a CUDA graph is captured nothing may wait, and
-    tensors not read before are not checked.
+    Empty sequences at the end are dropped. Reading values from a GPU waits for the device, so each
+    version of a tensor is read once. During CUDA graph capture waiting is not allowed: tensors that
+    were not read before are not checked.
 
     Raises:
-        ValueError: sequences overlap, begin before 0, end past the tokens, or are longer than
-            max_seqlen says.
+        ValueError: cu_seqlens decreases, does not start at 0 or ends past the tokens, or a sequence
+            is longer than max_seqlen.
     """
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *_ = sequences
     assert cu_seqlens_q is not None
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    seen_q = _check_offsets("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-    seen_k = _check_offsets("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    if seen_q is None or seen_k is None:
+    summary_q = _check_offsets("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    summary_k = _check_offsets("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    if summary_q is None or summary_k is None:
         return Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, False, False)
-    entries = max(seen_q.sequences, seen_k.sequences) + 1
+    entries = max(summary_q.sequences, summary_k.sequences) + 1
     if entries < cu_seqlens_q.shape[0]:
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q[:entries], cu_seqlens_k[:entries]
-    covers = seen_q.end == q.shape[0], seen_k.end == k.shape[0]
-    return Sequences(cu_seqlens_q, cu_seqlens_k, seen_q.longest, seen_k.longest, *covers)
+    covers = summary_q.end == q.shape[0], summary_k.end == k.shape[0]
+    return Sequences(cu_seqlens_q, cu_seqlens_k, summary_q.longest, summary_k.longest, *covers)
 
 
-def _check_offsets(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> _Seen | None:
-    seen = _seen.get(cu_seqlens)
-    if seen is None or seen.version != _version(cu_seqlens):
+def _check_offsets(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> _Summary | None:
+    """Check the values of `cu_seqlens` and return their summary; None during graph capture."""
+    summary = _summaries.get(cu_seqlens)
+    if summary is None or summary.version != _version(cu_seqlens):
         if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
         offsets = cu_seqlens.tolist()
@@ -264,27 +277,28 @@ def _check_offsets(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int) 
             raise ValueError(
                 f"cu_seqlens_{name} must begin with 0 and never decrease, got {offsets}"
             )
-        seen = _describe(cu_seqlens, lengths, offsets[-1])
-        if not cu_seqlens.is_cpu and not cu_seqlens.is_inference():  # which counts no versions
-            _seen[cu_seqlens] = seen
-    if seen.end > tokens:
+        summary = _summarize(cu_seqlens, lengths, offsets[-1])
+        # Inference tensors have no version counter: a later change would go unnoticed.
+        if not cu_seqlens.is_cpu and not cu_seqlens.is_inference():
+            _summaries[cu_seqlens] = summary
+    if summary.end > tokens:
         raise ValueError(
-            f"cu_seqlens_{name} ends at {seen.end}, past the {tokens} tokens of {name}"
+            f"cu_seqlens_{name} must end within the {tokens} tokens of {name}, got {summary.end}"
         )
-    if seen.longest > max_seqlen:
+    if summary.longest > max_seqlen:
         raise ValueError(
-            f"max_seqlen_{name} is {max_seqlen}, but a sequence of cu_seqlens_{name} has "
-            f"{seen.longest} tokens"
+            f"max_seqlen_{name} must be at least {summary.longest}, the longest sequence of "
+            f"cu_seqlens_{name}, got {max_seqlen}"
         )
-    return seen  # type: ignore[no-any-return]
+    return summary  # type: ignore[no-any-return]
 
 
-def _describe(cu_seqlens: Tensor, lengths: Sequence[int], end: int) -> _Seen:
+def _summarize(cu_seqlens: Tensor, lengths: Sequence[int], end: int) -> _Summary:
     sequences = len(lengths)
     while sequences and not lengths[sequences - 1]:
         sequences -= 1
     longest = max(lengths, default=0)
-    return _Seen(_version(cu_seqlens), sequences, longest, end)
+    return _Summary(_version(cu_seqlens), sequences, longest, end)
 
 
 def _version(x: Tensor) -> int:

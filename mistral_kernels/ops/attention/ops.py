@@ -1,8 +1,8 @@
-"""Attention's three operators, `attention_forward`, `attention_backward` and `cached_attention`.
+"""Operators of attention: `attention_forward`, `attention_backward` and `cached_attention`.
 
 `attention_forward` and its derivative take rectangular batches, (batch, seqlen, heads, head_dim),
-and packed ones, (tokens, heads, head_dim). `cached_attention` also attends to rings, flat caches
-and pages. Each has one implementation per backend, with the signature of the schema.
+and packed ones, (tokens, heads, head_dim). `cached_attention` also attends to keys in rings, flat
+caches and pages. Each operator has one implementation per backend, with the schema's signature.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from mistral_kernels.ops.attention.kernels.decode import attention_decode
 from mistral_kernels.ops.attention.kernels.forward import attention_forward
 from mistral_kernels.ops.attention.spec import CACHE_SCHEMA, SCHEMA, TENSORS, AttentionSpec
 from mistral_kernels.ops.attention.torch_backend import (
+    accumulator_dtype,
     blocked_backward,
     blocked_forward,
     empty_outputs,
-    wide,
 )
 from mistral_kernels.ops.attention.torch_cache import cached_forward
 from mistral_kernels.ops.checks import check_device, check_same_dtype, check_shape
@@ -36,16 +36,18 @@ from mistral_kernels.ops.operator import Function, Operator, absent, needs_gradi
 
 
 def _no_check(*args: Any) -> None:
-    """Leave the checks to the implementations and fakes, which unflatten the spec only once."""
+    """Do nothing: implementations and fakes check, since they unflatten the spec anyway."""
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, flat: Sequence[Any]) -> AttentionSpec:
+def _checked_spec(q: Tensor, k: Tensor, v: Tensor, flat: Sequence[Any]) -> AttentionSpec:
+    """Return the spec of flattened arguments after checking shapes, dtypes and options."""
     spec = AttentionSpec.unflatten(flat)
     check_attention(q, k, v, spec)
     return spec
 
 
-def _check_values(q: Tensor, k: Tensor, spec: AttentionSpec) -> AttentionSpec:
+def _with_checked_sequences(q: Tensor, k: Tensor, spec: AttentionSpec) -> AttentionSpec:
+    """Return `spec` after checking the values of cu_seqlens, with tight maximum lengths."""
     if spec.sequences.cu_seqlens_q is None:
         return spec
     return spec._replace(sequences=check_sequences(q, k, spec.sequences))
@@ -53,18 +55,20 @@ def _check_values(q: Tensor, k: Tensor, spec: AttentionSpec) -> AttentionSpec:
 
 def _forward_triton(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *flat, return_lse = args
-    out, lse = attention_forward(q, k, v, _check_values(q, k, _check(q, k, v, flat)))
+    spec = _with_checked_sequences(q, k, _checked_spec(q, k, v, flat))
+    out, lse = attention_forward(q, k, v, spec)
     return out, lse if return_lse else absent(lse)
 
 
 def _forward_torch(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *flat, return_lse = args
-    return blocked_forward(q, k, v, _check_values(q, k, _check(q, k, v, flat)), return_lse)
+    spec = _with_checked_sequences(q, k, _checked_spec(q, k, v, flat))
+    return blocked_forward(q, k, v, spec, return_lse)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     *flat, return_lse = args
-    _check(q, k, v, flat)
+    _checked_spec(q, k, v, flat)
     return empty_outputs(q, return_lse)
 
 
@@ -75,14 +79,14 @@ attention_forward_op = Operator(
     check=_no_check,
     torch=_forward_torch,
     triton=_forward_triton,
-    csrc=("cpu",),  # except ALiBi
+    csrc=("cpu",),  # only without ALiBi
 )
 
 
 def _check_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any
 ) -> None:
-    _check(q, k, v, args[:-3])
+    _checked_spec(q, k, v, args[:-3])
     check_shape("dout", dout, q.shape)
     check_shape("out", out, q.shape)
     *batch, seqlen, num_heads, _ = q.shape
@@ -90,20 +94,21 @@ def _check_backward(
         check_shape("lse", lse, (*batch, num_heads, seqlen))
     check_same_dtype("dout", dout, "q", q)
     check_same_dtype("out", out, "q", q)
-    if lse.dtype != wide(q.dtype):
-        raise TypeError(f"lse must be {wide(q.dtype)} for q of {q.dtype}, got {lse.dtype}")
+    lse_dtype = accumulator_dtype(q.dtype)
+    if lse.dtype != lse_dtype:
+        raise TypeError(f"lse must be {lse_dtype} for q of {q.dtype}, got {lse.dtype}")
 
 
 def _backward_triton(*args: Any) -> tuple[Tensor, ...]:
     (dout, q, k, v, out, lse, *flat), needed = args[:-3], args[-3:]
-    spec = _check_values(q, k, AttentionSpec.unflatten(flat))
+    spec = _with_checked_sequences(q, k, AttentionSpec.unflatten(flat))
     grads = attention_backward(dout, q, k, v, out, lse, spec, list(needed))
     return tuple(absent(q) if grad is None else grad for grad in grads)
 
 
 def _backward_torch(*args: Any) -> tuple[Tensor, ...]:
     (dout, q, k, v, out, lse, *flat), needed = args[:-3], args[-3:]
-    spec = _check_values(q, k, AttentionSpec.unflatten(flat))
+    spec = _with_checked_sequences(q, k, AttentionSpec.unflatten(flat))
     grads = blocked_backward(dout, q, k, v, out, lse, spec, needed)
     return tuple(absent(q) if grad is None else grad for grad in grads)
 
@@ -128,16 +133,20 @@ _backward_op = Operator(
 
 
 class AttentionFunction(Function):
+    """Autograd function of `attention_forward`. The log-sum-exp is not differentiable."""
+
     public_name = "attention"
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        """Return the output and the log-sum-exp."""
         return attention_forward_op(q, k, v, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Save the inputs, the output and the log-sum-exp for `backward`."""
         q, k, v, *rest, _ = inputs
-        flat = list(rest)  # torch 2.10 compiles `rest` to a tuple
+        flat = list(rest)  # torch.compile of torch 2.10 makes `rest` a tuple
         ctx.save_for_backward(q, k, v, *output, *[flat[i] for i in TENSORS])
         for i in TENSORS:
             flat[i] = None
@@ -147,6 +156,7 @@ class AttentionFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        """Return the gradients of q, k and v, then None for each other argument."""
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         mask = ctx.needs_input_grad[:3]
         grads: tuple[Tensor | None, ...] = (None, None, None)
@@ -154,22 +164,25 @@ class AttentionFunction(Function):
             flat = list(ctx.flat)
             for i, x in zip(TENSORS, tensors, strict=True):
                 flat[i] = x
-            found = run_backward(_backward_op, dout, q, k, v, out, lse, *flat, *mask)
-            grads = tuple(x if need else None for x, need in zip(found, mask, strict=True))
+            results = run_backward(_backward_op, dout, q, k, v, out, lse, *flat, *mask)
+            grads = tuple(x if need else None for x, need in zip(results, mask, strict=True))
         return *grads, *[None] * (len(ctx.flat) + 1)
 
 
 def attend_differentiably(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Call `attention_forward` and record its derivative."""
-    # Triton's backward pass needs the log-sum-exp. A compiled graph must not depend on the backend:
-    # Inductor finds it again by what it holds.
+    """Call `attention_forward` and record it for autograd."""
+    # Triton's backward pass needs the log-sum-exp. A compiled graph returns it on every backend:
+    # Inductor's cache looks graphs up by their contents, which must not depend on the backend.
     return_lse = return_lse or torch.compiler.is_compiling() or uses_triton(q)
     return AttentionFunction.call(q, k, v, *spec.flatten(), return_lse)  # type: ignore[no-any-return]
 
 
-def _check_cached(q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any) -> AttentionSpec:
+def _checked_cached_spec(
+    q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any
+) -> AttentionSpec:
+    """Return the spec of flattened arguments after checking shapes, dtypes and options."""
     *flat, _, num_splits, counters = args
     spec = AttentionSpec.unflatten(flat)
     check_cached_attention(q, k, v, spec, num_splits, counters)
@@ -180,7 +193,7 @@ def _cached_triton(
     q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
     return_lse, num_splits, counters = args[-3:]
-    spec = _check_cached(q, k, v, *args)
+    spec = _checked_cached_spec(q, k, v, *args)
     check_cached_values(q, spec)
     out, lse = attention_decode(q, k, v, spec, num_splits, counters)
     return out, lse if return_lse else absent(lse)
@@ -189,7 +202,7 @@ def _cached_triton(
 def _cached_torch(
     q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    spec = _check_cached(q, k, v, *args)
+    spec = _checked_cached_spec(q, k, v, *args)
     check_cached_values(q, spec)
     return cached_forward(q, k, v, spec, args[-3], _attend)
 
@@ -197,13 +210,14 @@ def _cached_torch(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
+    """Call `attention_forward` without autograd."""
     return attention_forward_op(q, k, v, *spec.flatten(), return_lse)
 
 
 def _cached_fake(
     q: Tensor, k: Tensor | None, v: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    _check_cached(q, k, v, *args)
+    _checked_cached_spec(q, k, v, *args)
     return empty_outputs(q, args[-3])
 
 
@@ -215,7 +229,7 @@ _cached_attention_op = Operator(
     check=_no_check,
     torch=_cached_torch,
     triton=_cached_triton,
-    csrc=("cpu",),  # a decode step: one token of each sequence, in the cache
+    csrc=("cpu",),  # for decode steps only: one new token per sequence, already in the cache
 )
 
 
@@ -229,15 +243,19 @@ def attend_cached(
     num_splits: int = 0,
     counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention of new tokens over a cache, and its log-sum-exp, `absent` if not wanted.
+    """Return the output of attention of new tokens over a cache, and its log-sum-exp.
 
-    The queries are the last of `spec.cache.lengths + new` tokens of each sequence. With k and v,
-    the cache holds the `lengths` keys before the new ones; without, it holds all keys.
+    The queries are the last of the `spec.cache.lengths + new` tokens of each sequence. With k and
+    v, the cache holds the `lengths` keys before the new ones; without, it holds all keys.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), or packed as in `spec.sequences`.
-        k, v: the new tokens' keys and values, packed like q; None: in the cache.
-        num_splits: programs that share a sequence's keys; 0: chosen by the number of keys.
+        k: the new tokens' keys, packed like q; None if they are in the cache.
+        v: the new tokens' values, like k.
+        spec: layout, window and scoring, with a cache.
+        return_lse: whether the log-sum-exp is computed; otherwise the second result is `absent`.
+        num_splits: number of programs that share a sequence's keys; 0 chooses by the number of
+            keys.
         counters: see `rolling_cache_attention`.
     """
     cache = spec.cache

@@ -1,7 +1,7 @@
-"""One attention problem: everything except q, k and v, from the public functions to the kernels.
+"""Description of one attention call except q, k and v: `AttentionSpec`.
 
-A public function makes an `AttentionSpec`. Operators take numbers and tensors only, so `flatten`
-lists them in the order of the schemas below and `unflatten` restores the spec behind the operator.
+Public functions make an `AttentionSpec`. Operators take numbers and tensors only: `flatten` lists
+the fields in the order of the schemas below, and `unflatten` restores the spec inside the operator.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _OPTIONS = (
     "float? softmax_scale, SymInt window_left, SymInt window_right, float softcap, "
     "Tensor? alibi_slopes"
 )
-# What `flatten` returns for whole sequences, and for sequences with a cache.
+# Arguments that `flatten` returns: SCHEMA without a cache, CACHE_SCHEMA with one.
 SCHEMA = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     f"{_OPTIONS}"
@@ -35,10 +35,11 @@ class Sequences(NamedTuple):
     """Layout of q, k and v: one batch dimension, or packed sequences.
 
     Attributes:
-        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32, where each packed sequence starts and the
-            last one ends; None: a rectangular batch. cu_seqlens_k of None is cu_seqlens_q.
-        max_seqlen_q, max_seqlen_k: an upper bound of the sequences' lengths.
-        covers_q, covers_k: every token of q, or of k, is known to belong to a sequence.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32: 0, then the end of each packed sequence.
+            cu_seqlens_q is None for a rectangular batch; cu_seqlens_k of None is cu_seqlens_q.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths of the sequences.
+        covers_q, covers_k: whether every token of q, or of k, belongs to a sequence. False if that
+            was not checked.
     """
 
     cu_seqlens_q: Tensor | None
@@ -50,15 +51,18 @@ class Sequences(NamedTuple):
 
 
 class CacheView(NamedTuple):
-    """Keys and values of a batch, in rings or, with `block_table`, in pages.
+    """Keys and values of a batch in rings or, with `block_table`, in pages.
 
     Attributes:
-        k_cache, v_cache: (rows, capacity, num_kv_heads, head_dim), or (pages, page_size, ...).
-        lengths: (batch,) int32, tokens of each sequence before the new ones.
-        seqlen_new: new tokens of each sequence that the cache holds; unused if the queries are
-            packed: then each query is one new token.
-        rows: (batch,) int32, each sequence's row of the cache; None: its index in the batch.
-        leftpad: (batch,) int32, the first position that is not padding; None: 0.
+        k_cache, v_cache: (rows, capacity, num_kv_heads, head_dim), or in pages (pages, page_size,
+            num_kv_heads, head_dim).
+        lengths: (batch,) int32, number of tokens of each sequence before the new ones.
+        seqlen_new: number of new tokens per sequence that the cache holds. Unused for packed
+            queries, where each query is one new token.
+        rows: (batch,) int32, the row of each sequence in the cache; None for its index in the
+            batch.
+        leftpad: (batch,) int32, the first position of each sequence that is not padding; None for
+            0.
         block_table: (batch, max_pages) int32, the pages of each sequence.
     """
 
@@ -72,20 +76,20 @@ class CacheView(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Positions per sequence."""
+        """Number of positions per sequence."""
         return capacity_of(self.k_cache, self.block_table)
 
 
 class AttentionSpec(NamedTuple):
-    """Layout, window and scoring of one call; a named tuple, made three times per call.
+    """Layout, window and scoring of one call. A tuple, since each call makes three of them.
 
     Attributes:
-        sequences: layout of q, k and v. With a cache: of q and of the new tokens' k and v.
-        window: inclusive distances, see `window.py`.
-        softmax_scale: head_dim^-0.5 if None.
-        softcap: scores s become softcap * tanh(s / softcap); 0 for none.
+        sequences: layout of q, k and v; with a cache, of q and of the new tokens' k and v.
+        window: visible keys as inclusive distances, see `window.py`.
+        softmax_scale: factor of the products q k^T; head_dim^-0.5 if None.
+        softcap: scores s become softcap * tanh(s / softcap); 0 for no softcap.
         alibi_slopes: (num_heads,) or (batch, num_heads).
-        cache: where the keys before the new tokens lie, or, without k and v, all keys.
+        cache: cache of the keys before the new tokens; without k and v, of all keys.
     """
 
     sequences: Sequences
@@ -97,16 +101,16 @@ class AttentionSpec(NamedTuple):
 
     @property
     def needs_formula(self) -> bool:
-        """Whether the scores are none that PyTorch's attention can compute, whatever its mask."""
+        """Whether `scaled_dot_product_attention` cannot compute the scores, with any mask."""
         return bool(self.softcap)
 
     @property
     def is_plain(self) -> bool:
-        """Whether the scores are scaled products, of which the window alone hides some."""
+        """Whether the scores are scaled products, masked by the window only."""
         return not self.needs_formula and self.alibi_slopes is None
 
     def flatten(self) -> tuple[Any, ...]:
-        """Return the values that `SCHEMA` names, or `CACHE_SCHEMA` if there is a cache."""
+        """Return the fields in the order of `SCHEMA`, or of `CACHE_SCHEMA` if there is a cache."""
         sequences = self.sequences
         options = (self.softmax_scale, *self.window, self.softcap, self.alibi_slopes)
         if self.cache is None:
@@ -115,7 +119,7 @@ class AttentionSpec(NamedTuple):
 
     @classmethod
     def unflatten(cls, values: Sequence[Any]) -> AttentionSpec:
-        """Return the spec from which `flatten` made the values."""
+        """Return the spec of the values that `flatten` returned."""
         softmax_scale, left, right, softcap, alibi_slopes = values[-5:]
         cache = None
         if len(values) == 9:
@@ -127,7 +131,7 @@ class AttentionSpec(NamedTuple):
         return cls(sequences, Window(left, right), softmax_scale, softcap, alibi_slopes, cache)
 
     def of_sequence(self, index: int, seqlen_q: int, seqlen_k: int) -> AttentionSpec:
-        """Return the spec of one sequence, as a rectangular batch of its own without a cache."""
+        """Return the spec of one sequence as a rectangular batch without a cache."""
         slopes = self.alibi_slopes
         if slopes is not None and slopes.ndim == 2:
             slopes = slopes[index]

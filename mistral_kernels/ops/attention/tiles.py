@@ -1,12 +1,13 @@
-"""Launch parameters of attention's kernels: a rule, and exceptions to it. Nothing is timed.
+"""Launch parameters of the attention kernels: a rule and a table of exceptions, without autotuning.
 
-A kernel holds the accumulators of the rows it owns in registers and walks along blocks: queries
-and keys in forward, dq and decode; keys and queries in dk/dv. The rule divides what a family of
-GPUs holds per block by the head dimension. float32 products, made of three tf32 ones, take four
-times the registers, and their operands twice the shared memory. Backward holds two products of a
-pair of tiles at once, and gets half.
+A program keeps the accumulators of its rows in registers and loops over blocks. In the forward, dq
+and decode kernels rows are queries and blocks are keys; in the dk/dv kernel rows are keys and
+blocks are queries. The rule divides the number of elements that fit on a family of GPUs by the head
+dimension. A float32 product consists of three tf32 products: it takes four times the registers, and
+its operands twice the shared memory. The backward kernels hold two products per pair of tiles at
+once, so their tiles are half as large.
 
-Turing has no matrix instructions that Triton uses: products are multiply-adds, and tiles small.
+On Turing, Triton uses no matrix instructions: products are multiply-adds, and tiles are small.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from mistral_kernels.ops.dispatch import (
     device_properties,
     with_workspace,
 )
-from mistral_kernels.ops.launch_configs import Config, config
+from mistral_kernels.ops.launch_configs import LaunchConfig, launch_config
 
 
 class Tile(NamedTuple):
-    """BLOCK_M queries (times heads of a group) by BLOCK_N keys, and how they are processed."""
+    """Tile of BLOCK_M queries (times heads of a group) by BLOCK_N keys, and how it is launched."""
 
     m: int
     n: int
@@ -37,12 +38,14 @@ class Tile(NamedTuple):
 
 
 class _Family(NamedTuple):
-    accumulators: int  # numbers of the rows that a forward program owns
-    block: int  # numbers of a block that it walks along
-    cached: int  # bytes of a block of cached keys
+    """Tile sizes of a family of GPUs, before division by the head dimension."""
+
+    accumulators: int  # elements of the rows of a forward program
+    block: int  # elements of a block of keys in the forward kernel
+    cached: int  # bytes of a block of cached keys in the decode kernel
     stages: int
     decode_stages: int
-    wide: int  # from this head_dim, 16 rows need 8 warps
+    wide_head_dim: int  # from this head_dim on, a tile of 16 rows needs 8 warps
 
 
 _FAMILIES = {
@@ -54,10 +57,10 @@ _FAMILIES = {
 
 _Exceptions = dict[str, dict[tuple[int, int], Tile]]
 
-# By kernel, architecture, bytes per element and padded head_dim. An architecture takes what it
-# does not list from the ones before it, and a tile with descriptors only where there are some.
-# "Measured" tiles were the fastest on an H200. The others were chosen from machine code: the rule's
-# tile spills in the main loop, or takes more instructions that are not matrix products.
+# Keys: kernel, architecture, (bytes per element, padded head_dim). An architecture inherits entries
+# from the architectures before it. Entries with descriptors apply only to tensors that descriptors
+# can read. Tiles marked "measured" were the fastest on an H200. The others were chosen from machine
+# code: the rule's tile spills in the main loop, or needs more instructions besides matrix products.
 _AMD_FORWARD: _Exceptions = {
     "cdna": {
         (2, 64): Tile(128, 64, 4, 1),
@@ -84,8 +87,8 @@ EXCEPTIONS: dict[str, _Exceptions] = {
         "sm_120": {(2, 64): Tile(128, 32, 4, 3)},
         **_AMD_FORWARD,
     },
-    # Without descriptors, and with more registers spent on addresses, than forward. The sm_80 tile
-    # at (2, 128) is also measured on sm_90.
+    # This kernel uses no descriptors, and more registers for addresses than the forward kernel. The
+    # sm_80 tile at (2, 128) was also the fastest on an H200.
     "attention_chunk": {
         "sm_75": {(4, 64): Tile(32, 16, 4, 1)},
         "sm_80": {
@@ -100,10 +103,10 @@ EXCEPTIONS: dict[str, _Exceptions] = {
         **_AMD_FORWARD,
         "cdna": {**_AMD_FORWARD["cdna"], (2, 256): Tile(32, 32, 4, 1)},
     },
-    # The rule's tile at (2, 128) is also measured on sm_90.
+    # On sm_90 at (2, 128) the rule's tile was measured: it is the fastest on an H200.
     "attention_decode": {
         "sm_90": {(4, 256): Tile(16, 16, 8, 3)},
-        "sm_100": {(2, 128): Tile(16, 64, 2, 3)},  # memory so fast that shared memory is next
+        "sm_100": {(2, 128): Tile(16, 64, 2, 3)},  # limited by shared memory, not HBM
         "cdna": {(2, 64): Tile(16, 64, 4, 2), (4, 64): Tile(16, 32, 4, 2)},
         "rdna": {(2, 64): Tile(16, 64, 4, 1)},
     },
@@ -145,40 +148,41 @@ KERNELS = tuple(EXCEPTIONS)
 def choose_tile(
     kernel: str, block_d: int, element_bytes: int, device: DeviceProperties, descriptors: bool
 ) -> Tile:
-    """Return the exception for these arguments, or the rule's tile.
+    """Return the exception for these arguments, or else the rule's tile.
 
-    `descriptors`: the tensors can be read through tensor descriptors.
+    `descriptors` is whether tensor descriptors can read the tensors.
     """
     lineage = _lineage(device, EXCEPTIONS[kernel])
-    able = descriptors and has_descriptors(device)
+    allowed = descriptors and has_descriptors(device)
     key = element_bytes, max(64, block_d)
     for arch in reversed(lineage):
         tile = EXCEPTIONS[kernel].get(arch, {}).get(key)
-        if tile is not None and (able or not tile.descriptors):
+        if tile is not None and (allowed or not tile.descriptors):
             return tile
     return _rule(kernel, lineage[0], *key)
 
 
 def _rule(kernel: str, family: str, element_bytes: int, head_dim: int) -> Tile:
-    of = _FAMILIES[family]
-    if kernel == "attention_decode":  # the fewest rows; what counts is bytes in flight
-        n = max(16, of.cached // (head_dim * element_bytes))
-        warps = 8 if of.wide <= 128 else 4
-        return Tile(16, n, warps, of.decode_stages)
+    """Return the tile that the rule in the module's docstring gives."""
+    limits = _FAMILIES[family]
+    if kernel == "attention_decode":  # memory bound: few rows, many bytes in flight
+        n = max(16, limits.cached // (head_dim * element_bytes))
+        warps = 8 if limits.wide_head_dim <= 128 else 4
+        return Tile(16, n, warps, limits.decode_stages)
     backward = kernel in ("attention_dkdv", "attention_dq")
-    halves = 1 + backward
-    wide = element_bytes // 2
-    rows = min(of.accumulators // (head_dim * halves * wide**2), 64 if backward else 128)
-    block = min(of.block // (head_dim * halves * wide), 64 if backward else 32)
+    products = 1 + backward
+    words = element_bytes // 2  # 16-bit words per element
+    rows = min(limits.accumulators // (head_dim * products * words**2), 64 if backward else 128)
+    block = min(limits.block // (head_dim * products * words), 64 if backward else 32)
     rows, block = max(rows, 16), max(block, 16)
     staged = head_dim * element_bytes**2 <= (512 if backward else 2048)
-    warps = 8 if rows == 16 and head_dim >= of.wide else 4
+    warps = 8 if rows == 16 and head_dim >= limits.wide_head_dim else 4
     m, n = (block, rows) if kernel == "attention_dkdv" else (rows, block)
-    return Tile(m, n, warps, of.stages if staged else 1)
+    return Tile(m, n, warps, limits.stages if staged else 1)
 
 
 def _lineage(device: DeviceProperties, exceptions: _Exceptions) -> list[str]:
-    """Return the device's family, then the architectures with exceptions up to its own."""
+    """Return the device's family, then the architectures with exceptions, up to the device's."""
     if device.platform == "hip":
         generation = str(device.arch)[:-2]  # gfx942, gfx1100, gfx1201
         return {"gfx9": ["cdna"], "gfx12": ["rdna", "rdna4"]}.get(generation, ["rdna"])
@@ -189,17 +193,17 @@ def _lineage(device: DeviceProperties, exceptions: _Exceptions) -> list[str]:
 
 
 def architecture(device: DeviceProperties) -> str:
-    """Return the name of the device's own entries in `EXCEPTIONS`."""
+    """Return the name of the device's architecture in `EXCEPTIONS`."""
     return _lineage(device, {})[-1] if device.platform == "hip" else f"sm_{device.arch}"
 
 
 def has_descriptors(device: DeviceProperties) -> bool:
-    """Return whether the device has a tensor memory accelerator that kernels should use."""
+    """Return whether kernels should use the device's tensor memory accelerator, if it has one."""
     return device.platform == "cuda" and 90 <= int(device.arch) < 120
 
 
-def smaller(tile: Tile) -> Iterator[Tile]:
-    """Yield tiles that need less and less shared memory."""
+def smaller_tiles(tile: Tile) -> Iterator[Tile]:
+    """Yield tiles in decreasing order of shared memory, all smaller than `tile`."""
     while True:
         if tile.stages > 1:
             tile = tile._replace(stages=tile.stages - 1)
@@ -212,9 +216,9 @@ def smaller(tile: Tile) -> Iterator[Tile]:
         yield tile
 
 
-def tile_config(tile: Tile, block_d: int) -> Config:
-    """Return a tile as a kernel's meta-parameters."""
-    return config(
+def tile_config(tile: Tile, block_d: int) -> LaunchConfig:
+    """Return the meta-parameters of a kernel with this tile."""
+    return launch_config(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_D=block_d,
@@ -228,28 +232,28 @@ def tile_config(tile: Tile, block_d: int) -> Config:
 @functools.cache
 def configs(
     kernel: str, block_d: int, element_bytes: int, device: DeviceProperties, descriptors: bool
-) -> tuple[Config, ...]:
-    """Return the chosen configuration, then smaller ones, for a device with less shared memory."""
+) -> tuple[LaunchConfig, ...]:
+    """Return the chosen configuration, then smaller ones in case shared memory does not suffice."""
     tile = choose_tile(kernel, block_d, element_bytes, device, descriptors)
-    return tuple(tile_config(t, block_d) for t in (tile, *smaller(tile)))
+    return tuple(tile_config(t, block_d) for t in (tile, *smaller_tiles(tile)))
 
 
 @functools.cache
-def delta_config(block_d: int) -> Config:
-    """Return the delta kernel's parameters: about 8 elements of each input per thread."""
-    return config(BLOCK_M=max(16, 4096 // block_d), BLOCK_D=block_d, num_warps=4)
+def delta_config(block_d: int) -> LaunchConfig:
+    """Return the meta-parameters of the delta kernel: about 8 elements per thread and input."""
+    return launch_config(BLOCK_M=max(16, 4096 // block_d), BLOCK_D=block_d, num_warps=4)
 
 
-# How many of the configurations for some arguments, from the first, do not fit.
+# Arguments of a launch -> number of configurations, from the first, that do not fit the device.
 _misfits: dict[tuple[object, ...], int] = {}
 
 
 def launch_first_that_fits(
-    kernel: str, q: Tensor, block_d: int, descriptors: bool, launch: Callable[[Config], None]
+    kernel: str, q: Tensor, block_d: int, descriptors: bool, launch: Callable[[LaunchConfig], None]
 ) -> None:
-    """Call `launch` with the first configuration whose shared memory the device has.
+    """Call `launch` with the first configuration that fits the device's shared memory.
 
-    Triton raises before anything runs where there is less than a configuration needs.
+    Triton raises OutOfResources before it launches a configuration that does not fit.
     """
     import triton
 

@@ -1,9 +1,9 @@
-"""Blocked attention on the torch backend: blocks of queries, each over the keys its window reaches.
+"""Blocked attention on the torch backend: blocks of queries over the keys inside their windows.
 
-A block of rows meets one slice of keys, so time and memory follow the window; neither the scores
-nor the mask of a whole sequence is ever allocated. Inside a block PyTorch's
-`scaled_dot_product_attention` does the work. It has no softcap and returns no log-sum-exp; calls
-that need one use the formula.
+Each block of rows reads one slice of keys, so time and memory are proportional to the window. The
+scores and the mask of a whole sequence are never allocated. A block is computed by PyTorch's
+`scaled_dot_product_attention`. Calls with a softcap or a log-sum-exp, which that function does not
+offer, compute the scores and their softmax explicitly.
 """
 
 from __future__ import annotations
@@ -26,22 +26,25 @@ from mistral_kernels.ops.attention.window import (
 )
 from mistral_kernels.ops.operator import absent
 
-# Rows of a block. More rows waste more masked keys, fewer rows cost more calls.
+# Rows per block. More rows compute more masked scores; fewer rows need more calls.
 _BLOCK_ROWS = 64
-# From this many rows on PyTorch's own causal mask is faster than blocks. So it is for one block,
-# and where all products together (rows^2 * heads * head_dim) take less time than making the blocks.
+# PyTorch's own causal mask is faster than blocks for at least _TRIANGLE_ROWS rows, for one block,
+# and for so few products (rows^2 * heads * head_dim) that making the blocks takes longer.
 _TRIANGLE_ROWS = 2048
 _TRIANGLE_WORK = 1 << 25
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries `rows`, the `keys` they see, and the first key's distance to the first query."""
+    """Block of queries `rows` and the slice of keys that they see.
+
+    `first_distance` is the first key's position minus the first query's.
+    """
 
     rows: slice
     keys: slice
     first_distance: int
-    triangle: bool = False  # row i sees exactly keys 0..i: PyTorch's own causal mask serves
+    triangle: bool = False  # row i sees exactly keys 0..i, as with PyTorch's own causal mask
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,22 +54,22 @@ class _Block:
 def blocked_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the output, and the log-sum-exp, `absent` unless `return_lse`."""
+    """Return the output and the log-sum-exp, which is `absent` unless `return_lse`."""
     if spec.sequences.cu_seqlens_q is None:
         out, lse = _forward(q, k, v, spec, return_lse)
-        return out, absent(q, wide(q.dtype)) if lse is None else lse
-    # Tokens of no sequence keep these values.
+        return out, absent(q, accumulator_dtype(q.dtype)) if lse is None else lse
+    # Tokens outside all sequences keep these values.
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = None
     if return_lse:
-        lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=wide(q.dtype))
-    for rows, keys, one in _sequences(spec):
+        lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=accumulator_dtype(q.dtype))
+    for rows, keys, sequence_spec in _sequences(spec):
         inputs = q[None, rows], k[None, keys], v[None, keys]
-        part, part_lse = _forward(*inputs, one, return_lse)
+        part, part_lse = _forward(*inputs, sequence_spec, return_lse)
         out[rows] = part[0]
         if lse is not None and part_lse is not None:
             lse[:, rows] = part_lse[0]
-    return out, absent(q, wide(q.dtype)) if lse is None else lse
+    return out, absent(q, accumulator_dtype(q.dtype)) if lse is None else lse
 
 
 def blocked_backward(
@@ -79,28 +82,28 @@ def blocked_backward(
     spec: AttentionSpec,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Return the gradients of q, k and v, None where not `needed`, from recomputed probabilities.
+    """Return the gradients of q, k and v from recomputed probabilities; None if not `needed`.
 
-    `out` and `lse` may be those of more keys than k and v hold, as in ring attention, which passes
-    the result over all parts: the gradients are then those through this part. An `lse` without
-    elements stands for that of these keys.
+    k and v may be a part of the keys of which `out` and `lse` are the result, as in ring attention.
+    The gradients are then those through this part. An empty `lse` means that `out` is the result of
+    these keys alone.
     """
-    # Many rows of many blocks add to a key's gradient: it is summed in float32 or wider.
+    # Many rows of many blocks are added to the gradient of a key: sum in float32 or float64.
     grads = [
-        torch.zeros(x.shape, dtype=wide(x.dtype), device=x.device) if need else None
+        torch.zeros(x.shape, dtype=accumulator_dtype(x.dtype), device=x.device) if need else None
         for x, need in zip((q, k, v), needed, strict=True)
     ]
     if spec.sequences.cu_seqlens_q is None:
         _backward(dout, q, k, v, out, lse, spec, grads)
     else:
-        for rows, keys, one in _sequences(spec):
+        for rows, keys, sequence_spec in _sequences(spec):
             parts = [
                 None if grad is None else grad[None, s]
                 for grad, s in zip(grads, (rows, keys, keys), strict=True)
             ]
             inputs = dout[None, rows], q[None, rows], k[None, keys], v[None, keys]
-            sums = lse[None, :, rows] if lse.numel() else lse
-            _backward(*inputs, out[None, rows], sums, one, parts)
+            lse_part = lse[None, :, rows] if lse.numel() else lse
+            _backward(*inputs, out[None, rows], lse_part, sequence_spec, parts)
     return [None if grad is None else grad.to(q.dtype) for grad in grads]
 
 
@@ -111,8 +114,8 @@ def _sequences(spec: AttentionSpec) -> Iterator[tuple[slice, slice, AttentionSpe
     assert cu_seqlens_k is not None
     spans = (pairwise(x.tolist()) for x in (cu_seqlens_q, cu_seqlens_k))
     for i, (rows, keys) in enumerate(zip(*spans, strict=True)):
-        one = spec.of_sequence(i, rows[1] - rows[0], keys[1] - keys[0])
-        yield slice(*rows), slice(*keys), one
+        sequence_spec = spec.of_sequence(i, rows[1] - rows[0], keys[1] - keys[0])
+        yield slice(*rows), slice(*keys), sequence_spec
 
 
 def _backward(
@@ -125,66 +128,75 @@ def _backward(
     spec: AttentionSpec,
     grads: list[Tensor | None],
 ) -> None:
-    """Add to `grads`. p = exp(s - lse), dp = dout v^T, ds = p * (dp - rowsum(dout * out)).
+    """Add the gradients of a rectangular batch to `grads`.
 
-    p is computed as softmax(s) times these keys' share of the weights of all keys, 1 without
-    others: exp(s - lse) loses a rounding of s, so the weights of large scores would not add up.
+        p = exp(s - lse),   dp = dout v^T,   ds = p * (dp - rowsum(dout * out))
+
+    p is computed as softmax(s) times the share that these keys have in the sum of the weights of
+    all keys, which is 1 without other keys. exp(s - lse) itself is not accurate for large scores:
+    the rounding error of s becomes a relative error, and the weights would not sum to 1.
     """
     dq, dk, dv = grads
-    biases = _Biases(q, k, spec)
+    biases = _BlockBiases(q, k, spec)
     groups, dtype = biases.groups, biases.dtype
     for block in _blocks(q, k, spec, needs_formula=True):
         rows = block.shape[0]
-        queries, douts = (_stack(x[:, block.rows].to(dtype), groups) for x in (q, dout))
+        queries, douts = (_heads_to_rows(x[:, block.rows].to(dtype), groups) for x in (q, dout))
         keys, values = (x[:, block.keys].transpose(1, 2).to(dtype) for x in (k, v))
-        scores, cap_slope = _scores(queries, keys, biases.of(block), spec)
+        scores, cap_slope = _scores(queries, keys, biases.for_block(block), spec)
         p = scores.softmax(-1)
         if lse.numel():
-            sums = lse[:, :, block.rows].unflatten(1, (groups, -1)).flatten(2)
-            p *= _share(scores, p, sums)
+            block_lse = lse[:, :, block.rows].unflatten(1, (groups, -1)).flatten(2)
+            p *= _share_of_weights(scores, p, block_lse)
         if dv is not None:
             dv[:, block.keys] += (p.mT @ douts).transpose(1, 2)
         if dq is None and dk is None:
             continue
         dp = douts @ values.mT
-        # Without other keys the two are equal, except the rounding of `out`.
-        of_out = douts * _stack(out[:, block.rows].to(dtype), groups) if lse.numel() else dp * p
-        ds = p.mul_(dp.sub_(of_out.sum(-1, keepdim=True)))
+        # Without other keys, rowsum(dp * p) equals rowsum(dout * out), and avoids the rounding of
+        # `out`.
+        terms = (
+            douts * _heads_to_rows(out[:, block.rows].to(dtype), groups) if lse.numel() else dp * p
+        )
+        ds = p.mul_(dp.sub_(terms.sum(-1, keepdim=True)))
         if cap_slope is not None:
             ds *= cap_slope
         ds *= spec.scale(q.shape[-1])
         if dk is not None:
             dk[:, block.keys] += (ds.mT @ queries).transpose(1, 2)
         if dq is not None:
-            dq[:, block.rows] = _unstack(ds @ keys, rows)
+            dq[:, block.rows] = _rows_to_heads(ds @ keys, rows)
 
 
-def _share(scores: Tensor, p: Tensor, lse: Tensor) -> Tensor:
-    """Return exp(logsumexp(scores) - lse) for each row; p is the softmax of the scores."""
-    # The largest weight is exp(max - logsumexp).
-    here = scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
-    lse = lse.to(here.dtype).unsqueeze(-1)
-    share = here - lse
-    # Equal up to roundings: there are no other keys.
-    share = share.masked_fill(share.abs() <= 4 * torch.finfo(here.dtype).eps * here.abs(), 0.0)
-    return share.masked_fill(lse == -torch.inf, -torch.inf).exp()  # no keys anywhere
+def _share_of_weights(scores: Tensor, p: Tensor, lse: Tensor) -> Tensor:
+    """Return exp(logsumexp(scores) - lse) of each row; p is the softmax of the scores."""
+    # The largest weight is exp(max - logsumexp), so logsumexp = max - log(largest weight).
+    own_lse = scores.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+    lse = lse.to(own_lse.dtype).unsqueeze(-1)
+    log_share = own_lse - lse
+    # A difference within rounding errors means that there are no other keys: the share is 1.
+    log_share = log_share.masked_fill(
+        log_share.abs() <= 4 * torch.finfo(own_lse.dtype).eps * own_lse.abs(), 0.0
+    )
+    return log_share.masked_fill(lse == -torch.inf, -torch.inf).exp()  # rows that see no key: 0
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """Return the output of a rectangular batch, and its log-sum-exp or None."""
     batch, seqlen_q, num_heads, _ = q.shape
     blocks = _blocks(q, k, spec, needs_formula=return_lse)
-    biases = _Biases(q, k, spec)
+    biases = _BlockBiases(q, k, spec)
     if len(blocks) == 1 and blocks[0].shape[0] == seqlen_q:
         keys = blocks[0].keys
         out, lse = _attend(q, k[:, keys], v[:, keys], blocks[0], biases, return_lse)
         return out.contiguous(), lse
-    # Rows in no block see no key: they keep these values.
+    # Rows outside all blocks see no key and keep these values.
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = None
     if return_lse:
-        lse = q.new_full((batch, num_heads, seqlen_q), -torch.inf, dtype=wide(q.dtype))
+        lse = q.new_full((batch, num_heads, seqlen_q), -torch.inf, dtype=accumulator_dtype(q.dtype))
     for block in blocks:
         inputs = q[:, block.rows], k[:, block.keys], v[:, block.keys]
         part, part_lse = _attend(*inputs, block, biases, return_lse)
@@ -195,6 +207,7 @@ def _forward(
 
 
 def _blocks(q: Tensor, k: Tensor, spec: AttentionSpec, needs_formula: bool) -> list[_Block]:
+    """Return the blocks of a rectangular batch, in descending order of the number of keys."""
     batch, seqlen_q, num_heads, head_dim = q.shape
     seqlen_k, window = k.shape[1], spec.window
     rows = rows_with_keys(seqlen_q, seqlen_k, window)
@@ -203,9 +216,9 @@ def _blocks(q: Tensor, k: Tensor, spec: AttentionSpec, needs_formula: bool) -> l
     start = rows.start
     size = triangle_rows(seqlen_q, seqlen_k, window)
     plain = spec.is_plain and not needs_formula
-    plain &= q.is_cpu or q.dtype.itemsize == 2  # on a GPU only flash takes grouped queries
-    little = size**2 * batch * num_heads * head_dim <= _TRIANGLE_WORK
-    if plain and size and (size <= _BLOCK_ROWS or little or size >= _TRIANGLE_ROWS):
+    plain &= q.is_cpu or q.dtype.itemsize == 2  # on a GPU, only flash supports GQA
+    few_products = size**2 * batch * num_heads * head_dim <= _TRIANGLE_WORK
+    if plain and size and (size <= _BLOCK_ROWS or few_products or size >= _TRIANGLE_ROWS):
         blocks.append(_Block(slice(0, size), slice(0, size), 0, triangle=True))
         start = size
     while start < rows.stop:
@@ -217,11 +230,12 @@ def _blocks(q: Tensor, k: Tensor, spec: AttentionSpec, needs_formula: bool) -> l
     return blocks[::-1]  # widest masks first
 
 
-class _Biases:
-    """The additive masks of the blocks, for the rows that `_stack` makes.
+class _BlockBiases:
+    """Additive masks of blocks, for the rows that `_heads_to_rows` makes.
 
-    Blocks whose last keys lie at the same distance share one mask: it is made for the widest, which
-    `_blocks` returns first, and the narrower ones use its right end.
+    Blocks with the same number of rows and the same distance of the last key share one mask. It is
+    made for the block with most keys, which `_blocks` returns first; later blocks use its right
+    end.
     """
 
     def __init__(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> None:
@@ -229,13 +243,13 @@ class _Biases:
         self.device = q.device
         self.groups = k.shape[2]
         self.group_size = q.shape[2] // k.shape[2]
-        self.dtype = wide(q.dtype)
+        self.dtype = accumulator_dtype(q.dtype)
         self.key: tuple[int, int] | None = None
         self.width = 0
         self.bias: Tensor | None = None
 
-    def of(self, block: _Block) -> Tensor | None:
-        """Return (n * rows, keys), or (1 or b, g, n * rows, keys) with ALiBi; None: no mask."""
+    def for_block(self, block: _Block) -> Tensor | None:
+        """Return (n * rows, keys), or (1 or b, g, n * rows, keys) with ALiBi; None for no mask."""
         rows, keys = block.shape
         key = (rows, block.first_distance + keys)
         if key != self.key or keys > self.width:
@@ -256,23 +270,26 @@ class _Biases:
         return bias.masked_fill_(hidden, -torch.inf).repeat(self.group_size, 1)
 
 
-def _stack(q: Tensor, groups: int) -> Tensor:
-    """Reshape (b, rows, h, d) to (b, g, n * rows, d): n query heads of a kv head are one matrix.
+def _heads_to_rows(q: Tensor, groups: int) -> Tensor:
+    """Reshape (b, rows, h, d) to (b, g, n * rows, d) for n query heads per kv head.
 
-    As rows of one product they read its keys once.
+    The query heads of a kv head become rows of one matrix product, which reads the keys once.
     """
     return q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # type: ignore[no-any-return]
 
 
-def _unstack(out: Tensor, rows: int) -> Tensor:
-    """Invert `_stack`."""
+def _rows_to_heads(out: Tensor, rows: int) -> Tensor:
+    """Invert `_heads_to_rows`."""
     return out.unflatten(2, (-1, rows)).permute(0, 3, 1, 2, 4).flatten(2, 3)  # type: ignore[no-any-return]
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, block: _Block, biases: _Biases, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, block: _Block, biases: _BlockBiases, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend from one block, q (b, rows, h, d), to its k and v (b, keys, g, d)."""
+    """Return the output and the log-sum-exp (or None) of one block.
+
+    q is (b, rows, h, d), k and v are (b, keys, g, d).
+    """
     rows, spec = q.shape[1], biases.spec
     scale = spec.scale(q.shape[-1])
     k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -281,17 +298,17 @@ def _attend(
             q.transpose(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=True
         )
         return out.transpose(1, 2), None
-    stacked, bias = _stack(q, biases.groups), biases.of(block)
-    # On a GPU a mask must have q's dtype (cuDNN reads any other as if it had), which holds 0 and
-    # -inf, but not ALiBi's distances.
+    queries, bias = _heads_to_rows(q, biases.groups), biases.for_block(block)
+    # On a GPU the mask must have q's dtype: cuDNN reads its memory as that dtype. A half-precision
+    # dtype can represent 0 and -inf, but not ALiBi's distances.
     if not (spec.needs_formula or return_lse) and (q.is_cpu or spec.is_plain):
         if bias is not None and not q.is_cpu:
             bias = bias.to(q.dtype)
-        out = F.scaled_dot_product_attention(stacked, k, v, attn_mask=bias, scale=scale)
-        return _unstack(out, rows), None
-    stacked, k, v = (x.to(biases.dtype) for x in (stacked, k, v))
-    scores, _ = _scores(stacked, k, bias, spec)
-    out = _unstack(scores.softmax(-1) @ v, rows).to(q.dtype)
+        out = F.scaled_dot_product_attention(queries, k, v, attn_mask=bias, scale=scale)
+        return _rows_to_heads(out, rows), None
+    queries, k, v = (x.to(biases.dtype) for x in (queries, k, v))
+    scores, _ = _scores(queries, k, bias, spec)
+    out = _rows_to_heads(scores.softmax(-1) @ v, rows).to(q.dtype)
     if not return_lse:
         return out, None
     return out, scores.logsumexp(-1).reshape(*q.shape[:3:2], rows)
@@ -300,7 +317,7 @@ def _attend(
 def _scores(
     q: Tensor, k: Tensor, bias: Tensor | None, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor | None]:
-    """Return scores (b, g, n * rows, keys), and the derivative of the softcap or None."""
+    """Return the scores (b, g, n * rows, keys), and the derivative of the softcap or None."""
     scores = q @ k.mT * spec.scale(q.shape[-1])
     cap_slope = None
     if spec.softcap:
@@ -309,8 +326,8 @@ def _scores(
     return scores if bias is None else scores + bias, cap_slope
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the log-sum-exp, of scores and of sums: float32, or float64."""
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of scores, sums and the log-sum-exp: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -318,5 +335,5 @@ def empty_outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
     """Return uninitialized `out` of q's shape and `lse` (..., num_heads, seqlen), or `absent`."""
     *batch, seqlen, num_heads, _ = q.shape
     lse_shape = (*batch, num_heads, seqlen) if return_lse else (0,)
-    lse = torch.empty(lse_shape, dtype=wide(q.dtype), device=q.device)
+    lse = torch.empty(lse_shape, dtype=accumulator_dtype(q.dtype), device=q.device)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse

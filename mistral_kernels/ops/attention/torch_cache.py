@@ -1,4 +1,4 @@
-"""Attention of new tokens over a cache in PyTorch, one sequence at a time, or one decode step."""
+"""Attention of new tokens over a cache in PyTorch: sequence by sequence, or one decode step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView
-from mistral_kernels.ops.attention.torch_backend import empty_outputs, wide
+from mistral_kernels.ops.attention.torch_backend import accumulator_dtype, empty_outputs
 from mistral_kernels.ops.attention.window import keys_of_rows, visible
 from mistral_kernels.ops.operator import absent
 
@@ -24,11 +24,11 @@ def cached_forward(
     return_lse: bool,
     attend: Attend,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output and the log-sum-exp, `absent` if not wanted. Read `lengths` on the host.
+    """Return the output and the log-sum-exp, which is `absent` unless `return_lse`.
 
-    Args:
-        q, k, v, spec: see `ops.attend_cached`.
-        attend: computes attention of one sequence, (1, seqlen, heads, head_dim), over its keys.
+    Arguments are those of `ops.attend_cached`. `attend` computes attention of one sequence,
+    (1, seqlen, heads, head_dim), over its keys. Except in decode steps, `lengths` is copied to the
+    host.
     """
     cache, cu_seqlens = spec.cache, spec.sequences.cu_seqlens_q
     assert cache is not None
@@ -36,10 +36,10 @@ def cached_forward(
         return empty_outputs(q, return_lse)
     whole_rows = cache.rows is None and cache.block_table is None
     if whole_rows and _is_decode_step(q, k, spec, return_lse):
-        return _decode(q, spec), absent(q, wide(q.dtype))
+        return _decode(q, spec), absent(q, accumulator_dtype(q.dtype))
     packed = cu_seqlens is not None
     offsets = cu_seqlens.tolist() if cu_seqlens is not None else []
-    outs, sums = [], []
+    outs, lses = [], []
     for sequence, length in enumerate(cache.lengths.tolist()):
         new = slice(*offsets[sequence : sequence + 2]) if packed else slice(None)
         queries = q[new] if packed else q[sequence]
@@ -48,29 +48,29 @@ def cached_forward(
         oldest = max(cached - cache.capacity, 0)
         if cache.leftpad is not None:
             oldest = min(max(oldest, int(cache.leftpad[sequence])), total)
-        if len(queries):  # drop the keys before the first query's window
+        if len(queries):  # skip the keys before the first query's window
             first = keys_of_rows(range(1), len(queries), total - oldest, spec.window).start
             oldest += min(first, cached - oldest)
         keys, values = (
             _in_order(cache, x, sequence, oldest, cached, None if fresh is None else fresh[new])
             for x, fresh in ((cache.k_cache, k), (cache.v_cache, v))
         )
-        one = spec.of_sequence(sequence, len(queries), len(keys))
+        sequence_spec = spec.of_sequence(sequence, len(queries), len(keys))
         queries, keys, values = (x.unsqueeze(0) for x in (queries, keys, values))
-        out, lse = attend(queries, keys, values, one, return_lse)
+        out, lse = attend(queries, keys, values, sequence_spec, return_lse)
         outs.append(out.squeeze(0))
-        sums.append(lse)
+        lses.append(lse)
     out = (outs[0] if len(outs) == 1 else torch.cat(outs)) if packed else torch.stack(outs)
     if not return_lse:
-        return out, absent(q, wide(q.dtype))
-    together = torch.cat(sums, -1 if packed else 0)
-    return out, together.squeeze(0) if packed else together
+        return out, absent(q, accumulator_dtype(q.dtype))
+    lse = torch.cat(lses, -1 if packed else 0)
+    return out, lse.squeeze(0) if packed else lse
 
 
 def _in_order(
     cache: CacheView, x: Tensor, sequence: int, start: int, end: int, fresh: Tensor | None
 ) -> Tensor:
-    """Return a sequence's keys or values x at positions `start` to `end`, then `fresh`."""
+    """Return a sequence's keys or values at positions [start, end) of the cache x, then `fresh`."""
     if cache.block_table is not None:
         page_size = x.shape[1]
         first = start // page_size
@@ -90,20 +90,27 @@ def _in_order(
 
 
 def _is_decode_step(q: Tensor, k: Tensor | None, spec: AttentionSpec, return_lse: bool) -> bool:
-    """Return whether each sequence has one token, in the cache, without softcap, ALiBi and lse."""
+    """Return whether the call is a decode step that `_decode` can compute.
+
+    Each sequence has one new token, which is in the cache. There is no softcap, no ALiBi and no
+    log-sum-exp.
+    """
     assert spec.cache is not None
     one_each = spec.sequences.max_seqlen_q == 1 and len(q) == spec.cache.lengths.numel()
     return spec.is_plain and not return_lse and k is None and one_each
 
 
 def _new_tokens(spec: AttentionSpec) -> int:
-    """Return how many tokens per sequence a decode step adds to `lengths`."""
+    """Return the number of tokens per sequence that a decode step adds to `lengths`."""
     assert spec.cache is not None
     return spec.cache.seqlen_new if spec.sequences.cu_seqlens_q is None else 1
 
 
 def _decode(q: Tensor, spec: AttentionSpec) -> Tensor:
-    """Attend with one token per sequence. Softmax is independent of the order of keys and slots."""
+    """Return the attention of one token per sequence over its cache, in the order of slots.
+
+    Softmax does not depend on the order of keys, so the ring is not reordered.
+    """
     cache, window = spec.cache, spec.window
     assert cache is not None
     batch = cache.lengths.shape[0]
@@ -111,27 +118,28 @@ def _decode(q: Tensor, spec: AttentionSpec) -> Tensor:
     _, capacity, groups, head_dim = k_cache.shape
     totals = cache.lengths.long() + _new_tokens(spec)
     counts = totals.clamp(max=capacity)
-    narrow = 0 <= window.left < capacity - 1  # the cache keeps more than the window shows
+    narrow = 0 <= window.left < capacity - 1  # the cache holds keys outside the window
     begin = 0
     if k_cache.device.type == "cpu":
         smallest, longest = counts.min().item(), counts.max().item()
         ragged = smallest != longest or (cache.leftpad is not None and bool(cache.leftpad.any()))
-        if narrow and not ragged and totals.max() <= capacity:  # in order: the window is a slice
+        # Before the ring wraps, slots are positions: the window is a slice.
+        if narrow and not ragged and totals.max() <= capacity:
             begin, narrow = max(int(longest) - window.left - 1, 0), False
         k_cache, v_cache = k_cache[:, begin:longest], v_cache[:, begin:longest]
     else:
-        ragged = True  # the counts stay on the device
+        ragged = True  # reading the counts would wait for the device
     bias = None
     if ragged or narrow:
         slots = torch.arange(k_cache.shape[1], device=q.device)
         mask = slots < counts[:, None]
-        age = (totals[:, None] - 1 - slots) % capacity  # how many tokens came after the slot's
+        age = (totals[:, None] - 1 - slots) % capacity  # distance of the slot's token to the last
         if cache.leftpad is not None:
             mask &= totals[:, None] - 1 - age >= cache.leftpad[:, None]
         if narrow:
             mask &= visible(-age, window)
         bias = mask[:, None, None]
-    # The query heads of a kv head become the rows of one product, so its keys are read once.
+    # The query heads of a kv head become rows of one product, which reads the keys once.
     out = F.scaled_dot_product_attention(
         q.reshape(batch, groups, -1, head_dim),
         k_cache.transpose(1, 2),
@@ -139,6 +147,6 @@ def _decode(q: Tensor, spec: AttentionSpec) -> Tensor:
         attn_mask=bias,
         scale=spec.scale(head_dim),
     )
-    if bias is not None and not q.is_cpu:  # PyTorch's kernels for GPUs average what is all hidden
+    if bias is not None and not q.is_cpu:  # PyTorch's GPU kernels average fully masked rows
         out = out.masked_fill(~bias.any(-1, keepdim=True), 0.0)
-    return out.reshape(q.shape).contiguous()  # some of PyTorch's kernels keep the strides of q
+    return out.reshape(q.shape).contiguous()  # some of PyTorch's kernels keep q's strides

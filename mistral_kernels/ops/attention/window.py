@@ -1,9 +1,10 @@
-"""Which keys a query may see: what the numbers of a window mean.
+"""Windows: the keys that a query sees.
 
-Two words, two meanings. `sliding_window` W is a count of visible keys, the query's own included.
-`window_size` (left, right) holds inclusive distances, -1 for no bound. Query i of `seqlen_q` stands
-on key i + seqlen_k - seqlen_q (bottom-right alignment: the last query on the last key), and sees
-the keys from `left` before that place to `right` after it.
+A window is given in one of two ways. `sliding_window` is the number of visible keys, including the
+one at the query's own position. `window_size` (left, right) holds inclusive distances; -1 is no
+bound. Sequences have bottom-right alignment: query i of `seqlen_q` has the position
+p = i + seqlen_k - seqlen_q among the keys, so the last query has the position of the last key. It
+sees the keys p - left to p + right.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 
-# How far an open side of a window reaches, for kernels: past any sequence, and within int32 when a
+# Distance that kernels use for "no bound": longer than any sequence, and still an int32 after a
 # position is added.
 UNBOUNDED = 1 << 30
 
 
 class Window(NamedTuple):
-    """Inclusive distances a query sees to either side of its place; -1 is no bound."""
+    """Inclusive distances that a query sees to either side of its position; -1 is no bound."""
 
     left: int
     right: int
 
     @property
     def reach(self) -> tuple[int, int]:
-        """The distances as numbers to count with: `UNBOUNDED` for no bound."""
+        """The distances with `UNBOUNDED` instead of -1, so that kernels can add positions."""
         left, right = self
         return (
             left if 0 <= left < UNBOUNDED else UNBOUNDED,
@@ -45,17 +46,19 @@ class Window(NamedTuple):
 def resolve_window(
     causal: bool, window_size: Sequence[int] | Tensor | None, sliding_window: int | None
 ) -> Window:
-    """Return the window that a caller's arguments mean. `causal` is a right distance of 0.
+    """Return the window of a caller's arguments. `causal` makes the right distance 0.
 
-    A `sliding_window` W is `window_size` (W - 1, 0), causal or not. A distance of None is no bound,
-    as in flash-attn 4.
+    A `sliding_window` of W is the `window_size` (W - 1, 0), whether `causal` or not. A distance of
+    None is no bound, as in flash-attn 4.
 
-    Raises `ValueError` for a negative distance other than -1, a `sliding_window` that is not
-    positive, and both kinds of window at once; `TypeError` for what is not an integer.
+    Raises:
+        ValueError: a distance is less than -1, `sliding_window` is not positive, or both kinds of
+            window are given.
+        TypeError: a distance or `sliding_window` is not an integer.
     """
     if sliding_window is not None:
         if window_size is not None:
-            raise ValueError("give sliding_window or window_size, not both")
+            raise ValueError(f"sliding_window must be None with window_size, got {sliding_window}")
         count = _as_int("sliding_window", sliding_window, "an integer or None")
         if count <= 0:
             raise ValueError(f"sliding_window must be positive or None (no window), got {count}")
@@ -84,17 +87,17 @@ def _as_int(name: str, value: Any, expected: str) -> int:
 
 
 @jit
-def key_range(place, length, left, right):
-    """Return the keys [begin, end), of `length`, that the query on key `place` sees.
+def key_range(position, length, left, right):
+    """Return the range [begin, end) of `length` keys that the query at a position sees.
 
-    Turned round it gives the queries that see a key: stand on the key's place among the queries,
-    and swap left and right.
+    With left and right swapped, and a key's position among the queries, the result is the range of
+    queries that see the key.
     """
-    return max(place - left, 0), min(place + right + 1, length)
+    return max(position - left, 0), min(position + right + 1, length)
 
 
 def rows_with_keys(seqlen_q: int, seqlen_k: int, window: Window) -> range:
-    """Return the queries that see at least one key: one range, by the bottom-right alignment."""
+    """Return the queries that see at least one key. They are one range."""
     if seqlen_k == 0:
         return range(0)
     offset = seqlen_k - seqlen_q
@@ -112,9 +115,9 @@ def keys_of_rows(rows: range, seqlen_q: int, seqlen_k: int, window: Window) -> r
 
 
 def triangle_rows(seqlen_q: int, seqlen_k: int, window: Window) -> int:
-    """How many rows, from the first, see exactly the keys up to their own place: row i keys 0..i.
+    """Return the number of rows, from the first, for which row i sees exactly the keys 0 to i.
 
-    Causal attention before the window's left edge bites.
+    These rows are plain causal attention: the window's left edge does not reach them.
     """
     if window.right != 0 or seqlen_q != seqlen_k:
         return 0
@@ -124,13 +127,16 @@ def triangle_rows(seqlen_q: int, seqlen_k: int, window: Window) -> int:
 def distances(
     num_rows: int, num_keys: int, first_distance: int, device: torch.device | None = None
 ) -> Tensor:
-    """(num_rows, num_keys) of key place minus query place, `first_distance` for the first pair."""
+    """Return the position of each key minus that of each query, (num_rows, num_keys).
+
+    `first_distance` is the distance of the first pair.
+    """
     keys = torch.arange(first_distance, first_distance + num_keys, device=device)
     return keys - torch.arange(num_rows, device=device)[:, None]
 
 
 def visible(distance: Tensor, window: Window) -> Tensor:
-    """Booleans of `distance`'s shape: does the window hold this pair?"""
+    """Return a boolean mask of `distance`'s shape: whether the window contains the distance."""
     mask = torch.ones_like(distance, dtype=torch.bool)
     if window.left >= 0:
         mask &= distance >= -window.left
@@ -141,17 +147,18 @@ def visible(distance: Tensor, window: Window) -> Tensor:
 
 @jit
 def block_ranges(
-    first_place, last_place, length, left, right, BLOCK: tl.constexpr, NARROW: tl.constexpr
+    first_position, last_position, length, left, right, BLOCK: tl.constexpr, NARROW: tl.constexpr
 ):
     """Return three ranges (first key, end) of the key blocks that a tile of queries needs.
 
-    The queries are neighbors. Blocks of the first range cross only left edges, those of the second
-    none (every query sees every key), those of the third only right ones; in a `NARROW` window all
-    may cross both, and all are in the third. Blocks are counted from the first key that the tile
-    sees, so they are the fewest that hold what it sees.
+    The queries have consecutive positions. Blocks of the first range cross left edges of windows
+    only. Blocks of the second range cross no edge: every query sees every key. Blocks of the third
+    range cross right edges only. In a `NARROW` window a block may cross both edges, and all blocks
+    are in the third range. Blocks start at the first key that the tile sees, which gives the
+    smallest number of blocks.
     """
-    lo, full_hi = key_range(first_place, length, left, right)
-    full_lo, hi = key_range(last_place, length, left, right)
+    lo, full_hi = key_range(first_position, length, left, right)
+    full_lo, hi = key_range(last_position, length, left, right)
     hi = max(hi, lo)
     if NARROW:
         return (lo, lo), (lo, lo), (lo, hi)
@@ -161,22 +168,22 @@ def block_ranges(
 
 
 @jit
-def hide(s, place, key, length, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Return the scores `s` of queries on `place`, -inf where they do not see `key`.
+def hide(s, position, key, length, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Return the scores `s` of queries at the given positions, -inf where they do not see `key`.
 
-    Checks the edges named, for blocks that cross no other.
+    `LEFT` and `RIGHT` select the edges that are checked, for blocks that cross no other edge.
     """
     if LEFT:
-        s = tl.where(key >= place - left, s, float("-inf"))
+        s = tl.where(key >= position - left, s, float("-inf"))
     if RIGHT:
-        s = tl.where(key < tl.minimum(place + right + 1, length), s, float("-inf"))
+        s = tl.where(key < tl.minimum(position + right + 1, length), s, float("-inf"))
     return s
 
 
-def is_narrow(left: int, right: int, places: int, block: int) -> bool:
-    """Can a block of `block` keys cross both edges of what some of `places` queries in a row see?
+def is_narrow(left: int, right: int, positions: int, block: int) -> bool:
+    """Return whether a block of `block` keys can cross left and right edges of a tile's windows.
 
-    The end of the keys is no edge here: whoever asks keeps keys past it out of left-edge blocks,
-    or makes them harmless.
+    The tile has queries at `positions` consecutive positions. The end of the keys is not an edge
+    here: callers must exclude keys past the end from left-edge blocks, or make them harmless.
     """
-    return left + right + 2 < places + block
+    return left + right + 2 < positions + block

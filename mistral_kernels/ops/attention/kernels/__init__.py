@@ -1,1 +1,1 @@
-"""attention's Triton kernels: forward, backward, and decode over a cache."""
+"""Triton kernels of attention: forward, backward, and decode over a cache."""

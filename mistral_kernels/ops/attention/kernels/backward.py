@@ -1,14 +1,15 @@
-"""Attention, backward, on Triton: probabilities are recomputed tile by tile, never stored.
+"""Backward pass of attention on Triton. Probabilities are recomputed per tile and never stored.
 
-With p = exp(scale * q k^T - lse) and dp = do v^T of one pair of tiles (arXiv:2307.08691):
+With p = exp(scale * q k^T - lse) and dp = do v^T for a pair of tiles (arXiv:2307.08691):
 
     delta = rowsum(do * out)            one number per query and head
     ds = p * (dp - delta)
     dv = p^T do,   dk = scale * ds^T q,   dq = scale * ds k
 
-Three kernels: delta; dk and dv, one program per tile of keys; dq, one program per tile of queries.
-Each sum is formed by one program in a fixed order, without atomics: gradients have the same bits at
-every run. What needs no gradient is not computed.
+There are three kernels: one for delta, one for dk and dv with a program per tile of keys, and one
+for dq with a program per tile of queries. Each sum is computed by one program in a fixed order,
+without atomics, so gradients are bitwise reproducible. Gradients that are not needed are not
+computed.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from mistral_kernels.ops.attention.spec import AttentionSpec
 from mistral_kernels.ops.attention.tiles import delta_config, launch_first_that_fits
 from mistral_kernels.ops.attention.window import block_ranges
 from mistral_kernels.ops.dispatch import device_guard
-from mistral_kernels.ops.launch_configs import Config, cdiv, next_power_of_2
+from mistral_kernels.ops.launch_configs import LaunchConfig, cdiv, next_power_of_2
 from mistral_kernels.ops.lazy_triton import jit
 
 if TYPE_CHECKING:
@@ -54,7 +55,10 @@ def _delta_kernel(
     out, dout, lse_ptr, lse2_ptr, delta_ptr, cu_seqlens_q_ptr, seqlen_q, lse_stride, tiles,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """delta, and the log-sum-exp in base 2, +inf for a query without keys: 2^(s - inf) is 0."""
+    """Store delta, and the log-sum-exp in base 2.
+
+    The log-sum-exp of a query without keys becomes +inf, so that its weights 2^(s - inf) are 0.
+    """
     VARLEN: tl.constexpr = cu_seqlens_q_ptr is not None
     tile = tl.program_id(0) % tiles
     batch = tl.program_id(0) // tiles
@@ -85,12 +89,12 @@ def _dkdv_kernel(
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of keys, walking along the queries that see it.
+    """Compute dk and dv of one tile of keys in a loop over the queries that see it.
 
-    The heads of its group are visited one after the other, so that dk and dv are summed in
-    registers. Scores are transposed, [keys, queries]: p and ds are then the left operands of the
-    products that follow, and stay in registers. A key's position is counted among the queries;
-    seen from a key, right and left change sides.
+    The loop visits the query heads of the group one after the other, so dk and dv are accumulated
+    in registers. Scores are transposed, [keys, queries]: p and ds are then left operands of the
+    next products and stay in registers. A key's position is its index among the queries; for this
+    reason the left and right distances of the window are swapped.
     """
     VARLEN: tl.constexpr = cu_seqlens[0] is not None
     tile, kv_head, batch = program_indices(tiles, num_kv_heads)
@@ -125,7 +129,7 @@ def _dkdv_kernel(
     lse2_ptr += head * lse_stride
     delta_ptr += head * lse_stride
     if DESCRIPTORS:
-        # The heads side by side as columns, however far apart they lie.
+        # One descriptor for all heads: the columns are those between the first and the last head.
         q_columns = (GROUP - 1) * q.head_stride + HEAD_DIM
         dout_columns = (GROUP - 1) * dout.head_stride + HEAD_DIM
         q_desc = tl.make_tensor_descriptor(
@@ -137,10 +141,10 @@ def _dkdv_kernel(
 
     dk_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    # The blocks that cross left edges, those that cross none, those that cross right edges.
+    # Parts: blocks that cross left edges, blocks that cross no edge, blocks that cross right edges.
     for PART in tl.static_range(3):
         if PART == 2 or (not NARROW and (PART == 1 or RIGHT_EDGE)):
-            # The heads one after the other in one loop: its pipeline fills only once.
+            # One loop for all heads, so that the pipeline is filled only once.
             begin, end = ranges[PART]
             first = begin
             member = 0
@@ -163,7 +167,7 @@ def _dkdv_kernel(
                         PART != 1, OFFSETS,
                     )  # fmt: skip
                 query = first + tl.arange(0, BLOCK_M)
-                if PART != 1:  # past the end, where nothing else is masked, p becomes 0
+                if PART != 1:  # an lse of +inf past the end makes p 0, without another mask
                     lse2 = tl.load(lse2_head + query, mask=query < seqlen_q, other=float("inf"))
                     delta = tl.load(delta_head + query, mask=query < seqlen_q, other=0.0)
                 else:
@@ -220,11 +224,11 @@ def _dq_kernel(
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of queries, walking along the keys it sees."""
+    """Compute dq of one tile of queries in a loop over the keys that it sees."""
     VARLEN: tl.constexpr = cu_seqlens[0] is not None
     SOURCE: tl.constexpr = "descriptors" if DESCRIPTORS else "dense"
     tile, kv_head, batch = program_indices(tiles, num_kv_heads)
-    tile = tiles - 1 - tile  # the tiles with most keys start first
+    tile = tiles - 1 - tile  # start the tiles with most keys first
     start_q, seqlen_q = sequence_bounds(cu_seqlens[0], batch, seqlen_q)
     start_k, seqlen_k = sequence_bounds(cu_seqlens[1], batch, seqlen_k)
     if tile * BLOCK_M >= seqlen_q * GROUP:
@@ -254,7 +258,7 @@ def _dq_kernel(
     )
 
     dq_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # The blocks that cross left edges, those that cross none, those that cross right edges.
+    # Parts: blocks that cross left edges, blocks that cross no edge, blocks that cross right edges.
     for PART in tl.static_range(3):
         if PART == 2 or (not NARROW and (PART == 1 or LEFT_EDGE)):
             begin, end = ranges[PART]
@@ -312,7 +316,7 @@ def attention_backward(
     statistics = lse2, delta
     sizes = max_seqlen_q, max_seqlen_k, lse.stride(-2)
 
-    def launch_dkdv(config: Config) -> None:
+    def launch_dkdv(config: LaunchConfig) -> None:
         tiles = cdiv(max_seqlen_k, config["BLOCK_N"])
         _dkdv_kernel[problem.grid(tiles)](
             *(*inputs, problem.view(dk), problem.view(dv), *statistics, *problem.arguments),
@@ -325,7 +329,7 @@ def attention_backward(
             **config,
         )
 
-    def launch_dq(config: Config) -> None:
+    def launch_dq(config: LaunchConfig) -> None:
         tiles = cdiv(max_seqlen_q * problem.group, config["BLOCK_M"])
         _dq_kernel[problem.grid(tiles)](
             *(*inputs, problem.view(dq), *statistics, *problem.arguments),
@@ -350,7 +354,8 @@ def attention_backward(
                 **config,
             )
     if (dk is not None or dv is not None) and k.numel():
-        # One descriptor holds the heads of a group side by side: no columns between may be missing.
+        # One descriptor covers all heads of a group: with padding, a block of BLOCK_D columns would
+        # read columns of the next head.
         columns = (problem.group - 1) * max(q.stride(-2), dout.stride(-2)) + problem.head_dim
         exact = problem.head_dim == next_power_of_2(problem.head_dim) and columns < 2**31
         descriptors = exact and fits_descriptors(q, dout)

@@ -1,15 +1,16 @@
-"""Attention of new tokens over a cache, on Triton: keys are read where they lie, each once.
+"""Attention of new tokens over a cache on Triton. Each key is read once, directly from the cache.
 
-A tile's rows are the new queries times the query heads of one kv head, so that few queries share
-every load of a key. Keys are named by their age: key 0 is the oldest that the cache still holds, or
-shows. It lies in slot `oldest % capacity` of the ring, the next ones behind it, round the end to
-slot 0; after those of the cache come the fresh ones, which are not in it yet. The order of slots is
-never undone, and a cache that does not wrap, paged or not, is a ring like any other.
+The rows of a tile are the new queries times the query heads of one kv head, which share each load
+of a key. Keys are numbered by age. Key 0 is the oldest key in the cache that is not padding, in
+slot `oldest % capacity` of the ring; later keys are in the next slots, wrapping to slot 0. After
+the keys of the cache come the fresh keys, those of new tokens that are not in the cache yet. Slots
+are not copied into order. A cache that does not wrap, paged or not, is handled as a ring.
 
-Where a call has few rows, its keys are split over programs, at places that depend on the sequence
-alone: so its bits do not depend on its batch-mates, and the grid depends on what the cache can
-hold, not on what it does. Each program leaves its part of the softmax; the last to arrive puts the
-parts together, in order. The parts over keys A and B, with sums l and outputs o, combine as
+In calls with few rows, the keys of a sequence are split over programs. The split depends on the
+sequence alone, so results are bitwise independent of the other sequences of the batch. The grid
+depends on the capacity of the cache, not on the number of keys in it. Each program stores its part
+of the softmax, and the program that finishes last combines the parts in order. Parts over the keys
+A and B, with sums of weights l and outputs o, combine as
 
     l = l_A + l_B,    o = (l_A o_A + l_B o_B) / l        l relative to one common maximum
 """
@@ -39,21 +40,22 @@ from mistral_kernels.ops.attention.spec import AttentionSpec
 from mistral_kernels.ops.attention.tiles import launch_first_that_fits
 from mistral_kernels.ops.attention.window import block_ranges
 from mistral_kernels.ops.device_functions import View, view
-from mistral_kernels.ops.launch_configs import Config, cdiv
+from mistral_kernels.ops.launch_configs import LaunchConfig, cdiv
 from mistral_kernels.ops.lazy_triton import jit
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-# Programs that share the keys of a sequence: one for so many keys, but at most so many programs.
+# By default, the keys of a sequence are split over one program per _SPLIT_KEYS keys, at most
+# _MOST_SPLITS programs.
 _SPLIT_KEYS, _MOST_SPLITS = 256, 64
-# Up to so many rows a tile is "decode": the matrix products have room, memory decides. No tile has
-# fewer. Keys are split where a call has at most so many tiles of them.
+# Calls of at most _DECODE_ROWS rows, the smallest tile, use the "attention_decode" tiles: they are
+# memory bound. Keys are split for calls of at most _SPLIT_TILES such tiles.
 _DECODE_ROWS, _SPLIT_TILES = 16, 4
 
 
 class Cache(NamedTuple):
-    """A `CacheView` as the kernel takes it; None for what it does without."""
+    """Kernel arguments of a `CacheView`; None for absent tensors."""
 
     k: View
     v: View
@@ -64,17 +66,17 @@ class Cache(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The softmax of each program over its keys: (splits, tokens, heads, head_dim) and lse."""
+    """Partial softmax of each program over its keys: (splits, tokens, heads, head_dim) and lse."""
 
     out_ptr: Tensor
     lse_ptr: Tensor
-    counters_ptr: Tensor  # of the programs that have finished, per tile
+    counters_ptr: Tensor  # number of programs that have finished, per tile
     stride: int  # rows per split
 
 
 @jit
 def _cut(ranges, begin, end):
-    """Return ranges of key blocks cut to the keys from `begin` to `end`."""
+    """Return the ranges of key blocks, cut to the keys [begin, end)."""
     return (
         (max(ranges[0][0], begin), min(ranges[0][1], end)),
         (max(ranges[1][0], begin), min(ranges[1][1], end)),
@@ -87,7 +89,7 @@ def _store_part(
     state, parts, split, first_row, query, head, heads, seqlen_q, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store the softmax over a program's keys, normalized, and its log-sum-exp in base 2."""
+    """Store the normalized softmax over a program's keys, and its log-sum-exp in base 2."""
     row_max, row_sum, acc = state
     offset = first_row + split.to(tl.int64) * parts.stride
     sum_or_1 = tl.where(row_sum == 0.0, 1.0, row_sum)
@@ -104,12 +106,12 @@ def _combine_parts(
     parts, num_parts, first_row, query, head, heads, seqlen_q, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return the state of the softmax over all parts, added in order."""
+    """Return the softmax state over all parts, which are added in order."""
     row_lse = parts.lse_ptr + (first_row + query * heads + head)
     exists = query < seqlen_q
     _, row_sum, acc = empty_softmax(BLOCK_M, BLOCK_D)
-    # The maximum first: no part waits for the one before it, and loads overlap. Reduced after the
-    # loop: Triton 3.6 fails on a reduction into a carried value that is used twice.
+    # Compute the maximum first: parts do not depend on one another, so their loads overlap. Reduce
+    # after the loop: Triton 3.6 fails on a reduction into a loop-carried value that is used twice.
     lse_max = tl.full([BLOCK_M, 64], -1.0e38, tl.float32)
     for first in tl.range(0, num_parts, 64):
         part = first + tl.arange(0, 64)[None, :]
@@ -150,7 +152,7 @@ def _decode_kernel(
     if tile * BLOCK_M >= seqlen_q * GROUP:
         return
 
-    # What the cache holds, and the slot of the oldest key.
+    # The keys in the cache, and the slot of the oldest one.
     if VARLEN:
         seqlen_new = seqlen_q
     cached = tl.load(cache.lengths_ptr + batch)
@@ -162,7 +164,7 @@ def _decode_kernel(
         oldest = min(max(oldest, tl.load(cache.leftpad_ptr + batch)), total)
     seqlen_k, held = total - oldest, cached - oldest
 
-    # What the tile sees of the cache, and this program of that.
+    # The key blocks of the cache that the tile sees, and this program's share of them.
     query, head, position, first_position, last_position = rows_of_tile(
         tile, kv_head, seqlen_q, seqlen_k, GROUP, BLOCK_M
     )
@@ -203,7 +205,7 @@ def _decode_kernel(
         SOURCE, LEFT_EDGE, NARROW, True, PRECISION, OFFSETS, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
         NUM_STAGES,
     )  # fmt: skip
-    if FRESH:  # the last part's; keys and positions are counted from the first fresh one
+    if FRESH:  # for the last part; keys and positions are relative to the first fresh key
         keys, values = dense_keys(
             k, v, batch, start, kv_head, seqlen_q, VARLEN, False, "dense", BLOCK_N, HEAD_DIM,
             BLOCK_D,
@@ -225,7 +227,7 @@ def _decode_kernel(
         heads = num_kv_heads * GROUP
         first_row = tl.cast(start if VARLEN else batch * seqlen_q, tl.int64) * heads
         _store_part(state, parts, split, first_row, query, head, heads, seqlen_q, HEAD_DIM, BLOCK_D)
-        tl.debug_barrier()  # all of this program's part is written before it is counted
+        tl.debug_barrier()  # write this program's whole part before counting it
         counter = parts.counters_ptr + ((batch * num_kv_heads + kv_head) * tiles + tile)
         if tl.atomic_add(counter, 1, sem="acq_rel") != num_parts - 1:
             return
@@ -240,7 +242,7 @@ def _decode_kernel(
 
 
 def _split(keys: int, rows: int, block: int, num_splits: int) -> tuple[int, int]:
-    """Over how many programs at most to split `keys`, and how many keys each takes."""
+    """Return the maximum number of programs that share `keys`, and the number of keys of each."""
     if num_splits == 0:
         num_splits = (
             min(cdiv(keys, _SPLIT_KEYS), _MOST_SPLITS) if rows <= _SPLIT_TILES * _DECODE_ROWS else 1
@@ -250,7 +252,7 @@ def _split(keys: int, rows: int, block: int, num_splits: int) -> tuple[int, int]
 
 
 def num_counters(batch: int, num_kv_heads: int) -> int:
-    """How many counters the split of its keys may need for each call over such a cache."""
+    """Return the number of counters that a call over a cache of these sizes needs at most."""
     return _SPLIT_TILES * batch * num_kv_heads
 
 
@@ -262,7 +264,7 @@ def attention_decode(
     num_splits: int,
     counters: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output and the log-sum-exp of new tokens over `spec.cache` and over k and v."""
+    """Return the output and the log-sum-exp of new tokens over `spec.cache`, k and v."""
     cache = spec.cache
     assert cache is not None
     max_seqlen_q = spec.sequences.max_seqlen_q
@@ -284,10 +286,10 @@ def attention_decode(
         None if table is None else (table, table.stride(0), table.stride(1)),
     )
 
-    # A single query's first key is where its loop over blocks begins: nothing is masked there.
+    # Blocks start at the first key that the tile sees: a single query needs no left-edge mask.
     left_edge = spec.window.left >= 0 and max_seqlen_q > 1
 
-    def launch(config: Config) -> None:
+    def launch(config: LaunchConfig) -> None:
         tiles = cdiv(query_rows, config["BLOCK_M"])
         positions = min(max_seqlen_q, cdiv(config["BLOCK_M"], problem.group) + 1)
         seen = min(keys, problem.left + problem.right + positions)
@@ -316,7 +318,7 @@ def attention_decode(
 
 
 def _make_parts(q: Tensor, splits: int, programs: int, counters: Tensor | None) -> Parts:
-    """Return memory for what the splits leave; `counters` of zeros are made if None."""
+    """Return memory for the parts of the splits, with new counters if `counters` is None."""
     if counters is None:
         counters = torch.zeros(programs, dtype=torch.int32, device=q.device)
     out = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)

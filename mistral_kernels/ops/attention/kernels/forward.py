@@ -1,9 +1,10 @@
-"""Attention, forward, on Triton: one program per tile of queries, online softmax over key blocks.
+"""Forward pass of attention on Triton: online softmax over key blocks, per tile of queries.
 
     out = softmax(scale * q k^T) v,   lse = log(sum(exp(scale * q k^T)))
 
-Key blocks that no row of the tile sees are never visited, and scores are masked only in blocks
-that cross an edge of the window or the end of the keys (`window.block_ranges`).
+Each program computes one tile of queries. It skips key blocks that no row of the tile sees. Scores
+are masked only in blocks that cross an edge of the window or the end of the keys
+(`window.block_ranges`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from mistral_kernels.ops.attention.kernels.shared import (
 from mistral_kernels.ops.attention.spec import AttentionSpec
 from mistral_kernels.ops.attention.tiles import launch_first_that_fits
 from mistral_kernels.ops.attention.window import block_ranges
-from mistral_kernels.ops.launch_configs import Config, cdiv
+from mistral_kernels.ops.launch_configs import LaunchConfig, cdiv
 from mistral_kernels.ops.lazy_triton import jit
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _forward_kernel(
     VARLEN: tl.constexpr = cu_seqlens[0] is not None
     SOURCE: tl.constexpr = "descriptors" if DESCRIPTORS else "dense"
     tile, kv_head, batch = program_indices(tiles, num_kv_heads)
-    tile = tiles - 1 - tile  # the tiles with most keys start first
+    tile = tiles - 1 - tile  # start the tiles with most keys first
     start_q, seqlen_q = sequence_bounds(cu_seqlens[0], batch, seqlen_q)
     start_k, seqlen_k = sequence_bounds(cu_seqlens[1], batch, seqlen_k)
     if tile * BLOCK_M >= seqlen_q * GROUP:
@@ -86,7 +87,7 @@ def _forward_kernel(
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
-    """Return the output and the log-sum-exp of a batch, rectangular or packed."""
+    """Return the output and the log-sum-exp of a rectangular or packed batch."""
     problem = Problem(q, k, spec)
     _, _, max_seqlen_q, max_seqlen_k, covers_q, _ = spec.sequences
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -97,7 +98,7 @@ def attention_forward(
     if out.numel() == 0:
         return out, lse
 
-    def launch(config: Config) -> None:
+    def launch(config: LaunchConfig) -> None:
         tiles = cdiv(max_seqlen_q * problem.group, config["BLOCK_M"])
         _forward_kernel[problem.grid(tiles)](
             *(problem.view(x) for x in (q, k, v, out)),

@@ -1,4 +1,4 @@
-"""One call of attention as its kernels take it: arguments that all of them share."""
+"""Arguments that all attention kernels share: `Problem`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mistral_kernels.ops.attention.spec import AttentionSpec
 from mistral_kernels.ops.attention.window import is_narrow
 from mistral_kernels.ops.device_functions import View, view
 from mistral_kernels.ops.dispatch import float32_precision
-from mistral_kernels.ops.launch_configs import Config, cdiv, next_power_of_2
+from mistral_kernels.ops.launch_configs import LaunchConfig, cdiv, next_power_of_2
 
 
 class Problem:
-    """Shapes and options of one call.
+    """Shapes and options of one call of attention.
 
     Attributes:
-        arguments: slopes, cu_seqlens and scales of the kernels without a cache.
-        constants: the constexprs that do not depend on the tile.
+        arguments: slopes, cu_seqlens and scales, for the kernels without a cache.
+        constants: constexpr arguments that do not depend on the tile.
         lse_shape: (batch, num_heads, seqlen), or (num_heads, total) if packed.
     """
 
@@ -49,26 +49,26 @@ class Problem:
         }
 
     def view(self, x: Tensor | None) -> View | None:
-        """Return a tensor in the layout of q as kernels take it."""
+        """Return the kernels' view of a tensor that has the layout of q."""
         return None if x is None else view(x, self.packed)
 
     def grid(self, tiles: int) -> tuple[int]:
-        """Return the grid of so many programs per kv head and sequence."""
+        """Return the grid with `tiles` programs per kv head and sequence."""
         return (tiles * self.num_kv_heads * self.batch,)
 
-    def narrow_for_queries(self, config: Config) -> bool:
-        """Return whether every key block of a tile of queries must check both edges."""
+    def narrow_for_queries(self, config: LaunchConfig) -> bool:
+        """Return whether all key blocks of a tile of queries must check both edges."""
         positions = cdiv(config["BLOCK_M"], self.group) + 1
         block = config["BLOCK_N"]
         return self.left < block or is_narrow(self.left, self.right, positions, block)
 
-    def narrow_for_keys(self, config: Config) -> bool:
-        """Return whether every query block of a tile of keys must check both edges."""
+    def narrow_for_keys(self, config: LaunchConfig) -> bool:
+        """Return whether all query blocks of a tile of keys must check both edges."""
         return is_narrow(self.left, self.right, config["BLOCK_N"], config["BLOCK_M"])
 
 
 def fits_descriptors(*tensors: Tensor) -> bool:
-    """Return whether descriptors, whose addresses are multiples of 16 bytes, can read these."""
+    """Return whether descriptors can read the tensors: addresses must be multiples of 16 bytes."""
     for x in tensors:
         *strides, _ = x.stride()
         step = math.gcd(*strides) * x.element_size()
@@ -78,10 +78,10 @@ def fits_descriptors(*tensors: Tensor) -> bool:
 
 
 def offsets_within(reach: str, tokens: int, *tensors: Tensor) -> str:
-    """Return `reach` if 32 bits hold the offset of any of so many tokens, else "element"."""
+    """Return `reach` if 32 bits can hold all offsets within `tokens` tokens, else "element"."""
     return reach if all(x.stride(-3) * tokens < 2**31 for x in tensors) else "element"
 
 
-def same_strides(config: Config, x: Tensor, y: Tensor) -> bool:
-    """Return whether a kernel that walks along both by pointers can keep one set of offsets."""
+def same_strides(config: LaunchConfig, x: Tensor, y: Tensor) -> bool:
+    """Return whether a kernel that reads x and y by pointers can use the same offsets for both."""
     return not config["DESCRIPTORS"] and x.stride(-3) == y.stride(-3)

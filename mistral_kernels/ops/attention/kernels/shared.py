@@ -1,16 +1,17 @@
 """Device functions that attention's kernels share: rows of a tile, key blocks, scores, softmax.
 
-One program owns a tile of rows. A row of a query tile is a query and one of the `GROUP` query heads
-that read the same kv head, heads fastest: a key block is then loaded once for all of them, and a
-tile spans `GROUP` times fewer positions, so fewer of its blocks cross an edge of the window.
+Each program computes a tile of rows. A row of a query tile is a pair of a query and one of the
+`GROUP` query heads that share a kv head; the head varies fastest. A key block is thus loaded once
+for all heads of the group. A tile spans `GROUP` times fewer positions, so fewer of its blocks cross
+an edge of the window.
 
-A kernel takes a tensor as a `View` (see `ops/device_functions.py`). Key blocks come from one of
-four sources, the constexpr `SOURCE`:
+Kernels take tensors as a `View` (see `ops/device_functions.py`). Key blocks come from one of four
+sources, the constexpr `SOURCE`:
 
     "dense"         tokens that are `token_stride` apart, read by pointers
     "descriptors"   the same, read by the tensor memory accelerator
     "ring"          the slots of a rolling cache
-    "pages"         a cache in pages, found through a block table
+    "pages"         the pages of a cache, indexed by a block table
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 
 
 class Scales(NamedTuple):
-    """Factors of scores: the softcap's, and the one that turns a score into a power of 2.
+    """Factors of scores, for exponentials in base 2.
 
-    A key weighs 2^(exp * s), where s is the product q k, or tanh(tanh * q k) with a softcap.
+    The weight of a key is 2^(exp * s), where s is the product q k, or tanh(tanh * q k) with a
+    softcap. `softmax` is the caller's softmax_scale.
     """
 
     softmax: float
@@ -39,7 +41,7 @@ class Scales(NamedTuple):
 
 
 def softmax_scales(softmax_scale: float, softcap: float) -> Scales:
-    """Return the kernels' factors for `softmax_scale` and `softcap` (0: none)."""
+    """Return the factors for `softmax_scale` and `softcap`; a softcap of 0 is none."""
     if softcap:
         return Scales(softmax_scale, softmax_scale / softcap, softcap * math.log2(math.e))
     return Scales(softmax_scale, None, softmax_scale * math.log2(math.e))
@@ -47,7 +49,10 @@ def softmax_scales(softmax_scale: float, softcap: float) -> Scales:
 
 @jit
 def program_indices(tiles, num_kv_heads):
-    """Return a program's tile, kv head and sequence; neighbors share a kv head and most keys."""
+    """Return a program's tile, kv head and sequence.
+
+    Consecutive programs share a kv head and most keys.
+    """
     program = tl.program_id(0)
     return program % tiles, program // tiles % num_kv_heads, program // tiles // num_kv_heads
 
@@ -63,7 +68,7 @@ def sequence_bounds(cu_seqlens_ptr, batch, seqlen):
 
 @jit
 def sequence_pointer(x, batch, start, VARLEN: tl.constexpr):
-    """Return a pointer to a sequence's first token; its offset may exceed 32 bits."""
+    """Return a pointer to a sequence's first token. Its offset may exceed 32 bits."""
     if VARLEN:
         return x.ptr + start.to(tl.int64) * x.token_stride
     return x.ptr + batch.to(tl.int64) * x.batch_stride
@@ -71,7 +76,7 @@ def sequence_pointer(x, batch, start, VARLEN: tl.constexpr):
 
 @jit
 def statistics_pointer(ptr, batch, start, num_heads, head_stride, VARLEN: tl.constexpr):
-    """Return a pointer to a sequence's first number in (batch, heads, tokens) or (heads, total)."""
+    """Return a pointer to a sequence's start in (batch, heads, tokens) or (heads, total)."""
     if VARLEN:
         return ptr + start
     return ptr + batch.to(tl.int64) * num_heads * head_stride
@@ -79,9 +84,9 @@ def statistics_pointer(ptr, batch, start, num_heads, head_stride, VARLEN: tl.con
 
 @jit
 def rows_of_tile(tile, kv_head, seqlen_q, seqlen_k, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Return query, head and position of each row, and the first and the last position.
+    """Return the query, head and position of each row, and the first and the last position.
 
-    A query's position is counted among the keys. Columns of positions broadcast against keys.
+    Positions are indices among the keys, and have shape [rows, 1] to broadcast against keys.
     """
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     query, head = row // GROUP, kv_head * GROUP + row % GROUP
@@ -93,7 +98,7 @@ def rows_of_tile(tile, kv_head, seqlen_q, seqlen_k, GROUP: tl.constexpr, BLOCK_M
 
 @jit
 def load_slopes(slopes, batch, head, exp_scale):
-    """Return ALiBi's slope of each head, in units of the scores."""
+    """Return the ALiBi slope of each head, in units of the scores that `scores` returns."""
     slope = tl.load(slopes[0] + batch * slopes[1] + head)
     return slope * (1.4426950408889634 / exp_scale)
 
@@ -103,7 +108,7 @@ def _row_pointers(
     ptr, query, head, seqlen, token_stride, head_stride, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return pointers to the vectors of each row, [rows, BLOCK_D], and which elements exist."""
+    """Return pointers to the elements of each row, [rows, BLOCK_D], and a mask of valid ones."""
     dim = tl.arange(0, BLOCK_D)[None, :]
     offset = query.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride
     return ptr + offset[:, None] + dim, (query[:, None] < seqlen) & (dim < HEAD_DIM)
@@ -114,7 +119,7 @@ def load_rows(
     ptr, query, head, seqlen, token_stride, head_stride, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return the vector of each row's query and head, [rows, BLOCK_D]; 0 outside the tensor."""
+    """Load the vector of each row's query and head, [rows, BLOCK_D]; 0 outside the tensor."""
     pointers, mask = _row_pointers(
         ptr, query, head, seqlen, token_stride, head_stride, HEAD_DIM, BLOCK_D
     )
@@ -126,7 +131,7 @@ def store_rows(
     ptr, x, query, head, seqlen, token_stride, head_stride, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store what `load_rows` loads, rounded to the tensor's dtype."""
+    """Store `x`, rounded to the tensor's dtype, to the elements that `load_rows` loads."""
     pointers, mask = _row_pointers(
         ptr, query, head, seqlen, token_stride, head_stride, HEAD_DIM, BLOCK_D
     )
@@ -138,7 +143,7 @@ def load_sequence_rows(
     x, batch, start, query, head, seqlen, VARLEN: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return `load_rows` of a sequence of a view."""
+    """Call `load_rows` for one sequence of the view `x`."""
     ptr = sequence_pointer(x, batch, start, VARLEN)
     return load_rows(ptr, query, head, seqlen, x.token_stride, x.head_stride, HEAD_DIM, BLOCK_D)
 
@@ -148,7 +153,7 @@ def store_sequence_rows(
     x, values, batch, start, query, head, seqlen, VARLEN: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store what `load_sequence_rows` loads."""
+    """Call `store_rows` for one sequence of the view `x`."""
     ptr = sequence_pointer(x, batch, start, VARLEN)
     store_rows(ptr, values, query, head, seqlen, x.token_stride, x.head_stride, HEAD_DIM, BLOCK_D)
 
@@ -158,7 +163,7 @@ def dense_keys(
     k, v, batch, start, kv_head, seqlen_k, VARLEN: tl.constexpr, SAME_STRIDES: tl.constexpr,
     SOURCE: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return one kv head's keys and values of a sequence for `load_keys`."""
+    """Return the arguments of `load_keys` for one kv head's keys and values of a sequence."""
     k_ptr = sequence_pointer(k, batch, start, VARLEN) + kv_head.to(tl.int64) * k.head_stride
     v_ptr = sequence_pointer(v, batch, start, VARLEN) + kv_head.to(tl.int64) * v.head_stride
     if SOURCE == "descriptors":
@@ -179,15 +184,15 @@ def load_block(
     ptr, stride, first, length, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """Return rows `first` to `first + ROWS` as [ROWS, BLOCK_D]; 0 beyond HEAD_DIM.
+    """Load the rows [first, first + ROWS) as [ROWS, BLOCK_D], with 0 beyond HEAD_DIM.
 
-    With `MASK` also 0 beyond `length`; without, all rows must exist.
+    With `MASK`, rows beyond `length` are 0. Without it, all rows must exist.
     """
     row = tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK_D)[None, :]
-    if OFFSETS == "block":  # one 64-bit product per block; 32 bits hold the offsets in a block
+    if OFFSETS == "block":  # one 64-bit product per block; offsets within a block fit 32 bits
         pointers = ptr + tl.cast(first, tl.int64) * stride + (row * stride + col)
-    elif OFFSETS == "tensor":  # 32 bits hold every offset
+    elif OFFSETS == "tensor":  # all offsets fit 32 bits
         pointers = ptr + ((first + row) * stride + col)
     else:
         pointers = ptr + (tl.cast(first + row, tl.int64) * stride + col)
@@ -205,7 +210,7 @@ def _load_cached(
     ptr, batch_stride, token_stride, ring, first, length, ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASK: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
-    """Return `load_block` of a cache, whose keys are counted from the oldest one it holds."""
+    """Load a block of keys from a cache, like `load_block`. Key 0 is the oldest in the cache."""
     first_slot, capacity, page_size, table_ptr, table_stride = ring
     key = first + tl.arange(0, ROWS)
     exists = key < length
@@ -229,10 +234,11 @@ def load_keys(
     keys, first, length, SOURCE: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, MASK: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """Return keys (or values) `first` to `first + BLOCK_N` as [BLOCK_N, BLOCK_D].
+    """Load the keys (or values) [first, first + BLOCK_N) as [BLOCK_N, BLOCK_D].
 
-    `keys` is a descriptor, (pointer, stride) or, of a cache, (pointer, strides, ring). Beyond
-    `length` a descriptor reads 0, and so do pointers with `MASK`; without, all keys must exist.
+    `keys` is a descriptor, (pointer, stride), or (pointer, strides, ring) for a cache. Keys beyond
+    `length` are 0 for a descriptor, and for pointers with `MASK`. Without `MASK`, all keys must
+    exist.
     """
     if SOURCE == "descriptors":
         block = keys.load([first, 0])
@@ -252,10 +258,10 @@ def load_keys(
 def scores(
     s, scales, slopes, position, key, length, window, LEFT: tl.constexpr, RIGHT: tl.constexpr
 ):
-    """Return the scores of products `s` of queries and keys, and the derivative of the softcap.
+    """Return the scores of the products `s` of queries and keys, and the derivative of the softcap.
 
-    A score is -inf where the window hides the key; `LEFT`, `RIGHT`: which edges to check. Weights
-    are 2^(scales.exp * score).
+    A score is -inf where the key is outside the window. `LEFT` and `RIGHT` select the edges that
+    are checked. The weight of a key is 2^(scales.exp * score).
     """
     cap_slope = 1.0
     if scales.tanh is not None:
@@ -270,8 +276,8 @@ def scores(
 
 @jit
 def empty_softmax(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Return the running maximum, sum and weighted values of rows that have seen no key."""
-    row_max = tl.full([BLOCK_M], -1.0e38, tl.float32)  # finite: -inf - -inf is not a number
+    """Return the initial softmax state: running maximum, sum of weights, weighted sum of values."""
+    row_max = tl.full([BLOCK_M], -1.0e38, tl.float32)  # finite, since -inf - -inf is NaN
     return row_max, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
 
@@ -282,22 +288,20 @@ def softmax_over_keys(
     PRECISION: tl.constexpr, OFFSETS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Carry the online softmax of a tile of queries over its key blocks (arXiv:2307.08691).
+    """Update the online softmax of a tile of queries with its key blocks (arXiv:2307.08691).
 
-    `state` is the running maximum m of each row, the sum l of its weights relative to m, and the
-    weighted sum of values, all in base 2. The blocks of `window.block_ranges` are visited in three
-    parts: those that cross left edges, those that cross none, and those that cross right edges.
+    `state` holds, per row, the running maximum m, the sum of weights relative to m, and the
+    weighted sum of values, in base 2. It comes from `empty_softmax` or from a previous call. `k`
+    and `v` are the arguments of `load_keys` for `SOURCE`.
 
-    Args:
-        state: from `empty_softmax`, or from the keys before these.
-        k, v: as `load_keys` takes them from `SOURCE`.
-        ranges: the first key and the end of each part, from `block_ranges`.
-        RAGGED: keys may end in a block that crosses left edges.
+    `ranges` comes from `window.block_ranges`. Its three parts are the blocks that cross left edges,
+    the blocks that cross no edge, and the blocks that cross right edges. With `RAGGED`, the keys
+    may end inside a block that crosses left edges.
     """
     row_max, row_sum, acc = state
     if SOURCE == "descriptors":
         ahead = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if length > 0:  # a descriptor of no rows must not be read
+        if length > 0:  # a descriptor without rows must not be read
             ahead = tl.dot(q, k.load([ranges[0][0], 0]).T, input_precision=PRECISION)
     for PART in tl.static_range(3):
         if PART == 2 or (not NARROW and (PART == 1 or LEFT_EDGE)):
@@ -312,7 +316,7 @@ def softmax_over_keys(
                     )  # fmt: skip
                     s = tl.dot(q, k_block.T, input_precision=PRECISION)
                 key = first + tl.arange(0, BLOCK_N)[None, :]
-                # ptxas for sm_90 spills unless right-edge blocks check both edges.
+                # Right-edge blocks check both edges: otherwise ptxas spills on sm_90.
                 s, _ = scores(
                     s, scales, slopes, position, key, length, window,
                     PART == 0 or (PART == 2 and (NARROW or SOURCE == "descriptors")),
@@ -323,10 +327,10 @@ def softmax_over_keys(
                 rescale = tl.exp2(row_max - new_max)
                 row_sum = row_sum * rescale + tl.sum(p, 1)
                 row_max = new_max
-                p = p.to(q.dtype)  # before v is waited for: half the registers
+                p = p.to(q.dtype)  # convert before waiting for v, to halve the registers of p
                 if SOURCE == "descriptors":
-                    # The product of the next block comes after the exponentials of this one, which
-                    # hide under the product p v of the last block, still in flight.
+                    # Start the next block's product after this block's exponentials, which overlap
+                    # with the last block's product p v that is still in flight.
                     k_block = k.load([first + BLOCK_N, 0])
                     ahead = tl.dot(q, k_block.T, input_precision=PRECISION)
                 acc = acc * rescale[:, None]
@@ -343,7 +347,7 @@ def store_softmax(
     state, out, lse_ptr, lse_stride, batch, start, query, head, seqlen_q, num_heads,
     VARLEN: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store the output, and the log-sum-exp; a row that saw no key gets 0 and -inf."""
+    """Store the output and the log-sum-exp; 0 and -inf for a row that sees no key."""
     row_max, row_sum, acc = state
     result = acc * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]
     store_sequence_rows(out, result, batch, start, query, head, seqlen_q, VARLEN, HEAD_DIM, BLOCK_D)
