@@ -1,9 +1,10 @@
-"""Convert a checkpoint between Mistral's own format and Hugging Face's, either way.
+"""Convert a checkpoint between Mistral's own format and Hugging Face's format, in both directions.
 
     python -m mistral_kernels.convert SOURCE TARGET
 
-Everything but the result goes to stderr. Exit codes: see `command.run`. An incomplete result is
-removed; after SIGKILL, by the next conversion into the same parent folder.
+All messages go to stderr. Exit codes: see `command.run`. After an error or an interrupt, the
+incomplete result is removed. After SIGKILL, the next conversion into the same parent folder removes
+it.
 """
 
 from __future__ import annotations
@@ -34,29 +35,37 @@ def _run(argv: Sequence[str] | None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     if (args.source and args.input_dir) or (args.target and args.output_dir):
-        parser.error("name SOURCE and TARGET once, by position or by flag")
+        parser.error("SOURCE and TARGET must be given once, as arguments or by their options")
     args.source, args.target = args.source or args.input_dir, args.target or args.output_dir
     if args.source is None or args.target is None:
-        parser.error("name the checkpoint to read and the folder to write")
+        parser.error(
+            "SOURCE, the checkpoint to read, and TARGET, the folder to write, are required"
+        )
     _convert(args)
 
 
 def _convert(args: argparse.Namespace) -> None:
+    """Convert the checkpoint and print notes to stderr."""
     checkpoint, target = open_checkpoint(resolve(args.source)), Path(args.target)
     config = checkpoint.config
     for note in config.notes:
-        _say(note)
+        _print_note(note)
     if args.model_size is not None:
-        _say(f"--model_size {args.model_size} ignored: the sizes come from the configuration")
+        _print_note(
+            f"--model_size {args.model_size} ignored: the sizes come from the configuration"
+        )
     if args.max_position_embeddings is not None:
         config = replace(config, max_position_embeddings=args.max_position_embeddings)
     tokenizer_files = find_tokenizer_files(checkpoint.path)
     if not tokenizer_files:
-        _say(f"no tokenizer in {checkpoint.path}: the result can be loaded, but not talked to")
+        _print_note(f"no tokenizer in {checkpoint.path}: the converted model has no tokenizer")
     to = args.to or ("raw" if checkpoint.format == "hf" else "hf")
     if to == "raw" and config.eos_token_ids != (2,):
-        _say(f"eos_token_id = {config.eos_token_id} is left to the tokenizer: params.json has none")
-    # Without --dtype every tensor keeps its own, so that nothing is lost.
+        _print_note(
+            f"eos_token_id = {config.eos_token_id} is not written: params.json has no such field; "
+            "the tokenizer must define it"
+        )
+    # Without --dtype every tensor keeps its own dtype, so the conversion is exact.
     dtype = DTYPES[args.dtype] if args.dtype else checkpoint.dtypes
     tensors = _with_progress(checkpoint)
     if to == "raw":
@@ -71,24 +80,26 @@ def _convert(args: argparse.Namespace) -> None:
             max_shard_bytes=args.max_shard_size,
         )
     name = args.dtype or str(checkpoint.dtype).removeprefix("torch.")
-    _say(f"{checkpoint.format} -> {to}: {checkpoint.num_parameters:,} parameters, {name}: {target}")
+    _print_note(
+        f"{checkpoint.format} -> {to}: {checkpoint.num_parameters:,} parameters, {name}: {target}"
+    )
 
 
 def _with_progress(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Yield the checkpoint's tensors, with a bar on stderr if that is a terminal."""
+    """Yield the tensors of the checkpoint, with a progress bar if stderr is a terminal."""
     with tqdm(total=checkpoint.num_bytes, unit="B", unit_scale=True, disable=None) as bar:
         for name, tensor in checkpoint.tensors():
             yield name, tensor
-            del tensor  # a mapped one keeps its pages until it is dropped
+            del tensor  # a mapped tensor keeps its pages in memory until it is released
             bar.update(checkpoint.stored[name].num_bytes)
 
 
-def _say(line: str) -> None:
+def _print_note(line: str) -> None:
     print(line, file=sys.stderr)
 
 
 def _size(text: str) -> int:
-    """Return the number of bytes in '5GB', '500MB' or a plain number."""
+    """Return the number of bytes of a size such as '5GB', '500MB' or '5000000'."""
     number, factor = text.strip().upper(), 1
     for unit, value in _UNITS.items():
         if number.endswith(unit):
@@ -106,17 +117,18 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m mistral_kernels.convert",
         description="Convert a checkpoint from Mistral's own format (params.json, consolidated.*) "
-        "to Hugging Face's (config.json, model.safetensors), or back. The weights are streamed: "
-        "memory for a few tensors is enough. The target appears only when it is whole.",
+        "to Hugging Face's format (config.json, model.safetensors), or back. The weights are "
+        "streamed: memory for a few tensors is enough. The target folder appears only when it is "
+        "complete.",
         epilog="example: python -m mistral_kernels.convert mistral-7B-v0.3 mistral-7B-v0.3-hf",
     )
     add = parser.add_argument
     add("source", nargs="?", metavar="SOURCE", help="folder or hub id of the checkpoint to read")
-    add("target", nargs="?", metavar="TARGET", help="folder to write: a new or an empty one")
+    add("target", nargs="?", metavar="TARGET", help="folder to write; must be new or empty")
     add("--input_dir", "--input-dir", metavar="SOURCE", help="the same as the first argument")
     add("--output_dir", "--output-dir", metavar="TARGET", help="the same as the second argument")
-    add("--to", choices=("hf", "raw"), help="format to write (default: the other one)")
-    add("--dtype", choices=tuple(DTYPES), help="type to store (default: as each tensor is)")
+    add("--to", choices=("hf", "raw"), help="format to write (default: the other format)")
+    add("--dtype", choices=tuple(DTYPES), help="dtype to store (default: that of each tensor)")
     add(
         "--max-shard-size",
         type=_size,
@@ -129,9 +141,9 @@ def _parser() -> Parser:
         "--max-position-embeddings",
         type=COUNT,
         metavar="N",
-        help="write this value (raw checkpoints seldom give it; default: 32768)",
+        help="value to write (default: that of the checkpoint, or 32768 if it has none)",
     )
-    add("--model_size", "--model-size", metavar="7B", help="accepted for compatibility, not used")
+    add("--model_size", "--model-size", metavar="7B", help="accepted for compatibility and ignored")
     return parser
 
 

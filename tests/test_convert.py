@@ -1,4 +1,4 @@
-"""The convert command: both directions, its messages, its exit codes."""
+"""Test the convert command: both directions, messages and exit codes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENIZER = (
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
-    """Write a raw checkpoint to a folder that also holds a tokenizer, and another file."""
+    """Write a raw checkpoint to a folder that also holds a tokenizer and another file."""
     folder = tmp_path / "in" / "raw"
     save_raw(random_state(SMALL).items(), SMALL, folder, dtype=torch.bfloat16)
     for name in TOKENIZER:
@@ -34,7 +34,9 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_there_and_back(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_conversion_to_hf_and_back_is_exact(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hf, back = tmp_path / "hf", tmp_path / "back"
     assert convert.main([str(raw), str(hf)]) == 0
     expected = {"model.safetensors", "config.json", "generation_config.json", *TOKENIZER}
@@ -50,7 +52,7 @@ def test_there_and_back(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         assert (back / name).read_bytes() == (raw / name).read_bytes(), name
 
 
-def test_flags_of_transformers(
+def test_options_of_the_transformers_script(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "hf"
@@ -60,7 +62,7 @@ def test_flags_of_transformers(
     assert open_checkpoint(target).config.max_position_embeddings == 99
 
 
-def test_to_the_same_format_in_shards_of_another_type(raw: Path, tmp_path: Path) -> None:
+def test_conversion_to_same_format_in_shards_of_other_dtype(raw: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert convert.main([str(raw), str(first)]) == 0
     options = ["--to", "hf", "--dtype", "fp32", "--max-shard-size", "50KB"]
@@ -72,7 +74,7 @@ def test_to_the_same_format_in_shards_of_another_type(raw: Path, tmp_path: Path)
     assert json.loads((second / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_inferred_values_are_told(
+def test_inferred_values_are_reported(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     params = json.loads((raw / "params.json").read_text())
@@ -82,24 +84,23 @@ def test_inferred_values_are_told(
     assert "rope_theta = 10000.0: not in params.json; " in capsys.readouterr().err
 
 
-def test_what_raw_cannot_say_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_that_raw_cannot_store_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import dataclasses
 
     config = dataclasses.replace(SMALL, eos_token_id=(2, 9))
     save_hf(random_state(config).items(), config, tmp_path / "hf", dtype=torch.float32)
     assert convert.main([str(tmp_path / "hf"), str(tmp_path / "raw")]) == 0
     error = capsys.readouterr().err
-    assert "eos_token_id = (2, 9) is left to the tokenizer" in error
+    assert "eos_token_id = (2, 9) is not written: params.json has no such field" in error
     assert "no tokenizer in" in error
 
 
-def fails(
+def check_failure(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], target: Path
 ) -> None:
-    """Check for exit code 2 and one line on stderr, with the message.
-
-    Nothing may be left at or beside the target.
-    """
+    """Check that the command ends with code 2, one error line with `message`, and no new files."""
     before = names(target.parent)
     assert convert.main([*arguments, str(target)]) == 2
     captured = capsys.readouterr()
@@ -111,34 +112,38 @@ def fails(
     assert names(target.parent) == before
 
 
-def test_bad_input(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_checkpoints_are_refused(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = tmp_path / "out"
-    fails([str(tmp_path / "none")], "no such folder", capsys, target)
-    fails([str(tmp_path)], "has no configuration", capsys, target)
+    check_failure([str(tmp_path / "none")], "no such folder", capsys, target)
+    check_failure([str(tmp_path)], "has no configuration", capsys, target)
     weights = raw / "consolidated.safetensors"
     stored, whole = load_file(weights), weights.read_bytes()
     weights.write_bytes(whole[:-1])
-    fails([str(raw)], "not a whole safetensors file", capsys, target)
+    check_failure([str(raw)], "not a valid safetensors file", capsys, target)
     save_file(stored | {"output.weight": torch.zeros(3, 40)}, weights)
-    fails([str(raw)], "tensor 'output.weight' has shape (3, 40)", capsys, target)
+    check_failure(
+        [str(raw)], "tensor 'output.weight' must have shape (61, 40), got (3, 40)", capsys, target
+    )
     weights.unlink()
-    fails([str(raw)], "no weights", capsys, target)
+    check_failure([str(raw)], "no weights", capsys, target)
     weights.write_bytes(whole)
     (raw / "params.json").write_text('{"moe": {"num_experts": 8}}')
-    fails([str(raw)], "a mixture of experts", capsys, target)
+    check_failure([str(raw)], "a mixture of experts", capsys, target)
 
 
-def test_target_that_holds_something(
+def test_target_that_is_not_empty_is_refused(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "note").touch()
-    fails([str(raw)], "out is not empty", capsys, target)
+    check_failure([str(raw)], "out is not empty", capsys, target)
     assert names(target) == {"note"}
 
 
-def test_interrupt(
+def test_interrupt_exits_with_130_and_leaves_no_files(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -150,7 +155,7 @@ def test_interrupt(
     assert names(tmp_path) == {"in"}
 
 
-def test_what_a_killed_run_left(
+def test_remains_of_a_killed_run_are_removed(
     raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     left = tmp_path / ".other.partial-0123456789abcdef"
@@ -164,16 +169,16 @@ def test_what_a_killed_run_left(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name the checkpoint to read and the folder to write"),
-        (["only-one"], "name the checkpoint to read and the folder to write"),
-        (["a", "b", "--input_dir", "c"], "name SOURCE and TARGET once"),
+        ([], "SOURCE, the checkpoint to read, and TARGET, the folder to write, are required"),
+        (["only-one"], "TARGET, the folder to write, are required"),
+        (["a", "b", "--input_dir", "c"], "SOURCE and TARGET must be given once"),
         (["a", "b", "--to", "gguf"], "invalid choice: 'gguf'"),
         (["a", "b", "--max-shard-size", "0"], "must be a size such as 5GB"),
         (["a", "b", "--max-shard-size", "many"], "must be a size such as 5GB"),
         (["a", "b", "--max_position_embeddings", "-1"], "must be in [1, 1000000000], got -1"),
     ],
 )
-def test_bad_arguments(
+def test_bad_arguments_exit_with_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -1,4 +1,4 @@
-"""The convert command, ended at random moments: no partial result, and no remains."""
+"""Test the convert command ended by signals at random times: no partial result, no remains."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def run_until(source: Path, target: Path, number: int, seconds: float) -> tuple[int, str]:
-    """Convert, and send the signal so long after writing began; return exit code and stderr."""
+    """Convert; send the signal `seconds` after writing began; return the exit code and stderr."""
     process = subprocess.Popen(
         [sys.executable, "-m", "mistral_kernels.convert", str(source), str(target)],
         stderr=subprocess.PIPE,
@@ -54,8 +54,11 @@ def partial_folders(parent: Path) -> set[Path]:
 
 
 @pytest.mark.slow
-def test_ended_at_random_moments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """SIGKILL leaves at most a partial folder, which the next removes; the others nothing."""
+def test_signals_leave_no_partial_result(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check SIGKILL, SIGTERM, SIGHUP and SIGINT.
+
+    Only SIGKILL may leave a partial folder, which the next conversion removes.
+    """
     source, out = tmp_path / "hf", tmp_path / "out"
     save_hf(random_state(CONFIG).items(), CONFIG, source, dtype=torch.float32)
     out.mkdir()
@@ -70,7 +73,7 @@ def test_ended_at_random_moments(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         seconds = 0 if i < 4 else random.uniform(0, duration)
         code, errors = run_until(source, target, number, seconds)
         partial = partial_folders(out)
-        if target.exists():  # the signal came late, perhaps to an interpreter that was exiting
+        if target.exists():  # the signal came after the end of the conversion
             assert files(target) == expected
         else:
             assert code == codes[number]

@@ -1,4 +1,4 @@
-"""Checkpoints in both formats, Mistral's own ("raw") and Hugging Face's ("hf")."""
+"""Read and write checkpoints in both formats: Mistral's own ("raw") and Hugging Face's ("hf")."""
 
 from __future__ import annotations
 
@@ -26,11 +26,28 @@ __all__ = [
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open the checkpoint in a folder, in whichever format it is; in both, as HF.
+    """Open the checkpoint in a folder and check the name, shape and dtype of every tensor.
 
-    The configuration is read, and the name, shape and type of every tensor is checked against it,
-    by the files' headers: no weight is read yet. Raises `CheckpointError` for a folder or file that
-    is missing, damaged or does not fit, and `ConfigError` for a model that is not a dense Mistral.
+    Only the configuration and the headers of the weight files are read. No weight is read.
+
+    Args:
+        path: Folder of the checkpoint. A folder that holds both formats is opened as "hf".
+
+    Returns:
+        The checkpoint: its configuration, and the file and offset of every tensor.
+
+    Raises:
+        CheckpointError: The folder or one of its files is missing or damaged, or a tensor does not
+            match the configuration.
+        ConfigError: The configuration is invalid, or the model is not a dense Mistral.
+
+    Example:
+        >>> from mistral_kernels.checkpoint import open_checkpoint, resolve
+        >>> checkpoint = open_checkpoint(resolve("tiny"))
+        >>> checkpoint.format, checkpoint.dtype, checkpoint.num_parameters
+        ('hf', torch.bfloat16, 2755008)
+        >>> checkpoint.stored["model.norm.weight"].shape
+        (192,)
     """
     folder = expand_user(path)
     try:
@@ -40,9 +57,22 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def check_folder(folder: Path) -> Literal["raw", "hf"]:
-    """Return the format of the checkpoint in a folder, by the names of its files.
+    """Return the format of the checkpoint in a folder, judged by the names of its files.
 
-    Raises `CheckpointError` for what is no folder, or has no configuration or no weights.
+    Args:
+        folder: Folder of the checkpoint.
+
+    Returns:
+        "hf" for a folder with `config.json` and weights in Hugging Face's format, else "raw" for a
+        folder with `params.json` and weights in Mistral's own format.
+
+    Raises:
+        CheckpointError: The path is not a folder, or the folder has no configuration or no weights.
+
+    Example:
+        >>> from mistral_kernels.checkpoint import check_folder, resolve
+        >>> check_folder(resolve("tiny"))
+        'hf'
     """
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"

@@ -1,4 +1,4 @@
-"""Hugging Face folders: `config.json` and `model*.safetensors` or `pytorch_model*.bin`."""
+"""Read and write Hugging Face folders: `config.json` with safetensors files or pickles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mistral_kernels.checkpoint.reading import (
     Checkpoint,
     find_weights,
     match_tensors,
-    naming,
+    name_file_in_errors,
     read_config,
 )
 from mistral_kernels.checkpoint.writing import (
@@ -34,7 +34,10 @@ _TOKENS_SCHEMA = {"bos_token_id": (int, None), "eos_token_id": (int, None, [int]
 
 
 def find_hf_weights(folder: Path) -> list[Path]:
-    """Return the weight files of an HF folder, safetensors before pickles; empty if none."""
+    """Return the weight files of an HF folder; an empty list if the folder has none.
+
+    Safetensors files are preferred to pickles.
+    """
     return find_weights(folder, "model", ".safetensors") or find_weights(
         folder, "pytorch_model", ".bin"
     )
@@ -46,14 +49,14 @@ def open_hf(folder: Path) -> Checkpoint:
     config = read_config(config_file, MistralConfig.from_hf)
     generation_file = folder / "generation_config.json"
     if is_taken(generation_file):
-        # As in transformers, these tokens overrule config.json's when text is generated.
+        # As in transformers, these tokens override those of config.json when text is generated.
         tokens = read_json(generation_file, _TOKENS_SCHEMA, CONFIG_LIMIT)
         tokens = {key: tokens[key] for key in _TOKENS_SCHEMA if tokens.get(key) is not None}
-        with naming(generation_file):
+        with name_file_in_errors(generation_file):
             config = replace(config, **tokens)
     untied = replace(config, tie_word_embeddings=False)
     names = {name: name for name in hf_names(untied).values()}
-    # transformers' base model, MistralModel, saves its tensors without this prefix.
+    # MistralModel, the base model of transformers, saves its tensors without this prefix.
     names |= {name.removeprefix("model."): name for name in names}
     config, stored = match_tensors(find_hf_weights(folder), names, config)
     return Checkpoint(folder, "hf", config, stored)
@@ -70,19 +73,46 @@ def save_hf(
 ) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
-    `tensors`: names and tensors as `Checkpoint.tensors` or a model's `state_dict` gives them, in
-    any order; each is written as it comes, so a generator needs memory for one. `dtype`: the type
-    to store them in, one for all or by name. `extra_files`, a tokenizer's for instance, are copied
-    along. Weights above `max_shard_bytes` are split over several files.
+    The folder appears only when it is complete. After an error nothing is left behind.
 
-    Raises `CheckpointError`, and leaves nothing behind, for a `directory` that holds something, a
-    full disk, and tensors that are not exactly those of `config`.
+    Args:
+        tensors: Pairs of an HF name and a tensor, in any order, as returned by `Checkpoint.tensors`
+            or the `state_dict().items()` of a model. Each tensor is written when the iterator
+            yields it, so a generator needs memory for one tensor only.
+        config: Configuration of the model. It determines the names and shapes of the tensors.
+        directory: Folder to write. It must not exist, or must be empty.
+        dtype: Dtype in which all tensors are stored, or a mapping from each HF name to a dtype:
+            float64, float32, float16 or bfloat16.
+        extra_files: Files to copy into the folder, for example those of a tokenizer.
+        max_shard_bytes: Largest size of one weight file in bytes. More weights are split into
+            several files. A tensor is never split.
+
+    Raises:
+        CheckpointError: `directory` is a file or is not empty, the disk is full, the names or
+            shapes of the tensors are not those of `config`, or a finite value exceeds the range of
+            `dtype`.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from mistral_kernels import MistralConfig, MistralForCausalLM
+        >>> from mistral_kernels.checkpoint import open_checkpoint, save_hf
+        >>> config = MistralConfig(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        ... )
+        >>> state = MistralForCausalLM(config).state_dict()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_hf(state.items(), config, folder, dtype=torch.bfloat16)
+        ...     checkpoint = open_checkpoint(folder)
+        >>> checkpoint.format, checkpoint.dtype, checkpoint.config == config
+        ('hf', torch.bfloat16, True)
     """
     specs = make_specs(expected_shapes(config), dtype)
     total = sum(map(num_bytes, specs.values()))
     files = _shard(specs, max_shard_bytes)
     types = [each for _, each in specs.values()]
-    # The embedding's type, by far the largest tensor's, stands for all.
+    # config.json has one dtype for all tensors: write that of the embedding, the largest tensor.
     contents = config.to_hf(str(types[0]).removeprefix("torch."))
     with new_folder(directory, total, extra_files) as folder:
         write_files(folder, files, without_tied_head(tensors, config))
@@ -96,7 +126,10 @@ def save_hf(
 
 
 def _shard(specs: Mapping[str, Spec], limit: int) -> dict[str, dict[str, Spec]]:
-    """Split `specs`, in their order, into files of at most `limit` bytes (or one tensor)."""
+    """Split `specs` into files of at most `limit` bytes, or of one tensor that is larger.
+
+    The order of `specs` is kept.
+    """
     parts: list[dict[str, Spec]] = [{}]
     used = 0
     for name, spec in specs.items():

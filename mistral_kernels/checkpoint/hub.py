@@ -1,4 +1,4 @@
-"""Resolve a model's name to a folder on this machine."""
+"""Resolve the name of a model to a folder on this machine; download the model if necessary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from mistral_kernels.utils.files import CheckpointError, expand_user
 
 _TINY = Path(__file__).parent.parent / "tiny"
-# Files of a tokenizer: to download, and to copy beside converted or trained weights.
+# Files of a tokenizer. They are downloaded with the weights, and copied to the folder of converted
+# or trained weights.
 TOKENIZER_PATTERNS = [
     "tokenizer*",
     "tekken.json",
@@ -19,8 +20,8 @@ TOKENIZER_PATTERNS = [
     "special_tokens_map.json",
     "chat_template.*",
 ]
-# In order of preference: the weights that decide, and what is downloaded with them. Repositories
-# often hold the same weights in several formats; only one is taken.
+# Formats in order of preference: a pattern of the weight files, and the files to download. Many
+# repositories hold the same weights in several formats; the first format found is downloaded.
 _FORMATS = (
     (
         r"model(-\d+-of-\d+)?\.safetensors",
@@ -42,11 +43,28 @@ _FORMATS = (
 
 
 def resolve(path_or_hub_id: str | Path) -> Path:
-    """Return the folder of a checkpoint: a folder here, `"tiny"` (the bundled model), or a hub id.
+    """Return the folder of a checkpoint; download the checkpoint if it is on the Hugging Face hub.
 
-    A hub id (`"mistralai/Mistral-7B-v0.1"`) is downloaded in one format only, by huggingface_hub
-    and into its cache; without a connection, what the cache holds is used. Raises
-    `CheckpointError` if there is no such thing.
+    Args:
+        path_or_hub_id: One of three names. They are tried in this order:
+
+            - a folder on this machine
+            - `"tiny"`, the bundled model
+            - a hub id such as `"mistralai/Mistral-7B-v0.1"`. huggingface_hub downloads the weights
+              in one format into its cache. Without a connection the cached files are used.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: There is no such folder and no such hub model, the name is that of a file,
+            or the download failed.
+
+    Example:
+        >>> from mistral_kernels.checkpoint import resolve
+        >>> folder = resolve("tiny")
+        >>> folder.name, (folder / "config.json").exists()
+        ('tiny', True)
     """
     name = str(path_or_hub_id)
     path = expand_user(name)
@@ -65,12 +83,13 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         return _TINY
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise CheckpointError(
-            f"no such folder: {name!r} (nor is it a hub id, which has the form 'owner/model')"
+            f"no such folder: {name!r}; a hub id must have the form 'owner/model'"
         )
     return _download(name)
 
 
 def _download(repo_id: str) -> Path:
+    """Download a hub model in the preferred format that it has, and return its folder."""
     try:
         from huggingface_hub import list_repo_files, snapshot_download
     except ImportError:
@@ -78,8 +97,8 @@ def _download(repo_id: str) -> Path:
             f"no such folder: {repo_id!r}; to download it from the hub: "
             "pip install 'mistral_kernels[hf]'"
         ) from None
-    # huggingface_hub's errors, and those of the HTTP library below it, have no common base that is
-    # the same in all versions.
+    # The errors of huggingface_hub and of its HTTP library have no common base class in all
+    # versions. Therefore any exception is caught.
     try:
         with _silent_retries():
             files = list_repo_files(repo_id)
@@ -89,15 +108,16 @@ def _download(repo_id: str) -> Path:
                 return Path(snapshot_download(repo_id, local_files_only=True))
         except Exception:
             raise CheckpointError(
-                f"no such folder: {repo_id!r}, and the hub has no answer: {_one_line(error)}"
+                f"no such folder: {repo_id!r}, and the request to the hub failed: "
+                f"{_one_line(error)}"
             ) from None
-    known = (
+    supported = (
         patterns
         for weights, patterns in _FORMATS
         if any(re.fullmatch(weights, file) for file in files)
     )
-    if (patterns := next(known, None)) is None:
-        raise CheckpointError(f"hub model {repo_id!r} has no weights in a format known here")
+    if (patterns := next(supported, None)) is None:
+        raise CheckpointError(f"hub model {repo_id!r} has no weights in a supported format")
     try:
         with _silent_retries():
             return Path(snapshot_download(repo_id, allow_patterns=patterns + TOKENIZER_PATTERNS))
@@ -107,7 +127,7 @@ def _download(repo_id: str) -> Path:
 
 @contextmanager
 def _silent_retries() -> Iterator[None]:
-    """Hide the warnings of huggingface_hub: it logs each attempt to reach a hub that is away."""
+    """Hide the warnings of huggingface_hub, which logs each attempt to reach the hub."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(max(level, logging.ERROR))
@@ -118,5 +138,6 @@ def _silent_retries() -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
+    """Return the type and message of an error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

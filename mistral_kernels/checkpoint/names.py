@@ -1,8 +1,12 @@
-"""Names, shapes and the rotary permutation: all that differs between the two weight formats.
+"""Convert names and rotary layout between the two weight formats, and return expected shapes.
 
-A *raw* checkpoint is what Mistral AI releases, an *HF* one what transformers reads. They hold the
-same matrices under other names, and the rows of the query and key projections in another order:
-raw rotates neighbouring pairs (2i, 2i + 1) of a head, HF the pairs (i, i + head_dim / 2).
+A *raw* checkpoint is in the format that Mistral AI releases, an *HF* checkpoint in the format of
+transformers. Both formats hold the same matrices. Two things differ:
+
+- The names of the tensors.
+- The order of the rows of the query and key projections. In the raw format, the rotary embedding
+  rotates the channels (2i, 2i + 1) of a head as a pair; in the HF format, the channels
+  (i, i + head_dim / 2).
 """
 
 from __future__ import annotations
@@ -34,15 +38,15 @@ _LAYER_NAMES = {
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-# Parts of names that wrapped modules add: torch.compile, DistributedDataParallel, FSDP and
-# activation checkpoints.
+# Parts that wrapped modules add to the names of tensors: torch.compile, DistributedDataParallel,
+# FSDP and activation checkpointing.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def hf_names(config: MistralConfig) -> dict[str, str]:
-    """Return HF's name of each tensor by its raw name, in the order in which the model uses them.
+    """Return a mapping from raw names to HF names, in the order of the layers.
 
-    With tied embeddings the output head is stored in neither format.
+    With tied embeddings neither format stores the output head, so it has no entry.
     """
     names = {"tok_embeddings.weight": _MODEL_NAMES["tok_embeddings.weight"]}
     for layer in range(config.num_hidden_layers):
@@ -55,7 +59,7 @@ def hf_names(config: MistralConfig) -> dict[str, str]:
 
 
 def expected_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor by its HF name; a raw checkpoint has the same shapes."""
+    """Return a mapping from HF names to shapes; a raw checkpoint has the same shapes."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     query = config.num_attention_heads * config.head_dim
     key = config.num_key_value_heads * config.head_dim
@@ -74,7 +78,7 @@ def expected_shapes(config: MistralConfig) -> dict[str, tuple[int, ...]]:
 
 
 def num_rotary_heads(hf_name: str, config: MistralConfig) -> int:
-    """Return the number of heads in a projection that is rotated; 0 for other tensors."""
+    """Return the number of heads of a query or key projection; 0 for any other tensor."""
     if hf_name.endswith("q_proj.weight"):
         return config.num_attention_heads
     if hf_name.endswith("k_proj.weight"):
@@ -83,11 +87,15 @@ def num_rotary_heads(hf_name: str, config: MistralConfig) -> int:
 
 
 def interleaved_to_half(weight: Tensor, num_heads: int, out: Tensor | None = None) -> Tensor:
-    """Put the rows of a raw q or k projection `(num_heads * head_dim, hidden_size)` in HF's order.
+    """Permute the rows of a query or key projection from the raw order to the HF order.
 
-    Return a copy, in `out` if that is given.
+    Args:
+        weight: Projection `(num_heads * head_dim, hidden_size)`, contiguous.
+        num_heads: Number of heads in `weight`.
+        out: Tensor that receives the result; by default a new tensor is allocated.
 
-    Always a copy, in `out` if that is given.
+    Returns:
+        The permuted copy.
     """
     rows, hidden = weight.shape
     halves = weight.view(num_heads, rows // num_heads // 2, 2, hidden).transpose(1, 2)
@@ -97,21 +105,22 @@ def interleaved_to_half(weight: Tensor, num_heads: int, out: Tensor | None = Non
 
 
 def half_to_interleaved(weight: Tensor, num_heads: int) -> Tensor:
-    """Invert `interleaved_to_half`."""
+    """Permute the rows from the HF order to the raw order: the inverse of `interleaved_to_half`."""
     rows, hidden = weight.shape
     halves = weight.reshape(num_heads, 2, rows // num_heads // 2, hidden)
     return halves.transpose(1, 2).reshape(rows, hidden)
 
 
-def unwrapped(name: str) -> str:
-    """Return a tensor's name without the parts that wrapped modules add (`_orig_mod.`)."""
+def unwrap_name(name: str) -> str:
+    """Return the name of a tensor without the parts that wrapped modules add (`_orig_mod.`)."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def is_derived(name: str) -> bool:
-    """Return whether a tensor, by either format's name, follows from the configuration.
+    """Return whether a tensor can be computed from the configuration, so that it is not loaded.
 
-    Old HF files store the rotary frequencies.
+    Only the rotary frequencies are such tensors; old HF files store them. `name` may be in either
+    format.
     """
     return name.endswith("rotary_emb.inv_freq")
 
@@ -119,12 +128,12 @@ def is_derived(name: str) -> bool:
 def without_tied_head(
     tensors: Iterable[tuple[str, Tensor]], config: MistralConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield `tensors` except those that follow from others.
+    """Yield `tensors` without the rotary frequencies and without the output head of a tied model.
 
-    These are the rotary frequencies and the head of a tied model.
+    The `state_dict` of a tied model contains the head, but a checkpoint does not store it.
 
-    A tied model's `state_dict` has its head. Raises `CheckpointError` for a head that differs from
-    the embedding although `config` ties them.
+    Raises:
+        CheckpointError: `config` ties the head to the embedding, but the two tensors differ.
     """
     tied: dict[str, str] = {}
     for name, tensor in tensors:
@@ -137,9 +146,10 @@ def without_tied_head(
                 )
         if not is_derived(name) and not (name == HEAD and config.tie_word_embeddings):
             yield name, tensor
-        del tensor  # a mapped one keeps its pages until it is dropped
+        del tensor  # a mapped tensor keeps its pages in memory until it is released
 
 
 def _digest(tensor: Tensor) -> str:
+    """Return the dtype and the SHA-256 hash of the data of a tensor."""
     data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
     return f"{tensor.dtype} {hashlib.sha256(data).hexdigest()}"

@@ -1,9 +1,10 @@
-"""Find the tensors in files that `torch.save` wrote. Nothing in such a file is ever run.
+"""Find the tensors in files written by `torch.save`, without executing anything in them.
 
-`torch.load` reads as many bytes as the pickle claims: from a mapped file also those of a record
-that is shorter, compressed or in the other byte order, and past the end of the record. Therefore
-the archive's directory is checked here, and the pickle is interpreted: only the opcodes that
-`torch.save` writes, and only the calls that rebuild a dense tensor, which become descriptions.
+`torch.load` with memory mapping reads as many bytes as the pickle claims, even if the record is
+shorter, compressed or in the other byte order. It then reads past the end of the record. Therefore
+this module checks the directory of the archive and interprets the pickle itself. It accepts only
+the opcodes that `torch.save` writes, and only the calls that rebuild a dense tensor. No call is
+executed: the interpreter returns a description of each tensor.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from mistral_kernels.checkpoint.stored import (
 )
 from mistral_kernels.utils.files import CheckpointError, check_regular
 
-# Bytes of a pickle: about 140 per tensor.
+# Largest size of a pickle in bytes. A tensor takes about 140 bytes.
 _PICKLE_LIMIT = 1 << 20
 
 _ZIP = b"PK\x03\x04"
-_ENCODED = 0x61  # flags of a record that is encrypted or a patch
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
+_ENCODED_FLAGS = 0x61  # zip flags of an encrypted record or of patch data
+# Signature, length of the name, length of the extra field.
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
 
-# safetensors' names of the types that torch's storage classes hold.
+# Dtype of each torch storage class, by its name in safetensors.
 _KINDS = {
     "torch.BFloat16Storage": "BF16",
     "torch.HalfStorage": "F16",
@@ -48,7 +50,7 @@ _KINDS = {
 _ORDERED_DICT = "collections.OrderedDict"
 _REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
 _REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
-_KNOWN = {*_KINDS, _ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER}
+_ALLOWED_GLOBALS = {*_KINDS, _ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER}
 
 
 class _Global(str):
@@ -74,15 +76,16 @@ class _Record(NamedTuple):
     crc: int
 
 
-class _Refused(Exception):
-    """Error of a pickle that holds something other than plain tensors: what, in words."""
+class _UnsupportedPickle(Exception):
+    """Error for an archive or pickle that is well-formed, but is not supported."""
 
 
 def list_pickled(file: Path) -> list[StoredTensor]:
-    """List the tensors of a file that `torch.save` wrote, by its directory and its pickle alone.
+    """List the tensors of a file written by `torch.save`; read only its directory and its pickle.
 
-    Raises `CheckpointError` for a file that is not whole, for records that are compressed or not
-    little-endian, and for a pickle of anything but a dict of plain tensors.
+    Raises:
+        CheckpointError: The file is incomplete or damaged, a record is compressed or not
+            little-endian, or the pickle is not a dict of plain tensors.
     """
     check_regular(file)
     try:
@@ -90,31 +93,37 @@ def list_pickled(file: Path) -> list[StoredTensor]:
             if opened.read(4) != _ZIP:
                 raise CheckpointError(
                     f"{file} is not in the format that torch.save writes since PyTorch 1.6; "
-                    "save it anew"
+                    "save it again"
                 )
             records = _list_records(opened)
             if "byteorder" in records and _read(opened, records["byteorder"]) != b"little":
-                raise _Refused("its byte order is not little-endian; save it anew on this machine")
+                raise _UnsupportedPickle(
+                    "its byte order is not little-endian; save it again on this machine"
+                )
             contents = _interpret(_read(opened, records["data.pkl"], _PICKLE_LIMIT))
         if type(contents) is not dict or not contents:
             kind = "an empty dict" if contents == {} else type(contents).__name__.lstrip("_")
-            raise CheckpointError(f"{file} must hold a dict of tensors, not {kind}")
+            raise CheckpointError(f"{file} must hold a dict of tensors, got {kind}")
         return [_locate(file, name, value, records) for name, value in contents.items()]
     except CheckpointError:
         raise
-    except _Refused as refused:
-        raise CheckpointError(f"{file} refused: {refused}") from None
-    except Exception as error:  # damaged bytes make the parsers raise almost any exception
+    except _UnsupportedPickle as error:
+        raise CheckpointError(f"{file} was refused: {error}") from None
+    except Exception as error:  # the parsers raise almost any exception for damaged bytes
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"{file} is not whole ({reason}); download or copy it again"
+            f"{file} is incomplete or damaged ({reason}); download or copy it again"
         ) from None
 
 
 class _BoundedFile(io.FileIO):
-    """File that refuses to read much at once: zipfile reads a directory whole, however long."""
+    """File that reads at most `HEADER_LIMIT` bytes per call.
+
+    zipfile reads the directory of an archive in one call, and the archive may claim any size.
+    """
 
     def read(self, size: int | None = -1) -> bytes:
+        """Read `size` bytes; raise ValueError if that is more than the limit."""
         if size is None or size < 0:
             size = HEADER_LIMIT + 1
         if len(data := super().read(min(size, HEADER_LIMIT + 1))) > HEADER_LIMIT:
@@ -123,7 +132,7 @@ class _BoundedFile(io.FileIO):
 
 
 def _list_records(opened: _BoundedFile) -> dict[str, _Record]:
-    """Return the records of a zip file, without their common folder, after a check of each."""
+    """Check the records of a zip file and return them by name, without the name of their folder."""
     records: dict[str, _Record] = {}
     with zipfile.ZipFile(opened) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
@@ -138,9 +147,13 @@ def _list_records(opened: _BoundedFile) -> dict[str, _Record]:
         if signature != _ZIP or opened.read(name_length) != entry.orig_filename.encode(encoding):
             raise ValueError(f"record {name!r} has a damaged header")
         begin = opened.tell() + extra_length
-        is_stored = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & _ENCODED
+        is_stored = (
+            entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & _ENCODED_FLAGS
+        )
         if not is_stored or entry.compress_size != entry.file_size:
-            raise _Refused(f"its record {name!r} is compressed; save it anew with torch.save")
+            raise _UnsupportedPickle(
+                f"its record {name!r} is compressed; save it again with torch.save"
+            )
         if begin + entry.file_size > end:
             raise ValueError(f"record {name!r} is cut off")
         records[name] = _Record(begin, entry.file_size, entry.CRC)
@@ -148,6 +161,7 @@ def _list_records(opened: _BoundedFile) -> dict[str, _Record]:
 
 
 def _read(opened: _BoundedFile, record: _Record, limit: int = 16) -> bytes:
+    """Return the contents of a record of at most `limit` bytes, after a check of the checksum."""
     if record.size > limit:
         raise ValueError(f"a record has {record.size} bytes, at most {limit} are expected")
     opened.seek(record.begin)
@@ -158,7 +172,7 @@ def _read(opened: _BoundedFile, record: _Record, limit: int = 16) -> bytes:
 
 
 def _interpret(pickle: bytes) -> Any:
-    """Return what a pickle describes, of dicts, lists, tuples, numbers, str and `_Tensor`."""
+    """Return the contents of a pickle: dicts, lists, tuples, numbers, strings and `_Tensor`."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -202,57 +216,60 @@ def _interpret(pickle: bytes) -> Any:
                 items = [stack.pop() for _ in range(int(opcode.name[-1]))]
                 stack.append(tuple(reversed(items)))
             case "APPEND":
-                _container(list, stack[-2]).append(stack.pop())
+                _check_container(list, stack[-2]).append(stack.pop())
             case "APPENDS":
                 items = pop_to_mark()
-                _container(list, stack[-1]).extend(items)
+                _check_container(list, stack[-1]).extend(items)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                _container(dict, stack[-1])[_key(key)] = value
+                _check_container(dict, stack[-1])[_check_key(key)] = value
             case "SETITEMS":
                 items = pop_to_mark()
-                keys = map(_key, items[::2])
-                _container(dict, stack[-1]).update(zip(keys, items[1::2], strict=True))
+                keys = map(_check_key, items[::2])
+                _check_container(dict, stack[-1]).update(zip(keys, items[1::2], strict=True))
             case "GLOBAL":
-                stack.append(_name(*argument.split(" ", 1)))
+                stack.append(_check_global(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
-                stack.append(_name(module, name))
+                stack.append(_check_global(module, name))
             case "BINPERSID":
-                stack.append(_storage(stack.pop()))
+                stack.append(_describe_storage(stack.pop()))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
-                stack.append(_call(function, arguments))
+                stack.append(_describe_call(function, arguments))
             case "BUILD":
-                stack.pop()  # attributes of an OrderedDict: transformers' _metadata
-                _container(dict, stack[-1])
+                stack.pop()  # attributes of an OrderedDict, for example _metadata of a state_dict
+                _check_container(dict, stack[-1])
             case "STOP":
                 return stack.pop()
             case name:
-                raise _Refused(f"it holds more than plain tensors (opcode {name})")
-    raise EOFError("the pickle has no end")
+                raise _UnsupportedPickle(f"it holds more than plain tensors (opcode {name})")
+    raise EOFError("the pickle has no STOP opcode")
 
 
-def _name(module: Any, name: Any) -> _Global:
+def _check_global(module: Any, name: Any) -> _Global:
+    """Return the dotted name of a class or function; raise unless `torch.save` writes that name."""
     if type(module) is not str or type(name) is not str:
         raise TypeError("the name of a class is not a string")
-    if (full_name := f"{module}.{name}") not in _KNOWN:
+    if (full_name := f"{module}.{name}") not in _ALLOWED_GLOBALS:
         if module.partition(".")[0] == "torch":
-            raise _Refused(f"it holds more than plain tensors ({full_name})")
-        raise _Refused(f"it would call {full_name} when loaded; only plain tensors are supported")
+            raise _UnsupportedPickle(f"it holds more than plain tensors ({full_name})")
+        raise _UnsupportedPickle(
+            f"it would call {full_name} when loaded; only plain tensors are supported"
+        )
     return _Global(full_name)
 
 
-def _storage(identity: Any) -> _Storage:
-    """Return a storage by its persistent id: "storage", class, key, device, size."""
+def _describe_storage(identity: Any) -> _Storage:
+    """Return the storage of a persistent id: the tuple "storage", class, key, device, size."""
     _, storage_class, key, _, size = identity
     if type(storage_class) is not _Global or type(key) is not str:
         raise TypeError("malformed storage")
-    return _Storage(_KINDS[storage_class], key, _count(size))
+    return _Storage(_KINDS[storage_class], key, _check_count(size))
 
 
-def _call(function: Any, arguments: Any) -> Any:
-    """Return what a call rebuilds, of the few that are known."""
+def _describe_call(function: Any, arguments: Any) -> Any:
+    """Return the result of a call that `torch.save` writes: an empty dict or a `_Tensor`."""
     if type(function) is not _Global or type(arguments) is not tuple:
         raise TypeError("malformed call")
     if function == _ORDERED_DICT and not arguments:
@@ -262,32 +279,37 @@ def _call(function: Any, arguments: Any) -> Any:
     if function == _REBUILD_TENSOR:
         storage, offset, shape, strides, requires_grad, _, *metadata = arguments
         if any(metadata):
-            raise _Refused("it holds more than plain tensors (one negated or conjugated)")
+            raise _UnsupportedPickle(
+                "it holds more than plain tensors (a negated or conjugated tensor)"
+            )
         if type(storage) is not _Storage or type(requires_grad) is not bool:
             raise TypeError("malformed tensor")
         if len(shape) != len(strides) or len(shape) > 64 or len(metadata) > 1:
             raise TypeError("malformed tensor")
-        shape, strides = tuple(map(_count, shape)), tuple(map(_count, strides))
-        return _Tensor(storage, _count(offset), shape, strides)
-    raise _Refused(f"it holds more than plain tensors ({function})")
+        shape, strides = tuple(map(_check_count, shape)), tuple(map(_check_count, strides))
+        return _Tensor(storage, _check_count(offset), shape, strides)
+    raise _UnsupportedPickle(f"it holds more than plain tensors ({function})")
 
 
 def _locate(file: Path, name: Any, value: Any, records: dict[str, _Record]) -> StoredTensor:
-    """Return where a tensor lies, after a check that its record holds all of it."""
+    """Return the offset and layout of a tensor; raise if its record does not contain all of it."""
     if type(name) is not str or type(value) is not _Tensor:
         what = type(name if type(name) is not str else value).__name__
-        raise CheckpointError(f"{file} must hold tensors by name, but {name!r} is a {what}")
+        raise CheckpointError(
+            f"{file} must map names to tensors, but the entry {name!r} has type {what}"
+        )
     storage, offset, shape, strides = value
-    if storage.kind not in FLOAT_TYPES:  # only listed, never read
+    if storage.kind not in FLOAT_TYPES:  # such a tensor is listed for error messages, never read
         return StoredTensor(name, file, shape, storage.kind, 0)
     itemsize = FLOAT_TYPES[storage.kind].itemsize
     record = records[f"data/{storage.key}"]
     if record.size != storage.size * itemsize:
         raise ValueError(
-            f"tensor {name!r} takes {storage.size * itemsize} bytes of a record of {record.size}"
+            f"the storage of tensor {name!r} has {storage.size * itemsize} bytes, but its record "
+            f"has {record.size} bytes"
         )
     if offset + count_elements(shape, strides) > storage.size:
-        raise ValueError(f"tensor {name!r} lies outside its storage")
+        raise ValueError(f"tensor {name!r} exceeds its storage")
     begin = record.begin + offset * itemsize
     if all(
         size == 1 or stride == expected
@@ -297,20 +319,21 @@ def _locate(file: Path, name: Any, value: Any, records: dict[str, _Record]) -> S
     return StoredTensor(name, file, shape, storage.kind, begin, strides)
 
 
-def _container(kind: type, value: Any) -> Any:
+def _check_container(kind: type, value: Any) -> Any:
     if type(value) is not kind:
         raise TypeError(f"expected a {kind.__name__}, got a {type(value).__name__}")
     return value
 
 
-def _key(key: Any) -> str | int:
+def _check_key(key: Any) -> str | int:
     if type(key) is str or type(key) is int:
         return key
-    # Hashing a deeply nested tuple would overflow the C stack.
-    raise TypeError(f"a key is a {type(key).__name__}")
+    # Tuples are refused: hashing a deeply nested tuple would overflow the C stack.
+    raise TypeError(f"a key must be a str or an int, got a {type(key).__name__}")
 
 
-def _count(value: Any) -> int:
+def _check_count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise TypeError(f"a size is {value!r}" if type(value) is int else "a size is not a number")
+        got = repr(value) if type(value) is int else f"a {type(value).__name__}"
+        raise TypeError(f"a size must be an integer in [0, 2**63), got {got}")
     return value

@@ -1,4 +1,4 @@
-"""Mistral's own folders: `params.json` and `consolidated*.safetensors` or `consolidated.NN.pth`."""
+"""Read and write Mistral's own folders: `params.json` and `consolidated*` weight files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ CONFIG_FILE = "params.json"
 
 
 def find_raw_weights(folder: Path) -> list[Path]:
-    """Return the weight files of a raw folder, safetensors before pickles; empty if none."""
+    """Return the weight files of a raw folder; an empty list if the folder has none.
+
+    The files are `consolidated*.safetensors`, or else `consolidated.NN.pth`.
+    """
     files = find_weights(folder, "consolidated", ".safetensors")
     return files or sorted(folder.glob("consolidated.[0-9][0-9].pth"))
 
@@ -60,7 +63,37 @@ def save_raw(
 ) -> None:
     """Write a folder in Mistral's own format: `params.json` and `consolidated.safetensors`.
 
-    Arguments and errors are those of `save_hf`; `tensors` and `dtype` go by HF's names too.
+    The folder appears only when it is complete. After an error nothing is left behind.
+
+    Args:
+        tensors: Pairs of an HF name and a tensor in HF layout, in any order; see `save_hf`. They
+            are converted to raw names and raw layout.
+        config: Configuration of the model. It determines the names and shapes of the tensors.
+        directory: Folder to write. It must not exist, or must be empty.
+        dtype: Dtype in which all tensors are stored, or a mapping from each HF name to a dtype.
+        extra_files: Files to copy into the folder, for example those of a tokenizer.
+
+    Raises:
+        CheckpointError: As in `save_hf`.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from mistral_kernels import MistralConfig, MistralForCausalLM
+        >>> from mistral_kernels.checkpoint import open_checkpoint, save_raw
+        >>> config = MistralConfig(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        ... )
+        >>> state = MistralForCausalLM(config).state_dict()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_raw(state.items(), config, folder, dtype=torch.float32)
+        ...     checkpoint = open_checkpoint(folder)
+        ...     copies = {name: tensor.clone() for name, tensor in checkpoint.tensors()}
+        >>> checkpoint.format, checkpoint.stored["model.norm.weight"].name
+        ('raw', 'norm.weight')
+        >>> all(torch.equal(copies[name], state[name]) for name in state)
+        True
     """
     raw_names = {hf: raw for raw, hf in hf_names(config).items()}
     specs = make_specs(expected_shapes(config), dtype)
@@ -69,9 +102,9 @@ def save_raw(
     def to_raw() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in without_tied_head(tensors, config):
             if name not in specs:
-                raise CheckpointError(f"tensor {name!r} is not one of this configuration")
+                raise CheckpointError(f"tensor {name!r} is not part of this configuration")
             heads = num_rotary_heads(name, config)
-            # A wrong shape is the writer's to report, and cannot always be permuted.
+            # A tensor of a wrong shape may be impossible to permute. `SafetensorsWriter` raises.
             if heads and tuple(tensor.shape) == specs[name][0]:
                 tensor = half_to_interleaved(tensor, heads)
             yield raw_names[name], tensor

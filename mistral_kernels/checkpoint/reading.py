@@ -1,4 +1,4 @@
-"""Reading weight files: their headers all at once, their tensors one at a time, memory-mapped."""
+"""Read checkpoints: check the headers of all weight files, then read memory-mapped tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mistral_kernels.checkpoint.names import (
     interleaved_to_half,
     is_derived,
     num_rotary_heads,
-    unwrapped,
+    unwrap_name,
 )
 from mistral_kernels.checkpoint.pickles import list_pickled
 from mistral_kernels.checkpoint.stored import (
@@ -36,8 +36,9 @@ from mistral_kernels.model.config import ConfigError, MistralConfig
 from mistral_kernels.utils.files import CheckpointError, is_taken, read_json
 
 CONFIG_LIMIT = 4 << 20  # bytes of a configuration file
-_WORTH_A_MAPPING = 1 << 20  # bytes
-# Parts of tensor names that betray another architecture, and what it is.
+# Smaller tensors are copied: a mapping of their own is not worth its cost.
+_MIN_MAPPED_BYTES = 1 << 20
+# Unsupported features, and patterns of tensor names by which they are recognized.
 _FOREIGN_NAMES = {
     "a mixture of experts": r"experts?\.|block_sparse_moe|feed_forward\.gate\.|\.router\.",
     "a vision encoder": r"^(model\.)?(vision_|multi_modal_projector|patch_merger|mm_projector)",
@@ -46,20 +47,48 @@ _FOREIGN_NAMES = {
 }
 _NO_HEAD = "; this is a base model without an output head: save the model that has one"
 
-# Which part of a tensor: a slice of its rows, and of its columns if not all of them.
+# Part of a tensor to read: a slice of its rows, and optionally a slice of its columns.
 Part = tuple[slice, ...]
 
 
 def whole(name: str, shape: tuple[int, ...]) -> Part:
-    """Return the part of a tensor that is all of it."""
+    """Return the part that is the whole tensor: the default `part_of` of `Checkpoint.tensors`.
+
+    Args:
+        name: HF name of the tensor; ignored.
+        shape: Shape of the tensor; ignored.
+
+    Returns:
+        One slice that selects all rows.
+
+    Example:
+        >>> from mistral_kernels.checkpoint import whole
+        >>> whole("model.norm.weight", (192,))
+        (slice(None, None, None),)
+    """
     return (slice(None),)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: every name and shape is checked, no weight has been read.
+    """Opened checkpoint: all names, shapes and dtypes are checked, no weight has been read.
 
-    `stored` maps HF's name of each tensor to its place, in the order of the files.
+    Attributes:
+        path: Folder of the checkpoint.
+        format: "raw" (Mistral's own format) or "hf" (Hugging Face's format).
+        config: Configuration of the model.
+        stored: File, offset, shape and dtype of each tensor by its HF name, in the order in which
+            the files hold them.
+
+    Example:
+        >>> from mistral_kernels.checkpoint import open_checkpoint, resolve
+        >>> checkpoint = open_checkpoint(resolve("tiny"))
+        >>> total = 0
+        >>> for name, tensor in checkpoint.tensors():
+        ...     total += tensor.numel()
+        ...     del tensor  # release the mapped pages before the next tensor is read
+        >>> total == checkpoint.num_parameters
+        True
     """
 
     path: Path
@@ -69,12 +98,12 @@ class Checkpoint:
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """The type in which each tensor is stored, under its HF name."""
+        """Dtype of each stored tensor, by its HF name."""
         return {name: stored.dtype for name, stored in self.stored.items()}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of most of the weights, by count of elements."""
+        """Dtype of the largest number of elements."""
         counts: dict[torch.dtype, int] = {}
         for stored in self.stored.values():
             counts[stored.dtype] = counts.get(stored.dtype, 0) + math.prod(stored.shape)
@@ -82,25 +111,27 @@ class Checkpoint:
 
     @property
     def num_parameters(self) -> int:
+        """Number of elements of all stored tensors."""
         return sum(math.prod(stored.shape) for stored in self.stored.values())
 
     @property
     def num_bytes(self) -> int:
-        """The size of the weights as stored."""
+        """Size of all stored tensors in bytes."""
         return sum(stored.num_bytes for stored in self.stored.values())
 
     def tensors(
         self, part_of: Callable[[str, tuple[int, ...]], Part] = whole
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield each tensor under its HF name and in HF's layout, in the order of `stored`.
+        """Yield the HF name and the tensor, in HF layout, of each entry of `stored` in its order.
 
-        `part_of`, given a tensor's name and shape, says which part of it to read.
+        A yielded tensor is a view of a memory-mapped file. Copy it, and release it before the next
+        iteration (`del tensor` at the end of the loop body): pages that were read count as memory
+        of this process while they are mapped. A mapping is replaced once as many bytes were read
+        from it as the largest tensor (or part) takes, so that is the peak of the mapped memory.
 
-        A tensor is a view of the mapped file, valid until the next step: copy it, and drop it
-        before asking for the next (`del tensor` at the loop's end), since pages that were read
-        count as this process's memory for as long as they are mapped. So a mapping is kept only
-        until as many bytes were read as the largest tensor (or part) takes, and no more is ever
-        held.
+        Args:
+            part_of: Function that returns the part to read of a tensor, given its HF name and
+                shape. By default tensors are read whole.
         """
         readings = [
             _Reading(stored, part_of(name, stored.shape), self._rotary_heads(name))
@@ -111,20 +142,23 @@ class Checkpoint:
         for name, reading in zip(self.stored, readings, strict=True):
             file, cost = reading.stored.file, reading.stored_bytes + reading.copied_bytes
             if contents is None or file != current or used + cost > budget:
-                contents = None  # unmaps before the file is mapped afresh
+                contents = None  # unmap the file before it is mapped again
                 contents, current, used = map_file(file), file, 0
             used += cost
-            tensor = reading.of(reading.stored.read(contents))
+            tensor = reading.select(reading.stored.read(contents))
             yield name, tensor
             del tensor
 
     def mapped(self, *names: str) -> Tensor | None:
-        """Return the named tensors, mapped, as one tensor of all their rows.
+        """Return a memory-mapped tensor of the rows of all named tensors, or None.
 
-        Writes do not reach the file.
+        Writes to the result do not reach the file. None means that the tensors must be copied. They
+        can be mapped only under these conditions:
 
-        None where they have to be copied: not one behind the other, of several types, permuted or
-        transposed, smaller than it is worth, or not from a boundary of `ALIGNMENT` bytes.
+        - They are adjacent in one file, in the order of `names`, and have one dtype.
+        - Their rows are contiguous and need no permutation.
+        - The first tensor is aligned to `ALIGNMENT` bytes in the file.
+        - Together they take at least 1 MiB.
         """
         parts = [self.stored[name] for name in names]
         first = parts[0]
@@ -132,53 +166,61 @@ class Checkpoint:
         if begin % ALIGNMENT:
             return None
         for name, part in zip(names, parts, strict=True):
-            beside = (part.file, part.dtype, part.begin) == (first.file, first.dtype, end)
-            if not beside or part.strides or self._rotary_heads(name):
+            is_adjacent = (part.file, part.dtype, part.begin) == (first.file, first.dtype, end)
+            if not is_adjacent or part.strides or self._rotary_heads(name):
                 return None
             end += part.num_bytes
-        if end - begin < _WORTH_A_MAPPING:
+        if end - begin < _MIN_MAPPED_BYTES:
             return None
         contents = map_file(first.file, end)
         return contents[begin:end].view(first.dtype).view(-1, *first.shape[1:]).detach()
 
     def _rotary_heads(self, name: str) -> int:
-        """Return how many heads of the tensor have their rows in another order than HF's."""
+        """Return the number of heads whose rows must be permuted to the HF order; 0 if none."""
         return num_rotary_heads(name, self.config) if self.format == "raw" else 0
 
 
 class _Reading:
-    """Part of a stored tensor: the pages of its file that it takes, and its steps from them."""
+    """Part of a stored tensor: how to select it, and how many bytes of memory that takes.
+
+    Attributes:
+        stored: The tensor in its file.
+        heads: Number of heads to permute; 0 if the rows are in the HF order.
+        rows: Rows to read: whole heads where the heads are permuted.
+        part: Part to return, relative to `rows`.
+        stored_bytes: Size of `rows` in the file. A part of the columns needs the same pages.
+        copied_bytes: Size of the permuted copy, which exists beside the mapped original.
+    """
 
     def __init__(self, stored: StoredTensor, part: Part, heads: int) -> None:
         rows = range(stored.shape[0])[part[0]]
-        size = stored.shape[0] // heads if heads else 1  # rows that are permuted among themselves
+        size = stored.shape[0] // heads if heads else 1  # number of rows that are permuted together
         first, last = rows.start // size, -(-rows.stop // size)
         self.stored, self.heads = stored, last - first if heads else 0
         self.rows = slice(first * size, last * size)
         self.part = (slice(rows.start - first * size, rows.stop - first * size), *part[1:])
-        # Rows are contiguous, so that a part of each takes as many pages as the whole.
         self.stored_bytes = stored.num_bytes // stored.shape[0] * (last - first) * size
-        # What is permuted is a copy beside the mapped original.
         self.copied_bytes = self.stored_bytes if heads else 0
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def select(self, tensor: Tensor) -> Tensor:
+        """Return the part of the whole tensor `tensor`, in the HF order."""
         tensor = tensor[self.rows]
         if self.heads:
-            # In a mapping of its own: what malloc gets back, it may keep from the system.
+            # Allocate by mmap: malloc may not return freed memory to the operating system.
             scratch = torch.frombuffer(mmap(-1, self.copied_bytes), dtype=tensor.dtype)
             tensor = interleaved_to_half(tensor, self.heads, out=scratch.view(tensor.shape))
         return tensor[self.part]
 
 
 def read_config(path: Path, parse: Callable[[dict[str, Any]], MistralConfig]) -> MistralConfig:
-    """Return the configuration that `parse` finds in the JSON file at `path`."""
-    with naming(path):
+    """Return the configuration that `parse` makes of the contents of the JSON file at `path`."""
+    with name_file_in_errors(path):
         return parse(read_json(path, limit=CONFIG_LIMIT))
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name the file `path` in a `ConfigError` that the block raises."""
+def name_file_in_errors(path: Path) -> Iterator[None]:
+    """Prefix the message of a `ConfigError` raised in the block with the path of the file."""
     try:
         yield
     except ConfigError as error:
@@ -186,9 +228,13 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def find_weights(folder: Path, stem: str, suffix: str) -> list[Path]:
-    """Return the file `stem.suffix`, or else all its shards, by their index or by their numbers.
+    """Return the weight file `stem + suffix`, or else all of its shards; an empty list if none.
 
-    Empty if the folder has none; a missing shard raises.
+    The names of the shards are read from the index file if there is one, else derived from the
+    count in their names: `stem-00001-of-00003.suffix`.
+
+    Raises:
+        CheckpointError: A shard is missing.
     """
     single = folder / f"{stem}{suffix}"
     index = folder / f"{stem}{suffix}.index.json"
@@ -201,14 +247,15 @@ def find_weights(folder: Path, stem: str, suffix: str) -> list[Path]:
     else:
         shards = sorted(path.name for path in folder.glob(f"{stem}-*-of-*{suffix}"))
         source = shards[0] if shards else ""
-        written = source.removesuffix(suffix).rpartition("-of-")[2]
-        if not written.isdecimal():
+        digits = source.removesuffix(suffix).rpartition("-of-")[2]
+        if not digits.isdecimal():
             return []
-        shards = [name for name in shards if name.endswith(f"-of-{written}{suffix}")]
-        # A file's name can claim any count: no list is longer than that of the files.
-        count = int(written)
+        shards = [name for name in shards if name.endswith(f"-of-{digits}{suffix}")]
+        # The name of a file can contain any count. Therefore the list of expected names has at
+        # most one entry more than there are files.
+        count = int(digits)
         names = [
-            f"{stem}-{i + 1:0{len(written)}}-of-{written}{suffix}"
+            f"{stem}-{i + 1:0{len(digits)}}-of-{digits}{suffix}"
             for i in range(min(count, len(shards) + 1))
         ]
         num_missing = count - len(shards)
@@ -222,7 +269,7 @@ def find_weights(folder: Path, stem: str, suffix: str) -> list[Path]:
 
 
 def _list_index(index: Path) -> list[str]:
-    """Return the names of the files that an index lists, all of them in its folder."""
+    """Return the names of the files in an index; raise if one is not in the folder of the index."""
     weight_map = read_json(index, {"weight_map": {...: str}}).get("weight_map")
     if not weight_map:
         raise CheckpointError(f"{index} has no 'weight_map'")
@@ -235,13 +282,20 @@ def _list_index(index: Path) -> list[str]:
 def match_tensors(
     files: Iterable[Path], names: Mapping[str, str], config: MistralConfig
 ) -> tuple[MistralConfig, dict[str, StoredTensor]]:
-    """Check the names, shapes and types of all tensors in `files` by their headers.
+    """Check the names, shapes and dtypes of all tensors in `files` by their headers.
 
-    `names` gives HF's name of each tensor, the output head included, under the name or names that
-    the files use. Returned are the tensors by HF's names, and `config` as the tensors have it: if
-    it ties the embeddings, but a head is stored that differs from them, both are kept, untied, as
-    transformers does. Raises `CheckpointError` that names the tensor, its file and what was
-    expected.
+    Args:
+        files: Weight files.
+        names: HF name of each tensor, including the output head, by each name that a file may use.
+        config: Configuration of the model.
+
+    Returns:
+        The configuration and the tensors by HF name. The configuration is changed in one case: it
+        ties the embeddings, but the stored head differs from the embedding. Then both tensors are
+        kept and `tie_word_embeddings` becomes False, as in transformers.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected, duplicated, or of a wrong shape or dtype.
     """
     shapes = expected_shapes(replace(config, tie_word_embeddings=False))
     files = list(files)
@@ -250,17 +304,17 @@ def match_tensors(
         for stored in _list_tensors(file):
             if is_derived(stored.name):
                 continue
-            hf_name = names.get(unwrapped(stored.name))
+            hf_name = names.get(unwrap_name(stored.name))
             if hf_name is None:
                 missing = next((name for name in names if names[name] not in matched), None)
-                raise CheckpointError(_unexpected(stored, missing))
+                raise CheckpointError(_unexpected_message(stored, missing))
             if hf_name in matched:
-                raise CheckpointError(_repeated(stored, matched[hf_name]))
+                raise CheckpointError(_duplicate_message(stored, matched[hf_name]))
             _check_kind(stored)
             if stored.shape != shapes[hf_name]:
                 raise CheckpointError(
-                    f"{file}: tensor {stored.name!r} has shape {stored.shape}, "
-                    f"the configuration asks for {shapes[hf_name]}"
+                    f"{file}: tensor {stored.name!r} must have shape {shapes[hf_name]}, "
+                    f"got {stored.shape}"
                 )
             matched[hf_name] = stored
     if config.tie_word_embeddings and (head := matched.pop(HEAD, None)):
@@ -287,7 +341,7 @@ def _list_tensors(file: Path) -> list[StoredTensor]:
     return list_safetensors(file) if file.suffix == ".safetensors" else list_pickled(file)
 
 
-def _unexpected(stored: StoredTensor, missing: str | None) -> str:
+def _unexpected_message(stored: StoredTensor, missing: str | None) -> str:
     for what, pattern in _FOREIGN_NAMES.items():
         if re.search(pattern, stored.name):
             return (
@@ -301,11 +355,11 @@ def _unexpected(stored: StoredTensor, missing: str | None) -> str:
     )
 
 
-def _repeated(stored: StoredTensor, other: StoredTensor) -> str:
+def _duplicate_message(stored: StoredTensor, other: StoredTensor) -> str:
     if stored.file == other.file:
         return f"{stored.file}: {other.name!r} and {stored.name!r} are the same tensor"
     return (
-        f"{stored.file}: tensor {stored.name!r} is in {other.file.name} as well; "
+        f"{stored.file}: tensor {stored.name!r} is also in {other.file.name}; "
         "tensor-parallel shards are not supported: merge them into one file first"
     )
 
@@ -313,19 +367,19 @@ def _repeated(stored: StoredTensor, other: StoredTensor) -> str:
 def _check_kind(stored: StoredTensor) -> None:
     if stored.kind in FLOAT_TYPES:
         return
-    of = f"tensor {stored.name!r}"
+    tensor = f"tensor {stored.name!r}"
     if stored.kind.startswith(("I8", "U8", "F8", "F4", "F6")):
         raise CheckpointError(
-            f"{stored.file}: the checkpoint has quantized weights ({of} is stored as "
+            f"{stored.file}: the checkpoint has quantized weights ({tensor} is stored as "
             f"{stored.kind}); only {', '.join(FLOAT_TYPES)} are supported"
         )
     raise CheckpointError(
-        f"{stored.file}: {of} must be stored as {', '.join(FLOAT_TYPES)}, got {stored.kind}"
+        f"{stored.file}: {tensor} must be stored as {', '.join(FLOAT_TYPES)}, got {stored.kind}"
     )
 
 
 def _are_equal(a: StoredTensor, b: StoredTensor) -> bool:
-    """Return whether two stored tensors have the same type and bytes."""
+    """Return whether two stored tensors have the same dtype and the same bytes."""
     if (a.file, a.begin, a.strides) == (b.file, b.begin, b.strides):
         return a.kind == b.kind
     if a.kind != b.kind:

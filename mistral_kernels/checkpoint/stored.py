@@ -1,4 +1,4 @@
-"""Find and map the tensors in weight files: headers of safetensors, and memory-mapped reading."""
+"""List the tensors of safetensors files by their headers, and map weight files into memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mistral_kernels.utils.files import CheckpointError, check_regular
 
-# The types in which unquantized weights are stored, by safetensors' name.
+# Dtypes of unquantized weights, by their names in safetensors.
 FLOAT_TYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -21,20 +21,26 @@ FLOAT_TYPES = {
     "F64": torch.float64,
 }
 
-# Alignment of weights, in memory and in files, in bytes. The hardware prefetcher stops at a page:
-# rows that cross pages are read 5 to 12 % more slowly.
+# Alignment of weights in memory and in files, in bytes. The hardware prefetcher stops at the end of
+# a page: rows that cross pages are read 5 to 12 % more slowly.
 ALIGNMENT = 4096
 
-# Bytes of a file that describe its tensors, about 100 per tensor; parsed, they take 24 times that.
+# Largest size in bytes of the part of a file that describes its tensors. A tensor takes about 100
+# bytes there; parsed to Python objects, it takes 24 times as much.
 HEADER_LIMIT = 8 << 20
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file, as the file's header describes it.
+    """Tensor in a weight file, as described by the header of the file.
 
-    `kind`: its type by safetensors' name, "BF16" or "I64". `begin`: the byte of the file at which
-    its data begin. `strides`: in elements, None for a contiguous tensor.
+    Attributes:
+        name: Name of the tensor in the file.
+        file: Path of the file.
+        shape: Shape of the tensor.
+        kind: Dtype by its name in safetensors, for example "BF16" or "I64".
+        begin: Offset of the data in the file, in bytes.
+        strides: Strides in elements; None for a contiguous tensor.
     """
 
     name: str
@@ -46,14 +52,20 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the tensor; `kind` must be one of `FLOAT_TYPES`."""
         return FLOAT_TYPES[self.kind]
 
     @property
     def num_bytes(self) -> int:
+        """Size of the elements in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, contents: Tensor) -> Tensor:
-        """Return the tensor from the mapped bytes of its file: a view, where that is possible."""
+        """Return the tensor, given the mapped bytes of its file.
+
+        The result is a view of `contents` if the tensor is contiguous and aligned to its itemsize,
+        else a copy.
+        """
         strides = self.strides or contiguous_strides(self.shape)
         extent = count_elements(self.shape, strides)
         end = self.begin + extent * self.dtype.itemsize
@@ -61,16 +73,19 @@ class StoredTensor:
             raise _shortened(self.file)
         data = contents[self.begin : end]
         if self.begin % self.dtype.itemsize:
-            data = data.clone()  # a view of another type must be aligned
+            data = data.clone()  # a view of another dtype must be aligned
         return data.view(self.dtype).as_strided(self.shape, strides).contiguous()
 
 
 def check_cast(name: str, tensor: Tensor, cast: Tensor) -> None:
-    """Raise CheckpointError if casting the tensor `name` to `cast` made a finite value infinite."""
+    """Raise CheckpointError if `cast`, a cast of `tensor`, is infinite where `tensor` is finite.
+
+    `name`: name of the tensor in the error message.
+    """
     widest = torch.finfo(tensor.dtype).max if tensor.is_floating_point() else math.inf
     if torch.finfo(cast.dtype).max >= widest or cast.is_meta or not cast.numel():
         return
-    # A tenth of the time of isinf, and without a temporary tensor.
+    # aminmax takes a tenth of the time of isinf, and allocates no temporary tensor.
     if all(map(math.isfinite, map(Tensor.item, cast.aminmax()))):
         return
     low, high = (x.item() for x in tensor.where(tensor.isfinite(), 0).aminmax())
@@ -85,18 +100,19 @@ def check_cast(name: str, tensor: Tensor, cast: Tensor) -> None:
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor, in elements."""
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def count_elements(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """Return how many elements of a storage a tensor spans, from its first to its last."""
+    """Return the number of storage elements from the first to the last element of a tensor."""
     if not all(shape):
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def map_file(file: Path, needed: int = 0) -> Tensor:
-    """Map a file of at least `needed` bytes as a uint8 tensor. Writes do not reach the file."""
+    """Map a file of at least `needed` bytes as a uint8 tensor; writes do not reach the file."""
     size = check_regular(file)
     if size < needed:
         raise _shortened(file)
@@ -104,23 +120,24 @@ def map_file(file: Path, needed: int = 0) -> Tensor:
 
 
 def list_safetensors(file: Path) -> list[StoredTensor]:
-    """List the tensors of a safetensors file in the order of their data, by its header alone.
+    """List the tensors of a safetensors file in the order of their data; read only its header.
 
-    Raises `CheckpointError` for a file that is not whole, which safetensors checks: the header is
-    well-formed, and its tensors fill the file without gaps or overlaps.
+    Raises:
+        CheckpointError: The file is not valid. The safetensors library checks that the header is
+            well-formed, and that the tensors fill the file without gaps or overlaps.
     """
     check_regular(file)
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > HEADER_LIMIT:
-            raise _not_whole(file, f"a header of {length} bytes, more than {HEADER_LIMIT}")
+            raise _invalid_file(file, f"a header of {length} bytes, more than {HEADER_LIMIT}")
         encoded = opened.read(length)
     try:
         with safe_open(file, framework="pt") as checked:
             names = checked.offset_keys()
         header = json.loads(encoded)
     except (SafetensorError, OSError, ValueError) as error:
-        raise _not_whole(file, str(error)) from None
+        raise _invalid_file(file, str(error)) from None
     found = []
     for name in names:
         tensor = header[name]
@@ -133,7 +150,7 @@ def _shortened(file: Path) -> CheckpointError:
     return CheckpointError(f"{file} has become shorter since it was opened")
 
 
-def _not_whole(file: Path, reason: str) -> CheckpointError:
+def _invalid_file(file: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{file} is not a whole safetensors file ({reason}); download or copy it again"
+        f"{file} is not a valid safetensors file ({reason}); download or copy it again"
     )

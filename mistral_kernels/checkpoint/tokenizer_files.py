@@ -1,4 +1,4 @@
-"""Read the files beside a tokenizer: named and added tokens, flags, chat templates."""
+"""Read the files that accompany a tokenizer: named and added tokens, flags, chat templates."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from mistral_kernels.utils.files import (
 )
 from mistral_kernels.utils.schema import Schema
 
-TEMPLATE_LIMIT = 1 << 20  # bytes; the longest templates in use have some 20 KB
+TEMPLATE_LIMIT = 1 << 20  # bytes; the longest templates in use have about 20 KB
 ADDED_ID_LIMIT = 1 << 31
 
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _ADDED: Schema = {"content": str, **dict.fromkeys(_FLAGS, bool)}
 _NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-_USUAL_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+_DEFAULT_NAMES = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+}
 _SPECIAL_TOKENS: dict[Any, Schema] = {
     **dict.fromkeys(_NAMES, (str, None, _ADDED)),
     "additional_special_tokens": ([(str, _ADDED)], None),
@@ -42,10 +47,15 @@ _CONFIG: dict[Any, Schema] = {
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in a text before the vocabulary is applied to the rest.
+    """Token that is matched in a text first; the vocabulary then encodes the rest of the text.
 
-    `lstrip` and `rstrip`: the token takes the white space on that side. `single_word`: the token
-    is not found inside a word. `normalized`: the token is found in the normalized text.
+    Attributes:
+        content: Text of the token.
+        special: Whether the token is a special token, such as BOS.
+        lstrip: Whether the token includes the white space on its left.
+        rstrip: Whether the token includes the white space on its right.
+        single_word: Whether the token is not matched inside a word.
+        normalized: Whether the token is matched in the normalized text.
     """
 
     content: str
@@ -58,18 +68,19 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Contents of the files beside a tokenizer, merged as transformers merges them.
+    """Contents of the files that accompany a tokenizer, merged as transformers merges them.
 
     Attributes:
-        names: the content of each named token, "bos_token" for instance; None where a file has
-            null. A name that no file has is absent.
-        special: special tokens by content: those of `names`, then the nameless ones.
-        added: added tokens by id, ids ascending.
-        add_bos, add_eos: whether a text begins with BOS and ends with EOS. tokenizer.json has a
-            post-processor instead.
-        legacy: whether the text after an added token begins with a space of its own.
-        templates: chat templates by name; a single one is "default".
-        has_config: whether there is a tokenizer_config.json.
+        names: Content of each named token, for example of "bos_token"; None if a file has null. A
+            name that is in no file is absent.
+        special: Special tokens by content: those of `names`, then those without a name.
+        added: Added tokens by id, in ascending order of the ids.
+        add_bos: Whether a text begins with BOS. Not used with tokenizer.json, which has a
+            post-processor.
+        add_eos: Whether a text ends with EOS. Not used with tokenizer.json.
+        legacy: Whether a space is put before the text after an added token.
+        templates: Chat templates by name; a single template has the name "default".
+        has_config: Whether tokenizer_config.json exists.
     """
 
     names: dict[str, str | None]
@@ -83,23 +94,28 @@ class TokenizerFiles:
 
     @property
     def has_vendor_template(self) -> bool:
-        """True if a fine-tune brings no chat template of its own; Mistral's all have [INST]."""
+        """True if there is no chat template, or one of Mistral's, which all contain [INST]."""
         return not self.templates or any("[INST]" in each for each in self.templates.values())
 
-    def names_with_usual(self, vocab: Container[str]) -> dict[str, str]:
-        """Return the named tokens, with those that most models have where no file names any."""
-        usual = {name: token for name, token in _USUAL_NAMES.items() if token in vocab}
-        return {name: token for name, token in (usual | self.names).items() if token is not None}
+    def names_with_defaults(self, vocab: Container[str]) -> dict[str, str]:
+        """Return the contents of the named tokens.
+
+        A name that is in no file has its usual content, `<s>` for "bos_token" for example, if that
+        is in `vocab`.
+        """
+        defaults = {name: token for name, token in _DEFAULT_NAMES.items() if token in vocab}
+        return {name: token for name, token in (defaults | self.names).items() if token is not None}
 
     def special_token(self, content: str) -> AddedToken:
-        """Return the special token of that content, as the files or as transformers has it."""
+        """Return the special token of this content from the files, else with default flags."""
         return self.special.get(content) or AddedToken(content, special=True, normalized=False)
 
 
 def find_tokenizer_files(folder: Path) -> list[Path]:
-    """Return all of a tokenizer's files in a folder, for a copy of it.
+    """Return the paths of all tokenizer files in a folder, sorted.
 
-    Raises CheckpointError for one that is neither a regular file nor a folder.
+    Raises:
+        CheckpointError: One of them is neither a regular file nor a folder.
     """
     found = {path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)}
     files = sorted(path for path in found if not path.is_dir())
@@ -111,12 +127,13 @@ def find_tokenizer_files(folder: Path) -> list[Path]:
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     """Read tokenizer_config.json, special_tokens_map.json, added_tokens.json and chat templates.
 
-    Raises CheckpointError for a file with a value of another type than it must have, for two tokens
-    with one id, and as `read_json`.
+    Raises:
+        CheckpointError: A value has a wrong type, two tokens have the same id, or a file cannot be
+            read; see `read_json`.
     """
     path = folder / "tokenizer_config.json"
     config = _read_optional(path, _CONFIG)
-    if "added_tokens_decoder" not in config:  # else the older file is a copy
+    if "added_tokens_decoder" not in config:  # otherwise special_tokens_map.json is a copy
         more = _read_optional(folder / "special_tokens_map.json", _SPECIAL_TOKENS)
         config |= {key: more[key] for key in more if key in _SPECIAL_TOKENS}
     tokens, nameless = _special_tokens(path, config)
@@ -134,16 +151,16 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
 
 
 def _read_optional(path: Path, schema: dict[Any, Schema]) -> dict[str, Any]:
-    """Return the object in a JSON file; {} if nothing has that name, a broken link included."""
+    """Return the object in a JSON file; {} if there is no file or link of that name."""
     return read_json(path, schema) if os.path.lexists(path) else {}
 
 
 def _special_tokens(
     path: Path, config: dict[str, Any]
 ) -> tuple[dict[str, AddedToken | None], list[AddedToken]]:
-    """Return the named tokens, those that all tokenizers have first, and the nameless ones."""
+    """Return the special tokens with a name, the standard names first, and those without a name."""
     values = {key: config[key] for key in _NAMES if key in config}
-    # Tokens of a model's own, image_token for instance; add_bos_token is a flag.
+    # Names that one model defines, for example image_token. The flag add_bos_token is not a string.
     values |= {k: v for k, v in config.items() if k.endswith("_token") and isinstance(v, str)}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(extra, dict):
@@ -157,19 +174,25 @@ def _special_tokens(
 
 
 def _special_token(path: Path, value: str | dict[str, Any]) -> AddedToken:
+    """Return the special token that a string or an object in the file `path` describes."""
     described = {"content": value} if isinstance(value, str) else value
     return _added_token(path, described | {"special": True})
 
 
 def _added_token(path: Path, described: dict[str, Any]) -> AddedToken:
+    """Return the token that an object in the file `path` describes."""
     content = described.get("content")
     if not content:
-        raise CheckpointError(f"{path}: an added token must have a content, got {content!r}")
+        raise CheckpointError(
+            f"{path}: content of an added token must not be empty, got {content!r}"
+        )
     try:
         content.encode()
     except UnicodeEncodeError:
         got = reprlib.repr(content)
-        raise CheckpointError(f"{path}: an added token must be text, got {got}") from None
+        raise CheckpointError(
+            f"{path}: content of an added token must be valid Unicode, got {got}"
+        ) from None
     flags = {flag: described[flag] for flag in _FLAGS if flag in described}
     return AddedToken(content, **{"normalized": not flags.get("special", False), **flags})
 
@@ -177,6 +200,7 @@ def _added_token(path: Path, described: dict[str, Any]) -> AddedToken:
 def _added_tokens(
     folder: Path, config: dict[str, Any], special: Container[str]
 ) -> dict[int, AddedToken]:
+    """Return the added tokens by id, from tokenizer_config.json or else from added_tokens.json."""
     if "added_tokens_decoder" in config:
         path = folder / "tokenizer_config.json"
         pairs = [(key, token) for key, token in config["added_tokens_decoder"].items()]
@@ -195,13 +219,13 @@ def _added_tokens(
             got = reprlib.repr(key)
             raise CheckpointError(f"{name} must be in [0, {ADDED_ID_LIMIT}), got {got}")
         if (other := added.setdefault(int(key), token)) is not token:
-            got = f"{key}, that of {reprlib.repr(other.content)}"
-            raise CheckpointError(f"{name} must be its own, got {got}")
+            got = f"{key}, the id of {reprlib.repr(other.content)}"
+            raise CheckpointError(f"{name} must be unique, got {got}")
     return dict(sorted(added.items()))
 
 
 def _read_templates(folder: Path, configured: Any) -> dict[str, str]:
-    """Return the chat templates by name. Files of their own go before tokenizer_config.json."""
+    """Return the chat templates by name; template files are preferred to tokenizer_config.json."""
     files = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
     if os.path.lexists(folder / "chat_template.jinja"):
         files["default"] = folder / "chat_template.jinja"
@@ -210,7 +234,9 @@ def _read_templates(folder: Path, configured: Any) -> dict[str, str]:
     if isinstance(configured, list):
         if not all(each.keys() >= {"name", "template"} for each in configured):
             path = folder / "tokenizer_config.json"
-            raise CheckpointError(f"{path}: each of chat_template must have a name and a template")
+            raise CheckpointError(
+                f"{path}: each entry of chat_template must have a name and a template"
+            )
         configured = {each["name"]: each["template"] for each in configured}
     if isinstance(configured, str):
         configured = {"default": configured}

@@ -1,4 +1,4 @@
-"""Writing checkpoints: tensor by tensor, into a folder that appears only when it is whole."""
+"""Write checkpoints tensor by tensor, into a folder that appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from mistral_kernels.checkpoint.stored import ALIGNMENT, FLOAT_TYPES, check_cast
 from mistral_kernels.utils.files import CheckpointError, check_regular, expand_user, is_taken
 from mistral_kernels.utils.signals import unwinding_when_terminated
 
-# Shape and type of a tensor to be written.
+# Shape and dtype of a tensor to be written.
 Spec = tuple[tuple[int, ...], torch.dtype]
 
 _log = logging.getLogger("mistral_kernels")
 
-# Folders that are being written; see `new_folder`.
-_PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{16}", re.DOTALL)
+# Names of folders that are being written; see `new_folder`.
+_PARTIAL_NAME = re.compile(r"\..+\.partial-[0-9a-f]{16}", re.DOTALL)
 
 _TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
@@ -37,11 +37,17 @@ _TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 class SafetensorsWriter:
     """Write one safetensors file tensor by tensor, in any order.
 
-    safetensors' own `save_file` needs all tensors at once. Since every shape and type is known
-    beforehand, the header can go first, and each tensor to its place when it comes. The format:
-    the header's length (8 bytes, little-endian), the header (JSON), the tensors without gaps. Those
-    of whole pages are put first, in the order of `specs`, so that each begins with one and those
-    that a model fuses stay side by side.
+    `save_file` of the safetensors library needs all tensors at once. Here the shapes and dtypes are
+    given in advance, so the header is written first, and each tensor at its offset when it comes.
+
+    The file contains the length of the header (8 bytes, little-endian), the header (JSON) and the
+    tensors without gaps. Tensors whose size is a multiple of the page size come first, in the order
+    of `specs`. Each of them is therefore page-aligned, and tensors that the model fuses are
+    adjacent.
+
+    Args:
+        path: File to write.
+        specs: Shape and dtype of each tensor by name.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
@@ -56,33 +62,38 @@ class SafetensorsWriter:
                 "data_offsets": [start, end],
             }
         encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)  # where the data begins
+        encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)  # align the first tensor
         self.path = path
         self._specs = specs
-        self._places = {name: 8 + len(encoded) + header[name]["data_offsets"][0] for name in specs}
+        # File offsets of the tensors that are not yet written.
+        self._offsets = {name: 8 + len(encoded) + header[name]["data_offsets"][0] for name in specs}
         self._file = path.open("wb")
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor, cast to its announced type, to its place."""
+        """Cast a tensor to the dtype of its spec and write it at its offset.
+
+        Raises:
+            CheckpointError: The tensor was written before, its shape is not that of its spec, or
+                the cast makes a finite value infinite.
+        """
         shape, dtype = self._specs[name]
-        if name not in self._places:
+        if name not in self._offsets:
             raise CheckpointError(f"tensor {name!r} was given twice")
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"tensor {name!r} has shape {tuple(tensor.shape)}, the configuration asks for "
-                f"{shape}"
+                f"tensor {name!r} must have shape {shape}, got {tuple(tensor.shape)}"
             )
         tensor = tensor.detach().cpu()
         data = tensor.to(dtype).contiguous()
         check_cast(name, tensor, data)
-        self._file.seek(self._places.pop(name))
+        self._file.seek(self._offsets.pop(name))
         self._file.write(data.view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
-        """Check that no tensor is missing, and put the file safely on the disk."""
-        if self._places:
-            raise CheckpointError(f"tensor {next(iter(self._places))!r} was not given")
+        """Check that no tensor is missing, and flush the file to the disk."""
+        if self._offsets:
+            raise CheckpointError(f"tensor {next(iter(self._offsets))!r} was not given")
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -99,6 +110,7 @@ class SafetensorsWriter:
 
 
 def num_bytes(spec: Spec) -> int:
+    """Return the size of a tensor in bytes."""
     shape, dtype = spec
     return math.prod(shape) * dtype.itemsize
 
@@ -106,9 +118,9 @@ def num_bytes(spec: Spec) -> int:
 def make_specs(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype | Mapping[str, torch.dtype]
 ) -> dict[str, Spec]:
-    """Pair each shape with its type: one for all, or each tensor's own."""
-    one = dtype if isinstance(dtype, torch.dtype) else None
-    specs = {name: (shape, one or dtype[name]) for name, shape in shapes.items()}  # type: ignore[index]
+    """Return the shape and dtype of each tensor; `dtype` is one for all, or a mapping by name."""
+    common = dtype if isinstance(dtype, torch.dtype) else None
+    specs = {name: (shape, common or dtype[name]) for name, shape in shapes.items()}  # type: ignore[index]
     for name, (_, each) in specs.items():
         if each not in _TYPE_NAMES:
             raise CheckpointError(
@@ -120,7 +132,17 @@ def make_specs(
 def write_files(
     folder: Path, files: Mapping[str, Mapping[str, Spec]], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Write the safetensors `files` (name to contents) from a stream of all their tensors."""
+    """Write safetensors files from an iterable of all their tensors, in any order.
+
+    Args:
+        folder: Folder of the files.
+        files: Specs of the tensors of each file, by the name of the file.
+        tensors: Pairs of a name and a tensor.
+
+    Raises:
+        CheckpointError: A tensor is unexpected, missing, duplicated or of a wrong shape, or does
+            not fit into its dtype.
+    """
     with ExitStack() as stack:
         writers: dict[str, SafetensorsWriter] = {}
         opened = []
@@ -129,14 +151,15 @@ def write_files(
             writers |= dict.fromkeys(specs, opened[-1])
         for name, tensor in tensors:
             if name not in writers:
-                raise CheckpointError(f"tensor {name!r} is not one of this configuration")
+                raise CheckpointError(f"tensor {name!r} is not part of this configuration")
             writers[name].write(name, tensor)
-            del tensor  # a mapped one keeps its pages until it is dropped
+            del tensor  # a mapped tensor keeps its pages in memory until it is released
         for writer in opened:
             writer.finish()
 
 
 def write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    """Write a JSON file and flush it to the disk."""
     with path.open("w", encoding="utf-8") as file:
         file.write(json.dumps(contents, indent=2) + "\n")
         file.flush()
@@ -147,14 +170,24 @@ def write_json(path: Path, contents: Mapping[str, Any]) -> None:
 def new_folder(
     target: str | Path, needed_bytes: int, extra_files: Iterable[Path] = ()
 ) -> Iterator[Path]:
-    """Create a temporary folder and rename it to `target` if the block succeeds.
+    """Create a temporary folder beside `target`; rename it to `target` if the block succeeds.
 
-    The folder, beside `target`, begins with copies of `extra_files`. On any error, an interrupt or
-    SIGTERM included, it is removed and `target` is as it was before. What a killed process has left
-    is removed by the next `new_folder` in the same parent, with a line in the log. A target that
-    holds something, and a disk without `needed_bytes`, are refused before anything is written.
+    On an exception, including an interrupt or SIGTERM, the temporary folder is removed and `target`
+    is unchanged. A process that is killed leaves its temporary folder behind. The next `new_folder`
+    in the same parent folder removes it and logs a warning.
+
+    Args:
+        target: Folder to create. It must not exist, or must be empty.
+        needed_bytes: Free disk space to require before anything is written.
+        extra_files: Files to copy into the folder.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        CheckpointError: `target` is not free, the disk has too little space, or writing failed.
     """
-    target = Path(os.path.realpath(expand_user(target)))  # resolve() raises at a loop of links
+    target = Path(os.path.realpath(expand_user(target)))  # resolve() raises for a loop of links
     check_target(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -183,11 +216,11 @@ def new_folder(
 
 
 def _make_partial(target: Path) -> tuple[Path, int]:
-    """Make a folder beside `target`; return it and a descriptor that locks it while it is open."""
+    """Make a folder beside `target`; return it and a descriptor that keeps it locked while open."""
     while True:
         partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(8)}")
         partial.mkdir()
-        # Before it is locked, another process may take it for abandoned and remove it.
+        # Until the folder is locked, another process may remove it as abandoned. Then try again.
         try:
             lock = os.open(partial, os.O_RDONLY)
         except FileNotFoundError:
@@ -198,30 +231,31 @@ def _make_partial(target: Path) -> tuple[Path, int]:
         except BlockingIOError:
             is_ours = False
         except OSError:
-            is_ours = True  # on a file system without locks nothing is ever taken for abandoned
+            is_ours = True  # without locks in the file system, no process removes the folder
         if is_ours:
             return partial, lock
         os.close(lock)
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove the folders that `new_folder` made in `parent` for processes that are dead."""
+    """Remove the temporary folders in `parent` whose `new_folder` process has ended."""
     try:
         entries = list(parent.iterdir())
-    except OSError:  # a folder that may be written to, but not listed
+    except OSError:  # listing the folder may be forbidden where writing is allowed
         return
     for partial in entries:
-        if not _PARTIAL.fullmatch(partial.name) or partial.is_symlink():
+        if not _PARTIAL_NAME.fullmatch(partial.name) or partial.is_symlink():
             continue
         with suppress(OSError), ExitStack() as stack:
             lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its maker lives
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if its process is running
             shutil.rmtree(partial)
             _log.warning("removed %s, which an interrupted run had left", partial)
 
 
 def _copy(source: Path, target: Path) -> None:
+    """Copy a regular file and flush the copy to the disk."""
     check_regular(source)
     with source.open("rb") as contents, target.open("wb") as file:
         shutil.copyfileobj(contents, file)
@@ -230,7 +264,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Raise unless `target` is free to be written: absent, or an empty folder."""
+    """Raise CheckpointError unless `target` does not exist or is an empty folder."""
     if target.is_dir():
         if any(target.iterdir()):
             raise CheckpointError(f"{target} is not empty; name a new folder")
@@ -242,7 +276,7 @@ def check_target(target: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make what was renamed in a folder outlast a power cut, where the system can."""
+    """Flush the entries of a folder to the disk: a rename in it then survives a power failure."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:

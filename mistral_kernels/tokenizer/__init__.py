@@ -1,4 +1,4 @@
-"""Text to token ids and back: one interface over three kinds of file and their libraries."""
+"""Convert text to token ids and back: one interface to three file formats and their libraries."""
 
 from mistral_kernels.tokenizer.base import (
     MistralTokenizer,

@@ -1,4 +1,7 @@
-"""One tokenizer interface over sentencepiece models, tekken.json and tokenizer.json."""
+"""Define the tokenizer interface that all three file formats share.
+
+The formats are sentencepiece models, tekken.json and tokenizer.json.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,18 @@ import torch
 if TYPE_CHECKING:
     from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles
 
-# Or anything that gives these: other tensors, arrays, NumPy's integers.
+# Arrays and integers of NumPy are accepted as well.
 TokenIds = int | Iterable[int] | torch.Tensor
 
 _PADDING = {True: True, "longest": True, False: False, "do_not_pad": False}
 
 
 class TokenizerError(ValueError):
-    """Error in a tokenizer file, a text, a token id or a conversation, in one line."""
+    """Error in a tokenizer file, a text, a token id or a conversation; its message is one line."""
 
 
 class TokenizerOutput(dict[str, Any]):
-    """`input_ids` and `attention_mask`, as items, as attributes, or as `**inputs`."""
+    """Dict of `input_ids` and `attention_mask`, whose items are also attributes."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -34,7 +37,7 @@ class TokenizerOutput(dict[str, Any]):
             raise AttributeError(name) from None
 
     def to(self, device: torch.device | str | int) -> TokenizerOutput:
-        """Return the same with its tensors on `device`."""
+        """Return a copy whose tensors are on `device`."""
         return TokenizerOutput(
             {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.items()}
         )
@@ -43,49 +46,71 @@ class TokenizerOutput(dict[str, Any]):
 class StreamDecoder:
     """Decode token ids as they arrive, in constant time per token.
 
-    The texts that `push` returns, then that of `flush`, join to what `decode` returns for all the
-    ids (as a continuation of the prompt, if there is one). `push` returns only what no later token
-    can change, so never a part of a character.
+    Join the texts that `push` returns and the text of a final `flush`: the result is the text that
+    `decode` returns for all ids, without the text of the prompt if there is one. `push` returns
+    only text that no later token can change. Therefore it never returns part of a character.
     """
 
     def __init__(
         self, tokenizer: MistralTokenizer, piece: Callable[[int], bytes | str], errors: str
     ) -> None:
-        # `piece` returns a token's bytes, or text, which ends a run of bytes.
+        # `piece` returns the bytes of a token, or its text. A text ends a sequence of bytes.
         self._tokenizer, self._piece = tokenizer, piece
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
 
     def push(self, token_id: int | torch.Tensor) -> str:
-        """Return the text that this token makes certain: often "" inside a character."""
-        ids = _checked(token_id)
+        """Return the text that is complete with this token: "" in the middle of a character.
+
+        Args:
+            token_id: The next token id, an integer or a tensor of one element.
+        """
+        ids = _check_ids(token_id)
         if len(ids) != 1:
-            raise TokenizerError(f"push takes one token id, got {len(ids)}")
+            raise TokenizerError(f"token_id must be one token id, got {len(ids)}")
         return self._advance(ids[0]) if ids[0] in self._tokenizer._known_ids else ""
 
-    def _start_behind(self, prompt_ids: list[int]) -> None:
+    def _feed_prompt(self, prompt_ids: list[int]) -> None:
+        """Decode the prompt and discard its text."""
         for token_id in prompt_ids:
             self._advance(token_id)
 
     def _advance(self, token_id: int) -> str:
+        """Return the text that is complete with this token; the id must have a token."""
         piece = self._piece(token_id)
         return self._utf8.decode(piece) if isinstance(piece, bytes) else self.flush() + piece
 
     def flush(self) -> str:
-        """Return what is held back at the end of the text: U+FFFD for an incomplete character."""
+        """Return the rest of the text at its end: U+FFFD for an incomplete character."""
         return self._utf8.decode(b"", final=True)
 
 
 class MistralTokenizer(ABC):
-    """Text to token ids and back; `from_pretrained` opens one.
+    """Tokenizer of a Mistral model; open one with `from_pretrained`.
 
-    `vocab_size` (also `len`) is the largest id plus one, special and added tokens included.
-    `bos_token_id` and `eos_token_id` are None where the files have none; `pad_token_id` is the
-    files', else `eos_token_id`, and may be set. `all_special_ids` are what `skip_special_tokens`
-    skips.
+    The tokenizer is stored in a sentencepiece model, a tekken.json or a tokenizer.json.
 
-    `chat_version` names the chat template: "v1", "v2", "v3", "v7", ... for the vendor's, rendered
-    by mistral-common; "jinja" for the folder's own, rendered by transformers; None if there is
-    none.
+    Attributes:
+        path: File of the tokenizer.
+        vocab_size: Largest token id plus one, including special and added tokens; equal to `len`.
+        bos_token_id: Token at the beginning of a text; None if the files define none.
+        eos_token_id: Token at the end of a text; None if the files define none.
+        pad_token_id: Token for padding: the one in the files, else `eos_token_id`. This attribute
+            may be set; all others are read-only.
+        all_special_ids: Ids that `skip_special_tokens` skips.
+        chat_version: Kind of the chat template. "v1", "v2", "v3", "v7", ... are Mistral's own
+            templates, rendered by mistral-common. "jinja" is a template in the folder, rendered by
+            transformers. None means that there is no template.
+
+    Example:
+        >>> from mistral_kernels import MistralTokenizer
+        >>> tokenizer = MistralTokenizer.from_pretrained("tiny")
+        >>> len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
+        (2048, 1, 2)
+        >>> ids = tokenizer.encode("It is a truth")
+        >>> ids
+        [1, 592, 368, 261, 1905]
+        >>> tokenizer.decode(ids, skip_special_tokens=True)
+        'It is a truth'
     """
 
     path: Path
@@ -95,9 +120,9 @@ class MistralTokenizer(ABC):
     pad_token_id: int | None
     all_special_ids: frozenset[int]
     chat_version: str | None
-    # What the files put before and behind a text, and the ids that have a token.
-    _before: list[int]
-    _behind: list[int]
+    # Ids put before and after a text by default, and the ids that have a token.
+    _prefix_ids: list[int]
+    _suffix_ids: list[int]
     _known_ids: Container[int]
     _files: TokenizerFiles
 
@@ -115,17 +140,33 @@ class MistralTokenizer(ABC):
 
     @staticmethod
     def from_pretrained(path: str | Path) -> MistralTokenizer:
-        """Open a tokenizer file, or the one in a folder; `"tiny"` and Hub ids are resolved.
+        """Open the tokenizer in a file or a folder, or of a hub model.
 
-        In a folder tekken.json comes first, then the sentencepiece model of the highest version,
-        then tokenizer.json. But tokenizer.json comes first where a fine-tune made it the only
-        right one: the files have tokens that the vendor's lacks, or a chat template that is not
-        Mistral's. Without it, the tokens of tokenizer_config.json or added_tokens.json are added to
-        the sentencepiece model, as in transformers.
+        If a folder holds several tokenizers, the first of these is opened: tekken.json, the
+        sentencepiece model of the highest version, tokenizer.json. A fine-tuned model is an
+        exception: if its files define tokens that Mistral's own file lacks, or a chat template that
+        is not Mistral's, tokenizer.json is opened. If there is no tokenizer.json, the tokens of
+        tokenizer_config.json or added_tokens.json are added to the sentencepiece model, as in
+        transformers.
+
+        Args:
+            path: A tokenizer file, a folder, `"tiny"` (the bundled model) or a hub id; see
+                `mistral_kernels.checkpoint.resolve`.
+
+        Returns:
+            The opened tokenizer.
 
         Raises:
-            TokenizerError: no such path, no tokenizer in the folder, a file that is damaged,
-                too large or not a regular file, or a missing package.
+            TokenizerError: The path does not exist, the folder holds no tokenizer, a file is
+                damaged, too large or not a regular file, or a package is missing.
+
+        Example:
+            >>> from mistral_kernels import MistralTokenizer
+            >>> tokenizer = MistralTokenizer.from_pretrained("tiny")
+            >>> tokenizer.path.name
+            'tokenizer.model'
+            >>> tokenizer.encode("It is a truth", bos=False)
+            [592, 368, 261, 1905]
         """
         from mistral_kernels.checkpoint import CheckpointError
         from mistral_kernels.tokenizer.opening import open_tokenizer
@@ -136,20 +177,23 @@ class MistralTokenizer(ABC):
             raise TokenizerError(one_line(error)) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
-        known = name in MistralTokenizer.__annotations__ and name not in self.__dict__
-        if not (known or name == "pad_token_id" or name.startswith("_")):
-            raise AttributeError(f"{name} of a tokenizer cannot be set; pad_token_id can")
+        is_new = name in MistralTokenizer.__annotations__ and name not in self.__dict__
+        if not (is_new or name == "pad_token_id" or name.startswith("_")):
+            raise AttributeError(
+                f"{name} of a tokenizer cannot be set; only pad_token_id can be set"
+            )
         if name == "pad_token_id" and value is not None:
-            value = _checked_id(value)
+            value = _check_id(value)
         super().__setattr__(name, value)
 
     @property
     def has_chat_template(self) -> bool:
-        """True if the files are those of an Instruct model.
+        """True if the files appear to be those of an Instruct model.
 
-        With a tokenizer_config.json: whether a template comes with it. Else whether the vocabulary
-        or the file's name has one: not so for the plain `tokenizer.model` of Mistral-7B v0.1 and
-        v0.2, which base and Instruct share; so for v0.3's, which they share as well.
+        If the folder has a tokenizer_config.json or a chat template: whether there is a template.
+        Otherwise the vocabulary and the name of the file decide, but base and Instruct models may
+        share a file. The plain `tokenizer.model` of Mistral-7B v0.1 and v0.2 counts as that of a
+        base model, the one of v0.3 as that of an Instruct model.
         """
         if self._files.has_config or self._files.templates:
             return bool(self._files.templates)
@@ -173,26 +217,48 @@ class MistralTokenizer(ABC):
         padding: bool | str = False,
         return_tensors: str | None = None,
     ) -> TokenizerOutput:
-        """Return `input_ids` and `attention_mask` of a text or a list of texts.
+        """Return the `input_ids` and the `attention_mask` of one text or of several texts.
 
         Args:
-            text: one text gives lists; several give lists of lists (the model takes unequal prompts
-                packed, with no padding).
-            add_special_tokens: put BOS and EOS around each text as the files have it.
-            padding: True or "longest" fills up to the longest text, on the left, with
-                `pad_token_id`, where `attention_mask` is 0; False or "do_not_pad" does not.
-            return_tensors: None; or "pt" for int64 tensors `(batch, seqlen)`.
+            text: One text or a list of texts. Padding is not required for `generate` of the model,
+                which accepts token lists of unequal lengths.
+            add_special_tokens: Whether to add BOS and EOS to each text, as defined by the files.
+            padding: True or "longest" pads each text on the left with `pad_token_id` to the length
+                of the longest text; `attention_mask` is 0 there. False or "do_not_pad": no padding.
+            return_tensors: "pt" returns int64 tensors `(batch, seqlen)`. None returns a list of
+                ids for one text, and a list of lists for several.
+
+        Returns:
+            A dict of `input_ids` and `attention_mask`, which are also attributes.
+
+        Raises:
+            TokenizerError: A text or an option is invalid, or texts of unequal lengths are to be
+                returned as a tensor without padding.
+
+        Example:
+            >>> from mistral_kernels import MistralTokenizer
+            >>> tokenizer = MistralTokenizer.from_pretrained("tiny")
+            >>> inputs = tokenizer(["It is", "It is a truth"], padding=True, return_tensors="pt")
+            >>> inputs.input_ids
+            tensor([[   2,    2,    1,  592,  368],
+                    [   1,  592,  368,  261, 1905]])
+            >>> inputs.attention_mask
+            tensor([[0, 0, 1, 1, 1],
+                    [1, 1, 1, 1, 1]])
         """
         _check_choice("return_tensors", return_tensors, (None, "pt"))
         _check_choice("padding", padding, tuple(_PADDING))
         _check_choice("add_special_tokens", add_special_tokens, (True, False))
         texts: list[Any] = list(text) if isinstance(text, (list, tuple)) else [text]
-        around = None if add_special_tokens else False
-        rows = [self.encode(t, bos=around, eos=around) for t in texts]
+        special = None if add_special_tokens else False
+        rows = [self.encode(t, bos=special, eos=special) for t in texts]
         masks = [[1] * len(row) for row in rows]
         if _PADDING[padding] and rows:
             if self.pad_token_id is None:
-                raise TokenizerError(f"padding: {self.path} has neither a padding token nor EOS")
+                raise TokenizerError(
+                    f"padding must be False: {self.path} has neither a padding token nor EOS; "
+                    "set pad_token_id"
+                )
             gaps = [max(map(len, rows)) - len(row) for row in rows]
             rows = [[self.pad_token_id] * n + row for n, row in zip(gaps, rows, strict=True)]
             masks = [[0] * n + mask for n, mask in zip(gaps, masks, strict=True)]
@@ -203,8 +269,9 @@ class MistralTokenizer(ABC):
             )
         if len({len(row) for row in rows}) != 1:
             raise TokenizerError(
-                f"{len(rows)} texts of {sorted(map(len, rows))} tokens do not make one tensor: "
-                "pass padding=True, or no return_tensors and the lists to the model"
+                f'return_tensors="pt" requires texts of equal length, got {len(rows)} texts of '
+                f"{sorted(map(len, rows))} tokens: pass padding=True, or omit return_tensors and "
+                "pass the lists to the model"
             )
         return TokenizerOutput(
             input_ids=torch.tensor(rows, dtype=torch.int64),
@@ -215,46 +282,83 @@ class MistralTokenizer(ABC):
         """Return the token ids of a text.
 
         Args:
-            text: a name such as "</s>" in it is plain text for the vendor's files, and becomes the
-                token where the tokenizer is tokenizer.json or has added tokens, as in transformers.
-            bos: whether BOS comes first. None: as the files have it, which is the post-processor of
-                tokenizer.json, else `add_bos_token` of tokenizer_config.json, by default true.
-            eos: whether EOS comes last. None: likewise, with `add_eos_token`, by default false.
+            text: Text to encode. The name of a special token in it, such as "</s>", is plain text
+                for Mistral's own files. It becomes the token if the tokenizer is a tokenizer.json
+                or has added tokens, as in transformers.
+            bos: Whether to put BOS before the text. None uses the default of the files: the
+                post-processor of tokenizer.json, else `add_bos_token` of tokenizer_config.json,
+                else True.
+            eos: Whether to put EOS after the text. None uses the default of the files: the
+                post-processor of tokenizer.json, else `add_eos_token` of tokenizer_config.json,
+                else False.
+
+        Returns:
+            The token ids.
 
         Raises:
-            TokenizerError: no text, a lone surrogate, or True for a token that there is not.
+            TokenizerError: `text` is not a str or has a lone surrogate, or the tokenizer has no
+                token for `bos=True` or `eos=True`.
+
+        Example:
+            >>> from mistral_kernels import MistralTokenizer
+            >>> tokenizer = MistralTokenizer.from_pretrained("tiny")
+            >>> tokenizer.encode("It is a truth")
+            [1, 592, 368, 261, 1905]
+            >>> tokenizer.encode("It is a truth", bos=False, eos=True)
+            [592, 368, 261, 1905, 2]
         """
         check_text("text", text)
-        before = self._around("bos", bos, self.bos_token_id, self._before)
-        behind = self._around("eos", eos, self.eos_token_id, self._behind)
-        return before + self._encode(text) + behind
+        prefix = self._special_ids("bos", bos, self.bos_token_id, self._prefix_ids)
+        suffix = self._special_ids("eos", eos, self.eos_token_id, self._suffix_ids)
+        return prefix + self._encode(text) + suffix
 
-    def _around(
-        self, name: str, wanted: bool | None, token_id: int | None, default: list[int]
+    def _special_ids(
+        self, name: str, choice: bool | None, token_id: int | None, default: list[int]
     ) -> list[int]:
-        _check_choice(name, wanted, (None, True, False))
-        if wanted is None:
+        """Return the ids to put on one side of a text: those of `default` if `choice` is None."""
+        _check_choice(name, choice, (None, True, False))
+        if choice is None:
             return default
-        if not wanted:
+        if not choice:
             return []
         if token_id is None:
-            raise TokenizerError(f"{name}=True: {self.path} has no {name.upper()} token")
+            raise TokenizerError(
+                f"{name} must be None or False, got True: {self.path} has no {name.upper()} token"
+            )
         return [token_id]
 
     def decode(self, ids: TokenIds, skip_special_tokens: bool = False) -> str:
-        """Return the text of token ids: a list, an integer tensor `(n,)` or one id.
+        """Return the text of token ids.
 
-        As in transformers, special tokens show by name unless skipped, and an id without a token,
-        of a model's padded vocabulary for instance, is nothing. Bytes that are no UTF-8 become
-        U+FFFD, as many as the library's own decoder writes.
+        Args:
+            ids: A list of token ids, an integer tensor `(n,)` or one id. An id without a token has
+                no text, as in transformers: the vocabulary of a model may be padded.
+            skip_special_tokens: Whether to omit special tokens. Otherwise their names are part of
+                the text.
+
+        Returns:
+            The text. Bytes that are not valid UTF-8 become U+FFFD, in the same number as in the
+            library of the tokenizer.
+
+        Raises:
+            TokenizerError: An id is not an integer or is negative.
+
+        Example:
+            >>> from mistral_kernels import MistralTokenizer
+            >>> tokenizer = MistralTokenizer.from_pretrained("tiny")
+            >>> tokenizer.decode([1, 592, 368, 261, 1905])
+            '<s>It is a truth'
+            >>> tokenizer.decode([1, 592, 368, 261, 1905], skip_special_tokens=True)
+            'It is a truth'
         """
         _check_choice("skip_special_tokens", skip_special_tokens, (True, False))
-        return self._decode([i for i in _checked(ids) if i in self._known_ids], skip_special_tokens)
+        known = [i for i in _check_ids(ids) if i in self._known_ids]
+        return self._decode(known, skip_special_tokens)
 
     def batch_decode(
         self, sequences: Iterable[TokenIds], skip_special_tokens: bool = False
     ) -> list[str]:
-        """Return `decode` of each row of a tensor `(batch, n)` or of a list."""
+        """Return the text of each row of a tensor `(batch, n)` or of each item of a list."""
         rows = sequences.tolist() if hasattr(sequences, "tolist") else sequences
         if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
             raise TokenizerError(f"sequences must be lists of token ids, got {_type(sequences)}")
@@ -263,13 +367,23 @@ class MistralTokenizer(ABC):
     def stream(
         self, prompt_ids: TokenIds = (), *, skip_special_tokens: bool = True
     ) -> StreamDecoder:
-        """Return a decoder for tokens that continue `prompt_ids`.
+        """Return a decoder for tokens that arrive one by one.
 
-        The prompt decides, for one, whether a space before the first word is kept.
+        Args:
+            prompt_ids: Tokens before the first one. Their text is not returned, but it matters: a
+                space before the first word is kept only after a prompt.
+            skip_special_tokens: Whether to omit special tokens from the text.
+
+        Example:
+            >>> from mistral_kernels import MistralTokenizer
+            >>> tokenizer = MistralTokenizer.from_pretrained("tiny")
+            >>> stream = tokenizer.stream(tokenizer.encode("It is"))
+            >>> [stream.push(token_id) for token_id in [261, 1905]] + [stream.flush()]
+            [' a', ' truth', '']
         """
         _check_choice("skip_special_tokens", skip_special_tokens, (True, False))
         stream = self._stream(skip_special_tokens)
-        stream._start_behind([i for i in _checked(prompt_ids) if i in self._known_ids])
+        stream._feed_prompt([i for i in _check_ids(prompt_ids) if i in self._known_ids])
         return stream
 
     def apply_chat_template(
@@ -284,25 +398,33 @@ class MistralTokenizer(ABC):
         return_tensors: str | None = None,
         return_dict: bool = False,
     ) -> Any:
-        """Render a conversation, `[{"role": "user", "content": "..."}, ...]`, for the model.
+        """Render a conversation with the chat template of the model.
 
-        A folder's own template is code: jinja's sandbox keeps it from files and the network, but
-        its time and memory are not bounded.
+        A template in a folder is code. The sandbox of jinja denies it access to files and the
+        network, but does not limit its time and memory.
 
         Args:
-            messages: a key whose value is None counts as absent.
-            tools: functions that the model may call, as JSON schemas.
-            documents: what the model may quote; only for a folder's own template.
-            chat_template: a template, or the name of one of several that the folder has.
-            tokenize: False returns the text, for reading only: encoding it again gives other ids.
-            add_generation_prompt: end where the answer begins. The vendor's templates always do;
-                there, False only admits a conversation that the assistant ends (training).
-            return_tensors: "pt" returns a tensor `(1, n)` and not a list.
-            return_dict: return a TokenizerOutput.
+            messages: The conversation, `[{"role": "user", "content": "..."}, ...]`. A key whose
+                value is None counts as absent.
+            tools: Functions that the model may call, as JSON schemas.
+            documents: Documents that the model may quote; only for a template in a folder.
+            chat_template: A template, or the name of one of several templates in the folder; only
+                for a template in a folder.
+            tokenize: Whether to return token ids. False returns the text, which is meant for
+                reading only: `encode` of it may return other ids.
+            add_generation_prompt: Whether to end where the answer of the assistant begins, which
+                Mistral's own templates always do. With these templates, False has one effect: the
+                last message may be an answer of the assistant, as in training data.
+            return_tensors: "pt" returns an int64 tensor `(1, n)`; None returns a list.
+            return_dict: Whether to return a `TokenizerOutput` with `input_ids` and
+                `attention_mask`.
+
+        Returns:
+            The token ids, a `TokenizerOutput` or the text.
 
         Raises:
-            TokenizerError: no template, roles that are unknown or out of order, or any other error
-                of the template.
+            TokenizerError: There is no template, a role is unknown or out of order, or the template
+                raises another error.
         """
         expected = 'messages must be a list of {"role": ..., "content": ...}'
         if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
@@ -330,15 +452,16 @@ class MistralTokenizer(ABC):
         return TokenizerOutput(input_ids=rows, attention_mask=mask)
 
 
-def _checked(ids: Any) -> list[int]:
-    """Return token ids as a list of int."""
+def _check_ids(ids: Any) -> list[int]:
+    """Return token ids as a list of int; raise TokenizerError if one is not an integer >= 0."""
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
         ids = [ids]
-    return [_checked_id(token_id) for token_id in ids]
+    return [_check_id(token_id) for token_id in ids]
 
 
-def _checked_id(value: Any) -> int:
+def _check_id(value: Any) -> int:
+    """Return one token id as an int; raise TokenizerError if it is not an integer >= 0."""
     token_id = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
         hint = "; batch_decode takes a batch" if isinstance(token_id, list) else ""
@@ -360,6 +483,7 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def check_text(name: str, text: str) -> None:
+    """Raise TokenizerError unless `text` is a str that can be encoded as UTF-8."""
     if not isinstance(text, str):
         raise TokenizerError(f"{name} must be a str, got {type(text).__name__}")
     try:
@@ -371,14 +495,19 @@ def check_text(name: str, text: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
+    """Return the message of an error in one line of about 500 characters at most."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 500 else text[:500] + " ..."  # some hold a whole vocabulary
+    # Some messages of the libraries contain a whole vocabulary.
+    return text if len(text) <= 500 else text[:500] + " ..."
 
 
 class library_errors:
-    """Raise TokenizerError in the place of whatever a library raises, and say what failed.
+    """Context manager that converts the errors of a library to TokenizerError.
 
-    A class costs half of what a generator does, for every token that is decoded.
+    It is used for every token that is decoded: a class takes half the time of a generator.
+
+    Args:
+        what: Description of the failure, put before the message of the library.
     """
 
     def __init__(self, what: str) -> None:
@@ -388,13 +517,14 @@ class library_errors:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        # A panic of Rust code is an exception of pyo3 that does not derive from Exception.
-        unknown = isinstance(error, Exception) and not isinstance(error, TokenizerError)
-        if error and (unknown or kind.__name__ == "PanicException"):
+        # A panic of Rust code raises an exception of pyo3 that does not derive from Exception.
+        is_foreign = isinstance(error, Exception) and not isinstance(error, TokenizerError)
+        if error and (is_foreign or kind.__name__ == "PanicException"):
             raise TokenizerError(f"{self.what}: {one_line(error)}") from error
 
 
 def missing_package(purpose: str, path: Path, package: str, extra: str) -> TokenizerError:
+    """Return the error for a missing package, with the command that installs it."""
     return TokenizerError(
         f'{purpose} {path} needs {package}: pip install "mistral_kernels[{extra}]"'
     )

@@ -1,4 +1,4 @@
-"""Render a folder's own chat template, as transformers does."""
+"""Render a chat template in the folder of a model, as transformers does."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def render_template(
     """Return the text of a conversation.
 
     Args:
-        path: the tokenizer's file.
-        files: the files beside it, with the templates.
-        names: named tokens, which templates have as variables.
-        messages: the conversation.
-        chat_template: a template, or the name of one in `files`. None: as transformers chooses.
+        path: File of the tokenizer.
+        files: Contents of the files that accompany it, including the templates.
+        names: Named tokens, which templates use as variables.
+        messages: The conversation.
+        chat_template: A template, or the name of one in `files`. None chooses as transformers does.
         options: `tools`, `documents` and `add_generation_prompt`.
 
     Raises:
-        TokenizerError: no template, or an error of the template.
+        TokenizerError: There is no template, or the template raises an error.
     """
     try:
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -47,7 +47,7 @@ def render_template(
         raise TokenizerError("messages must hold at least one message, got none")
     template = _choose_template(path.parent, files.templates, chat_template, options["tools"])
     variables: dict[str, Any] = {"chat_template": template, **options, **names}
-    with library_errors("messages"):  # a template can fail in any way that Python can
+    with library_errors("messages"):  # a template may raise any exception
         texts: Any = render_jinja_template(conversations=[messages], **variables)[0]
     text: str = texts[0]
     check_text("the rendered conversation", text)
@@ -55,11 +55,12 @@ def render_template(
 
 
 def _choose_template(
-    folder: Path, templates: Mapping[str, str], wanted: str | None, tools: Any
+    folder: Path, templates: Mapping[str, str], requested: str | None, tools: Any
 ) -> str:
-    if wanted is not None:
-        check_text("chat_template", wanted)
-        return templates.get(wanted, wanted)
+    """Return the requested template, else "tool_use" if there are tools, else "default"."""
+    if requested is not None:
+        check_text("chat_template", requested)
+        return templates.get(requested, requested)
     if not templates:
         raise TokenizerError(
             f"{folder}: no chat template, neither chat_template.jinja nor in "
@@ -68,7 +69,7 @@ def _choose_template(
     name = "tool_use" if tools is not None and "tool_use" in templates else "default"
     if name not in templates:
         raise TokenizerError(
-            f"{folder}: several chat templates and none is the default: pass chat_template="
-            f" with one of {sorted(templates)}"
+            f"{folder}: several chat templates, but none is the default; chat_template must be "
+            f"one of {sorted(templates)}"
         )
     return templates[name]

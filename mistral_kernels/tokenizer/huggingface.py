@@ -1,4 +1,4 @@
-"""tokenizer.json, by Hugging Face's tokenizers."""
+"""Open tokenizer.json with Hugging Face's tokenizers library."""
 
 from __future__ import annotations
 
@@ -29,13 +29,24 @@ if TYPE_CHECKING:
     from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles
 
 
+# Largest factor by which a normalizer or decoder may lengthen a text. A larger one could make
+# gigabytes of one character.
 _MAX_GROWTH = 10_000
-# Parts of regular expressions that match the empty string, which occurs beside every character.
+# Parts of regular expressions that can match the empty string. That occurs next to every character.
 _MAY_BE_EMPTY = re.compile(r"^$|[*?|^$]|\(\)|\{0*,|\{0+[,}]|\\[AbBGKyYzZ]")
 
 
 class HuggingFace(MistralTokenizer):
-    """A tokenizer.json."""
+    """Tokenizer in a tokenizer.json.
+
+    Args:
+        path: The file.
+        contents: Parsed contents of the file.
+        files: Contents of the files that accompany it.
+
+    Raises:
+        TokenizerError: The file is invalid or a package is missing.
+    """
 
     def __init__(self, path: Path, contents: dict[str, Any], files: TokenizerFiles) -> None:
         try:
@@ -48,25 +59,27 @@ class HuggingFace(MistralTokenizer):
             for part in ("normalizer", "decoder"):
                 if (growth := _growth(contents.get(part))) > _MAX_GROWTH:
                     raise TokenizerError(
-                        f"{path}: {part} must make a text at most {_MAX_GROWTH} times as long, its "
-                        f"stages can make it {growth:.3g} times as long"
+                        f"{path}: {part} must lengthen a text at most {_MAX_GROWTH} times, got "
+                        f"stages that can lengthen it {growth:.3g} times"
                     )
             self._model: Any = tokenizers.Tokenizer.from_str(json.dumps(contents))
-            # Left in the file by training scripts: a prompt must not be cut in silence.
+            # Some training scripts leave truncation enabled in the file. It would shorten prompts
+            # without a warning.
             model = self._model
             model.no_truncation()
             model.no_padding()
             self._add_tokens()
             vocab = model.get_vocab(with_added_tokens=True)
             added = model.get_added_tokens_decoder()
-            self._before, self._behind = self._find_around(vocab)
+            self._prefix_ids, self._suffix_ids = self._find_prefix_and_suffix(vocab)
             self._boundary = _find_boundary(model.decoder)
         self._known_ids = frozenset(vocab.values())
         self.vocab_size = max(self._known_ids, default=-1) + 1
-        # The library skips by name, and a normalizer may have changed that of an added token.
+        # The library skips special tokens by name. A normalizer may have changed the name of an
+        # added token.
         special = {token.content for token in added.values() if token.special}
         self.all_special_ids = frozenset(i for i in added if model.id_to_token(i) in special)
-        self._names = files.names_with_usual(vocab)
+        self._names = files.names_with_defaults(vocab)
         self.bos_token_id, self.eos_token_id, pad = (
             vocab.get(self._names.get(f"{name}_token", "")) for name in ("bos", "eos", "pad")
         )
@@ -74,7 +87,7 @@ class HuggingFace(MistralTokenizer):
         self.chat_version = "jinja" if files.templates else None
 
     def _add_tokens(self) -> None:
-        """Add the tokens that the files beside tokenizer.json have, as transformers does."""
+        """Add the tokens that the accompanying files define, as transformers does."""
         from tokenizers import AddedToken
 
         model, files = self._model, self._files
@@ -84,15 +97,15 @@ class HuggingFace(MistralTokenizer):
             if (actual := model.token_to_id(token.content)) != token_id:
                 raise TokenizerError(
                     f"{self.path}: the added token {reprlib.repr(token.content)} must have the id "
-                    f"{token_id} of the file that adds it, got {actual}"
+                    f"{token_id}, as in the file that adds it, got {actual}"
                 )
         added = model.get_added_tokens_decoder().values()
         missing = files.special.keys() - {token.content for token in added if token.special}
         special = [token for token in files.special.values() if token.content in missing]
         model.add_special_tokens([AddedToken(**asdict(token)) for token in special])
 
-    def _find_around(self, vocab: dict[str, int]) -> tuple[list[int], list[int]]:
-        """Return what the post-processor puts before and behind a text."""
+    def _find_prefix_and_suffix(self, vocab: dict[str, int]) -> tuple[list[int], list[int]]:
+        """Return the ids that the post-processor puts before a text, and those after it."""
         bare: list[int] = []
         for text in itertools.chain("a", itertools.islice(vocab, 100)):
             bare = self._model.encode(text, add_special_tokens=False).ids
@@ -101,10 +114,10 @@ class HuggingFace(MistralTokenizer):
         encoding = self._model.encode(text)
         special = [*encoding.special_tokens_mask, 0]
         start = special.index(0)
-        before, behind = encoding.ids[:start], encoding.ids[start + len(bare) :]
-        if encoding.ids != before + bare + behind or not all(special[start + len(bare) : -1]):
-            raise ValueError("its post-processor does more than to put tokens around a text")
-        return before, behind
+        prefix, suffix = encoding.ids[:start], encoding.ids[start + len(bare) :]
+        if encoding.ids != prefix + bare + suffix or not all(special[start + len(bare) : -1]):
+            raise ValueError("its post-processor must only put tokens before and after a text")
+        return prefix, suffix
 
     def _encode(self, text: str) -> list[int]:
         with library_errors(f"{self.path}: the text cannot be encoded"):
@@ -112,7 +125,7 @@ class HuggingFace(MistralTokenizer):
         return ids
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        if not ids:  # on which some decoders panic
+        if not ids:  # some decoders panic on an empty list
             return ""
         with library_errors(f"{self.path}: the ids cannot be decoded"):
             text: str = self._model.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -127,17 +140,23 @@ class HuggingFace(MistralTokenizer):
 
 
 def _check_merges(model: Any) -> None:
-    """Refuse merges that abort the process: tokenizers cuts their prefix off without a check."""
+    """Raise ValueError for merges that would abort the process.
+
+    The tokenizers library removes the prefix of the second part of a merge without a check.
+    """
     match model:
         case {"continuing_subword_prefix": str(prefix), "merges": list(merges)} if prefix:
             for merge in merges:
                 parts = merge.split(" ") if isinstance(merge, str) else merge
                 if not (prefix.isascii() and str(parts[-1]).startswith(prefix)):
-                    raise ValueError(f"a merge must end in {prefix!r} and more, got {merge!r}")
+                    raise ValueError(
+                        "the second part of a merge must begin with an ASCII prefix, got prefix "
+                        f"{prefix!r} and merge {merge!r}"
+                    )
 
 
 def _growth(stage: Any) -> float:
-    """Return how many times as long a normalizer or decoder can make a text of one character."""
+    """Return the largest factor by which a normalizer or decoder can lengthen a text."""
     match stage:
         case {"type": "Sequence", "normalizers": list(stages)}:
             return math.prod(map(_growth, stages), start=1.0)
@@ -150,25 +169,27 @@ def _growth(stage: Any) -> float:
         case {"type": "Replace", "content": str(text), "pattern": {"Regex": str(pattern)}}:
             return max(1.0, len(text) + bool(text and _MAY_BE_EMPTY.search(pattern)))
         case {"type": "Precompiled", "precompiled_charsmap": str(encoded)}:
-            charsmap = base64.b64decode(encoded)  # the size of a trie, the trie, texts
+            charsmap = base64.b64decode(encoded)  # size of a trie, the trie, replacement texts
             texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")
             return max(1.0, *(len(text.decode("utf-8", "replace")) for text in texts))
     return 1.0
 
 
 class _Boundary(Enum):
-    """Return where to cut a text so that its parts, decoded one after another, join to the text."""
+    """Positions where token ids can be split so that the decoded parts join to the whole text."""
 
     ANYWHERE = auto()
-    OUTSIDE_BYTE_TOKENS = auto()  # a run of them is decoded as a whole
-    OUTSIDE_CHARACTERS = auto()
+    OUTSIDE_BYTE_TOKENS = auto()  # consecutive byte tokens are decoded together
+    OUTSIDE_CHARACTERS = auto()  # not between two tokens of one UTF-8 character
     NOWHERE = auto()
 
 
 def _find_boundary(decoder: Any) -> _Boundary:
-    """Go through the stages of a tokenizer.json's decoder."""
+    """Return the boundary of a decoder of the tokenizers library, derived from its stages."""
     boundary = _Boundary.ANYWHERE
-    joined = False  # into one string, in which a later stage could find what crosses a cut
+    # Whether an earlier stage joins all tokens to one string. A later stage could then match text
+    # that crosses a split.
+    joined = False
     for i, stage in enumerate(_stages(json.loads(decoder.__getstate__()) if decoder else None)):
         match stage:
             case {"type": "Fuse"}:
@@ -189,6 +210,7 @@ def _find_boundary(decoder: Any) -> _Boundary:
 
 
 def _stages(decoder: Any) -> Iterator[Any]:
+    """Yield the stages of a decoder, without the nesting of sequences."""
     if decoder and decoder["type"] == "Sequence":
         for stage in decoder["decoders"]:
             yield from _stages(stage)
@@ -197,10 +219,10 @@ def _stages(decoder: Any) -> Iterator[Any]:
 
 
 class _WindowDecoder(StreamDecoder):
-    """Decode new tokens behind the ones before them, by the library's own decoder.
+    """Decode new tokens together with the tokens before them, with the decoder of the library.
 
-    Some decoders treat the first or the last token of a text differently; between the two, the text
-    of a token depends on its neighbors alone. New tokens are held until there is a boundary.
+    Some decoders treat the first or the last token of a text differently. Between the two, the text
+    of a token depends only on its neighbors. New tokens are held until the next boundary.
     """
 
     def __init__(self, tokenizer: HuggingFace, skip_special_tokens: bool) -> None:
@@ -208,12 +230,13 @@ class _WindowDecoder(StreamDecoder):
         self._skip = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held: list[int] = []
-        # The last tokens between boundaries, as few as have any text, and that text.
+        # The last groups of tokens between boundaries, as few as have a nonempty text, and that
+        # text.
         self._window: list[list[int]] = []
         self._known = ""
 
-    def _start_behind(self, prompt_ids: list[int]) -> None:
-        super()._start_behind(prompt_ids)
+    def _feed_prompt(self, prompt_ids: list[int]) -> None:
+        super()._feed_prompt(prompt_ids)
         if self._tokenizer._boundary is _Boundary.NOWHERE:
             self.flush()
 
@@ -224,18 +247,20 @@ class _WindowDecoder(StreamDecoder):
         return self.flush() if self._is_boundary(token_id) else ""
 
     def _is_boundary(self, token_id: int) -> bool:
+        """Return whether the text can be split after this token."""
         token, kind = self._tokenizer._model.id_to_token(token_id), self._tokenizer._boundary
         if kind is _Boundary.OUTSIDE_BYTE_TOKENS:
             return "0x" not in token  # "<0xE2>"
         if kind is _Boundary.OUTSIDE_CHARACTERS:
             alphabet = _byte_level_alphabet()
-            # An added token is in the file as plain text.
+            # The file holds an added token as plain text, not in the ByteLevel alphabet.
             encoded = all(c in alphabet for c in token)
             self._utf8.decode(bytes(alphabet[c] for c in token) if encoded else token.encode())
             return self._utf8.getstate()[0] == b""
         return kind is _Boundary.ANYWHERE
 
     def flush(self) -> str:
+        """Return the text of the tokens that are held."""
         text = self._decode([*self._window, self._held])[len(self._known) :]
         self._window, self._held = [*self._window, self._held], []
         count = 1
@@ -250,9 +275,10 @@ class _WindowDecoder(StreamDecoder):
 
 @functools.cache
 def _byte_level_alphabet() -> dict[str, int]:
-    """Return the byte of each character of a ByteLevel vocabulary (GPT-2's alphabet).
+    """Return the byte of each character of a ByteLevel vocabulary (the alphabet of GPT-2).
 
-    Printable Latin-1 stands for itself; the other bytes, in order, are U+0100 and up.
+    Printable Latin-1 characters represent their own byte. U+0100 and the following characters
+    represent the other bytes, in ascending order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]

@@ -1,4 +1,4 @@
-"""Find the tokenizer in a folder, and open it with the library of its kind."""
+"""Find the tokenizer in a folder and open it with the library for its format."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from mistral_kernels.tokenizer.tekken import Tekken
 from mistral_kernels.tokenizer.vendor import Vendor
 from mistral_kernels.utils.files import check_regular, read_bytes, read_json
 
-_LOOKED_FOR = "tekken.json, tokenizer.model, tokenizer.model.v* or tokenizer.json"
-# What is read here; the libraries check the rest.
+_FILE_NAMES = "tekken.json, tokenizer.model, tokenizer.model.v* or tokenizer.json"
+# Schemas of the values that this package reads. The libraries check the rest.
 _TEKKEN = {"config": {"default_num_special_tokens": int}}
 _TOKENIZER_JSON = {"added_tokens": ([{"id": int, "content": str}], None)}
 
 
 def open_tokenizer(name: str | Path) -> MistralTokenizer:
-    """Open the tokenizer of a file, a folder, `"tiny"` or a Hub id.
+    """Open the tokenizer of a file, a folder, `"tiny"` or a hub id.
 
-    Raises TokenizerError and CheckpointError for what is not a tokenizer, OSError for a file that
-    cannot be read.
+    Raises:
+        TokenizerError: There is no tokenizer, or it is invalid.
+        CheckpointError: The name cannot be resolved, or a file is invalid.
+        OSError: A file cannot be read.
     """
     path = Path(os.path.expanduser(name))
     if not path.exists():
@@ -37,11 +39,13 @@ def open_tokenizer(name: str | Path) -> MistralTokenizer:
 
 
 def _open_folder(folder: Path) -> MistralTokenizer:
+    """Open the tokenizer in a folder; see `MistralTokenizer.from_pretrained` for the order."""
+
     def version(path: Path) -> tuple[int, str]:
         match = FILE_NAME.search(path.name)
         return int(match["version"] or 0) if match else -1, path.name
 
-    # What is no regular file is not passed over: it is refused when it is read.
+    # A FIFO or device of such a name is not skipped: reading it raises an error.
     models = [p for p in folder.iterdir() if FILE_NAME.search(p.name) and not p.is_dir()]
     vendor, fast = folder / "tekken.json", folder / "tokenizer.json"
     if not os.path.lexists(vendor) and models:
@@ -49,12 +53,14 @@ def _open_folder(folder: Path) -> MistralTokenizer:
     files = read_tokenizer_files(folder)
     if not os.path.lexists(vendor):
         if not os.path.lexists(fast):
-            raise TokenizerError(f"{folder}: no tokenizer found; looked for {_LOOKED_FOR}")
+            raise TokenizerError(f"{folder}: no tokenizer found; looked for {_FILE_NAMES}")
         return _open_huggingface(fast, files)
     tokenizer = _open_vendor(vendor, files)
     if not os.path.lexists(fast):
         if max(files.added, default=-1) >= tokenizer.vocab_size:
-            raise TokenizerError(f"{folder}: added tokens need a tokenizer.json, not tekken.json")
+            raise TokenizerError(
+                f"{folder}: tokens cannot be added to tekken.json; a tokenizer.json is required"
+            )
         return tokenizer
     added = read_json(fast, _TOKENIZER_JSON).get("added_tokens") or []
     ids = {*files.added, *(token.get("id", -1) for token in added)}
@@ -68,7 +74,7 @@ def _open_vendor(path: Path, files: TokenizerFiles) -> Vendor:
         _check_file(path)
         return Tekken(path, read_json(path, _TEKKEN), files)
     if not FILE_NAME.search(path.name):
-        raise TokenizerError(f"{path}: not a tokenizer's file name; expected {_LOOKED_FOR}")
+        raise TokenizerError(f"{path}: not a tokenizer's file name; expected {_FILE_NAMES}")
     _check_file(path)
     return SentencePiece(path, read_bytes(path), files)
 
@@ -79,5 +85,6 @@ def _open_huggingface(path: Path, files: TokenizerFiles) -> HuggingFace:
 
 
 def _check_file(path: Path) -> None:
+    """Raise CheckpointError unless `path` is a regular file, TokenizerError for an LFS pointer."""
     if check_regular(path) < 1000 and read_bytes(path).startswith(b"version https://git-lfs."):
         raise TokenizerError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` there")

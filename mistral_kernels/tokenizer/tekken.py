@@ -1,4 +1,4 @@
-"""tekken.json, by mistral-common."""
+"""Open tekken.json with the mistral-common library."""
 
 from __future__ import annotations
 
@@ -12,11 +12,20 @@ from mistral_kernels.tokenizer.vendor import Vendor
 if TYPE_CHECKING:
     from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles
 
-_MAX_SPECIAL_TOKENS = 1 << 20  # mistral-common makes a name for each
+_MAX_SPECIAL_TOKENS = 1 << 20  # mistral-common allocates a name for each of them
 
 
 class Tekken(Vendor):
-    """A tekken.json."""
+    """Tokenizer in a tekken.json.
+
+    Args:
+        path: The file.
+        contents: Parsed contents of the file.
+        files: Contents of the files that accompany it.
+
+    Raises:
+        TokenizerError: The file is invalid or a package is missing.
+    """
 
     def __init__(self, path: Path, contents: dict[str, Any], files: TokenizerFiles) -> None:
         try:
@@ -38,7 +47,7 @@ class Tekken(Vendor):
         self.vocab_size = self._vendor_size = tekken.n_words
         self._known_ids = range(self.vocab_size)
         self.chat_version = tekken.version.value
-        self._follow_flags()
+        self._apply_flags()
 
     def _encode(self, text: str) -> list[int]:
         with library_errors(f"{self.path}: the text cannot be encoded"):
@@ -55,7 +64,7 @@ class Tekken(Vendor):
         bytes_of: Callable[[int], bytes] = self._tekken.id_to_byte_piece
 
         def piece(token_id: int) -> bytes | str:
-            if token_id in self.all_special_ids:  # as text: it ends a run of bytes
+            if token_id in self.all_special_ids:  # a str, not bytes: it ends a sequence of bytes
                 return "" if skip_special_tokens else text_of(token_id)
             return bytes_of(token_id)
 

@@ -1,4 +1,4 @@
-"""The instruct templates of Mistral, rendered by mistral-common."""
+"""Render the instruct templates of Mistral with the mistral-common library."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mistral_kernels.tokenizer.base import (
 
 
 class Vendor(MistralTokenizer):
-    """A tokenizer in a file of Mistral's own.
+    """Base class of tokenizers in Mistral's own files: sentencepiece models and tekken.json.
 
     `_vendor_size` is the size of the vocabulary without added tokens.
     """
@@ -23,13 +23,13 @@ class Vendor(MistralTokenizer):
 
     @abstractmethod
     def _instruct_tokenizer(self) -> Any:
-        """Return mistral-common's InstructTokenizer over this file."""
+        """Return the InstructTokenizer of mistral-common for this file."""
 
-    def _follow_flags(self) -> None:
-        """Put BOS and EOS around a text if tokenizer_config.json says so."""
+    def _apply_flags(self) -> None:
+        """Set the default of BOS and EOS from the flags in tokenizer_config.json."""
         bos, eos = self.bos_token_id, self.eos_token_id
-        self._before = [bos] if self._files.add_bos and bos is not None else []
-        self._behind = [eos] if self._files.add_eos and eos is not None else []
+        self._prefix_ids = [bos] if self._files.add_bos and bos is not None else []
+        self._suffix_ids = [eos] if self._files.add_eos and eos is not None else []
 
     def _chat(self, messages: list[dict[str, Any]], **options: Any) -> tuple[list[int], str]:
         for name in ("documents", "chat_template"):

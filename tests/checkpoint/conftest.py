@@ -1,4 +1,4 @@
-"""Small random checkpoints in both formats."""
+"""Fixtures that write small random checkpoints in both formats."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def small() -> MistralConfig:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., tuple[Path, State]]:
-    """Return `make(format, dtype=..., **changes)`.
+    """Return a function that writes a checkpoint and returns its folder and its state by HF names.
 
-    It writes a folder with weights, and returns it and its state in HF's names.
+    `changes`: changed fields of the configuration.
     """
 
     def make(

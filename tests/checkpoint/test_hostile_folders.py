@@ -1,4 +1,4 @@
-"""Folders that are not what their names say: other kinds of files, false counts, odd names."""
+"""Test folders with special files, broken links, false counts and unusual names."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from mistral_kernels.model.config import ConfigError
 Make = Callable[..., tuple[Path, State]]
 
 
-def refused(folder: Path, message: str, error: type[Exception] = CheckpointError) -> None:
-    """Check that opening fails with one printable line that contains `message`."""
+def check_refused(folder: Path, message: str, error: type[Exception] = CheckpointError) -> None:
+    """Check that opening fails with an error of one printable line that contains `message`."""
     with pytest.raises(error) as caught:
         open_checkpoint(folder)
     text = str(caught.value)
@@ -44,8 +44,8 @@ def write_safetensors(path: Path, header: bytes, body: bytes, length: int | None
         *("hf/model.safetensors.index.json", "hf/pytorch_model.bin", "raw/consolidated.00.pth"),
     ],
 )
-def test_what_is_no_regular_file(make: Make, tmp_path: Path, name: str, kind: str) -> None:
-    """Refuse a FIFO, which would block, and a device, which might never end."""
+def test_special_files_are_refused(make: Make, tmp_path: Path, name: str, kind: str) -> None:
+    """Reading a FIFO would block, and reading a device might never end."""
     file = tmp_path / name
     make(file.parent.name)
     if file.suffix in (".bin", ".pth") or "index" in name:
@@ -57,7 +57,7 @@ def test_what_is_no_regular_file(make: Make, tmp_path: Path, name: str, kind: st
         file.symlink_to("/dev/zero")
     else:
         file.mkdir()
-    refused(file.parent, f"{file} must be a regular file, got {kind}")
+    check_refused(file.parent, f"{file} must be a regular file, got {kind}")
 
 
 @pytest.mark.parametrize("kind", ["dangling", "loop"])
@@ -69,18 +69,22 @@ def test_what_is_no_regular_file(make: Make, tmp_path: Path, name: str, kind: st
         *("hf/model.safetensors.index.json", "hf/model-00001-of-00001.safetensors"),
     ],
 )
-def test_links_that_lead_nowhere(make: Make, tmp_path: Path, name: str, kind: str) -> None:
-    """Name broken links; they are neither skipped nor taken for a missing file."""
+def test_broken_links_are_refused(make: Make, tmp_path: Path, name: str, kind: str) -> None:
+    """Check that a broken link is neither skipped nor reported as a missing file."""
     file = tmp_path / name
     make(file.parent.name)
     if file.suffix == ".pth" or "index" in name or "-of-" in name:
         next(file.parent.glob("*.safetensors")).unlink()
     file.unlink(missing_ok=True)
     file.symlink_to(file if kind == "loop" else "nowhere")
-    refused(file.parent, f"{file} must be a regular file, got a symbolic link that leads nowhere")
+    check_refused(
+        file.parent, f"{file} must be a regular file, got a symbolic link that leads nowhere"
+    )
 
 
-def test_folders_that_are_links_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_links_to_folders_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     for name in ("tiny", "owner/model"):
@@ -89,7 +93,7 @@ def test_folders_that_are_links_to_nothing(tmp_path: Path, monkeypatch: pytest.M
             resolve(name)
 
 
-def test_links_as_in_the_hubs_cache(make: Make, tmp_path: Path) -> None:
+def test_links_as_in_the_cache_of_the_hub_are_followed(make: Make, tmp_path: Path) -> None:
     folder, state = make("hf")
     snapshot = tmp_path / "snapshots" / "main"
     snapshot.mkdir(parents=True)
@@ -98,7 +102,9 @@ def test_links_as_in_the_hubs_cache(make: Make, tmp_path: Path) -> None:
     found = dict(open_checkpoint(snapshot).tensors())
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
     (folder / "model.safetensors").unlink()
-    refused(snapshot, "main/model.safetensors must be a regular file, got a symbolic link that le")
+    check_refused(
+        snapshot, "main/model.safetensors must be a regular file, got a symbolic link that le"
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,15 +115,14 @@ def test_links_as_in_the_hubs_cache(make: Make, tmp_path: Path) -> None:
         (f"model-1-of-{'9' * 90}.safetensors", int("9" * 90)),
     ],
 )
-def test_counts_in_names(make: Make, name: str, count: int) -> None:
-    """No list is made of shards that a name claims."""
+def test_shard_counts_in_names_allocate_no_list(make: Make, name: str, count: int) -> None:
     folder, _ = make("hf")
     (folder / "model.safetensors").rename(folder / name)
     with pytest.raises(CheckpointError, match=f"lists {count} shards, {count - 1} are absent"):
         open_checkpoint(folder)
 
 
-def test_counts_of_another_download(make: Make, tmp_path: Path) -> None:
+def test_shards_of_another_count_are_ignored(make: Make, tmp_path: Path) -> None:
     folder, state = make("hf")
     names = list(state)
     for i, part in enumerate((names[:9], names[9:]), start=1):
@@ -127,7 +132,9 @@ def test_counts_of_another_download(make: Make, tmp_path: Path) -> None:
     (folder / "model-7-of-9.safetensors").touch()
     assert open_checkpoint(folder).stored.keys() == state.keys()
     (folder / "model-2-of-2.safetensors").unlink()
-    refused(folder, "model-2-of-2.safetensors is missing: model-1-of-2.safetensors lists 2 shards")
+    check_refused(
+        folder, "model-2-of-2.safetensors is missing: model-1-of-2.safetensors lists 2 shards"
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,40 +152,38 @@ def test_counts_of_another_download(make: Make, tmp_path: Path) -> None:
         ({"a": "config.json"}, "is not in the format that torch.save writes"),
     ],
 )
-def test_indices(make: Make, weight_map: object, message: str) -> None:
+def test_bad_indices_are_refused(make: Make, weight_map: object, message: str) -> None:
     folder, _ = make("hf")
     (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    refused(folder, message)
+    check_refused(folder, message)
 
 
-def test_headers_of_safetensors(make: Make) -> None:
+def test_bad_safetensors_headers_are_refused(make: Make) -> None:
     folder, _ = make("hf")
     file = folder / "model.safetensors"
     entry = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     write_safetensors(file, b'{"a":' + entry + b"}", bytes(4), HEADER_LIMIT + 1)
-    refused(folder, f"a header of {HEADER_LIMIT + 1} bytes, more than {HEADER_LIMIT}")
+    check_refused(folder, f"a header of {HEADER_LIMIT + 1} bytes, more than {HEADER_LIMIT}")
     write_safetensors(file, b'{"a":' + entry.replace(b"0,4", b"0,8") + b"}", bytes(4))
-    refused(folder, "is not a whole safetensors file (Error while deserializing header")
+    check_refused(folder, "is not a valid safetensors file (Error while deserializing header")
     write_safetensors(file, b"[" * 200_000, b"")
-    refused(folder, "is not a whole safetensors file (Error while deserializing header")
+    check_refused(folder, "is not a valid safetensors file (Error while deserializing header")
     write_safetensors(file, b'{"a\\n\\u001b[2J":' + entry + b"}", bytes(4))
-    refused(folder, r"unexpected tensor 'a\n\x1b[2J'")
+    check_refused(folder, r"unexpected tensor 'a\n\x1b[2J'")
     overflowing = b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}'
     write_safetensors(file, overflowing, b"")
-    refused(folder, "is not a whole safetensors file (Error while deserializing header")
+    check_refused(folder, "is not a valid safetensors file (Error while deserializing header")
     empty = b'{"lm_head.weight":{"dtype":"F32","shape":[0,40],"data_offsets":[0,0]}}'
     write_safetensors(file, empty, b"")
-    refused(
-        folder, "tensor 'lm_head.weight' has shape (0, 40), the configuration asks for (61, 40)"
-    )
+    check_refused(folder, "tensor 'lm_head.weight' must have shape (61, 40), got (0, 40)")
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\n")
-    refused(folder, "is not a whole safetensors file (a header of")
+    check_refused(folder, "is not a valid safetensors file (a header of")
 
 
-def test_a_tensor_described_twice(make: Make) -> None:
-    """Take the last description, as safetensors does."""
+def test_last_of_two_header_entries_is_used(make: Make) -> None:
+    """Check for the same result as that of the safetensors library."""
     folder, state = make("hf")
     file = folder / "model.safetensors"
     data = file.read_bytes()
@@ -202,17 +207,17 @@ def test_a_tensor_described_twice(make: Make) -> None:
     ],
     ids=str,
 )
-def test_types(make: Make, dtype: torch.dtype, message: str) -> None:
-    """Only types of 8 bits and fewer are quantized; the message names any other type."""
+def test_other_dtypes_are_refused(make: Make, dtype: torch.dtype, message: str) -> None:
+    """Dtypes of at most 8 bits are reported as quantized weights; others by their name."""
     folder, state = make("hf")
     file = folder / "model.safetensors"
     save_file(state | {"model.norm.weight": torch.zeros(40).to(dtype)}, file)
-    refused(folder, message)
+    check_refused(folder, message)
     save_file(state | {"model.position_ids": torch.zeros(40).to(dtype)}, file)
-    refused(folder, "unexpected tensor 'model.position_ids'")
+    check_refused(folder, "unexpected tensor 'model.position_ids'")
 
 
-def test_files_that_become_shorter(make: Make) -> None:
+def test_files_truncated_after_opening_are_refused(make: Make) -> None:
     for format, name in (("hf", "model.safetensors"), ("raw", "consolidated.safetensors")):
         folder, _ = make(format)
         checkpoint = open_checkpoint(folder)
@@ -224,18 +229,18 @@ def test_files_that_become_shorter(make: Make) -> None:
             map_file(folder / name, len(data))
 
 
-def test_paths_with_line_breaks(make: Make, tmp_path: Path) -> None:
+def test_line_breaks_in_paths_are_escaped_in_errors(make: Make, tmp_path: Path) -> None:
     folder, _ = make("hf")
     odd = tmp_path / "a\nb\x1b[2J"
     folder.rename(odd)
     assert open_checkpoint(odd).path == odd
     (odd / "config.json").write_text('{"vocab_size": "x"}')
-    refused(odd, r"a\nb\x1b[2J/config.json: vocab_size must be", ConfigError)
+    check_refused(odd, r"a\nb\x1b[2J/config.json: vocab_size must be", ConfigError)
     (odd / "config.json").write_text("{")
-    refused(odd, r"a\nb\x1b[2J/config.json must be JSON")
+    check_refused(odd, r"a\nb\x1b[2J/config.json must be JSON")
 
 
-def test_messages_are_short(make: Make) -> None:
+def test_error_messages_have_at_most_1000_characters(make: Make) -> None:
     folder, state = make("hf")
     save_file(state | {"x" * 5000: torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
@@ -246,22 +251,24 @@ def test_messages_are_short(make: Make) -> None:
 
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
 @pytest.mark.parametrize("name", ["hf/config.json", "hf/generation_config.json", "raw/params.json"])
-def test_nested_json(make: Make, tmp_path: Path, name: str, opening: str) -> None:
+def test_deeply_nested_json_is_refused(make: Make, tmp_path: Path, name: str, opening: str) -> None:
     make(name.partition("/")[0])
     (tmp_path / name).write_text(opening * 200_000)
-    refused((tmp_path / name).parent, f"{name} must be JSON of moderate depth: nested too deeply")
+    check_refused(
+        (tmp_path / name).parent, f"{name} must be JSON of moderate depth: nested too deeply"
+    )
 
 
-def test_sizes_beyond_any_model(make: Make) -> None:
-    """Refuse sizes before a list of layers, or of their weights, is made."""
+def test_huge_sizes_are_refused(make: Make) -> None:
+    """Check that a huge number of layers is refused before a list of layers is allocated."""
     folder, _ = make("hf")
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2**62}))
     message = f"{config}: num_hidden_layers must be an integer from 1 to 4096, got {2**62}"
-    refused(folder, message, ConfigError)
+    check_refused(folder, message, ConfigError)
 
 
-def test_gguf(tmp_path: Path, make: Make) -> None:
+def test_gguf_is_refused(tmp_path: Path, make: Make) -> None:
     file = tmp_path / "mistral-7b.Q4_0.gguf"
     file.write_bytes(b"GGUF\3\0\0\0")
     message = (
@@ -270,19 +277,19 @@ def test_gguf(tmp_path: Path, make: Make) -> None:
     )
     with pytest.raises(CheckpointError, match=message):
         resolve(file)
-    refused(tmp_path, "or params.json (Mistral); GGUF is not supported")
+    check_refused(tmp_path, "or params.json (Mistral); GGUF is not supported")
     folder, _ = make("hf")
     (folder / "model.safetensors").rename(folder / "model.gguf")
-    refused(folder, "expected model*.safetensors; GGUF is not supported")
+    check_refused(folder, "expected model*.safetensors; GGUF is not supported")
 
 
-def test_formats_by_names(make: Make, tmp_path: Path) -> None:
+def test_check_folder_returns_the_format(make: Make, tmp_path: Path) -> None:
     assert [check_folder(make(format)[0]) for format in ("hf", "raw")] == ["hf", "raw"]
     with pytest.raises(CheckpointError, match=r"has no configuration: expected config.json"):
         check_folder(tmp_path)
 
 
-def test_the_home_of_nobody() -> None:
+def test_home_folder_of_unknown_user_is_refused() -> None:
     for read in (resolve, open_checkpoint):
         with pytest.raises(
             CheckpointError, match=r"no such user: '~no.such.user'; name the folder"
@@ -291,8 +298,10 @@ def test_the_home_of_nobody() -> None:
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_fields_replaced_on_loading(make: Make, quantize: str | None) -> None:
-    """Replace fields that no weight depends on, and refuse others at once."""
+def test_from_pretrained_replaces_only_fields_without_weights(
+    make: Make, quantize: str | None
+) -> None:
+    """Check the configuration fields and the options of `from_pretrained`."""
     folder, _ = make("hf", torch.float32)
     model = MistralForCausalLM.from_pretrained(
         folder, quantize=quantize, sliding_window=None, vocab_size=61
@@ -301,7 +310,7 @@ def test_fields_replaced_on_loading(make: Make, quantize: str | None) -> None:
     assert model.config.vocab_size == SMALL.vocab_size
     for name, own, value in (("num_hidden_layers", 3, 2), ("vocab_size", 61, 10)):
         message = (
-            f"^{name} must be {own}, which the checkpoint's weights determine, got {value}; what"
+            f"^{name} must be {own}, which the checkpoint's weights determine, got {value}; fields"
         )
         with pytest.raises(ConfigError, match=message):
             MistralForCausalLM.from_pretrained(folder, quantize=quantize, **{name: value})

@@ -1,4 +1,7 @@
-"""Mangled weight files and configurations: right values, or one line. Never a crash or a hang."""
+"""Test mangled weight files and configurations: correct values or an error of one line.
+
+A crash or a hang fails the test.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ SCRIPT = Path(__file__).parents[1] / "support" / "mangled_checkpoints.py"
 @pytest.mark.parametrize(
     ("kind", "count"), [("safetensors", 700), ("pickles", 700), ("configs", 600)]
 )
-def test_mangled_files(
+def test_mangled_files_are_read_correctly_or_refused(
     kind: str, count: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Read mangled files in a process of their own, since mapped files can kill it."""
+    """Read mangled files in a subprocess: a mapped file that is truncated can kill the process."""
     folders = [str(Path(__file__).parent), str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]
     seed = request.config.option.seed
     ended = subprocess.run(

@@ -1,4 +1,7 @@
-"""Weights that need no change stay in their file, mapped; everything else is copied."""
+"""Test which weights are memory-mapped and which are copied.
+
+Weights that need no change are mapped.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/sel
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Write a checkpoint all of whose weights except the norms take at least a megabyte."""
+    """Write a checkpoint in which every weight except the norms takes at least 1 MiB."""
     config = MistralConfig(
         vocab_size=2048,
         hidden_size=512,
@@ -34,8 +37,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def mapped(model: MistralForCausalLM) -> set[str]:
-    """Return the parameters that are mapped from a safetensors file."""
+def mapped_names(model: MistralForCausalLM) -> set[str]:
+    """Return the names of the parameters that are mapped from a safetensors file."""
     spans = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         if ".safetensors" in line:
@@ -48,20 +51,20 @@ def mapped(model: MistralForCausalLM) -> set[str]:
     }
 
 
-def test_what_is_mapped(folder: Path) -> None:
-    """Fused projections are mapped, too: our files hold their parts side by side."""
+def test_weights_except_norms_are_mapped(folder: Path) -> None:
+    """Fused projections are mapped as well: their parts are adjacent in the written files."""
     model = MistralForCausalLM.from_pretrained(folder)
     norms = {name for name, _ in model.named_parameters() if "norm" in name}
     assert len(norms) == 3
-    assert mapped(model) == dict(model.named_parameters()).keys() - norms
+    assert mapped_names(model) == dict(model.named_parameters()).keys() - norms
     assert all(x.data_ptr() % ALIGNMENT == 0 for x in model.parameters())
     stored = load_file(folder / "model.safetensors")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, stored[name]), name
 
 
-def test_parts_that_lie_apart_are_copied(folder: Path) -> None:
-    """Copy parts in another order, with a gap between them, or in two files."""
+def test_fused_parts_that_are_not_adjacent_are_copied(folder: Path) -> None:
+    """Check parts in another order, with a gap between them, and in two files."""
     file = folder / "model.safetensors"
     tensors = {name: x.clone() for name, x in load_file(file).items()}
     up, gate = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "gate"))
@@ -69,7 +72,7 @@ def test_parts_that_lie_apart_are_copied(folder: Path) -> None:
     rest = [name for name in tensors if name not in (up, gate, q, v)]
     fused = {"model.layers.0.mlp.gate_up_proj.weight", "model.layers.0.self_attn.qkv_proj.weight"}
     usual = MistralForCausalLM.from_pretrained(folder)
-    assert fused < mapped(usual)
+    assert fused < mapped_names(usual)
     for orders in ([up, gate, v, *rest, q],), ([gate, q, *rest], [up, v]):
         file.unlink(missing_ok=True)
         for i, order in enumerate(orders, start=1):
@@ -81,18 +84,18 @@ def test_parts_that_lie_apart_are_copied(folder: Path) -> None:
                     writer.write(name, tensors[name])
                 writer.finish()
         model = MistralForCausalLM.from_pretrained(folder)
-        assert mapped(model) == mapped(usual) - fused
+        assert mapped_names(model) == mapped_names(usual) - fused
         assert all(torch.equal(x, tensors[name]) for name, x in model.state_dict().items())
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.float32}, {"quantize": "int8"}], ids=str)
-def test_what_is_changed_is_copied(options: dict, folder: Path) -> None:
-    names = mapped(MistralForCausalLM.from_pretrained(folder, **options))
+def test_converted_weights_are_copied(options: dict, folder: Path) -> None:
+    names = mapped_names(MistralForCausalLM.from_pretrained(folder, **options))
     assert names == ({"model.embed_tokens.weight"} if "quantize" in options else set())
 
 
-def test_large_tensors_begin_with_a_page(tmp_path: Path) -> None:
-    """Large tensors are page-aligned after norms of 1536 bytes."""
+def test_large_tensors_are_page_aligned(tmp_path: Path) -> None:
+    """Check large tensors that follow a norm of 1536 bytes in the specs."""
     shapes = {"norm": (768,), "a": (128, 768), "odd": (3, 7), "b": (256, 768)}
     specs = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
     tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
@@ -108,20 +111,20 @@ def test_large_tensors_begin_with_a_page(tmp_path: Path) -> None:
             assert torch.equal(stored.get_tensor(name), tensor), name
 
 
-def test_what_lies_across_pages_is_copied(folder: Path) -> None:
+def test_unaligned_weights_are_copied(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     exact = {name: x.clone() for name, x in tensors.items()}
-    for padding in range(2):  # its header is as long as its metadata make it
+    for padding in range(2):  # the metadata determine the length of the header
         save_file(exact, file, {"format": "pt", "padding": "x" * 8 * padding})
         if (8 + int.from_bytes(file.read_bytes()[:8], "little")) % ALIGNMENT:
             break
     model = MistralForCausalLM.from_pretrained(folder)
-    assert not mapped(model)
+    assert not mapped_names(model)
     assert all(torch.equal(x, exact[name]) for name, x in model.state_dict().items())
 
 
-def test_the_file_is_not_written_to(folder: Path) -> None:
+def test_writes_to_mapped_weights_do_not_change_the_file(folder: Path) -> None:
     model = MistralForCausalLM.from_pretrained(folder)
     before = (folder / "model.safetensors").read_bytes()
     with torch.no_grad():
@@ -130,7 +133,7 @@ def test_the_file_is_not_written_to(folder: Path) -> None:
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_the_folder_may_go(folder: Path) -> None:
+def test_mapped_weights_survive_removal_of_the_folder(folder: Path) -> None:
     expected = MistralForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = MistralForCausalLM.from_pretrained(folder)
     shutil.rmtree(folder)

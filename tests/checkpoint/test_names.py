@@ -1,4 +1,4 @@
-"""The key map and the rotary permutation."""
+"""Test the mapping of names and the rotary permutation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mistral_kernels.model.config import MistralConfig
 
 
 def rotate(x: torch.Tensor, position: int, interleaved: bool) -> torch.Tensor:
-    """Rotate `x (heads, head_dim)`, written out pair by pair."""
+    """Rotate `x` `(heads, head_dim)` pair by pair."""
     dim = x.shape[1]
     out = torch.empty_like(x)
     for i in range(dim // 2):
@@ -44,7 +44,7 @@ def test_permutation_keeps_attention_scores(heads: int, dim: int) -> None:
     torch.testing.assert_close(hf, raw, rtol=1e-12, atol=1e-12)
 
 
-def test_permutations_are_inverse_and_accept_out() -> None:
+def test_permutations_are_inverse_and_write_to_out() -> None:
     weight = torch.randn(4 * 6, 7, dtype=torch.bfloat16)
     half = interleaved_to_half(weight, 4)
     assert not torch.equal(half, weight)
@@ -54,7 +54,7 @@ def test_permutations_are_inverse_and_accept_out() -> None:
     assert torch.equal(out, half)
 
 
-def test_names_and_shapes_are_those_of_transformers(small: MistralConfig) -> None:
+def test_names_and_shapes_equal_transformers(small: MistralConfig) -> None:
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
         model = transformers.MistralForCausalLM(
@@ -90,7 +90,7 @@ def test_tied_embeddings_have_no_head(small: MistralConfig) -> None:
     assert "output.weight" not in hf_names(tied)
 
 
-def test_only_queries_and_keys_are_rotated(small: MistralConfig) -> None:
+def test_only_query_and_key_projections_have_rotary_heads(small: MistralConfig) -> None:
     rotated = {
         name.split(".")[-2]: num_rotary_heads(name, small)
         for name in expected_shapes(small)

@@ -1,4 +1,4 @@
-"""Folders that appear when they are complete: traces of interrupted, killed and rival writers."""
+"""Test `new_folder`: folders appear complete; interrupted, killed and concurrent writers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import pytest
 from mistral_kernels.checkpoint import CheckpointError, writing
 from mistral_kernels.checkpoint.writing import new_folder
 
-# A process that writes into a folder and says so, and goes on when it is told to.
+# Program that writes into a new folder, prints its path, and waits for a line on stdin.
 WRITER = """
     import signal, sys
-    for number in (signal.SIGTERM, signal.SIGHUP):  # nohup would have the latter ignored
+    for number in (signal.SIGTERM, signal.SIGHUP):  # SIGHUP is ignored under nohup
         signal.signal(number, signal.SIG_DFL)
     from mistral_kernels.checkpoint.writing import new_folder
     with new_folder(sys.argv[1], 0) as folder:
@@ -55,12 +55,12 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_killed_and_living_writers(
+def test_folders_of_killed_writers_only_are_removed(
     tmp_path: Path,
     writer: Callable[[Path], tuple[subprocess.Popen[str], Path]],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Remove a killed writer's folder, whatever its target was; never a living one's."""
+    """Check one killed and one running writer, each with its own target."""
     killed, left = writer(tmp_path / "killed")
     living, kept = writer(tmp_path / "living")
     killed.kill()
@@ -81,20 +81,20 @@ def test_killed_and_living_writers(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_terminated_writers(
+def test_terminated_writers_leave_no_files(
     tmp_path: Path,
     writer: Callable[[Path], tuple[subprocess.Popen[str], Path]],
     number: signal.Signals,
 ) -> None:
-    """Writers die of the signal, as they would without `new_folder`, but leave nothing."""
+    """Check that the signal ends the process, as it would without `new_folder`."""
     process, _ = writer(tmp_path / "out")
     process.send_signal(number)
     assert process.wait() == -number
     assert names(tmp_path) == set()
 
 
-def test_handlers_of_the_program_are_kept(tmp_path: Path) -> None:
-    """nohup ignores SIGHUP; the default comes back when the folder is written."""
+def test_signal_handlers_of_the_program_are_kept(tmp_path: Path) -> None:
+    """Check a handler, an ignored signal as under nohup, and the restored default."""
     seen: list[int] = []
     before = [signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))]
     before.append(signal.signal(signal.SIGHUP, signal.SIG_IGN))
@@ -113,7 +113,7 @@ def test_handlers_of_the_program_are_kept(tmp_path: Path) -> None:
         signal.signal(signal.SIGHUP, before[1])
 
 
-def test_a_folder_written_by_a_thread(tmp_path: Path) -> None:
+def test_thread_writes_a_folder(tmp_path: Path) -> None:
     def write() -> None:
         with new_folder(tmp_path / "out", 0) as folder:
             (folder / "x").touch()
@@ -124,7 +124,7 @@ def test_a_folder_written_by_a_thread(tmp_path: Path) -> None:
     assert names(tmp_path / "out") == {"x"}
 
 
-def test_what_is_not_ours_is_kept(tmp_path: Path) -> None:
+def test_files_and_folders_of_other_names_are_kept(tmp_path: Path) -> None:
     kept = {".out.partial-12", ".out.partial-x", "out.partial-0123456789abcdef", ".partial"}
     for name in kept:
         (tmp_path / name).mkdir()
@@ -136,19 +136,19 @@ def test_what_is_not_ours_is_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == {*kept, file, link, "new"}
 
 
-def test_a_folder_that_is_taken_for_abandoned_at_once(
+def test_folder_removed_before_its_lock_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Make another folder if a process removes the first before it is locked."""
+    """Check that another folder is made if a process removes the first before it is locked."""
     make, removed = Path.mkdir, []
 
-    def make_and_lose(path: Path, *args: object, **options: object) -> None:
+    def make_and_remove(path: Path, *args: object, **options: object) -> None:
         make(path, *args, **options)  # type: ignore[arg-type]
         if ".partial-" in path.name and len(removed) < 2:
             removed.append(path)
             writing._remove_abandoned(tmp_path)
 
-    monkeypatch.setattr(Path, "mkdir", make_and_lose)
+    monkeypatch.setattr(Path, "mkdir", make_and_remove)
     with new_folder(tmp_path / "out", 0) as folder:
         assert folder not in removed
         assert names(tmp_path) == {folder.name}
@@ -156,8 +156,8 @@ def test_a_folder_that_is_taken_for_abandoned_at_once(
     assert len(removed) == 2
 
 
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write to it; no folder there counts as abandoned."""
+def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a folder is written and that no other folder is removed."""
     (tmp_path / ".old.partial-0123456789abcdef").mkdir()
 
     def flock(*_: object) -> None:
@@ -170,7 +170,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("rival", ["folder", "file"])
-def test_a_target_that_appears_meanwhile(tmp_path: Path, rival: str) -> None:
+def test_target_created_during_writing_is_kept(tmp_path: Path, rival: str) -> None:
     target = tmp_path / "out"
     message = "out is not empty" if rival == "folder" else "out is a file"
 
@@ -188,10 +188,10 @@ def test_a_target_that_appears_meanwhile(tmp_path: Path, rival: str) -> None:
     assert not target.is_dir() or names(target) == {"mine"}
 
 
-def test_two_writers_of_one_target(
+def test_first_of_two_writers_creates_the_target(
     tmp_path: Path, writer: Callable[[Path], tuple[subprocess.Popen[str], Path]]
 ) -> None:
-    """The first writer to end has the target; the second gets an error."""
+    """Check that the writer that ends second raises an error."""
     (first, _), (second, _) = (writer(tmp_path / "out") for _ in range(2))
     first.communicate("\n", timeout=60)
     second.communicate("\n", timeout=60)
@@ -200,7 +200,7 @@ def test_two_writers_of_one_target(
     assert names(tmp_path / "out") == {"part"}
 
 
-def test_extra_files_are_regular(tmp_path: Path) -> None:
+def test_special_extra_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tokenizer.model")
     with (
         pytest.raises(CheckpointError, match=r"tokenizer.model must be a regular file, got a FIFO"),
@@ -211,7 +211,7 @@ def test_extra_files_are_regular(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError, OSError])
-def test_errors(tmp_path: Path, error: type[BaseException]) -> None:
+def test_exceptions_leave_no_files(tmp_path: Path, error: type[BaseException]) -> None:
     expected = CheckpointError if error is OSError else error
 
     def write() -> None:
@@ -224,7 +224,7 @@ def test_errors(tmp_path: Path, error: type[BaseException]) -> None:
     assert names(tmp_path) == set()
 
 
-def test_the_home_of_nobody(tmp_path: Path) -> None:
+def test_home_folder_of_unknown_user_is_refused(tmp_path: Path) -> None:
     with (
         pytest.raises(
             CheckpointError, match=r"no such user: '~no.such.user/x'; name the folder in"

@@ -1,4 +1,4 @@
-"""Files of torch.save, and imitations of them: right values, or one line."""
+"""Test files of `torch.save` and malicious or damaged variants of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = "model.norm.weight"
 
 
 class Folder:
-    """HF folder whose weights are one pickle."""
+    """Checkpoint in HF format whose weights are one pickle."""
 
     def __init__(self, path: Path) -> None:
         self.state = random_state(SMALL)
@@ -37,7 +37,7 @@ class Folder:
         change: Callable[[str, bytes], bytes | None],
         compression: int = zipfile.ZIP_STORED,
     ) -> None:
-        """Rewrite the archive, with `change(name, contents)` in place of each record."""
+        """Rewrite the archive; `change(name, contents)` returns the new contents of a record."""
         out = io.BytesIO()
         with zipfile.ZipFile(self.file) as old, zipfile.ZipFile(out, "w", compression) as new:
             for info in old.infolist():
@@ -47,18 +47,20 @@ class Folder:
         self.file.write_bytes(out.getvalue())
 
     def put(self, data: bytes) -> None:
-        """Put another pickle in place of the file's own."""
+        """Replace the pickle in the file."""
         self.save(self.state)
         self.edit(lambda name, old: data if name == "data.pkl" else old)
 
     def check(self, expected: State) -> None:
+        """Check that exactly the tensors `expected` are read."""
         found = {name: tensor.clone() for name, tensor in open_checkpoint(self.path).tensors()}
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert found[name].dtype == tensor.dtype
             assert torch.equal(found[name], tensor), name
 
-    def refuses(self, message: str) -> None:
+    def check_refused(self, message: str) -> None:
+        """Check that opening fails with an error of one line that begins with `message`."""
         with pytest.raises(CheckpointError) as caught:
             open_checkpoint(self.path)
         text = str(caught.value)
@@ -78,7 +80,7 @@ def ordered(state: State) -> State:
 
 
 def side_by_side(state: State) -> State:
-    """Make all tensors views of one storage, in any order."""
+    """Return views of one storage, sorted by name, with the values of all tensors."""
     names = sorted(state)
     storage = torch.cat([state[name].flatten() for name in names])
     parts = storage.split([state[name].numel() for name in names])
@@ -111,74 +113,91 @@ def side_by_side(state: State) -> State:
     ],
 )
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_values(folder: Folder, change: Callable[[State], State], protocol: int) -> None:
+def test_saved_values_are_read_back(
+    folder: Folder, change: Callable[[State], State], protocol: int
+) -> None:
     state = change(folder.state)
     folder.save(state, pickle_protocol=protocol)
     expected = {name: x.detach() for name, x in state.items() if name in folder.state}
     folder.check(expected)
-    folder.edit(lambda name, old: old)  # records begin anywhere now
+    folder.edit(lambda name, old: old)  # the records are no longer aligned
     folder.check(expected)
 
 
-def test_compressed_records(folder: Folder) -> None:
+def test_compressed_records_are_refused(folder: Folder) -> None:
     folder.save(folder.state)
     folder.edit(lambda name, old: old, zipfile.ZIP_DEFLATED)
-    folder.refuses("refused: its record 'data.pkl' is compressed; save it anew with torch.save")
+    folder.check_refused(
+        "was refused: its record 'data.pkl' is compressed; save it again with torch.save"
+    )
 
 
 @pytest.mark.parametrize("size", [0, 8, -4, 4000])
-def test_records_of_another_length(folder: Folder, size: int) -> None:
-    """`torch.load` reads what the pickle claims, be it in other records or past the file's end."""
+def test_records_of_wrong_length_are_refused(folder: Folder, size: int) -> None:
+    """`torch.load` would read as many bytes as the pickle claims, even past the end of the file."""
     folder.save(folder.state)
     last = f"data/{len(folder.state) - 1}"
     longer = bytes(4000)
     folder.edit(
         lambda name, old: (old + longer if size > 4 else old)[:size] if name == last else old
     )
-    folder.refuses("is not whole (ValueError: tensor 'lm_head.weight' takes 9760 bytes of a record")
+    folder.check_refused(
+        "is incomplete or damaged (ValueError: the storage of tensor 'lm_head.weight' has 9760 "
+        "bytes, but its record has "
+    )
 
 
-def test_byte_order(folder: Folder) -> None:
+def test_big_endian_is_refused(folder: Folder) -> None:
     folder.save(folder.state)
     folder.edit(lambda name, old: b"big" if name == "byteorder" else old)
-    folder.refuses("refused: its byte order is not little-endian; save it anew on this machine")
+    folder.check_refused(
+        "was refused: its byte order is not little-endian; save it again on this machine"
+    )
     folder.save(folder.state)
     folder.edit(lambda name, old: None if name == "byteorder" else old)  # PyTorch before 2.1
     folder.check(folder.state)
 
 
-def test_archives(folder: Folder) -> None:
+def test_damaged_archives_are_refused(folder: Folder) -> None:
     folder.save(folder.state)
     whole = folder.file.read_bytes()
     folder.file.write_bytes(b"")
-    folder.refuses("is not in the format that torch.save writes since PyTorch 1.6; save it anew")
+    folder.check_refused(
+        "is not in the format that torch.save writes since PyTorch 1.6; save it again"
+    )
     folder.file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    folder.refuses("is not in the format that torch.save writes since PyTorch 1.6; save it anew")
+    folder.check_refused(
+        "is not in the format that torch.save writes since PyTorch 1.6; save it again"
+    )
     for length in (4, 1000, len(whole) // 2, len(whole) - 1):
         folder.file.write_bytes(whole[:length])
-        folder.refuses("is not whole (BadZipFile: ")
+        folder.check_refused("is incomplete or damaged (BadZipFile: ")
     for missing in ("data.pkl", "data/3"):
         folder.file.write_bytes(whole)
         folder.edit(lambda name, old: None if name == missing else old)  # noqa: B023
-        folder.refuses(f"is not whole (KeyError: '{missing}'); download or copy it again")
+        folder.check_refused(
+            f"is incomplete or damaged (KeyError: '{missing}'); download or copy it again"
+        )
     folder.file.write_bytes(whole)
     with (
         pytest.warns(UserWarning, match="Duplicate name"),
         zipfile.ZipFile(folder.file, "a") as file,
     ):
         file.writestr(file.namelist()[0].partition("/")[0] + "/data/3", b"")
-    folder.refuses("is not whole (ValueError: unexpected record")
+    folder.check_refused("is incomplete or damaged (ValueError: unexpected record")
 
 
-def test_a_directory_that_claims_gigabytes(folder: Folder, tmp_path: Path) -> None:
-    """Refuse a sparse file, which zipfile would read whole."""
+def test_huge_zip_directory_is_refused(folder: Folder, tmp_path: Path) -> None:
+    """Use a sparse file of 3 GiB, which zipfile alone would read in one call."""
     size = 3 << 30
     end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, size, 8, 0)
     with folder.file.open("wb") as file:
         file.write(b"PK\3\4PK\1\2")
         file.seek(8 + size)
         file.write(end)
-    folder.refuses("is not whole (ValueError: a directory of more than 8388608 bytes); download")
+    folder.check_refused(
+        "is incomplete or damaged (ValueError: a directory of more than 8388608 bytes); download"
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,8 +205,8 @@ def test_a_directory_that_claims_gigabytes(folder: Folder, tmp_path: Path) -> No
     [
         (torch.eye(40).to_sparse(), "torch._utils._rebuild_sparse_tensor"),
         (torch.ones(40, device="meta"), "torch._utils._rebuild_meta_tensor_no_storage"),
-        (torch._neg_view(torch.ones(40)), "one negated or conjugated"),
-        (torch.ones(40, dtype=torch.complex64).conj().imag, "one negated or conjugated"),
+        (torch._neg_view(torch.ones(40)), "a negated or conjugated tensor"),
+        (torch.ones(40, dtype=torch.complex64).conj().imag, "a negated or conjugated tensor"),
         (torch.ones(40, dtype=torch.complex64), "torch.ComplexFloatStorage"),
         (torch.ones(40).to(torch.float8_e5m2), "torch._utils._rebuild_tensor_v3"),
         (torch.Size([40]), "torch.Size"),
@@ -196,42 +215,45 @@ def test_a_directory_that_claims_gigabytes(folder: Folder, tmp_path: Path) -> No
     ],
     ids=str,
 )
-def test_other_values_of_torch(folder: Folder, value: object, message: str) -> None:
+def test_other_values_of_torch_are_refused(folder: Folder, value: object, message: str) -> None:
     folder.save(folder.state | {NAME: value})
-    folder.refuses(f"refused: it holds more than plain tensors ({message})")
+    folder.check_refused(f"was refused: it holds more than plain tensors ({message})")
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_nested_and_quantized_tensors(folder: Folder) -> None:
+def test_nested_and_quantized_tensors_are_refused(folder: Folder) -> None:
     for value, name in (
         (torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]), "_rebuild_nested_tensor"),
         (torch.quantize_per_tensor(torch.ones(40), 0.1, 0, torch.qint8), "_rebuild_qtensor"),
     ):
         folder.save(folder.state | {NAME: value})
-        folder.refuses(f"refused: it holds more than plain tensors (torch._utils.{name})")
+        folder.check_refused(f"was refused: it holds more than plain tensors (torch._utils.{name})")
 
 
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ({}, "must hold a dict of tensors, not an empty dict"),
-        ([torch.ones(1)], "must hold a dict of tensors, not list"),
-        (None, "must hold a dict of tensors, not NoneType"),
-        (torch.ones(1), "must hold a dict of tensors, not Tensor"),
-        ({"a": None}, "must hold tensors by name, but 'a' is a NoneType"),
-        ({"model": {"a": torch.ones(1)}}, "must hold tensors by name, but 'model' is a dict"),
-        ({"epoch": 3}, "must hold tensors by name, but 'epoch' is a int"),
-        ({3: torch.ones(1)}, "must hold tensors by name, but 3 is a int"),
-        ({(1, 2): torch.ones(1)}, "is not whole (TypeError: a key is a tuple)"),
-        ({"a\nb": 3}, "must hold tensors by name, but 'a\\nb' is a int"),
+        ({}, "must hold a dict of tensors, got an empty dict"),
+        ([torch.ones(1)], "must hold a dict of tensors, got list"),
+        (None, "must hold a dict of tensors, got NoneType"),
+        (torch.ones(1), "must hold a dict of tensors, got Tensor"),
+        ({"a": None}, "must map names to tensors, but the entry 'a' has type NoneType"),
+        ({"model": {"a": torch.ones(1)}}, "must map names to tensors, but the entry 'model' has"),
+        ({"epoch": 3}, "must map names to tensors, but the entry 'epoch' has type int"),
+        ({3: torch.ones(1)}, "must map names to tensors, but the entry 3 has type int"),
+        (
+            {(1, 2): torch.ones(1)},
+            "is incomplete or damaged (TypeError: a key must be a str or an int,",
+        ),
+        ({"a\nb": 3}, "must map names to tensors, but the entry 'a\\nb' has type int"),
     ],
 )
-def test_other_contents(folder: Folder, contents: object, message: str) -> None:
+def test_other_contents_are_refused(folder: Folder, contents: object, message: str) -> None:
     folder.save(contents)
-    folder.refuses(message)
+    folder.check_refused(message)
 
 
-def test_integers(folder: Folder) -> None:
+def test_integer_tensors_are_refused(folder: Folder) -> None:
     folder.save(folder.state | {NAME: torch.ones(40, dtype=torch.int64)})
     message = f"tensor '{NAME}' must be stored as BF16, F16, F32, F64, got I64"
     with pytest.raises(CheckpointError, match=message):
@@ -246,7 +268,7 @@ def test_integers(folder: Folder) -> None:
 
 
 def tensor_of(offset: object, shape: object, strides: object, numel: object = 40) -> bytes:
-    """Return a pickle of one tensor in the record data/0, with any numbers."""
+    """Return a pickle of one tensor in the record data/0, with any offset, shape and strides."""
 
     class Storage:
         pass
@@ -271,25 +293,27 @@ def tensor_of(offset: object, shape: object, strides: object, numel: object = 40
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ((1, (40,), (1,)), f"tensor '{NAME}' lies outside its storage"),
-        ((0, (41,), (1,)), f"tensor '{NAME}' lies outside its storage"),
-        ((0, (40,), (2,)), f"tensor '{NAME}' lies outside its storage"),
-        ((0, (2, 2), (39, 1)), f"tensor '{NAME}' lies outside its storage"),
-        ((2**62, (40,), (1,)), f"tensor '{NAME}' lies outside its storage"),
-        ((0, (2**62,), (2**62,)), f"tensor '{NAME}' lies outside its storage"),
-        ((0, (40,), (1,), 2**62), f"tensor '{NAME}' takes 18446744073709551616 bytes of a record"),
-        ((-1, (40,), (1,)), "a size is -1"),
-        ((0, (-40,), (1,)), "a size is -40"),
-        ((39, (40,), (-1,)), "a size is -1"),
-        ((0, (2**63,), (0,)), "a size is 9223372036854775808"),
-        ((0, (True,), (1,)), "a size is not a number"),
-        ((0, (40.0,), (1,)), "a size is not a number"),
+        ((1, (40,), (1,)), f"tensor '{NAME}' exceeds its storage"),
+        ((0, (41,), (1,)), f"tensor '{NAME}' exceeds its storage"),
+        ((0, (40,), (2,)), f"tensor '{NAME}' exceeds its storage"),
+        ((0, (2, 2), (39, 1)), f"tensor '{NAME}' exceeds its storage"),
+        ((2**62, (40,), (1,)), f"tensor '{NAME}' exceeds its storage"),
+        ((0, (2**62,), (2**62,)), f"tensor '{NAME}' exceeds its storage"),
+        ((0, (40,), (1,), 2**62), f"tensor '{NAME}' has 18446744073709551616 bytes, but its"),
+        ((-1, (40,), (1,)), "a size must be an integer in [0, 2**63), got -1"),
+        ((0, (-40,), (1,)), "a size must be an integer in [0, 2**63), got -40"),
+        ((39, (40,), (-1,)), "a size must be an integer in [0, 2**63), got -1"),
+        ((0, (2**63,), (0,)), "a size must be an integer in [0, 2**63), got 9223372036854775808"),
+        ((0, (True,), (1,)), "a size must be an integer in [0, 2**63), got a bool"),
+        ((0, (40.0,), (1,)), "a size must be an integer in [0, 2**63), got a float"),
         ((0, (40,), ()), "malformed tensor"),
         ((0, (1,) * 65, (1,) * 65), "malformed tensor"),
         ((0, 40, 1), "object of type 'int' has no len()"),
     ],
 )
-def test_tensors_outside_their_storage(folder: Folder, arguments: tuple, reason: str) -> None:
+def test_tensors_outside_their_storage_are_refused(
+    folder: Folder, arguments: tuple, reason: str
+) -> None:
     folder.state = {NAME: torch.ones(40)}
     folder.put(tensor_of(0, (40,), (1,)))
     with pytest.raises(CheckpointError, match=r"no tensor 'model.embed_tokens.weight'"):
@@ -308,7 +332,8 @@ class Call:
         return self.call
 
 
-# Pickles that call, by each way that there is, a function with the path of a folder to make.
+# Pickles that call a function in every way that the format offers. Given the path of a folder, most
+# of them would make the folder.
 HOSTILE: dict[str, Callable[[str], bytes]] = {
     "reduce": lambda path: pickle.dumps({NAME: Call(os.mkdir, path)}, 2),
     "reduce, protocol 0": lambda path: pickle.dumps({NAME: Call(os.mkdir, path)}, 0),
@@ -335,18 +360,20 @@ HOSTILE: dict[str, Callable[[str], bytes]] = {
 
 
 @pytest.mark.parametrize("how", HOSTILE)
-def test_nothing_is_called(folder: Folder, tmp_path: Path, how: str) -> None:
+def test_hostile_pickles_call_no_function(folder: Folder, tmp_path: Path, how: str) -> None:
     folder.put(HOSTILE[how](str(tmp_path / "made")))
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(folder.path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "made").exists()
     if how in ("reduce", "reduce, protocol 4"):
-        message = "refused: it would call posix.mkdir when loaded; only plain tensors are supported"
+        message = (
+            "was refused: it would call posix.mkdir when loaded; only plain tensors are supported"
+        )
         assert message in str(caught.value)
 
 
-TUPLES = b"\x85" * 100_000  # each around the last
+TUPLES = b"\x85" * 100_000  # nested tuples of one item
 
 
 @pytest.mark.parametrize(
@@ -364,19 +391,19 @@ TUPLES = b"\x85" * 100_000  # each around the last
         (b"\x80\x02]K\x01K\x02s.", "TypeError: expected a dict, got a list"),
         (b"\x80\x02}K\x01a.", "TypeError: expected a list, got a dict"),
         (b"\x80\x02}(K\x01u.", "ValueError: zip() argument 2 is shorter than argument 1"),
-        (b"\x80\x02})" + TUPLES + b"K\x01s.", "TypeError: a key is a tuple"),
+        (b"\x80\x02})" + TUPLES + b"K\x01s.", "TypeError: a key must be a str or an int, got a"),
         (b"\x80\x02" + b"0" * (1 << 20), "ValueError: a record has 1048578 bytes, at most 1048576"),
     ],
     ids=lambda value: repr(value)[:20],
 )
-def test_malformed_pickles(folder: Folder, data: bytes, reason: str) -> None:
+def test_malformed_pickles_are_refused(folder: Folder, data: bytes, reason: str) -> None:
     folder.put(data)
-    folder.refuses(f"is not whole ({reason}")
+    folder.check_refused(f"is incomplete or damaged ({reason}")
 
 
-def test_memory_is_not_what_a_pickle_claims(folder: Folder) -> None:
-    """A memo of 2**32 entries, and a deep tuple: Python's own reader takes 32 GB, or its stack."""
+def test_large_memos_and_nested_tuples_take_little_memory(folder: Folder) -> None:
+    """Check a memo index of 2**32 - 1, for which pickle would allocate 32 GB, and a deep tuple."""
     folder.put(b"\x80\x02)r\xff\xff\xff\xff" + TUPLES + b".")
-    folder.refuses("must hold a dict of tensors, not tuple")
+    folder.check_refused("must hold a dict of tensors, got tuple")
     folder.put(b"\x80\x02)" + b"2\x86" * 1000 + b".")
-    folder.refuses("refused: it holds more than plain tensors (opcode DUP)")
+    folder.check_refused("was refused: it holds more than plain tensors (opcode DUP)")

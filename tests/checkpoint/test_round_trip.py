@@ -1,4 +1,4 @@
-"""Checkpoints written and read back bit by bit, by us, by safetensors and by transformers."""
+"""Test that checkpoints are read back bit by bit: by this package, safetensors and transformers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def assert_same(found: State, expected: State) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("format", ["raw", "hf"])
-def test_saved_is_read_back(make: Make, format: str, tied: bool, dtype: torch.dtype) -> None:
+def test_saved_checkpoint_is_read_back(
+    make: Make, format: str, tied: bool, dtype: torch.dtype
+) -> None:
     folder, state = make(format, dtype, tie_word_embeddings=tied)
     checkpoint = open_checkpoint(folder)
     assert (checkpoint.path, checkpoint.format) == (folder, format)
@@ -93,7 +95,7 @@ def test_raw_rows_are_interleaved(make: Make) -> None:
     ],
     ids=lambda changes: "-".join(changes) or "plain",
 )
-def test_transformers_loads_what_we_write(make: Make, changes: dict[str, object]) -> None:
+def test_transformers_loads_saved_checkpoints(make: Make, changes: dict[str, object]) -> None:
     transformers = pytest.importorskip("transformers")
     folder, state = make("hf", **changes)
     config = open_checkpoint(folder).config
@@ -107,7 +109,7 @@ def test_transformers_loads_what_we_write(make: Make, changes: dict[str, object]
             "full_attention" if window is None else "sliding_attention"
             for window in config.layer_windows
         ]
-    # The same weights, put in by hand rather than through our files.
+    # A model with the same weights that are not read from the files.
     made = type(loaded)(loaded.config)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -117,7 +119,7 @@ def test_transformers_loads_what_we_write(make: Make, changes: dict[str, object]
         assert torch.equal(loaded(tokens).logits, made(tokens).logits)
 
 
-def test_we_load_what_transformers_writes(tmp_path: Path, small: MistralConfig) -> None:
+def test_checkpoints_of_transformers_are_read(tmp_path: Path, small: MistralConfig) -> None:
     transformers = pytest.importorskip("transformers")
     settings = transformers.MistralConfig(**small.to_hf("float32"))
     model = transformers.MistralForCausalLM(settings)
@@ -128,7 +130,7 @@ def test_we_load_what_transformers_writes(tmp_path: Path, small: MistralConfig) 
     assert_same(read(checkpoint), dict(model.state_dict()))
 
 
-def test_shards(make: Make, tmp_path: Path) -> None:
+def test_shards_have_limited_size_and_are_read_back(make: Make, tmp_path: Path) -> None:
     _, state = make("hf")
     folder = tmp_path / "sharded"
     save_hf(iter(state.items()), SMALL, folder, dtype=torch.float32, max_shard_bytes=20_000)
@@ -142,11 +144,11 @@ def test_shards(make: Make, tmp_path: Path) -> None:
     for tensors in stored.values():
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 20_000
     assert_same(read(open_checkpoint(folder)), state)
-    (folder / "model.safetensors.index.json").unlink()  # the file names are enough
+    (folder / "model.safetensors.index.json").unlink()  # the names of the files are sufficient
     assert_same(read(open_checkpoint(folder)), state)
 
 
-def test_sharded_raw_and_pickles(make: Make, tmp_path: Path) -> None:
+def test_raw_shards_and_pickles_are_read(make: Make, tmp_path: Path) -> None:
     folder, state = make("raw")
     stored = load_file(folder / "consolidated.safetensors")
     (folder / "consolidated.safetensors").unlink()
@@ -167,7 +169,7 @@ def test_sharded_raw_and_pickles(make: Make, tmp_path: Path) -> None:
     assert_same(read(open_checkpoint(hf)), state)
 
 
-def test_each_tensor_keeps_its_own_type(tmp_path: Path) -> None:
+def test_each_tensor_keeps_its_own_dtype(tmp_path: Path) -> None:
     state = random_state(SMALL, torch.bfloat16)
     state["model.norm.weight"] = torch.randn(SMALL.hidden_size)
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
@@ -178,7 +180,7 @@ def test_each_tensor_keeps_its_own_type(tmp_path: Path) -> None:
     assert_same(read(checkpoint), state)
 
 
-def test_cast_on_saving(make: Make, tmp_path: Path) -> None:
+def test_saving_casts_to_dtype(make: Make, tmp_path: Path) -> None:
     _, state = make("hf")
     save_hf(state.items(), SMALL, tmp_path / "bf16", dtype=torch.bfloat16)
     expected = {name: tensor.bfloat16() for name, tensor in state.items()}
@@ -186,7 +188,7 @@ def test_cast_on_saving(make: Make, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_tied_head_in_the_state_is_left_out(tmp_path: Path) -> None:
+def test_head_of_tied_model_is_not_stored(tmp_path: Path) -> None:
     tied = dataclasses.replace(SMALL, tie_word_embeddings=True)
     state = random_state(tied)
     head = {"lm_head.weight": state["model.embed_tokens.weight"]}
@@ -199,10 +201,10 @@ def test_tied_head_in_the_state_is_left_out(tmp_path: Path) -> None:
     assert_same(read(open_checkpoint(tmp_path / "hf")), state)
 
 
-def test_both_formats_in_one_folder(make: Make) -> None:
+def test_folder_with_both_formats_is_opened_as_hf(make: Make) -> None:
     raw, _state = make("raw")
     hf, hf_state = make("hf")
-    shutil.copy(hf / "config.json", raw)  # as if only Mistral's weights were downloaded
+    shutil.copy(hf / "config.json", raw)  # weights in the raw format only
     assert open_checkpoint(raw).format == "raw"
     shutil.copy(hf / "model.safetensors", raw)
     both = open_checkpoint(raw)
@@ -210,14 +212,14 @@ def test_both_formats_in_one_folder(make: Make) -> None:
     assert_same(read(both), hf_state)
 
 
-def test_generation_config_overrules_the_end_token(make: Make) -> None:
+def test_generation_config_overrides_eos_token(make: Make) -> None:
     folder, _ = make("hf")
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 4, 28]}')
     assert open_checkpoint(folder).config.eos_token_ids == (2, 4, 28)
 
 
-def test_one_tensor_at_a_time(make: Make, tmp_path: Path) -> None:
-    """Writers take the next tensor only after the last has been freed."""
+def test_saving_holds_one_tensor_at_a_time(make: Make, tmp_path: Path) -> None:
+    """Check that each tensor is freed before the next one is requested."""
     import weakref
 
     state = random_state(SMALL)
@@ -237,10 +239,10 @@ def test_one_tensor_at_a_time(make: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["raw", "hf"])
-def test_mapped_pages_never_pass_the_largest_tensor(
+def test_mapped_pages_never_exceed_the_largest_tensor(
     make: Make, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
-    """Between two mappings of a file, read no more than the largest tensor has."""
+    """Check the number of bytes that are read between two mappings of a file."""
     from mistral_kernels.checkpoint import reading
 
     checkpoint = open_checkpoint(make(format)[0])

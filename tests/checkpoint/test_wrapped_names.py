@@ -1,4 +1,4 @@
-"""Names that other tools give to the same tensors: wrapped modules, base models."""
+"""Test the tensor names of wrapped modules and of base models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.small_checkpoints import SMALL, State
 
 from mistral_kernels.checkpoint import CheckpointError, open_checkpoint
-from mistral_kernels.checkpoint.names import unwrapped
+from mistral_kernels.checkpoint.names import unwrap_name
 
 Make = Callable[..., tuple[Path, State]]
 
@@ -32,24 +32,24 @@ def same(found: State, expected: State) -> bool:
         "module.model.norm.weight",
         "module._orig_mod.model.norm.weight",
         "_orig_mod.module.model._orig_mod.norm.weight",
-        "_orig_mod.model._orig_mod.norm._orig_mod.weight",  # compiled within a compiled module
+        "_orig_mod.model._orig_mod.norm._orig_mod.weight",  # compiled module in a compiled module
         "_fsdp_wrapped_module.model._checkpoint_wrapped_module.norm.weight",
     ],
 )
-def test_parts_that_wrappers_add(name: str) -> None:
-    assert unwrapped(name) == "model.norm.weight"
+def test_unwrap_name_removes_parts_of_wrappers(name: str) -> None:
+    assert unwrap_name(name) == "model.norm.weight"
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
 @pytest.mark.parametrize("format", ["hf", "raw"])
-def test_state_dicts_of_wrapped_modules(make: Make, format: str, prefix: str) -> None:
+def test_state_dicts_of_wrapped_modules_are_read(make: Make, format: str, prefix: str) -> None:
     folder, state = make(format)
     file = next(folder.glob("*.safetensors"))
     save_file({prefix + name: tensor for name, tensor in load_file(file).items()}, file)
     assert same(read(folder), state)
 
 
-def test_two_names_of_one_tensor(make: Make) -> None:
+def test_two_names_of_one_tensor_are_refused(make: Make) -> None:
     folder, state = make("hf")
     again = {"_orig_mod.lm_head.weight": state["lm_head.weight"].clone()}
     save_file(state | again, folder / "model.safetensors")
@@ -58,8 +58,8 @@ def test_two_names_of_one_tensor(make: Make) -> None:
         open_checkpoint(folder)
 
 
-def test_base_models(make: Make, tmp_path: Path) -> None:
-    """Tensors without the prefix "model." are read; a head can only be missing if it is tied."""
+def test_base_models_are_read_if_they_have_a_head(make: Make, tmp_path: Path) -> None:
+    """Check tensors without the prefix "model."; only a tied head may be absent."""
     folder, state = make("hf")
     bare = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     save_file(bare, folder / "model.safetensors")
@@ -74,8 +74,8 @@ def test_base_models(make: Make, tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
-def test_base_models_of_transformers(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers, the writer, is absent")
+def test_tied_base_models_of_transformers_are_read(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     settings = SMALL.to_hf("float32") | {"tie_word_embeddings": True}
     base = transformers.MistralModel(transformers.MistralConfig(**settings))
     base.save_pretrained(tmp_path / "base")

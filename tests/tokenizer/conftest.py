@@ -1,4 +1,7 @@
-"""Opened tokenizers and folders that hold one. Without the libraries, modules skip themselves."""
+"""Fixtures of opened tokenizers and of folders with a tokenizer.
+
+The modules that use them are skipped if the tokenizer libraries are not installed.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from mistral_kernels.tokenizer import MistralTokenizer
 
 @pytest.fixture(scope="session")
 def open_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function that opens a tokenizer of mistral-common, or a trained tokenizer.json."""
     from support.tokenizer_cases import DATA, JSON, train_json
 
     @functools.cache
@@ -29,7 +33,7 @@ def open_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(params=["byte_fallback", "byte_level"])
 def json_folder(request: Any, tmp_path: Path) -> Path:
-    """Write a fine-tune's folder: tokenizer.json, its configuration and a chat template."""
+    """Write a tokenizer.json with a tokenizer_config.json that has a chat template."""
     from support.tokenizer_cases import train_json
 
     train_json(tmp_path / "tokenizer.json", byte_level=request.param == "byte_level")

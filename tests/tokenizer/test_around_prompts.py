@@ -1,4 +1,4 @@
-"""Special and unknown tokens in generation, training and conversion."""
+"""Test special and unknown tokens in generation, training and conversion."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPTS = ["It is a truth", "Her"]
 
 
 class Script:
-    """Stand-in for a model: records its prompts and "generates" the ids that it was given."""
+    """Fake model that records its prompts and generates the given ids."""
 
     def __init__(self, *texts: list[int]) -> None:
         self.texts, self.config = texts, SMALL
@@ -35,13 +35,13 @@ class Script:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Write the bundled tokenizer with a configuration that puts EOS behind every text."""
+    """Write the bundled tokenizer with a configuration that adds EOS, and no BOS, to every text."""
     write(tmp_path / "model", tokenizer_config={"add_eos_token": True, "add_bos_token": False})
     shutil.copy(resolve("tiny") / "tokenizer.model", tmp_path / "model")
     return tmp_path / "model"
 
 
-def test_a_text_that_goes_on_has_no_eos(folder: Path) -> None:
+def test_generate_adds_no_eos_to_prompts(folder: Path) -> None:
     tokenizer = MistralTokenizer.from_pretrained(folder)
     bare = [tokenizer.encode(prompt, bos=False, eos=False) for prompt in PROMPTS]
     assert tokenizer(PROMPTS).input_ids == [[*ids, tokenizer.eos_token_id] for ids in bare]
@@ -50,7 +50,7 @@ def test_a_text_that_goes_on_has_no_eos(folder: Path) -> None:
     assert script.prompts == bare
 
 
-def test_the_command_takes_them_as_the_tokenizer_does(
+def test_generate_command_adds_default_bos_and_no_eos(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(SMALL, vocab_size=2048)
@@ -75,8 +75,8 @@ def test_the_command_takes_them_as_the_tokenizer_does(
     assert encoded == [original(tokenizer, PROMPTS[0], bos=False, eos=False)]
 
 
-def test_an_unknown_id_loses_no_text(folder: Path) -> None:
-    """A model's vocabulary may be padded; only the id without a token writes nothing."""
+def test_unknown_ids_have_no_text(folder: Path) -> None:
+    """Check ids of a padded vocabulary; the text of the other ids is complete."""
     tokenizer = MistralTokenizer.from_pretrained(folder)
     text = tokenizer.encode("the end", bos=False, eos=False)
     padded = [*text[:1], 5000, *text[1:]]
@@ -86,7 +86,7 @@ def test_an_unknown_id_loses_no_text(folder: Path) -> None:
     assert one.token_ids == padded
 
 
-def test_training_texts_have_neither(folder: Path) -> None:
+def test_training_texts_have_no_bos_and_no_eos(folder: Path) -> None:
     text = "It is a truth\n\nuniversally acknowledged\n"
     corpus = Corpus(text, folder / "tokenizer.model")
     bare = Corpus(text, resolve("tiny") / "tokenizer.model")

@@ -1,4 +1,4 @@
-"""A folder's own chat templates, which transformers renders."""
+"""Test chat templates in a folder, which transformers renders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.tokenizer_cases import ANSWER, SYSTEM, USER, transformers, write
 from mistral_kernels.tokenizer import MistralTokenizer, TokenizerError
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-# One for each trap of a renderer that is not transformers' own.
+# Each template uses a feature that a renderer other than that of transformers may lack.
 TEMPLATES = [
     "{% if tools is not none %}TOOLS{{ tools | tojson }}{% endif %}{{ messages | length }}",
     "{% if documents is none %}{{ messages[0]['content'] }}{% else %}{{ documents }}{% endif %}",
@@ -28,6 +28,7 @@ TEMPLATES = [
 
 @pytest.fixture
 def folder(json_folder: Path) -> Path:
+    """Return a folder without a template, with additional named tokens."""
     path = json_folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"image_token": "<image>", "mask_token": "<mask>"}
     del config["chat_template"]
@@ -56,21 +57,21 @@ def test_templates_equal_transformers(folder: Path, template: str) -> None:
         assert "TOOLS" not in ours.apply_chat_template([USER], tokenize=False)
 
 
-def test_a_token_of_a_models_own_has_a_name(folder: Path) -> None:
-    """Render it as transformers 5 does; earlier ones render nothing."""
+def test_model_specific_token_is_a_template_variable(folder: Path) -> None:
+    """Check the result of transformers 5; earlier versions render an empty text."""
     tokenizer = open_with(folder, "{{ image_token }}")
     assert tokenizer.apply_chat_template([USER], tokenize=False) == "<image>"
 
 
-def test_a_key_without_a_value_is_absent(folder: Path) -> None:
-    """Clients send content=None beside tool calls; "None" is not what the model was trained on."""
+def test_none_values_in_messages_are_absent(folder: Path) -> None:
+    """Clients send content=None with tool calls; the text "None" must not be rendered."""
     tokenizer = open_with(folder, "{% for m in messages %}[{{ m.content }}]{% endfor %}")
     messages = [USER, {"role": "assistant", "content": None}, {"role": "assistant"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "[Hi][][]"
     assert messages[1] == {"role": "assistant", "content": None}
 
 
-def test_names_of_special_tokens_become_the_tokens(folder: Path) -> None:
+def test_rendered_names_of_special_tokens_are_encoded_as_tokens(folder: Path) -> None:
     tokenizer = open_with(folder, "{{ bos_token }}{{ messages[0].content }}{{ sep_token }}")
     ids = tokenizer.apply_chat_template([USER])
     middle = tokenizer.encode("Hi", bos=False)
@@ -81,7 +82,7 @@ def test_names_of_special_tokens_become_the_tokens(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["files", "list", "object"])
-def test_several_templates(folder: Path, form: str) -> None:
+def test_template_is_chosen_by_name_or_tools(folder: Path, form: str) -> None:
     texts = {"default": "D{{ messages | length }}", "tool_use": "T", "rag": "R{{ documents[0] }}"}
     if form == "files":
         (folder / "additional_chat_templates").mkdir()
@@ -105,11 +106,13 @@ def test_several_templates(folder: Path, form: str) -> None:
     write(folder, tokenizer_config={"chat_template": pairs[1:]})
     tokenizer = MistralTokenizer.from_pretrained(folder)
     assert render(chat_template="rag", documents=[{}]) == "R{}"
-    with pytest.raises(TokenizerError, match="and none is the default: pass chat_template= with"):
+    with pytest.raises(
+        TokenizerError, match="but none is the default; chat_template must be one of"
+    ):
         render()
 
 
-def test_errors_are_one_line(folder: Path) -> None:
+def test_template_errors_are_one_line(folder: Path) -> None:
     cases = {
         "{{ raise_exception('no role\\n' + messages[0].role) }}": "messages: no role user$",
         "{{ messages[0].__class__.__mro__ }}": "messages: access to attribute '__class__'.*unsafe",
@@ -140,7 +143,7 @@ def test_errors_are_one_line(folder: Path) -> None:
             tokenizer.apply_chat_template(**({"messages": [USER]} | wrong))
 
 
-def test_a_folder_without_a_template(json_folder: Path) -> None:
+def test_folder_without_template_requires_one_as_argument(json_folder: Path) -> None:
     write(json_folder, tokenizer_config={})
     base = MistralTokenizer.from_pretrained(json_folder)
     assert base.chat_version is None
@@ -150,7 +153,9 @@ def test_a_folder_without_a_template(json_folder: Path) -> None:
     assert base.apply_chat_template([USER], chat_template="x", tokenize=False) == "x"
 
 
-def test_without_transformers(json_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_transformers_raises_install_command(
+    json_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = MistralTokenizer.from_pretrained(json_folder)
     monkeypatch.setitem(sys.modules, "transformers.utils.chat_template_utils", None)
     with pytest.raises(TokenizerError) as caught:

@@ -1,4 +1,4 @@
-"""Mangled files of every kind: used consistently, or refused in one line. Nothing crashes."""
+"""Test mangled files of every kind: consistent results or an error of one line, never a crash."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ SCRIPT = Path(__file__).parents[1] / "support" / "mangled_tokenizers.py"
 
 
 def run_mangled(kind: str, folder: Path, seed: int) -> None:
+    """Run the script on `COUNT` mangled versions of the file `kind`; check that it succeeds."""
     original = (folder / kind).read_bytes()
     command = [sys.executable, SCRIPT, kind, str(seed), str(COUNT), folder]
     options: dict[str, Any] = {"env": {**os.environ, "RUST_BACKTRACE": "0"}, "timeout": 900}
@@ -41,7 +42,7 @@ def first_seed(request: pytest.FixtureRequest) -> int:
 @pytest.mark.parametrize(
     "kind", ["byte_fallback", "byte_level", "unigram", "wordpiece", "wordlevel"]
 )
-def test_tokenizer_json(tmp_path: Path, kind: str, first_seed: int) -> None:
+def test_mangled_tokenizer_json(tmp_path: Path, kind: str, first_seed: int) -> None:
     if kind.startswith("byte"):
         train_json(tmp_path / "tokenizer.json", byte_level=kind == "byte_level")
     else:
@@ -53,19 +54,19 @@ def test_tokenizer_json(tmp_path: Path, kind: str, first_seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "char", "word"])
-def test_tokenizer_model(tmp_path: Path, kind: str, first_seed: int) -> None:
+def test_mangled_tokenizer_model(tmp_path: Path, kind: str, first_seed: int) -> None:
     train_model(tmp_path, kind)
     run_mangled("tokenizer.model", tmp_path, first_seed)
 
 
 @pytest.mark.slow
-def test_tekken_json(tmp_path: Path, first_seed: int) -> None:
+def test_mangled_tekken_json(tmp_path: Path, first_seed: int) -> None:
     run_mangled("tekken.json", write(tmp_path, tekken=make_tekken()), first_seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("beside", ["tokenizer.model", "tokenizer.json", "tekken.json"])
-def test_files_beside_it(tmp_path: Path, beside: str, first_seed: int) -> None:
+def test_mangled_accompanying_files(tmp_path: Path, beside: str, first_seed: int) -> None:
     decoder = {"1": described("<s>"), "2": described("</s>", rstrip=True)}
     added = {"<|im_start|>": 700, "<|im_end|>": 701}
     if beside == "tokenizer.model":

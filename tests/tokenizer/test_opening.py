@@ -1,4 +1,4 @@
-"""Choice of the tokenizer file in a folder, and refusals."""
+"""Test which tokenizer file of a folder is opened, and which files are refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from support.tokenizer_cases import DATA, SENTENCEPIECE, make_tekken, refused, t
 from mistral_kernels.tokenizer import MistralTokenizer, TokenizerError
 
 
-def test_folder_with_several_files(tmp_path: Path) -> None:
-    """tekken.json, then the highest tokenizer.model, then tokenizer.json."""
+def test_order_of_preference_in_a_folder(tmp_path: Path) -> None:
+    """Check tekken.json, then the highest tokenizer.model, then tokenizer.json."""
     train_json(tmp_path / "tokenizer.json", byte_level=False)
     saved = json.loads((tmp_path / "tokenizer.json").read_text())
 
@@ -25,16 +25,18 @@ def test_folder_with_several_files(tmp_path: Path) -> None:
     write(tmp_path, "v1")
     assert opened() == "tokenizer.model"
     assert not MistralTokenizer.from_pretrained(tmp_path).has_chat_template
-    # A tokenizer.json of other special tokens than the vendor's file has is a fine-tune's.
+    # Exception: tokenizer.json has special tokens that the vendor's file lacks (fine-tuned model).
     added = [*saved["added_tokens"], {**saved["added_tokens"][1], "id": 32000, "content": "<|im|>"}]
     write(tmp_path, tokenizer=saved | {"added_tokens": added})
     assert opened() == "tokenizer.json"
     write(tmp_path, tokenizer=saved)
-    # So is one beside tokens that the vendor's file lacks, even if it has no place for them.
+    # Exception: added_tokens.json has such tokens, even if tokenizer.json cannot add them.
     write(tmp_path, added_tokens={"<x>": 32000})
-    refused(tmp_path, "tokenizer.json: the added token '<x>' must have the id 32000 of the file")
+    refused(
+        tmp_path, "tokenizer.json: the added token '<x>' must have the id 32000, as in the file"
+    )
     (tmp_path / "added_tokens.json").unlink()
-    # So is one beside a chat template that is not Mistral's.
+    # Exception: the chat template is not Mistral's.
     write(tmp_path, tokenizer_config={"chat_template": "<|user|>{{ messages }}"})
     assert opened() == "tokenizer.json"
     write(tmp_path, tokenizer_config={"chat_template": "[INST]{{ messages }}[/INST]"})
@@ -54,7 +56,7 @@ def test_folder_with_several_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["tokenizer.model", "tokenizer.model.v3", "tekken.json", "tokenizer.json"]
 )
-def test_corrupt_files(tmp_path: Path, name: str, content: bytes) -> None:
+def test_corrupt_files_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     what = {"tekken.json": "tekken file", "tokenizer.json": "tokenizer.json"}
     message = f": not a {what.get(name, 'sentencepiece model')}: "
@@ -64,8 +66,8 @@ def test_corrupt_files(tmp_path: Path, name: str, content: bytes) -> None:
         refused(path, f"{name}{message}")
 
 
-def test_a_model_whose_pieces_are_no_text(tmp_path: Path) -> None:
-    """sentencepiece opens it; every use of such a piece would fail."""
+def test_sentencepiece_model_with_invalid_utf8_is_refused(tmp_path: Path) -> None:
+    """The library opens such a model, but every use of the invalid piece would fail."""
     contents = (DATA / SENTENCEPIECE["v1"]).read_bytes()
     assert contents.count(b"\x0a\x07\xe2\x96\x81quit") == 1
     broken = contents.replace(b"\x0a\x07\xe2\x96\x81quit", b"\x0a\x07\xe2\x96\xffquit")
@@ -73,7 +75,7 @@ def test_a_model_whose_pieces_are_no_text(tmp_path: Path) -> None:
     refused(tmp_path, "tokenizer.model: not a sentencepiece model: 'utf-8' codec can't decode")
 
 
-def test_paths_that_hold_no_tokenizer(tmp_path: Path) -> None:
+def test_paths_without_tokenizer_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "no tokenizer found; looked for tekken.json, tokenizer.model, tokenizer.mo")
     with pytest.raises(TokenizerError, match=r"no such folder: .*/absent"):
         MistralTokenizer.from_pretrained(tmp_path / "absent")
@@ -85,7 +87,7 @@ def test_paths_that_hold_no_tokenizer(tmp_path: Path) -> None:
         (tmp_path / name).unlink()
 
 
-def test_names_that_are_no_path_are_resolved(monkeypatch: Any) -> None:
+def test_hub_ids_are_resolved(monkeypatch: Any) -> None:
     from mistral_kernels import checkpoint
 
     resolved = {"owner/model": DATA / SENTENCEPIECE["v3"]}
@@ -101,8 +103,8 @@ BESIDE = [
 
 
 @pytest.mark.parametrize("name", [*MAIN, *BESIDE])
-def test_nothing_but_regular_files(tmp_path: Path, name: str) -> None:
-    """Refuse a FIFO, which blocks, a device, which may never end, and a file beyond memory."""
+def test_only_regular_files_of_limited_size_are_read(tmp_path: Path, name: str) -> None:
+    """Check that a FIFO, a device, a huge file, a broken link and a folder are refused."""
     if name in BESIDE:
         write(tmp_path, "v1")
     path = tmp_path / name
@@ -117,11 +119,11 @@ def test_nothing_but_regular_files(tmp_path: Path, name: str) -> None:
     os.truncate(path, 1 << 40)
     refused(tmp_path, f"{name} must have at most ")
     path.unlink()
-    path.symlink_to(tmp_path / "nowhere")  # a download that was cut short
+    path.symlink_to(tmp_path / "nowhere")  # left by an interrupted download
     with pytest.raises(TokenizerError, match=f"{path} .* link that leads nowhere"):
         MistralTokenizer.from_pretrained(tmp_path)
     path.unlink()
-    if path.suffix == ".json":  # a folder of a model's name is none
+    if path.suffix == ".json":  # a folder named tokenizer.model is ignored
         path.mkdir()
         refused(tmp_path, f"{name} must be a regular file, got a folder")
 
@@ -136,10 +138,10 @@ def test_nothing_but_regular_files(tmp_path: Path, name: str) -> None:
         ({"bos_token": 1}, ": bos_token must be a string or null or an object, got 1"),
         ({"eos_token": ["</s>"]}, ": eos_token must be a string or null or an object, got ["),
         ({"pad_token": {"content": 1}}, ": pad_token.content must be a string, got 1"),
-        ({"cls_token": {}}, ": an added token must have a content, got None"),
+        ({"cls_token": {}}, ": content of an added token must not be empty, got None"),
         ({"sep_token": {"content": "s", "lstrip": 1}}, ": sep_token.lstrip must be true or false"),
-        ({"eos_token": "\ud800"}, ": an added token must be text, got '\\ud800'"),
-        ({"image_token": "\ud800"}, ": an added token must be text, got '\\ud800'"),
+        ({"eos_token": "\ud800"}, ": content of an added token must be valid Unicode, got"),
+        ({"image_token": "\ud800"}, ": content of an added token must be valid Unicode, got"),
         ({"add_bos_token": 1}, ": add_bos_token must be true or false or null, got 1"),
         ({"add_eos_token": "true"}, ": add_eos_token must be true or false or null, got 'true'"),
         ({"legacy": "no"}, ": legacy must be true or false or null, got 'no'"),
@@ -149,7 +151,7 @@ def test_nothing_but_regular_files(tmp_path: Path, name: str) -> None:
         ({"extra_special_tokens": 7}, ": extra_special_tokens must be a list or null or an object"),
         ({"chat_template": 7}, ": chat_template must be a string or null or a list or an object"),
         ({"chat_template": ["x"]}, ": chat_template[0] must be an object, got 'x'"),
-        ({"chat_template": [{"name": "x"}]}, ": each of chat_template must have a name and a"),
+        ({"chat_template": [{"name": "x"}]}, ": each entry of chat_template must have a"),
         ({"chat_template": [{"name": 1, "template": ""}]}, ": chat_template[0].name must be a st"),
         (
             {"chat_template": {"default": None}},
@@ -157,7 +159,7 @@ def test_nothing_but_regular_files(tmp_path: Path, name: str) -> None:
         ),
     ],
 )
-def test_values_of_the_wrong_type(
+def test_config_values_of_wrong_type_are_refused(
     tmp_path: Path, vocabulary: str | None, config: Any, message: str
 ) -> None:
     if vocabulary is None:
@@ -175,14 +177,14 @@ def test_values_of_the_wrong_type(
         ([{"content": None}], "added_tokens[0].content must be a string, got None"),
     ],
 )
-def test_added_tokens_of_the_wrong_type(tmp_path: Path, added: Any, message: str) -> None:
+def test_added_tokens_of_wrong_type_are_refused(tmp_path: Path, added: Any, message: str) -> None:
     write(tmp_path, tokenizer={"added_tokens": added})
     refused(tmp_path, f"tokenizer.json: {message}")
     write(tmp_path, "v1")
     refused(tmp_path, f"tokenizer.json: {message}")
 
 
-def test_a_text_that_is_no_utf_8(tmp_path: Path) -> None:
+def test_files_that_are_not_utf_8_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "v1")
     for name in BESIDE[:4]:
         (tmp_path / name).write_bytes(b"\xff\xfe{}")

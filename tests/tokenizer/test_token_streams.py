@@ -1,4 +1,4 @@
-"""Text from tokens one by one: the pieces join to what `decode` returns."""
+"""Test token streams: the texts of single tokens, joined, equal the text of `decode`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from mistral_kernels.tokenizer import MistralTokenizer, TokenizerError
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("name", ALL)
 def test_stream_joins_to_decode(open_tokenizer: Any, name: str, skip: bool) -> None:
-    """Stream any ids at all: whole texts, random tokens, and bytes that are no text."""
+    """Check the ids of whole texts, random tokens, and bytes that are not valid UTF-8."""
     tokenizer = open_tokenizer(name)
-    # Many single bytes: half characters, overlong forms, surrogates, stray continuation bytes.
+    # Many single bytes: partial characters, overlong forms, surrogates, stray continuation bytes.
     few = [*range(3), *tokenizer.encode("a é 漢👍 ▁", bos=False)]
     first_byte = (
         next(i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]) == "\x00")
@@ -47,11 +47,11 @@ def test_stream_joins_to_decode(open_tokenizer: Any, name: str, skip: bool) -> N
     def check(ids: list[int], split: int) -> None:
         text = tokenizer.decode(ids, skip_special_tokens=skip)
         assert streamed(tokenizer, ids, skip) == text
-        # As a continuation of a prompt: what decode() adds to the prompt's own text.
+        # With a prompt, the stream returns the rest of the text after that of the prompt.
         prompt, rest = ids[:split], ids[split:]
         stream = tokenizer.stream(prompt, skip_special_tokens=skip)
-        told = tokenizer.stream(skip_special_tokens=skip)
-        start = len("".join(map(told.push, prompt)))
+        fresh = tokenizer.stream(skip_special_tokens=skip)
+        start = len("".join(map(fresh.push, prompt)))
         assert "".join([*map(stream.push, rest), stream.flush()]) == text[start:]
 
     for text in TEXTS:
@@ -60,17 +60,17 @@ def test_stream_joins_to_decode(open_tokenizer: Any, name: str, skip: bool) -> N
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_stream_gives_whole_characters_as_they_complete(open_tokenizer: Any, name: str) -> None:
+def test_stream_returns_characters_when_complete(open_tokenizer: Any, name: str) -> None:
     tokenizer = open_tokenizer(name)
     text = "a 👩‍👧 漢 ש"
     stream, seen = tokenizer.stream(), ""
     for token_id in tokenizer.encode(text):
         seen += stream.push(token_id)
         assert text.startswith(seen)
-    if name != "byte_fallback":  # which must await the end of a run of bytes
+    if name != "byte_fallback":  # byte_fallback decodes consecutive byte tokens together
         assert seen == text
     assert seen + stream.flush() == text
-    # An incomplete character comes out at the end alone.
+    # Only flush() returns an incomplete character.
     ids = tokenizer.encode("x \U0001fae8")[:-1]
     stream = tokenizer.stream()
     assert "\ufffd" not in "".join(map(stream.push, ids))
@@ -87,7 +87,7 @@ def test_stream_keeps_the_space_before_the_first_new_word(open_tokenizer: Any, n
 
 
 def test_stream_work_is_constant_per_token(open_tokenizer: Any, monkeypatch: Any) -> None:
-    """A long run of bytes, even an undecodable one, is not decoded over and over."""
+    """Check that a long sequence of bytes, even an invalid one, is not decoded repeatedly."""
     tokenizer = open_tokenizer("byte_fallback")
     byte = tokenizer.encode("\U0001fae8", bos=False)[-1]
     word = tokenizer.encode("fox", bos=False)
@@ -110,7 +110,7 @@ def test_stream_work_is_constant_per_token(open_tokenizer: Any, monkeypatch: Any
 def test_stream_of_a_model_that_removes_extra_spaces(
     tmp_path: Path, extra_whitespace: bool
 ) -> None:
-    """sentencepiece's default normalisation drops *all* leading spaces, not the dummy one alone."""
+    """By default sentencepiece removes *all* leading spaces, not only the one that it adds."""
     import sentencepiece
 
     corpus = tmp_path / "corpus.txt"
@@ -146,6 +146,7 @@ def test_stream_of_a_model_that_removes_extra_spaces(
 
 
 def random_decoder(depth: int = 0) -> Any:
+    """Return a random decoder of the tokenizers library, a nested sequence of them, or None."""
     from tokenizers import Regex, decoders
 
     kinds: list[Callable[[], Any]] = [
@@ -167,8 +168,8 @@ def random_decoder(depth: int = 0) -> Any:
     return choice(kinds)()
 
 
-def test_any_decoder_at_all(tmp_path: Path) -> None:
-    """Sequences of stages, of byte tokens, of parts of characters, of unknown and special ids."""
+def test_streams_of_random_decoders_join_to_decode(tmp_path: Path) -> None:
+    """Check byte tokens, partial characters, unknown ids and special ids."""
     from tokenizers import Tokenizer, models
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -202,7 +203,9 @@ def test_any_decoder_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("byte_level", [True, False])
-def test_decoders_in_a_sequence_stream_as_they_do_alone(tmp_path: Path, byte_level: bool) -> None:
+def test_nested_sequences_of_decoders_stream_like_single_decoders(
+    tmp_path: Path, byte_level: bool
+) -> None:
     train_json(tmp_path / "tokenizer.json", byte_level)
     tokenizer = MistralTokenizer.from_pretrained(tmp_path)
     text = "the fox 漢 jumps over the lazy dog 👩‍👧"
@@ -218,7 +221,7 @@ def test_decoders_in_a_sequence_stream_as_they_do_alone(tmp_path: Path, byte_lev
     assert "the fox 漢 jumps" in "".join(expected)
 
 
-def test_a_decoder_that_needs_the_whole_text_streams_at_the_end(tmp_path: Path) -> None:
+def test_decoder_that_needs_the_whole_text_returns_it_in_flush(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, decoders, models
 
     theirs = Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a"))

@@ -1,4 +1,4 @@
-"""The call, token ids of every type, and settings."""
+"""Test calls of a tokenizer, token ids of every type, and options."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ KINDS = [SENTENCEPIECE["v1"], TEKKEN, *JSON]
 
 
 def raises(message: str) -> Any:
+    """Expect a TokenizerError whose whole message matches `message`."""
     return pytest.raises(TokenizerError, match=f"^{message}$")
 
 
-def test_call_gives_what_transformers_users_expect(open_tokenizer: Any) -> None:
+def test_call_returns_ids_and_mask_as_in_transformers(open_tokenizer: Any) -> None:
     tokenizer = open_tokenizer(SENTENCEPIECE["v3"])
     one, two = tokenizer.encode("one"), tokenizer.encode("and two more")
     assert tokenizer("one") == {"input_ids": one, "attention_mask": [1] * len(one)}
@@ -33,11 +34,11 @@ def test_call_gives_what_transformers_users_expect(open_tokenizer: Any) -> None:
     assert out.to("meta").input_ids.device.type == "meta"
     with pytest.raises(AttributeError, match="token_type_ids"):
         out.token_type_ids  # noqa: B018
-    with raises("2 texts of .* tokens do not make one tensor: pass padding=True, or no .*"):
+    with raises('return_tensors="pt" requires texts of equal length, got 2 texts of .* tokens: .*'):
         tokenizer(["one", "and two more"], return_tensors="pt")
 
 
-def test_padding(open_tokenizer: Any) -> None:
+def test_padding_to_the_longest_text(open_tokenizer: Any) -> None:
     tokenizer = open_tokenizer(SENTENCEPIECE["v3"])
     texts = ["one", "and two more"]
     one, two = map(tokenizer.encode, texts)
@@ -57,13 +58,13 @@ def test_padding(open_tokenizer: Any) -> None:
         assert str(caught.value) == f"{offered}{bad!r}"
 
 
-def test_pad_token_is_the_files_own_or_eos(open_tokenizer: Any) -> None:
+def test_pad_token_is_from_the_files_or_eos(open_tokenizer: Any) -> None:
     assert open_tokenizer(SENTENCEPIECE["v1"]).pad_token_id == 2
     tekken = open_tokenizer(TEKKEN)
     assert tekken.decode([tekken.pad_token_id]) == "<pad>"
 
 
-def test_the_padding_token_can_be_set_and_nothing_else() -> None:
+def test_only_pad_token_id_can_be_set() -> None:
     tokenizer = MistralTokenizer.from_pretrained("tiny")
     tokenizer.pad_token_id = 0
     texts = ["It", "It is a truth"]
@@ -73,12 +74,13 @@ def test_the_padding_token_can_be_set_and_nothing_else() -> None:
     for name in ("pad_token", "padding_side", "chat_template", "eos_token_id", "add_bos_token"):
         with pytest.raises(AttributeError) as caught:
             setattr(tokenizer, name, tokenizer.pad_token_id)
-        assert str(caught.value) == f"{name} of a tokenizer cannot be set; pad_token_id can"
+        expected = f"{name} of a tokenizer cannot be set; only pad_token_id can be set"
+        assert str(caught.value) == expected
     assert tokenizer.eos_token_id == 2
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_bad_texts_and_settings(open_tokenizer: Any, name: str) -> None:
+def test_bad_texts_and_options_are_refused(open_tokenizer: Any, name: str) -> None:
     tokenizer = open_tokenizer(name)
     for text in (3, None, [3], ["a", None], b"a", [["a"]], {"a": 1}):
         kind = type(text[-1] if isinstance(text, list) else text).__name__
@@ -98,7 +100,7 @@ def test_bad_texts_and_settings(open_tokenizer: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_token_ids_of_every_integer_type(open_tokenizer: Any, name: str) -> None:
+def test_token_ids_of_every_integer_type_are_accepted(open_tokenizer: Any, name: str) -> None:
     tokenizer = open_tokenizer(name)
     ids = [1, 100, 120, 3, 90]
     text = tokenizer.decode(ids)
@@ -114,13 +116,13 @@ def test_token_ids_of_every_integer_type(open_tokenizer: Any, name: str) -> None
         assert tokenizer.decode(form) == one
         stream = tokenizer.stream(skip_special_tokens=False)
         assert stream.push(form) + stream.flush() == one
-        behind = [tokenizer.stream(prompt) for prompt in (form, [100])]
-        assert len({stream.push(120) + stream.flush() for stream in behind}) == 1
+        streams = [tokenizer.stream(prompt) for prompt in (form, [100])]
+        assert len({stream.push(120) + stream.flush() for stream in streams}) == 1
     assert tokenizer.decode([]) == tokenizer.decode(torch.tensor([])) == ""
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_token_ids_that_are_none(open_tokenizer: Any, name: str) -> None:
+def test_bad_token_ids_are_refused(open_tokenizer: Any, name: str) -> None:
     tokenizer = open_tokenizer(name)
     wrong: list[tuple[Any, str]] = [
         (1.0, "integers, got float"),
@@ -152,7 +154,7 @@ def test_token_ids_that_are_none(open_tokenizer: Any, name: str) -> None:
             tokenizer.stream(ids)
         with raises(f"token ids must be {message}"):
             tokenizer.stream().push(ids)
-    with raises("push takes one token id, got 2"):
+    with raises("token_id must be one token id, got 2"):
         tokenizer.stream().push([1, 2])
     for batch in ("ab", 3, None, torch.tensor(3), {"a": 1}):
         with raises(f"sequences must be lists of token ids, got {type(batch).__name__}"):
@@ -161,14 +163,14 @@ def test_token_ids_that_are_none(open_tokenizer: Any, name: str) -> None:
 
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("name", KINDS)
-def test_an_id_without_a_token_is_nothing(open_tokenizer: Any, name: str, skip: bool) -> None:
-    """A model's vocabulary is often padded: its ids beyond the tokenizer's have no text."""
+def test_ids_without_token_have_no_text(open_tokenizer: Any, name: str, skip: bool) -> None:
+    """The vocabulary of a model is often padded beyond that of the tokenizer."""
     tokenizer = open_tokenizer(name)
     beyond = [len(tokenizer), len(tokenizer) + 7, 2**31, 2**32, 2**70]
     ids = tokenizer.encode("x \U0001fae8 y", eos=True)
     text = tokenizer.decode(ids, skip_special_tokens=skip)
     for unknown in beyond:
-        for at in range(len(ids) + 1):  # in the middle of a character, too
+        for at in range(len(ids) + 1):  # also in the middle of a character
             padded = [*ids[:at], unknown, *ids[at:]]
             assert tokenizer.decode(padded, skip_special_tokens=skip) == text
             stream = tokenizer.stream(skip_special_tokens=skip)

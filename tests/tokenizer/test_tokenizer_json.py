@@ -1,4 +1,4 @@
-"""tokenizer.json against transformers, over vocabularies and stages of every kind."""
+"""Compare tokenizer.json with transformers, for vocabularies and stages of every kind."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def open_both(folder: Path) -> tuple[Any, MistralTokenizer]:
 
 
 def check_equal(theirs: Any, ours: MistralTokenizer, texts: list[str], num_ids: int = 30) -> None:
-    """Check for the same ids for texts, and the same text for random ids."""
+    """Check that both return the same ids for texts, and the same text for random ids."""
     assert len(ours) == len(theirs)
     assert ours.all_special_ids >= {i for i in theirs.all_special_ids if i is not None}
     for text in texts:
@@ -47,7 +47,7 @@ def check_equal(theirs: Any, ours: MistralTokenizer, texts: list[str], num_ids: 
             assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip), ids
 
 
-def test_a_fine_tune_equals_transformers(json_folder: Path) -> None:
+def test_fine_tuned_tokenizer_equals_transformers(json_folder: Path) -> None:
     theirs, ours = open_both(json_folder)
     assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
     check_equal(theirs, ours, TEXTS)
@@ -63,7 +63,7 @@ def test_a_fine_tune_equals_transformers(json_folder: Path) -> None:
 
 
 def make_model(kind: str) -> Any:
-    """Return a trained tokenizer of one kind of model, with nothing around it."""
+    """Return a trained tokenizer of one kind of model, without a post-processor."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     given: dict[str, Any] = {"special_tokens": SPECIAL, "show_progress": False, "vocab_size": 200}
@@ -95,7 +95,7 @@ def make_model(kind: str) -> Any:
 
 
 def post_processors() -> dict[str, tuple[Any, list[int], list[int]]]:
-    """Return post-processors by name, and what they put before and behind a text."""
+    """Return post-processors by name, with the ids that they put before and after a text."""
     from tokenizers import processors
 
     def template(single: str) -> Any:
@@ -119,12 +119,12 @@ def post_processors() -> dict[str, tuple[Any, list[int], list[int]]]:
 @pytest.mark.parametrize("flags", [{}, {"add_bos_token": True, "add_eos_token": True}])
 @pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece", "wordlevel"])
 @pytest.mark.parametrize("name", post_processors())
-def test_the_post_processor_decides_what_is_put_around_a_text(
+def test_post_processor_determines_bos_and_eos(
     tmp_path: Path, name: str, kind: str, flags: dict[str, bool]
 ) -> None:
-    """Ignore the flags of tokenizer_config.json, and whether there is a BOS token."""
+    """Check that the flags of tokenizer_config.json and the named tokens have no effect."""
     saved = make_model(kind)
-    processor, before, behind = post_processors()[name]
+    processor, prefix, suffix = post_processors()[name]
     if processor is not None:
         saved.post_processor = processor
     saved.save(str(tmp_path / "tokenizer.json"))
@@ -133,18 +133,19 @@ def test_the_post_processor_decides_what_is_put_around_a_text(
     ours = MistralTokenizer.from_pretrained(tmp_path)
     bare = ours.encode("the fox", bos=False, eos=False)
     assert bare
-    assert ours.encode("the fox") == before + bare + behind
-    assert ours.encode("the fox", bos=True) == [1, *bare, *behind]
-    assert ours.encode("the fox", eos=True) == [*before, *bare, 2]
-    assert ours.encode("the fox", bos=False) == bare + behind
-    assert ours.encode("") == before + behind
-    if transformers.__version__ >= "5":  # earlier ones have rules for each class
+    assert ours.encode("the fox") == prefix + bare + suffix
+    assert ours.encode("the fox", bos=True) == [1, *bare, *suffix]
+    assert ours.encode("the fox", eos=True) == [*prefix, *bare, 2]
+    assert ours.encode("the fox", bos=False) == bare + suffix
+    assert ours.encode("") == prefix + suffix
+    if transformers.__version__ >= "5":  # earlier versions have rules for each class
         words = [*"ab é漢👍\n\t\u2581", "the", "fox", "<s>", "</s>", " ", "  ", "\u0301", "\x00"]
         texts = ["".join(random.choices(words, k=random.randrange(9))) for _ in range(20)]
         check_equal(transformers.AutoTokenizer.from_pretrained(tmp_path), ours, [*TEXTS, *texts])
 
 
 def template(*pieces: Any) -> dict[str, Any]:
+    """Return the JSON of a TemplateProcessing of texts ("A", "B") and special tokens."""
     kinds = [
         {"Sequence": {"id": x, "type_id": 0}} if x in "AB" else {"SpecialToken": {"id": x}}
         for x in pieces
@@ -156,15 +157,18 @@ def template(*pieces: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("pieces", [("A", "<s>", "A"), ("B",), ("</s>", "A")])
-def test_post_processors_that_do_not_put_tokens_around(tmp_path: Path, pieces: Any) -> None:
-    """Refuse a token inside, another text or a missing token; some panic in the library."""
+def test_other_post_processors_are_refused(tmp_path: Path, pieces: Any) -> None:
+    """Check a token between two texts, a second text and a missing token.
+
+    The library panics for some of these.
+    """
     saved = json.loads(make_model("bpe").to_str())
     write(tmp_path, tokenizer=saved | {"post_processor": template(*pieces)})
     refused(tmp_path, "tokenizer.json: not a tokenizer.json: ")
 
 
-def test_tokens_that_the_files_beside_it_add(tmp_path: Path) -> None:
-    """Named tokens that the vocabulary lacks come last, as in transformers."""
+def test_tokens_of_accompanying_files_are_added(tmp_path: Path) -> None:
+    """Check that named tokens that are not in the vocabulary come last, as in transformers."""
     make_model("bpe").save(str(tmp_path / "tokenizer.json"))
     size = len(MistralTokenizer.from_pretrained(tmp_path))
     named = {"eos_token": "<|im_end|>", "pad_token": {"content": "[PAD]", "__type": "AddedToken"}}
@@ -180,11 +184,11 @@ def test_tokens_that_the_files_beside_it_add(tmp_path: Path) -> None:
     assert ours.decode([size, size + 1, size + 2], skip_special_tokens=True) == "<|im_start|>"
 
     write(tmp_path, added_tokens={"<|im_start|>": size + 1})
-    message = f"the id {size + 1} of the file that adds it, got {size}"
+    message = f"the id {size + 1}, as in the file that adds it, got {size}"
     refused(tmp_path, f"tokenizer.json: the added token '<|im_start|>' must have {message}")
 
 
-def test_a_vocabulary_with_holes_and_with_an_id_twice(tmp_path: Path) -> None:
+def test_vocabulary_with_missing_and_duplicate_ids(tmp_path: Path) -> None:
     saved = json.loads(make_model("wordlevel").to_str())
     saved["added_tokens"] = []
     saved["model"]["vocab"] = {"<unk>": 0, "fox": 7, "dog": 7, "the": 2**31}
@@ -198,7 +202,7 @@ def test_a_vocabulary_with_holes_and_with_an_id_twice(tmp_path: Path) -> None:
     assert [*map(stream.push, [3, 2**31, 5]), stream.flush()] == ["", "the", "", ""]
 
 
-def test_truncation_and_padding_of_its_training_are_off(json_folder: Path) -> None:
+def test_truncation_and_padding_in_the_file_are_ignored(json_folder: Path) -> None:
     expected = MistralTokenizer.from_pretrained(json_folder).encode("x" * 40)
     saved = tokenizers.Tokenizer.from_file(str(json_folder / "tokenizer.json"))
     saved.enable_truncation(4)
@@ -207,7 +211,7 @@ def test_truncation_and_padding_of_its_training_are_off(json_folder: Path) -> No
     assert MistralTokenizer.from_pretrained(json_folder).encode("x" * 40) == expected
 
 
-def test_byte_order_mark_and_line_ends(json_folder: Path) -> None:
+def test_byte_order_mark_and_crlf_are_ignored(json_folder: Path) -> None:
     expected = MistralTokenizer.from_pretrained(json_folder)
     for path in json_folder.iterdir():
         text = json.dumps(json.loads(path.read_text()), indent=1)
@@ -226,15 +230,19 @@ def test_byte_order_mark_and_line_ends(json_folder: Path) -> None:
         [["a", "\u2581a"], ["a", "##a"]],
     ],
 )
-def test_merges_whose_prefix_tokenizers_would_cut_through(tmp_path: Path, merges: Any) -> None:
-    """Such a file ends the process from inside the library: it must not get there."""
+def test_merges_with_bad_prefix_are_refused(tmp_path: Path, merges: Any) -> None:
+    """The tokenizers library would abort the process for such a file."""
     saved = json.loads(make_model("bpe").to_str())
+    message = (
+        "tokenizer.json: not a tokenizer.json: the second part of a merge must begin with an ASCII "
+        "prefix, got prefix"
+    )
     saved["model"] |= {"continuing_subword_prefix": "##", "merges": merges}
     write(tmp_path, tokenizer=saved)
-    refused(tmp_path, "tokenizer.json: not a tokenizer.json: a merge must end in '##' and more")
+    refused(tmp_path, f"{message} '##' and merge ")
     saved["model"] |= {"continuing_subword_prefix": "\u2581", "merges": [["a", "\u2581a"]]}
     write(tmp_path, tokenizer=saved)
-    refused(tmp_path, "tokenizer.json: not a tokenizer.json: a merge must end in '\u2581' and more")
+    refused(tmp_path, f"{message} '\u2581' and merge ")
 
 
 def replace(pattern: str, content: str, kind: str = "String") -> dict[str, Any]:
@@ -263,22 +271,22 @@ PRECOMPILED = {
     ],
 )
 @pytest.mark.parametrize(("part", "name"), [("normalizer", "normalizers"), ("decoder", "decoders")])
-def test_stages_that_multiply_a_text(
+def test_stages_that_lengthen_a_text_too_much_are_refused(
     tmp_path: Path, part: str, name: str, growth: float, stages: list[Any]
 ) -> None:
-    """Refuse at opening a stage that makes gigabytes of one letter."""
+    """Check that opening fails: such stages could make gigabytes of one character."""
     stages = [{name if k == "inner" else k: v for k, v in stage.items()} for stage in stages]
     saved = json.loads(make_model("bpe").to_str()) | {part: {"type": "Sequence", name: stages}}
     write(tmp_path, tokenizer=saved)
     refused(
         tmp_path,
-        f"tokenizer.json: {part} must make a text at most 10000 times as long, its stages can make "
-        f"it {growth:.3g} times as long",
+        f"tokenizer.json: {part} must lengthen a text at most 10000 times, got stages that can "
+        f"lengthen it {growth:.3g} times",
     )
 
 
-def test_stages_that_models_have(tmp_path: Path) -> None:
-    """Accept many stages that hardly make a text longer."""
+def test_many_usual_stages_are_accepted(tmp_path: Path) -> None:
+    """Check more than 100 stages, of which few lengthen a text."""
     stages = [{"type": "Prepend", "prepend": "\u2581"}, replace(" ", "\u2581")]
     stages += [replace("``", '"'), replace(" {2,}", "\u2581", "Regex")] * 100
     stages += [replace("[^a-z ]+", "", "Regex")] * 20 + [replace("a", "b" * 1000)]
@@ -287,7 +295,7 @@ def test_stages_that_models_have(tmp_path: Path) -> None:
     assert len(MistralTokenizer.from_pretrained(tmp_path).encode("a fox")) > 900
 
 
-def test_a_text_of_one_character(json_folder: Path) -> None:
+def test_text_of_one_repeated_character_is_read_back(json_folder: Path) -> None:
     tokenizer = MistralTokenizer.from_pretrained(json_folder)
     for character in "a \n漢\x00":
         text = character * 5000
@@ -297,7 +305,7 @@ def test_a_text_of_one_character(json_folder: Path) -> None:
         assert "".join(map(stream.push, ids)) + stream.flush() == text
 
 
-def test_a_failure_in_the_library_is_one_line(tmp_path: Path) -> None:
+def test_library_errors_are_one_line(tmp_path: Path) -> None:
     saved = json.loads(make_model("bpe").to_str())
     stages = [{"type": "Fuse"}, {"type": "Strip", "content": "f", "start": 0, "stop": 1}]
     write(tmp_path, tokenizer=saved | {"decoder": {"type": "Sequence", "decoders": stages}})

@@ -1,4 +1,4 @@
-"""The vendor's vocabularies and chat templates against mistral-common, which ships them."""
+"""Compare Mistral's vocabularies and chat templates with mistral-common, which contains them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from support.tokenizer_cases import (
-    AGAIN,
     ALL,
     ANSWER,
     DATA,
+    FOLLOW_UP,
     SENTENCEPIECE,
     SYSTEM,
     TEKKEN,
@@ -33,7 +33,7 @@ from mistral_kernels.tokenizer import MistralTokenizer, TokenizerError
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_text_comes_back(open_tokenizer: Any, name: str) -> None:
+def test_encoded_text_is_decoded_exactly(open_tokenizer: Any, name: str) -> None:
     tokenizer = open_tokenizer(name)
 
     def check(text: str) -> None:
@@ -41,7 +41,7 @@ def test_every_text_comes_back(open_tokenizer: Any, name: str) -> None:
         assert ids[0] == tokenizer.bos_token_id
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
-    # tokenizer.json reads the names of special tokens in a text as those tokens.
+    # With tokenizer.json, the names of special tokens in a text are encoded as those tokens.
     names = [] if name in VENDOR else ["<s>", "</s>", "<unk>"]
     plain = any_text.filter(lambda text: not any(n in text for n in names))
     for text in TEXTS:
@@ -51,7 +51,7 @@ def test_every_text_comes_back(open_tokenizer: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VENDOR)
-def test_ids_are_the_vendors(open_tokenizer: Any, name: str) -> None:
+def test_ids_equal_mistral_common(open_tokenizer: Any, name: str) -> None:
     vendor = open_vendor(name).instruct_tokenizer.tokenizer
     tokenizer = open_tokenizer(name)
     assert tokenizer.vocab_size == len(tokenizer) == vendor.n_words
@@ -64,7 +64,9 @@ def test_ids_are_the_vendors(open_tokenizer: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VENDOR)
-def test_special_tokens_show_by_name_unless_skipped(open_tokenizer: Any, name: str) -> None:
+def test_special_tokens_are_decoded_to_their_names_unless_skipped(
+    open_tokenizer: Any, name: str
+) -> None:
     tokenizer = open_tokenizer(name)
     ids = tokenizer.encode("Hi there", eos=True) + tokenizer.encode(" You", bos=False)
     space = "" if "tekken" in name else " "  # sentencepiece puts a space before each text
@@ -76,20 +78,20 @@ def test_special_tokens_show_by_name_unless_skipped(open_tokenizer: Any, name: s
 
 
 @pytest.mark.parametrize("name", SENTENCEPIECE.values())
-def test_decode_is_sentencepieces(open_tokenizer: Any, name: str) -> None:
+def test_decode_equals_sentencepiece(open_tokenizer: Any, name: str) -> None:
     import sentencepiece
 
     tokenizer = open_tokenizer(name)
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(DATA / name))
     for _ in range(200):
-        # Bytes, which alone are seldom text, spaces, and tokens of all kinds.
+        # Mostly bytes, which are rarely valid UTF-8, and spaces; also tokens of all kinds.
         pool = [*range(tokenizer.vocab_size), *[3, 4, 100, 200, 240, 800, 900] * 9999]
         ids = random.choices(pool, k=random.randrange(20))
         assert tokenizer.decode(ids, skip_special_tokens=True) == theirs.decode(ids), ids
 
 
 @pytest.mark.parametrize(
-    ("flags", "before", "behind"),
+    ("flags", "prefix", "suffix"),
     [
         ({}, [1], []),
         ({"add_bos_token": True, "add_eos_token": False}, [1], []),
@@ -100,25 +102,27 @@ def test_decode_is_sentencepieces(open_tokenizer: Any, name: str) -> None:
         ({"add_eos_token": True, "eos_token": None}, [1], []),
     ],
 )
-def test_flags_decide_what_is_put_around_a_text(
-    tmp_path: Path, flags: dict[str, Any], before: list[int], behind: list[int]
+def test_flags_determine_bos_and_eos(
+    tmp_path: Path, flags: dict[str, Any], prefix: list[int], suffix: list[int]
 ) -> None:
     tokenizer = MistralTokenizer.from_pretrained(write(tmp_path, "v1", tokenizer_config=flags))
     text = [22557, 1526]
-    assert tokenizer.encode("Hello world") == before + text + behind
-    assert tokenizer("Hello world").input_ids == before + text + behind
+    assert tokenizer.encode("Hello world") == prefix + text + suffix
+    assert tokenizer("Hello world").input_ids == prefix + text + suffix
     assert tokenizer("Hello world", add_special_tokens=False).input_ids == text
-    assert tokenizer.encode("Hello world", bos=True) == [1, *text, *behind]
-    assert tokenizer.encode("Hello world", bos=False) == text + behind
-    assert tokenizer.encode("Hello world", eos=False) == before + text
+    assert tokenizer.encode("Hello world", bos=True) == [1, *text, *suffix]
+    assert tokenizer.encode("Hello world", bos=False) == text + suffix
+    assert tokenizer.encode("Hello world", eos=False) == prefix + text
     if tokenizer.eos_token_id is None:
-        with pytest.raises(TokenizerError, match=r"eos=True: .*/tokenizer.model has no EOS token$"):
+        with pytest.raises(
+            TokenizerError, match=r"eos must be None or False, got .* has no EOS token$"
+        ):
             tokenizer.encode("Hello world", eos=True)
     else:
-        assert tokenizer.encode("Hello world", eos=True) == [*before, *text, 2]
+        assert tokenizer.encode("Hello world", eos=True) == [*prefix, *text, 2]
 
 
-def test_named_tokens_of_the_configuration(tmp_path: Path) -> None:
+def test_tokens_are_named_by_the_configuration(tmp_path: Path) -> None:
     config = {"bos_token": "</s>", "eos_token": {"content": "<s>"}, "pad_token": "<unk>"}
     tokenizer = MistralTokenizer.from_pretrained(write(tmp_path, "v1", tokenizer_config=config))
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
@@ -129,9 +133,9 @@ def test_named_tokens_of_the_configuration(tmp_path: Path) -> None:
 CHATS = [
     [USER],
     [SYSTEM, USER],
-    [USER, ANSWER, AGAIN],
-    [SYSTEM, USER, ANSWER, AGAIN, ANSWER, USER],
-    [USER, AGAIN],
+    [USER, ANSWER, FOLLOW_UP],
+    [SYSTEM, USER, ANSWER, FOLLOW_UP, ANSWER, USER],
+    [USER, FOLLOW_UP],
 ]
 
 
@@ -151,7 +155,7 @@ def vendor_chat(name: str, messages: list[Any]) -> list[int]:
 
 @pytest.mark.parametrize("messages", CHATS, ids=len)
 @pytest.mark.parametrize("name", VENDOR)
-def test_chat_is_the_vendors(open_tokenizer: Any, name: str, messages: list[Any]) -> None:
+def test_chat_equals_mistral_common(open_tokenizer: Any, name: str, messages: list[Any]) -> None:
     tokenizer, expected = open_tokenizer(name), vendor_chat(name, messages)
     version = open_vendor(name).version.value
     assert tokenizer.has_chat_template
@@ -167,12 +171,12 @@ def test_chat_is_the_vendors(open_tokenizer: Any, name: str, messages: list[Any]
 
 
 @pytest.mark.parametrize("name", [SENTENCEPIECE["v3"], SENTENCEPIECE["v7"], TEKKEN])
-def test_chat_with_the_answer_begun(open_tokenizer: Any, name: str) -> None:
+def test_chat_with_a_partial_answer(open_tokenizer: Any, name: str) -> None:
     messages = [USER, {**ANSWER, "prefix": True}]
     assert open_tokenizer(name).apply_chat_template(messages) == vendor_chat(name, messages)
 
 
-def test_chat_that_the_assistant_ends(open_tokenizer: Any) -> None:
+def test_chat_that_ends_with_an_answer(open_tokenizer: Any) -> None:
     tokenizer = open_tokenizer(SENTENCEPIECE["v3"])
     ids = tokenizer.apply_chat_template([USER, ANSWER], add_generation_prompt=False)
     head = tokenizer.apply_chat_template([USER])
@@ -184,7 +188,7 @@ def test_chat_that_the_assistant_ends(open_tokenizer: Any) -> None:
 def test_chat_version_of_a_plain_tokenizer_model(
     open_tokenizer: Any, tmp_path: Path, version: str
 ) -> None:
-    """`tokenizer.model` does not name its version: the vocabulary does."""
+    """The name `tokenizer.model` contains no version; it is found from the vocabulary."""
     shutil.copy(DATA / SENTENCEPIECE[version], tmp_path / "tokenizer.model")
     plain = MistralTokenizer.from_pretrained(tmp_path)
     assert plain.chat_version == version
@@ -210,7 +214,9 @@ def test_chat_version_of_a_plain_tokenizer_model(
     ],
 )
 @pytest.mark.parametrize("version", ["v1", "v7"])
-def test_bad_conversations(open_tokenizer: Any, version: str, messages: Any, error: str) -> None:
+def test_bad_conversations_are_refused(
+    open_tokenizer: Any, version: str, messages: Any, error: str
+) -> None:
     with pytest.raises(TokenizerError, match=error) as caught:
         open_tokenizer(SENTENCEPIECE[version]).apply_chat_template(messages)
     assert "\n" not in str(caught.value)
@@ -224,18 +230,18 @@ def test_bad_conversations(open_tokenizer: Any, version: str, messages: Any, err
         ("tokenizer.json", "tokenizers", r'pip install "mistral_kernels\[hf\]"'),
     ],
 )
-def test_missing_extras_name_the_install_command(
+def test_missing_packages_raise_install_command(
     tmp_path: Path, monkeypatch: Any, name: str, module: str, command: str
 ) -> None:
     for loaded in [m for m in sys.modules if m.split(".")[0] == module]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
-    train = DATA / name
+    file = DATA / name
     if name == "tokenizer.json":
-        (train := tmp_path / name).write_text("{}")
+        (file := tmp_path / name).write_text("{}")
 
     def use() -> None:
-        tokenizer = MistralTokenizer.from_pretrained(train)
+        tokenizer = MistralTokenizer.from_pretrained(file)
         assert tokenizer.decode(tokenizer.encode("works without")) == "<s>works without"
         tokenizer.apply_chat_template([USER])
 
@@ -243,7 +249,7 @@ def test_missing_extras_name_the_install_command(
         use()
 
 
-def test_tools_and_what_only_a_folders_own_template_takes(open_tokenizer: Any) -> None:
+def test_vendor_templates_accept_tools_but_no_documents_or_template(open_tokenizer: Any) -> None:
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
     tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
@@ -258,8 +264,8 @@ def test_tools_and_what_only_a_folders_own_template_takes(open_tokenizer: Any) -
             tokenizer.apply_chat_template([USER], **{option: "x"})
 
 
-def test_a_message_without_content(open_tokenizer: Any) -> None:
-    """None counts as absent, as OpenAI's clients have it."""
+def test_message_without_content(open_tokenizer: Any) -> None:
+    """Check that content=None counts as absent: clients of OpenAI's API send it."""
     call = {"id": "123456789", "function": {"name": "f", "arguments": "{}"}}
     answer = {"role": "assistant", "tool_calls": [call]}
     result = {"role": "tool", "content": "2", "tool_call_id": "123456789"}
@@ -269,13 +275,13 @@ def test_a_message_without_content(open_tokenizer: Any) -> None:
     assert tokenizer.apply_chat_template(m for m in [USER, answer, result]) == ids
 
 
-def test_tekken_with_more_special_tokens_than_memory(tmp_path: Path) -> None:
+def test_tekken_with_too_many_special_tokens_is_refused(tmp_path: Path) -> None:
     config = {"default_num_special_tokens": 2**40, "default_vocab_size": 2**40, "version": "v3"}
     write(tmp_path, tekken={"config": config, "vocab": []})
     refused(tmp_path, "tekken.json: not a tekken file: more than 1048576 special tokens")
 
 
-def test_a_text_that_the_library_refuses(open_tokenizer: Any) -> None:
+def test_text_refused_by_the_library_raises_one_line(open_tokenizer: Any) -> None:
     with pytest.raises(TokenizerError, match="the text cannot be encoded: Regex error") as caught:
         open_tokenizer(TEKKEN).encode(" " * 1_000_000)
     assert "\n" not in str(caught.value)
