@@ -1,11 +1,11 @@
-"""Mistral on fast kernels: flash-attn's API without flash-attn's build, and the model on top.
+"""Triton and C++ kernels, flash-attn 2's functions on top of them, and the Mistral model.
 
-Operators take and return plain tensors and are differentiable; `MistralForCausalLM` and
-`MistralTokenizer` load checkpoints; `mistral_kernels.generate` makes text of them. Importing this
-package touches no GPU and imports neither triton nor transformers.
+Operators take and return plain tensors and are differentiable. `MistralForCausalLM` and
+`MistralTokenizer` load checkpoints, and `mistral_kernels.generate` generates text with them.
+Importing this package touches no GPU and imports neither triton nor transformers.
 """
 
-from mistral_kernels.cli import startup  # noqa: F401  # first: it prepares the process of a command
+from mistral_kernels.cli import startup  # noqa: F401  # must be imported first
 
 # isort: split
 from mistral_kernels.flash_attn import (

@@ -1,7 +1,8 @@
-"""`python -m mistral_kernels`: what is installed, what will run, and why; made to be pasted.
+"""The command `python -m mistral_kernels`: a report of the installation, for bug reports.
 
-With `--check`, every operator is run on random inputs, and its error against float64 printed beside
-that of plain PyTorch in the same dtype.
+The report lists the installed packages, the devices, and the backend that each device uses with the
+reason. With `--check`, the command also runs every operator on random inputs and prints its error
+against float64, next to the error of plain PyTorch in the same dtype.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _EXTRAS = {"chat": ("mistral_common",), "hf": ("huggingface_hub", "tokenizers", 
 
 
 def report() -> Iterator[str]:
-    """Return the lines of the report."""
+    """Yield the lines of the report."""
     yield f"mistral_kernels {mk.__version__}"
     yield f"python          {platform.python_version()} on {platform.platform()}"
     yield f"torch           {torch.__version__}, CUDA {torch.version.cuda}, HIP {torch.version.hip}"
@@ -72,14 +73,14 @@ def _installed(package: str) -> str | None:
 def _why_no_gpu() -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return "this PyTorch is a CPU build"
-    return "PyTorch is built for GPUs but sees no device or driver"
+    return "PyTorch is built for GPUs but finds no device or driver"
 
 
-# An operator's name, ours and the definition, and the shapes of its random inputs.
-Check = tuple[str, Callable[..., Any], Callable[..., Any], tuple[tuple[int, ...], ...]]
+# (name, the operator of this package, its definition in plain PyTorch, shapes of random inputs)
+OperatorCase = tuple[str, Callable[..., Any], Callable[..., Any], tuple[tuple[int, ...], ...]]
 
 
-def _checks(device: str) -> list[Check]:
+def _operator_cases(device: str) -> list[OperatorCase]:
     positions = torch.tensor([0, 1, 4095, 32767, 131071], device=device)
     tables = mk.rotary_tables(131072, 64, 10_000.0, device)
     targets = torch.randint(1000, (61,), device=device)
@@ -114,14 +115,14 @@ def _checks(device: str) -> list[Check]:
     ]
 
 
-def check(device: str) -> Iterator[str]:
-    """Yield a line for each operator and dtype: largest error of outputs and of gradients.
+def measure_errors(device: str) -> Iterator[str]:
+    """Yield one line per operator and dtype: the largest errors of its outputs and its gradients.
 
-    Errors are relative to the largest value. The yardstick, "eager", is the definition computed by
-    PyTorch in the same dtype.
+    Errors are measured against float64 and are relative to the largest value. The columns "eager"
+    hold the errors of the operator's definition, computed by PyTorch in the same dtype.
     """
     yield f"{'':22} {'dtype':9} {'output: ours':>12} {'eager':>9} {'gradients:':>11} {'eager':>9}"
-    for name, ours, definition, shapes in _checks(device):
+    for name, ours, definition, shapes in _operator_cases(device):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
             exact = _run(definition, [x.double() for x in inputs])
@@ -135,7 +136,8 @@ def check(device: str) -> Iterator[str]:
                 eager = _run(definition, inputs)
             eager_out, eager_grad = _errors(eager, exact)
             verdict = ""
-            # Eager may be exact by luck: a rounding of the result, and some of float32 sums.
+            # Eager may be exact by chance. Hence always allow one rounding of the result and some
+            # rounding of float32 sums.
             rounding = torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps
             if out > 2 * eager_out + rounding or grad > 2 * eager_grad + rounding:
                 verdict = "  <- more than twice eager's"
@@ -150,14 +152,17 @@ Results = tuple[list[Tensor], list[Tensor]]
 
 def _errors(results: Results, exact: Results) -> tuple[float, float]:
     outputs, gradients = (
-        max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want, strict=True))
-        for got, want in zip(results, exact, strict=True)
+        max(
+            ((a - b).abs().max() / b.abs().max()).item()
+            for a, b in zip(actual, expected, strict=True)
+        )
+        for actual, expected in zip(results, exact, strict=True)
     )
     return outputs, gradients
 
 
 def _run(function: Callable[..., Any], inputs: list[Tensor]) -> Results:
-    """Return the outputs, and the gradients of their sum of squares."""
+    """Return the outputs of `function`, and the gradients of their sum of squares."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     outputs = function(*inputs)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
@@ -166,7 +171,10 @@ def _run(function: Callable[..., Any], inputs: list[Tensor]) -> Results:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code; see `command.run`. 1: `--check` found an error."""
+    """Run the command and return its exit code; see `command.run`.
+
+    The code is 1 if `--check` finds an error more than twice eager PyTorch's.
+    """
     return run(_report, argv)
 
 
@@ -175,7 +183,12 @@ def _parser() -> Parser:
         prog="python -m mistral_kernels",
         description="Print what is installed, which backend runs, and why.",
     )
-    parser.add_argument("--check", action="store_true", help="measure each operator's error")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="also run every operator on random inputs and print its error against float64, next "
+        "to eager PyTorch's; exit with 1 if an error is more than twice eager's",
+    )
     return parser
 
 
@@ -187,7 +200,7 @@ def _report(argv: Sequence[str] | None) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         write_out(f"\nlargest errors against float64, on {device}:\n")
         failed = False
-        for line in check(device):
+        for line in measure_errors(device):
             write_out(f"{line}\n")
             failed |= line.endswith("eager's")
         return int(failed)

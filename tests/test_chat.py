@@ -1,4 +1,4 @@
-"""Conversations: the cache lives on between turns, and never changes what is said."""
+"""Conversations: the cache is kept between messages and does not change the answers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ mistral_common = pytest.importorskip("mistral_common", reason="extra `chat` is n
 
 DATA = Path(mistral_common.__file__).parent / "data"
 VOCABULARY = "mistral_instruct_tokenizer_240323.model.v3"
-CONTROL_TOKENS = 771  # the first of that vocabulary
-MESSAGES = ["Hello there!", "Tell me more, please.", "Why?", "And then? " * 20]
+CONTROL_TOKENS = 771  # number of control and byte tokens, the first tokens of that vocabulary
+MESSAGES = ["Hello there!", "More details, please.", "Why?", "And then? " * 20]
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +32,22 @@ def tokenizer() -> MistralTokenizer:
 
 
 def make_model(window: int | None) -> MistralForCausalLM:
-    """Return a float64 model, without ties, that never generates EOS or a hidden token."""
+    """Return a float64 model that never generates EOS or another control token."""
     model = varied_model(dataclasses.replace(SMALL, vocab_size=32768, sliding_window=window))
     with torch.no_grad():
         model.lm_head.weight[:CONTROL_TOKENS] = 0.0
     return model.double()
 
 
-def say(conversation: Conversation, message: str, **options: Any) -> tuple[str, int]:
-    """Return the answer, and the number of prompt tokens that had to be computed for it."""
+def send(conversation: Conversation, message: str, **options: Any) -> tuple[str, int]:
+    """Return the answer, and the number of prompt tokens that were computed for it."""
     prompt = conversation.prompt_for(message)
     return "".join(delta.text for delta in conversation.reply(prompt, **options)), len(prompt)
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
 @pytest.mark.parametrize("window", [None, 512, 40, 7])
-def test_turns_equal_rendering_from_scratch(
+def test_answers_equal_those_without_a_cache(
     tokenizer: MistralTokenizer, window: int | None, system: str | None
 ) -> None:
     model = make_model(window)
@@ -57,7 +57,7 @@ def test_turns_equal_rendering_from_scratch(
         history.append({"role": "user", "content": message})
         whole = tokenizer.apply_chat_template(history)
         (expected,) = generate(model, tokenizer, [whole], max_tokens=15, standalone=True)
-        answer, computed = say(conversation, message, max_tokens=15)
+        answer, computed = send(conversation, message, max_tokens=15)
         assert answer == expected.text
         assert answer
         history.append({"role": "assistant", "content": answer})
@@ -65,49 +65,51 @@ def test_turns_equal_rendering_from_scratch(
         assert computed <= len(whole)
 
 
-def test_what_the_cache_has_seen_is_not_computed_again(tokenizer: MistralTokenizer) -> None:
+def test_tokens_in_the_cache_are_not_computed_again(tokenizer: MistralTokenizer) -> None:
     conversation = Conversation(make_model(None), tokenizer)
-    _, first = say(conversation, MESSAGES[0], max_tokens=1)
+    _, first = send(conversation, MESSAGES[0], max_tokens=1)
     prompt = conversation.prompt_for(MESSAGES[1])
     whole = tokenizer.apply_chat_template(conversation.messages)
-    assert prompt == whole[first:], "the first turn's tokens are all kept"
+    assert prompt == whole[first:], "all tokens of the first message and answer are kept"
 
 
-def test_answers_read_back_as_the_tokens_they_were(tokenizer: MistralTokenizer) -> None:
-    """Answers stay in the cache, too: no space is added to their first word."""
+def test_answers_are_tokenized_as_they_were_generated(tokenizer: MistralTokenizer) -> None:
+    """Thus answers stay in the cache: no space is added to their first word."""
     conversation = Conversation(make_model(None), tokenizer)
     prompt = conversation.prompt_for("Hello")
-    said = tokenizer.encode("I am fine, and you?", bos=False)
-    deltas = iter([*said, 2])
+    answer = tokenizer.encode("I am fine, and you?", bos=False)
+    deltas = iter([*answer, 2])
     conversation.model.stream = lambda *a, **k: ([token] for token in deltas)  # type: ignore
     assert "".join(d.text for d in conversation.reply(prompt)) == "I am fine, and you?"
     again = conversation.tokenizer.apply_chat_template(
         [*conversation.messages, {"role": "user", "content": "Well"}]
     )
-    assert again[: len(prompt) + len(said) + 1] == [*prompt, *said, 2]
+    assert again[: len(prompt) + len(answer) + 1] == [*prompt, *answer, 2]
 
 
-def test_cache_memory_is_constant(tokenizer: MistralTokenizer) -> None:
+def test_cache_memory_is_constant_with_a_window(tokenizer: MistralTokenizer) -> None:
     conversation = Conversation(make_model(16), tokenizer)
     size = conversation._cache.nbytes
     for message in MESSAGES:
-        say(conversation, message, max_tokens=20)
+        send(conversation, message, max_tokens=20)
         assert conversation._cache.nbytes == size == 2 * 3 * 16 * 2 * 16 * 8
 
 
 def test_without_a_window_max_length_bounds_the_conversation(tokenizer: MistralTokenizer) -> None:
     conversation = Conversation(make_model(None), tokenizer, max_length=30)
-    say(conversation, "Hi", max_tokens=5)
-    with pytest.raises(ValueError, match="more than its context of 30; make room with --context"):
-        say(conversation, "word " * 40, max_tokens=5)
+    send(conversation, "Hi", max_tokens=5)
+    with pytest.raises(
+        ValueError, match=r"must have at most 30 tokens \(--context, max_length\), got"
+    ):
+        send(conversation, "word " * 40, max_tokens=5)
 
 
 @pytest.mark.parametrize("window", [None, 512])
 @pytest.mark.parametrize("context", [20, 21, 47])
-def test_an_answer_ends_where_the_context_is_full(
+def test_an_answer_ends_when_the_context_is_full(
     tokenizer: MistralTokenizer, context: int, window: int | None
 ) -> None:
-    """Every slot of the cache is used; the answer's last token needs none."""
+    """Every slot of the cache is used. The last token of the answer needs no slot."""
     model = make_model(window)
     conversation = Conversation(model, tokenizer, max_length=context)
     prompt = conversation.prompt_for("Hello there!")
@@ -120,22 +122,21 @@ def test_an_answer_ends_where_the_context_is_full(
     assert conversation.full
     assert conversation._cache.host_lengths == [context]
     assert conversation.messages[-1] == {"role": "assistant", "content": expected.text}
-    known = list(conversation.messages)
-    with pytest.raises(
-        ValueError, match=rf"has \d+ tokens .+ context of {context}; make room with"
-    ):
+    before = list(conversation.messages)
+    message = rf"must have at most {context} tokens .+, got \d+; increase it"
+    with pytest.raises(ValueError, match=message):
         conversation.prompt_for("And then?")
-    assert conversation.messages == known
+    assert conversation.messages == before
 
 
-def test_an_answer_that_fits_is_not_cut(tokenizer: MistralTokenizer) -> None:
+def test_an_answer_that_fits_is_complete(tokenizer: MistralTokenizer) -> None:
     conversation = Conversation(make_model(None), tokenizer, max_length=60)
     prompt = conversation.prompt_for("Hello there!")
     assert len(list(conversation.reply(prompt, max_tokens=60 - len(prompt)))) == 60 - len(prompt)
     assert not conversation.full
 
 
-def test_an_answer_cut_short_is_remembered(tokenizer: MistralTokenizer) -> None:
+def test_an_incomplete_answer_is_kept(tokenizer: MistralTokenizer) -> None:
     model = make_model(40)
     conversation = Conversation(model, tokenizer)
     reply = conversation.reply(conversation.prompt_for("Hello"), max_tokens=20)
@@ -143,41 +144,40 @@ def test_an_answer_cut_short_is_remembered(tokenizer: MistralTokenizer) -> None:
     reply.close()
     assert conversation.messages[-1] == {"role": "assistant", "content": text}
     whole = tokenizer.apply_chat_template(
-        [*conversation.messages, {"role": "user", "content": "Go on"}]
+        [*conversation.messages, {"role": "user", "content": "More"}]
     )
     (expected,) = generate(model, tokenizer, [whole], max_tokens=10, standalone=True)
-    assert say(conversation, "Go on", max_tokens=10)[0] == expected.text
+    assert send(conversation, "More", max_tokens=10)[0] == expected.text
 
 
-def test_an_answer_of_no_tokens(tokenizer: MistralTokenizer) -> None:
-    """Continue after an empty answer, from a stop string at its very start included."""
+def test_an_empty_answer_and_its_message_are_removed(tokenizer: MistralTokenizer) -> None:
     conversation = Conversation(make_model(40), tokenizer)
-    assert say(conversation, "Hello", max_tokens=0)[0] == ""
-    answer, _ = say(conversation, "Go on", max_tokens=6)
+    assert send(conversation, "Hello", max_tokens=0)[0] == ""
+    answer, _ = send(conversation, "More", max_tokens=6)
     assert conversation.messages == [
-        {"role": "user", "content": "Go on"},
+        {"role": "user", "content": "More"},
         {"role": "assistant", "content": answer},
     ]
 
 
-def test_the_same_question_again(tokenizer: MistralTokenizer) -> None:
-    """Start the answer from the last token's logits, though all is in the cache."""
+def test_a_prompt_that_is_in_the_cache_computes_one_token(tokenizer: MistralTokenizer) -> None:
+    """The same message follows an empty answer. Only its last token is computed again."""
     model = make_model(512)
-    first, _ = say(Conversation(model, tokenizer), "Hello", max_tokens=8)
+    first, _ = send(Conversation(model, tokenizer), "Hello", max_tokens=8)
     conversation = Conversation(model, tokenizer)
-    assert say(conversation, "Hello", max_tokens=8, stop=[first[:1]])[0] == ""
-    assert say(conversation, "Hello", max_tokens=8) == (first, 1)
+    assert send(conversation, "Hello", max_tokens=8, stop=[first[:1]])[0] == ""
+    assert send(conversation, "Hello", max_tokens=8) == (first, 1)
 
 
-def test_an_empty_message(tokenizer: MistralTokenizer) -> None:
-    with pytest.raises(ValueError, match="the message is empty"):
+def test_an_empty_message_is_rejected(tokenizer: MistralTokenizer) -> None:
+    with pytest.raises(ValueError, match="message must not be empty"):
         Conversation(make_model(7), tokenizer).prompt_for("  ")
 
 
-def test_a_template_that_renders_nothing(
+def test_a_template_that_renders_no_tokens_raises_an_error(
     tokenizer: MistralTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The template is at fault, not the user, and the message is not remembered."""
+    """The error names the template, and the message is not kept."""
     conversation = Conversation(make_model(7), tokenizer)
     with monkeypatch.context() as patch:
         patch.setattr(MistralTokenizer, "apply_chat_template", lambda *_: [])
@@ -197,7 +197,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_command(
+def test_chat_command_prints_the_answers(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -213,7 +213,7 @@ def test_command(
         MistralTokenizer.from_pretrained(folder),
         "Be brief.",
     )
-    answers = [say(conversation, message, max_tokens=9)[0] for message in MESSAGES[:3]]
+    answers = [send(conversation, message, max_tokens=9)[0] for message in MESSAGES[:3]]
     lines = "\n".join([MESSAGES[1], "   ", MESSAGES[2]]) + "\n"
     system = ("--system", "Be brief.")
     code, out, err = run(MESSAGES[0], *system, stdin=lines)
@@ -228,10 +228,10 @@ def test_command(
     assert run("--quiet") == (0, "", "")
 
 
-def test_a_full_context(
+def test_a_full_context_prints_a_note(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The answer ends, what to do is said, and only the next message is refused."""
+    """The answer ends with a note that names the remedy, and the next message is an error."""
     options = ["--model", str(folder), "--chat", "--window", "none", "--context", "25"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("And then?\n"))
     assert main(["Hello there!", *options, "--json", "--quiet", "--device", "cpu"]) == 2
@@ -241,20 +241,27 @@ def test_a_full_context(
     assert record["text"]
     note, error = err.splitlines()
     assert note == (
-        "note: the conversation fills its context of 25 tokens; --context makes room for more"
+        "note: the conversation fills its context of 25 tokens; restart with a larger --context"
     )
-    assert error.startswith("error: the conversation has ")
+    assert error.startswith("error: the conversation with this message must have at most 25 ")
     assert "--context" in error
 
 
-def test_the_template_is_offered(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_note_recommends_chat_for_an_instruct_model(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["hello", "--model", str(folder), "-m", "2"]) == 0
-    assert "note: an instruct model; --chat applies its template\n" in capsys.readouterr().err
+    assert (
+        "note: this is an instruct model; --chat applies its chat template\n"
+        in capsys.readouterr().err
+    )
 
 
-def test_a_base_model_does_not_chat(capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_with_a_base_model_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--chat", "hello"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert "--chat: model 'tiny' has no chat template; leave out --chat" in err
+    assert (
+        "--chat requires a chat template, which model 'tiny' does not have; leave out --chat" in err
+    )

@@ -1,4 +1,4 @@
-"""Boundary of the commands: exit codes, one line for each error, streams of every kind."""
+"""Common parts of the commands: exit codes, one-line errors, standard streams, input files."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def test_bad_input_is_one_line(
 
 
 @pytest.mark.parametrize("command", [recurse, overflow])
-def test_limits_of_python_and_pytorch(
+def test_recursion_and_size_overflow_are_one_line(
     command: Callable[[Any], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Refuse in one line; the words differ by version."""
+    """The exact message depends on the versions of Python and PyTorch."""
     assert run(command, None) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -88,7 +88,7 @@ def test_limits_of_python_and_pytorch(
     assert "nested too deeply" in err or "out of memory: " in err
 
 
-def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes_of_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(lambda _: None, None) == 0
     assert run(lambda code: code, 1) == 1
     assert run(raising(BrokenPipeError(32, "Broken pipe")), None) == 141
@@ -104,13 +104,13 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     "error",
     [ZeroDivisionError(), TypeError("x"), KeyError("memory"), AssertionError(), RuntimeError("x")],
 )
-def test_faults_of_ours_keep_their_traceback(error: Exception) -> None:
+def test_bugs_keep_their_traceback(error: Exception) -> None:
     assert reason_of(error) is None
     with pytest.raises(type(error)):
         run(raising(error), None)
 
 
-def test_lines_are_short_and_printable() -> None:
+def test_one_line_is_short_and_printable() -> None:
     for _ in range(200):
         highest = random.choice([0x80, 0x100, 0x110000])
         text = "".join(chr(random.randrange(highest)) for _ in range(random.randint(0, 3000)))
@@ -120,7 +120,7 @@ def test_lines_are_short_and_printable() -> None:
     assert one_line("é漢 'x'") == "é漢 'x'"
 
 
-def test_options() -> None:
+def test_option_values_are_parsed() -> None:
     assert user_path("~") == Path.home()
     assert user_path("a/b") == Path("a/b")
     parser = Parser(prog="x")
@@ -131,8 +131,8 @@ def test_options() -> None:
 # Streams
 
 
-class Gone(io.RawIOBase):
-    """Stream that fails, as one does whose reader has gone or whose disk is full."""
+class BrokenStream(io.RawIOBase):
+    """Stream whose writes fail, as those to a closed pipe or a full disk."""
 
     def __init__(self, error: int) -> None:
         self.error = error
@@ -148,22 +148,22 @@ class Gone(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def gone(name: str, error: int) -> Iterator[None]:
-    """Make a standard stream fail inside the block."""
-    device = Gone(error)
+def broken(name: str, error: int) -> Iterator[None]:
+    """Make writes to a standard stream fail inside the block."""
+    device = BrokenStream(error)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(device), "utf-8"))
         yield
-    device.failing = False  # what it holds is written when it is collected
+    device.failing = False  # its buffer is flushed when the garbage collector deletes it
 
 
 @pytest.mark.parametrize(("error", "code"), [(32, 141), (28, 2), (9, 2)])
 @pytest.mark.parametrize("late", [False, True])
-def test_broken_stdout(
+def test_exit_codes_of_a_broken_stdout(
     error: int, code: int, late: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Break stdout, also where nothing is flushed before the end."""
-    with gone("stdout", error):
+    """With `late`, the first flush is at the end of the command."""
+    with broken("stdout", error):
         assert run(lambda _: print("text") if late else write_out("text"), None) == code
     line = f"error: [Errno {error}] {os.strerror(error)}: 'standard output'\n"
     assert capsys.readouterr().err == (line if code == 2 else "")
@@ -179,14 +179,18 @@ def test_broken_stdout(
         (lambda _: print("a note", file=sys.stderr), None),
     ],
 )
-def test_broken_stderr(error: int, command: Callable[[Any], int], code: int | None) -> None:
-    with gone("stderr", error):
+def test_exit_codes_of_a_broken_stderr(
+    error: int, command: Callable[[Any], int], code: int | None
+) -> None:
+    with broken("stderr", error):
         assert run(command, None) == ({32: 141, 28: 2}[error] if code is None else code)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp037", "shift_jis", "utf-8", "utf-16"])
-def test_encodings_of_stdout(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Escape characters that an encoding lacks; print others as they are."""
+def test_stdout_escapes_characters_that_its_encoding_lacks(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other characters are printed unchanged."""
     sink, text = io.BytesIO(), "é漢😀 \ud800!\n"
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", io.TextIOWrapper(sink, encoding))
@@ -203,8 +207,10 @@ def test_encodings_of_stdout(encoding: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp037"])
-def test_encodings_of_stderr(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Escape on a caller's stream, too, that refuses what it cannot encode."""
+def test_stderr_escapes_characters_that_its_encoding_lacks(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream is one that a caller has set, with errors="strict"."""
     sink = io.BytesIO()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", io.TextIOWrapper(sink, encoding, errors="strict"))
@@ -212,7 +218,7 @@ def test_encodings_of_stderr(encoding: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert sink.getvalue().decode(encoding) == "error: \\u6f22\n"
 
 
-def test_closed_streams_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_streams_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     kept = [sys.stdin, sys.stdout, sys.stderr]
@@ -229,7 +235,7 @@ def test_closed_streams_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
         stream.close()
 
 
-STANDARD = (
+IMPORT_STARTUP = (
     "import os, sys; sys.argv = ['-m', 'x']; "
     "sys.orig_argv = ['python', '-m', 'mistral_kernels', 'x']; "
     "sys.path.insert(0, {folder!r}); import startup; "
@@ -237,9 +243,9 @@ STANDARD = (
 
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)])
-def test_no_file_takes_the_number_of_a_closed_stream(closed: tuple[int, ...]) -> None:
-    code = STANDARD.format(folder=str(Path(startup.__file__).parent))
-    code += "taken = os.open('/', os.O_RDONLY); print('x', file=sys.stderr); os._exit(taken)"
+def test_no_file_gets_the_descriptor_of_a_closed_stream(closed: tuple[int, ...]) -> None:
+    code = IMPORT_STARTUP.format(folder=str(Path(startup.__file__).parent))
+    code += "file = os.open('/', os.O_RDONLY); print('x', file=sys.stderr); os._exit(file)"
     redirections = " ".join(f"{number}>&-" for number in closed)
     shell = f'exec "$0" -c "$1" {redirections}'
     done = subprocess.run(["sh", "-c", shell, sys.executable, code], capture_output=True, text=True)
@@ -256,9 +262,9 @@ def test_no_file_takes_the_number_of_a_closed_stream(closed: tuple[int, ...]) ->
         ("'-m', 'x'", "'-m'"),
     ],
 )
-def test_nothing_happens_outside_a_command(ours: str, other: str) -> None:
-    """Start another program, perhaps with `-m`, too, or with such an argument."""
-    code = STANDARD.format(folder=str(Path(startup.__file__).parent))
+def test_startup_does_nothing_in_other_programs(ours: str, other: str) -> None:
+    """The other programs also run with `-m`, or have `mistral_kernels` as an argument."""
+    code = IMPORT_STARTUP.format(folder=str(Path(startup.__file__).parent))
     assert ours in code
     code = code.replace(ours, other)
     code += "import signal; print(sys.excepthook is sys.__excepthook__, sys.stderr, "
@@ -278,26 +284,26 @@ def test_nothing_happens_outside_a_command(ours: str, other: str) -> None:
         ("MemoryError", "MemoryError"),
     ],
 )
-def test_an_import_that_fails_is_one_line(error: str, message: str) -> None:
-    code = STANDARD.format(folder=str(Path(startup.__file__).parent)) + f"raise {error}"
+def test_a_failed_import_is_one_line(error: str, message: str) -> None:
+    code = IMPORT_STARTUP.format(folder=str(Path(startup.__file__).parent)) + f"raise {error}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == f"error: cannot import what the command needs: {message}\n"
+    assert done.stderr == f"error: cannot import a module that the command needs: {message}\n"
 
 
-def test_an_import_of_ours_that_fails_keeps_its_traceback() -> None:
-    code = STANDARD.format(folder=str(Path(startup.__file__).parent))
+def test_a_failed_import_of_this_package_keeps_its_traceback() -> None:
+    code = IMPORT_STARTUP.format(folder=str(Path(startup.__file__).parent))
     code += "raise ImportError('x', name='mistral_kernels.ops')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback ")
 
 
-# Files that a user names
+# Input files
 
 
-def test_texts_are_plain(tmp_path: Path) -> None:
+def test_read_input_normalizes_texts(tmp_path: Path) -> None:
     file = tmp_path / "text"
     for data, text in (
         (b"", ""),
@@ -310,15 +316,14 @@ def test_texts_are_plain(tmp_path: Path) -> None:
     file.write_bytes(b"x" * 3_000_000)
     assert len(read_input(file, 10)) == 3_000_000, "regular files may have any size"
     file.write_bytes(b"ok \xff")
-    with pytest.raises(ValueError, match=f"{file} is not UTF-8: .* 0xff in position 3"):
+    with pytest.raises(ValueError, match=f"{file} must be UTF-8: .* 0xff in position 3"):
         read_input(file, 100)
     with pytest.raises(IsADirectoryError):
         read_input(tmp_path, 100)
 
 
 @pytest.mark.parametrize("size", [0, 5, 1 << 20, (1 << 20) + 1, 2_500_000])
-def test_pipes(size: int, tmp_path: Path) -> None:
-    """Read all of a pipe, up to the limit."""
+def test_read_input_reads_a_pipe_to_its_end(size: int, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
 
@@ -334,6 +339,6 @@ def test_pipes(size: int, tmp_path: Path) -> None:
         sender.join()
 
 
-def test_a_device_without_end() -> None:
-    with pytest.raises(ValueError, match="/dev/zero must have at most 5000000 bytes; it has more"):
+def test_an_endless_device_is_an_error() -> None:
+    with pytest.raises(ValueError, match="/dev/zero must have at most 5000000 bytes, got more"):
         read_input(Path("/dev/zero"), 5_000_000)

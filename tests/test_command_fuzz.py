@@ -1,4 +1,4 @@
-"""Random command lines, streams, limits, kills and damages: an exit code and at most one line."""
+"""Random command lines, streams, limits, signals and damaged files: exit codes and errors."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ CODES = {0, 2, 130, 141}
 
 
 def check_outcome(call: dict[str, Any], outcome: dict[str, Any]) -> None:
-    """Check what a command promises whatever its arguments and streams are."""
+    """Check the exit code and the output of a command with any arguments and streams."""
     assert outcome["failure"] is None, (call, outcome["failure"])
     code, out, err = outcome["code"], outcome["stdout"], outcome["stderr"]
-    # 1: `--check` in the middle of other work may find rounding that is out of the ordinary.
+    # Code 1: `--check` after other calls may find an unusually large rounding error.
     assert code in CODES | ({1} if call["command"] == "report" else set()), (call, outcome)
     if err is not None:
         errors = [line for line in err.splitlines() if "error: " in line]
@@ -50,8 +50,10 @@ def check_outcome(call: dict[str, Any], outcome: dict[str, Any]) -> None:
                 assert record.keys() == {"prompt", "text", "token_ids", "finish_reason"}
 
 
-def test_random_command_lines(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    """Run them in one process with 2 GB of memory, and 20 s each."""
+def test_random_command_lines_end_as_documented(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """All run in one process with a limit of 2 GB of memory, and each has a limit of 20 s."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     paths = [str(TESTS), str(TESTS.parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -77,11 +79,11 @@ def test_random_command_lines(tmp_path: Path, pytestconfig: pytest.Config) -> No
 
 
 FULL = "error: [Errno 28] No space left on device: 'standard output'\n"
-# Shell commands: the exit code, and what stderr ends with. GENERATE and the like are the commands.
+# Shell commands, with the exit code and the end of stderr. `MODULES` has the words in capitals.
 SHELL: dict[str, tuple[int, str]] = {
     "GENERATE hi -m 3 2>&-": (0, ""),
     "GENERATE '' 2>&-": (2, ""),
-    "GENERATE <&-": (2, "error: the prompt is empty\n"),
+    "GENERATE <&-": (2, "error: prompt must not be empty\n"),
     "GENERATE hi -m 3 <&- >&- 2>&-": (0, ""),
     "GENERATE hi -m 3 --quiet >/dev/full": (2, FULL),
     "GENERATE hi -m 3 2>/dev/full": (2, ""),
@@ -92,14 +94,14 @@ SHELL: dict[str, tuple[int, str]] = {
     ),
     "yes | GENERATE -": (
         2,
-        "error: standard input must have at most 67108864 characters; it has more\n",
+        "error: standard input must have at most 67108864 characters, got more\n",
     ),
     "printf 'caf\\351' | LC_ALL=C GENERATE -": (2, "position 3: surrogates not allowed\n"),
     "GENERATE \"$(printf 'caf\\351')\"": (2, "a lone surrogate, '\\udce9', at index 3\n"),
     "PYTHONIOENCODING=latin-1 GENERATE $(printf '\\346\\274\\242') --json -m 3": (0, ""),
     "ulimit -n 8; GENERATE hi -m 3 --quiet": (0, ""),
     "ulimit -v 1500000; GENERATE hi --num-samples 30000": (2, "Cannot allocate memory)\n"),
-    "ulimit -v 300000; GENERATE hi": (2, ""),  # not enough to import PyTorch
+    "ulimit -v 300000; GENERATE hi": (2, ""),  # too little to import PyTorch
     "REPORT >/dev/full": (2, FULL),
     "REPORT 2>&- <&-": (0, ""),
     "REPORT --check >&- 2>&-": (0, ""),
@@ -114,7 +116,7 @@ MODULES = {
 }
 
 
-def in_a_shell(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_in_shell(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
     for name, module in MODULES.items():
         line = line.replace(name, f'"$0" -m {module}')
     return subprocess.run(
@@ -128,9 +130,9 @@ def in_a_shell(line: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("line", SHELL)
-def test_streams_and_limits_of_a_shell(line: str, tmp_path: Path) -> None:
+def test_shell_redirections_and_limits(line: str, tmp_path: Path) -> None:
     code, ending = SHELL[line]
-    done = in_a_shell(line, OUT=str(tmp_path / "out"))
+    done = run_in_shell(line, OUT=str(tmp_path / "out"))
     assert done.returncode == code, done
     assert done.stderr.endswith(ending), done
     assert "Traceback" not in done.stderr, done
@@ -148,9 +150,9 @@ def test_streams_and_limits_of_a_shell(line: str, tmp_path: Path) -> None:
         "REPORT --check | head -n 1",
     ],
 )
-def test_readers_that_go(line: str) -> None:
-    """Exit with 141, as after SIGPIPE, or 0 if all had been written before."""
-    done = in_a_shell(f"{line}; exit ${{PIPESTATUS[0]}}")
+def test_closed_pipes_give_141(line: str) -> None:
+    """The code is 0 if the command has written everything before the reader closes the pipe."""
+    done = run_in_shell(f"{line}; exit ${{PIPESTATUS[0]}}")
     assert done.returncode in ((141,) if "100000" in line else (0, 141)), done
     assert "Traceback" not in done.stderr
     assert "error" not in done.stderr
@@ -171,7 +173,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def arguments(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Return all arguments of a training except its output."""
+    """Return all arguments of a training run except `--output`."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("start")
     config = train.MistralConfig(**{**vars(SMALL), "vocab_size": 300})
@@ -188,8 +190,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_training_killed_at_random_moments(arguments: list[str], tmp_path: Path) -> None:
-    """A run stopped by SIGKILL, SIGTERM and SIGINT ends with the bytes of one that never was."""
+def test_training_resumes_after_signals_at_random_times(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    """After SIGKILL, SIGTERM and SIGINT, a run ends with the same bytes as an uninterrupted run."""
     whole, out, partial = tmp_path / "whole", tmp_path / "out", tmp_path / "out.partial"
     assert main([*arguments, "--output", str(whole)]) == 0
     command = [sys.executable, "-m", "mistral_kernels.train", *arguments, "--output", str(out)]
@@ -200,12 +204,12 @@ def test_training_killed_at_random_moments(arguments: list[str], tmp_path: Path)
             command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
         assert process.stderr is not None
-        process.stderr.readline()  # it has begun
+        process.stderr.readline()  # the run has begun
         time.sleep(random.uniform(0, 0.8))
         process.send_signal(number)
         err = process.communicate(timeout=300)[1]
         assert "Traceback" not in err
-        if out.exists():  # all was done, perhaps but for the removal of the state
+        if out.exists():  # the run was complete; the state may remain
             partial.unlink(missing_ok=True)
             break
         killed += 1
@@ -220,7 +224,7 @@ def test_training_killed_at_random_moments(arguments: list[str], tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def state(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the state that a run leaves which is interrupted after eight steps."""
+    """Return the saved state of a run that is interrupted after eight steps."""
     out = tmp_path_factory.mktemp("state") / "out"
     advance = train.Run.advance
 
@@ -235,8 +239,11 @@ def state(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out.with_name("out.partial")
 
 
-def mutilated(data: bytes) -> bytes:
-    """Return a damaged state: some bytes of it, or records of the zip file and their checksums."""
+def damaged(data: bytes) -> bytes:
+    """Return a damaged state.
+
+    The damage is in raw bytes, or in records of the zip file with correct checksums.
+    """
     kind = random.choice(["flip", "flip", "cut", "grow", "zeros", "record", "record", "record"])
     changed = bytearray(data)
     at = random.randrange(len(changed))
@@ -273,16 +280,16 @@ def mutilated(data: bytes) -> bytes:
     return bytes(changed)
 
 
-def test_mutilated_states(
+def test_damaged_states_are_rejected_or_harmless(
     arguments: list[str], state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Refuse in one line, or resume if no value that matters has changed."""
+    """The error is one line. The run resumes only if the damage changes no value that it reads."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     refused = 0
     data = state.read_bytes()
     for _ in range(150):
         shutil.rmtree(out, ignore_errors=True)
-        partial.write_bytes(mutilated(data))
+        partial.write_bytes(damaged(data))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train.Run, "advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             code = main([*arguments, "--output", str(out)])

@@ -1,4 +1,4 @@
-"""`python -m mistral_kernels`: the report of what is installed, what will run, and why."""
+"""`python -m mistral_kernels`: the report of packages, devices and backends."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ from mistral_kernels.ops import extension, reference
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
 
 
-def test_report(capsys: pytest.CaptureFixture[str], set_backend: SetBackend) -> None:
+def test_report_names_versions_devices_and_backends(
+    capsys: pytest.CaptureFixture[str], set_backend: SetBackend
+) -> None:
     set_backend(None)
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"mistral_kernels {mistral_kernels.__version__}\n")
     assert f"torch           {torch.__version__}, CUDA " in out
-    serves = r"cpu: torch \(cpu tensors: csrc's kernels or PyTorch's own\)"
-    assert re.search(f"^backend +{serves}$", out, re.M)
+    backend = r"cpu: torch \(cpu tensors: csrc's kernels or PyTorch's own\)"
+    assert re.search(f"^backend +{backend}$", out, re.M)
     gpu = r"^cuda:0 +.+, compute capability \d+\.\d+" if torch.cuda.is_available() else "^gpu +none"
     assert re.search(gpu, out, re.M)
     assert re.search(r"^csrc +cpu: (loaded from .+, kernels for \w+|not loaded: .+)$", out, re.M)
 
 
-def test_forced_backends(capsys: pytest.CaptureFixture[str], set_backend: SetBackend) -> None:
+def test_report_names_a_forced_backend(
+    capsys: pytest.CaptureFixture[str], set_backend: SetBackend
+) -> None:
     set_backend("torch")
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
@@ -39,10 +43,10 @@ def test_forced_backends(capsys: pytest.CaptureFixture[str], set_backend: SetBac
     set_backend("fast")
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
-    assert f"cpu: none, {BACKEND_VARIABLE} is 'fast'; expected 'auto', 'triton' or 'torch'" in out
+    assert f"cpu: none, {BACKEND_VARIABLE} must be 'auto', 'triton' or 'torch', got 'fast'" in out
 
 
-def test_forced_instruction_set(
+def test_report_names_a_forced_instruction_set(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operators = torch.ops.mistral_kernels
@@ -50,7 +54,7 @@ def test_forced_instruction_set(
         pytest.skip(extension.status("cpu"))
     usual = os.environ.get(extension.CPU_VARIABLE, operators.instruction_sets().split()[0])
     try:
-        for setting, words in (("plain", "kernels for plain"), ("fast", "'fast'; expected ")):
+        for setting, words in (("plain", "kernels for plain"), ("fast", "processor, got 'fast'")):
             monkeypatch.setattr(extension, "_libraries", {})
             monkeypatch.setenv(extension.CPU_VARIABLE, setting)
             assert doctor.main([]) == 0
@@ -59,7 +63,7 @@ def test_forced_instruction_set(
         operators.use_instruction_set(usual)
 
 
-def test_missing_extras_name_their_remedy(
+def test_missing_packages_are_reported_with_a_remedy(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_installed", lambda package: None)
@@ -69,7 +73,9 @@ def test_missing_extras_name_their_remedy(
     assert "triton          not installed: pip install triton" in out
 
 
-def test_check(capsys: pytest.CaptureFixture[str], set_backend: SetBackend) -> None:
+def test_check_prints_errors_of_all_operators(
+    capsys: pytest.CaptureFixture[str], set_backend: SetBackend
+) -> None:
     if not torch.cuda.is_available():
         set_backend("torch")
     assert doctor.main(["--check"]) == 0
@@ -96,7 +102,7 @@ def test_check_finds_a_wrong_operator(
     assert all(line.startswith("swiglu ") for line in flagged)
 
 
-def test_as_a_module() -> None:
+def test_the_module_runs_as_a_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mistral_kernels"], capture_output=True, text=True, check=True
     )
@@ -104,7 +110,7 @@ def test_as_a_module() -> None:
     assert done.stderr == ""
 
 
-def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_describes_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         doctor.main(["--help"])
     assert "Print what is installed, which backend runs, and why." in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Generation: every entry point gives the same text, and each setting has its effect."""
+"""Generation: all entry points give the same text, and each setting has its effect."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def model() -> MistralForCausalLM:
     return varied_model(dataclasses.replace(SMALL, vocab_size=2048))
 
 
-class Script:
-    """Stand-in for a model: "generates" the ids that it was given."""
+class ScriptedModel:
+    """Stand-in for a model that "generates" given token ids."""
 
     def __init__(self, *texts: list[int]) -> None:
         self.texts, self.config = texts, SMALL
@@ -45,7 +45,7 @@ class Script:
 
 
 def as_bytes(text: str) -> list[int]:
-    """Return the byte tokens of a text (sentencepiece's byte fallback), behind <unk>, <s>, </s>."""
+    """Return the byte tokens of a text: sentencepiece's byte fallback, after <unk>, <s>, </s>."""
     return [3 + byte for byte in text.encode()]
 
 
@@ -57,14 +57,14 @@ def prompts_of(*lengths: int) -> list[list[int]]:
     return [random_ids(n) for n in lengths]
 
 
-# What all faces share
+# All entry points
 
 
-def test_all_faces_agree(model: MistralForCausalLM, tokenizer: MistralTokenizer) -> None:
+def test_all_entry_points_agree(model: MistralForCausalLM, tokenizer: MistralTokenizer) -> None:
     prompts, new = prompts_of(3, 19, 1), 40
     whole = model.generate(prompts, max_new_tokens=new, eos_token_id=None)
     ids = [row[len(prompt) :] for row, prompt in zip(whole, prompts, strict=True)]
-    assert all(len(set(row)) > 5 for row in ids), "the text must be varied to prove anything"
+    assert all(len(set(row)) > 5 for row in ids), "the text must be varied"
     steps = list(model.stream(prompts, max_new_tokens=new))
     assert [list(row) for row in zip(*steps, strict=True)] == ids
     options: dict[str, Any] = {"max_tokens": new, "ignore_eos": True}
@@ -77,7 +77,7 @@ def test_all_faces_agree(model: MistralForCausalLM, tokenizer: MistralTokenizer)
     for completion, prompt in zip(completions, prompts, strict=True):
         before = tokenizer.decode(prompt, skip_special_tokens=True)
         after = tokenizer.decode(prompt + completion.token_ids, skip_special_tokens=True)
-        # A character may stand half in the prompt: only then are the two not simply joined.
+        # If a character begins in the prompt, the whole text is not the concatenation of its parts.
         if not before.endswith("\ufffd"):
             assert before + completion.text == after
         assert completion.finish_reason == "length"
@@ -94,7 +94,7 @@ def test_text_prompts_begin_with_bos(
     assert by_text == generate(model, tokenizer, ids, **options)
 
 
-def test_batch_mates_change_nothing(model: MistralForCausalLM) -> None:
+def test_other_prompts_of_a_batch_do_not_change_a_text(model: MistralForCausalLM) -> None:
     prompts, new = prompts_of(1, 33, W, W + 1, 2), 4 * W
     together = model.generate(prompts, max_new_tokens=new, eos_token_id=None)
     for prompt, row in zip(prompts, together, strict=True):
@@ -105,7 +105,7 @@ def test_batch_mates_change_nothing(model: MistralForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_padding_plays_no_part(model: MistralForCausalLM, side: str) -> None:
+def test_padding_is_ignored(model: MistralForCausalLM, side: str) -> None:
     prompts, new = prompts_of(4, 21, 11), 2 * W
     expected = model.generate(prompts, max_new_tokens=new, eos_token_id=None)
     ids, mask = torch.full((3, 25), 77), torch.zeros(3, 25, dtype=torch.int64)
@@ -122,7 +122,7 @@ def test_padding_plays_no_part(model: MistralForCausalLM, side: str) -> None:
     assert_same_text(actual, expected, model)
 
 
-def test_prefill_chunks_change_nothing(model: MistralForCausalLM) -> None:
+def test_prefill_chunks_do_not_change_the_text(model: MistralForCausalLM) -> None:
     prompts = prompts_of(31, 2)
     options: dict[str, Any] = {"max_new_tokens": 9, "eos_token_id": None}
     expected = model.generate(prompts, **options)
@@ -142,13 +142,13 @@ def test_a_cache_continues_its_text(model: MistralForCausalLM, tokenizer: Mistra
     actual = generate(model, tokenizer, [second], max_tokens=20, ignore_eos=True, cache=cache)
     whole = [[*first, *second, *text[0].token_ids] for text in (actual, expected)]
     assert_same_text(whole[:1], whole[1:], model)
-    assert cache.host_lengths == [12 + 9 + 19], "all but the last token"
+    assert cache.host_lengths == [12 + 9 + 19], "all tokens except the last one"
 
 
 # The end of a text
 
 
-def test_eos_token_id(model: MistralForCausalLM) -> None:
+def test_eos_token_id_ends_a_text(model: MistralForCausalLM) -> None:
     prompt = random_ids(5)
     free = model.generate([prompt], max_new_tokens=30, eos_token_id=None)[0][5:]
     ends = [free[3], free[11]]
@@ -180,42 +180,46 @@ def test_rows_that_end_early_are_padded(model: MistralForCausalLM) -> None:
     assert [len(row) for row in listed] == [6 + length, 26]
 
 
-def test_no_tokens_asked_for(model: MistralForCausalLM, tokenizer: MistralTokenizer) -> None:
+def test_zero_new_tokens_return_the_prompts(
+    model: MistralForCausalLM, tokenizer: MistralTokenizer
+) -> None:
     prompts = torch.tensor(prompts_of(6, 6))
     assert torch.equal(model.generate(prompts, max_new_tokens=0), prompts)
     (completion,) = generate(model, tokenizer, ["x"], max_tokens=0)
     assert (completion.text, completion.token_ids) == ("", [])
 
 
-def test_end_of_text(tokenizer: MistralTokenizer) -> None:
+def test_eos_ends_a_text_and_is_not_part_of_it(tokenizer: MistralTokenizer) -> None:
     text = tokenizer.encode(" the end", bos=False)
-    script: Any = Script([*text, EOS], as_bytes("goes on and on"))
+    script: Any = ScriptedModel([*text, EOS], as_bytes("and so it was"))
     ended, cut = generate(script, tokenizer, ["a", "b"], max_tokens=len(text) + 1)
     assert (ended.text.strip(), ended.finish_reason) == ("the end", "eos")
     assert ended.token_ids == [*text, EOS]
-    assert cut.text == "goes on and on"[: len(text) + 1]
+    assert cut.text == "and so it was"[: len(text) + 1]
     assert cut.finish_reason == "length"
-    # An end-of-text token that is an ordinary piece is no part of the text either.
-    script = Script(as_bytes("a.b"))
+    # An end-of-text token that is an ordinary piece of text is not part of the text either.
+    script = ScriptedModel(as_bytes("a.b"))
     script.config = dataclasses.replace(SMALL, eos_token_id=(EOS, *as_bytes(".")))
     (dot,) = generate(script, tokenizer, ["a"], max_tokens=2)
     assert (dot.text, dot.finish_reason) == ("a", "eos")
-    script = Script([*text, EOS, *as_bytes("!")])
-    (on,) = generate(script, tokenizer, ["a"], max_tokens=len(text) + 2, ignore_eos=True)
-    assert on.text.strip() == "the end!"
-    assert on.finish_reason == "length"
+    script = ScriptedModel([*text, EOS, *as_bytes("!")])
+    (longer,) = generate(script, tokenizer, ["a"], max_tokens=len(text) + 2, ignore_eos=True)
+    assert longer.text.strip() == "the end!"
+    assert longer.finish_reason == "length"
 
 
-def test_characters_come_whole(tokenizer: MistralTokenizer) -> None:
+def test_characters_are_not_split(tokenizer: MistralTokenizer) -> None:
     text = "né 漢字 👩‍👧 end"
     ids = as_bytes(text)
-    deltas = list(stream_generate(Script(ids), tokenizer, ["x"], max_tokens=len(ids)))  # type: ignore
+    deltas = list(
+        stream_generate(ScriptedModel(ids), tokenizer, ["x"], max_tokens=len(ids))  # type: ignore
+    )
     assert [delta.token_id for delta in deltas] == ids
     assert "".join(delta.text for delta in deltas) == text
     assert max(len(delta.text) for delta in deltas) == 1
-    # Cut inside a character, by length or by end-of-text, the text says so.
+    # A text that ends inside a character, by length or by EOS, ends with a replacement character.
     for cut, tail in ((len("né 漢".encode()) - 1, []), (len("né 漢".encode()) - 2, [EOS])):
-        script: Any = Script([*ids[:cut], *tail])
+        script: Any = ScriptedModel([*ids[:cut], *tail])
         (completion,) = generate(script, tokenizer, ["x"], max_tokens=cut + len(tail))
         assert completion.text.rstrip("\ufffd") == "né "
         assert completion.text.endswith("\ufffd")
@@ -225,13 +229,13 @@ def test_characters_come_whole(tokenizer: MistralTokenizer) -> None:
 
 
 def naive_stop(text: str, stop: Sequence[str]) -> str:
-    """Return the text before the stop string that begins first in it."""
+    """Return the text before the first stop string in it."""
     found = [text.find(each) for each in stop if each in text]
     return text[: min(found)] if found else text
 
 
-def test_stop_strings_that_span_tokens(tokenizer: MistralTokenizer) -> None:
-    """Random texts over a small alphabet, one byte per token, overlapping stop strings."""
+def test_stop_strings_may_span_tokens(tokenizer: MistralTokenizer) -> None:
+    """Random texts over a small alphabet, one byte per token, with overlapping stop strings."""
     found = 0
     for _ in range(300):
         text = "".join(random.choices("abé", k=random.randint(1, 24)))
@@ -239,7 +243,7 @@ def test_stop_strings_that_span_tokens(tokenizer: MistralTokenizer) -> None:
         expected, ids = naive_stop(text, stop), as_bytes(text)
         shown = ""
         deltas = list(
-            stream_generate(Script(ids), tokenizer, ["x"], max_tokens=len(ids), stop=stop)
+            stream_generate(ScriptedModel(ids), tokenizer, ["x"], max_tokens=len(ids), stop=stop)
         )  # type: ignore
         for delta in deltas:
             shown += delta.text
@@ -253,7 +257,7 @@ def test_stop_strings_that_span_tokens(tokenizer: MistralTokenizer) -> None:
 
 
 def test_stop_strings_do_not_depend_on_how_a_text_is_cut() -> None:
-    """Cut a text into pieces of any lengths: it ends at one place and shows all before."""
+    """A text that is cut into any pieces ends at the same character, and all before it is shown."""
     cut_inside = 0
     for _ in range(2000):
         text = "".join(random.choices("ab", k=random.randint(0, 16)))
@@ -274,10 +278,11 @@ def test_stop_strings_do_not_depend_on_how_a_text_is_cut() -> None:
     assert cut_inside > 100
 
 
-def test_nothing_that_cannot_be_a_stop_string_is_held(tokenizer: MistralTokenizer) -> None:
+def test_only_a_possible_stop_string_is_held_back(tokenizer: MistralTokenizer) -> None:
     ids = as_bytes("one.\n\ntwo.\nthree")
     options: dict[str, Any] = {"max_tokens": len(ids), "stop": ["\n\nthree"]}
-    texts = [delta.text for delta in stream_generate(Script(ids), tokenizer, ["x"], **options)]  # type: ignore
+    deltas = stream_generate(ScriptedModel(ids), tokenizer, ["x"], **options)  # type: ignore
+    texts = [delta.text for delta in deltas]
     assert texts[:4] == ["o", "n", "e", "."]
     assert texts[4:8] == ["", "", "", "\n\ntw"]
     assert "".join(texts) == "one.\n\ntwo.\nthree"
@@ -294,7 +299,7 @@ def test_nothing_that_cannot_be_a_stop_string_is_held(tokenizer: MistralTokenize
         (["b", "abc"], ["ab"], "a"),
     ],
 )
-def test_the_stop_string_that_begins_first_counts(
+def test_the_stop_string_that_begins_first_ends_the_text(
     stop: list[str], pieces: list[str], expected: str
 ) -> None:
     texts = _StopText(stop)
@@ -306,7 +311,7 @@ def test_the_stop_string_that_begins_first_counts(
     assert texts.found
 
 
-def test_a_text_alone_is_one_prompt_and_one_stop_string(
+def test_a_single_string_is_one_prompt_or_one_stop_string(
     model: MistralForCausalLM, tokenizer: MistralTokenizer
 ) -> None:
     options: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True}
@@ -315,14 +320,14 @@ def test_a_text_alone_is_one_prompt_and_one_stop_string(
     assert len(alone) == 1
     deltas = list(stream_generate(model, tokenizer, "It is", **options))
     assert [delta.token_id for delta in deltas] == alone[0].token_ids
-    ids: Any = Script(as_bytes("for herself"))
+    ids: Any = ScriptedModel(as_bytes("for herself"))
     (cut,) = generate(ids, tokenizer, "x", max_tokens=11, stop="her")
     assert (cut.text, cut.finish_reason) == ("for ", "stop")
     (whole,) = generate(ids, tokenizer, "x", max_tokens=11, stop="reh")
     assert (whole.text, whole.finish_reason) == ("for herself", "length")
 
 
-def test_one_text_stops_the_others_go_on(
+def test_a_stop_string_does_not_end_other_texts(
     model: MistralForCausalLM, tokenizer: MistralTokenizer
 ) -> None:
     prompts = prompts_of(5, 8)
@@ -345,7 +350,7 @@ def test_one_text_stops_the_others_go_on(
 
 
 @pytest.mark.parametrize("penalty", [1.8, 0.2])
-def test_repetition_penalty(model: MistralForCausalLM, penalty: float) -> None:
+def test_repetition_penalty_equals_its_formula(model: MistralForCausalLM, penalty: float) -> None:
     model = model.double()
     prompt = random_ids(6)
     text = list(prompt)
@@ -359,11 +364,11 @@ def test_repetition_penalty(model: MistralForCausalLM, penalty: float) -> None:
     options: dict[str, Any] = {"max_new_tokens": 25, "eos_token_id": None}
     both = model.generate([random_ids(9), prompt], repetition_penalty=penalty, **options)
     assert both[1] == text
-    if penalty < 1:  # repeats; a text that has no repetition may also stay what it was
+    if penalty < 1:  # with a penalty above 1, a text without repetitions may be unchanged
         assert both[1] != model.generate([prompt], **options)[0]
 
 
-def test_seeds(model: MistralForCausalLM) -> None:
+def test_a_seed_determines_the_text(model: MistralForCausalLM) -> None:
     prompts = prompts_of(3, 5)
 
     def sample(seed: int) -> Any:
@@ -387,14 +392,14 @@ def test_seeds(model: MistralForCausalLM) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("sampler", [Sampler(0), Sampler(0.7), Sampler(1.0, 9, 0.9, 0.1, 1.3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_logits_that_are_not_finite(
+def test_logits_that_are_not_finite_raise_an_error(
     value: float, sampler: Sampler, dtype: torch.dtype, model: MistralForCausalLM
 ) -> None:
-    """Let a head overflow from the first token on; -inf counts only if all logits are."""
+    """The head overflows from the first token on. For -inf, all logits of a row must be -inf."""
     model = model.to(dtype)
     with torch.no_grad():
         model.lm_head.weight[slice(None) if value == -math.inf else slice(7, 9)] = value
-    if value == -math.inf:  # the sign of the product is the hidden state's
+    if value == -math.inf:  # the product's sign depends on the hidden state
         model.lm_head.register_forward_hook(lambda *_: torch.full((2, 2048), value, dtype=dtype))
     elif value == math.inf:
         model.lm_head.register_forward_hook(lambda module, given, out: out.abs())
@@ -409,12 +414,12 @@ def test_logits_that_are_not_finite(
 
 @pytest.mark.parametrize("captures", [False, True])
 @pytest.mark.parametrize("hooked", [False, True])
-def test_logits_that_cease_to_be_finite(
+def test_logits_that_become_nan_within_a_text_raise_an_error(
     captures: bool, hooked: bool, model: MistralForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fail within a text, by one call of csrc or by modules, with a step ahead or without.
+    """Use csrc or the modules, with and without a queued step.
 
-    What was made before it has been yielded, and the cache can go on.
+    The tokens before the error are yielded, and the cache remains usable.
     """
     if captures:
         GraphStandIn(monkeypatch)
@@ -422,7 +427,7 @@ def test_logits_that_cease_to_be_finite(
         model.model.norm.register_forward_hook(lambda *_: None)
     prompts, bad = prompts_of(4, 9), []
     free = list(zip(*model.stream(prompts, max_new_tokens=12), strict=True))
-    # The token after which, and not before, the second text becomes NaN.
+    # The embedding of this token is NaN. It occurs first in the second text, at the index `at`.
     at = next(i for i in range(3, 11) if free[1][i] not in (*free[1][:i], *free[0], *prompts[1]))
     with torch.no_grad():
         model.model.embed_tokens.weight[free[1][at]] = math.nan
@@ -432,7 +437,7 @@ def test_logits_that_cease_to_be_finite(
         bad.extend(model.stream(prompts, max_new_tokens=12, cache=cache))
     assert bad == [list(tokens) for tokens in zip(*free, strict=True)][: at + 1]
     assert not cache.interrupted
-    # A text that has ended may do as it likes.
+    # NaN logits of a text that has ended are ignored.
     ended = model.stream(prompts, max_new_tokens=12, eos_token_ids=(free[1][at],))
     assert [tokens[0] for tokens in ended] == list(free[0])
 
@@ -440,32 +445,37 @@ def test_logits_that_cease_to_be_finite(
 # Bad input
 
 
-def test_bad_arguments(model: MistralForCausalLM, tokenizer: MistralTokenizer) -> None:
+def test_values_out_of_range_raise_value_error(
+    model: MistralForCausalLM, tokenizer: MistralTokenizer
+) -> None:
     ids = torch.tensor([random_ids(4)])
     cases: list[tuple[dict[str, Any], str]] = [
         ({"max_new_tokens": -1}, "max_new_tokens must be >= 0, got -1"),
-        ({"do_sample": True, "temperature": 0.0}, "do_sample needs a temperature above 0"),
+        (
+            {"do_sample": True, "temperature": 0.0},
+            "temperature must be > 0 with do_sample=True, got 0",
+        ),
         ({"do_sample": True, "temperature": -1.0}, "temperature must be >= 0, got -1.0"),
         ({"top_p": 1.5}, "top_p must be in"),
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask must be \(1, 4\) like input_ids"),
-        ({"attention_mask": torch.zeros(1, 4)}, "every prompt needs at least one token"),
+        ({"attention_mask": torch.zeros(1, 4)}, "every prompt must have at least one token"),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             model.generate(ids, **options)
     for bad in ([], [[]], [[4], []], torch.empty(1, 0, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="every prompt needs at least one token"):
+        with pytest.raises(ValueError, match="every prompt must have at least one token"):
             model.generate(bad)
     with pytest.raises(ValueError, match=r"input_ids must be \(batch, seqlen\), got \(4,\)"):
         model.generate(ids[0])
-    with pytest.raises(ValueError, match="attention_mask belongs to a padded tensor"):
+    with pytest.raises(ValueError, match="attention_mask must be None for a list"):
         model.generate(ids.tolist(), torch.ones(1, 4))
     for prompts in ([""], [[]], ["a", ""]):
-        with pytest.raises(ValueError, match="the prompt is empty"):
+        with pytest.raises(ValueError, match=r"prompts\[[01]\] must not be empty"):
             generate(model, tokenizer, prompts)
-    with pytest.raises(ValueError, match="a stop string must not be empty"):
+    with pytest.raises(ValueError, match="stop must not contain an empty string"):
         generate(model, tokenizer, ["a"], stop=["x", ""])
-    with pytest.raises(ValueError, match=r"a stop string has a lone surrogate, '.udcff'"):
+    with pytest.raises(ValueError, match=r"stop has a lone surrogate, '.udcff'"):
         generate(model, tokenizer, ["a"], stop=["x", "y\udcff"])
     with pytest.raises(ValueError, match="max_tokens must be >= 0, got -3"):
         generate(model, tokenizer, ["a"], max_tokens=-3, sampler=Sampler())
@@ -488,7 +498,7 @@ IDS = [5, 9, 2000]
     ],
     ids=lambda ids: f"{type(ids).__name__} {getattr(ids, 'dtype', '')}",
 )
-def test_integers_of_every_kind(
+def test_token_ids_may_be_integers_of_any_type(
     ids: Any, model: MistralForCausalLM, tokenizer: MistralTokenizer
 ) -> None:
     plain = [int(id) for id in ids]
@@ -506,7 +516,7 @@ def test_integers_of_every_kind(
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_tensors_keep_their_dtype(dtype: torch.dtype, model: MistralForCausalLM) -> None:
-    """Pads and new tokens may be larger than any id of the prompt."""
+    """The padding and the new tokens may be larger than any id of the prompt."""
     ids = torch.tensor([[3, 4], [5, 6]], dtype=dtype)
     out = model.generate(ids, max_new_tokens=5, eos_token_id=None)
     assert out.dtype == dtype
@@ -518,7 +528,7 @@ def test_tensors_keep_their_dtype(dtype: torch.dtype, model: MistralForCausalLM)
 
 
 TYPES: list[tuple[Any, dict[str, Any], str]] = [
-    ("It is", {}, "input_ids must be token ids, got a text; encode it with the tokenizer"),
+    ("It is", {}, "input_ids must be token ids, got str; encode it with the tokenizer"),
     (["It is"], {}, r"input_ids\[0\] must be a list of token ids, got str; encode it with the to"),
     ([b"It"], {}, r"input_ids\[0\] must be a list of token ids, got bytes; encode it"),
     ([5, 6], {}, r"input_ids\[0\] must be a list of token ids, got int"),
@@ -560,27 +570,29 @@ TYPES: list[tuple[Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("ids", "options", "message"), TYPES)
-def test_wrong_types(
+def test_wrong_types_raise_type_error(
     ids: Any, options: dict[str, Any], message: str, model: MistralForCausalLM,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Refuse them before anything has been generated."""
+    """The error is raised before the model runs."""
     if "prefill_chunk_size" not in options:
         monkeypatch.setattr(MistralForCausalLM, "prefill", None)
     with pytest.raises(TypeError, match=f"^{message}"):
         model.generate(ids, **options)
 
 
-def test_wrong_types_of_texts(model: MistralForCausalLM, tokenizer: MistralTokenizer) -> None:
+def test_wrong_types_of_prompts_and_options_raise_type_error(
+    model: MistralForCausalLM, tokenizer: MistralTokenizer
+) -> None:
     cases: list[tuple[Any, dict[str, Any], str]] = [
-        (b"It", {}, "prompts must be texts or lists of ids, got bytes"),
-        (5, {}, "prompts must be texts or lists of ids, got int"),
+        (b"It", {}, "prompts must be strings or lists of token ids, got bytes"),
+        (5, {}, "prompts must be strings or lists of token ids, got int"),
         ([5, 6], {}, r"prompts\[0\] must be a list of token ids, got int"),
         ([b"It"], {}, r"prompts\[0\] must be a list of token ids, got bytes; encode it"),
         (["a", [1.0]], {}, r"prompts\[1\]\[0\] must be a token id, an int, got float"),
         (torch.tensor([5, 6]), {}, r"prompts\[0\] must be a list of token ids, got int"),
-        ("a", {"stop": [b"x"]}, "stop must be a string or a list of them, got bytes"),
-        ("a", {"stop": ["x", 5]}, "stop must be a string or a list of them, got int"),
+        ("a", {"stop": [b"x"]}, "stop must be a string or list of strings, got bytes"),
+        ("a", {"stop": ["x", 5]}, "stop must be a string or list of strings, got int"),
         ("a", {"max_tokens": 1.5}, "max_tokens must be an integer >= 0, got float"),
         ("a", {"prefill_chunk": "x"}, "chunk_size must be an integer >= 1, got str"),
     ]

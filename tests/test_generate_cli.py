@@ -1,4 +1,4 @@
-"""`python -m mistral_kernels.generate` as its users meet it."""
+"""The command `python -m mistral_kernels.generate`: output, errors, signals and streams."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mistral_kernels.model import generation
 from mistral_kernels.ops import dispatch, extension
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
 
-# The expected texts are the CPU's: in bfloat16 a GPU may choose another of two close tokens.
+# The expected texts are from the CPU: in bfloat16, a GPU may choose another of two close tokens.
 ON_THE_CPU = ("--device", "cpu") if torch.cuda.is_available() else ()
 GREEDY = ("--temperature", "0", "-m", "12", *ON_THE_CPU)
 
@@ -47,7 +47,7 @@ Command = Callable[..., Result]
 
 @pytest.fixture(autouse=True)
 def own_environment(set_backend: SetBackend) -> None:
-    """Undo --backend, which sets a variable of the process."""
+    """Undo --backend, which sets an environment variable of this process."""
     set_backend("auto")
 
 
@@ -57,7 +57,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         try:
             code: Any = main([str(argument) for argument in arguments])
-        except SystemExit as end:  # the parser's
+        except SystemExit as end:  # raised by the parser
             code = end.code
         return Result(code, *capsys.readouterr())
 
@@ -66,7 +66,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="module")
 def expected() -> Callable[..., str]:
-    """Return the greedy text of the bundled model."""
+    """Return a function that generates greedily with the bundled model."""
     model = MistralForCausalLM.from_pretrained("tiny")
     tokenizer = MistralTokenizer.from_pretrained("tiny")
 
@@ -78,10 +78,10 @@ def expected() -> Callable[..., str]:
     return expected
 
 
-# Where the prompt comes from
+# Sources of the prompt
 
 
-def test_stdout_carries_the_text_alone(run: Command, expected: Callable[..., str]) -> None:
+def test_only_the_text_goes_to_stdout(run: Command, expected: Callable[..., str]) -> None:
     text = expected("She was") + "\n"
     result = run("She was", *GREEDY, "--seed", "5")
     assert (result.code, result.out) == (0, text)
@@ -99,7 +99,7 @@ def test_stdout_carries_the_text_alone(run: Command, expected: Callable[..., str
     assert quiet == (0, text, "")
 
 
-def test_every_way_to_give_a_prompt(
+def test_all_sources_of_a_prompt_are_equal(
     run: Command, expected: Callable[..., str], tmp_path: Path
 ) -> None:
     out = expected("She was") + "\n"
@@ -114,15 +114,15 @@ def test_every_way_to_give_a_prompt(
         run("--prompt-file", file, *GREEDY, "--quiet"),
     ):
         assert result == (0, out, "")
-    # What `echo` puts at the end, and no more, is left away.
+    # Only one newline at the end is removed, which `echo` adds.
     record = run("-", *GREEDY, "--json", stdin="She was\n\n").out
     assert json.loads(record)["prompt"] == "She was\n"
 
 
-def test_a_batch_of_unequal_prompts(
+def test_a_prompt_file_is_a_batch_of_unequal_prompts(
     run: Command, expected: Callable[..., str], tmp_path: Path
 ) -> None:
-    # Of all the characters at which str.splitlines splits, only the newline separates prompts.
+    # Only newlines separate prompts, unlike in str.splitlines.
     prompts = ["She was", "It is a truth universally\u2028acknowledged", "\u00e9"]
     file = tmp_path / "prompts"
     file.write_text("\n".join([prompts[0], "", *prompts[1:], "  "]) + "\n", encoding="utf-8")
@@ -137,8 +137,9 @@ def test_a_batch_of_unequal_prompts(
 
 @pytest.mark.parametrize("head", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_files_of_other_systems(run: Command, tmp_path: Path, head: str, end: str) -> None:
-    """Drop a byte order mark and foreign line ends of a prompt, from a file or stdin."""
+def test_byte_order_marks_and_line_ends_are_normalized(
+    run: Command, tmp_path: Path, head: str, end: str
+) -> None:
     prompts, file = ["She was", "It is"], tmp_path / "prompts"
     text = head + "".join(prompt + end for prompt in [prompts[0], "", prompts[1]])
     file.write_bytes(text.encode())
@@ -150,7 +151,7 @@ def test_files_of_other_systems(run: Command, tmp_path: Path, head: str, end: st
 
 
 def test_a_prompt_file_may_be_a_pipe(run: Command, tmp_path: Path) -> None:
-    """Read a pipe, like a shell's `<(...)`."""
+    """A shell's `<(...)` is a pipe."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     sender = threading.Thread(target=pipe.write_text, args=("She was\n",))
@@ -159,10 +160,10 @@ def test_a_prompt_file_may_be_a_pipe(run: Command, tmp_path: Path) -> None:
     sender.join()
 
 
-# What it says
+# Output
 
 
-def test_json(run: Command, expected: Callable[..., str]) -> None:
+def test_json_prints_one_record_per_text(run: Command, expected: Callable[..., str]) -> None:
     result = run("She was", *GREEDY, "--json", "--quiet")
     record = json.loads(result.out)
     assert result.out.count("\n") == 1
@@ -174,10 +175,10 @@ def test_json(run: Command, expected: Callable[..., str]) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp037", "utf-16"])
-def test_stdout_that_is_not_utf8(
+def test_encodings_of_stdout_other_than_utf8(
     encoding: str, run: Command, expected: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Records are ASCII then, and no text is lost to a character that the encoding lacks."""
+    """JSON records are ASCII, and characters that the encoding lacks are escaped."""
     for options in (("--json",), ()):
         sink = io.BytesIO()
         with monkeypatch.context() as patch:
@@ -194,11 +195,11 @@ def test_stdout_that_is_not_utf8(
             assert out == lacking.decode(encoding) + "\n"
 
 
-def test_records_are_readable_where_stdout_is_utf8(run: Command) -> None:
+def test_json_is_not_escaped_if_stdout_is_utf8(run: Command) -> None:
     assert '"prompt": "caf\u00e9 \u6f22"' in run("caf\u00e9 \u6f22", *GREEDY, "--json").out
 
 
-def test_seeds_and_samples(run: Command) -> None:
+def test_a_seed_determines_the_samples(run: Command) -> None:
     def sample(*arguments: str) -> list[str]:
         result = run("She was", "-m", "20", "--json", *arguments)
         assert result.code == 0
@@ -213,7 +214,7 @@ def test_seeds_and_samples(run: Command) -> None:
     assert json.loads(drawn.out)["text"] == sample("--seed", seed[1])[0]
 
 
-def test_stop_and_length(run: Command, expected: Callable[..., str]) -> None:
+def test_a_stop_string_ends_the_text(run: Command, expected: Callable[..., str]) -> None:
     text = expected("She was", 40)
     stop = text[len(text) // 2 :][:4]
     options = ("--temp", "0", "--max_tokens", "40", "--stop", stop, *ON_THE_CPU)
@@ -225,7 +226,7 @@ def test_stop_and_length(run: Command, expected: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     "arguments", [("--window", "3"), ("--window", "none"), ("--dtype", "fp32")]
 )
-def test_model_overrides(run: Command, arguments: tuple[str, str]) -> None:
+def test_window_and_dtype_change_the_model(run: Command, arguments: tuple[str, str]) -> None:
     options: dict[str, Any] = {
         "3": {"sliding_window": 3},
         "none": {"sliding_window": None},
@@ -240,7 +241,9 @@ def test_model_overrides(run: Command, arguments: tuple[str, str]) -> None:
     assert ("float32" if arguments[1] == "fp32" else "bfloat16") in result.err
 
 
-def test_chunks_and_backend_change_no_text(run: Command, expected: Callable[..., str]) -> None:
+def test_chunks_backend_and_device_do_not_change_the_text(
+    run: Command, expected: Callable[..., str]
+) -> None:
     prompt = "of the " * 100
     for arguments in (("--prefill-chunk", "50"), ("--backend", "torch"), ("--device", "cpu")):
         assert run(prompt, *GREEDY, "--quiet", *arguments) == (0, expected(prompt) + "\n", "")
@@ -273,11 +276,11 @@ def check_error(result: Result, *parts: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([""], "the prompt is empty"),
-        (["  \n\t"], "the prompt is empty"),
-        (["-"], "the prompt is empty"),
-        ([], "the prompt is empty"),
-        (["x", "-p", "y"], "give one of a prompt, --prompt and --prompt-file"),
+        ([""], "prompt must not be empty"),
+        (["  \n\t"], "prompt must not be empty"),
+        (["-"], "prompt must not be empty"),
+        ([], "prompt must not be empty"),
+        (["x", "-p", "y"], "only one of prompt, --prompt and --prompt-file must be given, got 2"),
         (
             ["x", "--temperature", "-1"],
             "error: --temperature must be >= 0, got -1.0; see python -m",
@@ -305,10 +308,10 @@ def check_error(result: Result, *parts: str) -> None:
         ),
         (["x", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         (["x", "--device", "meta"], "--device must be auto, cpu, cuda or cuda:N, got 'meta'"),
-        (["x", "--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
-        (["x", "--system", "be brief"], "--system needs --chat"),
-        (["x", "--chat", "--num-samples", "2"], "--num-samples is for texts"),
-        (["x", "--chat"], "--chat: model 'tiny' has no chat template; leave out"),
+        (["x", "--device", "cuda:99"], "GPUs that PyTorch finds, got 'cuda:99'; use"),
+        (["x", "--system", "be brief"], "--system requires --chat"),
+        (["x", "--chat", "--num-samples", "2"], "--num-samples must be 1 with --chat, got 2"),
+        (["x", "--chat"], "--chat requires a chat template, which model 'tiny' does not have"),
         (["x", "--model", "/no/such/folder"], "no such folder: '/no/such/folder'"),
         (["x", "--model", "tine"], "no such folder: 'tine'"),
         (["x", "--model", __file__], "is a file; give the folder that holds the checkpoint"),
@@ -323,32 +326,32 @@ def check_error(result: Result, *parts: str) -> None:
         (["x", "-m", "1e3"], "--max-tokens must be an integer in [1, 1000000000], got '1e3'"),
         (["x", "--temp", "warm"], "--temperature must be a number >= 0, got 'warm'"),
         (["x", "--seed", "1.5"], "--seed must be an integer in [0, 18446744073709551615]"),
-        (["x", "--num-samples", "1000000000"], "out of memory: the cache would take 196,608.0 GB"),
+        (["x", "--num-samples", "1000000000"], "GB of this machine, got 196,608.0 GB; gen"),
         (
             ["x", "--window", "none", "-m", "400000000"],
-            "out of memory: the cache would take 614.4 GB, this machine has",
+            "of this machine, got 614.4 GB; generate fewer tokens or texts, or set a sliding",
         ),
         (["--prompt-file", "~no-such-user/x"], "--prompt-file must be a path, got '~no-such-user"),
         (["--prompt-file", ""], "--prompt-file must be a path, got ''"),
-        (["--prompt-file", "/dev/zero"], "/dev/zero must have at most 67108864 bytes; it has more"),
-        (["--prompt-file", "/dev/null"], "/dev/null has no prompt in it"),
-        (["--model", "~no-such-user/x", "x"], ""),  # in the words of what looks it up
+        (["--prompt-file", "/dev/zero"], "/dev/zero must have at most 67108864 bytes, got more"),
+        (["--prompt-file", "/dev/null"], "/dev/null must contain a prompt, got only empty"),
+        (["--model", "~no-such-user/x", "x"], ""),  # the message depends on the library
         (["x", "--model", ""], "no such folder: ''"),
-        (["x", "--context", "5"], "--context needs --chat"),
+        (["x", "--context", "5"], "--context requires --chat"),
     ],
 )
-def test_bad_arguments(run: Command, arguments: list[str], message: str) -> None:
+def test_bad_arguments_are_one_line(run: Command, arguments: list[str], message: str) -> None:
     check_error(run(*arguments), message)
 
 
-def test_bad_prompt_files(run: Command, tmp_path: Path) -> None:
+def test_bad_prompt_files_are_one_line(run: Command, tmp_path: Path) -> None:
     file = tmp_path / "prompts"
     file.write_bytes(b"good\nbad \xff\n")
-    check_error(run("--prompt-file", file), f"{file} is not UTF-8", "0xff in position 9")
+    check_error(run("--prompt-file", file), f"{file} must be UTF-8", "0xff in position 9")
     file.write_text("\n  \n")
-    check_error(run("--prompt-file", file), f"{file} has no prompt in it")
+    check_error(run("--prompt-file", file), f"{file} must contain a prompt")
     file.write_text("hello\n")
-    check_error(run("--prompt-file", file, "--chat"), "--chat holds one conversation")
+    check_error(run("--prompt-file", file, "--chat"), "--prompt-file must not be given with --chat")
 
 
 @pytest.mark.parametrize(
@@ -360,24 +363,24 @@ def test_bad_prompt_files(run: Command, tmp_path: Path) -> None:
         ({"change": {"num_local_experts": 8}}, ["a mixture of experts", "config.json"]),
         ({"change": {"vision_config": {"a": 1}}}, ["a vision encoder"]),
         ({"change": {"quantization_config": {"bits": 4}}}, ["quantized weights"]),
-        ({"change": {"hidden_size": 200}}, ["model.safetensors", "has shape"]),
+        ({"change": {"hidden_size": 200}}, ["model.safetensors", "must have shape"]),
         ({"change": {"num_attention_heads": 0}}, ["num_attention_heads must be an integer from 1"]),
     ],
     ids=str,
 )
-def test_bad_checkpoints(
+def test_bad_checkpoints_are_one_line(
     run: Command, tmp_path: Path, fault: dict[str, Any], parts: list[str]
 ) -> None:
     check_error(run("x", "--model", bad_checkpoint(tmp_path, **fault)), *parts)
 
 
-def test_damaged_files(run: Command, tmp_path: Path) -> None:
+def test_damaged_files_are_one_line(run: Command, tmp_path: Path) -> None:
     folder = bad_checkpoint(tmp_path)
     weights, config = folder / "model.safetensors", folder / "config.json"
     whole = weights.read_bytes()
     for size in (0, 5, 1000, len(whole) - 1):
         weights.write_bytes(whole[:size])
-        check_error(run("x", "--model", folder), f"{weights} is not a whole safetensors file")
+        check_error(run("x", "--model", folder), f"{weights} is not a valid safetensors file")
     weights.write_bytes(whole)
     config.write_text("{")
     check_error(run("x", "--model", folder), f"{config} must be JSON")
@@ -390,21 +393,21 @@ def test_damaged_files(run: Command, tmp_path: Path) -> None:
     check_error(run("x", "--model", folder / "x.gguf"), "GGUF is not supported; give a folder with")
 
 
-def test_stdin_that_is_no_prompt(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_error(run("-", stdin="caf\udce9"), "standard input is not UTF-8", "position 3")
+def test_bad_stdin_is_one_line(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_error(run("-", stdin="caf\udce9"), "standard input must be UTF-8", "position 3")
     monkeypatch.setattr(generate, "_PROMPT_LIMIT", 10)
     check_error(run("-", stdin="x" * 11), "standard input must have at most 10 characters")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs Triton's kernels")
-def test_a_backend_that_cannot_run(
+def test_a_backend_that_cannot_run_is_one_line(
     run: Command, monkeypatch: pytest.MonkeyPatch, set_backend: SetBackend
 ) -> None:
-    """The message names what chose it: the option or the variable."""
+    """The message names the option or the variable that chose the backend."""
     dispatch._choose.cache_clear()
     from triton.runtime import driver
 
-    monkeypatch.setattr(driver, "_active", None)  # other tests may have a driver for the CPU
+    monkeypatch.setattr(driver, "_active", None)  # other tests may set a driver for the CPU
     reason = "nothing here runs Triton kernels on cpu tensors; move them to a GPU, set "
     remedy = "TRITON_INTERPRET=1 before Python starts, or "
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -415,8 +418,7 @@ def test_a_backend_that_cannot_run(
         check_error(run("x"), f"{variable}\n")
 
 
-def test_logits_that_are_not_finite(run: Command, tmp_path: Path) -> None:
-    """The text so far is printed; then one line."""
+def test_logits_that_are_not_finite_are_one_line(run: Command, tmp_path: Path) -> None:
     state = random_state(dataclasses.replace(SMALL, vocab_size=2048))
     config = dataclasses.replace(SMALL, vocab_size=2048, sliding_window=3)
     state["model.norm.weight"].fill_(torch.nan)
@@ -428,10 +430,10 @@ def test_logits_that_are_not_finite(run: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("in the middle"), KeyboardInterrupt()])
-def test_texts_that_are_cut_short_are_not_lost(
+def test_incomplete_texts_are_printed(
     error: BaseException, run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A batch is printed at its end, or what there is of it when something stops it."""
+    """A batch is printed at its end, or when an error or an interrupt stops it."""
     real, texts = generate.stream_generate, ["She was", "It is"]
 
     def stream(*args: Any, **options: Any) -> Any:
@@ -448,10 +450,10 @@ def test_texts_that_are_cut_short_are_not_lost(
     assert (result.code, result.err) == (2 if "error" in line else 130, line)
 
 
-def test_an_interrupt_before_the_first_token(
+def test_an_interrupt_before_the_first_token_prints_no_text(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither texts nor statistics are printed."""
+    """Statistics are not printed either."""
 
     def prefill(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -462,19 +464,19 @@ def test_an_interrupt_before_the_first_token(
         assert run(*given, *GREEDY) == (130, "", "\ninterrupted\n")
 
 
-def test_compiling_is_loading(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first token's time excludes compilation; an interrupt meanwhile prints one word."""
+def test_compilation_counts_as_load_time(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of the first token excludes it. An interrupt during compilation prints one word."""
 
     def compiling(device_type: str) -> None:
-        patch.setattr(extension, "load", lambda device_type: None)  # from now on
+        patch.setattr(extension, "load", lambda device_type: None)
         time.sleep(0.5)
 
     with monkeypatch.context() as patch:
         patch.setattr(extension, "load", compiling)
         result = run("She was", *GREEDY)
-    figures = dict(re.findall(r"(load|first token after) +([0-9.]+) s", result.err))
+    seconds = dict(re.findall(r"(load|first token after) +([0-9.]+) s", result.err))
     assert result.code == 0
-    assert float(figures["load"]) >= 0.5
+    assert float(seconds["load"]) >= 0.5
 
     def interrupted(device_type: str) -> None:
         raise KeyboardInterrupt
@@ -483,8 +485,8 @@ def test_compiling_is_loading(run: Command, monkeypatch: pytest.MonkeyPatch) -> 
     assert run("She was", *GREEDY) == (130, "", "\ninterrupted\n")
 
 
-def test_the_wrong_tokenizer(run: Command, tmp_path: Path) -> None:
-    """Use a vocabulary larger than the model's, with ids that have no embedding."""
+def test_a_tokenizer_of_another_model_is_one_line(run: Command, tmp_path: Path) -> None:
+    """Its vocabulary is larger than the model's, so some ids have no embedding."""
     save_hf(random_state(SMALL).items(), SMALL, tmp_path / "m", dtype=torch.float32)
     shutil.copy(resolve("tiny") / "tokenizer.model", tmp_path / "m")
     check_error(run("hello there", "--model", tmp_path / "m"), "vocabulary")
@@ -509,7 +511,7 @@ def test_long_texts_take_constant_memory(run: Command, monkeypatch: pytest.Monke
     assert sizes == [cache.nbytes for cache in caches] == [6 * 2 * 128 * 2 * 32 * 2] * 2
 
 
-# Things that happen to a process
+# Signals and streams of a process
 
 
 def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
@@ -524,7 +526,7 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def test_ctrl_c_keeps_what_there_is() -> None:
+def test_ctrl_c_keeps_the_text_and_prints_statistics() -> None:
     process = start("She was", "-m", "1000000", "--ignore-eos")
     assert process.stdout is not None
     head = process.stdout.read(40)
@@ -538,7 +540,7 @@ def test_ctrl_c_keeps_what_there_is() -> None:
     assert re.search(r"^generate +\d+ tokens", err, re.MULTILINE)
 
 
-def test_the_reader_goes_away() -> None:
+def test_a_closed_pipe_ends_the_command_with_141() -> None:
     process = start("She was", "-m", "1000000", "--ignore-eos", "--quiet")
     assert process.stdout is not None
     assert process.stderr is not None
@@ -550,23 +552,22 @@ def test_the_reader_goes_away() -> None:
 
 
 @pytest.mark.parametrize("module", ["cli.startup", "text.chat"])
-def test_ctrl_c_while_importing(module: str) -> None:
-    """Print one word and no traceback, from the first module's import on."""
+def test_ctrl_c_during_imports_prints_one_word(module: str) -> None:
+    """No traceback is printed, from the import of the first module on."""
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1", "TRITON_INTERPRET": "0"}
-    process = start("-", env=environment, stdin=subprocess.PIPE)  # for which it would wait
+    process = start("-", env=environment, stdin=subprocess.PIPE)  # never written to
     assert process.stderr is not None
     for line in process.stderr:
         if line.endswith(f" mistral_kernels.{module}\n"):
             break
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    times, _, rest = err.rpartition("\ninterrupted\n")  # the last of them may be cut off
+    times, _, rest = err.rpartition("\ninterrupted\n")  # the last line may be incomplete
     assert (process.returncode, out, rest) == (130, "", "")
     assert all(line.startswith("import time: ") for line in times.splitlines()), times
 
 
-def test_closed_stderr(expected: Callable[..., str]) -> None:
-    """Keep stderr's lines out of stdout."""
+def test_lines_of_a_closed_stderr_do_not_go_to_stdout(expected: Callable[..., str]) -> None:
     shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "mistral_kernels.generate"]
     for prompt, code, text in (("She was", 0, expected("She was") + "\n"), ("", 2, "")):
         done = subprocess.run([*shell, prompt, *GREEDY], stdout=subprocess.PIPE, text=True)
@@ -574,7 +575,7 @@ def test_closed_stderr(expected: Callable[..., str]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs Triton's kernels")
-def test_triton_without_a_gpu() -> None:
+def test_triton_without_a_gpu_is_one_line() -> None:
     process = start("x", "--backend", "triton")
     out, err = process.communicate(timeout=60)
     result = Result(process.returncode, out, err)

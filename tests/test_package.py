@@ -1,4 +1,4 @@
-"""The package as a whole: weight of its import, import directions, public names."""
+"""The package: modules that its import loads, import layers, public signatures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ HEAVY = {
     "matplotlib",
 }
 
-# A module imports its own entry's modules and those of the layers before. The longest name decides.
+# A module may import modules of its own entry and of earlier layers. The entry of a module is the
+# longest one that its name begins with.
 LAYERS = (
     ("utils",),
     ("ops", "model.config_formats"),
@@ -39,9 +40,10 @@ LAYERS = (
     ("training",),
     ("convert", "generate", "train"),
 )
-# Modules that import none of ours: they run before the others, or define what the others must do.
+# Modules that import no other module of this package: cli.startup runs before the others, setup.py
+# loads ops.compiler alone, and ops.reference defines the results of the others.
 ALONE = {"cli.startup", "ops.compiler", "ops.reference"}
-FACES = {"", "__main__"}  # import any layer, and no module imports them
+ENTRY_POINTS = {"", "__main__"}  # may import any layer; no module may import them
 
 
 def python(*arguments: str) -> str:
@@ -52,7 +54,7 @@ def python(*arguments: str) -> str:
 
 
 def imports_of(path: Path, in_functions: bool = True):
-    """Yield (name, whether importing the module runs it) of every import."""
+    """Yield (name, whether importing the module at `path` runs the import) for every import."""
     tree = ast.parse(path.read_text())
     blocks = [x for x in ast.walk(tree) if isinstance(x, (ast.FunctionDef, ast.If))]
     functions = [x for x in blocks if isinstance(x, ast.FunctionDef)]
@@ -66,7 +68,7 @@ def imports_of(path: Path, in_functions: bool = True):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            # The name may be a module of its own, or something inside one.
+            # The imported name may be a module, or a name in a module.
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name if name in MODULES else node.module for name in names]
         else:
@@ -78,12 +80,12 @@ def short(module: str) -> str:
     return module.removeprefix("mistral_kernels").removeprefix(".")
 
 
-def fits(name: str, prefix: str) -> bool:
+def is_inside(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
-def test_importing_is_light():
-    """Import nothing but torch and its dependencies, and look for no GPU."""
+def test_import_loads_no_heavy_modules():
+    """Importing the package does not initialize CUDA either."""
     code = f"""
 import sys, torch
 before = set(sys.modules)
@@ -95,24 +97,26 @@ print(*sorted(new & {HEAVY!r}), torch.cuda.is_initialized())
 
 
 def entry_of(module: str) -> tuple[int, str] | None:
-    """Return the layer of a module and its entry there; None for a face."""
+    """Return the index of a module's layer and its entry there; None for an entry point."""
     name = short(module)
-    if name in FACES:
+    if name in ENTRY_POINTS:
         return None
-    entries = [(i, entry) for i, layer in enumerate(LAYERS) for entry in layer if fits(name, entry)]
+    entries = [
+        (i, entry) for i, layer in enumerate(LAYERS) for entry in layer if is_inside(name, entry)
+    ]
     assert entries, f"{module} is in no layer"
     return max(entries, key=lambda entry: len(entry[1]))
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_run_one_way(module):
+def test_modules_import_only_earlier_layers(module):
     own = entry_of(module)
     for imported, at_top in imports_of(MODULES[module]):
         top = imported.partition(".")[0]
         assert top not in ("tests", "benchmarks"), f"{module} imports {imported}"
-        # Who imports these has transformers, or they say how to get it.
-        at_home = fits(short(module), "integrations") and top == "transformers"
-        assert at_home or not (at_top and top in HEAVY), f"{module} imports {top} before it is used"
+        # `integrations` may import transformers at the top: its users have it or get a clear error.
+        allowed = is_inside(short(module), "integrations") and top == "transformers"
+        assert allowed or not (at_top and top in HEAVY), f"{module} imports {top} before it is used"
         if top == "mistral_kernels" and own is not None:
             theirs = entry_of(imported)
             assert theirs is not None, f"{module} imports {imported}"
@@ -120,8 +124,8 @@ def test_imports_run_one_way(module):
             assert short(module) not in ALONE, f"{module} imports {imported}"
 
 
-def test_no_import_circles():
-    """No module imports itself by way of others, imports for type checkers included."""
+def test_no_circular_imports():
+    """Imports for type checkers count as well."""
     imports = {
         module: {name for name, _ in imports_of(path, in_functions=False) if name in MODULES}
         for module, path in MODULES.items()
@@ -140,7 +144,7 @@ def test_no_import_circles():
 
 
 def test_no_block_pointers():
-    """tl.make_block_ptr is gone from later versions of Triton."""
+    """Later versions of Triton have no tl.make_block_ptr."""
     for path in MODULES.values():
         names = {
             node.attr for node in ast.walk(ast.parse(path.read_text())) if hasattr(node, "attr")
@@ -148,7 +152,7 @@ def test_no_block_pointers():
         assert "make_block_ptr" not in names, path
 
 
-# What flash-attn 2 has after the tensors; in its order.
+# The parameters of flash-attn 2's functions after the tensors, in the same order.
 FLASH_ATTN = (
     "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
     "alibi_slopes=None, deterministic=False, return_attn_probs=False"
@@ -193,8 +197,7 @@ OPERATORS = {
 CLASSES = {"MistralConfig", "MistralForCausalLM", "MistralTokenizer", "RollingCache", "Sampler"}
 
 
-def test_public_signatures():
-    """Code written against this package keeps working."""
+def test_public_signatures_are_unchanged():
     assert mistral_kernels.__all__ == sorted(CLASSES | set(OPERATORS))
     for name, expected in OPERATORS.items():
         signature = inspect.signature(getattr(mistral_kernels, name))

@@ -23,7 +23,7 @@ CONFIGS = {"untied": SMALL, "tied": replace(SMALL, tie_word_embeddings=True)}
 
 @pytest.fixture(params=CONFIGS)
 def models(request: Any, tmp_path: Path) -> tuple[MistralForCausalLM, MistralForCausalLM]:
-    """Return a quantized model, and the plain one of its weights in float32."""
+    """Return a quantized model, and an ordinary model with the same weights in float32."""
     varied_model(CONFIGS[request.param]).save_pretrained(tmp_path / "m")
     quantized = MistralForCausalLM.from_pretrained(tmp_path / "m", quantize="int8")
     plain = MistralForCausalLM.from_pretrained(tmp_path / "m").requires_grad_(False)
@@ -41,8 +41,10 @@ def models(request: Any, tmp_path: Path) -> tuple[MistralForCausalLM, MistralFor
     return quantized, plain
 
 
-def test_weights(models: tuple[MistralForCausalLM, MistralForCausalLM]) -> None:
-    """Weights of all products are int8, those of fused projections too; others are unchanged."""
+def test_only_weights_of_products_are_int8(
+    models: tuple[MistralForCausalLM, MistralForCausalLM],
+) -> None:
+    """The weights of fused projections are int8 too; embedding and norms are unchanged."""
     quantized, plain = models
     products = [m for m in quantized.modules() if isinstance(m, Linear)]
     assert len(products) == 4 * SMALL.num_hidden_layers + 1
@@ -58,8 +60,10 @@ def test_weights(models: tuple[MistralForCausalLM, MistralForCausalLM]) -> None:
     assert plain.nbytes == sum(p.nbytes for p in plain.parameters())
 
 
-def test_logits(models: tuple[MistralForCausalLM, MistralForCausalLM]) -> None:
-    """Compare whole texts, prompts and decode steps with the same weights in float32."""
+def test_logits_equal_those_of_the_dequantized_weights(
+    models: tuple[MistralForCausalLM, MistralForCausalLM],
+) -> None:
+    """Compare forward passes, prefill and decode steps."""
     ids = torch.randint(SMALL.vocab_size, (3, 20))
     results = []
     for model in models:
@@ -73,8 +77,8 @@ def test_logits(models: tuple[MistralForCausalLM, MistralForCausalLM]) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_decoding_has_the_same_bits(monkeypatch: Any) -> None:
-    """Decode a sequence alone or in a batch, layers in one call or by operators."""
+def test_decoded_logits_are_bitwise_equal(monkeypatch: Any) -> None:
+    """Decode alone and in a batch, with one call of csrc per step and with the modules."""
     if not extension.load("cpu"):
         pytest.skip(extension.status("cpu"))
     model = MistralForCausalLM.from_pretrained("tiny", quantize="int8")
@@ -88,12 +92,12 @@ def test_decoding_has_the_same_bits(monkeypatch: Any) -> None:
     many = decode(32)
     for batch in (1, 5):
         assert torch.equal(decode(batch), many[:, :batch])
-    monkeypatch.setattr(engine, "_csrc_serves", lambda *_: False)
+    monkeypatch.setattr(engine, "_can_use_csrc", lambda *_: False)
     assert torch.equal(decode(32), many)
 
 
-def test_dtypes() -> None:
-    """Casting the model changes hidden states and caches, and neither weights nor scales."""
+def test_casting_changes_neither_int8_weights_nor_scales() -> None:
+    """Casting the model changes the dtype of hidden states and caches."""
     model = MistralForCausalLM.from_pretrained("tiny", quantize="int8")
     assert model.dtype == model.new_cache(1, 4).keys[0].dtype == torch.bfloat16
     ids = torch.randint(2048, (1, 40))
@@ -105,10 +109,10 @@ def test_dtypes() -> None:
     assert torch.equal(model.to(torch.bfloat16)(ids), before)
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_unsupported_uses_raise_an_error(tmp_path: Path) -> None:
     model = MistralForCausalLM.from_pretrained("tiny", quantize="int8")
     plain = MistralForCausalLM.from_pretrained("tiny")
-    message = "neither gives nor takes a state dict: save and load the unquantised one"
+    message = "cannot return or load a state dict; save and load the unquantized model"
     for attempt in (
         model.state_dict,
         model.lm_head.state_dict,
@@ -121,24 +125,23 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "saved").exists()
     with pytest.raises(ValueError, match="quantize must be None or 'int8', got 'int4'"):
         MistralForCausalLM.from_pretrained("tiny", quantize="int4")
-    with pytest.raises(NotImplementedError, match="'int8' is for the CPU; leave it out on meta"):
+    with pytest.raises(NotImplementedError, match="must be the CPU with quantize='int8', got meta"):
         MistralForCausalLM.from_pretrained("tiny", quantize="int8", device="meta")
 
 
-def test_without_a_library(monkeypatch: Any, caplog: Any) -> None:
-    """Run in PyTorch, with a warning that it is slow."""
+def test_without_csrc_pytorch_runs_with_a_warning(monkeypatch: Any, caplog: Any) -> None:
     ids = torch.randint(2048, (1, 40))
     expected = MistralForCausalLM.from_pretrained("tiny", quantize="int8", dtype=torch.float32)(ids)
     assert not caplog.records or not extension.load("cpu")
     monkeypatch.setattr(extension, "load", lambda device_type: None)
     with caplog.at_level("WARNING"):
         model = MistralForCausalLM.from_pretrained("tiny", quantize="int8", dtype=torch.float32)
-    assert "slower than unquantised weights" in caplog.text
+    assert "slower than unquantized weights" in caplog.text
     torch.testing.assert_close(model(ids), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_command(capsys: Any) -> None:
-    """Print the model's text; the statistics count int8."""
+def test_generate_command_quantizes(capsys: Any) -> None:
+    """The command prints the text of the quantized model, and its size in the statistics."""
     options = ["--temperature", "0", "-m", "8", "--device", "cpu", "--quantize", "int8"]
     assert main(["Her sister was", *options]) == 0
     printed = capsys.readouterr()

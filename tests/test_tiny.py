@@ -1,4 +1,4 @@
-"""The bundled model: its size, its recorded loss, and that it writes words."""
+"""The bundled model: its size, its recorded loss and its generated words."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def model() -> MistralForCausalLM:
     return MistralForCausalLM.from_pretrained("tiny")
 
 
-def test_it_is_small() -> None:
+def test_files_are_smaller_than_6_mb() -> None:
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 6_000_000
 
 
-def test_the_recorded_loss(model: MistralForCausalLM) -> None:
+def test_held_out_loss_equals_the_recorded_loss(model: MistralForCausalLM) -> None:
     report = json.loads((FOLDER / "training.json").read_text())
     text = (FOLDER / HELD_OUT).read_text(encoding="utf-8")
     corpus = Corpus(text, FOLDER / "tokenizer.model")
-    # Weights and arithmetic are bfloat16, whose sums depend a little on the machine.
+    # Weights and arithmetic are bfloat16: the loss depends slightly on the machine.
     loss = held_out_loss(model, corpus, corpus.tokens)
     assert loss == pytest.approx(report["held_out_loss"], rel=2e-3)
     exact = held_out_loss(model.float(), corpus, corpus.tokens)
@@ -43,7 +43,7 @@ def test_the_recorded_loss(model: MistralForCausalLM) -> None:
     assert report["held_out_bits_per_byte"] < 2.0
 
 
-def test_it_has_a_window_and_grouped_queries(model: MistralForCausalLM) -> None:
+def test_model_has_a_window_and_grouped_queries(model: MistralForCausalLM) -> None:
     config = model.config
     assert config.sliding_window == 128
     assert config.num_attention_heads > config.num_key_value_heads > 1
@@ -54,26 +54,26 @@ def words(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_it_writes_words(model: MistralForCausalLM, temperature: float) -> None:
-    """Nearly all words are in the held-out text, in sentences, also far past the window."""
+def test_generated_text_consists_of_words(model: MistralForCausalLM, temperature: float) -> None:
+    """Over 70 % of the words occur in the held-out text, also far past the window."""
     tokenizer = MistralTokenizer.from_pretrained("tiny")
-    known = set(words((FOLDER / HELD_OUT).read_text(encoding="utf-8")))
+    vocabulary = set(words((FOLDER / HELD_OUT).read_text(encoding="utf-8")))
     sampler = Sampler(temperature, generator=torch.Generator().manual_seed(1))
     texts = generate(model, tokenizer, PROMPTS, max_tokens=300, sampler=sampler)
-    # The first and last may be parts of a word.
+    # The first and the last word of a text may be incomplete.
     written = [word for text in texts for word in words(text.text)[1:-1]]
     assert len(written) > 400
-    assert sum(word in known for word in written) > 0.7 * len(written)
+    assert sum(word in vocabulary for word in written) > 0.7 * len(written)
     assert len(set(written)) > (15 if temperature == 0 else 150)
     assert sum(len(re.findall(r"[.!?]", text.text)) for text in texts) >= 4
 
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_a_prompt_of_100_000_tokens(model: MistralForCausalLM) -> None:
-    """Use no more cache than a short prompt, and end where its last tokens alone do.
+def test_a_prompt_of_100_000_tokens_takes_constant_memory(model: MistralForCausalLM) -> None:
+    """A long prompt needs no more cache than a short one, and only its last tokens matter.
 
-    What a token sees of the past is bounded: in each layer the window less itself.
+    The logits depend on the last `reach` tokens: per layer, the window without the token itself.
     """
     prompt = torch.randint(3, model.config.vocab_size, (100_000,)).tolist()
     reach = model.config.num_hidden_layers * (128 - 1) + 1
@@ -94,11 +94,11 @@ def resident() -> int:
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_a_text_of_50_000_tokens(model: MistralForCausalLM) -> None:
-    """Past a window of 128, memory and the next token's dependencies stay the same.
+def test_a_text_of_50_000_tokens_takes_constant_memory(model: MistralForCausalLM) -> None:
+    """Decode 50,000 tokens past a window of 128 tokens.
 
-    A cache that grew would need 150 MB more at the end than here at a tenth of the way; 8 MB are
-    angles of positions.
+    From 10 % of the text to its end, a growing cache would need 150 MB. The limit of 30 MB allows
+    for the rotary tables, which grow by 8 MB.
     """
     total = 50_000
     exact = model.float()

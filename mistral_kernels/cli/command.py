@@ -1,7 +1,7 @@
 """Parts that the package's commands share: options, one-line errors, exit codes.
 
-Every command is entered by `enter`, its `main` calls `run`, and nothing else in the package turns
-exceptions into exit codes.
+Every command is started by `enter`, and its `main` calls `run`. Only `run` converts exceptions into
+exit codes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
 }
-BROKEN_PIPE = 141  # an exit code: 128 + SIGPIPE, as shells report it
+BROKEN_PIPE = 141  # exit code: 128 + SIGPIPE, as shells report it
 
 _BLOCK = 1 << 20
 
@@ -46,10 +46,12 @@ T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are one line."""
+    """`ArgumentParser` that prints each error on one line."""
 
     def error(self, message: str) -> NoReturn:
-        # "argument -m/--max-tokens/--max_tokens: must be ..." names the option once.
+        """Print `message` on one line and exit with the code 2."""
+        # Shorten "argument -m/--max-tokens/--max_tokens: must be ..." to
+        # "--max-tokens must be ...".
         message = re.sub(r"^argument (?:-\w/)?(-[\w-]+|\w+)[^:]*: (?=must )", r"\1 ", message)
         self.exit(BAD_INPUT, f"error: {one_line(message)}; see {self.prog} --help\n")
 
@@ -62,11 +64,12 @@ class Parser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
     def print_help(self, file: Any = None) -> None:
-        write_out(self.format_help())  # argparse itself ignores what goes wrong
+        """Write the help to stdout. Errors are raised, which argparse ignores."""
+        write_out(self.format_help())
 
 
 def user_path(text: str) -> Path:
-    """Return the path that an option names, with the home folder in place of `~`."""
+    """Return an option's value as a path, with `~` expanded. An argparse type."""
     if not text:
         raise argparse.ArgumentTypeError("must be a path, got ''")
     try:
@@ -76,7 +79,11 @@ def user_path(text: str) -> Path:
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device that `--device` means. Raises ValueError where there is none."""
+    """Return the device for a value of `--device`.
+
+    Raises:
+        ValueError: the value is not "auto", "cpu", "cuda" or "cuda:N", or the GPU does not exist.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:[0-9]{1,9})?", name):
@@ -84,8 +91,8 @@ def device_of(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here; "
-            "use --device cpu, or install a PyTorch built for your GPU"
+            f"--device must be one of the {torch.cuda.device_count()} GPUs that PyTorch finds, got "
+            f"{name!r}; use --device cpu, or install a PyTorch built for your GPU"
         )
     return torch.device(name)
 
@@ -93,7 +100,8 @@ def device_of(name: str) -> torch.device:
 def check_backend(device: torch.device, option: str | None = None) -> None:
     """Raise ValueError unless a backend can run on `device`.
 
-    `option`: the value of --backend, which the message then names in place of the variable.
+    `option` is the value of --backend, if given. The error message then names this option instead
+    of the environment variable.
     """
     try:
         choose_backend(device)
@@ -107,13 +115,14 @@ def check_backend(device: torch.device, option: str | None = None) -> None:
 
 
 def read_input(file: Path, limit: int) -> str:
-    """Return the text in a file that the user names, as `plain` makes it.
+    """Return the text of a file that the user names, normalized by `normalize_text`.
 
-    A pipe, such as a shell's `<(...)`, is waited for. It and a device may hold at most `limit`
-    bytes: /dev/zero never ends. A regular file may have any size.
+    The file may be a pipe, such as a shell's `<(...)`; the function reads it to its end. A pipe or
+    a device, such as the endless /dev/zero, may hold at most `limit` bytes. A regular file may have
+    any size.
 
     Raises:
-        ValueError: the text is longer, or not UTF-8.
+        ValueError: the text has more than `limit` bytes, or is not UTF-8.
         OSError: the file cannot be read.
     """
     with open(file, "rb") as stream:
@@ -124,33 +133,39 @@ def read_input(file: Path, limit: int) -> str:
         while block := stream.read(min(_BLOCK, limit + 1 - contents.tell())):
             contents.write(block)
     if contents.tell() > limit:
-        raise ValueError(f"{file} must have at most {limit} bytes; it has more")
+        raise ValueError(f"{file} must have at most {limit} bytes, got more")
     try:
-        return plain(contents.getvalue().decode())
+        return normalize_text(contents.getvalue().decode())
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from None
+        raise ValueError(f"{file} must be UTF-8: {error}") from None
 
 
 def read_stdin(read: Callable[[int], str], limit: int) -> str:
-    """Return what `read`, a method of `sys.stdin`, gives of at most `limit` characters."""
+    """Return text from stdin, normalized by `normalize_text`.
+
+    `read` is a method of `sys.stdin`: `read` for the whole input or `readline` for one line.
+
+    Raises:
+        ValueError: the text has more than `limit` characters, or is not UTF-8.
+    """
     try:
         text = read(limit + 1)
-        text.encode()  # in some locales Python keeps foreign bytes as surrogates
+        text.encode()  # in some locales, Python decodes invalid bytes to lone surrogates
     except UnicodeError as error:
-        raise ValueError(f"standard input is not UTF-8: {error}") from None
+        raise ValueError(f"standard input must be UTF-8: {error}") from None
     if len(text) > limit:
-        raise ValueError(f"standard input must have at most {limit} characters; it has more")
-    return plain(text)
+        raise ValueError(f"standard input must have at most {limit} characters, got more")
+    return normalize_text(text)
 
 
-def plain(text: str) -> str:
-    r"""Return a text without its byte order mark, its lines ended by "\n" alone."""
+def normalize_text(text: str) -> str:
+    r"""Return a text without its byte order mark and with every line end replaced by "\n"."""
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def write_out(text: str) -> None:
-    """Write to stdout at once. Characters that its encoding lacks are escaped."""
-    with _named("standard output"):
+    """Write to stdout and flush. Escape characters that the encoding of stdout lacks."""
+    with _named_in_errors("standard output"):
         _write(sys.stdout, text)
 
 
@@ -161,8 +176,8 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _named(stream: str) -> Iterator[None]:
-    """Name the stream in errors of the system."""
+def _named_in_errors(stream: str) -> Iterator[None]:
+    """Add the name of the stream to any OSError that the block raises."""
     try:
         yield
     except OSError as error:
@@ -172,12 +187,18 @@ def _named(stream: str) -> Iterator[None]:
 def run(command: Callable[[T], int | None], argument: T) -> int:
     """Call `command(argument)` and return the exit code of the process.
 
-    It is what `command` returns (None: 0); 2 for bad input and where memory does not suffice, of
-    which one line is written to stderr; 130 when interrupted; 141 when the reader of stdout or
-    stderr has gone. What `command` wrote has been flushed: errors of that count, too. SIGTERM and
-    SIGHUP end the process after the `finally` blocks of `command`.
+    | exit code                   | condition                                                     |
+    | --------------------------- | ------------------------------------------------------------- |
+    | result of `command`, or 0   | `command` returns a number, or None                           |
+    | 2, and one line on stderr   | bad input, or too little memory                               |
+    | 130                         | interrupted                                                   |
+    | 141                         | the reader of stdout or stderr has closed it                  |
 
-    Raises what a fault of ours raises: its traceback is what a report of it needs.
+    `run` flushes stdout and stderr before it returns, and errors of the flush count as well.
+    SIGTERM and SIGHUP end the process after the `finally` blocks of `command` have run.
+
+    An exception that indicates a bug in this package passes through, so that its traceback is
+    printed.
     """
     open_closed_streams()
     try:
@@ -185,7 +206,7 @@ def run(command: Callable[[T], int | None], argument: T) -> int:
             try:
                 return command(argument) or 0
             finally:
-                with _named("standard output"):
+                with _named_in_errors("standard output"):
                     sys.stdout.flush()
                 sys.stderr.flush()
     except KeyboardInterrupt:
@@ -196,7 +217,7 @@ def run(command: Callable[[T], int | None], argument: T) -> int:
     except Exception as error:
         if (reason := reason_of(error)) is None:
             raise
-        # In one write, so that lines of several ranks do not mix.
+        # Write the line in one call, so that lines of several ranks do not mix.
         _write_error(f"error: {reason}\n")
         return BAD_INPUT
 
@@ -207,21 +228,22 @@ def _write_error(text: str) -> None:
 
 
 def enter(main: Callable[[], int]) -> NoReturn:
-    """Run `main` as this process, and end the process with the exit code that it returns."""
+    """Call `main` and end the process with the exit code that `main` returns."""
     code = INTERRUPTED
     sys.excepthook = sys.__excepthook__
     try:
         if signal.getsignal(signal.SIGINT) is end_on_interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main()
-    except KeyboardInterrupt:  # before `run`, or a second one while the first was reported
+    except KeyboardInterrupt:  # before `run`, or a second one while `run` reports the first
         _write_error("\ninterrupted\n")
     finally:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # from now on without a traceback
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a later Ctrl-C prints no traceback
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
-            except OSError:  # Python would try again, and complain
+            except OSError:
+                # Python flushes again at exit and would print the error.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)

@@ -1,10 +1,13 @@
-"""Prepare the process of a command, before the imports that take seconds.
+"""Preparation of a command's process, before the imports that take seconds.
 
-`python -m mistral_kernels.generate` imports the package, and with it PyTorch, before it runs the
-command. Importing this module first closes three gaps: Ctrl-C during those imports would print a
-traceback, a file that an import opens would take the number of a closed standard stream, and
-PyTorch would log each error of a rank before it raises it.
-Nothing happens where another program imports the package.
+`python -m mistral_kernels.generate` imports the package and PyTorch before it runs the command. The
+package imports this module first, because it prevents three faults during those imports:
+
+- Ctrl-C prints a traceback.
+- A file that an import opens gets the file descriptor of a closed standard stream.
+- PyTorch logs each error of a rank before it raises the error.
+
+The module does nothing when another program imports the package.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 def open_closed_streams() -> None:
     """Open /dev/null for each standard stream that is closed (`2>&-`).
 
-    Without it, `print(..., file=sys.stderr)` writes to stdout, as `sys.stderr` is None, and what
-    C++ writes to descriptor 2 goes into whatever file was opened next.
+    If stderr is closed, `sys.stderr` is None, and `print(..., file=sys.stderr)` writes to stdout.
+    Output of C++ code to descriptor 2 goes into the next file that the process opens.
     """
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest that is free
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # opens the lowest free descriptor
         os.set_inheritable(number, True)
     os.close(number)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -37,7 +40,7 @@ def open_closed_streams() -> None:
 
 
 def end_on_interrupt(number: int, frame: FrameType | None) -> None:
-    """End the process as an interrupted command ends. There is nothing to clean up yet."""
+    """Print "interrupted" and end the process at once. There is nothing to clean up yet."""
     with contextlib.suppress(OSError):
         os.write(2, b"\ninterrupted\n")
     os._exit(INTERRUPTED)
@@ -46,33 +49,33 @@ def end_on_interrupt(number: int, frame: FrameType | None) -> None:
 def end_on_failed_import(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    """Print one line in place of the traceback of an ImportError, MemoryError or OSError.
+    """Print one line instead of the traceback of an ImportError, MemoryError or OSError.
 
-    A module of this package that is missing is a fault of the package: it keeps its traceback.
+    A missing module of this package is a bug of the package and keeps its traceback.
     """
     ours = (getattr(error, "name", None) or "").startswith("mistral_kernels")
     if ours or not isinstance(error, (ImportError, MemoryError, OSError)):
         return sys.__excepthook__(kind, error, traceback)
     with contextlib.suppress(OSError):
         text = " ".join(str(error).split()) or kind.__name__
-        os.write(2, f"error: cannot import what the command needs: {text}\n".encode())
+        os.write(2, f"error: cannot import a module that the command needs: {text}\n".encode())
     os._exit(BAD_INPUT)
 
 
 def is_starting_command() -> bool:
-    """Return whether Python is importing this package in order to run a module of it (`-m`)."""
+    """Return whether Python imports this package in order to run one of its modules with `-m`."""
     arguments = getattr(sys, "argv", [])
-    if arguments[:1] != ["-m"]:  # what it is while the module is being located
+    if arguments[:1] != ["-m"]:  # argv[0] is "-m" while Python locates the module
         return False
-    module = sys.orig_argv[-len(arguments)]  # behind it come the command's own arguments
+    module = sys.orig_argv[-len(arguments)]  # the command's own arguments follow the module
     return re.match(r"(-\w*m)?mistral_kernels(\.|$)", module) is not None
 
 
 if is_starting_command():
     open_closed_streams()
     if "RANK" in os.environ:
-        # PyTorch reads it while it is imported. Its C++ writes a stack trace to stderr for each
-        # error that it raises when another rank is missing or ends.
+        # PyTorch reads this variable during its import. Without it, PyTorch's C++ code writes a
+        # stack trace to stderr for each error about a rank that is missing or ends.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_on_interrupt)

@@ -1,1 +1,1 @@
-"""The Mistral decoder: configuration, rolling cache, layers, the model and sampling."""
+"""Mistral decoder: configuration, rolling cache, layers, the model, decode engines, sampling."""

@@ -1,4 +1,4 @@
-"""Rolling cache of a model, and the division of a packed batch into sequences."""
+"""Rolling cache of keys and values, and the division of a packed batch into sequences."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from mistral_kernels.ops.rolling_cache import rolling_cache_update_
 
 @dataclass(frozen=True)
 class Packing:
-    """Division of a packed batch into sequences.
+    """Division of a packed batch of new tokens into sequences.
 
-    `cu_seqlens` (batch + 1,) int32 and `positions` (total_tokens,) are on the model's device.
-    `seqlens` are the lengths on the host. All positions are below `end`. A batch of equal lengths
-    is `rectangular`.
+    Attributes:
+        seqlens: number of new tokens of each sequence.
+        end: bound of the positions: all are less than `end`.
+        cu_seqlens: (batch + 1,) int32 on the model's device, the cumulative sequence lengths.
+        positions: (total_tokens,) integers on the model's device, the position of each token.
     """
 
     seqlens: tuple[int, ...]
@@ -32,7 +34,7 @@ class Packing:
 
     @classmethod
     def of(cls, seqlens: list[int], starts: list[int], device: torch.device) -> Packing:
-        """Pack `seqlens` new tokens, the first of each sequence at the position in `starts`."""
+        """Pack new tokens: `seqlens[i]` tokens of sequence i, from position `starts[i]` on."""
         offsets = torch.tensor([0, *seqlens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         spans = [torch.arange(start, start + n) for n, start in zip(seqlens, starts, strict=True)]
         end = max(start + n for start, n in zip(starts, seqlens, strict=True))
@@ -40,20 +42,22 @@ class Packing:
 
     @property
     def max_seqlen(self) -> int:
+        """Largest number of new tokens of a sequence."""
         return max(self.seqlens)
 
     @property
     def one_each(self) -> bool:
-        """True for a decode step: one token per sequence."""
+        """Whether each sequence has exactly one new token, as in a decode step."""
         return set(self.seqlens) == {1}
 
     @property
     def rectangular(self) -> bool:
+        """Whether all sequences have the same number of new tokens."""
         return len(set(self.seqlens)) == 1
 
     @property
     def last_tokens(self) -> Tensor:
-        """(batch,) index of each sequence's last token."""
+        """Index of the last token of each sequence in the packed batch: (batch,) int64."""
         return self.cu_seqlens[1:].long() - 1
 
     def attend(
@@ -64,7 +68,20 @@ class Packing:
         sliding_window: int | None,
         softmax_scale: float | None = None,
     ) -> Tensor:
-        """Compute attention of whole packed sequences; equal lengths are a rectangular batch."""
+        """Compute causal attention within each packed sequence, without a cache.
+
+        Sequences of equal lengths are passed as a rectangular batch, which is faster.
+
+        Args:
+            q: queries, (total_tokens, num_heads, head_dim).
+            k: keys, (total_tokens, num_kv_heads, head_dim).
+            v: values, of the shape of `k`.
+            sliding_window: number of visible keys, including the query's own; None: all.
+            softmax_scale: factor of the scores; None: head_dim^-0.5.
+
+        Returns:
+            (total_tokens, num_heads, head_dim).
+        """
         lengths: dict[str, Any] = {}
         if self.rectangular:
             q, k, v = (x.unflatten(0, (len(self.seqlens), -1)) for x in (q, k, v))
@@ -78,7 +95,7 @@ class Packing:
 
 
 class CacheLayout(NamedTuple):
-    """Windows and sizes of a model that determine its cache."""
+    """Sizes of a model that determine the shapes of its cache."""
 
     layer_windows: tuple[int | None, ...]
     num_key_value_heads: int
@@ -86,22 +103,57 @@ class CacheLayout(NamedTuple):
 
 
 def cache_layout(config: MistralConfig | CacheLayout) -> CacheLayout:
+    """Return the fields of `config` that determine the shapes of its cache."""
     return CacheLayout(config.layer_windows, config.num_key_value_heads, config.head_dim)
 
 
 class RollingCache:
-    """Keys and values of every layer, in rings that never grow.
+    """Keys and values of every layer, in ring buffers ("rings") of constant size.
 
-    Layer i holds k and v of (batch, capacity_i, num_kv_heads, head_dim), where capacity_i is the
-    smaller of the layer's sliding window and `max_length`. The token at position p is in slot
-    p % capacity_i. `lengths` (batch,) int32, on the device, counts the tokens each sequence
-    has seen; `host_lengths` is the same on the host.
+    The rings of layer i have the shape (batch, capacity_i, num_kv_heads, head_dim), where
+    capacity_i is the smaller of the layer's sliding window and `max_length`. The token at position
+    p is in slot p % capacity_i.
 
-    With a window in every layer, the length of the text is unlimited. A layer without a window
-    needs every key: appending past `max_length` then raises.
+    If every layer has a sliding window of at most `max_length` tokens, the length of a text is
+    unlimited. Otherwise a sequence may have at most `max_length` tokens, and appending more raises
+    a ValueError.
 
-    Raises `ValueError` for a batch or a `max_length` that is not positive, and `MemoryError` for
-    rings on the CPU that are larger than the machine's memory.
+    Args:
+        config: configuration of the model, or only the sizes that determine the cache.
+        batch: number of sequences.
+        max_length: maximum number of tokens per sequence if a layer has no sliding window; also
+            the largest capacity of a ring.
+        dtype: data type of the keys and values, which must be the model's.
+        device: device of the rings.
+
+    Attributes:
+        keys: one ring of keys per layer.
+        values: one ring of values per layer.
+        lengths: (batch,) int32 on the device, the number of tokens that each sequence has seen.
+        host_lengths: the same numbers as a list of ints.
+        endless: whether the length of a text is unlimited.
+        interrupted: whether a forward pass has failed while it wrote to the rings. The cache is
+            then unusable until `reset`.
+
+    Raises:
+        ValueError: `batch` or `max_length` is not positive.
+        MemoryError: the rings are on the CPU and larger than the machine's memory.
+
+    Example:
+        >>> import torch
+        >>> from mistral_kernels import MistralForCausalLM, RollingCache
+        >>> model = MistralForCausalLM.from_pretrained("tiny")  # its sliding window: 128 tokens
+        >>> cache = RollingCache(model.config, batch=1, max_length=1000, dtype=model.dtype)
+        >>> cache.keys[0].shape
+        torch.Size([1, 128, 2, 32])
+        >>> with torch.inference_mode():
+        ...     logits = model.prefill([list(range(200))], cache)
+        ...     logits = model.decode(logits.argmax(dim=-1), cache)
+        >>> cache.lengths
+        tensor([201], dtype=torch.int32)
+        >>> cache.drop(1)
+        >>> cache.host_lengths
+        [200]
     """
 
     def __init__(
@@ -128,54 +180,64 @@ class RollingCache:
             shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
             self.keys.append(zeros(shape, dtype, device, large_pages=True))
             self.values.append(zeros(shape, dtype, device, large_pages=True))
-        # True while the layers write, and after one of them failed: the rings are inconsistent.
+        # True while the layers write, and after a layer failed: the rings are then inconsistent.
         self.interrupted = False
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.host_lengths = [0] * batch
-        # Tokens that each sequence had when some were dropped: their slots are overwritten.
+        # The largest number of tokens that each sequence had before a `drop`: the tokens up to this
+        # number have overwritten the slots of older keys.
         self._written = [0] * batch
         self._one_each = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        # For `rolling_cache_attention`, whose calls over this cache never overlap.
+        # Workspace of `rolling_cache_attention`, shared by all calls: they never overlap for one
+        # cache.
         counters = num_counters(batch, config.num_key_value_heads)
         self.counters = torch.zeros(counters, dtype=torch.int32, device=device)
 
     @property
     def batch(self) -> int:
+        """Number of sequences."""
         return len(self.host_lengths)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rings; constant."""
+        """Size of all rings in bytes, which is constant."""
         return sum(ring.nbytes for ring in (*self.keys, *self.values))
 
     @property
     def empty(self) -> bool:
-        """True until a sequence sees its first token."""
+        """Whether no sequence has seen a token."""
         return not any(self.host_lengths)
 
     def end_of(self, seqlens: list[int]) -> int:
-        """Return the length of the longest sequence once each has `seqlens` more tokens.
+        """Return the length of the longest sequence after `seqlens[i]` more tokens of sequence i.
 
-        Raises `ValueError` if they do not fit: too many sequences, or, without a window, too long.
+        Raises:
+            ValueError: the cache is interrupted, `seqlens` has another length than the batch, or
+                a sequence becomes longer than `max_length` and a layer has no window.
         """
         if self.interrupted:
-            raise ValueError("a pass over this cache was interrupted half-way; make a new one")
+            raise ValueError(
+                "the cache is incomplete because a forward pass was interrupted; reset it, or make "
+                "a new one"
+            )
         if len(seqlens) != len(self.host_lengths):
-            raise ValueError(f"the cache holds {self.batch} sequences, got {len(seqlens)}")
+            raise ValueError(f"number of sequences must be {self.batch}, got {len(seqlens)}")
         end = max(length + new for length, new in zip(self.host_lengths, seqlens, strict=True))
         if end > self.max_length and not self.endless:
             raise ValueError(
-                f"a sequence of {end} tokens does not fit a cache of max_length "
-                f"{self.max_length}; make the cache longer"
+                f"sequence length must be <= {self.max_length}, the max_length of the cache, got "
+                f"{end}; make a cache with a larger max_length"
             )
         return end
 
     def packing(self, seqlens: list[int]) -> Packing:
-        """Place `seqlens` new tokens behind what each sequence has seen.
+        """Return the packing of `seqlens[i]` new tokens that continue sequence i.
 
-        One token each is placed by tensors that stay where they are, as a CUDA graph needs it.
+        For one token per sequence, the tensors of the packing are the same in every call, as a CUDA
+        graph requires.
 
-        Raises `ValueError` if they do not fit, as `end_of` does.
+        Raises:
+            ValueError: the tokens do not fit; see `end_of`.
         """
         end = self.end_of(seqlens)
         if set(seqlens) == {1}:
@@ -194,17 +256,23 @@ class RollingCache:
         softmax_scale: float | None = None,
         tables: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Write the new tokens' keys and values into a layer's rings, and attend to all q sees.
+        """Write new keys and values into a layer's rings, and compute causal attention of `q`.
 
-        One new token per sequence overwrites only the key that has just left its window: it is
-        written first, and every key is read from the ring. More tokens overwrite keys that the
-        first of them still see: the rings are read first.
+        One new token per sequence overwrites only the key that has just left its window. Therefore
+        the new key is written first, and attention reads every key from the ring. Several new
+        tokens overwrite keys that the first of them still see. Therefore attention reads the ring
+        before the new keys are written.
 
         Args:
-            q, k, v: (total_tokens, heads, head_dim), packed as `packing` describes.
-            softmax_scale: head_dim^-0.5 if None.
-            tables: cos and sin, with which q and k are rotated in the launch that writes them; for
-                one new token per sequence only.
+            layer: index of the layer.
+            q: queries, (total_tokens, num_heads, head_dim), packed as `packing` describes.
+            k: keys, (total_tokens, num_kv_heads, head_dim).
+            v: values, of the shape of `k`.
+            packing: division of the new tokens into sequences.
+            sliding_window: number of visible keys, including the query's own; None: all.
+            softmax_scale: factor of the scores; None: head_dim^-0.5.
+            tables: cos and sin of the rotary embedding, to rotate q and k in the same kernel launch
+                that writes k; only for one new token per sequence. None: q and k are rotated.
 
         Returns:
             (total_tokens, num_heads, head_dim).
@@ -228,7 +296,7 @@ class RollingCache:
         return out
 
     def ring(self, layer: int, packing: Packing) -> dict[str, Any]:
-        """Return the arguments by which operators find a layer's rings and the new tokens."""
+        """Return a layer's rings and the new tokens' offsets as keyword arguments of operators."""
         return {
             "k_cache": self.keys[layer],
             "v_cache": self.values[layer],
@@ -238,19 +306,22 @@ class RollingCache:
         }
 
     def reset(self) -> None:
-        """Empty the cache; the memory stays."""
+        """Make the cache empty, and keep its memory."""
         self.lengths.zero_()
         self.host_lengths = [0] * self.batch
         self._written = [0] * self.batch
         self.interrupted = False
 
     def reorder(self, sequences: Sequence[int]) -> None:
-        """Move sequence `sequences[i]` to i, as a beam search does. Copies the rings.
+        """Replace sequence i by a copy of sequence `sequences[i]`, as a beam search does.
 
-        Raises `ValueError` unless there are `batch` indices, each in [0, batch).
+        Raises:
+            ValueError: `sequences` does not have `batch` indices, each in [0, batch).
         """
         if len(sequences) != self.batch or not all(0 <= i < self.batch for i in sequences):
-            raise ValueError(f"need {self.batch} indices below {self.batch}, got {sequences}")
+            raise ValueError(
+                f"sequences must be {self.batch} indices in [0, {self.batch}), got {sequences}"
+            )
         index = torch.tensor(sequences, device=self.lengths.device)
         for ring in (*self.keys, *self.values, self.lengths):
             ring.copy_(ring[index])
@@ -258,16 +329,16 @@ class RollingCache:
         self._written = [self._written[i] for i in sequences]
 
     def select(self, sequences: Sequence[int]) -> RollingCache:
-        """Return another cache, whose sequence i is this one's `sequences[i]`."""
+        """Return a new cache whose sequence i is a copy of this cache's sequence `sequences[i]`."""
         like = self.keys[0]
         chosen = RollingCache(self.config, len(sequences), self.max_length, like.dtype, like.device)
         index = torch.tensor(sequences, device=like.device)
-        for mine, theirs in zip(
+        for target, source in zip(
             (*chosen.keys, *chosen.values, chosen.lengths),
             (*self.keys, *self.values, self.lengths),
             strict=True,
         ):
-            mine.copy_(theirs[index])
+            target.copy_(source[index])
         chosen.host_lengths = [self.host_lengths[i] for i in sequences]
         chosen._written = [self._written[i] for i in sequences]
         chosen.interrupted = self.interrupted
@@ -275,7 +346,7 @@ class RollingCache:
 
     @property
     def smallest(self) -> int:
-        """Number of slots of the smallest ring, which is the first to overwrite keys."""
+        """Number of slots of the smallest ring, which is the first ring to overwrite keys."""
         return min(ring.shape[1] for ring in self.keys)
 
     def drop(self, count: int = 1) -> None:
@@ -283,7 +354,9 @@ class RollingCache:
 
         One token can always be dropped: the slot it overwrote held a key outside the window.
 
-        Raises `ValueError` where a ring has overwritten keys that the window would show again.
+        Raises:
+            ValueError: a ring has already overwritten keys that would be in the window again, or
+                `count` is negative or larger than the length of a sequence.
         """
         kept = [length - count for length in self.host_lengths]
         written = list(map(max, self._written, self.host_lengths))
@@ -299,24 +372,25 @@ class RollingCache:
         self.host_lengths, self._written = kept, written
 
     def advance(self, packing: Packing) -> None:
-        """Count the tokens that every layer has written."""
+        """Add the tokens of `packing` to the lengths, after every layer has written them."""
         self.lengths += 1 if packing.one_each else packing.cu_seqlens.diff()
         self.advance_host(packing.seqlens)
 
     def advance_host(self, seqlens: Sequence[int]) -> None:
-        """Count, on the host, the tokens that every layer has written and the device counted."""
+        """Add `seqlens` to the host's lengths only: the device has added them already."""
         self.interrupted = False
         self.host_lengths = [a + b for a, b in zip(self.host_lengths, seqlens, strict=True)]
 
 
 def _check_fits(nbytes: int) -> None:
-    """Raise MemoryError for more bytes than the machine has.
+    """Raise a MemoryError if `nbytes` is more than the machine's memory.
 
-    Linux grants each ring by itself, and ends the process when the sum is used.
+    Linux grants each allocation separately and kills the process when the total is too much.
     """
     memory = physical_memory()
     if memory is not None and nbytes > memory:
         raise MemoryError(
-            f"out of memory: the cache would take {nbytes / 1e9:,.1f} GB, this machine has "
-            f"{memory / 1e9:,.1f} GB; ask for fewer tokens or texts, or for a sliding window"
+            f"out of memory: the cache must be smaller than the {memory / 1e9:,.1f} GB of this "
+            f"machine, got {nbytes / 1e9:,.1f} GB; generate fewer tokens or texts, or set a "
+            "sliding window"
         )

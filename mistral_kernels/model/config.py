@@ -1,4 +1,4 @@
-"""The architecture of a dense Mistral, read from and written to both configuration formats."""
+"""`MistralConfig`: architecture of a dense Mistral, in both configuration file formats."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mistral_kernels.model.config_formats import (
 
 __all__ = ["ConfigError", "MistralConfig"]
 
-# Far above any model's sizes: a larger value is an error in a file, and must not become a loop or
-# an allocation. Positions are held in 32 bits.
+# Limits far above the sizes of any model. A larger value is an error in a file; it must not cause a
+# long loop or a large allocation. Positions are held in 32 bits.
 _MAX_POSITION = (1 << 31) - 1
 _MAX_SIZES = {
     **{name: 1 << 24 for name in RAW_NAMES if name != "rms_norm_eps"},
@@ -27,7 +27,7 @@ _MAX_SIZES = {
     "max_position_embeddings": _MAX_POSITION,
 }
 
-# Fields on which neither the shape nor the meaning of any weight depends.
+# Fields that change neither the shape nor the meaning of any weight.
 _REPLACEABLE = (
     "sliding_window",
     "rope_theta",
@@ -40,11 +40,44 @@ _REPLACEABLE = (
 
 @dataclass(frozen=True)
 class MistralConfig:
-    """Sizes and constants of a Mistral decoder, under Hugging Face's names.
+    """Sizes and constants of a dense Mistral decoder; the defaults are those of Mistral 7B v0.1.
 
-    `sliding_window` is a count of visible keys, the query's own included: one `int` or `None` (no
-    window) for all layers, or a tuple that is repeated over the layers as a pattern (Ministral).
-    `notes` holds, in words, each value that a file left out and the rule that supplied it.
+    The fields have the names of Hugging Face's `config.json`.
+
+    Attributes:
+        vocab_size: number of tokens in the vocabulary.
+        hidden_size: size of the hidden states.
+        intermediate_size: size of the MLP's activations.
+        num_hidden_layers: number of layers.
+        num_attention_heads: number of query heads, a multiple of `num_key_value_heads`.
+        num_key_value_heads: number of key and value heads.
+        head_dim: size of a head, an even number.
+        rms_norm_eps: constant that RMSNorm adds to the mean square.
+        rope_theta: base of the rotary embedding's frequencies.
+        sliding_window: number of visible keys, including the query's own. An int or None (no
+            window) applies to all layers; a tuple is a pattern that is repeated over the layers, as
+            in Ministral.
+        max_position_embeddings: largest number of tokens that the model was trained for.
+        tie_word_embeddings: whether the head uses the weight of the embedding.
+        bos_token_id: token that begins a text, or None.
+        eos_token_id: token or tokens that end a text, or None.
+        notes: one sentence per value that the configuration file does not contain, with the rule
+            that supplied the value. Not compared by `==`.
+
+    Raises:
+        ConfigError: a field has a wrong type or is out of range, or two fields contradict each
+            other.
+
+    Example:
+        >>> from mistral_kernels import MistralConfig
+        >>> config = MistralConfig(num_hidden_layers=4, sliding_window=(None, 4096))
+        >>> config.layer_windows
+        (None, 4096, None, 4096)
+        >>> params = config.to_raw()  # the contents of params.json
+        >>> params["n_layers"], params["dim"], params["sliding_window"]
+        (4, 4096, [None, 4096])
+        >>> MistralConfig.from_raw(params) == config
+        True
     """
 
     vocab_size: int = 32000
@@ -69,7 +102,7 @@ class MistralConfig:
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            # Models have an eps of 1e-6 to 1e-5; a large one would make every norm return zeros.
+            # Models have an eps of 1e-6 to 1e-5. With a very large one, every norm returns zeros.
             high, bound = (1, " of at most 1") if name == "rms_norm_eps" else (math.inf, "")
             if not (number and 0 < value <= high and value < math.inf):
                 got = reprlib.repr(value)
@@ -99,7 +132,7 @@ class MistralConfig:
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
-        """The sliding window of each layer."""
+        """Sliding window of each layer, in tokens; None for a layer without a window."""
         windows = self.sliding_window
         if not isinstance(windows, tuple):
             windows = (windows,)
@@ -107,21 +140,22 @@ class MistralConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text."""
+        """Tokens that end a text."""
         if self.eos_token_id is None:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     def with_replaced(self, **changes: Any) -> MistralConfig:
-        """Return a copy with fields replaced, of those on which no weight depends.
+        """Return a copy in which some fields are replaced.
 
-        Any other field may be given with the value that it has.
+        Only fields that do not change the weights can be replaced, such as `sliding_window`. Other
+        fields are accepted only with their present value.
 
         Raises:
-            TypeError: for a name that is no field.
-            ConfigError: for another value of a field that the weights determine.
+            TypeError: a name is not a field.
+            ConfigError: a field that the weights determine has another value.
         """
-        allowed = f"what can be replaced: {', '.join(_REPLACEABLE)}"
+        allowed = f"fields that can be replaced: {', '.join(_REPLACEABLE)}"
         check_fields(changes)
         for name, value in changes.items():
             if name not in _REPLACEABLE and (own := getattr(self, name)) != value:
@@ -135,8 +169,9 @@ class MistralConfig:
     def from_raw(cls, params: dict[str, Any]) -> MistralConfig:
         """Parse the contents of a raw checkpoint's `params.json`.
 
-        Raises `ConfigError` for a missing or malformed field, and for MoE, vision, quantized and
-        YaRN models, by name.
+        Raises:
+            ConfigError: a field is missing or malformed, or the model is not supported: MoE,
+                vision, quantized and YaRN models.
         """
         try:
             return cls(**parse_raw(params))
@@ -145,14 +180,18 @@ class MistralConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> MistralConfig:
-        """Parse the contents of a Hugging Face `config.json`, of transformers 4 or 5.
+        """Parse the contents of a Hugging Face `config.json`, written by transformers 4 or 5.
 
-        Raises `ConfigError` as `from_raw` does, and for another `model_type` than Mistral's.
+        Raises:
+            ConfigError: as `from_raw` does, or `model_type` is neither "mistral" nor "ministral".
         """
         return cls(**parse_hf(config))
 
     def to_raw(self) -> dict[str, Any]:
-        """Return the contents of `params.json`. `rope_theta` is always written: see `from_raw`."""
+        """Return the contents of `params.json`.
+
+        They always have a `rope_theta`, since loaders differ in the default.
+        """
         params: dict[str, Any] = {raw: getattr(self, ours) for ours, raw in RAW_NAMES.items()}
         params["rope_theta"] = self.rope_theta
         params["max_position_embeddings"] = self.max_position_embeddings
@@ -163,7 +202,14 @@ class MistralConfig:
         return params
 
     def to_hf(self, dtype: str) -> dict[str, Any]:
-        """Return a `config.json` for transformers 4 and 5. `dtype`: "bfloat16", ..."""
+        """Return the contents of a `config.json` for transformers 4 and 5.
+
+        Args:
+            dtype: name of the weights' data type, such as "bfloat16".
+
+        Raises:
+            ConfigError: the layers have windows of more than one size.
+        """
         windows = self.layer_windows
         mixed = len(set(windows)) > 1
         config = {
@@ -173,7 +219,7 @@ class MistralConfig:
             **{name: getattr(self, name) for name in RAW_NAMES},
             "sliding_window": windows[0],
             "max_position_embeddings": self.max_position_embeddings,
-            # The first is read by transformers 4, the second by transformers 5.
+            # transformers 4 reads rope_theta, transformers 5 reads rope_parameters.
             "rope_theta": self.rope_theta,
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
             "tie_word_embeddings": self.tie_word_embeddings,
@@ -189,7 +235,8 @@ class MistralConfig:
             sizes = {window for window in windows if window is not None}
             if len(sizes) > 1:
                 raise ConfigError(
-                    f"config.json has room for one window size, this model has {sorted(sizes)}"
+                    "sliding_window must have one size in all layers that have a window, as "
+                    f"config.json requires, got {sorted(sizes)}"
                 )
             config["architectures"] = ["MinistralForCausalLM"]
             config["sliding_window"] = sizes.pop()
@@ -200,13 +247,13 @@ class MistralConfig:
 
 
 def check_fields(changes: Iterable[str], options: str = "") -> None:
-    """Raise TypeError, listing the fields that can be replaced, for a name that is no field.
+    """Raise a TypeError, which lists the fields that can be replaced, for a name that is no field.
 
-    `options`: what else the caller accepts.
+    `options` are the other keywords of the caller, for the message.
     """
-    known = {field.name for field in fields(MistralConfig)} - {"notes"}
+    names = {field.name for field in fields(MistralConfig)} - {"notes"}
     for name in changes:
-        if name not in known:
+        if name not in names:
             also = f"options are {options}, and the fields" if options else "fields are"
             raise TypeError(f"unexpected keyword {name!r}; {also} {', '.join(_REPLACEABLE)}")
 
@@ -220,9 +267,9 @@ def _check_integer(name: str, value: Any, low: int, high: int, alternative: str 
 def _shortest_pattern(
     windows: tuple[int | None, ...], num_layers: int
 ) -> int | tuple[int | None, ...] | None:
-    """Return the shortest pattern that repeats to the same windows.
+    """Return the shortest pattern that gives the same windows.
 
-    Equal models then compare equal.
+    Configurations of equal models then compare equal.
     """
     if not windows:
         raise ConfigError("sliding_window must not be an empty list")

@@ -8,7 +8,7 @@ from typing import Any
 
 from mistral_kernels.utils.schema import OneLineError, find_mismatch
 
-# (our name, the same in a raw params.json). Hugging Face's config.json uses our names.
+# Names of `MistralConfig` and config.json: names of params.json.
 RAW_NAMES = {
     "vocab_size": "vocab_size",
     "hidden_size": "dim",
@@ -34,7 +34,7 @@ _HF_DEFAULTS = {
     "max_position_embeddings": 131072,
 }
 
-# The types of what is read of each file.
+# The types of the keys that are read from each file.
 _WINDOW = (float, str, None)
 _COMMON_SCHEMA = {
     "sliding_window": (*_WINDOW, [_WINDOW]),
@@ -61,7 +61,7 @@ _HF_SCHEMA = _COMMON_SCHEMA | {
     "eos_token_id": (int, None, [int]),
 }
 
-# Sections of either format that describe something which is not a dense Mistral decoder.
+# Sections of both formats that describe a model other than a dense Mistral decoder.
 _UNSUPPORTED = {
     "moe": "a mixture of experts",
     "num_local_experts": "a mixture of experts",
@@ -73,18 +73,19 @@ _UNSUPPORTED = {
     "llama_4_scaling": "position-dependent scaling of queries",
     "lora": "LoRA adapters",
 }
-# A section of config.json, to which no raw file gives a meaning.
+# rope_scaling is defined only for config.json.
 _UNSUPPORTED_RAW = _UNSUPPORTED | {"rope_scaling": "scaled rotary embeddings"}
 
 
 class ConfigError(OneLineError):
-    """Error in a configuration, or a model that this package does not run."""
+    """Error in a configuration, or a configuration of a model that is not supported."""
 
 
 def parse_raw(params: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a `MistralConfig` from the contents of `params.json`.
 
-    Raises `ConfigError` for a missing field, a wrong type, and for what is not supported, by name.
+    Raises:
+        ConfigError: a field is missing or has a wrong type, or a section is not supported.
     """
     _check_schema(params, {"text_config": ({}, None)})
     params = params.get("text_config") or params
@@ -92,8 +93,8 @@ def parse_raw(params: dict[str, Any]) -> dict[str, Any]:
     _check_schema(params, _RAW_SCHEMA)
     values = {ours: params.get(raw) for ours, raw in RAW_NAMES.items()}
     window = _parse_window(params.get("sliding_window", params.get("_sliding_window")))
-    # The rule of the reference code of December 2023. Later loaders default to one rope_theta
-    # for all, which is wrong for v0.1 (1e6) or for v0.2 (1e4), and say nothing.
+    # The rule of Mistral's first reference code. Later loaders have one default for all models,
+    # which is silently wrong for v0.1 (if it is 1e6) or for v0.2 (if it is 1e4).
     with_or_without = "without" if window is None else "with"
     defaults: dict[str, tuple[Any, str]] = {
         "num_key_value_heads": (values["num_attention_heads"], "each query head has its own"),
@@ -117,18 +118,19 @@ def parse_raw(params: dict[str, Any]) -> dict[str, Any]:
 def parse_hf(config: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a `MistralConfig` from the contents of transformers' `config.json`.
 
-    Raises `ConfigError` as `parse_raw` does, and for another `model_type` than Mistral's.
+    Raises:
+        ConfigError: as `parse_raw` does, or the `model_type` is neither "mistral" nor "ministral".
     """
     _refuse_unsupported(config, _UNSUPPORTED)
     model_type = config.get("model_type", "mistral")
     if model_type not in ("mistral", "ministral"):
         raise ConfigError(
-            f"config.json describes model_type {reprlib.repr(model_type)}; only dense Mistral "
-            "models (model_type 'mistral' or 'ministral') are supported"
+            f"model_type must be 'mistral' or 'ministral', got {reprlib.repr(model_type)}; only "
+            "dense Mistral models are supported"
         )
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
-        raise ConfigError(f"hidden_act {reprlib.repr(activation)} is not supported, only 'silu' is")
+        raise ConfigError(f"hidden_act must be 'silu', got {reprlib.repr(activation)}")
     _check_schema(config, _HF_SCHEMA)
     rope, outer_theta = _parse_rope(config), config.get("rope_theta")
     values = {name: config.get(name) for name in RAW_NAMES}
@@ -143,15 +145,16 @@ def parse_hf(config: dict[str, Any]) -> dict[str, Any]:
     notes = []
     if outer_theta not in (None, values["rope_theta"]):
         notes.append(
-            f"rope_theta = {values['rope_theta']}: from rope_parameters, which transformers 5 "
-            f"prefers to the {outer_theta} beside it"
+            f"rope_theta = {values['rope_theta']}: from rope_parameters, as in transformers 5; the "
+            f"top-level rope_theta of {outer_theta} is ignored"
         )
     if config.get("use_sliding_window") is False and values["sliding_window"] is not None:
         notes.append(
             f"sliding_window = {values['sliding_window']}: transformers ignores "
             f"use_sliding_window = false for model_type {model_type!r}"
         )
-    # What transformers takes where a key is absent; for the kv heads, null is not absent.
+    # The defaults of transformers. For num_key_value_heads, it has another default if the value is
+    # null than if the key is absent.
     defaults: dict[str, tuple[Any, str]] = {
         name: (value, "transformers' default") for name, value in _HF_DEFAULTS.items()
     }
@@ -162,7 +165,7 @@ def parse_hf(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_raw_names(text: str) -> str:
-    """Put the names that `params.json` has in place of ours."""
+    """Replace the names of `MistralConfig` in a text by those of `params.json`."""
     return re.sub(rf"\b({'|'.join(RAW_NAMES)})\b", lambda found: RAW_NAMES[found[0]], text)
 
 
@@ -172,7 +175,7 @@ def _complete(
     source: str,
     notes: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Fill in what `source` left out, noting each inferred value and its reason."""
+    """Return `values` with the missing ones filled in, and a note for each with the reason."""
     for name in _REQUIRED:
         if values[name] is None:
             shown = with_raw_names(name) if source == "params.json" else name
@@ -181,7 +184,8 @@ def _complete(
         size, heads = values["hidden_size"], values["num_attention_heads"]
         if 0 < heads <= size and size % heads:
             raise ConfigError(
-                f"{source} must have a head_dim, since its {heads} heads do not divide hidden_size"
+                f"{source} must have a head_dim: hidden_size must be a multiple of the number of "
+                f"heads, {heads}, got {size}"
             )
         defaults["head_dim"] = (size // max(heads, 1), "hidden_size / num_attention_heads")
     notes = notes or []
@@ -199,16 +203,16 @@ def _check_schema(contents: dict[str, Any], schema: dict[str, Any]) -> None:
 
 
 def _refuse_unsupported(config: dict[str, Any], unsupported: dict[str, str]) -> None:
-    for section, what in unsupported.items():
+    for section, feature in unsupported.items():
         if config.get(section):
             raise ConfigError(
-                f"the checkpoint has {what} (section {section!r}); "
+                f"the checkpoint has {feature} (section {section!r}); "
                 "only dense, unquantized Mistral decoders are supported"
             )
 
 
 def _parse_window(value: Any) -> int | tuple[int | None, ...] | None:
-    """Parse `sliding_window` as files in the wild have it: a number, a string, null or a list."""
+    """Parse a file's `sliding_window`: a number, a string, null, or a list of these."""
     if isinstance(value, (list, tuple)):
         return tuple(_parse_one_window(item) for item in value)
     return _parse_one_window(value)
@@ -237,33 +241,36 @@ def _parse_rope(config: dict[str, Any]) -> dict[str, Any]:
             continue
         for key, value in rope.items():
             if isinstance(value, dict):
-                raise ConfigError(f"{name} nested by layer type ({key!r}) is not supported")
+                raise ConfigError(f"{name} must be the same for all layer types, got {key!r}")
             if "llama_4" in key:
-                raise ConfigError(f"{name} with {key!r} is not supported")
+                raise ConfigError(f"{name} must not have {key!r}, which is not supported")
         rope = {"rope_type": rope.get("type", "default")} | rope
         if rope["rope_type"] != "default":
             shown = reprlib.repr(rope["rope_type"])
-            raise ConfigError(f"rope_type {shown} is not supported, only 'default' is")
+            raise ConfigError(f"rope_type must be 'default', got {shown}")
         sections.append(rope)
     if sections[1:] and sections[0] != sections[1]:
-        # transformers 5 reads rope_scaling alone, transformers 4 does not know rope_parameters.
+        # If a file has both, transformers 5 reads only rope_scaling. transformers 4 always does.
         shown = " and ".join(map(reprlib.repr, sections))
         raise ConfigError(f"rope_parameters and rope_scaling must be equal, got {shown}")
     return sections[0] if sections else {}
 
 
 def _hf_window(config: dict[str, Any]) -> int | tuple[int | None, ...] | None:
-    # transformers' default where the key is absent; an explicit null means no window.
+    # 4096 is the default of transformers for an absent key. An explicit null means no window.
     window = _parse_window(config.get("sliding_window", 4096))
     types = config.get("layer_types")
     if not types or isinstance(window, tuple):
         return window
     num_layers = config.get("num_hidden_layers")
     if len(types) != num_layers:
-        raise ConfigError(f"layer_types has {len(types)} entries for {num_layers} layers")
+        raise ConfigError(
+            f"layer_types must have one entry per layer, {num_layers}, got {len(types)}"
+        )
     unknown = set(types) - {"full_attention", "sliding_attention"}
     if unknown:
-        raise ConfigError(f"layer_types {reprlib.repr(sorted(unknown))} are not supported")
+        got = reprlib.repr(sorted(unknown))
+        raise ConfigError(f"layer_types must be full_attention or sliding_attention, got {got}")
     if window is None and "sliding_attention" in types:
         raise ConfigError("sliding_window must be a number, since layer_types has sliding layers")
     return tuple(window if kind == "sliding_attention" else None for kind in types)

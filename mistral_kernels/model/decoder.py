@@ -1,4 +1,4 @@
-"""The modules of Mistral: the decoder, and the language model with its head."""
+"""Modules of Mistral: the decoder, and the language model, which adds the head."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mistral_kernels.ops.rotary import rotary_tables
 
 
 class MistralModel(nn.Module):
-    """The decoder without its head: token ids to normalized hidden states."""
+    """Decoder without the head: computes normalized hidden states from token ids."""
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
         self.config = config
-        # Not nn.Embedding(...), whose own initialization takes seconds to load on the meta device.
+        # Not nn.Embedding(...): its initialization on the meta device imports modules for seconds.
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False
         )
@@ -26,20 +26,30 @@ class MistralModel(nn.Module):
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # In training: keep only each layer's input, and compute the layer again in backward.
+        # In training, save only each layer's input, and compute the layer again in backward.
         self.checkpoint_activations = False
-        # Plain attributes: neither a state dict nor .to(torch.bfloat16) may touch them.
+        # Plain attributes: they must not be in a state dict, and .to(torch.bfloat16) must not cast
+        # them.
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def forward(
         self, input_ids: Tensor, packing: Packing, cache: RollingCache | None = None
     ) -> Tensor:
-        """Return (total_tokens, hidden_size) for packed ids (total_tokens,); append to `cache`.
+        """Return the normalized hidden states of packed tokens, and append their keys to `cache`.
 
-        Raises `ValueError` for a cache that was made for another model, dtype or device.
+        Args:
+            input_ids: (total_tokens,) int64 or int32.
+            packing: division of the tokens into sequences.
+            cache: cache of earlier tokens; None: the sequences begin with `input_ids`.
+
+        Returns:
+            (total_tokens, hidden_size).
+
+        Raises:
+            ValueError: the cache was made for another model, dtype or device.
         """
         if cache is not None:
-            self.check(cache)
+            self.check_cache(cache)
         tables = self.rotary_tables(packing.end, input_ids.device)
         hidden = self.embed_tokens(input_ids)
         if cache is None:
@@ -68,15 +78,15 @@ class MistralModel(nn.Module):
         normed: Tensor = self.norm(delta, residual)[0]
         return normed
 
-    def check(self, cache: RollingCache) -> None:
-        """Raise `ValueError` for a cache that was made for another model, dtype or device."""
+    def check_cache(self, cache: RollingCache) -> None:
+        """Raise a ValueError if the cache was made for another model, dtype or device."""
         ring, weight = cache.keys[0], self.norm.weight
         if cache.config is not self.config and cache_layout(cache.config) != cache_layout(
             self.config
         ):
             raise ValueError(
-                "the cache was made for another model; its windows, kv heads and head_dim are "
-                f"{cache_layout(cache.config)}, this model's {cache_layout(self.config)}"
+                f"the cache must have the layout of the model, {cache_layout(self.config)}, got "
+                f"{cache_layout(cache.config)}"
             )
         if ring.dtype != weight.dtype or ring.device != weight.device:
             raise ValueError(
@@ -86,22 +96,25 @@ class MistralModel(nn.Module):
 
     @property
     def num_positions(self) -> int:
-        """Number of positions in the rotary tables. Tables that grow are new tensors."""
+        """Number of positions in the rotary tables. More positions need new tensors."""
         return 0 if self._tables is None else self._tables[0].shape[0]
 
     def rotary_tables(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of at least `num_positions` positions, (positions, head_dim / 2)."""
+        """Return cos and sin of at least `num_positions` positions, (positions, head_dim / 2) each.
+
+        The tables are cached, and they grow when needed.
+        """
         tables = self._tables
         if tables is None or tables[0].shape[0] < num_positions or tables[0].device != device:
             size = max(2048, 1 << (num_positions - 1).bit_length())
-            with torch.inference_mode(False):  # training may want them next
+            with torch.inference_mode(False):  # training may use the same tables later
                 tables = rotary_tables(size, self.config.head_dim, self.config.rope_theta, device)
             self._tables = tables
         return tables
 
 
 class CausalLM(nn.Module):
-    """The decoder and its head: token ids to logits. The weights are random."""
+    """Decoder and head: computes logits from token ids. A new model has random weights."""
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
@@ -124,10 +137,21 @@ class CausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.lm_head.weight.device
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Return logits (batch, seqlen, vocab_size) of input_ids (batch, seqlen); use no cache."""
+        """Return the logits after each token, without a cache.
+
+        Args:
+            input_ids: (batch, seqlen) int64 or int32.
+
+        Returns:
+            (batch, seqlen, vocab_size), in the model's dtype.
+
+        Raises:
+            ValueError: `input_ids` has another number of dimensions or is empty.
+        """
         if input_ids.ndim != 2 or input_ids.numel() == 0:
             raise ValueError(
                 f"input_ids must be (batch, seqlen) and not empty, got {tuple(input_ids.shape)}"
@@ -138,5 +162,5 @@ class CausalLM(nn.Module):
         return logits.view(batch, seqlen, -1)
 
     def new_cache(self, batch: int, max_length: int) -> RollingCache:
-        """Return an empty cache; `max_length` bounds the layers that have no window."""
+        """Return an empty cache with the model's dtype and device; see `RollingCache`."""
         return RollingCache(self.config, batch, max_length, self.dtype, self.device)

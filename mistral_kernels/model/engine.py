@@ -2,11 +2,11 @@
 
 `engine_for` chooses an engine once per generation. All engines return the same bits.
 
-| engine            | runs                              | chosen for                              |
-| ----------------- | --------------------------------- | --------------------------------------- |
-| `CudaGraphEngine` | the modules, recorded as a graph  | CUDA                                    |
-| `CpuEngine`       | csrc's decoder, in one call       | the CPU, if csrc computes the same      |
-| `ModuleEngine`    | the modules                       | everything else                         |
+| engine            | runs                                  | chosen for                         |
+| ----------------- | ------------------------------------- | ---------------------------------- |
+| `CudaGraphEngine` | the modules, recorded in a CUDA graph | CUDA                               |
+| `CpuEngine`       | the decoder of csrc, in one call      | the CPU, if csrc computes the same |
+| `ModuleEngine`    | the modules                           | everything else                    |
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ from mistral_kernels.ops.operator import in_transform
 
 
 class Engine(Protocol):
-    """One decode step of one model over one cache."""
+    """Decode steps of one model with one cache.
 
-    # True if `step` returns before the device has run it.
+    Attributes:
+        asynchronous: whether `step` returns before the device has run the step.
+    """
+
     asynchronous: bool
 
     def step(self, token_ids: Tensor) -> Tensor:
@@ -43,31 +46,32 @@ class Engine(Protocol):
             token_ids: (batch,) int64 or int32, on the model's device.
 
         Returns:
-            (batch, vocab_size), in the model's dtype. The next step may overwrite them.
+            (batch, vocab_size), in the model's dtype. The next step may overwrite the tensor.
 
         Raises:
-            ValueError: the cache has another batch, no room, or was interrupted.
+            ValueError: the cache has another batch size, is full, or is interrupted.
         """
 
 
 def engine_for(model: CausalLM, cache: RollingCache, newest: NextTokens | None = None) -> Engine:
-    """Return the fastest engine that runs this model, as it is now, over this cache.
+    """Return the fastest engine that can run this model with this cache.
 
-    With `newest`, each step also chooses the next tokens from its logits.
+    The choice depends on the model's present state, such as its hooks. With `newest`, each step
+    also chooses the next tokens from its logits.
 
     Raises:
         ValueError: the cache was made for another model, dtype or device.
     """
-    model.model.check(cache)
+    model.model.check_cache(cache)
     if model.device.type == "cuda":
         return CudaGraphEngine(model, cache, newest)
-    if _csrc_serves(model, cache):
+    if _can_use_csrc(model, cache):
         return CpuEngine(model, cache, newest)
     return ModuleEngine(model, cache, newest)
 
 
 class ModuleEngine:
-    """Call the model's modules."""
+    """Engine that calls the model's modules."""
 
     asynchronous = False
 
@@ -87,12 +91,13 @@ class ModuleEngine:
 
 
 class CudaGraphEngine(ModuleEngine):
-    """Record the modules, and the choice of the next tokens, in a CUDA graph and replay it.
+    """Engine that records a step in a CUDA graph and replays the graph.
 
-    No shape in a step depends on the position, and the host reads nothing. One graph therefore
-    serves every position, before and after the rings wrap. The first step calls the modules, which
-    compiles their kernels. The second step is recorded. Rotary tables that had to grow are new
-    tensors: the graph is then recorded again.
+    The graph contains the modules and the choice of the next tokens. No shape in a step depends on
+    the position, and the host reads nothing, so one graph is valid for every position, before and
+    after the rings wrap. The first step calls the modules, which compiles their kernels. The second
+    step is recorded. When the rotary tables grow, they are new tensors, and the graph is recorded
+    again.
     """
 
     asynchronous = True
@@ -109,7 +114,7 @@ class CudaGraphEngine(ModuleEngine):
             self._token_ids = newest.token_ids
         self._logits: Tensor
         self._replay: Callable[[], None] | None = None
-        self._num_positions = 0  # of the rotary tables that the graph reads
+        self._num_positions = 0  # number of positions in the rotary tables that the graph reads
 
     def step(self, token_ids: Tensor) -> Tensor:
         """See `Engine.step`."""
@@ -123,7 +128,7 @@ class CudaGraphEngine(ModuleEngine):
         if self._replay is None:
             lengths = cache.host_lengths
             self._replay = capture(self._record, self._generator)
-            cache.host_lengths = lengths  # recording counts a token, but appends none
+            cache.host_lengths = lengths  # undo: recording adds 1 but appends no token
         self._replay()
         cache.advance_host(new)
         return self._logits
@@ -133,7 +138,7 @@ class CudaGraphEngine(ModuleEngine):
 
 
 def capture(run: Callable[[], None], generator: torch.Generator | None) -> Callable[[], None]:
-    """Record what `run` launches, without running it, and return a function that launches it."""
+    """Record the launches of `run` without running them; return a function that replays them."""
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
@@ -143,7 +148,7 @@ def capture(run: Callable[[], None], generator: torch.Generator | None) -> Calla
 
 
 class CpuEngine:
-    """Run the whole step in one call of csrc, whose decoder keeps the model's weights alive.
+    """Engine that runs a whole step in one call of csrc. csrc's decoder keeps the weights alive.
 
         h = embedding[token_ids]                             for each layer:
         h = h + attention(rotary(x Wqkv^T), cache) Wo^T      x = RMSNorm(h)
@@ -151,9 +156,9 @@ class CpuEngine:
         logits = RMSNorm(h) Whead^T
 
     A step reads every weight once, which evicts Python's code and data from the CPU's caches. One
-    call per layer then costs 0.1 ms per layer; one call per operator costs several times as much.
-    Passing all weights to each call would add 2 % to a step of 160 M parameters. There are no
-    gradients.
+    call per layer would therefore cost 0.1 ms per layer, and one call per operator several times as
+    much. The weights are passed once, when the engine is made: passing them in each call would add
+    2 % to a step of a model with 160 M parameters. Gradients are not supported.
     """
 
     asynchronous = False
@@ -172,7 +177,7 @@ class CpuEngine:
         """See `Engine.step`.
 
         Raises:
-            RuntimeError: a token id is not in the vocabulary. The cache has not changed.
+            RuntimeError: a token id is not in the vocabulary. The cache is then unchanged.
         """
         cache, batch = self.cache, token_ids.shape[0]
         new = [1] * batch
@@ -183,7 +188,7 @@ class CpuEngine:
         cache.interrupted = True
         try:
             self._step(self._number, ids, cos, sin, cache.keys, cache.values, cache.lengths, logits)
-        except RuntimeError:  # csrc checks its arguments before it writes
+        except RuntimeError:  # csrc checks its arguments before it writes to the cache
             cache.interrupted = False
             raise
         cache.advance_host(new)
@@ -195,8 +200,8 @@ class CpuEngine:
 def decoder_arguments(model: CausalLM) -> tuple[Any, ...]:
     """Return the arguments of csrc's `make_decoder`, in its order.
 
-    The weights are detached: the `data` of the model's own tensors may be replaced, as
-    `Module.to` does.
+    The weights are detached tensors, because operations such as `Module.to` replace the `data` of
+    the model's own tensors.
     """
     layers: list[Any] = list(model.model.layers)
     weights: list[Tensor | None] = []
@@ -221,11 +226,11 @@ def _weight_and_scales(linear: Linear) -> tuple[Tensor, Tensor | None]:
     return linear.weight.detach(), linear.scales
 
 
-def _csrc_serves(model: CausalLM, cache: RollingCache) -> bool:
-    """Return whether `CpuEngine` computes what the model's modules would.
+def _can_use_csrc(model: CausalLM, cache: RollingCache) -> bool:
+    """Return whether `CpuEngine` computes the same as the model's modules.
 
-    csrc computes the equations of the modules but calls none of them. The rule: a call of each
-    module must run the `forward` that this package defines, and nothing else, on plain tensors.
+    csrc computes the equations of the modules without calling them. Therefore each module must be
+    one whose call would run only the `forward` that this package defines, on plain tensors.
     """
     modules = (*model.model.modules(), *model.lm_head.modules())
     return (
@@ -235,12 +240,12 @@ def _csrc_serves(model: CausalLM, cache: RollingCache) -> bool:
         and not _is_observed()
         and not _has_any_global_hook()
         and all(_is_unmodified(module, model.config.rms_norm_eps) for module in modules)
-        and extension.serves(model.model.norm.weight)
+        and extension.supports(model.model.norm.weight)
     )
 
 
 def _is_observed() -> bool:
-    """Return whether PyTorch must see each operator: tracing, transforms, autocast, a mode."""
+    """Return whether PyTorch must dispatch each operator: tracing, transforms, autocast, a mode."""
     return (
         torch.compiler.is_compiling()
         or in_transform()
@@ -250,7 +255,7 @@ def _is_observed() -> bool:
     )
 
 
-# Every module that csrc replaces, and the `forward` that csrc computes.
+# The modules that csrc replaces, and their `forward` methods, which csrc computes.
 _MODULES: tuple[type[nn.Module], ...] = (
     *(MistralModel, nn.Embedding, nn.ModuleList, DecoderLayer, Attention, MLP),
     *(RMSNorm, Linear, FusedLinear),
@@ -263,6 +268,6 @@ def _is_unmodified(module: nn.Module, eps: float) -> bool:
         getattr(module.forward, "__func__", None) is _FORWARDS.get(type(module), module)
         and not (module._forward_hooks or module._forward_pre_hooks)
         and getattr(module, "eps", eps) == eps
-        and getattr(module, "max_norm", None) is None  # an embedding with a limit changes its rows
+        and getattr(module, "max_norm", None) is None  # max_norm: the embedding changes its weight
         and all(type(weight) is nn.Parameter for weight in module.parameters(recurse=False))
     )

@@ -1,6 +1,7 @@
-"""Text generation over (model, engine, cache, sampler): prefill the prompts, then step.
+"""Token generation: prefill the prompts, then decode one token per sequence and step.
 
-`generate` -> `stream` -> `Engine.step`. The functions are methods of `MistralForCausalLM` too.
+`generate` calls `stream`, which calls `Engine.step`. The public functions are also the methods of
+`MistralForCausalLM`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mistral_kernels.model.engine import engine_for
 from mistral_kernels.model.sampling import NextTokens, Sampler
 from mistral_kernels.utils.ranges import Range
 
-# Bounds of the default number of tokens per sequence in one prefill pass.
+# Bounds of the default number of tokens per prompt in one forward pass.
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 512, 4096
 
 _NEW_TOKENS, _CHUNK = Range(int, 0), Range(int, 1)
@@ -30,17 +31,29 @@ def prefill(
     cache: RollingCache,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Append each prompt to its sequence of the cache; return the logits after each prompt.
+    """Append each prompt to its sequence of the cache, and return the logits after each prompt.
 
-    A pass takes up to `chunk_size` tokens of every prompt (None: the largest window, bounded to
-    512 to 4096). The result, (batch, vocab_size), does not depend on it.
+    Args:
+        model: the model.
+        prompts: token ids of one prompt per sequence, of any lengths from 1 on.
+        cache: the cache, which may hold earlier tokens.
+        chunk_size: maximum number of tokens per prompt in one forward pass; None: the largest
+            sliding window, but between 512 and 4096. It changes memory, not the result.
+
+    Returns:
+        (batch, vocab_size), in the model's dtype.
+
+    Raises:
+        TypeError: `chunk_size` is not an integer.
+        ValueError: a prompt is empty, `chunk_size` is less than 1, or the cache was made for
+            another model, dtype, device or batch size, or is too small.
     """
     if chunk_size is None:
         widest = max(window or _LARGEST_CHUNK for window in model.config.layer_windows)
         chunk_size = min(max(widest, _SMALLEST_CHUNK), _LARGEST_CHUNK)
     chunk_size = _CHUNK.check("chunk_size", chunk_size)
     if not all(prompts):
-        raise ValueError("every prompt needs at least one token")
+        raise ValueError("every prompt must have at least one token")
     last = torch.empty(
         len(prompts), model.config.hidden_size, dtype=model.dtype, device=model.device
     )
@@ -56,11 +69,20 @@ def prefill(
 
 
 def decode(model: CausalLM, token_ids: Tensor, cache: RollingCache) -> Tensor:
-    """Append one token (batch,) per sequence; return the next token's logits (batch, vocab_size).
+    """Append one token per sequence to the cache, and return the logits of the next token.
 
-    A loop over steps should call `engine_for` once instead.
+    A loop over many steps is faster if it calls `engine_for` once and then the engine's `step`.
 
-    Raises `ValueError` for a cache that was made for another model, dtype or device.
+    Args:
+        model: the model.
+        token_ids: (batch,) int64 or int32, on the model's device.
+        cache: the cache.
+
+    Returns:
+        (batch, vocab_size), in the model's dtype.
+
+    Raises:
+        ValueError: the cache was made for another model, dtype, device or batch size, or is full.
     """
     return engine_for(model, cache).step(token_ids)
 
@@ -77,18 +99,29 @@ def stream(
     context: Sequence[Sequence[int]] | None = None,
     chunk_size: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Generate token by token: yield one id per prompt, None for a text that has ended.
+    """Generate texts, and yield the new tokens of each step.
 
-    Each text ends after its first token of `eos_token_ids` (which is yielded), all end after
-    `max_new_tokens`. An ended text stays a row of the batch until all have ended, so that the
-    others keep their bits. With a `cache` that has seen earlier text, the prompts continue it.
-    Afterwards the cache holds everything except the last token yielded (and, of a text that ended
-    before the others, tokens that were not yielded). `context`, the tokens of that earlier text, is
-    used by a repetition penalty only.
+    A text that has ended stays in the batch until all texts have ended. The results of the other
+    texts are thus bitwise independent of it.
+
+    Args:
+        model: the model.
+        prompts: token ids of the prompts, of any lengths from 1 on.
+        max_new_tokens: maximum number of new tokens per text.
+        sampler: choice of each token; None: greedy.
+        eos_token_ids: tokens that end a text. The token itself is still yielded.
+        cache: cache of earlier texts that the prompts continue; None: a new cache. Afterwards it
+            holds all tokens except the last one yielded. For a text that ended before the others,
+            it also holds tokens that were not yielded.
+        context: token ids of those earlier texts, for the repetition penalty only.
+        chunk_size: maximum number of tokens per prompt in one forward pass; see `prefill`.
+
+    Yields:
+        A list with one token id per prompt; None for a text that has ended.
 
     Raises:
         TypeError: a token id is not an integer.
-        ValueError: an empty prompt, an argument out of range, or logits that are not finite.
+        ValueError: a prompt is empty, an argument is out of range, or logits are not finite.
     """
     max_new_tokens = _NEW_TOKENS.check("max_new_tokens", max_new_tokens)
     prompts = [token_ids_of(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
@@ -113,7 +146,7 @@ def stream(
         ahead = engine.asynchronous and remaining > 0
         if ahead:
             engine.step(newest.token_ids)
-        wanted = False
+        unfinished = False
         try:
             chosen = newest.finish_read()
             for row, (token, done) in enumerate(zip(chosen, ended, strict=True)):
@@ -128,11 +161,11 @@ def stream(
             ended = [
                 done or token in eos_token_ids for token, done in zip(tokens, ended, strict=True)
             ]
-            wanted = remaining > 0 and not all(ended)
+            unfinished = remaining > 0 and not all(ended)
         finally:
-            if ahead and not wanted:
+            if ahead and not unfinished:
                 cache.drop()
-        if not wanted:
+        if not unfinished:
             return
         if not ahead:
             engine.step(newest.token_ids)
@@ -155,28 +188,46 @@ def generate(
     generator: torch.Generator | None = None,
     prefill_chunk_size: int | None = None,
 ) -> Tensor | list[list[int]]:
-    """Return prompts and new tokens, as transformers' `generate` does.
+    """Return the prompts followed by the generated tokens, as transformers' `generate` does.
 
     Args:
-        input_ids: (batch, seqlen), int64 or int32, or a list of prompts of any lengths: no
-            padding is needed.
-        attention_mask: (batch, seqlen); tokens where it is 0 are padding, left or right, and are
-            ignored.
-        max_new_tokens: upper bound of new tokens per text.
-        do_sample: draw from the distribution that `temperature`, `top_k`, `top_p`, `min_p` and
-            `repetition_penalty` shape (see `Sampler`); otherwise take the likeliest token.
-        eos_token_id: ends a text; "config": the model's own; None: never stop early.
-        pad_token_id: fills the rows that end early (default: the first eos token, else 0).
-        generator: source of randomness.
-        prefill_chunk_size: tokens of a prompt in one pass; changes memory, not results.
+        model: the model; the object itself when this function is called as a method.
+        input_ids: (batch, seqlen) int64 or int32, or a list of prompts. The prompts of a list may
+            have different lengths and need no padding.
+        attention_mask: (batch, seqlen); 0 marks padding on either side, which is ignored. Only for
+            a tensor of `input_ids`; None: no padding.
+        max_new_tokens: maximum number of new tokens per text.
+        do_sample: sample each token with `temperature`, `top_k`, `top_p` and `min_p`. Otherwise
+            choose the most likely token.
+        temperature: divisor of the logits, above 0; see `Sampler`.
+        top_k: number of most likely tokens to sample from; 0: all.
+        top_p: probability of the smallest set of most likely tokens to sample from; 1: all.
+        min_p: smallest probability of a token, as a fraction of the largest; 0: all tokens.
+        repetition_penalty: factor against tokens that are already in the text, with and without
+            `do_sample`; 1: none.
+        eos_token_id: token or tokens that end a text; "config": the model's own; None: none.
+        pad_token_id: token after the end of a text in the returned tensor; None: the first token
+            of `eos_token_id`, or 0 if there is none.
+        generator: source of random numbers; None: PyTorch's default.
+        prefill_chunk_size: maximum number of tokens per prompt in one forward pass; None: the
+            largest sliding window, but between 512 and 4096. It changes memory, not results.
 
     Returns:
-        (batch, seqlen + new) for a tensor, a list of lists of ids for a list.
+        (batch, seqlen + new tokens) for a tensor, and a list of lists of token ids for a list.
 
     Raises:
-        TypeError: naming the argument that is no integer or number; `input_ids` of another dtype.
-        ValueError: naming the argument that is out of range; an empty prompt; logits that are not
-            finite.
+        TypeError: an argument is not an integer or a number as required, or `input_ids` has another
+            dtype.
+        ValueError: an argument is out of range, a prompt is empty, or logits are not finite.
+
+    Example:
+        >>> from mistral_kernels import MistralForCausalLM, MistralTokenizer
+        >>> model = MistralForCausalLM.from_pretrained("tiny")
+        >>> tokenizer = MistralTokenizer.from_pretrained("tiny")
+        >>> prompt = tokenizer.encode("He was not at all")  # a list of token ids
+        >>> (text,) = model.generate([prompt], max_new_tokens=4)
+        >>> tokenizer.decode(text[len(prompt) :])
+        'in the way to'
     """
     eos_token_ids = _eos_token_ids(model, eos_token_id)
     if pad_token_id is not None:
@@ -190,7 +241,7 @@ def generate(
         generator,
     )
     if do_sample and temperature == 0:
-        raise ValueError("do_sample needs a temperature above 0; without it, decoding is greedy")
+        raise ValueError("temperature must be > 0 with do_sample=True, got 0; set do_sample=False")
     prompts = _unpadded(input_ids, attention_mask)
     new: list[list[int]] = [[] for _ in prompts]
     for tokens in stream(
@@ -215,17 +266,17 @@ def generate(
 
 def _check_vocabulary(model: CausalLM, prompts: Sequence[Sequence[int]]) -> None:
     if not prompts or not all(prompts):
-        raise ValueError("every prompt needs at least one token")
+        raise ValueError("every prompt must have at least one token")
     for extreme in (min(map(min, prompts)), max(map(max, prompts))):
         if not 0 <= extreme < model.config.vocab_size:
             raise ValueError(
-                f"token id {extreme} is not in the model's vocabulary of "
-                f"{model.config.vocab_size}: is this its tokenizer?"
+                f"token ids must be in [0, {model.config.vocab_size}), the model's vocabulary, got "
+                f"{extreme}; check that the tokenizer belongs to the model"
             )
 
 
 def _seen(model: CausalLM, *texts: Sequence[Sequence[int]]) -> Tensor:
-    """Return booleans (batch, vocab_size): the tokens of each row's texts."""
+    """Return booleans (batch, vocab_size) that mark the tokens of row i of all `texts`."""
     shape = len(texts[0]), model.config.vocab_size
     seen = torch.zeros(shape, dtype=torch.bool, device=model.device)
     for batch in texts:
@@ -246,9 +297,10 @@ def _eos_token_ids(model: CausalLM, eos_token_id: int | Sequence[int] | str | No
 
 
 def token_ids_of(name: str, ids: Any) -> list[int]:
-    """Return the plain ints in a list, a tensor or an array of token ids (n,).
+    """Return a list, a tensor or an array of token ids, (n,), as a list of ints.
 
-    Raises TypeError, naming the part, for anything that is not an integer: a float, a bool, a text.
+    Raises:
+        TypeError: `ids` or one of its elements has another type, such as float, bool or str.
     """
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
@@ -266,9 +318,10 @@ def _unpadded(
 ) -> list[list[int]]:
     if not isinstance(input_ids, Tensor):
         if attention_mask is not None:
-            raise ValueError("attention_mask belongs to a padded tensor; a list needs no padding")
+            raise ValueError("attention_mask must be None for a list, which needs no padding")
         if isinstance(input_ids, (str, bytes)):
-            raise TypeError("input_ids must be token ids, got a text; encode it with the tokenizer")
+            got = type(input_ids).__name__
+            raise TypeError(f"input_ids must be token ids, got {got}; encode it with the tokenizer")
         return [token_ids_of(f"input_ids[{i}]", prompt) for i, prompt in enumerate(input_ids)]
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")

@@ -1,4 +1,4 @@
-"""Parts of a Mistral decoder layer. Hidden states are packed: (total_tokens, hidden_size)."""
+"""Modules of a Mistral decoder layer. Hidden states are packed: (total_tokens, hidden_size)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mistral_kernels.ops.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
-    """`ops.rms_norm` with its weight."""
+    """Module of `ops.rms_norm` that holds the weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -25,25 +25,31 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """Return the norm of `x`; with a residual, the norm of their sum, and the sum."""
         return rms_norm(x, self.weight, self.eps, residual)
 
 
 class Linear(nn.Linear):
-    """`ops.linear` with its weight; or `ops.linear_int8`, if that is int8, with its `scales`."""
+    """Linear layer without bias: `ops.linear`, or `ops.linear_int8` if the weight is quantized.
 
-    # One for each row. Neither a parameter nor a buffer: .to(torch.bfloat16) may not touch them.
+    Attributes:
+        scales: one float32 scale per row of a quantized weight; None: the weight is not quantized.
+    """
+
+    # Neither a parameter nor a buffer: .to(torch.bfloat16) must not cast the scales.
     scales: Tensor | None = None
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out_features) for x (..., in_features)."""
         if self.scales is None:
             return linear(x, self.weight)
         return linear_int8(x, self.weight, self.scales)
 
     def parts_in_state_dict(self, prefix: str) -> dict[str, Tensor]:
-        """Return each entry's key and weight, where this module's own keys have `prefix`."""
+        """Return this module's entries in a state dict. `prefix` begins the module's own keys."""
         return {f"{prefix}weight": self.weight.detach()}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -57,16 +63,19 @@ class Linear(nn.Linear):
     def _refuse_quantized(self) -> None:
         if self.scales is not None:
             raise NotImplementedError(
-                "a quantised model neither gives nor takes a state dict: save and load the "
-                "unquantised one, and quantise with from_pretrained(quantize='int8')"
+                "a quantized model cannot return or load a state dict; save and load the "
+                "unquantized model, and quantize it with from_pretrained(quantize='int8')"
             )
 
 
 class FusedLinear(Linear):
-    """Several projections of one input as a single product, several entries in `state_dict`.
+    """Several projections of the same input, computed as one matrix product.
 
-    `parts` maps each projection's name to its number of rows. In a state dict the projections stand
-    under their own names, beside where this module is registered: as views of the one weight.
+    A state dict has one entry per projection, a view of the fused weight. Its key is the name of
+    the projection under this module's parent, as in Hugging Face checkpoints.
+
+    Attributes:
+        parts: number of rows of each projection, by its name.
     """
 
     def __init__(self, in_features: int, parts: dict[str, int]) -> None:
@@ -74,7 +83,7 @@ class FusedLinear(Linear):
         self.parts = parts
 
     def parts_in_state_dict(self, prefix: str) -> dict[str, Tensor]:
-        """Return each projection's key and weight, where the module's keys would have `prefix`."""
+        """Return the projections' entries in a state dict. `prefix` begins this module's keys."""
         parent = prefix.removesuffix(".").rpartition(".")[0]
         keys = (f"{parent}.{name}.weight".removeprefix(".") for name in self.parts)
         return dict(zip(keys, self.weight.detach().split(tuple(self.parts.values())), strict=True))
@@ -93,9 +102,10 @@ def _fuse_parts(
     missing_keys: list[str],
     *_: Any,
 ) -> None:
-    """Join the projections of `module`'s `FusedLinear`s before it loads a state dict.
+    """Concatenate the projections of each `FusedLinear` child of `module` in a state dict.
 
-    This is its parent's business since a module is only shown the keys below its own name.
+    This function is a load_state_dict pre-hook of the parent module, because a module receives only
+    the keys that begin with its own name.
     """
     for name, child in module.named_children():
         if isinstance(child, FusedLinear):
@@ -107,7 +117,7 @@ def _fuse_parts(
 
 
 class Attention(nn.Module):
-    """Grouped-query attention in a sliding window."""
+    """Grouped-query attention with rotary embeddings and an optional sliding window."""
 
     def __init__(self, config: MistralConfig, layer: int) -> None:
         super().__init__()
@@ -124,6 +134,17 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, tables: tuple[Tensor, Tensor], packing: Packing, cache: RollingCache | None
     ) -> Tensor:
+        """Return the attention output, and append the new keys and values to `cache`.
+
+        Args:
+            x: (total_tokens, hidden_size).
+            tables: cos and sin of the rotary embedding, (positions, head_dim / 2) each.
+            packing: division of the tokens into sequences.
+            cache: cache of earlier tokens; None: there are none.
+
+        Returns:
+            (total_tokens, hidden_size).
+        """
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split(tuple(self.heads.values()), dim=-2)
         window = self.sliding_window
@@ -141,7 +162,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward."""
+    """SwiGLU feed-forward network: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
@@ -151,12 +172,13 @@ class MLP(nn.Module):
         self.register_load_state_dict_pre_hook(_fuse_parts)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (total_tokens, hidden_size) for x (total_tokens, hidden_size)."""
         y: Tensor = self.down_proj(swiglu(self.gate_up_proj(x)))
         return y
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each behind a norm that also adds the residual before it."""
+    """Attention and feed-forward network. The norm before each also adds the residual."""
 
     def __init__(self, config: MistralConfig, layer: int) -> None:
         super().__init__()
@@ -173,9 +195,14 @@ class DecoderLayer(nn.Module):
         packing: Packing,
         cache: RollingCache | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the layer's contribution, and the residual stream before it.
+        """Return the feed-forward network's output, and the residual stream without it.
 
-        `residual` is the stream so far, `delta` the contribution of the layer before.
+        Args:
+            delta: output of the previous layer, or the embedding in the first layer.
+            residual: residual stream to which `delta` is added first; None in the first layer.
+            tables: cos and sin of the rotary embedding, (positions, head_dim / 2) each.
+            packing: division of the tokens into sequences.
+            cache: cache of earlier tokens; None: there are none.
         """
         if residual is None:
             x, residual = self.input_layernorm(delta), delta

@@ -1,4 +1,4 @@
-"""Weights of int8: a model that holds them, and quantization while its weights are loaded."""
+"""Models with int8 weights, which are quantized while they are loaded."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch import Tensor, nn
 from mistral_kernels.model.layers import Linear
 from mistral_kernels.ops.linear_int8 import quantize_int8
 
-_BLOCK = 1 << 18  # elements that are quantised at a time, in float32: what a cache holds
+_BLOCK = 1 << 18  # elements quantized at a time: 1 MB in float32, which fits in a CPU's cache
 
 
 class Int8Rows(NamedTuple):
-    """Rows of a quantized weight and their scales, to which a tensor is copied."""
+    """Rows of a quantized weight, and their scales: a destination of `copy_`."""
 
     weight: Tensor
     scales: Tensor
 
     def copy_(self, tensor: Tensor) -> None:
+        """Quantize `tensor`, (rows, columns), into the rows and the scales."""
         if tensor.shape != self.weight.shape:
             raise ValueError(
-                f"expected a tensor of {tuple(self.weight.shape)}, got {tuple(tensor.shape)}"
+                f"tensor must be {tuple(self.weight.shape)}, got {tuple(tensor.shape)}"
             )
         rows = max(1, _BLOCK // tensor.shape[1])
         parts = (x.split(rows) for x in (tensor, self.weight, self.scales))
@@ -31,11 +32,11 @@ class Int8Rows(NamedTuple):
                 own.copy_(quantized)
 
 
-def hold_int8(model: nn.Module) -> None:
-    """Give each product of a `model` on the meta device a weight of int8.
+def make_weights_int8(model: nn.Module) -> None:
+    """Replace the weights of all projections and the head by int8 weights.
 
-    These are all projections and the head. A tied head gets a weight of its own, since a step reads
-    all of it, and of the embedding a row a token.
+    `model` is on the meta device. A head that is tied to the embedding gets its own weight: a
+    decode step reads the whole weight of the head, but only one row per token of the embedding.
     """
     for module in model.modules():
         if isinstance(module, Linear):
@@ -46,7 +47,7 @@ def hold_int8(model: nn.Module) -> None:
 
 
 def destinations(model: nn.Module) -> dict[str, Tensor | Int8Rows]:
-    """Return where each tensor of a quantized `model`'s state dict is copied to, by its name."""
+    """Return the destination of each tensor of a state dict, by its name, in a quantized model."""
     found: dict[str, Tensor | Int8Rows] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, Linear):

@@ -1,4 +1,4 @@
-"""Mistral: checkpoints to models, and models to text."""
+"""`MistralForCausalLM`: loads and saves checkpoints, and generates tokens."""
 
 from __future__ import annotations
 
@@ -19,17 +19,51 @@ from mistral_kernels.model.decoder import CausalLM
 from mistral_kernels.model.layers import FusedLinear, Linear
 from mistral_kernels.model.memory import zeros
 from mistral_kernels.model.quantization import destinations as quantized_destinations
-from mistral_kernels.model.quantization import hold_int8
+from mistral_kernels.model.quantization import make_weights_int8
 from mistral_kernels.ops import extension
 
 _log = logging.getLogger("mistral_kernels")
 
 
 class MistralForCausalLM(CausalLM):
-    """A Mistral language model, under Hugging Face's parameter names.
+    """Mistral language model whose state dict has Hugging Face's parameter names.
 
-    A new model has random weights (normal, standard deviation 0.02); `from_pretrained` reads a
-    checkpoint.
+    A new model has random weights from a normal distribution with standard deviation 0.02, in
+    float32; norm weights are 1. `from_pretrained` loads a checkpoint. `forward` takes token ids,
+    (batch, seqlen), and returns logits, (batch, seqlen, vocab_size). It is differentiable.
+
+    Args:
+        config: the architecture.
+
+    Attributes:
+        config: the architecture.
+        model: the decoder without the head.
+        lm_head: the head.
+
+    Example:
+        >>> import torch
+        >>> from mistral_kernels import MistralConfig, MistralForCausalLM
+        >>> config = MistralConfig(
+        ...     vocab_size=64,
+        ...     hidden_size=32,
+        ...     intermediate_size=48,
+        ...     num_hidden_layers=2,
+        ...     num_attention_heads=4,
+        ...     num_key_value_heads=2,
+        ...     head_dim=8,
+        ...     sliding_window=16,
+        ... )
+        >>> model = MistralForCausalLM(config)
+        >>> input_ids = torch.randint(64, (2, 20))
+        >>> logits = model(input_ids)
+        >>> logits.shape
+        torch.Size([2, 20, 64])
+        >>> loss = torch.nn.functional.cross_entropy(
+        ...     logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
+        ... )
+        >>> loss.backward()
+        >>> model.lm_head.weight.grad.shape
+        torch.Size([64, 32])
     """
 
     generate = generation.generate
@@ -38,7 +72,7 @@ class MistralForCausalLM(CausalLM):
     decode = generation.decode
 
     def _allocate(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        """Give every parameter memory; `to_empty` would import for a second first."""
+        """Allocate every parameter. `to_empty` does the same, but first imports for one second."""
         for module in self.modules():
             for name, meta in list(module.named_parameters(recurse=False)):
                 own = dtype if meta.is_floating_point() else meta.dtype
@@ -47,7 +81,7 @@ class MistralForCausalLM(CausalLM):
         self._tie_weights()
 
     def part_of(self, name: str, shape: tuple[int, ...]) -> checkpoint.Part:
-        """Return the part of a checkpoint's tensor `name` that this model holds: all of it."""
+        """Return the part of the checkpoint's tensor `name` that this model holds: the whole."""
         return checkpoint.whole(name, shape)
 
     @classmethod
@@ -60,30 +94,40 @@ class MistralForCausalLM(CausalLM):
         quantize: str | None = None,
         **overrides: Any,
     ) -> MistralForCausalLM:
-        """Load a raw or Hugging Face checkpoint; peak memory is the model and one tensor.
+        """Load a raw or Hugging Face checkpoint.
 
-        On the CPU, weights that need no change are memory-mapped and read when first used:
-        safetensors in the stored dtype and order, page-aligned, as `convert` and `save_pretrained`
-        write them. The file may then be renamed, replaced or removed, but not written to.
+        The peak memory is the size of the model and of one tensor. On the CPU, safetensors weights
+        that are page-aligned and in the dtype and order of the model are memory-mapped: the system
+        reads them at first use. `convert` and `save_pretrained` write such files. A mapped file may
+        be renamed, replaced or removed, but must not be written to.
 
         Args:
             path: a folder, a Hugging Face hub id, or "tiny" for the bundled model.
-            dtype: data type of the weights in memory; None: as most of them are stored.
+            dtype: data type of the weights in memory; None: the data type of most stored weights.
             device: device of the weights.
             quantize: "int8": hold the projections and the head in 8 bits, which makes decode steps
                 on the CPU nearly twice as fast (see `ops.linear_int8`). Embedding, norms and
-                activations keep `dtype`. Such a model cannot be trained or saved.
-            overrides: configuration fields to replace, such as `sliding_window=1024`; see
+                activations keep `dtype`. Such a model cannot be trained or saved. None: no.
+            **overrides: configuration fields to replace, such as `sliding_window=1024`; see
                 `MistralConfig.with_replaced`.
 
+        Returns:
+            The model, in evaluation mode.
+
         Raises:
-            CheckpointError: naming the file or tensor that is missing, corrupt or does not fit, or
-                has values beyond the range of `dtype`.
-            ConfigError: for a model that is not a dense Mistral, and for overrides of fields that
+            CheckpointError: a file or a tensor is missing, corrupt, has the wrong shape, or has
+                values beyond the range of `dtype`.
+            ConfigError: the checkpoint is not a dense Mistral, or an override changes a field that
                 the weights determine.
-            TypeError: for an override that is no field, and a `dtype` of another type.
-            ValueError: for an unknown `quantize`.
-            NotImplementedError: for `quantize` anywhere but on the CPU.
+            TypeError: an override is not a configuration field, or `dtype` has the wrong type.
+            ValueError: `quantize` is neither None nor "int8".
+            NotImplementedError: `quantize` is given, and `device` is not the CPU.
+
+        Example:
+            >>> from mistral_kernels import MistralForCausalLM
+            >>> model = MistralForCausalLM.from_pretrained("tiny", sliding_window=64)
+            >>> model.dtype, model.config.num_hidden_layers, model.config.sliding_window
+            (torch.bfloat16, 6, 64)
         """
         check_fields(overrides, "dtype, device and quantize")
         if not isinstance(dtype, (torch.dtype, type(None))):
@@ -92,7 +136,8 @@ class MistralForCausalLM(CausalLM):
             raise ValueError(f"quantize must be None or 'int8', got {quantize!r}")
         if quantize and torch.device(device).type != "cpu":
             raise NotImplementedError(
-                f"quantize={quantize!r} is for the CPU; leave it out on {device}"
+                f"device must be the CPU with quantize={quantize!r}, got {device}; leave out "
+                "quantize"
             )
         stored = checkpoint.open_checkpoint(checkpoint.resolve(path))
         for note in stored.config.notes:
@@ -101,8 +146,8 @@ class MistralForCausalLM(CausalLM):
             model = cls(stored.config.with_replaced(**overrides))
         if quantize:
             if not extension.load("cpu"):
-                _log.warning("%s: slower than unquantised weights", extension.status("cpu"))
-            hold_int8(model)
+                _log.warning("%s: slower than unquantized weights", extension.status("cpu"))
+            make_weights_int8(model)
         model._allocate(dtype or stored.dtype, device)
         mapped = _map(stored, model) if torch.device(device).type == "cpu" else set()
         destinations = quantized_destinations(model) if quantize else model.state_dict()
@@ -114,7 +159,7 @@ class MistralForCausalLM(CausalLM):
                     cast = destination if isinstance(destination, Tensor) else destination.scales
                     check_cast(name, tensor, cast)
                 progress.update(stored.stored[name].num_bytes)
-                del tensor  # its pages are unmapped before the next one's are read
+                del tensor  # unmap its pages before the next tensor is read
         if quantize and model.config.tie_word_embeddings:
             destinations["lm_head.weight"].copy_(model.model.embed_tokens.weight)
         return model.eval()
@@ -122,9 +167,16 @@ class MistralForCausalLM(CausalLM):
     def save_pretrained(
         self, directory: str | Path, format: str = "hf", extra_files: Iterable[Path] = ()
     ) -> None:
-        """Write a checkpoint folder, "hf" or "raw", with copies of `extra_files` (a tokenizer's).
+        """Write a checkpoint folder. The folder appears under its name only when it is complete.
 
-        The folder appears under its name only when it is whole.
+        Args:
+            directory: the folder to write.
+            format: "hf" for Hugging Face's format, "raw" for Mistral's.
+            extra_files: files to copy into the folder, such as those of a tokenizer.
+
+        Raises:
+            ValueError: `format` is neither "hf" nor "raw".
+            NotImplementedError: the model is quantized.
         """
         save = {"hf": checkpoint.save_hf, "raw": checkpoint.save_raw}.get(format)
         if save is None:
@@ -134,14 +186,14 @@ class MistralForCausalLM(CausalLM):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights in memory."""
+        """Size of all weights in bytes, including the scales of quantized weights."""
         scales = (module.scales for module in self.modules() if isinstance(module, Linear))
         tensors = (*self.parameters(), *(x for x in scales if x is not None))
         return sum(tensor.nbytes for tensor in tensors)
 
 
 def _map(stored: checkpoint.Checkpoint, model: nn.Module) -> set[str]:
-    """Map weights that are as they were stored from their files; return their names."""
+    """Memory-map the weights that are stored as the model needs them; return their names."""
     found: set[str] = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):

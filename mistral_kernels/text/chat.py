@@ -1,4 +1,4 @@
-"""A conversation with an instruct model, turn by turn, over one rolling cache."""
+"""Conversation with an instruct model that keeps its rolling cache between messages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from mistral_kernels.tokenizer import MistralTokenizer
 
 
 class Conversation:
-    """A chat whose cache lives on between turns.
+    """Chat that keeps its rolling cache between messages.
 
-    Every turn renders the whole conversation by the vendor's template. Of its tokens those that the
-    cache has seen are not computed again; where they differ (templates may move the system prompt,
-    a sampled word may be spelt in other tokens) the cache goes back to the last common one, or, if
-    its ring has wrapped, starts anew.
+    Each message renders the whole conversation with the vendor's chat template. Only the tokens
+    after the longest prefix that is already in the cache are computed. The prefix may be shorter
+    than the cache: templates may move the system prompt, and an answer may be tokenized differently
+    from the tokens that were sampled. The tokens after the prefix are then dropped from the cache.
+    If its ring has already overwritten keys that are needed again, a new cache is filled instead.
+
+    Attributes:
+        messages: the conversation, in the format that `apply_chat_template` takes.
+        max_length: number of tokens that a cache without a sliding window has room for.
     """
 
     def __init__(
@@ -28,40 +33,46 @@ class Conversation:
         system: str | None = None,
         max_length: int | None = None,
     ) -> None:
-        """Begin a conversation, with an optional system message.
+        """Begin a conversation.
 
-        `max_length`: tokens to make room for where a layer has no window; default: as many as the
-        model was made for, at most 32768.
+        Args:
+            model: the model that answers.
+            tokenizer: its tokenizer, which must have a chat template.
+            system: the system message; None: none.
+            max_length: largest number of tokens of the conversation if a layer has no sliding
+                window; None: the model's `max_position_embeddings`, at most 32768.
         """
         self.model, self.tokenizer = model, tokenizer
         self.messages = [{"role": "system", "content": system}] if system else []
-        # Without a window the cache has room for the whole conversation from the start.
+        # A layer without a window allocates memory for the whole conversation at once.
         self.max_length = max_length or min(model.config.max_position_embeddings, 32768)
         self._cache: RollingCache
         self._cached: list[int]
-        self._start_anew()
+        self._new_cache()
 
     @property
     def cache_bytes(self) -> int:
+        """Size of the cache in bytes."""
         return self._cache.nbytes
 
     @property
     def full(self) -> bool:
-        """True if the cache has no room for another token."""
+        """Whether the cache has no room for another token."""
         return self._room() <= 0
 
     def _room(self) -> float:
-        """Return how many tokens the cache takes beyond those of the conversation so far."""
+        """Return the number of tokens that still fit in the cache."""
         return math.inf if self._cache.endless else self.max_length - len(self._cached)
 
     def prompt_for(self, message: str) -> list[int]:
         """Append a user message and return the tokens that are not in the cache yet.
 
-        Raises ValueError for an empty message, a template that renders nothing, and where the
-        context has no room for the message: without a window the cache holds every token.
+        Raises:
+            ValueError: the message is empty, the template renders no tokens, or the conversation
+                with the message is longer than `max_length` and a layer has no window.
         """
         if not message.strip():
-            raise ValueError("the message is empty")
+            raise ValueError("message must not be empty")
         self.messages.append({"role": "user", "content": message})
         ids = list(self.tokenizer.apply_chat_template(self.messages))
         if not ids:
@@ -71,14 +82,14 @@ class Conversation:
         if not self._cache.endless and len(ids) > self.max_length:
             self.messages.pop()
             raise ValueError(
-                f"the conversation has {len(ids)} tokens with this message, more than its context "
-                f"of {self.max_length}; make room with --context (max_length), or begin another"
+                f"the conversation with this message must have at most {self.max_length} tokens "
+                f"(--context, max_length), got {len(ids)}; increase it, or begin a new conversation"
             )
         common = 0
-        # The last token is always computed: its logits are what the answer starts from.
-        # strict=False: the conversation may have grown, or have been cut or replaced.
-        for ours, theirs in zip(self._cached, ids[:-1], strict=False):
-            if ours != theirs:
+        # Always compute the last token: the answer is sampled from its logits.
+        # strict=False: either list may be longer.
+        for cached, rendered in zip(self._cached, ids[:-1], strict=False):
+            if cached != rendered:
                 break
             common += 1
         held = self._cache.host_lengths[0]
@@ -86,24 +97,28 @@ class Conversation:
             try:
                 self._cache.drop(held - common)
             except ValueError:
-                self._start_anew()
+                self._new_cache()
                 common = 0
         self._cached = ids
         return ids[common:]
 
-    def _start_anew(self) -> None:
+    def _new_cache(self) -> None:
         self._cache, self._cached = self.model.new_cache(1, self.max_length), []
 
     def reply(self, prompt: list[int], **options: Any) -> Iterator[TextDelta]:
-        """Generate the answer to `prompt_for`'s tokens and add it to `messages`.
+        """Yield the answer to the tokens of `prompt_for`, and append the answer to `messages`.
 
-        An interrupted answer is added as far as it got.
-        Where the context is full the answer ends, with finish_reason "length".
-        Templates have no place for an empty answer: with it, its question is forgotten.
+        An incomplete answer is appended too if the caller stops early. If the context is full, the
+        answer ends with the finish_reason "length". If the answer is empty, the user's message is
+        removed from `messages`, because chat templates do not render empty answers.
+
+        Args:
+            prompt: the tokens that `prompt_for` returned.
+            **options: options of `stream_generate`, such as `max_tokens` and `sampler`.
         """
         answer = ""
         tokens: list[int] = []
-        # The last token of an answer is not appended to the cache.
+        # The last token of an answer needs no slot: it is not appended to the cache.
         room = self._room() + 1
         if room < options.get("max_tokens", DEFAULT_MAX_TOKENS):
             options["max_tokens"] = int(room)
@@ -123,7 +138,7 @@ class Conversation:
         finally:
             self._cached = (self._cached + tokens)[: self._cache.host_lengths[0]]
             if self._cache.interrupted:
-                self._start_anew()
+                self._new_cache()
             if answer:
                 self.messages.append({"role": "assistant", "content": answer})
             else:

@@ -15,8 +15,8 @@ from mistral_kernels.text.streaming import TextDelta
 
 
 @dataclass
-class Figures:
-    """Statistics of one command; with several ranks, of the first."""
+class GenerationStats:
+    """Statistics of one run of the command; with several ranks, those of rank 0."""
 
     ranks: int = 1
     load_seconds: float = 0.0
@@ -29,12 +29,15 @@ class Figures:
     cache_bytes: int = 0
 
     def time(self, deltas: Iterator[TextDelta], prompt_tokens: int) -> Iterator[TextDelta]:
-        """Pass `deltas` on, and time the first tokens, which wait for the prompts, apart."""
+        """Yield `deltas` unchanged and measure their time.
+
+        The time until the first token counts as prefill, the time after it as decoding.
+        """
         self.prompt_tokens += prompt_tokens
         seen: dict[int, int] = {}
         steps = 0
         started = time.perf_counter()
-        for delta in deltas:  # counted one by one, so that an interrupt loses nothing
+        for delta in deltas:  # update per token, so that the counts are right after an interrupt
             now = time.perf_counter()
             if seen:
                 self.decode_seconds += now - started
@@ -52,9 +55,10 @@ class Figures:
             yield delta
 
     def lines(self, model: MistralForCausalLM) -> Iterator[str]:
+        """Yield the lines of the printed statistics."""
         weights = read = model.nbytes
         embedding = model.model.embed_tokens.weight
-        if model.lm_head.weight is not embedding:  # of which a step reads a row a token
+        if model.lm_head.weight is not embedding:  # a step reads one row of it per token
             read -= embedding.nbytes
         dtype = str(model.dtype).removeprefix("torch.")
         if model.lm_head.scales is not None:
@@ -83,7 +87,7 @@ class Figures:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on every platform
+    import resource  # Unix only
 
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024

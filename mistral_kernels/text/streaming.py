@@ -1,4 +1,4 @@
-"""Streaming of generated text: tokens are decoded, and stop strings found, as they come."""
+"""Streaming text generation: decode each token, and search for stop strings, as it is generated."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ _MAX_TOKENS = Range(int, 0)
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Piece of one text; `finish_reason` ("eos", "stop" or "length") comes with the last.
+    """Piece of a generated text, one per generated token.
 
-    `text` may be empty: an incomplete character, and the possible start of a stop string, are held
-    back.
+    Attributes:
+        index: index of the prompt that the text continues.
+        text: the new characters. They may be none: an incomplete character, and the possible start
+            of a stop string, are held back until a later piece.
+        token_id: the generated token.
+        finish_reason: None, except in the last piece of a text: "eos", "stop" or "length".
     """
 
     index: int
@@ -34,23 +38,31 @@ class TextDelta:
 
 @dataclass
 class Completion:
-    """Generated text, without its prompt and its stop string."""
+    """Whole generated text.
+
+    Attributes:
+        text: the text, without its prompt and without its stop string.
+        token_ids: the generated tokens.
+        finish_reason: the reason why the text ended: "eos", "stop" or "length".
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
 
     def add(self, delta: TextDelta) -> None:
+        """Append a piece of the text."""
         self.text += delta.text
         self.token_ids.append(delta.token_id)
         self.finish_reason = delta.finish_reason or ""
 
 
 class _StopText:
-    """Filter of text up to a stop string; holds back what may be the start of one.
+    """Filter that passes a text on, piece by piece, up to the first stop string.
 
-    The stop string that begins earliest in the text counts, wherever the text was cut into pieces:
-    "bc" in the text ends it only when no earlier "abcd" can still become complete.
+    The stop string that begins first in the text ends it, regardless of how the text is cut into
+    pieces. With the stop strings "bc" and "abcd", the text "abc" is therefore held back: the next
+    piece may complete "abcd".
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -59,6 +71,10 @@ class _StopText:
         self.found = False
 
     def push(self, text: str, final: bool = False) -> str:
+        """Add a piece and return the text that cannot belong to a stop string; set `found`.
+
+        With `final`, no more text follows, and no possible start of a stop string is held back.
+        """
         self.held += text
         end = len(self.held)
         complete = min((at for at in map(self.held.find, self.stop) if at >= 0), default=end)
@@ -68,7 +84,10 @@ class _StopText:
         return text
 
     def _first_incomplete(self, before: int) -> int:
-        """Return where the held text ends in the beginning of a stop string; `before` if later."""
+        """Return the index where an incomplete stop string begins in the held text.
+
+        If none begins before the index `before`, return `before`.
+        """
         longest = max(map(len, self.stop), default=0)
         for start in range(max(0, len(self.held) - longest + 1), before):
             if any(stop.startswith(self.held[start:]) for stop in self.stop):
@@ -80,21 +99,22 @@ Prompts = str | Sequence[str | Sequence[int]]
 
 
 def _checked_prompts(prompts: Prompts) -> list[str | Sequence[int]]:
-    """Return a list of prompts; a text alone is one prompt."""
+    """Return a list of prompts. A single string is one prompt."""
     if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
-        raise TypeError(f"prompts must be texts or lists of ids, got {type(prompts).__name__}")
+        got = type(prompts).__name__
+        raise TypeError(f"prompts must be strings or lists of token ids, got {got}")
     return [prompts] if isinstance(prompts, str) else list(prompts)
 
 
 def _checked_stop(stop: str | Sequence[str]) -> list[str]:
-    """Return a list of stop strings; a text alone is one."""
+    """Return a list of stop strings. A single string is one stop string."""
     strings = [stop] if isinstance(stop, str) else list(stop)
     for each in strings:
         if not isinstance(each, str):
-            raise TypeError(f"stop must be a string or a list of them, got {type(each).__name__}")
+            raise TypeError(f"stop must be a string or list of strings, got {type(each).__name__}")
         if not each:
-            raise ValueError("a stop string must not be empty")
-        check_text("a stop string", each)
+            raise ValueError("stop must not contain an empty string")
+        check_text("stop", each)
     return strings
 
 
@@ -112,25 +132,31 @@ def stream_generate(
     prefill_chunk: int | None = None,
     standalone: bool = False,
 ) -> Iterator[TextDelta]:
-    """Generate a text for each prompt, yielding the pieces as their tokens come.
+    """Generate one text per prompt, and yield one piece of text per generated token.
 
     Args:
-        prompts: a text, or a list of texts (with BOS where the tokenizer adds it) and of lists of
-            token ids. Lengths may differ; nothing is padded.
-        max_tokens: upper bound of new tokens per text.
-        sampler: None: greedy.
-        stop: a string, or several; a text ends before the stop string that begins first.
-        ignore_eos: do not end a text at the model's end-of-text token.
-        cache: cache of earlier text, which the prompts continue; see `MistralForCausalLM.stream`.
-        context: the tokens of that text, for a repetition penalty.
-        prefill_chunk: tokens of a prompt in one pass.
-        standalone: the texts are answers, not continuations: a space that a tokenizer puts before
-            a first word is not part of them.
+        model: the model.
+        tokenizer: its tokenizer.
+        prompts: one string, or a list whose elements are strings or lists of token ids. A string
+            gets a BOS token if the tokenizer adds it. Lengths may differ; nothing is padded.
+        max_tokens: maximum number of new tokens per text.
+        sampler: choice of each token; None: greedy.
+        stop: one or several strings. A text ends before the stop string that begins first in it.
+        ignore_eos: do not end a text at the model's end-of-text tokens.
+        cache: cache of earlier texts that the prompts continue; see `MistralForCausalLM.stream`.
+        context: token ids of those earlier texts, for the repetition penalty.
+        prefill_chunk: maximum number of tokens per prompt in one forward pass; None: the largest
+            sliding window, but between 512 and 4096.
+        standalone: the texts are answers, not continuations: remove the space that the tokenizer
+            puts before the first word.
+
+    Yields:
+        The pieces, interleaved in the order of the decode steps.
 
     Raises:
-        TypeError: a prompt is neither a text nor token ids; a stop string is not a string.
-        ValueError: an empty prompt or stop string, a lone surrogate in one, a setting out of range,
-            or logits that are not finite.
+        TypeError: a prompt is neither a string nor token ids, or a stop string is not a string.
+        ValueError: a prompt or a stop string is empty or has a lone surrogate, a setting is out of
+            range, or logits are not finite.
     """
     max_tokens = _MAX_TOKENS.check("max_tokens", max_tokens)
     stop = _checked_stop(stop)
@@ -139,8 +165,8 @@ def stream_generate(
         if not isinstance(prompt, str):
             prompt = token_ids_of(f"prompts[{i}]", prompt)
         if not prompt:
-            raise ValueError("the prompt is empty")
-        # Without EOS, even if the tokenizer adds it: the text goes on.
+            raise ValueError(f"prompts[{i}] must not be empty")
+        # No EOS, even if the tokenizer adds one: the generated text continues the prompt.
         ids.append(tokenizer.encode(prompt, eos=False) if isinstance(prompt, str) else prompt)
     eos = () if ignore_eos else model.config.eos_token_ids
     decoders = [tokenizer.stream(() if standalone else prompt) for prompt in ids]
@@ -177,7 +203,17 @@ def generate(
     prompts: Prompts,
     **options: Any,
 ) -> list[Completion]:
-    """Return the whole texts of `stream_generate`, whose options these are."""
+    """Return one whole text per prompt.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        prompts: one string, or a list whose elements are strings or lists of token ids.
+        **options: options of `stream_generate`, such as `max_tokens` and `sampler`.
+
+    Raises:
+        TypeError, ValueError: as `stream_generate` does.
+    """
     prompts = _checked_prompts(prompts)
     completions = [Completion(finish_reason="length") for _ in prompts]
     for delta in stream_generate(model, tokenizer, prompts, **options):

@@ -1,4 +1,4 @@
-"""Our model against transformers' MistralForCausalLM, on the same random weights."""
+"""Comparison of the model with transformers' MistralForCausalLM, with the same random weights."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def make_pair(
     ours = MistralForCausalLM(config)
     with torch.no_grad():
         for weight in ours.parameters():
-            # Large enough for attention to be far from uniform; norm weights away from 1.
+            # Large weights, so that attention is far from uniform; norm weights differ from 1.
             weight.copy_(torch.randn_like(weight) * (0.1 if weight.ndim == 2 else 0.3) + 0.02)
-    return ours.to(dtype).eval(), theirs_like(ours, dtype)
+    return ours.to(dtype).eval(), transformers_model(ours, dtype)
 
 
-def theirs_like(ours: MistralForCausalLM, dtype: torch.dtype) -> Any:
+def transformers_model(ours: MistralForCausalLM, dtype: torch.dtype) -> Any:
     fields = ours.config.to_hf("float32")
     config = transformers.MistralConfig(**fields, attn_implementation="eager")
     theirs = transformers.MistralForCausalLM(config)
@@ -62,7 +62,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("window", [None, 7, 64])
 @pytest.mark.parametrize("heads", HEADS)
 @torch.inference_mode()
-def test_logits(heads: str, window: int | None, seqlen: int) -> None:
+def test_logits_equal_transformers(heads: str, window: int | None, seqlen: int) -> None:
     tied = heads == "8/8x64"
     ours, theirs = make_pair(heads, sliding_window=window, tie_word_embeddings=tied)
     ids = torch.randint(VOCAB, (2, seqlen))
@@ -76,7 +76,7 @@ def test_logits(heads: str, window: int | None, seqlen: int) -> None:
 
 @pytest.mark.parametrize("window", [None, 7, 64])
 @torch.inference_mode()
-def test_logits_do_not_depend_on_chunks_or_batch_mates(window: int | None) -> None:
+def test_logits_do_not_depend_on_chunks_or_other_sequences(window: int | None) -> None:
     ours, theirs = make_pair(sliding_window=window)
     width = window or 64
     lengths = (1, width - 1, width, width + 1, 2 * width + 3)
@@ -93,8 +93,8 @@ def test_logits_do_not_depend_on_chunks_or_batch_mates(window: int | None) -> No
 
 @pytest.mark.parametrize("window", [None, 7, 64])
 @torch.inference_mode()
-def test_every_decoded_logit_equals_the_full_pass(window: int | None) -> None:
-    """Decode over rings of different sizes, too, one per layer."""
+def test_decode_steps_equal_the_full_forward_pass(window: int | None) -> None:
+    """The layers have different windows, and thus rings of different sizes."""
     ours, _ = make_pair()
     config = replace(ours.config, sliding_window=(window, 3))
     weights = ours.state_dict()
@@ -109,8 +109,8 @@ def test_every_decoded_logit_equals_the_full_pass(window: int | None) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 7, 64])
-def test_greedy_generation(window: int | None) -> None:
-    """Four windows of new tokens, singly and in a batch of unequal prompts."""
+def test_greedy_generation_equals_transformers(window: int | None) -> None:
+    """Generate four windows of new tokens, one prompt alone and prompts of unequal lengths."""
     ours, theirs = make_pair(sliding_window=window)
     prompts = [torch.randint(VOCAB, (n,)).tolist() for n in (3, 17, 70)]
     new = 4 * (window or 16)
@@ -131,7 +131,7 @@ def test_greedy_generation(window: int | None) -> None:
         assert_same_text(actual, expected, lambda ids: theirs(ids).logits)
 
 
-def test_gradients() -> None:
+def test_gradients_equal_transformers() -> None:
     ours, theirs = make_pair(sliding_window=7)
     ids = torch.randint(VOCAB, (2, 33))
     cotangent = torch.randn(2, 33, VOCAB)
@@ -147,7 +147,7 @@ def test_gradients() -> None:
         assert relative_error(ours.get_parameter(name).grad, theirs_grads[name]) < 1e-4
 
 
-def test_state_dict_has_the_standard_names_both_ways() -> None:
+def test_state_dict_has_hugging_face_names() -> None:
     ours, theirs = make_pair(tie_word_embeddings=True)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     other = MistralForCausalLM(ours.config)
@@ -160,8 +160,8 @@ def test_state_dict_has_the_standard_names_both_ways() -> None:
         other.load_state_dict(state)
 
 
-def test_far_positions_are_exact_in_bfloat16() -> None:
-    """The rotary tables stay float32 whatever the weights are cast to."""
+def test_rotary_tables_stay_float32_in_bfloat16_models() -> None:
+    """Positions near 130,000 have distinct angles only if the rotary tables are float32."""
     ours, theirs = make_pair(sliding_window=64, rope_theta=10_000.0)
     ours = ours.to(torch.bfloat16)
     assert "rotary" not in " ".join(ours.state_dict())
@@ -169,8 +169,8 @@ def test_far_positions_are_exact_in_bfloat16() -> None:
     with torch.inference_mode():
         near = ours(ids)
         cache = ours.new_cache(1, 64)
-        # Rotary scores depend on distances alone, so a start far away changes nothing. (What the
-        # empty rings add has left the window of each layer's clean tokens by the end.)
+        # Rotary scores depend only on distances, so the start position does not change the logits.
+        # The empty rings count as 64 earlier tokens, which are outside the window at the end.
         cache.lengths.fill_(130_000)
         cache.host_lengths = [130_000]
         cache.keys, cache.values = (

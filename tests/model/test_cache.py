@@ -1,4 +1,4 @@
-"""The rolling cache: its size, its slots, its limits, and dropping tokens."""
+"""The rolling cache: its size, slots and limits, and dropping, selecting and reordering."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ def test_capacity_of_each_layer(
 
 
 @torch.inference_mode()
-def test_nothing_is_allocated_or_moved_as_the_text_grows() -> None:
+def test_rings_are_neither_resized_nor_moved_as_the_text_grows() -> None:
     model = make_model()
     cache = model.new_cache(1, W)
-    size, places = cache.nbytes, [ring.data_ptr() for ring in (*cache.keys, *cache.values)]
+    size, addresses = cache.nbytes, [ring.data_ptr() for ring in (*cache.keys, *cache.values)]
     model.prefill([random_ids(50)], cache, 13)
     for _ in range(30):
         model.decode(torch.tensor([5]), cache)
     assert cache.host_lengths == cache.lengths.tolist() == [80]
     assert cache.nbytes == size == 2 * 3 * W * 2 * 16 * 4
-    assert [ring.data_ptr() for ring in (*cache.keys, *cache.values)] == places
+    assert [ring.data_ptr() for ring in (*cache.keys, *cache.values)] == addresses
 
 
 @torch.inference_mode()
-def test_the_token_at_p_lies_in_slot_p_modulo_capacity() -> None:
-    """Check the first layer, whose keys and values depend on their own token alone."""
+def test_the_token_at_position_p_is_in_slot_p_modulo_capacity() -> None:
+    """Check only the first layer: its keys and values depend only on their own token."""
     model, ids = make_model(), random_ids(40)
     for length in (1, W - 1, W, W + 1, 2 * W, 40):
         cache = model.new_cache(1, 40)
@@ -76,7 +76,7 @@ def test_the_token_at_p_lies_in_slot_p_modulo_capacity() -> None:
                 torch.testing.assert_close(rings[0][0, slot], others[0][0, slot])
 
 
-def test_packing_places_tokens_behind_what_was_seen() -> None:
+def test_packing_continues_the_positions_of_each_sequence() -> None:
     cache = empty_cache(batch=3)
     cache.advance(cache.packing([4, 0, 2]))
     assert cache.host_lengths == cache.lengths.tolist() == [4, 0, 2]
@@ -88,37 +88,39 @@ def test_packing_places_tokens_behind_what_was_seen() -> None:
     assert (packing.seqlens, packing.end, packing.max_seqlen) == ((2, 1, 3), 6, 3)
     assert not packing.rectangular
     assert Packing.of([3, 3], [0, 5], CPU).rectangular
-    assert cache.host_lengths == [4, 0, 2], "packing() alone counts nothing"
+    assert cache.host_lengths == [4, 0, 2], "packing() must not change the lengths"
     cache.advance(packing)
     assert cache.host_lengths == cache.lengths.tolist() == [6, 1, 5]
 
 
-def test_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="the cache holds 2 sequences, got 3"):
+def test_tokens_that_do_not_fit_are_rejected() -> None:
+    with pytest.raises(ValueError, match="number of sequences must be 2, got 3"):
         empty_cache().packing([1, 1, 1])
     full = dataclasses.replace(SMALL, sliding_window=(W, None))
     cache = empty_cache(full, length=10)
     cache.advance(cache.packing([10, 3]))
-    message = "a sequence of 11 tokens does not fit a cache of max_length 10"
+    message = "sequence length must be <= 10, the max_length of the cache, got 11"
     with pytest.raises(ValueError, match=message):
         cache.packing([1, 1])
     cache.packing([0, 7])
-    # Rings smaller than the window would lose keys that are still to be seen.
-    with pytest.raises(ValueError, match="a sequence of 6 tokens does not fit a cache of max_len"):
+    # Rings smaller than the window would overwrite keys that are still in the window.
+    with pytest.raises(ValueError, match="sequence length must be <= 5, the max_length of the"):
         empty_cache(length=W - 2).packing([1, W - 1])
     assert empty_cache(length=W).packing([1, 10**6]).end == 10**6
 
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0), (-1, 5), (2, -3)])
-def test_sizes_must_be_positive(batch: int, length: int) -> None:
+def test_sizes_that_are_not_positive_are_rejected(batch: int, length: int) -> None:
     with pytest.raises(ValueError, match=f"must be positive, got {batch} and {length}"):
         empty_cache(batch=batch, length=length)
 
 
 @pytest.mark.parametrize("window", [W, None, (None, W)])
 @torch.inference_mode()
-def test_dropped_tokens_leave_no_trace(window: int | tuple[int | None, ...] | None) -> None:
-    """Before a ring wraps any number of tokens can be dropped, afterwards one."""
+def test_dropped_tokens_do_not_change_later_logits(
+    window: int | tuple[int | None, ...] | None,
+) -> None:
+    """Any number of tokens can be dropped before a ring wraps, and one token afterwards."""
     model = make_model(sliding_window=window)
     for lengths, count in (((6, W), 0), ((6, W), 1), ((6, W), 6), ((W + 5, 3 * W), 1)):
         first, second = [random_ids(n) for n in lengths], [random_ids(9), random_ids(1)]
@@ -133,8 +135,8 @@ def test_dropped_tokens_leave_no_trace(window: int | tuple[int | None, ...] | No
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_overwritten_keys_cannot_return() -> None:
-    """Neither by dropping two tokens at once nor by dropping one token twice."""
+def test_drops_that_need_overwritten_keys_are_rejected() -> None:
+    """Drop two tokens at once, and one token twice."""
     cache = empty_cache()
     cache.advance(cache.packing([W, 3]))
     with pytest.raises(ValueError, match=r"cannot drop 4 tokens of sequences of .7, 3. tokens"):
@@ -149,7 +151,9 @@ def test_overwritten_keys_cannot_return() -> None:
     assert cache.host_lengths == lengths
     with pytest.raises(ValueError, match=r"cannot drop 2 tokens of .* in rings of 7 slots"):
         cache.drop(2)
-    assert cache.host_lengths == cache.lengths.tolist() == lengths, "a refusal changes nothing"
+    assert cache.host_lengths == cache.lengths.tolist() == lengths, (
+        "a rejected drop must not change the lengths"
+    )
     cache.drop()
     for same in (cache, cache.select([0, 1])):
         same.drop(0)
@@ -163,7 +167,7 @@ def test_overwritten_keys_cannot_return() -> None:
 
 
 @torch.inference_mode()
-def test_select_is_another_cache() -> None:
+def test_select_copies_sequences() -> None:
     model = make_model(sliding_window=(W, None, W))
     prompts = [random_ids(5), random_ids(W + 6)]
     cache = model.new_cache(2, 32)
@@ -174,7 +178,7 @@ def test_select_is_another_cache() -> None:
     torch.testing.assert_close(three, two[[1, 0, 1]], rtol=1e-5, atol=1e-5)
 
 
-def test_an_interrupted_pass_leaves_no_usable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_is_unusable_after_an_interrupted_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     cache = model.new_cache(1, 32)
     model.prefill([[1, 2, 3]], cache)
@@ -185,12 +189,12 @@ def test_an_interrupted_pass_leaves_no_usable_cache(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(model.model.layers[-1].mlp, "forward", interrupt)
     with pytest.raises(KeyboardInterrupt):
         model.prefill([[4]], cache)
-    with pytest.raises(ValueError, match="a pass over this cache was interrupted half-way"):
+    with pytest.raises(ValueError, match="the cache is incomplete because a forward pass was"):
         model.decode(torch.tensor([5]), cache)
 
 
 def test_reset_and_reorder() -> None:
-    """Compare with a new cache, and with sequences in the new order."""
+    """A reset cache equals a new one, and a reordered cache equals its sequences' own caches."""
     model = make_model()
     prompts = [random_ids(5), random_ids(W + 6)]
     cache, fresh = model.new_cache(2, 64), model.new_cache(2, 64)
@@ -208,28 +212,32 @@ def test_reset_and_reorder() -> None:
 
 
 @pytest.mark.parametrize("sequences", [[0], [0, 1, 1], [0, 2], [-1, 0]])
-def test_reorder_wants_every_sequence(sequences: list[int]) -> None:
+def test_reorder_rejects_wrong_indices(sequences: list[int]) -> None:
     cache = empty_cache()
-    with pytest.raises(ValueError, match="need 2 indices below 2, got "):
+    with pytest.raises(ValueError, match=r"sequences must be 2 indices in \[0, 2\), got "):
         cache.reorder(sequences)
 
 
 @pytest.mark.parametrize(
     ("changes", "dtype", "device", "message"),
     [
-        ({"sliding_window": 8}, torch.float32, "cpu", "made for another model; its windows, kv"),
-        ({"num_key_value_heads": 4}, torch.float32, "cpu", "made for another model; its windows"),
-        ({"head_dim": 8}, torch.float32, "cpu", "made for another model; its windows, kv heads"),
-        ({"num_hidden_layers": 2}, torch.float32, "cpu", "made for another model; its windows"),
+        (
+            {"sliding_window": 8},
+            torch.float32,
+            "cpu",
+            r"layout of the model, .* got .*=\(8, 8, 8\)",
+        ),
+        ({"num_key_value_heads": 4}, torch.float32, "cpu", "got .*num_key_value_heads=4"),
+        ({"head_dim": 8}, torch.float32, "cpu", "got .*head_dim=8"),
+        ({"num_hidden_layers": 2}, torch.float32, "cpu", r"got .*layer_windows=\(7, 7\)"),
         ({}, torch.bfloat16, "cpu", "must be torch.float32 on cpu like the model, got torch.bf"),
         ({}, torch.float32, "meta", "must be torch.float32 on cpu like the model, .* on meta"),
     ],
     ids=str,
 )
-def test_a_cache_of_another_model(
+def test_a_cache_of_another_model_is_rejected_and_unchanged(
     changes: dict[str, int], dtype: torch.dtype, device: str, message: str
 ) -> None:
-    """Refuse it, and leave it as it was."""
     config = dataclasses.replace(SMALL, **changes)  # type: ignore[arg-type]
     cache = RollingCache(config, 1, 64, dtype, device)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Any sequence of appends, steps, resets and reorders, against a cache that only grows."""
+"""Random sequences of appends, steps, resets and reorders, compared with a growing cache."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mistral_kernels.ops import reference
 from mistral_kernels.ops.rotary import rotary_tables
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 3, 4, 2, 16
-WINDOWS = (5, 2, None)  # of the three layers; the last one's ring must hold everything
+WINDOWS = (5, 2, None)  # of the three layers; the last layer's ring must hold all tokens
 LENGTH = 60
 
 
-class Machine(RuleBasedStateMachine):
+class CacheMachine(RuleBasedStateMachine):
     device: torch.device
 
     @initialize(endless=st.booleans())
@@ -45,7 +45,7 @@ class Machine(RuleBasedStateMachine):
         return [torch.randn(shape, device=self.device) for shape in shapes]
 
     def grow(self, layer: int, q: Tensor, k: Tensor, v: Tensor, counts: list[int]) -> Tensor:
-        """Return what the new tokens see of all tokens so far."""
+        """Append the tokens to the growing cache, and return their attention over all tokens."""
         outs, window = [], self.windows[layer]
         for i, new in enumerate(zip(*(x.split(counts) for x in (q, k, v)), strict=True)):
             keys, values = (
@@ -62,7 +62,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(counts=st.lists(st.integers(0, 13), min_size=BATCH, max_size=BATCH))
     def append(self, counts: list[int]) -> None:
-        """Append chunks of any lengths, over the capacity, too: attention, then the update."""
+        """Append chunks of any lengths, also above the capacity: attention, then the update."""
         counts = [min(n, self.room()) for n in counts]
         packing = self.cache.packing(counts)
         for layer in range(len(self.windows)):
@@ -78,7 +78,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(rotary=st.booleans())
     def step(self, rotary: bool) -> None:
-        """Append one token each: the update, rotated on the way or not, then attention."""
+        """Append one token per sequence: the update, with or without rotation, then attention."""
         if self.room() == 0:
             return
         packing = self.cache.packing([1] * BATCH)
@@ -86,9 +86,9 @@ class Machine(RuleBasedStateMachine):
             q, k, v = self.tokens(BATCH)
             ring = self.ring(layer, packing.cu_seqlens, 1)
             if rotary:
-                places = self.cache.lengths
-                turned = reference.apply_rotary(q, k, *self.tables, places)
-                expected = self.grow(layer, *turned, v, [1] * BATCH)
+                positions = self.cache.lengths
+                rotated = reference.apply_rotary(q, k, *self.tables, positions)
+                expected = self.grow(layer, *rotated, v, [1] * BATCH)
                 options = {"q": q, "cos": self.tables[0], "sin": self.tables[1]}
                 q = rolling_cache_update_(**ring, k=k, v=v, **options)
             else:
@@ -120,8 +120,8 @@ class Machine(RuleBasedStateMachine):
         }
 
     @invariant()
-    def holds_the_newest(self) -> None:
-        """Check that each slot holds the newest key that belongs in it, in constant memory."""
+    def slots_hold_the_newest_keys(self) -> None:
+        """Check that each slot holds the newest key of its positions, in rings of constant size."""
         if not hasattr(self, "cache"):
             return
         assert self.cache.lengths.tolist() == self.cache.host_lengths
@@ -139,6 +139,6 @@ class Machine(RuleBasedStateMachine):
 @pytest.mark.kernels
 def test_any_sequence_of_operations(backend: str, device: torch.device) -> None:
     examples = 25 if backend == "torch" else 6
-    Machine.device = device
-    Machine.TestCase.settings = settings(max_examples=examples, stateful_step_count=12)
-    Machine.TestCase("runTest").runTest()
+    CacheMachine.device = device
+    CacheMachine.TestCase.settings = settings(max_examples=examples, stateful_step_count=12)
+    CacheMachine.TestCase("runTest").runTest()

@@ -1,4 +1,4 @@
-"""MistralConfig: both file formats, their dialects, and what is refused."""
+"""MistralConfig: both file formats, their variants, and configurations that are rejected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mistral_kernels.model.config import ConfigError, MistralConfig
 
-# The published params.json of 7B v0.1, and of Nemo, where head_dim * n_heads != dim.
+# The published params.json of 7B v0.1 and of Nemo. In Nemo, head_dim * n_heads != dim.
 RAW_7B = {
     "dim": 4096,
     "n_layers": 32,
@@ -62,11 +62,11 @@ def without(contents: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in contents.items() if key not in names}
 
 
-def test_7b_by_either_format_is_the_default() -> None:
+def test_defaults_are_those_of_7b_in_both_formats() -> None:
     assert MistralConfig.from_raw(RAW_7B) == MistralConfig.from_hf(HF_7B) == MistralConfig()
 
 
-def test_nemo() -> None:
+def test_nemo_params_json() -> None:
     config = MistralConfig.from_raw(RAW_NEMO)
     assert (config.hidden_size, config.head_dim, config.num_attention_heads) == (5120, 128, 32)
     assert config.layer_windows == (None,) * 40
@@ -91,19 +91,19 @@ def test_nemo() -> None:
     ],
 )
 @pytest.mark.parametrize("key", ["sliding_window", "_sliding_window"])
-def test_windows_as_raw_files_write_them(
+def test_forms_of_sliding_window_in_raw_files(
     key: str, written: Any, windows: tuple[int | None, ...]
 ) -> None:
     params = without(RAW_7B, "sliding_window") | {"n_layers": 4, key: written}
     assert MistralConfig.from_raw(params).layer_windows == windows
 
 
-def test_raw_without_a_window_has_none() -> None:
+def test_raw_file_without_sliding_window_has_no_window() -> None:
     params = without(RAW_7B, "sliding_window")
     assert MistralConfig.from_raw(params).sliding_window is None
 
 
-def test_hf_without_a_window_has_transformers_default() -> None:
+def test_hf_file_without_sliding_window_has_transformers_default() -> None:
     assert MistralConfig.from_hf(without(HF_7B, "sliding_window")).sliding_window == 4096
     assert MistralConfig.from_hf(HF_7B | {"sliding_window": None}).sliding_window is None
 
@@ -111,7 +111,7 @@ def test_hf_without_a_window_has_transformers_default() -> None:
 @pytest.mark.parametrize(
     "written", ["wide", {}, [[7]], [], 4.5, True, float("inf"), "4096.5", 0, -1, [7, 0]]
 )
-def test_windows_refused(written: Any) -> None:
+def test_malformed_windows_are_rejected(written: Any) -> None:
     with pytest.raises(ConfigError, match=r"sliding_window(\[0\])? must"):
         MistralConfig.from_raw(RAW_7B | {"sliding_window": written})
     with pytest.raises(ConfigError, match=r"sliding_window(\[0\])? must"):
@@ -119,7 +119,7 @@ def test_windows_refused(written: Any) -> None:
 
 
 @pytest.mark.parametrize(("window", "theta"), [(4096, 1e4), (None, 1e6), ([None, 8], 1e4)])
-def test_absent_rope_theta_follows_the_window(window: Any, theta: float) -> None:
+def test_absent_rope_theta_depends_on_the_window(window: Any, theta: float) -> None:
     config = MistralConfig.from_raw(RAW_7B | {"sliding_window": window})
     assert config.rope_theta == theta
     note = next(note for note in config.notes if note.startswith("rope_theta"))
@@ -157,7 +157,7 @@ def test_rope_theta_in_hf_files(rope: dict[str, Any]) -> None:
         *((value, "a positive number") for value in (0, -1.0)),
     ],
 )
-def test_rope_theta_refused(rope_theta: Any, expected: str) -> None:
+def test_malformed_rope_theta_is_rejected(rope_theta: Any, expected: str) -> None:
     message = re.escape(f"rope_theta must be {expected}, got {rope_theta!r}")
     for parse, contents in ((MistralConfig.from_raw, RAW_7B), (MistralConfig.from_hf, HF_7B)):
         with pytest.raises(ConfigError, match=message):
@@ -166,7 +166,7 @@ def test_rope_theta_refused(rope_theta: Any, expected: str) -> None:
         MistralConfig(rope_theta=rope_theta)
 
 
-def test_every_inferred_value_is_noted() -> None:
+def test_every_inferred_value_has_a_note() -> None:
     bare = without(RAW_7B, "head_dim", "n_kv_heads", "norm_eps")
     config = MistralConfig.from_raw(bare)
     inferred = {note.split(" = ")[0] for note in config.notes}
@@ -180,7 +180,7 @@ def test_every_inferred_value_is_noted() -> None:
     assert (config.num_key_value_heads, config.head_dim, config.rms_norm_eps) == (32, 128, 1e-5)
 
 
-def test_what_hf_files_leave_out_is_what_transformers_takes() -> None:
+def test_absent_keys_have_transformers_defaults() -> None:
     transformers = pytest.importorskip("transformers")
     names = ("rms_norm_eps", "num_key_value_heads", "eos_token_id", "bos_token_id", "head_dim")
     short = without(HF_7B, *names)
@@ -192,7 +192,7 @@ def test_what_hf_files_leave_out_is_what_transformers_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "contents", "what"),
+    ("section", "contents", "feature"),
     [
         ("moe", {"num_experts": 8}, "a mixture of experts"),
         ("vision_encoder", {"hidden_size": 1024}, "a vision encoder"),
@@ -201,9 +201,11 @@ def test_what_hf_files_leave_out_is_what_transformers_takes() -> None:
         ("lora", {"rank": 64}, "LoRA adapters"),
     ],
 )
-def test_raw_sections_refused(section: str, contents: dict[str, Any], what: str) -> None:
+def test_unsupported_raw_sections_are_rejected(
+    section: str, contents: dict[str, Any], feature: str
+) -> None:
     assert MistralConfig.from_raw(RAW_7B | {section: None}) == MistralConfig()
-    with pytest.raises(ConfigError, match=rf"has {what} \(section '{section}'\)"):
+    with pytest.raises(ConfigError, match=rf"has {feature} \(section '{section}'\)"):
         MistralConfig.from_raw(RAW_7B | {section: contents})
 
 
@@ -213,15 +215,21 @@ def test_raw_sections_refused(section: str, contents: dict[str, Any], what: str)
         ({"num_local_experts": 8}, "a mixture of experts"),
         ({"vision_config": {"depth": 2}}, "a vision encoder"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
-        ({"model_type": "llama"}, "model_type 'llama'; only dense Mistral"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type 'linear' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
-        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 32 layers"),
-        ({"layer_types": ["chunked_attention"] * 32}, r"\['chunked_attention'\] are not supported"),
+        ({"model_type": "llama"}, "model_type must be 'mistral' or 'ministral', got 'llama'"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}},
+            "rope_type must be 'default', got 'linear'",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be 'default', got 'yarn'"),
+        (
+            {"layer_types": ["full_attention"]},
+            "layer_types must have one entry per layer, 32, got 1",
+        ),
+        ({"layer_types": ["chunked_attention"] * 32}, r"got \['chunked_attention'\]"),
     ],
 )
-def test_hf_configurations_refused(change: dict[str, Any], message: str) -> None:
+def test_unsupported_hf_configurations_are_rejected(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MistralConfig.from_hf(HF_7B | change)
 
@@ -237,8 +245,8 @@ SIZES = {
 
 @pytest.mark.parametrize(("raw_name", "hf_name"), SIZES.items())
 @pytest.mark.parametrize("value", [0, -1, "4096", 2.5, True, [], {}, 2**62, 2**64])
-def test_malformed_sizes(raw_name: str, hf_name: str, value: Any) -> None:
-    """The message has each format's own name."""
+def test_malformed_sizes_are_rejected(raw_name: str, hf_name: str, value: Any) -> None:
+    """The message contains the key of the file's own format."""
     fits = type(value) is int and value < 2**63
     expected = "an integer from 1 to [0-9]+" if fits else "an integer or null"
     raw, hf = without(RAW_7B, "head_dim", "n_kv_heads"), without(HF_7B, "num_key_value_heads")
@@ -255,16 +263,16 @@ def test_malformed_sizes(raw_name: str, hf_name: str, value: Any) -> None:
         MistralConfig(**{hf_name: value})
 
 
-def test_heads_that_do_not_fit() -> None:
+def test_inconsistent_heads_are_rejected() -> None:
     with pytest.raises(ConfigError, match=r"\(32\) must be a multiple of .* \(5\)"):
         MistralConfig(num_key_value_heads=5)
     with pytest.raises(ConfigError, match="head_dim must be even"):
         MistralConfig(head_dim=127)
-    with pytest.raises(ConfigError, match="must have a head_dim, since its 32 heads do not divide"):
+    with pytest.raises(ConfigError, match="must have a head_dim: dim must be a multiple of"):
         MistralConfig.from_raw(without(RAW_7B, "head_dim") | {"dim": 4100})
 
 
-def test_eos_token_ids() -> None:
+def test_eos_token_id_may_be_a_number_a_list_or_null() -> None:
     for given_id, ids in [(2, (2,)), ([2, 28], (2, 28)), (None, ())]:
         config = MistralConfig.from_hf(HF_7B | {"eos_token_id": given_id})
         assert config.eos_token_ids == ids
@@ -282,14 +290,14 @@ def test_equal_windows_compare_equal() -> None:
     assert pattern != plain
 
 
-def test_mixed_windows_are_ministral() -> None:
+def test_mixed_windows_are_written_as_ministral() -> None:
     contents = MistralConfig(sliding_window=(None, 8), num_hidden_layers=3).to_hf("float32")
     assert contents["model_type"] == "ministral"
     assert contents["architectures"] == ["MinistralForCausalLM"]
     assert contents["sliding_window"] == 8
     full, sliding = "full_attention", "sliding_attention"
     assert contents["layer_types"] == [full, sliding, full]
-    with pytest.raises(ConfigError, match=r"room for one window size, this model has \[7, 8\]"):
+    with pytest.raises(ConfigError, match=r"^sliding_window must have one size .*, got \[7, 8\]"):
         MistralConfig(sliding_window=(7, 8)).to_hf("float32")
 
 
@@ -319,8 +327,8 @@ def configs(draw: st.DrawFn) -> MistralConfig:
 
 
 @given(configs())
-def test_round_trips(config: MistralConfig) -> None:
-    """Through JSON, in both formats, nothing is lost and nothing is inferred."""
+def test_files_restore_the_configuration(config: MistralConfig) -> None:
+    """Convert to JSON and back, in both formats: no value is lost, and no value is inferred."""
     for contents, parse in [
         (config.to_raw(), MistralConfig.from_raw),
         (config.to_hf("bfloat16"), MistralConfig.from_hf),
@@ -330,11 +338,11 @@ def test_round_trips(config: MistralConfig) -> None:
         assert back.notes == ()
 
 
-def test_notes_do_not_count_in_comparisons() -> None:
+def test_notes_are_not_compared() -> None:
     assert dataclasses.replace(MistralConfig(), notes=("x",)) == MistralConfig()
 
 
-def test_what_we_write_is_what_transformers_reads() -> None:
+def test_transformers_reads_our_config_json() -> None:
     transformers = pytest.importorskip("transformers")
     ours = MistralConfig(sliding_window=None, rope_theta=1e6, head_dim=64, eos_token_id=(2, 3))
     theirs = transformers.MistralConfig(**ours.to_hf("bfloat16"))
@@ -343,7 +351,7 @@ def test_what_we_write_is_what_transformers_reads() -> None:
 
 
 @pytest.mark.parametrize("window", [4096, None])
-def test_keys_absent_from_config_json_mean_what_transformers_takes(window: int | None) -> None:
+def test_keys_absent_from_config_json_have_transformers_values(window: int | None) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is absent")
     absent = ("rope_theta", "rms_norm_eps", "max_position_embeddings", "num_key_value_heads")
     given = without(HF_7B, "rope_parameters", *absent) | {"sliding_window": window}

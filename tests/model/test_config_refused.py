@@ -1,4 +1,4 @@
-"""Configurations that are refused by name, and precedence of contradicting values."""
+"""Configurations that are rejected with the key in the message, and contradicting values."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def is_rope(value: Any) -> bool:
     return type(value) is dict
 
 
-# By key, whether a value has a type that the file may hold.
+# For each key, a function that returns whether a value has an allowed type.
 ADMITTED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(SIZES.values(), is_integer),
     **dict.fromkeys(("num_key_value_heads", "head_dim", "max_position_embeddings"), is_integer),
@@ -57,13 +57,15 @@ ADMITTED: dict[str, Callable[[Any], bool]] = {
 
 
 @pytest.mark.parametrize("key", ADMITTED)
-def test_types_in_config_json(key: str) -> None:
-    """Refuse a wrong type by name; a right one is accepted or out of range."""
+def test_types_in_config_json_are_checked(key: str) -> None:
+    """A value of a wrong type is rejected. One of a correct type is accepted or out of range."""
     for value in VALUES:
-        check(MistralConfig.from_hf, HF_7B | {"head_dim": 128, key: value}, key, ADMITTED[key])
+        check_value(
+            MistralConfig.from_hf, HF_7B | {"head_dim": 128, key: value}, key, ADMITTED[key]
+        )
 
 
-def check(
+def check_value(
     parse: Callable[[dict[str, Any]], MistralConfig],
     contents: dict[str, Any],
     key: str,
@@ -77,7 +79,7 @@ def check(
         if value is None:
             assert message in (f"config.json has no {key!r}", f"params.json has no {key!r}")
         elif admits(value):
-            # Out of range. Two raw keys are other names of one field.
+            # The value is out of range. Two raw keys have another name than their field.
             name = {"max_seq_len": "max_position_embeddings"}.get(key, key.lstrip("_"))
             assert re.search(rf"\b{name}\b", message), (value, message)
             assert "or null" not in message, (value, message)
@@ -99,14 +101,14 @@ RAW_KEYS = {
 
 
 @pytest.mark.parametrize("key", RAW_KEYS)
-def test_types_in_params_json(key: str) -> None:
+def test_types_in_params_json_are_checked(key: str) -> None:
     contents = without(RAW_7B, "sliding_window") if key == "_sliding_window" else RAW_7B
     for value in VALUES:
-        check(MistralConfig.from_raw, contents | {key: value}, key, RAW_KEYS[key])
+        check_value(MistralConfig.from_raw, contents | {key: value}, key, RAW_KEYS[key])
 
 
-def test_text_config() -> None:
-    """Accept a `text_config` that is all of `params.json`, or empty; refuse other values."""
+def test_text_config_must_be_an_object_or_null() -> None:
+    """An object that is not empty replaces the whole of `params.json`."""
     assert MistralConfig.from_raw({"text_config": RAW_7B}) == MistralConfig()
     assert MistralConfig.from_raw(RAW_7B | {"text_config": {}}) == MistralConfig()
     for value in (True, 7, 1.5, "x", [], [1], [[]]):
@@ -117,15 +119,14 @@ def test_text_config() -> None:
 
 @pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
 @pytest.mark.parametrize("value", [-1, 32000, 2**62, 2**64, "x", "2", {}, 1.5, True, [[1]], [-1]])
-def test_tokens_outside_the_vocabulary(key: str, value: Any) -> None:
-    """Refuse them by name, from a file and from Python."""
+def test_tokens_outside_the_vocabulary_are_rejected(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"^{key}(\[0\])? must be "):
         MistralConfig.from_hf(HF_7B | {key: value})
     with pytest.raises(ConfigError, match=rf"^{key} must be an integer from 0 to 31999 or None, "):
         MistralConfig(**{key: value})
 
 
-def test_tokens_of_a_list() -> None:
+def test_eos_token_id_may_be_a_list() -> None:
     config = MistralConfig(eos_token_id=[2, 31999])  # type: ignore[arg-type]
     assert config.eos_token_ids == (2, 31999)
     assert config == MistralConfig(eos_token_id=(2, 31999))
@@ -161,7 +162,7 @@ def test_tokens_of_a_list() -> None:
         ),
     ],
 )
-def test_configurations_built_in_python(changes: dict[str, Any], message: str) -> None:
+def test_fields_are_checked_in_python(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{message}"):
         MistralConfig(**changes)
 
@@ -173,9 +174,18 @@ def test_configurations_built_in_python(changes: dict[str, Any], message: str) -
             {"rope_scaling": {"rope_theta": 7.0}},
             "rope_parameters and rope_scaling must be equal",
         ),
-        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters nested by layer type"),
-        ({"rope_scaling": {"sliding_attention": {}}}, "rope_scaling nested by layer type"),
-        ({"rope_parameters": {"llama_4_scaling_beta": 0.1}}, "rope_parameters with 'llama_4_scali"),
+        (
+            {"rope_parameters": {"full_attention": {}}},
+            "rope_parameters must be the same for all layer types",
+        ),
+        (
+            {"rope_scaling": {"sliding_attention": {}}},
+            "rope_scaling must be the same for all layer types",
+        ),
+        (
+            {"rope_parameters": {"llama_4_scaling_beta": 0.1}},
+            "rope_parameters must not have 'llama_4_s",
+        ),
         ({"llama_4_scaling": {"beta": 0.1}}, "position-dependent scaling of queries"),
         (
             {"rope_parameters": {"rope_type": 3}},
@@ -188,14 +198,14 @@ def test_configurations_built_in_python(changes: dict[str, Any], message: str) -
         ),
     ],
 )
-def test_contradictions_in_config_json(change: dict[str, Any], message: str) -> None:
+def test_contradictions_in_config_json_are_rejected(change: dict[str, Any], message: str) -> None:
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
     MistralConfig.from_hf(HF_7B | rope)
     with pytest.raises(ConfigError, match=message):
         MistralConfig.from_hf(HF_7B | rope | change)
 
 
-def test_rope_scaling_in_params_json() -> None:
+def test_scaled_rope_in_params_json_is_rejected() -> None:
     for section in ({"rope_scaling": {"factor": 2.0}}, {"llama_4_scaling": {"beta": 0.1}}):
         with pytest.raises(ConfigError, match=rf"\(section '{next(iter(section))}'\)"):
             MistralConfig.from_raw(RAW_7B | section)
@@ -210,8 +220,8 @@ def test_rope_scaling_in_params_json() -> None:
         {"rope_parameters": {}, "rope_theta": 2e5},
     ],
 )
-def test_rope_theta_is_transformers(rope: dict[str, Any]) -> None:
-    """Take the value that transformers 5 takes, with a note, or refuse."""
+def test_rope_theta_equals_that_of_transformers(rope: dict[str, Any]) -> None:
+    """Contradicting values give the value of transformers 5 and a note, or an error."""
     transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is absent")
     contents = without(HF_7B, "rope_theta", "model_type", "architectures") | rope
     theirs = transformers.MistralConfig(**copy.deepcopy(contents)).rope_parameters["rope_theta"]
@@ -228,7 +238,7 @@ def test_rope_theta_is_transformers(rope: dict[str, Any]) -> None:
 @pytest.mark.parametrize("model_type", ["mistral", "ministral"])
 @pytest.mark.parametrize("off", [True, False, None])
 def test_use_sliding_window_is_ignored_as_in_transformers(model_type: str, off: Any) -> None:
-    """Compare logits past the window: both models ignore it."""
+    """Compare the logits of a text longer than the window."""
     transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is absent")
     contents = HF_7B | {
         "vocab_size": 50,
@@ -255,7 +265,7 @@ def test_use_sliding_window_is_ignored_as_in_transformers(model_type: str, off: 
     assert notes == ([f"sliding_window = 5: {rule} '{model_type}'"] if off is False else [])
 
 
-def test_fields_that_can_be_replaced() -> None:
+def test_with_replaced_changes_only_fields_without_weights() -> None:
     config = MistralConfig()
     changed = config.with_replaced(sliding_window=None, rope_theta=1e6, vocab_size=32000)
     assert changed == dataclasses.replace(config, sliding_window=None, rope_theta=1e6)

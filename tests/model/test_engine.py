@@ -1,4 +1,4 @@
-"""Decode engines: a step's operators, its capture and replay, and its independence of others."""
+"""Decode engines: operators of a step, capture and replay, independence of other sequences."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def random_ids(n: int) -> list[int]:
 
 
 class Record(TorchDispatchMode):
-    """Record of every operator called inside, its inputs and outputs, tensors by their shape.
+    """Record of the operators called in a block, with the shapes of their inputs and outputs.
 
-    With `inside`, of our own operators also what they call.
+    With `inside`, the record also contains the operators that this package's operators call.
     """
 
     def __init__(self, inside: bool = False) -> None:
@@ -48,7 +48,7 @@ class Record(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.inside and func.namespace == "mistral_kernels":
             with self:
-                # Not the CPU's key: csrc's kernels call back into Python, below this mode.
+                # Not the CPU dispatch key: csrc's kernels call Python below this mode.
                 result = func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         else:
             result = func(*args, **kwargs)
@@ -60,8 +60,8 @@ class Record(TorchDispatchMode):
         return result
 
 
-def at_position(cache: RollingCache, position: int) -> None:
-    """Set the number of seen tokens of each sequence to about `position`."""
+def set_position(cache: RollingCache, position: int) -> None:
+    """Set the host length of sequence i to `position + i`."""
     cache.host_lengths = [position + i for i in range(cache.batch)]
 
 
@@ -73,12 +73,12 @@ SAMPLERS = [
 POSITIONS = (1, W - 1, W, W + 1, 5 * W, 1000)  # before, at and after the wrap
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=["greedy", "truncated", "penalised"])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=["greedy", "truncated", "penalized"])
 @torch.inference_mode()
-def test_a_step_on_a_gpu_never_changes(sampler: Sampler) -> None:
-    """Run equal operators and shapes at every position, and read nothing on the host.
+def test_a_step_has_the_same_operators_at_every_position(sampler: Sampler) -> None:
+    """The operators and shapes do not depend on the position, and the host reads no tensor.
 
-    On meta tensors, which have shapes, but nothing to read: looking raises.
+    The tensors are meta tensors, which have no values: reading one on the host raises an error.
     """
     model = MistralForCausalLM(SMALL).to("meta").eval()
     seen = None
@@ -90,19 +90,20 @@ def test_a_step_on_a_gpu_never_changes(sampler: Sampler) -> None:
     model.model.rotary_tables(2048, model.device)
     records = []
     for position in POSITIONS:
-        at_position(cache, position)
+        set_position(cache, position)
         with Record() as record:
             engine.step(newest.token_ids)
         assert cache.host_lengths == [position + 1, position + 2]
         records.append(record.calls)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
-        newest.token_ids.tolist()  # so would a look have done
+        newest.token_ids.tolist()  # a read in a step would have raised the same error
     names = {name for name, _ in records[0]}
     assert {"mistral_kernels.cached_attention.default", "aten.max.dim_max"} <= names
     assert all(record == records[0] for record in records[1:])
 
 
-# What only makes views, or memory (which the tests fill), or looks at CPU tensors on the host.
+# Operators that launch no kernel: they make views, allocate memory (which the tests fill), or read
+# CPU tensors on the host.
 FREE = [
     "alias",
     "as_strided",
@@ -135,14 +136,14 @@ FREE = [
 
 
 @torch.inference_mode()
-def test_launches_of_a_layer(triton_backend: None, device: torch.device) -> None:
-    """Launch 9: two norms with the residual, four products, SwiGLU, rotary update, attention.
+def test_a_layer_launches_nine_kernels(triton_backend: None, device: torch.device) -> None:
+    """The nine are two norms with residual, four products, SwiGLU, cache update and attention.
 
-    Inside our operators as outside, memory has the same shapes at every position, and each of them
-    launches one kernel, attention over split keys too.
+    The operators and shapes, also inside the package's operators, are the same at every position.
+    Each of the package's operators launches one kernel, also attention over split keys.
     """
     triton = pytest.importorskip("triton")
-    # Wide enough that keys are split over programs.
+    # The window is wide enough that keys are split over programs.
     config = dataclasses.replace(SMALL, sliding_window=300)
     model = MistralForCausalLM(config).to(device).eval()
     cache = model.new_cache(2, 300)
@@ -159,7 +160,7 @@ def test_launches_of_a_layer(triton_backend: None, device: torch.device) -> None
     hook.add(launched)
     try:
         for position in (1, 299, 300, 1000):
-            at_position(cache, position)
+            set_position(cache, position)
             cache.lengths.copy_(torch.tensor(cache.host_lengths))
             del launches[:]
             with Record(inside=True) as record:
@@ -171,18 +172,18 @@ def test_launches_of_a_layer(triton_backend: None, device: torch.device) -> None
     assert all(record == records[0] for record in records)
     layers = config.num_hidden_layers
     assert kernels == {
-        "_forward_kernel": 3 * layers + 1,  # RMSNorm's, and SwiGLU's
+        "_forward_kernel": 3 * layers + 1,  # RMSNorm and SwiGLU
         "_update_kernel": layers,
         "_decode_kernel": layers,
     }
     others = Counter(name.rsplit(".", 1)[0] for name, _ in records[0] if "mistral" not in name)
-    paid = {name: n for name, n in others.items() if name.removeprefix("aten.") not in FREE}
-    assert paid["aten.linear"] == 4 * layers + 1
-    per_layer = (sum(kernels.values()) - 1 + paid["aten.linear"] - 1) / layers
-    print(f"{per_layer:g} launches a layer, and {paid} a step")
+    launching = {name: n for name, n in others.items() if name.removeprefix("aten.") not in FREE}
+    assert launching["aten.linear"] == 4 * layers + 1
+    per_layer = (sum(kernels.values()) - 1 + launching["aten.linear"] - 1) / layers
+    print(f"{per_layer:g} launches per layer, and {launching} per step")
     assert per_layer == 9
-    # Beside the layers: embedding, one norm and product, the largest score, lengths counted.
-    assert sum(paid.values()) - paid["aten.linear"] <= 4
+    # Outside the layers: the embedding, one norm, one product, the argmax, the update of lengths.
+    assert sum(launching.values()) - launching["aten.linear"] <= 4
 
 
 def stream(model: MistralForCausalLM, prompts: list[list[int]], **options: Any) -> list[list[int]]:
@@ -194,10 +195,10 @@ def stream(model: MistralForCausalLM, prompts: list[list[int]], **options: Any) 
     "sampler",
     [pytest.param(None, id="greedy", marks=pytest.mark.slow), pytest.param(0.9, id="drawn")],
 )
-def test_replayed_text_is_the_same(
+def test_replayed_steps_generate_the_same_text(
     sampler: float | None, model: MistralForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Run one step, capture one, and replay the rest, through the wrap of every layer."""
+    """Run one step, capture one, and replay the others until every layer's ring has wrapped."""
     prompts = [random_ids(3), random_ids(W + 4)]
 
     def options() -> dict[str, Any]:
@@ -210,10 +211,10 @@ def test_replayed_text_is_the_same(
     assert (stand_in.captures, stand_in.replays) == (1, 6 * W - 2)
 
 
-def test_longer_tables_are_captured_anew(
+def test_longer_rotary_tables_are_captured_again(
     model: MistralForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Capture again: a recorded step reads the old tables."""
+    """A captured step reads the old tables, so it must be captured again."""
     prompts = [random_ids(2040)]
     options: dict[str, Any] = {"max_new_tokens": 30, "eos_token_ids": ()}
     expected = stream(model, prompts, **options)
@@ -224,12 +225,13 @@ def test_longer_tables_are_captured_anew(
 
 
 @pytest.mark.parametrize("end", ["eos", "close", "length"])
-def test_the_step_ahead_is_taken_back(
+def test_a_queued_step_is_dropped_at_the_end(
     end: str, model: MistralForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Queue a step before its predecessor's tokens are read; unwanted, it leaves no trace.
+    """A step is queued before the tokens of the previous step are read, and dropped if unneeded.
 
-    The cache holds everything but the last token, and continuing it gives the same text.
+    Afterwards the cache holds all tokens except the last one, and continuing it gives the same
+    text.
     """
     prompt, more = random_ids(W + 2), random_ids(4)
     texts, caches = [], []
@@ -260,8 +262,8 @@ def test_the_step_ahead_is_taken_back(
     assert caches[0] == caches[1]
 
 
-def test_those_that_end_do_not_disturb_the_others(model: MistralForCausalLM) -> None:
-    """A text has the same tokens and cache, whether or not its batch-mate has ended."""
+def test_ended_texts_do_not_change_the_others(model: MistralForCausalLM) -> None:
+    """A text has the same tokens and cache, whether or not the other text has ended."""
     prompts = [random_ids(4), random_ids(9)]
     whole = stream(model, prompts, max_new_tokens=30)
     eos = next(token for i, token in enumerate(whole[0]) if i > 3 and token not in whole[1])
@@ -278,17 +280,17 @@ def test_those_that_end_do_not_disturb_the_others(model: MistralForCausalLM) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.inference_mode()
-def test_logits_are_the_same_bits_in_any_batch(
+def test_decoded_logits_are_bitwise_equal_in_any_batch(
     model: MistralForCausalLM, dtype: torch.dtype
 ) -> None:
-    """Sequences at positions before, at and past their window, over steps in which rings wrap."""
+    """The sequences are before, at and past their window, and their rings wrap in the steps."""
     if not extension.load("cpu"):
-        pytest.skip(f"PyTorch's products promise no such thing; {extension.status('cpu')}")
+        pytest.skip(f"PyTorch's products are not bitwise equal; {extension.status('cpu')}")
     model = model.to(dtype).eval()
     lengths = [1, W - 1, W, W + 1, 2 * W + 3, 5, 7]
     prompts = [random_ids(n) for n in lengths]
     alone = []
-    for prompt in prompts:  # a prompt is a matrix product, whose rows may depend on its height
+    for prompt in prompts:  # prefill alone: rows of a matrix product may depend on their number
         alone.append(model.new_cache(1, 4 * W))
         model.prefill([prompt], alone[-1])
     together = model.new_cache(len(prompts), 4 * W)
@@ -306,8 +308,8 @@ def test_logits_are_the_same_bits_in_any_batch(
             assert torch.equal(model.decode(tokens[row : row + 1], cache)[0], logits[row]), row
 
 
-def test_nothing_but_tokens_is_copied_to_the_host(model: MistralForCausalLM) -> None:
-    """Return what the step before chose, whatever the device has done since."""
+def test_finish_read_returns_the_tokens_of_begin_read(model: MistralForCausalLM) -> None:
+    """A later step does not change the tokens, and `NextTokens` holds no other tensors."""
     cache = model.new_cache(2, 100)
     newest = NextTokens(Sampler(0), 2, model.device)
     engine = CudaGraphEngine(model, cache, newest)

@@ -1,4 +1,4 @@
-"""Sampling against transformers' logits processors, against the formulas, and against chance."""
+"""Sampling, compared with transformers' logits processors, formulas and expected frequencies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers", reason="transformers, the ora
 
 
 def oracle(logits: Tensor, **settings: Any) -> Tensor:
-    """Compute `Sampler.probabilities` by transformers' warpers, in float64 and in their order."""
+    """Return the probabilities that transformers' warpers compute in float64, in its order."""
     warpers = {
         "temperature": transformers.TemperatureLogitsWarper,
         "top_k": transformers.TopKLogitsWarper,
@@ -47,11 +47,11 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_distribution_is_that_of_transformers(settings: dict[str, Any]) -> None:
+def test_probabilities_equal_transformers(settings: dict[str, Any]) -> None:
     logits = torch.randn(40, 97) * 3
     actual, expected = Sampler(**settings).probabilities(logits), oracle(logits, **settings)
-    # Where a cumulated or relative probability is within rounding of its threshold, either side is
-    # right: those rows are known by an oracle that moves with the threshold.
+    # If a probability is within rounding of its threshold, keeping and dropping the token are both
+    # correct. Such rows are found with slightly changed thresholds, and are not compared.
     clear = torch.ones(len(logits), dtype=torch.bool)
     for name in settings.keys() & {"top_p", "min_p"}:
         for nudge in (1 - 1e-5, 1 + 1e-5):
@@ -64,28 +64,28 @@ def test_distribution_is_that_of_transformers(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_ties(settings: dict[str, Any]) -> None:
-    """Among equal tokens top-p keeps as many as transformers, any of them; top-k keeps all."""
+def test_number_of_kept_ties_equals_transformers(settings: dict[str, Any]) -> None:
+    """Of equally likely tokens, top-p keeps as many as transformers; top-k keeps all."""
     logits = torch.randint(-3, 4, (40, 97)) / 2.0 + 0.1 * torch.arange(40)[:, None]
     actual, expected = Sampler(**settings).probabilities(logits), oracle(logits, **settings)
     if "top_p" in settings:
         actual, expected = actual.sort().values, expected.sort().values
-    kept, wanted = (actual > 0).sum(dim=-1), (expected > 0).sum(dim=-1)
-    # A whole number of equal tokens may reach top_p exactly, but for rounding.
-    assert ((kept - wanted).abs() <= ("top_p" in settings)).all()
-    same = kept == wanted
+    kept, expected_kept = (actual > 0).sum(dim=-1), (expected > 0).sum(dim=-1)
+    # The sum of equal probabilities may equal top_p within rounding: one more or one less is kept.
+    assert ((kept - expected_kept).abs() <= ("top_p" in settings)).all()
+    same = kept == expected_kept
     assert same.sum() >= 30
     torch.testing.assert_close(actual[same].double(), expected[same], rtol=1e-5, atol=1e-7)
 
 
-def test_greedy_takes_the_first_of_the_likeliest() -> None:
+def test_greedy_chooses_the_first_of_the_most_likely_tokens() -> None:
     logits = torch.tensor([[0.0, 3.0, -1.0, 3.0], [2.0, 2.0, 1.0, 0.0], [-5.0, -7.0, -6.0, -4.0]])
     assert Sampler(temperature=0)(logits).tolist() == [1, 0, 3]
     assert Sampler(temperature=0)(logits.bfloat16()).tolist() == [1, 0, 3]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-40, 1e-300])
-def test_a_vanishing_temperature_is_greedy(temperature: float) -> None:
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     logits = torch.randn(8, 50).sort(dim=-1).values * 20 + torch.arange(50.0)
     assert Sampler(temperature=temperature)(logits).tolist() == [49] * 8
 
@@ -102,8 +102,8 @@ EXTREMES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", EXTREMES, ids=str)
-def test_extreme_settings(settings: dict[str, Any]) -> None:
-    """Probabilities stay probabilities, and a token that cannot be chosen is not."""
+def test_extreme_settings_give_valid_probabilities(settings: dict[str, Any]) -> None:
+    """Probabilities sum to 1, and a token with a logit of -inf is never chosen."""
     logits = torch.randn(40, 97) * random.choice([1, 100])
     logits[:, ::3] = -torch.inf
     seen = torch.rand(40, 97) < 0.3
@@ -117,7 +117,7 @@ def test_extreme_settings(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {}, *SETTINGS, *EXTREMES], ids=str)
-def test_the_largest_score_is_finite_where_logits_are(settings: dict[str, Any]) -> None:
+def test_the_largest_score_is_finite_if_the_logits_are(settings: dict[str, Any]) -> None:
     logits = torch.randn(60, 97) * 10
     seen = torch.rand(60, 97) < 0.3
     rows = torch.arange(60)
@@ -131,14 +131,14 @@ def test_the_largest_score_is_finite_where_logits_are(settings: dict[str, Any]) 
     assert torch.equal(finite, (rows % 5 == 0) | (rows % 5 == 4))
 
 
-def test_truncation_never_leaves_nothing() -> None:
+def test_truncation_keeps_at_least_one_token() -> None:
     logits = torch.randn(16, 1000) * 10
     for sampler in (Sampler(top_p=1e-9), Sampler(min_p=1.0), Sampler(top_k=1)):
         assert torch.equal(sampler(logits), logits.argmax(dim=-1))
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.6])
-def test_repetition_penalty(penalty: float) -> None:
+def test_repetition_penalty_equals_transformers(penalty: float) -> None:
     logits = torch.randn(5, 31)
     texts = [torch.randint(31, (n,)).tolist() for n in (1, 4, 9, 40, 2)]
     seen = torch.zeros(5, 31, dtype=torch.bool)
@@ -156,12 +156,12 @@ def test_repetition_penalty(penalty: float) -> None:
     torch.testing.assert_close(actual.double(), expected.softmax(dim=-1), rtol=1e-5, atol=1e-7)
     greedy = Sampler(temperature=0, repetition_penalty=penalty)(logits, seen)
     assert torch.equal(greedy, expected.argmax(dim=-1))
-    with pytest.raises(ValueError, match="seen is needed for a repetition_penalty"):
+    with pytest.raises(ValueError, match="seen must be a tensor if repetition_penalty is not 1"):
         Sampler(repetition_penalty=penalty)(logits)
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
-def test_frequencies(temperature: float) -> None:
+def test_tokens_are_drawn_with_their_probabilities(temperature: float) -> None:
     """Chi-square of 20,000 draws over 12 tokens; 80 is exceeded once in 10^12 runs."""
     logits, draws = torch.randn(12), 20_000
     expected = draws * (logits.double() / temperature).softmax(dim=-1)
@@ -173,7 +173,7 @@ def test_frequencies(temperature: float) -> None:
     assert chi_square < 80
 
 
-def test_a_generator_decides_alone() -> None:
+def test_draws_depend_only_on_the_given_generator() -> None:
     logits = torch.randn(64, 100)
 
     def draw(seed: int) -> list[int]:
@@ -198,13 +198,13 @@ def test_a_generator_decides_alone() -> None:
         ({"repetition_penalty": 0.0}, r"repetition_penalty must be in \[1e-06, 1000000\], got 0.0"),
     ],
 )
-def test_out_of_range(settings: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range_are_rejected(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sampler(**settings)
 
 
-def test_numbers_are_plain() -> None:
-    """NumPy's numbers become Python's, which PyTorch takes everywhere."""
+def test_settings_may_be_numpy_numbers() -> None:
+    """They are converted to Python numbers, which all PyTorch functions accept."""
     sampler = Sampler(np.float32(0.5), np.int64(3), np.float64(1), np.int8(0), np.float16(2))
     values = (sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p)
     assert [(type(x), x) for x in values] == [(float, 0.5), (int, 3), (float, 1.0), (float, 0.0)]
