@@ -1,10 +1,10 @@
-"""`python -m mistral_kernels.train`: pretrain a small Mistral on plain text, or train one further.
+"""`python -m mistral_kernels.train`: pretrain a small Mistral on plain text, or continue training.
 
 The defaults are the recipe of the bundled model: a 2.75 M-parameter decoder with grouped-query
-attention and a sliding window of 128 tokens, and a byte-fallback BPE vocabulary of 2048 pieces
-trained on the same text.
+attention, a sliding window of 128 tokens, and a byte-fallback BPE vocabulary of 2048 pieces trained
+on the same text.
 
-Under torchrun, its ranks share the model, the optimizer's state and every batch.
+Under torchrun, the ranks divide the model, the optimizer state and every batch among them.
 """
 
 from __future__ import annotations
@@ -59,18 +59,21 @@ TINY = MistralConfig(
 )
 HELD_OUT = "held_out.txt"
 _SAVE_EVERY = Range(int, 0, COUNT.high)
-_PIPE_LIMIT = 1 << 29  # bytes of a text that is no regular file
+_PIPE_LIMIT = 1 << 29  # maximum bytes of a text that is not a regular file
 
 
 def read_text(paths: Sequence[Path]) -> str:
-    """Return the files' text, one line per paragraph. A blank line ends a paragraph."""
+    """Return the text of the files, one line per paragraph. A blank line ends a paragraph."""
     text = "\n\n".join(read_input(path, _PIPE_LIMIT) for path in paths)
     paragraphs = (" ".join(block.split()) for block in re.split(r"\n\s*\n", text))
     return "\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
 
 
 def split_held_out(text: str, size: int) -> tuple[str, str]:
-    """Return (training, held out): the latter are whole paragraphs, about `size` characters."""
+    """Split a text into training text and held-out text: its last `size` characters at most.
+
+    The held-out text consists of whole paragraphs.
+    """
     if not 0 < size < len(text) // 2:
         raise ValueError(
             f"--held-out-chars must be at least 1 and less than half of the text's {len(text)} "
@@ -79,8 +82,8 @@ def split_held_out(text: str, size: int) -> tuple[str, str]:
     cut = text.index("\n", len(text) - size) + 1
     if cut == len(text):
         raise ValueError(
-            f"the last {size} characters of the text lie in one paragraph; hold out more of it "
-            "(--held-out-chars), or separate its paragraphs by blank lines"
+            f"the last {size} characters of the text are all in one paragraph; hold out more "
+            "(--held-out-chars), or separate the paragraphs by blank lines"
         )
     return text[:cut], text[cut:]
 
@@ -89,7 +92,7 @@ def train_tokenizer(text: str, vocab_size: int, path: Path) -> None:
     """Train a byte-fallback BPE model with Mistral's special tokens and write it to `path`."""
     import sentencepiece
 
-    model = io.BytesIO()  # a path would be recorded in it
+    model = io.BytesIO()  # with a path instead, sentencepiece would record the path in the model
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(text.splitlines()),
@@ -109,7 +112,7 @@ def train_tokenizer(text: str, vocab_size: int, path: Path) -> None:
         )
     except RuntimeError as error:
         raise ValueError(
-            f"the text is too short to train a vocabulary of {vocab_size} on: {error}"
+            f"the text is too short to train a vocabulary of {vocab_size} tokens: {error}"
         ) from None
     path.write_bytes(model.getvalue())
 
@@ -123,21 +126,31 @@ def train_on_texts(
     source: str | None = None,
     save_every: int = 0,
 ) -> None:
-    """Train a tokenizer and a model on `texts`; `output` appears when it is complete.
+    """Train a tokenizer and a model on `texts`, and write them to `output` when complete.
 
-    With `source`, a checkpoint's folder or hub id, its model and tokenizer are trained further
-    instead. The checkpoint, in Hugging Face's format, has two more files: the held-out text and
+    The checkpoint has Hugging Face's format and two additional files: the held-out text, and
     `training.json` with the recipe, the loss curve and the final held-out loss.
 
-    Every `save_every` steps (0: never) the run's state is saved beside `output`, under its name and
-    `.partial`. A run that finds a state there resumes from it; at the end it is removed.
+    The state of the run is saved at `output` with the suffix `.partial`. A run that finds a state
+    there resumes from it. The state is removed at the end.
 
-    In a process group, all ranks call this alike: each holds a share of the model on the world's
-    device, and the state is a folder, which any number of ranks can read.
+    In a process group, all ranks must call this function with the same arguments. Each rank holds a
+    share of the model, and the state is a folder from which any number of ranks can resume.
+
+    Args:
+        texts: UTF-8 files.
+        output: folder to create.
+        held_out_chars: maximum number of characters at the end of the text that are kept for
+            evaluation.
+        recipe: settings of the optimization.
+        world: this rank; its device is used.
+        source: folder or hub id of a checkpoint. Its model is trained further, with its tokenizer,
+            instead of a new model.
+        save_every: number of steps between two saves of the state; 0: never.
     """
     output = output.expanduser().resolve()
     if output.is_symlink():
-        raise ValueError(f"{output} is a link that leads to itself; name another output")
+        raise ValueError(f"{output} must not be a symbolic link to itself; name another output")
     check_target(output)
     _SAVE_EVERY.check("save_every", save_every)
     if world.size > recipe.batch_size:
@@ -176,9 +189,9 @@ def train_on_texts(
             curve = train(run, corpus, tokens, log, saving)
         except KeyboardInterrupt:
             print(
-                f"\nthe same command again goes on from the state in {partial}"
+                f"\nto resume from the state in {partial}, run the same command again"
                 if saving.exists()
-                else "\nnothing was saved to go on from: --save-every does",
+                else "\nno state was saved from which to resume; use --save-every",
                 file=log,
             )
             raise
@@ -204,16 +217,16 @@ def train_on_texts(
 
 
 def _check_writable(folder: Path) -> None:
-    """Create `folder`. Raise CheckpointError, before hours of training, if it takes no files."""
+    """Create `folder`. Raise CheckpointError, before hours of training, if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise CheckpointError(f"cannot write to {folder}, name another output: {error}") from None
+        raise CheckpointError(f"cannot write to {folder}: {error}; name another output") from None
 
 
 def _start(folder: Path | None, recipe: Recipe, world: World) -> Run:
-    """Return a run of the model in `folder`, or of a new one, before its first step."""
+    """Create a run of the model in `folder`, or of a new model if None."""
     dtype = DTYPES[recipe.dtype]
     if folder is None:
         torch.manual_seed(recipe.seed)
@@ -222,7 +235,7 @@ def _start(folder: Path | None, recipe: Recipe, world: World) -> Run:
         model = MistralForCausalLM.from_pretrained(folder, dtype=dtype)
     if not dist.is_initialized():
         return Run(SingleProcess(model.to(world.device)), recipe)
-    # Importing torch.distributed's parts takes longer than all the rest, and few runs need them.
+    # Imported here, since only runs under torchrun need FSDP and its import is slow.
     from mistral_kernels.training.fsdp import PartOf, Sharded, sharded_model
 
     def new_weights(part_of: PartOf) -> Iterable[tuple[str, Tensor]]:
@@ -249,12 +262,12 @@ def _saving(path: Path, every: int, identity: dict[str, Any], world: World) -> S
 
 def _check_vocabulary(config: MistralConfig, corpus: Corpus, held_out: Tensor) -> None:
     if not (len(corpus.tokens) and len(held_out)):
-        raise ValueError(f"{corpus.tokenizer.path} finds no tokens in the text")
+        raise ValueError(f"the text must have tokens, got none with {corpus.tokenizer.path}")
     largest = int(torch.cat((corpus.tokens, held_out)).max())
     if largest >= config.vocab_size:
         raise ValueError(
-            f"{corpus.tokenizer.path} gives token {largest}, beyond the model's vocabulary of "
-            f"{config.vocab_size}: is this its tokenizer?"
+            f"tokens must be less than the model's vocab_size, {config.vocab_size}, got {largest} "
+            f"from {corpus.tokenizer.path}: use the tokenizer of the model"
         )
 
 
@@ -266,10 +279,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m mistral_kernels.train",
-        description="Pretrain a small Mistral on plain text; the defaults made the bundled model.",
+        description="Pretrain a small Mistral on plain text. The defaults are the recipe of the "
+        "bundled model.",
     )
     parser.add_argument(
-        "text", nargs="+", type=user_path, help="UTF-8, blank lines between paragraphs"
+        "text", nargs="+", type=user_path, help="UTF-8 file with blank lines between paragraphs"
     )
     parser.add_argument("--output", type=user_path, required=True, help="folder to create")
     parser.add_argument(
@@ -279,15 +293,18 @@ def _parser() -> Parser:
         help="folder or hub id of a checkpoint to train further, with its own tokenizer",
     )
     parser.add_argument(
-        "--held-out-chars", type=COUNT, default=32_000, help="kept from the end for evaluation"
+        "--held-out-chars",
+        type=COUNT,
+        default=32_000,
+        help="characters at the end of the text that are kept for evaluation",
     )
     parser.add_argument(
         "--save-every",
         type=_SAVE_EVERY,
         default=0,
         metavar="STEPS",
-        help="keep the run's state in OUTPUT.partial, from which the same command goes on "
-        "(default 0: never)",
+        help="save the state of the run in OUTPUT.partial every STEPS steps; the same command "
+        "resumes from it (default 0: never)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     for option in fields(Recipe):

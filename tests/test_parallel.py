@@ -1,4 +1,4 @@
-"""A model over several processes: the same numbers and texts as one process gives."""
+"""Tensor parallelism: several processes give the same logits and texts as one process."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from mistral_kernels.distributed.tensor_parallel import (
 from mistral_kernels.generate import generate
 from mistral_kernels.model.config import ConfigError
 
-# 8 query and 2 key/value heads: 4 ranks hold the latter twice. 61 tokens divide by no number.
+# With 2 key/value heads, each is on 2 of 4 ranks. The vocabulary of 61 tokens is a prime number.
 CONFIG = replace(SMALL, num_attention_heads=8, num_key_value_heads=2)
 TIED = replace(CONFIG, tie_word_embeddings=True, sliding_window=(7, None, 3), num_key_value_heads=4)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a folder of checkpoints; those in capitals are for the command alone."""
+    """Create a folder of checkpoints. Those with uppercase names are only used by the command."""
     folder = tmp_path_factory.mktemp("parallel") / "checkpoints"
     save_hf(varied_model(CONFIG).state_dict().items(), CONFIG, folder / "hf", dtype=torch.float32)
     save_raw(varied_model(CONFIG).state_dict().items(), CONFIG, folder / "raw", dtype=torch.float32)
@@ -61,13 +61,13 @@ def chat_models(checkpoints: Path) -> None:
     for name in ("CHAT", "RETOKENIZED"):
         save_hf(state.items(), config, checkpoints / name, dtype=torch.float32)
         shutil.copy(data / "mistral_instruct_tokenizer_240323.model.v3", checkpoints / name)
-    # The same pieces, and other ids for a prompt.
+    # The same vocabulary, but other token ids for a prompt.
     (checkpoints / "RETOKENIZED" / "tokenizer_config.json").write_text('{"add_bos_token": false}')
 
 
 @pytest.fixture(scope="module")
 def ranks(checkpoints: Path, chat_models: None) -> dict[int, list[dict[str, Any]]]:
-    """Return the results of each rank, of 2 and of 4."""
+    """Return the results of every rank, for 2 and for 4 ranks."""
     results = {}
     for size, ports in ((2, free_ports(len(SCENARIOS))), (4, [])):
         processes = start(size, TESTS / "support" / "parallel_rank.py", checkpoints, *ports)
@@ -81,7 +81,7 @@ def ranks(checkpoints: Path, chat_models: None) -> dict[int, list[dict[str, Any]
 
 @pytest.mark.parametrize("name", ["hf", "raw", "tied"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_results_of_one_process(
+def test_results_equal_those_of_one_process(
     size: int, name: str, checkpoints: Path, ranks: dict[int, list[dict[str, Any]]]
 ) -> None:
     expected = results_of(MistralForCausalLM.from_pretrained(checkpoints / name))
@@ -91,11 +91,11 @@ def test_results_of_one_process(
             assert actual[key].shape == expected[key].shape
             error = (actual[key] - expected[key]).abs().max() / expected[key].abs().max()
             assert error < 1e-4, key
-            # To the bit the same on all ranks, so that they choose the same tokens.
+            # Bitwise equal on all ranks, so that all ranks choose the same tokens.
             assert torch.equal(actual[key], ranks[size][0][name][key])
         assert actual["greedy"] == expected["greedy"]
         assert actual["sampled"] == expected["sampled"]
-        # 2 a layer, and those of the embedding and of the head.
+        # 2 all-reduces per layer and 1 of the embedding; the all-gather is that of the head.
         assert actual["collectives"] == {
             "all_reduce": 2 * config.num_hidden_layers + 1,
             "all_gather_into_tensor": 1,
@@ -115,7 +115,7 @@ def test_results_of_one_process(
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_int8(size: int, checkpoints: Path, ranks: dict[int, list[dict[str, Any]]]) -> None:
-    """Each rank quantises its own: as near the exact logits as one process, the same on all."""
+    """Each rank quantizes its share: as accurate as one process, and equal on all ranks."""
     ids = torch.tensor(PROMPTS[1:2])
     with torch.inference_mode():
         exact, single = (
@@ -127,12 +127,14 @@ def test_int8(size: int, checkpoints: Path, ranks: dict[int, list[dict[str, Any]
         assert torch.equal(actual, ranks[size][0]["int8"])
 
 
-def of_command(ranks: dict[int, list[dict[str, Any]]], name: str) -> list[tuple[int, str, str]]:
+def command_results(
+    ranks: dict[int, list[dict[str, Any]]], name: str
+) -> list[tuple[int, str, str]]:
     return [each[name] for each in ranks[2]]
 
 
 def test_the_command(ranks: dict[int, list[dict[str, Any]]]) -> None:
-    main, other = of_command(ranks, "greedy")
+    main, other = command_results(ranks, "greedy")
     model = MistralForCausalLM.from_pretrained("tiny", dtype=torch.float32)
     tokenizer = MistralTokenizer.from_pretrained("tiny")
     (expected,) = generate(model, tokenizer, ["She was"], max_tokens=20)
@@ -145,18 +147,18 @@ def test_the_command(ranks: dict[int, list[dict[str, Any]]]) -> None:
         assert re.search(pattern, main[2], re.MULTILINE), main[2]
 
 
-def test_a_random_seed_and_the_prompt_are_the_main_ranks(
+def test_rank_0_determines_the_prompt_and_the_random_seed(
     ranks: dict[int, list[dict[str, Any]]],
 ) -> None:
-    """In bfloat16; with another prompt or seed on one rank, the text would not be one."""
-    main, other = of_command(ranks, "random")
+    """Sample in bfloat16. With different prompts or seeds, the ranks would not agree on tokens."""
+    main, other = command_results(ranks, "random")
     record = json.loads(main[1])
     assert (main[0], record["prompt"], len(record["token_ids"])) == (0, "She was", 20)
     assert other == (0, "", "")
 
 
 def test_chat(ranks: dict[int, list[dict[str, Any]]]) -> None:
-    main, other = of_command(ranks, "chat")
+    main, other = command_results(ranks, "chat")
     assert (main[0], main[2]) == (0, "")
     assert main[1].count("\n") >= 2
     assert other == (0, "", "")
@@ -165,34 +167,36 @@ def test_chat(ranks: dict[int, list[dict[str, Any]]]) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_prompt", r"rank 0: the prompt is empty"),
-        ("no_model", r"rank 0: no such folder: '/no/such' .+"),
+        ("no_prompt", r"rank 0: prompt must not be empty"),
+        ("no_model", r"rank 0: no such folder: '/no/such'[;,] .+"),
         ("other_option", r"rank 0: --top-k must be the same on all ranks: rank 0 has 0, rank 1 .+"),
         ("other_model", r"rank 0: the checkpoint must be the same on all ranks: .+"),
         ("other_tokenizer", r"rank 0: the tokenizer must be the same on all ranks: .+"),
     ],
 )
-def test_bad_input_is_told_once(
+def test_bad_input_is_reported_by_one_rank(
     name: str, message: str, ranks: dict[int, list[dict[str, Any]]]
 ) -> None:
-    main, other = of_command(ranks, name)
+    main, other = command_results(ranks, name)
     assert main[:2] == (2, ""), main
     assert re.fullmatch(f"error: {message}\n", main[2]), main
     assert other == (2, "", "")
 
 
 def test_a_gpu_by_number(ranks: dict[int, list[dict[str, Any]]]) -> None:
-    for code, out, err in of_command(ranks, "gpu"):
+    for code, out, err in command_results(ranks, "gpu"):
         assert (code, out, err.count("\n")) == (2, "", 1)
-        assert "--device cuda:0" in err
+        # Without a GPU, the message is that of `device_of`.
+        assert "--device must " in err
+        assert "cuda:0" in err
 
 
-# What each rank has
+# Shares of the ranks
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 12])
-def test_shares_make_the_whole(size: int) -> None:
-    """Every weight is some rank's, and only norms and key/value heads are several ranks'."""
+def test_shares_cover_the_model(size: int) -> None:
+    """Every weight is on a rank; only norms and key/value heads may be on several ranks."""
     config = replace(
         CONFIG,
         num_attention_heads=12,
@@ -215,7 +219,7 @@ def test_shares_make_the_whole(size: int) -> None:
         assert (holders == replicas).all(), name
 
 
-def test_query_heads_find_their_kv_heads() -> None:
+def test_query_heads_are_with_their_kv_heads() -> None:
     """On every rank, local query head h reads local kv head h // (heads // kv heads)."""
     config = replace(CONFIG, num_attention_heads=24, num_key_value_heads=4)
     dim, group = config.head_dim, 6
@@ -234,24 +238,33 @@ def test_query_heads_find_their_kv_heads() -> None:
 @pytest.mark.parametrize(
     ("size", "changes", "message"),
     [
-        (3, {}, "3 ranks cannot share a model of num_attention_heads 8: start a number of ranks"),
-        (4, {"intermediate_size": 70}, "4 ranks cannot share a model of intermediate_size 70"),
+        (
+            3,
+            {},
+            "num_attention_heads must be divisible by the number of ranks, 3, got 8: start a "
+            "number of ranks that divides it",
+        ),
+        (
+            4,
+            {"intermediate_size": 70},
+            "intermediate_size must be divisible by the number of ranks, 4, got 70",
+        ),
         (
             4,
             {"num_attention_heads": 24, "num_key_value_heads": 6},
-            "4 ranks cannot share a model of num_key_value_heads 6: start a number of ranks that "
-            "divides it or is a multiple of it",
+            "num_key_value_heads must be a divisor or a multiple of the number of ranks, 4, got 6: "
+            "start another number of ranks",
         ),
     ],
 )
-def test_what_cannot_be_divided(size: int, changes: dict[str, int], message: str) -> None:
+def test_indivisible_models_raise(size: int, changes: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         Share(replace(CONFIG, **changes), 0, size)
 
 
 @pytest.mark.parametrize("save", [save_hf, save_raw])
 def test_reading_a_part(save: Any, tmp_path: Path) -> None:
-    """Any rows and columns: of a raw projection's rows, which are permuted, too."""
+    """Read arbitrary rows and columns, also of raw projections, whose rows are permuted."""
     save(random_state(CONFIG).items(), CONFIG, tmp_path / "m", dtype=torch.float32)
     stored = open_checkpoint(tmp_path / "m")
     full = {name: tensor.clone() for name, tensor in stored.tensors()}
@@ -270,7 +283,7 @@ def test_reading_a_part(save: Any, tmp_path: Path) -> None:
     assert whole("x", (3, 4)) == (slice(None),)
 
 
-# A group of one, in this process
+# A group of one rank in this process
 
 
 @pytest.fixture
@@ -286,7 +299,7 @@ def test_one_rank_alone(checkpoints: Path, group: None) -> None:
     for key in ("forward", "prefill"):
         torch.testing.assert_close(results_of(model)[key], results_of(plain)[key])
     assert not any(weight.requires_grad for weight in model.parameters())
-    with pytest.raises(NotImplementedError, match="a rank holds a part of the model"):
+    with pytest.raises(NotImplementedError, match=r"^save_pretrained is not supported on a rank"):
         model.save_pretrained(checkpoints / "new")
 
 
@@ -303,8 +316,8 @@ def test_collectives_stay_in_a_compiled_graph(checkpoints: Path, group: None) ->
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("save", [save_hf, save_raw])
-def test_no_rank_holds_the_whole(save: Any, tmp_path: Path) -> None:
-    """At its peak of loading, a rank holds its share and less than a tenth of it more."""
+def test_no_rank_loads_the_whole_model(save: Any, tmp_path: Path) -> None:
+    """The peak memory of loading is less than 110 % of the rank's share."""
     config = CONFIGS["1.2B"]
     tensors = random_tensors(config, torch.bfloat16)
     save(tensors, config, tmp_path / "m", dtype=torch.bfloat16)
@@ -316,18 +329,18 @@ def test_no_rank_holds_the_whole(save: Any, tmp_path: Path) -> None:
             assert share <= peak <= 1.1 * share, (size, share, peak)
 
 
-# The models of memory and of time
+# Models of memory and time
 
 
 def test_memory_of_7b() -> None:
     config = MistralConfig()
-    # 7 241 732 096 parameters, of which 65 norms of 4096 are every rank's.
+    # 7 241 732 096 parameters; every rank holds the 65 norms of 4096 elements.
     norms = 65 * 4096
     for size in (1, 2, 4, 8):
         held = memory_per_rank(config, size)
         assert held.weights == 2 * ((7_241_732_096 - norms) // size + norms)
         assert held.cache == 32 * 2 * 4096 * 1024 * 2 // size
-    # Of 8 key/value heads 16 ranks hold each twice.
+    # With 8 key/value heads, each is on 2 of 16 ranks.
     more = memory_per_rank(config, 16, dtype=torch.float32, batch=3, max_length=100)
     assert more.cache == 3 * 32 * 2 * 100 * 128 * 4
     kv_and_others = (7_241_732_096 - norms - 32 * 2 * 1024 * 4096) // 16 + 32 * 2 * 128 * 4096
@@ -339,7 +352,7 @@ def test_the_readme_has_the_models_table() -> None:
     assert "\n".join(parallel_model.table()) in readme
 
 
-# Things that happen to the processes
+# Interrupts, signals and torchrun
 
 
 @pytest.mark.slow
@@ -353,7 +366,7 @@ def test_ctrl_c_ends_all_ranks() -> None:
     main, other = finish(processes, 60)
     assert len(head) == 20, (main, other)
     assert main.code == other.code == 130, (main, other)
-    # PyTorch warns of a collective that was cut off, if one was.
+    # PyTorch warns if a collective was interrupted.
     warning = r"\[W.*? ProcessGroup\.cpp:\d+\] Warning: .*?\(function ~WorkRegistry\)\n"
     main_err, other_err = (re.sub(warning, "", x.err, flags=re.DOTALL) for x in (main, other))
     assert main_err.endswith("\ninterrupted\n")
@@ -363,7 +376,7 @@ def test_ctrl_c_ends_all_ranks() -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_others() -> None:
+def test_killing_a_rank_ends_the_others() -> None:
     arguments = ("-m", "mistral_kernels.generate", *GREEDY[:-1], "1000000", "--ignore-eos")
     processes = start(2, *arguments)
     assert processes[0].stdout is not None
@@ -372,7 +385,7 @@ def test_a_rank_that_is_killed_ends_the_others() -> None:
     main, other = finish(processes, 60)
     assert other.code == -signal.SIGKILL
     assert main.code == 2
-    assert main.err.endswith("error: rank 0: another rank ended; see what it says\n")
+    assert main.err.endswith("error: rank 0: another rank ended; see its error message\n")
 
 
 def torchrun(*arguments: str, ranks: int = 2) -> subprocess.Popen[str]:
@@ -390,7 +403,7 @@ def torchrun(*arguments: str, ranks: int = 2) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_torchrun() -> None:
-    """The prompt comes through it to rank 0, the text of rank 0 alone out of it."""
+    """Under torchrun, rank 0 reads stdin and is the only rank that writes to stdout."""
     model = MistralForCausalLM.from_pretrained("tiny", dtype=torch.float32)
     tokenizer = MistralTokenizer.from_pretrained("tiny")
     (expected,) = generate(model, tokenizer, ["She was"], max_tokens=20)
@@ -401,7 +414,7 @@ def test_torchrun() -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_under_torchrun() -> None:
-    """At a terminal every process of the launch is interrupted, the agent too."""
+    """Send SIGINT to the whole process group, as a terminal does, including torchrun's agent."""
     process = torchrun(*GREEDY[:-1], "1000000", "--ignore-eos")
     assert process.stdout is not None
     head = process.stdout.read(20)

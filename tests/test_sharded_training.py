@@ -1,6 +1,6 @@
-"""Training on several ranks: what one process computes, saved by all and gone on with by any.
+"""Training on several ranks: same results as one process, and resuming on any number of ranks.
 
-The ranks are processes on this machine, which gloo connects over the loopback.
+The ranks are processes on this machine, connected by gloo over the loopback interface.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from mistral_kernels.checkpoint import open_checkpoint
 from mistral_kernels.distributed.process_group import World
 from mistral_kernels.train import main
 from mistral_kernels.training import fsdp as sharded_training
-from mistral_kernels.training.fsdp import share
+from mistral_kernels.training.fsdp import local_sequences
 from mistral_kernels.training.loop import Run
 
 CONFIG = dataclasses.replace(SMALL, vocab_size=300)
 TIED = dataclasses.replace(CONFIG, tie_word_embeddings=True)
-LIMIT = 120  # seconds, after which ranks are killed
+LIMIT = 120  # seconds until ranks are killed
 
-# Ranks are forked from a process that has imported all (FSDP wants dynamo) and run nothing.
+# Ranks are forked from a process that has imported all modules, including dynamo, which FSDP uses.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     [
@@ -51,20 +51,20 @@ _processes.set_forkserver_preload(
     ]
 )
 
-Sabotage = tuple[str, int]  # what is called when the rank dies, and at which call of it
+Kill = tuple[str, int]  # name of a function, and the number of its call that kills the rank
 
 
-def _rank(told: dict[str, str], arguments: list[str], log: Path, sabotage: Any) -> None:
-    os.environ |= told
+def _rank(variables: dict[str, str], arguments: list[str], log: Path, kill: Kill | None) -> None:
+    os.environ |= variables
     torch.set_num_threads(1)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-    if sabotage is not None:
-        _die_at(*sabotage)
+    if kill is not None:
+        _kill_at(*kill)
     sys.exit(main(arguments))
 
 
-def _die_at(name: str, times: int) -> None:
-    """SIGKILL this process when the function is called for the `times`-th time."""
+def _kill_at(name: str, times: int) -> None:
+    """Kill this process with SIGKILL at the `times`-th call of the function."""
     owner: Any = {"fsync": os, "rmtree": shutil, "advance": Run}[name]
     real, calls = getattr(owner, name), 0
 
@@ -79,7 +79,7 @@ def _die_at(name: str, times: int) -> None:
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """Return the variables that torchrun sets for a rank, and a short timeout."""
+    """Return the variables that torchrun sets for a rank, and a timeout of 60 seconds."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(size),
@@ -92,7 +92,7 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
 
 @dataclasses.dataclass
 class Ranks:
-    """Starts `main` on some ranks and waits for their ends."""
+    """Callable that runs `main` on several ranks."""
 
     folder: Path
 
@@ -100,26 +100,30 @@ class Ranks:
         self,
         size: int,
         arguments: list[str],
-        sabotage: dict[int, Sabotage] | None = None,
+        kills: dict[int, Kill] | None = None,
         others: dict[int, list[str]] | None = None,
     ) -> list[tuple[int | None, str]]:
-        """Exit code and stderr of each rank; `others` are the arguments of ranks that differ."""
+        """Return the exit code and stderr of each rank.
+
+        `kills` and `others` hold, by rank, the call at which a rank is killed, and arguments that
+        replace `arguments`.
+        """
         (port,) = free_ports(1)
         logs = [self.folder / f"rank{rank}.log" for rank in range(size)]
         processes = []
         for rank, log in enumerate(logs):
             log.unlink(missing_ok=True)
-            dies = (sabotage or {}).get(rank)
+            kill = (kills or {}).get(rank)
             given = (others or {}).get(rank, arguments)
-            told = environment(rank, size, port)
-            processes.append(_processes.Process(target=_rank, args=(told, given, log, dies)))
+            variables = environment(rank, size, port)
+            processes.append(_processes.Process(target=_rank, args=(variables, given, log, kill)))
             processes[-1].start()
         deadline = time.monotonic() + LIMIT
         for process in processes:
             process.join(max(0, deadline - time.monotonic()))
             process.kill()
             process.join()
-        # What gloo itself logs of a lost connection is not ours.
+        # Remove gloo's own log lines about lost connections.
         texts = [re.sub(r"(?m)^\[.*\n", "", log.read_text()) for log in logs]
         return [(process.exitcode, text) for process, text in zip(processes, texts, strict=True)]
 
@@ -144,7 +148,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Paragraphs of 3 to 60 made-up words."""
+    """Write a file of 80 paragraphs of 3 to 60 random words each."""
     chosen = random.Random(0)
     words = ["".join(chosen.choices("abcdefghi", k=chosen.randint(2, 9))) for _ in range(300)]
     paragraphs = [" ".join(chosen.choices(words, k=chosen.randint(3, 60))) for _ in range(80)]
@@ -157,8 +161,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def starts(
     text: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> dict[str, Path]:
-    """Small random checkpoints with a tokenizer for the text."""
-    torch.manual_seed(pytestconfig.option.seed)  # before any test's own
+    """Create small random checkpoints with a tokenizer for the text."""
+    torch.manual_seed(pytestconfig.option.seed)  # module fixtures run before a test sets its seed
     folder = tmp_path_factory.mktemp("starts")
     tokenizer = folder / "tokenizer.model"
     train.train_tokenizer(train.read_text([text]), CONFIG.vocab_size, tokenizer)
@@ -169,7 +173,7 @@ def starts(
 
 def command(text: Path, start: Path, out: Path, *options: str) -> list[str]:
     quick = "--held-out-chars 900 --steps 8 --batch-size 4 --seqlen 24 --eval-every 1 --device cpu"
-    # Three times this rate makes a few runs in a hundred so unstable that roundings decide.
+    # With 3 times this rate, a few percent of the runs are unstable: rounding changes their losses.
     fp32 = "--dtype fp32 --warmup-steps 2 --learning-rate 3e-3"
     return [
         *(str(text), "--from", str(start), "--output", str(out)),
@@ -200,14 +204,14 @@ def assert_same_run(out: Path, reference: Path, noise: float = 1e-5) -> None:
 
 @pytest.fixture(scope="module")
 def whole(text: Path, starts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train in one process without an interruption; return its output."""
+    """Train in one process without an interruption; return the output folder."""
     out = tmp_path_factory.mktemp("whole") / "out"
     assert main(command(text, starts["hf"], out)) == 0
     return out
 
 
 ALL = ("--pack", "--accumulate", "2", "--checkpoint-activations")
-# Ranks, start, options, and by how much losses may differ.
+# Number of ranks, checkpoint, options, and tolerance of the losses.
 RUNS: dict[str, tuple[int, str, tuple[str, ...], float]] = {
     "two": (2, "hf", ("--steps", "20"), 1e-5),
     "three, all options": (3, "raw", ALL, 1e-5),
@@ -216,7 +220,7 @@ RUNS: dict[str, tuple[int, str, tuple[str, ...], float]] = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_ranks_train_as_one_process_does(
+def test_ranks_train_like_one_process(
     name: str, ranks: Ranks, text: Path, starts: dict[str, Path], tmp_path: Path
 ) -> None:
     size, start, options, noise = RUNS[name]
@@ -224,9 +228,9 @@ def test_ranks_train_as_one_process_does(
     assert main(command(text, starts[start], alone, *options)) == 0
     ended = ranks(size, command(text, starts[start], out, *options))
     assert [code for code, _ in ended] == [0] * size, ended
-    assert ended[0][1].count("\n") == 1 + len(curve_of(out)), "as one process tells it"
-    assert {said for _, said in ended[1:]} == {""}, "the main rank speaks alone"
-    assert curve_of(out)[-1][1] < curve_of(out)[0][1] - 0.5, "it learns"
+    assert ended[0][1].count("\n") == 1 + len(curve_of(out)), "rank 0 must log each evaluation"
+    assert {stderr for _, stderr in ended[1:]} == {""}, "only rank 0 may write to stderr"
+    assert curve_of(out)[-1][1] < curve_of(out)[0][1] - 0.5, "the loss must fall"
     assert_same_run(out, alone, noise)
     if "bf16" in options:
         assert set(open_checkpoint(out).dtypes.values()) == {torch.bfloat16}
@@ -235,62 +239,62 @@ def test_ranks_train_as_one_process_does(
 
 LOST = re.compile(r"^error: rank \d: another rank ended")
 
-# Where a rank dies in the second save, at step 4, and the step of which the state is then.
-DEATHS: dict[str, tuple[int, Sabotage, int]] = {
-    "another rank, writing its share": (1, ("fsync", 2), 2),
+# Rank that is killed during the second save, at step 4; the call; step of the remaining state.
+KILLS: dict[str, tuple[int, Kill, int]] = {
+    "rank 1, writing its share": (1, ("fsync", 2), 2),
     "writing its share": (0, ("fsync", 6), 2),
     "writing the metadata": (0, ("fsync", 7), 2),
-    "writing the rest": (0, ("fsync", 8), 2),
-    "after the rest": (0, ("fsync", 9), 4),
-    "removing the step before": (0, ("rmtree", 1), 4),
+    "writing run.pt": (0, ("fsync", 8), 2),
+    "after run.pt": (0, ("fsync", 9), 4),
+    "removing the previous step": (0, ("rmtree", 1), 4),
 }
-QUICK = ("another rank, writing its share", "removing the step before")
+QUICK = ("rank 1, writing its share", "removing the previous step")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in DEATHS],
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in KILLS],
 )
 def test_killed_while_saving(
     name: str, ranks: Ranks, alone: Callable[[list[str]], int], text: Path,
     starts: dict[str, Path], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """The state before stays whole, or the new one is; one rank goes on from it."""
-    rank, sabotage, step = DEATHS[name]
+    """Either the previous or the new state is complete, and one rank resumes from it."""
+    rank, kill, step = KILLS[name]
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     saved = command(text, starts["hf"], out, "--save-every", "2")
-    ended = ranks(2, saved, sabotage={rank: sabotage})
+    ended = ranks(2, saved, kills={rank: kill})
     assert ended[rank][0] == -signal.SIGKILL
-    code, said = ended[1 - rank]
-    assert code == 2, said
-    assert LOST.search(said.splitlines()[-1]), said
+    code, stderr = ended[1 - rank]
+    assert code == 2, stderr
+    assert LOST.search(stderr.splitlines()[-1]), stderr
     capsys.readouterr()
     assert alone(saved) == 0
-    assert f"going on from step {step}, saved in {partial}\n" in capsys.readouterr().err
+    assert f"resuming from step {step}, saved in {partial}\n" in capsys.readouterr().err
     assert_same_run(out, whole)
     assert not partial.exists()
 
 
-def test_gone_on_with_by_other_numbers_of_ranks(
+def test_resuming_on_other_numbers_of_ranks(
     ranks: Ranks, text: Path, starts: dict[str, Path], whole: Path, tmp_path: Path
 ) -> None:
-    """Killed on two and on one, ended by three ranks, whose shards and batches are uneven."""
+    """Kill a run on two ranks, then on one; complete it on three, whose shards are uneven."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     saved = command(text, starts["hf"], out, "--save-every", "1")
     step = 0
     for size, steps in ((2, 2), (1, 2)):
-        ended = ranks(size, saved, sabotage={size - 1: ("advance", steps + 1)})
+        ended = ranks(size, saved, kills={size - 1: ("advance", steps + 1)})
         assert ended[-1][0] == -signal.SIGKILL
-        for code, said in ended[:-1]:
-            assert code == 2, said
-            assert LOST.search(said.splitlines()[-1]), said
+        for code, stderr in ended[:-1]:
+            assert code == 2, stderr
+            assert LOST.search(stderr.splitlines()[-1]), stderr
         if step:
-            assert f"going on from step {step}, saved in {partial}\n" in ended[0][1]
+            assert f"resuming from step {step}, saved in {partial}\n" in ended[0][1]
         step += steps
         assert [path.name for path in partial.iterdir()] == [f"step-{step}"]
     ended = ranks(3, saved)
     assert [code for code, _ in ended] == [0, 0, 0]
-    assert f"going on from step 4, saved in {partial}\n" in ended[0][1]
+    assert f"resuming from step 4, saved in {partial}\n" in ended[0][1]
     assert_same_run(out, whole)
     assert not partial.exists()
 
@@ -303,7 +307,7 @@ def interrupted(
     out = tmp_path_factory.mktemp("interrupted") / "out"
     saved = command(text, starts["hf"], out, "--save-every", "2")
     ranks = Ranks(tmp_path_factory.mktemp("logs"))
-    assert ranks(2, saved, sabotage={0: ("advance", 6)})[0][0] == -signal.SIGKILL
+    assert ranks(2, saved, kills={0: ("advance", 6)})[0][0] == -signal.SIGKILL
     return out.with_name("out.partial")
 
 
@@ -321,8 +325,8 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def with_sum(step: Path, name: str, data: bytes) -> None:
-    """Replace a file, and its checksum too."""
+def replace_file(step: Path, name: str, data: bytes) -> None:
+    """Replace a file and its checksum."""
     (step / name).write_bytes(data)
     rest = torch.load(step / "run.pt", weights_only=True)
     rest["files"][name] = (len(data), zlib.crc32(data))
@@ -338,14 +342,14 @@ def edited(step: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def with_metadata(step: Path, change: Callable[[Any], Any]) -> None:
     metadata = pickle.loads((step / ".metadata").read_bytes())
     change(metadata)
-    with_sum(step, ".metadata", pickle.dumps(metadata))
+    replace_file(step, ".metadata", pickle.dumps(metadata))
 
 
-# What is done to the folder of step 4, and what is said of it.
+# Damage to the folder of step 4, and the reason in the error message.
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a bit of a share": (lambda step: flip(step / "__1_0.distcp"), r"archive/data\S* is damaged"),
     "a bit of the metadata": (lambda step: flip(step / ".metadata"), r"\.metadata is damaged"),
-    "a bit of the rest": (lambda step: flip(step / "run.pt"), r"archive/data\S* is damaged"),
+    "a bit of run.pt": (lambda step: flip(step / "run.pt"), r"archive/data\S* is damaged"),
     "half a share": (
         lambda step: os.truncate(step / "__1_0.distcp", 4000),
         "File is not a zip file",
@@ -356,30 +360,30 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a part is missing": (
         lambda step: edited(step, lambda rest: rest.pop("curve")),
-        "it lacks parts of one",
+        "parts of it are missing",
     ),
-    "a step that is no number": (
+    "a step that is not a number": (
         lambda step: edited(step, lambda rest: rest.update(step="4")),
         "step must be int, got str",
     ),
     "a curve of other steps": (
         lambda step: edited(step, lambda rest: rest.update(curve=[(3, 1.0, 1.0)] * 4)),
-        "curve has points at other steps than those of the evaluations",
+        "curve must have one point per evaluation, got points at other steps",
     ),
-    "a generator of something else": (
+    "a generator of another dtype": (
         lambda step: edited(step, lambda rest: rest.update(generator=torch.ones(9))),
         "RNG state must be a torch.ByteTensor",
     ),
-    "files that are no names": (
+    "files that are not a dict": (
         lambda step: edited(step, lambda rest: rest.update(files=["__0_0.distcp"])),
         "'list' object is not a mapping",
     ),
-    "a sum that is none": (
+    "a checksum of another type": (
         lambda step: edited(step, lambda rest: rest["files"].update({".metadata": (1.5, 2)})),
         r"files\['\.metadata'\]\[0\] must be int, got float",
     ),
     "metadata of no tensors": (
-        lambda step: with_sum(step, ".metadata", pickle.dumps({"a": 1})),
+        lambda step: replace_file(step, ".metadata", pickle.dumps({"a": 1})),
         r"\.metadata does not describe tensors",
     ),
     "metadata that lacks a tensor": (
@@ -396,10 +400,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"Size mismatch .+ for master\.model\.norm\.weight",
     ),
     "code in the metadata": (
-        lambda step: with_sum(step, ".metadata", pickle.dumps(Harmful(step / "harm"))),
+        lambda step: replace_file(step, ".metadata", pickle.dumps(Harmful(step / "harm"))),
         "it holds more than plain tensors",
     ),
-    "code in the rest": (
+    "code in run.pt": (
         lambda step: torch.save(Harmful(step / "harm"), step / "run.pt"),
         "it holds more than plain tensors",
     ),
@@ -411,7 +415,7 @@ def test_a_file_that_is_a_fifo(
     name: str, alone: Callable[[list[str]], int], text: Path, starts: dict[str, Path],
     interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """It would be waited for."""
+    """Opening a FIFO would block."""
     path = tmp_path / "out.partial/step-4" / name
     shutil.copytree(interrupted, tmp_path / "out.partial")
     path.unlink()
@@ -422,7 +426,7 @@ def test_a_file_that_is_a_fifo(
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_state_is_named(
+def test_a_damaged_state_raises(
     name: str, alone: Callable[[list[str]], int], text: Path, starts: dict[str, Path],
     interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -433,7 +437,7 @@ def test_a_damaged_state_is_named(
     assert alone(command(text, starts["hf"], out)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     where = rf"{step}(/run\.pt)?"
-    expected = rf"{where} is not the whole state of a run \({reason}\); remove it to begin anew"
+    expected = rf"{where} is not a complete state of a run \({reason}\); remove it to start again"
     assert re.fullmatch(f"error: rank 0: {expected}", error), error
     assert step.exists()
     assert not (step / "harm").exists()
@@ -441,11 +445,11 @@ def test_a_damaged_state_is_named(
 
 
 @pytest.mark.slow
-def test_mutilated_states(
+def test_random_damage(
     alone: Callable[[list[str]], int], text: Path, starts: dict[str, Path], interrupted: Path,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """With valid checksums: one line, or nothing that matters was changed."""
+    """Damage files but keep the checksums valid: the run reports one line or starts."""
     out, step = tmp_path / "out", tmp_path / "out.partial/step-4"
 
     def advance(*_: Any) -> None:
@@ -465,7 +469,7 @@ def test_mutilated_states(
         else:
             for _ in range(random.choice([1, 2, 30])):
                 data[random.randrange(len(data))] = random.randrange(256)
-        with_sum(step, name, bytes(data))
+        replace_file(step, name, bytes(data))
         code, error = alone(command(text, starts["hf"], out)), capsys.readouterr().err
         assert code in (2, 130), error
         assert "Traceback" not in error, error
@@ -476,7 +480,7 @@ def test_mutilated_states(
     assert refused >= 30
 
 
-def test_a_state_that_is_not_finite_is_named(
+def test_a_state_that_is_not_finite_raises(
     alone: Callable[[list[str]], int], text: Path, starts: dict[str, Path], interrupted: Path,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -491,19 +495,20 @@ def test_a_state_that_is_not_finite_is_named(
     monkeypatch.setattr(dcp.FileSystemReader, "read_data", read_data)
     assert alone(command(text, starts["hf"], out)) == 2
     error = capsys.readouterr().err
-    assert "step-4 is not the whole state of a run (best.model.norm.weight is not finite)" in error
+    reason = "best.model.norm.weight must be finite, got inf or nan"
+    assert f"step-4 is not a complete state of a run ({reason})" in error
 
 
 def test_a_loss_that_is_not_finite(
     ranks: Ranks, text: Path, starts: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Told by the main rank; nothing is written in the place of a trained model."""
+    """Rank 0 reports a loss that is not finite, and no output is written."""
     out = tmp_path / "out"
     fast = ("--learning-rate", "1e38", "--warmup-steps", "0", "--save-every", "1")
     ended = ranks(2, command(text, starts["hf"], out, *fast))
     assert [code for code, _ in ended] == [2, 2]
-    said = "error: rank 0: the held-out loss is nan at step 1: use a lower learning rate"
-    assert said in ended[0][1], ended
+    message = "error: rank 0: the held-out loss is nan at step 1: use a lower learning rate"
+    assert message in ended[0][1], ended
     assert ended[1][1] == "", ended
     assert not out.exists()
     assert not list(tmp_path.glob("out.partial/*/run.pt"))
@@ -517,15 +522,15 @@ def test_a_state_is_only_for_its_own_run(
     shutil.copytree(interrupted, partial)
     before = {path: path.read_bytes() for path in partial.rglob("*") if path.is_file()}
     own = command(text, starts["hf"], out)
-    remedy = "run that again, remove it, or name another output"
-    other = "--nproc-per-node 1 will do), remove it, or name another output"
+    remedy = "repeat that run, remove the state, or name another output"
+    other = "--nproc-per-node 1 is enough), remove it, or name another output"
     for run, arguments, message in (
         (alone, [*own, "--seed", "1"], f"{partial}/step-4 is the state of another run (seed was"),
         (alone, [*own, "--steps", "9"], f"(steps was 8, is 9); {remedy}\n"),
         (
             main,
             own,
-            f"{partial} is the state of a run under torchrun; go on with torchrun ({other}",
+            f"{partial} is the state of a run under torchrun; resume with torchrun ({other}",
         ),
     ):
         assert run(arguments) == 2
@@ -534,7 +539,10 @@ def test_a_state_is_only_for_its_own_run(
     shutil.rmtree(partial)
     for make, message in (
         (lambda: partial.write_bytes(b"x"), f"{partial} is the state of a run without torchrun; "),
-        (lambda: (partial / "mine").mkdir(parents=True), f"{partial} holds something else; name "),
+        (
+            lambda: (partial / "mine").mkdir(parents=True),
+            f"{partial} must contain nothing except the state of a run, got other files; name ",
+        ),
     ):
         make()
         assert alone(own) == 2
@@ -543,10 +551,10 @@ def test_a_state_is_only_for_its_own_run(
 
 
 FULL = OSError(28, "No space left on device")
-# What fails while step 6 is saved, at which call.
+# Function that fails while step 6 is saved, and the number of the call that fails.
 FAILURES = {
     "writing": (os, "fsync", 1),
-    "new folder": (Path, "mkdir", 2),  # the first is that of the output's parent
+    "new folder": (Path, "mkdir", 2),  # the first call creates the output's parent
 }
 
 
@@ -558,7 +566,7 @@ def test_interrupted_while_saving(
     starts: dict[str, Path], interrupted: Path, whole: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """By Ctrl-C or a full disk: one line, and the state before stays."""
+    """After Ctrl-C or a full disk during a save, the previous state stays; one line is written."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     shutil.copytree(interrupted, partial)
     saved = command(text, starts["hf"], out, "--save-every", "2")
@@ -575,27 +583,28 @@ def test_interrupted_while_saving(
     with monkeypatch.context() as patch:
         patch.setattr(owner, function, fails)
         code = alone(saved)
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     if isinstance(error, OSError):
         where = rf"error: rank 0: (cannot save to )?{partial}: "
         assert code == 2
-        assert re.fullmatch(rf"{where}\[Errno 28\] No space left on device", said.splitlines()[-1])
+        full = rf"{where}\[Errno 28\] No space left on device"
+        assert re.fullmatch(full, stderr.splitlines()[-1])
     else:
         assert code == 130
-        assert said.endswith("\ninterrupted\n")
-        assert f"the same command again goes on from the state in {partial}\n" in said
+        assert stderr.endswith("\ninterrupted\n")
+        assert f"to resume from the state in {partial}, run the same command again\n" in stderr
     assert not out.exists()
     assert alone(saved) == 0
-    assert "going on from step 4" in capsys.readouterr().err
+    assert "resuming from step 4" in capsys.readouterr().err
     assert not partial.exists()
     assert_same_run(out, whole)
 
 
-def test_a_finished_run_whose_result_could_not_be_written(
+def test_a_finished_run_whose_output_could_not_be_written(
     alone: Callable[[list[str]], int], text: Path, starts: dict[str, Path], whole: Path,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Is not trained again."""
+    """Resume from the state of the last step: no step is trained again."""
     saved = command(text, starts["hf"], tmp_path / "out", "--save-every", "100")
 
     def fails(*_: Any, **__: Any) -> None:
@@ -610,7 +619,7 @@ def test_a_finished_run_whose_result_could_not_be_written(
 
 
 def test_bad_input(ranks: Ranks, text: Path, starts: dict[str, Path], tmp_path: Path) -> None:
-    """Exit code 2 on every rank, and one line of each that has something to say."""
+    """Every rank exits with code 2 and writes at most one line."""
     own = command(text, starts["hf"], tmp_path / "out")
     small = [*own, "--batch-size", "1"]
     for of_rank_0, of_rank_1, message in (
@@ -620,7 +629,7 @@ def test_bad_input(ranks: Ranks, text: Path, starts: dict[str, Path], tmp_path: 
     ):
         ended = ranks(2, of_rank_0, others={1: of_rank_1})
         assert [code for code, _ in ended] == [2, 2]
-        errors = [re.findall("(?m)^error: .*", said) for _, said in ended]
+        errors = [re.findall("(?m)^error: .*", stderr) for _, stderr in ended]
         assert max(map(len, errors)) == 1, ended
         assert any(message in line for own_errors in errors for line in own_errors), ended
     assert not (tmp_path / "out").exists()
@@ -629,10 +638,11 @@ def test_bad_input(ranks: Ranks, text: Path, starts: dict[str, Path], tmp_path: 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("longest", [1, 40])
 def test_shares(size: int, longest: int) -> None:
-    """Every sequence is of one rank's share; the loads are as even as the longest allows."""
+    """Every sequence is on one rank; token counts differ at most by the longest sequence."""
     lengths = [random.randint(1, longest) for _ in range(random.randint(size, 30))]
     batch = [torch.full((n,), i) for i, n in enumerate(lengths)]
-    shares = [share(batch, World(rank, size, torch.device("cpu"))) for rank in range(size)]
+    worlds = [World(rank, size, torch.device("cpu")) for rank in range(size)]
+    shares = [local_sequences(batch, world) for world in worlds]
     assert all(shares)
     assert sorted(int(x[0]) for own in shares for x in own) == list(range(len(batch)))
     loads = [sum(map(len, own)) for own in shares]
@@ -641,7 +651,7 @@ def test_shares(size: int, longest: int) -> None:
 
 @pytest.mark.slow
 def test_torchrun(text: Path, starts: dict[str, Path], whole: Path, tmp_path: Path) -> None:
-    """The launcher itself."""
+    """Start the ranks with torchrun itself."""
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     own = command(text, starts["hf"], tmp_path / "out")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Training: what a run leaves behind, that it learns, is repeatable and goes on if interrupted."""
+"""Command `train`: its output, its loss, reproducibility, and resuming after interruptions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIG = dataclasses.replace(SMALL, vocab_size=300, tie_word_embeddings=True)
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Hard-wrapped paragraphs of made-up words: enough variety for a vocabulary of 2048."""
+    """Write hard-wrapped paragraphs of random words, varied enough for a vocabulary of 2048."""
     words = ["".join(random.choices("abcdefghijklmno", k=random.randint(2, 9))) for _ in range(900)]
     paragraphs = []
     for _ in range(100):
@@ -46,7 +46,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a small random checkpoint with a tokenizer for the text."""
+    """Create a small random checkpoint with a tokenizer for the text."""
     tokenizer = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
     train.train_tokenizer(train.read_text([text]), CONFIG.vocab_size, tokenizer)
     folder = tokenizer.parent / "start"
@@ -91,19 +91,19 @@ def test_a_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert report["parameters"] == sum(p.numel() for p in model.parameters())
     assert model.generate(tokenizer(["ab"]).input_ids, max_new_tokens=3)
 
-    # Held out are the last paragraphs, unwrapped, whole, and nothing that was trained on.
+    # The held-out text consists of the last paragraphs, whole and unwrapped.
     paragraphs = [" ".join(block.split()) for block in text.read_text().split("\n\n")]
     held_out = (out / "held_out.txt").read_text(encoding="utf-8")
     kept = held_out.splitlines()
     assert kept == paragraphs[-len(kept) :]
     assert 1500 >= len(held_out) > 1500 - 700
 
-    # Its recorded loss is that of the best evaluation, and of the files as they are.
+    # The recorded loss is that of the best evaluation and of the written checkpoint.
     corpus = Corpus(held_out, out / "tokenizer.model")
     loss = held_out_loss(model, corpus, corpus.tokens)
     recorded = report["held_out_loss"]
     assert recorded == min(p["held_out_loss"] for p in report["curve"])
-    if torch.cuda.is_available():  # it is the GPU's, which rounds bfloat16 elsewhere
+    if torch.cuda.is_available():  # the recorded loss is the GPU's, which rounds differently
         assert loss == pytest.approx(recorded, rel=1e-3)
     else:
         assert loss == recorded
@@ -114,7 +114,7 @@ def test_a_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     bits = recorded * len(corpus.tokens) / math.log(2) / len(held_out.encode())
     assert report["held_out_bits_per_byte"] == pytest.approx(bits)
 
-    # The same seed gives the same files, another one does not.
+    # The same seed gives the same files; another seed gives other files.
     for seed, same in (("0", True), ("1", False)):
         again = tmp_path / f"seed{seed}"
         assert main([*arguments, "--output", str(again), "--seed", seed]) == 0
@@ -126,7 +126,7 @@ COUNTS, SELF = "in [1, 1000000000]", "python -m mistral_kernels.train"
 ENOUGH = "\n\n".join(f"paragraph {i} of a text that is too short" for i in range(40))
 BAD: dict[str, tuple[bytes | None, tuple[str, ...], str]] = {
     "missing file": (None, (), "No such file or directory"),
-    "not UTF-8": (b"caf\xe9\n\nmore", (), "text.txt is not UTF-8"),
+    "not UTF-8": (b"caf\xe9\n\nmore", (), "text.txt must be UTF-8"),
     "empty": (b"", (), "half of the text's 1 characters, got 32000"),
     "shorter than what is held out": (
         b"word " * 99,
@@ -139,7 +139,7 @@ BAD: dict[str, tuple[bytes | None, tuple[str, ...], str]] = {
         ("--held-out-chars", "0"),
         f"held-out-chars must be {COUNTS}, got 0;",
     ),
-    "one paragraph": (b"word " * 99, ("--held-out-chars", "9"), "lie in one paragraph"),
+    "one paragraph": (b"word " * 99, ("--held-out-chars", "9"), "are all in one paragraph"),
     "too short a text": (ENOUGH.encode(), ("--held-out-chars", "99"), "too short to train a vocab"),
     "no steps": (ENOUGH.encode(), ("--steps", "0"), f"error: --steps must be {COUNTS}, got 0;"),
     "no batch": (
@@ -205,7 +205,7 @@ BAD: dict[str, tuple[bytes | None, tuple[str, ...], str]] = {
     "from nowhere": (
         ENOUGH.encode(),
         ("--held-out-chars", "99", "--from", "nowhere"),
-        "error: no such folder: 'nowhere' (nor is it a hub id, which has the form 'owner/model')\n",
+        "error: no such folder: 'nowhere'; a hub id must have the form 'owner/model'\n",
     ),
 }
 
@@ -227,11 +227,11 @@ def test_bad_input(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert captured.err.startswith("error: "), captured.err
     assert captured.err.count("\n") == 1, captured.err
     assert message in captured.err
-    assert list(tmp_path.iterdir()) == before, "nothing is left behind"
+    assert list(tmp_path.iterdir()) == before, "the command must not leave files"
 
 
 def test_bad_output(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Refused before anything is trained."""
+    """Raise before the training if the output is a file or a folder that is not empty."""
     full, file = tmp_path / "full", tmp_path / "file"
     full.mkdir()
     (full / "keep").write_text("me")
@@ -248,29 +248,29 @@ def test_an_output_that_cannot_be_written(
     below: str, text: Path, start: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Known before the training, not after it."""
+    """Raise before the training if the output cannot be written."""
     (tmp_path / "file").touch()
     os.symlink("loop", tmp_path / "loop")
     monkeypatch.setattr(training, "packed_loss", None)
     out = tmp_path / below / "out" if below == "file" else tmp_path / below
     assert main(command(text, start, out)) == 2
-    out_of, error = capsys.readouterr()
-    assert out_of == ""
+    stdout, error = capsys.readouterr()
+    assert stdout == ""
     assert error.count("\n") == 1
     assert str(tmp_path / below) in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
 
 
-def test_texts_of_other_systems(
+def test_byte_order_marks_and_line_ends(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A byte order mark and other line ends change nothing."""
+    """A byte order mark and other line ends do not change the text."""
     plain, other = text.read_text(), tmp_path / "other.txt"
     for end in ("\r\n", "\r"):
         other.write_bytes(b"\xef\xbb\xbf" + plain.replace("\n", end).encode())
         assert train.read_text([other]) == train.read_text([text])
     monkeypatch.setattr(train, "_PIPE_LIMIT", 1000)
-    with pytest.raises(ValueError, match="/dev/zero must have at most 1000 bytes; it has more"):
+    with pytest.raises(ValueError, match="/dev/zero must have at most 1000 bytes, got more"):
         train.read_text([text, Path("/dev/zero")])
 
 
@@ -286,7 +286,7 @@ def test_a_loss_that_is_not_finite(
     rate: str, message: str, save_every: str, text: Path, start: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Stops the run with one line; nothing is written in the place of a trained model."""
+    """A loss that is not finite stops the run with one line, and no output is written."""
     options = ("--learning-rate", rate, "--warmup-steps", "0", "--eval-every", "1")
     out = tmp_path / "out"
     assert main([*command(text, start, out, *options), "--save-every", save_every]) == 2
@@ -297,11 +297,11 @@ def test_a_loss_that_is_not_finite(
 
 
 @pytest.mark.parametrize("evaluates", [False, True])
-def test_the_last_good_state_is_kept(
+def test_the_last_finite_state_is_kept(
     evaluates: bool, text: Path, start: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Weights that overflow in the third step, whose own loss was still finite, are not saved."""
+    """Do not save the weights of step 3, which overflow although the loss of the step is finite."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     real = training.Run.advance
 
@@ -321,12 +321,12 @@ def test_the_last_good_state_is_kept(
     assert torch.load(partial, weights_only=True)["step"] == 2
     assert not out.exists()
     assert main(command(text, start, out, *options)) == 0
-    assert f"going on from step 2, saved in {partial}\n" in capsys.readouterr().err
+    assert f"resuming from step 2, saved in {partial}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp32"])
 def test_dtype(name: str, text: Path, start: Path, tmp_path: Path) -> None:
-    """Of the weights, while they are trained and in the result."""
+    """Test the dtype of the weights in training and in the output."""
     assert main(command(text, start, tmp_path / "out", "--dtype", name, "--warmup-steps", "1")) == 0
     expected = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
     assert set(open_checkpoint(tmp_path / "out").dtypes.values()) == {expected}
@@ -336,7 +336,7 @@ def test_dtype(name: str, text: Path, start: Path, tmp_path: Path) -> None:
 
 
 def test_further_training(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The bundled model's own configuration and tokenizer, and it goes on from what it knows."""
+    """Continue training the bundled model, with its configuration and tokenizer."""
     out = tmp_path / "out"
     options = ("--learning-rate", "1e-4", "--warmup-steps", "0", "--pack", "--accumulate", "2")
     assert main(command(text, Path("tiny"), out, *options)) == 0
@@ -353,14 +353,14 @@ def test_further_training(text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     report = json.loads((out / "training.json").read_text())
     assert report["from"] == "tiny"
     assert report["held_out_loss"] < held_out_loss(before, corpus, corpus.tokens)
-    # What it learnt before is not lost.
+    # The loss on the original held-out text does not rise much.
     old = (resolve("tiny") / "held_out.txt").read_text()[:4000]
     losses = [held_out_loss(m, corpus, corpus.encode(old)) for m in (trained, before)]
     assert losses[0] < losses[1] + 0.5
 
 
-def test_all_of_a_tokenizer_comes_along(text: Path, start: Path, tmp_path: Path) -> None:
-    """Its other files too, nothing else, and no folder that is only named like one."""
+def test_all_tokenizer_files_are_copied(text: Path, start: Path, tmp_path: Path) -> None:
+    """Copy all files of the tokenizer, no other files, and no folders with such names."""
     given = tmp_path / "given"
     shutil.copytree(start, given)
     (given / "tokenizer_old").mkdir()
@@ -376,7 +376,7 @@ def test_all_of_a_tokenizer_comes_along(text: Path, start: Path, tmp_path: Path)
 
 
 class Interruption:
-    """Lets a function work so many times, then raises once."""
+    """Function that works `times` times, then raises once."""
 
     def __init__(self, function: Callable[..., Any], times: int, error: BaseException) -> None:
         self.function, self.times, self.error = function, times, error
@@ -393,11 +393,11 @@ ALL = ("--pack", "--accumulate", "2", "--checkpoint-activations", "--dtype", "fp
 
 @pytest.mark.parametrize("options", [(), ALL], ids=["default", "all options"])
 @pytest.mark.parametrize("every", [1, 2, 5])
-def test_an_interrupted_run_goes_on_exactly(
+def test_an_interrupted_run_resumes_exactly(
     every: int, options: tuple[str, ...], text: Path, start: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Interrupted everywhere, time and again, it ends with the files of one that never was."""
+    """Interrupt a run repeatedly: its output equals that of a run without interruptions."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     partial = tmp_path / "out.partial"
     assert main(command(text, start, whole, *options)) == 0
@@ -409,13 +409,14 @@ def test_an_interrupted_run_goes_on_exactly(
         code = main(saved)
         if code == 0:
             break
-        said = capsys.readouterr().err
+        stderr = capsys.readouterr().err
         assert code == 130
-        assert said.endswith("\ninterrupted\n")
+        assert stderr.endswith("\ninterrupted\n")
         if partial.exists():
-            assert f"the same command again goes on from the state in {partial}\n" in said
+            resume = f"to resume from the state in {partial}, run the same command again\n"
+            assert resume in stderr
         else:
-            assert "nothing was saved to go on from: --save-every does\n" in said
+            assert "no state was saved from which to resume; use --save-every\n" in stderr
         assert not out.exists()
         assert {path.name for path in tmp_path.iterdir()} <= {"whole", "out.partial"}
     monkeypatch.setattr(training, "packed_loss", real)
@@ -425,14 +426,14 @@ def test_an_interrupted_run_goes_on_exactly(
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}, "the state is removed"
 
 
-# torch.save passes on the error of its 21st piece, but covers that of its second.
+# torch.save raises an error of its own for a failing second write, and the original for the 21st.
 @pytest.mark.parametrize("moment", [1, 20, "syncing", "renaming"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_interrupted_while_saving(
     error: BaseException, moment: int | str, text: Path, start: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """The state before stays whole, and the run goes on from it."""
+    """The previous state stays complete, and the run resumes from it."""
     whole, out, partial = (tmp_path / name for name in ("whole", "out", "out.partial"))
     assert main(command(text, start, whole)) == 0
     saved = command(text, start, out, "--save-every", "2")
@@ -454,22 +455,22 @@ def test_interrupted_while_saving(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
         code = main(saved)
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     if isinstance(error, OSError):
         assert code == 2
-        assert f"error: cannot save to {partial}: [Errno 28] No space left on device\n" in said
+        assert f"error: cannot save to {partial}: [Errno 28] No space left on device\n" in stderr
     else:
         assert code == 130
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out.partial"}
     assert torch.load(partial, weights_only=True)["step"] == 4
     assert main(saved) == 0
-    assert f"going on from step 4, saved in {partial}\n" in capsys.readouterr().err
+    assert f"resuming from step 4, saved in {partial}\n" in capsys.readouterr().err
     assert files_of(out) == files_of(whole)
 
 
 def interrupted(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        # Four steps, a look at the loss before the first save, and an evaluation.
+        # 4 steps, the held-out loss before the first save, and an evaluation.
         patch.setattr(training, "packed_loss", Interruption(packed_loss, 6, KeyboardInterrupt()))
         assert main([*arguments, "--save-every", "2"]) == 130
 
@@ -504,10 +505,10 @@ def test_a_state_is_only_for_its_own_run(
         assert main(arguments) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith(f"error: {partial} is the state of another run ({message}"), error
-        assert error.endswith("run that again, remove it, or name another output")
+        assert error.endswith("repeat that run, remove the state, or name another output")
         assert partial.read_bytes() == state
         assert not out.exists()
-    # How often states are saved is no part of the run.
+    # --save-every is not part of the identity of a run.
     assert main(command(text, start, out, "--save-every", "0")) == 0
     assert not partial.exists()
 
@@ -531,7 +532,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, "code", "no state", "parts are missing"])
-def test_a_damaged_state_is_named(
+def test_a_damaged_state_raises(
     damage: str, text: Path, start: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -554,11 +555,11 @@ def test_a_damaged_state_is_named(
     reasons = {
         "one bit": r"archive/data/\d+ is damaged",
         "code": "it holds more than plain tensors",
-        "no state": "it lacks parts of one",
-        "parts are missing": "it lacks parts of one",
+        "no state": "parts of it are missing",
+        "parts are missing": "parts of it are missing",
     }
     reason = reasons.get(damage, "File is not a zip file")
-    expected = rf"{partial} is not the whole state of a run \({reason}\); remove it to begin anew"
+    expected = rf"{partial} is not a complete state of a run \({reason}\); remove it to start again"
     assert re.fullmatch(f"error: {expected}", error), error
     assert partial.read_bytes() == before
     assert not harm.exists()
@@ -573,7 +574,7 @@ def edit(state: Any, path: tuple[Any, ...], value: Any) -> None:
 
 
 def like(tensor: torch.Tensor) -> list[Any]:
-    """Values that a tensor of a state may be mistaken for."""
+    """Return values that are similar to a tensor of a state."""
     return [
         tensor.double(), tensor[..., :-1], tensor[None], tensor.to_sparse(), tensor * math.inf,
         tensor.tolist(), None,
@@ -604,10 +605,10 @@ EDITS: dict[tuple[Any, ...], Callable[[Any], list[Any]]] = {
 }  # fmt: skip
 
 
-def test_an_edited_state_is_named(
+def test_an_edited_state_raises(
     text: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With valid checksums: refused in one line, whatever stands in the place of a part."""
+    """Replace each part of a state, with valid checksums: the error names the file in one line."""
     partial = tmp_path / "out.partial"
     interrupted(command(text, start, tmp_path / "out"), monkeypatch)
     whole = partial.read_bytes()
@@ -617,7 +618,7 @@ def test_an_edited_state_is_named(
     run = train._start(start, recipe, World(0, 1, torch.device("cpu")))
     saving = FileSaving(partial, 2, identity)
     untouched = {name: tensor.clone() for name, tensor in run.state["tensors"].items()}
-    named = rf"{partial} is (not the whole state of a run \(.+\)|.+ another run \(.+\))"
+    named = rf"{partial} is (not a complete state of a run \(.+\)|.+ another run \(.+\))"
     for path, values in EDITS.items():
         old = state
         for key in path:
@@ -638,7 +639,7 @@ def test_an_edited_state_is_named(
 
 
 @pytest.mark.parametrize("options", [(), ("--save-every", "2")])
-def test_what_a_killed_run_had_begun_to_save_is_removed(
+def test_the_incomplete_state_of_a_killed_run_is_removed(
     options: tuple[str, ...], text: Path, start: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "out.partial.new").write_bytes(b"half a state")
@@ -648,11 +649,11 @@ def test_what_a_killed_run_had_begun_to_save_is_removed(
 
 @pytest.mark.parametrize("kind", ["FIFO", "link", "loop", "folder"])
 @pytest.mark.parametrize("options", [(), ("--save-every", "2")])
-def test_what_is_in_the_way_of_a_save(
+def test_other_files_at_the_path_of_a_new_state(
     options: tuple[str, ...], kind: str, text: Path, start: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """A FIFO would be waited for, and what a link leads to overwritten; a folder is kept."""
+    """Do not open a FIFO, which would block, or write through a link; keep a folder."""
     mine, taken = tmp_path / "mine", tmp_path / "out.partial.new"
     mine.write_text("mine")
     if kind == "FIFO":
@@ -674,10 +675,10 @@ def test_what_is_in_the_way_of_a_save(
         assert left == {"out", *([taken.name] if kind == "folder" else [])}
 
 
-def test_a_state_that_is_a_link_to_nothing(
+def test_a_state_that_is_a_broken_link(
     text: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is not taken for the absence of a state."""
+    """Raise for a broken link instead of starting a new run."""
     partial = tmp_path / "out.partial"
     partial.symlink_to("nowhere")
     assert main(command(text, start, tmp_path / "out")) == 2
@@ -686,7 +687,7 @@ def test_a_state_that_is_a_link_to_nothing(
 
 
 def test_terminated_while_saving(tmp_path: Path) -> None:
-    """SIGTERM raises SystemExit, which torch.save replaces by an error of its own."""
+    """SIGTERM raises SystemExit, which torch.save replaces by its own error."""
 
     def terminate(*_: Any) -> None:
         raise SystemExit(143)
@@ -701,11 +702,11 @@ def test_terminated_while_saving(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_state_that_is_no_file_of_ours(
+def test_a_compressed_state_and_a_fifo_raise(
     text: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """A pipe would be waited for; what is compressed may have any size."""
+    """A compressed record could expand to any size, and opening a FIFO would block."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     interrupted(command(text, start, out), monkeypatch)
     with zipfile.ZipFile(partial) as stored:
@@ -715,17 +716,17 @@ def test_a_state_that_is_no_file_of_ours(
             deflated.writestr(name, data)
     capsys.readouterr()
     assert main(command(text, start, out)) == 2
-    assert "is not the whole state of a run (it is compressed)" in capsys.readouterr().err
+    assert "is not a complete state of a run (it is compressed)" in capsys.readouterr().err
     partial.unlink()
     os.mkfifo(partial)
     assert main(command(text, start, out)) == 2
     assert f"error: {partial} must be a regular file, got a FIFO\n" in capsys.readouterr().err
 
 
-def test_a_finished_run_whose_result_could_not_be_written(
+def test_a_finished_run_whose_output_could_not_be_written(
     text: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Is not trained again."""
+    """Resume from the state of the last step: no step is trained again."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert main(command(text, start, whole)) == 0
     saved = command(text, start, out, "--save-every", "100")
@@ -738,20 +739,20 @@ def test_a_finished_run_whose_result_could_not_be_written(
     assert files_of(out) == files_of(whole)
 
 
-def test_bad_starting_points(
+def test_checkpoints_with_a_missing_or_wrong_tokenizer(
     text: Path, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A checkpoint without a tokenizer; one with another's."""
     bare, foreign, out = (tmp_path / name for name in ("bare", "foreign", "out"))
     MistralForCausalLM(CONFIG).save_pretrained(bare)
     tokenizer = resolve("tiny") / "tokenizer.model"
     MistralForCausalLM(CONFIG).save_pretrained(foreign, extra_files=[tokenizer])
     for source, message in (
         (bare, f"error: {bare}: no tokenizer found; looked for tekken.json, tokenizer.model"),
-        (foreign, f"error: {foreign / 'tokenizer.model'} gives token "),
+        (foreign, "error: tokens must be less than the model's vocab_size, 300, got "),
     ):
         assert main(command(text, source, out)) == 2
         error = capsys.readouterr().err
         assert error.startswith(message)
         assert error.count("\n") == 1
-    assert error.endswith("beyond the model's vocabulary of 300: is this its tokenizer?\n")
+    remedy = "use the tokenizer of the model"
+    assert error.endswith(f" from {foreign / 'tokenizer.model'}: {remedy}\n")

@@ -1,4 +1,4 @@
-"""The training loop: what a recipe does, option by option, against its definition."""
+"""Training loop: each option of a recipe against its definition."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty paragraphs of 3 to 60 words."""
+    """Write a file of 60 paragraphs of 3 to 60 words each."""
     chosen = random.Random(0)
     paragraphs = [" ".join(chosen.choices(WORDS, k=chosen.randint(3, 60))) for _ in range(60)]
     path = tmp_path_factory.mktemp("text") / "text.txt"
@@ -61,7 +61,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_corpus(tmp_path: Path, text: str) -> Corpus:
-    """With a vocabulary that the small text is enough for."""
+    """Create a corpus with a vocabulary that is small enough for the text."""
     train.train_tokenizer(text, VOCAB, tmp_path / "tokenizer.model")
     return Corpus(text, tmp_path / "tokenizer.model")
 
@@ -81,9 +81,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def test_every_gradient_is_that_of_transformers(corpus: Corpus) -> None:
-    """Of the mean loss over all tokens of unequal sequences, which transformers reads singly."""
-    transformers = pytest.importorskip("transformers", reason="the oracle is absent")
+def test_gradients_equal_those_of_transformers(corpus: Corpus) -> None:
+    """Compare gradients of the mean loss of unequal sequences, which transformers runs singly."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     ours = varied_model(dataclasses.replace(CONFIG, tie_word_embeddings=False))
     config = transformers.MistralConfig(**ours.config.to_hf("float32"), attn_implementation="eager")
     theirs = transformers.MistralForCausalLM(config)
@@ -110,13 +110,13 @@ def test_every_gradient_is_that_of_transformers(corpus: Corpus) -> None:
     assert compared == len(expected) == 3 + 9 * CONFIG.num_hidden_layers
 
 
-def test_the_loss_falls_and_the_best_weights_stay(tmp_path: Path) -> None:
+def test_the_loss_falls_and_the_best_weights_are_kept(tmp_path: Path) -> None:
     text = "the cat sat on the mat and the dog ran to the cat again.\n" * 40
     corpus = small_corpus(tmp_path, text)
     model = MistralForCausalLM(CONFIG).to(torch.bfloat16)
     held_out = corpus.encode("the dog sat on the cat.\n")
     before = held_out_loss(model, corpus, held_out)
-    assert before == pytest.approx(math.log(VOCAB), abs=0.5), "a new model knows nothing"
+    assert before == pytest.approx(math.log(VOCAB), abs=0.5), "a new model must predict uniformly"
     recipe = Recipe(
         steps=60, batch_size=4, seqlen=16, learning_rate=1e-2, warmup_steps=5, eval_every=10
     )
@@ -132,7 +132,7 @@ def test_the_loss_falls_and_the_best_weights_stay(tmp_path: Path) -> None:
     assert f"held-out {curve[-1][2]:.4f}" in log.getvalue()
 
 
-def test_windows_begin_where_paragraphs_do(tmp_path: Path) -> None:
+def test_sequences_begin_with_paragraphs(tmp_path: Path) -> None:
     lines = [f"paragraph {word} is this" for word in ("one", "two", "three", "four", "five")]
     corpus = small_corpus(tmp_path, "\n".join(lines * 3) + "\n")
     starts = {tuple(corpus.encode(line + "\n")[:4].tolist()) for line in lines}
@@ -158,7 +158,7 @@ def test_learning_rate() -> None:
     assert Recipe(steps=1, warmup_steps=0).learning_rate_at(0) == pytest.approx(2e-3)
 
 
-def test_too_long_a_window(tmp_path: Path) -> None:
+def test_seqlen_longer_than_the_text(tmp_path: Path) -> None:
     corpus: Any = small_corpus(tmp_path, "a few words only, but a few of them.\n" * 8)
     with pytest.raises(ValueError, match=r"the text has \d+ tokens, too few for seqlen 1000"):
         corpus.sample(2, 1000, torch.Generator())
@@ -179,11 +179,11 @@ def test_packed_batches_are_whole_paragraphs(text: Path, corpus: Corpus) -> None
         assert stretches.issuperset(whole)
         assert any(stretch[: len(last)] == last for stretch in stretches)
         seen |= set(whole)
-    assert seen == stretches, "all of the text is read"
+    assert seen == stretches, "all of the text must be used"
 
 
 @pytest.mark.long
-def test_packed_sequences_do_not_see_one_another(
+def test_packed_sequences_do_not_attend_to_each_other(
     corpus: Corpus, backend: str, device: torch.device
 ) -> None:
     model = varied_model(CONFIG).to(device)
@@ -195,10 +195,10 @@ def test_packed_sequences_do_not_see_one_another(
     assert packed_loss(model, corpus, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_accumulated_batches_are_one_large_one(
+def test_accumulated_batches_equal_one_large_batch(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step of three batches of two sequences is one of six: same loss and gradients."""
+    """3 batches of 2 sequences give the same loss and gradients as 1 batch of 6."""
     seen: list[list[Tensor]] = []
     monkeypatch.setattr(
         torch.nn.utils,
@@ -224,7 +224,7 @@ def test_accumulated_batches_are_one_large_one(
 
 
 def test_accumulation_is_in_float32(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In bfloat16, 64 additions would lose what is half a hundredth of the sum."""
+    """In bfloat16, the sum of 64 gradients would have a relative error of about 0.5 %."""
     model = varied_model(CONFIG).to(torch.bfloat16)
     batch = list(corpus.tokens[:60].split(20))
     packed_loss(model, corpus, batch).backward()
@@ -246,16 +246,16 @@ def test_accumulation_is_in_float32(corpus: Corpus, monkeypatch: pytest.MonkeyPa
 def loss_and_saved_bytes(
     model: MistralForCausalLM, corpus: Corpus, batch: list[Tensor]
 ) -> tuple[Tensor, int]:
-    """Return the loss, and the bytes that autograd keeps for its backward, each counted once."""
-    kept: dict[int, int] = {}
+    """Return the loss and the bytes that autograd saves for backward, each storage counted once."""
+    saved: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         loss = packed_loss(model, corpus, batch)
-    return loss, sum(kept.values())
+    return loss, sum(saved.values())
 
 
 @pytest.mark.long
@@ -263,9 +263,9 @@ def loss_and_saved_bytes(
 def test_checkpointed_activations(
     corpus: Corpus, dtype: torch.dtype, backend: str, device: torch.device
 ) -> None:
-    """The same gradients bit for bit; a layer more costs no more than its input."""
+    """Gradients are bitwise equal, and an additional layer saves at most its input."""
     batch = list(corpus.tokens[:200].split(45))
-    kept: dict[tuple[bool, int], int] = {}
+    saved: dict[tuple[bool, int], int] = {}
     for layers in (1, 3):
         model = varied_model(dataclasses.replace(CONFIG, num_hidden_layers=layers)).to(
             device, dtype
@@ -273,19 +273,19 @@ def test_checkpointed_activations(
         results = []
         for checkpoints in (False, True):
             model.model.checkpoint_activations = checkpoints
-            loss, kept[checkpoints, layers] = loss_and_saved_bytes(model, corpus, batch)
+            loss, saved[checkpoints, layers] = loss_and_saved_bytes(model, corpus, batch)
             results.append(gradients(model, loss))
         for name, grad in results[0].items():
             assert torch.equal(results[1][name], grad), name
-    a_layer = {key: (kept[key, 3] - kept[key, 1]) / 2 for key in (False, True)}
+    per_layer = {key: (saved[key, 3] - saved[key, 1]) / 2 for key in (False, True)}
     weights = sum(w.nbytes for w in model.model.layers[0].parameters())
     inputs = 2 * 200 * CONFIG.hidden_size * dtype.itemsize  # delta and residual
-    assert a_layer[True] <= inputs
-    assert a_layer[False] - weights > 4 * a_layer[True]
+    assert per_layer[True] <= inputs
+    assert per_layer[False] - weights > 4 * per_layer[True]
 
 
 def test_a_cache_is_written_once() -> None:
-    """Also where gradients are wanted: no layer that appends to it is computed again."""
+    """With gradients and checkpointing, too, a layer that writes to the cache is not recomputed."""
     model = varied_model(CONFIG)
     model.model.checkpoint_activations = True
     cache = model.new_cache(1, 20)
@@ -303,7 +303,7 @@ class Terminal(io.StringIO):
 
 
 def test_progress(corpus: Corpus) -> None:
-    """A bar on a terminal alone, with the evaluations' lines above it."""
+    """Show a progress bar on a terminal only, with the lines of the evaluations above it."""
     recipe = Recipe(steps=3, batch_size=1, seqlen=8, eval_every=2)
     logs = io.StringIO(), Terminal()
     for log in logs:
@@ -318,7 +318,7 @@ def test_progress(corpus: Corpus) -> None:
     assert "3/3" in shown
     assert "100%" in shown
     assert shown.count("tokens/s") > 2
-    first, second = (line.rpartition("  ")[0] for line in lines)  # but for the rate
+    first, second = (line.rpartition("  ")[0] for line in lines)  # without the rate
     assert first in shown
     assert second in shown
     *_, bar = [piece for piece in shown.split("\r") if "3/3" in piece]
@@ -326,8 +326,8 @@ def test_progress(corpus: Corpus) -> None:
     assert "tokens/s" in bar
 
 
-def test_a_recipe_is_plain_adamw(corpus: Corpus) -> None:
-    """PyTorch's own loop over logits, in float32, gives the same curve and weights."""
+def test_training_equals_a_plain_adamw_loop(corpus: Corpus) -> None:
+    """A loop of PyTorch's own functions, in float32, gives the same curve and weights."""
     torch.manual_seed(0)
     ours = MistralForCausalLM(CONFIG)
     theirs = MistralForCausalLM(CONFIG)
@@ -357,19 +357,19 @@ def test_a_recipe_is_plain_adamw(corpus: Corpus) -> None:
         schedule.step()
         assert mean == pytest.approx(loss.item(), rel=1e-4), step
         assert held_out_mean == pytest.approx(loss_of(held_out[None]).item(), rel=1e-4), step
-    assert curve[-1][2] == min(point[2] for point in curve), "the last weights are the best"
+    assert curve[-1][2] == min(point[2] for point in curve), "the last weights must be the best"
     for name, weight in ours.named_parameters():
         assert relative_error(weight.detach(), theirs.get_parameter(name).detach()) < 1e-3, name
 
 
 @pytest.mark.slow
-def test_kernels_train_as_torch_does(
+def test_kernels_train_like_the_torch_backend(
     corpus: Corpus,
     triton_runs: None,
     device: torch.device,
     set_backend: SetBackend,
 ) -> None:
-    """Twenty steps of the bundled model's recipe, but for small batches."""
+    """Make 20 steps of the bundled model's recipe with small batches."""
     recipe = Recipe(steps=20, batch_size=2, seqlen=16, warmup_steps=5, eval_every=1)
     curves = {}
     for backend in ("torch", "triton"):
@@ -380,5 +380,5 @@ def test_kernels_train_as_torch_does(
             Run(SingleProcess(model), recipe), corpus, corpus.tokens[:5], io.StringIO()
         )
     for (step, *losses), (_, *others) in zip(curves["torch"], curves["triton"], strict=True):
-        assert others == pytest.approx(losses, rel=5e-3), step  # ten times what is seen
+        assert others == pytest.approx(losses, rel=5e-3), step  # 10 times the observed difference
     assert curves["triton"][-1][1] < curves["triton"][0][1] - 1

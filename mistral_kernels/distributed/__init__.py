@@ -1,1 +1,1 @@
-"""Several processes: the process group, and tensor parallelism."""
+"""Multi-process code: the process group and tensor parallelism."""

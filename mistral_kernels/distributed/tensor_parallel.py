@@ -1,11 +1,11 @@
-"""Tensor parallelism: one Mistral over the ranks of torch.distributed's group, to generate text.
+"""Tensor parallelism for text generation: one Mistral model over all ranks of the default group.
 
-Each rank holds the projections of its own query and key/value heads, its columns of the MLP and its
+Each rank holds the projections of its query and key/value heads, its columns of the MLP and its
 rows of the vocabulary. Attention, the MLP and the rolling cache of a rank are those of a smaller
-model. One all-reduce after attention and one after the MLP add up the ranks' parts of the hidden
-state, as in Megatron-LM (arXiv:1909.08053). A third completes the embedding, and an all-gather
-gives every rank all logits, so that all choose the same tokens. Where there are more ranks than
-key/value heads, several hold the same head.
+model. As in Megatron-LM (arXiv:1909.08053), one all-reduce after attention and one after the MLP
+sum the ranks' parts of the hidden state. One further all-reduce completes the embedding, and an
+all-gather gives every rank all logits, so that all ranks choose the same tokens. If there are more
+ranks than key/value heads, several ranks hold the same head.
 
 `benchmarks/parallel_model.py` models the time of a step.
 """
@@ -35,7 +35,7 @@ from mistral_kernels.model.transformer import MistralForCausalLM
 class Share:
     """Part of a model that rank `rank` of `size` holds.
 
-    Raises `ConfigError` if heads or the MLP cannot be divided.
+    Raises `ConfigError` if the heads or the MLP cannot be divided among the ranks.
     """
 
     config: MistralConfig
@@ -47,19 +47,19 @@ class Share:
         for name in ("num_attention_heads", "intermediate_size"):
             if getattr(config, name) % size:
                 raise ConfigError(
-                    f"{size} ranks cannot share a model of {name} {getattr(config, name)}: "
-                    "start a number of ranks that divides it"
+                    f"{name} must be divisible by the number of ranks, {size}, got "
+                    f"{getattr(config, name)}: start a number of ranks that divides it"
                 )
         kv_heads = config.num_key_value_heads
         if kv_heads % size and size % kv_heads:
             raise ConfigError(
-                f"{size} ranks cannot share a model of num_key_value_heads {kv_heads}: start a "
-                "number of ranks that divides it or is a multiple of it"
+                "num_key_value_heads must be a divisor or a multiple of the number of ranks, "
+                f"{size}, got {kv_heads}: start another number of ranks"
             )
 
     @property
     def local_config(self) -> MistralConfig:
-        """The configuration of this rank's part, except that its vocabulary is whole."""
+        """Configuration of this rank's part, with the vocabulary size of the whole model."""
         return replace(
             self.config,
             num_attention_heads=self.config.num_attention_heads // self.size,
@@ -69,12 +69,12 @@ class Share:
 
     @property
     def vocabulary(self) -> range:
-        """The tokens whose rows of the embedding and of the head are this rank's."""
+        """Tokens whose rows of the embedding and of the head this rank holds."""
         count = -(-self.config.vocab_size // self.size)
         return range(self.config.vocab_size)[self.rank * count : (self.rank + 1) * count]
 
     def part_of(self, name: str, shape: tuple[int, ...]) -> checkpoint.Part:
-        """Return the rows and columns of the tensor `name`, whose whole shape is `shape`."""
+        """Return this rank's rows and columns of the tensor `name`; `shape` is the full shape."""
         layer = name.split(".")[-2]
         if layer in ("embed_tokens", "lm_head"):
             return (slice(self.vocabulary.start, self.vocabulary.stop),)
@@ -94,10 +94,11 @@ class Share:
 
 
 class ParallelMistralForCausalLM(MistralForCausalLM):
-    """Share of a model that this rank holds, for inference. Every call is a collective one.
+    """Mistral model for inference of which this rank holds a share.
 
-    Each rank makes the same calls with the same arguments, and has the same results.
-    `config` is that of the share. Weights come from `from_pretrained` alone.
+    Every call is a collective operation: all ranks must make the same calls with the same
+    arguments, and all get the same results. The attribute `config` is that of the share. Only
+    `from_pretrained` loads weights.
     """
 
     def __init__(self, config: MistralConfig) -> None:
@@ -115,14 +116,15 @@ class ParallelMistralForCausalLM(MistralForCausalLM):
         self.requires_grad_(False)
 
     def part_of(self, name: str, shape: tuple[int, ...]) -> checkpoint.Part:
+        """Return this rank's rows and columns of the tensor `name`; `shape` is the full shape."""
         return self.share.part_of(name, shape)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> ParallelMistralForCausalLM:
-        """Load as `MistralForCausalLM.from_pretrained` does; each rank reads its own share alone.
+        """Load like `MistralForCausalLM.from_pretrained`; each rank reads only its share.
 
-        Raises `ValueError` where the ranks were given different checkpoints or options, and
-        `ConfigError` where their number cannot share the model.
+        Raises `ValueError` if the ranks have different checkpoints or options, and `ConfigError` if
+        the model cannot be divided among the ranks.
         """
         folder = checkpoint.resolve(path)
         check_same("the checkpoint", _fingerprint(checkpoint.open_checkpoint(folder)))
@@ -134,18 +136,23 @@ class ParallelMistralForCausalLM(MistralForCausalLM):
         return model
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
-        raise NotImplementedError("a rank holds a part of the model; save it in a single process")
+        """Raise `NotImplementedError`: a rank holds only a part of the model."""
+        raise NotImplementedError(
+            "save_pretrained is not supported on a rank, which holds only a part of the model; "
+            "save it in a single process"
+        )
 
 
 class RowParallelLinear(Linear):
-    """The product of a rank's columns of x with its columns of the weight, summed over ranks."""
+    """Linear layer with the input dimension divided among the ranks; outputs are summed."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (tokens, out_features), the sum over all ranks, for x (tokens, in_features)."""
         return _all_reduce(super().forward(x))
 
 
 class ParallelEmbedding(nn.Module):
-    """Embeddings of all tokens, of which this rank holds those in `vocabulary`."""
+    """Embedding of which this rank holds the rows of the tokens in `vocabulary`."""
 
     def __init__(self, vocabulary: range, hidden_size: int) -> None:
         super().__init__()
@@ -153,7 +160,7 @@ class ParallelEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(len(vocabulary), hidden_size))
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """(tokens, hidden_size) of ids (tokens,)."""
+        """Return the embeddings, (tokens, hidden_size), of `input_ids`, (tokens,)."""
         rows = input_ids - self.vocabulary.start
         elsewhere = (rows < 0) | (rows >= len(self.vocabulary))
         rows = rows.masked_fill(elsewhere, 0)
@@ -161,23 +168,23 @@ class ParallelEmbedding(nn.Module):
 
 
 class ParallelHead(Linear):
-    """Logits of all `vocab_size` tokens, of which this rank computes its own."""
+    """Language model head of which this rank computes the logits of its own tokens."""
 
     def __init__(self, in_features: int, out_features: int, vocab_size: int) -> None:
         super().__init__(in_features, out_features)
         self.vocab_size = vocab_size
 
     def forward(self, x: Tensor) -> Tensor:
-        """(tokens, vocab_size) of x (tokens, in_features)."""
+        """Return all logits, (tokens, vocab_size), for x (tokens, in_features)."""
         own, size = super().forward(x), dist.get_world_size()
-        # The last ranks may have fewer tokens than the first.
+        # The last ranks may hold fewer rows than the first. An all-gather requires equal sizes.
         own = F.pad(own, (0, -(-self.vocab_size // size) - own.shape[1]))
         parts = _all_gather(own, size).unflatten(0, (size, -1))
         return parts.transpose(0, 1).flatten(1)[:, : self.vocab_size]  # type: ignore[no-any-return]
 
 
-# The functional collectives, which torch.compile traces and CUDA graphs record. By these operators,
-# since what the Python functions over them return is a subclass of Tensor that kernels refuse.
+# Functional collectives, which torch.compile can trace and CUDA graphs can record. The operators
+# are called directly: their Python wrappers return a Tensor subclass that the kernels reject.
 
 
 def _all_reduce(x: Tensor) -> Tensor:
@@ -186,7 +193,7 @@ def _all_reduce(x: Tensor) -> Tensor:
 
 
 def _all_gather(x: Tensor, size: int) -> Tensor:
-    """Return the x (rows, columns) of all ranks, one below the other."""
+    """Concatenate the x, (rows, columns), of all ranks along the rows."""
     operators = torch.ops._c10d_functional
     return operators.wait_tensor(operators.all_gather_into_tensor(x, size, _group_name()))  # type: ignore[no-any-return]
 
@@ -197,7 +204,7 @@ def _group_name() -> str:
 
 
 def _fingerprint(stored: checkpoint.Checkpoint) -> str:
-    """Return a hash of a checkpoint's configuration, all norms and one row of each matrix."""
+    """Return a hash of a checkpoint's configuration, norms and the first row of each matrix."""
 
     def sample(name: str, shape: tuple[int, ...]) -> checkpoint.Part:
         return (slice(1),) if len(shape) == 2 else checkpoint.whole(name, shape)
@@ -212,7 +219,7 @@ def _fingerprint(stored: checkpoint.Checkpoint) -> str:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank."""
+    """Memory of one rank: bytes of its weights and of its cache."""
 
     weights: int
     cache: int
@@ -226,9 +233,9 @@ def memory_per_rank(
     batch: int = 1,
     max_length: int = 32768,
 ) -> Memory:
-    """Return the memory of a model and its cache on the first of `size` ranks, which has the most.
+    """Return the memory of a model and its cache on rank 0 of `size`, the largest of all ranks.
 
-    The activations of one prefill pass, PyTorch and NCCL need more.
+    PyTorch, NCCL and the activations of a prefill pass need additional memory.
     """
     share = Share(config, 0, size)
     elements = 0

@@ -1,1 +1,1 @@
-"""Integrations into other libraries' models. Each module imports the library it is for."""
+"""Integrations into other libraries. Each module imports the library that it integrates with."""

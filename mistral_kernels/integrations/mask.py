@@ -1,4 +1,4 @@
-"""The attention mask of a forward pass: a few numbers per sequence, made once for all layers."""
+"""Attention mask of a forward pass: a few numbers per sequence, created once for all layers."""
 
 from __future__ import annotations
 
@@ -13,47 +13,49 @@ from torch.nn.attention.flex_attention import BlockMask
 from mistral_kernels.ops.attention.checks import make_cu_seqlens
 
 _READ_BY_ANOTHER = (
-    "attention_mask must be read by attn_implementation='mistral_kernels', for which it was made: "
-    "set the same attn_implementation for the model and for layers with a config of their own, or "
-    "use 'sdpa'"
+    "attention_mask must be used with attn_implementation='mistral_kernels', which created it: set "
+    "the same attn_implementation for the model and for layers with a config of their own, or use "
+    "'sdpa'"
 )
 _PACKED_OVER_A_CACHE = (
-    "position_ids that pack a batch are not supported under torch.compile with a cache: pass "
+    "position_ids of a packed batch are not supported under torch.compile with a cache: pass "
     "use_cache=False"
 )
 
 
 class MaskError(AttributeError, ValueError):
-    """An attempt to read a `Mask` as if it were a tensor."""
+    """Error raised when a `Mask` is read as a tensor."""
 
 
 class Mask(BlockMask):
-    """A causal mask for `transformers_attention.attend`, and for no other attention.
+    """Causal attention mask that only `transformers_attention.attend` can read.
 
-    transformers hands a `BlockMask` from the model to its layers unread. Another implementation's
-    attention, or a model that changes its mask, raises when it reads this one. (If plain causality
-    were None, as for sdpa, eager attention would let queries see later keys.)
+    The class derives from `BlockMask` because transformers passes a `BlockMask` from the model to
+    its layers without reading it. Every other read raises `MaskError`: by another attention
+    implementation, or by a model that modifies its mask. A causal mask without padding is a `Mask`
+    too, not None as for sdpa: with None, eager attention would let queries see later keys.
 
-    Query i has position q_offset + i, and key j has position kv_offset + j. A query sees a key if
-    first valid key <= key <= query and key > query - window.
+    Query i has position q_offset + i, and key j has position kv_offset + j. By position, a query
+    sees a key if first valid key <= key <= query and key > query - window.
 
     Attributes:
-        shape: (batch, 1, seqlen_q, seqlen_k), the shape of the mask in full.
-        full: of this shape, bool, where a key between valid ones is hidden, or where padding cannot
-            be read. None: the other attributes are the mask.
+        shape: (batch, 1, seqlen_q, seqlen_k), the shape of the full mask.
+        full: bool mask of this shape, for masks that hide a key between two valid keys, and for
+            padding that cannot be read from the device. None: the other attributes define the mask.
         descriptor: (batch, 3) int32, [first valid key, q_offset, kv_offset] of each row. None if no
             row is padded on the left and the last query has the position of the last key.
-        cu_seqlens: (sequences + 1,) int32 of a packed batch. None if each row is one sequence.
+        cu_seqlens: (sequences + 1,) int32 offsets of a packed batch. None if each row is one
+            sequence.
         last: (batch, 1, 1, seqlen_k) bool, the keys that the last query of each row sees. None if
-            no row is padded on the right. `generate` reads the last query's logits even where it is
-            padding. Other padding on the right attends as if it were tokens.
-        starts, q_offset, kv_offset: the descriptor on the host. starts is None where only the
-            device has it.
-        is_plain: whether the mask is causality alone.
+            no row is padded on the right. It exists because `generate` reads the logits of the last
+            query even if this query is padding. Other padding on the right attends like tokens.
+        starts, q_offset, kv_offset: the descriptor on the host. starts is None if only the device
+            has it.
+        is_plain: True if the mask is causal without padding, offsets or packing.
     """
 
-    shape: tuple[int, ...] = ()  # in place of BlockMask's property
-    ndim = 4  # by which models recognize a mask that `generate` has made
+    shape: tuple[int, ...] = ()  # overrides BlockMask's property
+    ndim = 4  # models recognize a mask created by `generate` by its 4 dimensions
 
     def __init__(
         self,
@@ -70,13 +72,13 @@ class Mask(BlockMask):
         self.cu_seqlens, self.last = cu_seqlens, last
         self.starts, self.q_offset, self.kv_offset = starts, q_offset, kv_offset
         self.is_plain = full is None and descriptor is None and cu_seqlens is None and last is None
-        # Derived once for all layers.
+        # Caches of the methods below: computed once for all layers.
         self._held: tuple[Tensor, Tensor | None] | None = None
         self._packing: tuple[Tensor, Tensor] | None = None
-        self._packed_by: tuple[Tensor, Tensor | None] | None = None
+        self._packed_cu_seqlens: tuple[Tensor, Tensor | None] | None = None
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Mask:
-        """Return the mask on another device, to which accelerate moves a layer's inputs."""
+        """Return the mask on another device; accelerate moves the inputs of a layer this way."""
         if not isinstance(device, (torch.device, str, int)):
             raise MaskError(_READ_BY_ANOTHER)
         names = ("full", "descriptor", "cu_seqlens", "last")
@@ -86,11 +88,12 @@ class Mask(BlockMask):
             return self
         moved = copy.copy(self)
         vars(moved).update(
-            zip(names, after, strict=True), _held=None, _packing=None, _packed_by=None
+            zip(names, after, strict=True), _held=None, _packing=None, _packed_cu_seqlens=None
         )
         return moved
 
     def dim(self) -> int:
+        """Return the number of dimensions, 4."""
         return self.ndim
 
     def __repr__(self) -> str:
@@ -103,11 +106,12 @@ class Mask(BlockMask):
 
     @classmethod
     def __torch_function__(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        raise MaskError(_READ_BY_ANOTHER)  # PyTorch's binary operators would hide a TypeError
+        # Not a TypeError: PyTorch's binary operators would replace it by their own.
+        raise MaskError(_READ_BY_ANOTHER)
 
     @property
     def first_keys(self) -> list[int]:
-        """The first valid key of each row. Reads the device if the host does not have it."""
+        """First valid key of each row. Reads the device if the host does not have the values."""
         if self.starts is None:
             if self.descriptor is None:
                 self.starts = [0] * self.shape[0]
@@ -119,18 +123,19 @@ class Mask(BlockMask):
 
     @property
     def is_padded(self) -> bool:
-        """True if any key is padding on the left."""
+        """True if any row is padded on the left."""
         return max(self.first_keys) > self.kv_offset
 
     @property
     def num_keys(self) -> int:
-        """The number of keys up to the last query; a static cache has more, not yet written."""
+        """Number of keys up to the last query. A static cache has more keys, not yet written."""
         return self.q_offset + self.shape[2] - self.kv_offset
 
     def held_keys(self) -> tuple[Tensor, Tensor | None]:
-        """Return (batch,) int32: keys up to the last query, and how many of them are padding.
+        """Return the number of keys up to the last query, and how many of these are padding.
 
-        Computed on the device alone. None: no key is padding, as far as the host has it.
+        Both are (batch,) int32 and are computed on the device, without a synchronization. The
+        second is None if the host holds the padding and no key is padded.
         """
         assert self.descriptor is not None
         tracing = is_tracing(self.descriptor)
@@ -145,10 +150,10 @@ class Mask(BlockMask):
         return held, leftpad
 
     def packing(self) -> tuple[Tensor, Tensor]:
-        """Return cu_seqlens of all rows' queries, and of the first `num_keys` keys of each row.
+        """Return cu_seqlens of the queries of all rows, and of the first `num_keys` keys per row.
 
-        A row has three parts: padding among the queries, which sees nothing; padding among the
-        keys, which nothing sees; and the tokens.
+        Each row becomes three sequences: its padded queries, which see no key; its padded keys,
+        which no query sees; and its tokens.
         """
         if self._packing is None:
             assert self.descriptor is not None
@@ -164,12 +169,12 @@ class Mask(BlockMask):
             self._packing = make_cu_seqlens(lengths_q, device), make_cu_seqlens(lengths_k, device)
         return self._packing
 
-    def packed_by(self, position_ids: Any) -> Tensor | None:
+    def packed_cu_seqlens(self, position_ids: Any) -> Tensor | None:
         """Return cu_seqlens of the sequences that `position_ids` pack into rows; None: one per row.
 
-        The rule is that of transformers' flash attention: where there is neither padding nor an
-        earlier token, a sequence begins at each smallest position of its row. The device is read
-        once per mask, for prompts and in training.
+        The rule is that of transformers' flash attention: if there is neither padding nor an
+        earlier token, a sequence begins wherever the position is the smallest of the row. The
+        device is read once per mask, for prompts and in training.
         """
         batch, _, seqlen_q, seqlen_k = self.shape
         if seqlen_q == 1 or not isinstance(position_ids, Tensor):
@@ -187,16 +192,16 @@ class Mask(BlockMask):
             restarts = position_ids[:, 1:] == position_ids.amin(1, keepdim=True)
             torch._assert_async(~restarts.any(), _PACKED_OVER_A_CACHE)
             return None
-        if self._packed_by is None or self._packed_by[0] is not position_ids:
+        if self._packed_cu_seqlens is None or self._packed_cu_seqlens[0] is not position_ids:
             begins = position_ids == position_ids.amin(1, keepdim=True)
-            self._packed_by = position_ids, cu_seqlens_of(begins.expand(batch, -1))
-        return self._packed_by[1]
+            self._packed_cu_seqlens = position_ids, cu_seqlens_of(begins.expand(batch, -1))
+        return self._packed_cu_seqlens[1]
 
 
 def cu_seqlens_of(begins: Tensor) -> Tensor | None:
-    """Return cu_seqlens of (batch, seqlen) flags where sequences begin; None: one per row.
+    """Return cu_seqlens of (batch, seqlen) flags, True where a sequence begins; None: one per row.
 
-    A row begins a sequence whatever its first flag.
+    The first token of a row always begins a sequence, whatever its flag.
     """
     if not begins[:, 1:].any():
         return None
@@ -212,8 +217,8 @@ def cu_seqlens_of(begins: Tensor) -> Tensor | None:
 def is_tracing(x: Tensor) -> bool:
     """Return whether the values of tensors like `x` cannot be read.
 
-    They cannot under torch.compile, in a trace or a CUDA graph's capture, nor where there are none:
-    in fake and meta tensors.
+    This is the case under torch.compile, in a trace, during the capture of a CUDA graph, and for
+    fake and meta tensors, which have no values.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True

@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 from torch import nn
 
 PARTS = ("attention", "rms_norm", "rotary", "swiglu", "cross_entropy")
-ABSENT: Any = object()  # the value of an attribute that a module does not have
+ABSENT: Any = object()  # marks an attribute that the module did not have
 
 
 class Patch(NamedTuple):
-    """One replaced attribute.
+    """Record of one replaced attribute.
 
     Attributes:
-        handle: says whether the patch is on.
-        ours: the function or the config that replaces.
-        original: the function or the config that serves when the patch is off.
-        replaced: the value of the attribute before; `ABSENT` if there was none.
+        handle: handle of the patched model; the patch is active while `handle.on` is True.
+        ours: function or config that replaces the original.
+        original: function or config that runs after `undo`.
+        replaced: value of the attribute before the patch; `ABSENT` if there was none.
     """
 
     handle: Handle
@@ -30,21 +30,21 @@ class Patch(NamedTuple):
 
 
 def patch_of(value: Any) -> Patch | None:
-    """Return the patch that put `value`, an attribute of a module, there."""
+    """Return the patch of which `value`, an attribute of a module, is the replacement; or None."""
     patch: Patch | None = getattr(value, "_mistral_kernels_patch", None)
-    # Wrappers take over the attributes of the function that they wrap.
+    # functools.wraps copies the attribute to wrappers, which are not replacements.
     if patch is None or patch.ours is not getattr(value, "__func__", value):
         return None
     return patch
 
 
 class Handle:
-    """Handle of a patched model. `repr` lists the changes; as a context manager it ends in `undo`.
+    """Handle of a patched model. `repr` lists the changes; leaving its `with` block calls `undo`.
 
     Attributes:
-        on: whether the kernels serve.
-        changed: names of the changed modules, by part.
-        skipped: the reasons for what is not changed, by part.
+        on: True until `undo`: the model runs the kernels.
+        changed: names of the patched modules, by part ("attention", "rms_norm", ...).
+        skipped: reasons why modules were not patched, by part.
     """
 
     def __init__(self, model: str) -> None:
@@ -55,9 +55,9 @@ class Handle:
         self._replaced: list[tuple[weakref.ref[nn.Module], str]] = []
 
     def undo(self) -> None:
-        """Put back what was there before, the very same objects. A second call does nothing.
+        """Restore the original objects. A second call does nothing.
 
-        An attribute that somebody else has replaced since stays as it is, with a warning.
+        Attributes that other code has replaced since are left unchanged, with a warning.
         """
         if not self.on:
             return
@@ -76,13 +76,13 @@ class Handle:
                 vars(module)[name] = patch.replaced
         if replaced:
             warnings.warn(
-                f"{', '.join(sorted(set(replaced)))}: replaced after apply_mistral_kernels, in "
-                f"{len(replaced)} places; undo leaves them so",
+                f"{', '.join(sorted(set(replaced)))}: replaced after apply_mistral_kernels "
+                f"({len(replaced)} attributes); undo leaves them unchanged",
                 stacklevel=2,
             )
 
-    def put(self, module: nn.Module, name: str, value: Any) -> None:
-        """Replace an attribute of a module, until `undo`."""
+    def replace(self, module: nn.Module, name: str, value: Any) -> None:
+        """Replace an attribute of a module until `undo`."""
         vars(module)[name] = value
         self._replaced.append((weakref.ref(module), name))
 
@@ -93,7 +93,7 @@ class Handle:
         self.undo()
 
     def __reduce__(self) -> Any:
-        """Pickle a handle that is off, with the forwards that cloudpickle pickles by value."""
+        """Pickle the handle as undone: cloudpickle pickles it together with patched forwards."""
         return Handle, (self._model,)
 
     def __repr__(self) -> str:
@@ -107,5 +107,5 @@ class Handle:
 
 
 def _grouped(names: list[str]) -> list[str]:
-    """Return names without repetition: model.layers.*.mlp for the mlp of all layers."""
+    """Return the names with layer indices replaced by `*`, without duplicates."""
     return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))

@@ -1,7 +1,7 @@
 """Replacements of modules' forwards and configs, for `apply_mistral_kernels`.
 
-A replaced forward is a method: bound to its module, as others expect to find it there. A deep copy
-of it is bound to the copy of the module. A pickle of it is the class's own forward.
+A replaced forward is a method bound to its module, as other libraries expect. Its deep copy is
+bound to the copy of the module. It is pickled as the forward of the module's class.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Forward = Callable[..., Any]  # unbound: the module is its first argument
 
 
 def method_of(module: nn.Module) -> tuple[str, Forward]:
-    """Return the name under which a module keeps its forward, and the function, not patched."""
-    # Where accelerate has hooked a module, the hook's forward calls this one.
+    """Return the attribute that holds a module's forward, and the unpatched function."""
+    # accelerate's hooks replace `forward` and call the original from `_old_forward`.
     name = "_old_forward" if "_old_forward" in vars(module) else "forward"
     method = getattr(module, name)
     patch = patch_of(method)
@@ -44,22 +44,24 @@ def method_of(module: nn.Module) -> tuple[str, Forward]:
 
 
 def patched_forward(handle: Handle, ours: Forward, original: Forward, replaced: Any) -> Forward:
-    """Return a function that is `ours` while the handle is on, and otherwise `original`."""
+    """Return a forward that calls `ours` while `handle.on` is True, and `original` after that."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return (ours if handle.on else original)(self, *args, **kwargs)
 
-    result: Any = forward  # a method is pickled by this name, "forward"
+    result: Any = forward  # a method is pickled by its function's name, "forward"
     result.__module__, result.__doc__ = original.__module__, original.__doc__
-    # Not `__wrapped__`: accelerate takes off whatever has it.
+    # No `__wrapped__`: accelerate unwraps every function that has this attribute.
     result.__signature__ = inspect.signature(original)
     result._mistral_kernels_patch = Patch(handle, forward, original, replaced)
     return forward
 
 
 def rms_norm_forward(_: Forward) -> Forward:
+    """Return a forward that runs `rms_norm`."""
+
     def forward(self: Any, hidden_states: Tensor) -> Any:
-        # As x * weight promotes them: fine-tuning may keep the weights of norms in float32.
+        # Promote as x * weight does: fine-tuning may keep the weights of norms in float32.
         dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
         return rms_norm(hidden_states.to(dtype), self.weight.to(dtype), self.variance_epsilon)
 
@@ -67,6 +69,8 @@ def rms_norm_forward(_: Forward) -> Forward:
 
 
 def swiglu_forward(_: Forward) -> Forward:
+    """Return a forward that runs `swiglu` between the MLP's own projections."""
+
     def forward(self: Any, x: Tensor) -> Any:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
@@ -74,23 +78,24 @@ def swiglu_forward(_: Forward) -> Forward:
 
 
 def rotary_tables_forward(original: Forward) -> Forward:
-    """Return a forward that makes cos and sin in float32.
+    """Return a forward that computes cos and sin in float32.
 
-    The kind of rope and its scaling are the module's own.
+    The type of rotary embedding and its scaling remain those of the module.
     """
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # The module reads nothing of x but its device and dtype.
+        # The module reads only the device and the dtype of x.
         return original(self, x.new_empty(0, dtype=torch.float32), *args, **kwargs)
 
     return forward
 
 
 def rotary_attention_forward(original: Any) -> Forward | None:
-    """Return the attention's own code, in which `apply_rotary_pos_emb` is ours.
+    """Return a copy of an attention's forward that calls our `apply_rotary_pos_emb`.
 
-    The globals of a function are fixed, so it is copied, and so are the decorators around it, which
-    hold it in their closures. None: the attention does not call `apply_rotary_pos_emb`.
+    A function's globals cannot be replaced. The function is therefore copied, together with the
+    decorators around it, which hold it in their closures. Return None if the attention does not
+    call `apply_rotary_pos_emb`.
     """
     if not isinstance(original, FunctionType):
         return None
@@ -106,7 +111,8 @@ def rotary_attention_forward(original: Any) -> Forward | None:
         )
     elif "apply_rotary_pos_emb" in original.__code__.co_names:
         scope = {**scope, "apply_rotary_pos_emb": _apply_rotary_pos_emb}
-        del scope["__name__"]  # or torch.compile would look names up in the module of that name
+        # With `__name__`, torch.compile would look up globals in the module of that name.
+        del scope["__name__"]
     else:
         return None
     code, name, defaults = original.__code__, original.__name__, original.__defaults__
@@ -118,7 +124,7 @@ def rotary_attention_forward(original: Any) -> Forward | None:
 def _apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate q and k, (batch, heads, seqlen, head_dim).
 
-    cos and sin are (batch or 1, seqlen, head_dim), each angle twice.
+    cos and sin are (batch or 1, seqlen, head_dim); their second half repeats the first.
     """
     batch, _, seqlen, head_dim = q.shape
     cos, sin = (table[..., : head_dim // 2].flatten(0, -2) for table in (cos, sin))
@@ -128,7 +134,7 @@ def _apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tup
 
 
 def loss_obstacle(model: Any) -> str | None:
-    """Return why the loss of a causal language model needs its logits; None: it does not."""
+    """Return why a causal language model needs its logits for the loss; None if it does not."""
     head = getattr(model, "lm_head", None)
     if head is None:
         return f"{type(model).__name__} has no lm_head"
@@ -137,7 +143,7 @@ def loss_obstacle(model: Any) -> str | None:
     if head.bias is not None:
         return "lm_head has a bias"
     if "forward" in vars(head) or head._forward_pre_hooks or head._forward_hooks:
-        return "lm_head has hooks, or a forward of its own"
+        return "lm_head has hooks or a replaced forward"
     if type(head.weight.data) is not Tensor:
         return f"lm_head.weight is a {type(head.weight.data).__name__}"
     if model.loss_function is not ForCausalLMLoss:
@@ -146,14 +152,14 @@ def loss_obstacle(model: Any) -> str | None:
 
 
 def loss_forward(original: Forward) -> Forward:
-    """Return a forward that, in training with labels, computes the loss without the logits.
+    """Return a forward that computes the loss without the logits in training with labels.
 
-    All other calls go to `original`.
+    All other calls run `original`.
     """
     names = [name for name in inspect.signature(original).parameters if name != "self"]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # strict=False: most arguments are given by keyword.
+        # strict=False: most arguments are keyword arguments, so `args` is shorter than `names`.
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         labels = given.pop("labels", None)
         to_keep = given.pop("logits_to_keep", 0)
@@ -184,15 +190,15 @@ def _causal_loss(
     shift_labels: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """Return transformers' ForCausalLMLoss.
+    """Compute the loss of transformers' `ForCausalLMLoss` from hidden states.
 
-    hidden is (batch, seqlen, hidden_size) and labels (batch, seqlen).
+    `hidden` is (batch, seqlen, hidden_size) and `labels` is (batch, seqlen).
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(hidden.device)
     dtype = autocast_dtype(hidden.device)
-    if dtype is not None:  # as lm_head would
+    if dtype is not None:  # cast as autocast casts the inputs of lm_head
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     reduction = "mean" if num_items_in_batch is None else "sum"
     hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -205,17 +211,18 @@ def _causal_loss(
 
 
 def config_view(handle: Handle, config: Any, attn_implementation: str) -> Any:
-    """Return a config that shares all attributes of `config`, except for one.
+    """Return a config that shares all attributes of `config` except `_attn_implementation`.
 
-    While the handle is on, and until somebody sets another, its `_attn_implementation` is the one
-    given. Its class has the name of the config's, by which transformers looks classes up. A deep
-    copy is a view of a copy. A pickle is of `config`.
+    This attribute is `attn_implementation` while `handle.on` is True and until it is set to another
+    value. The class of the view has the same name as the class of `config`, since transformers
+    looks up classes by name. A deep copy is a view of a deep copy of `config`. A pickle contains
+    `config`.
     """
     cls, attributes, field = type(config), vars(config), "_attn_implementation_internal"
     was_set: list[str] = []
 
     def plain(self: Any) -> Any:
-        # transformers makes other configs of this class, too, when it saves one.
+        # transformers creates further instances of this class when it saves a config.
         return config if vars(self) is attributes else _sharing(cls, vars(self))
 
     def read(self: Any) -> Any:
@@ -223,7 +230,8 @@ def config_view(handle: Handle, config: Any, attn_implementation: str) -> Any:
         return attn_implementation if is_ours else vars(self).get(field)
 
     def write(self: Any, value: str) -> None:
-        if value == read(self):  # as a model does with the config that it is made from
+        # A model sets the value that it has read from its config; this is no change.
+        if value == read(self):
             return
         vars(self)[field] = value
         if vars(self) is attributes:
@@ -249,7 +257,7 @@ def config_view(handle: Handle, config: Any, attn_implementation: str) -> Any:
 
 
 def _sharing(cls: type, attributes: dict[str, Any]) -> Any:
-    """Return an instance of `cls` whose attributes are this very dictionary."""
+    """Return an instance of `cls` whose `__dict__` is the object `attributes`, not a copy."""
     instance: Any = object.__new__(cls)
     object.__setattr__(instance, "__dict__", attributes)
     return instance

@@ -1,4 +1,4 @@
-"""PyTorch's own attention on these kernels: `scaled_dot_product_attention`'s flash backend.
+"""Flash backend of PyTorch's `scaled_dot_product_attention` that runs on these kernels.
 
     from mistral_kernels.integrations import torch_sdpa
     torch_sdpa.register()
@@ -6,8 +6,9 @@
     ...
     torch_sdpa.restore()
 
-In between, every call on a GPU that PyTorch sends to its flash backend runs here, forward and
-backward: half precision without a mask, nested tensors, `varlen_attn` with its windows and pages.
+Between activation and restoration, every GPU call that PyTorch dispatches to its flash backend runs
+on these kernels, forward and backward: half precision without a mask, nested tensors, and
+`varlen_attn` with windows and pages.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ try:
     from torch.nn.attention import register_flash_attention_impl
 except ImportError:
     raise ImportError(
-        "mistral_kernels.integrations.torch_sdpa needs a torch whose flash backend can be "
-        f"replaced (torch.nn.attention.register_flash_attention_impl), found {torch.__version__}; "
+        "mistral_kernels.integrations.torch_sdpa requires a torch with "
+        f"torch.nn.attention.register_flash_attention_impl, found {torch.__version__}; "
         "run pip install -U torch"
     ) from None
 
@@ -36,38 +37,94 @@ NAME = "mistral_kernels"
 
 
 def register() -> None:
-    """Make "mistral_kernels" known to `activate_flash_attention_impl`; activate nothing."""
+    """Register "mistral_kernels" for PyTorch's `activate_flash_attention_impl`.
+
+    Registering changes no operator: PyTorch keeps its own flash attention until "mistral_kernels"
+    is activated. A second call does nothing.
+
+    Example:
+        >>> import torch
+        >>> from mistral_kernels.integrations import torch_sdpa
+        >>> torch_sdpa.register()
+        >>> "mistral_kernels" in torch.nn.attention.list_flash_attention_impls()
+        True
+        >>> torch.nn.attention.activate_flash_attention_impl("mistral_kernels")
+        >>> torch.nn.attention.current_flash_attention_impl()
+        'mistral_kernels'
+        >>> torch_sdpa.restore()
+    """
     register_flash_attention_impl(NAME, register_fn=replace_flash_attention)
 
 
 def restore() -> None:
-    """Give PyTorch its own flash attention back, if it is replaced by this one."""
+    """Restore PyTorch's own flash attention. Do nothing unless "mistral_kernels" is active.
+
+    Example:
+        >>> import torch
+        >>> from mistral_kernels.integrations import torch_sdpa
+        >>> torch_sdpa.register()
+        >>> torch.nn.attention.activate_flash_attention_impl("mistral_kernels")
+        >>> torch_sdpa.restore()
+        >>> torch.nn.attention.current_flash_attention_impl() is None
+        True
+    """
     if torch.nn.attention.current_flash_attention_impl() != NAME:
         return
     if hasattr(torch.nn.attention, "restore_flash_attention_impl"):
         torch.nn.attention.restore_flash_attention_impl()
         return
-    registry: Any = torch.nn.attention._registry  # torch 2.10 can only activate
+    registry: Any = torch.nn.attention._registry  # torch 2.10 has no function that restores
     registry._FLASH_ATTENTION_HANDLES.pop(NAME).remove()
     registry._FLASH_ATTENTION_ACTIVE = None
 
 
 class Replacement:
-    """Operators that are replaced; `remove` gives them back."""
+    """Replaced operators of PyTorch; `remove` restores PyTorch's own.
+
+    Example:
+        >>> from mistral_kernels.integrations import torch_sdpa
+        >>> replacement = torch_sdpa.replace_flash_attention("CPU")
+        >>> isinstance(replacement, torch_sdpa.Replacement)
+        True
+        >>> replacement.remove()
+    """
 
     def __init__(self, library: torch.library.Library) -> None:
         self.library = library
 
     def remove(self) -> None:
-        """Restore PyTorch's dispatcher."""
+        """Restore PyTorch's own operators."""
         self.library._destroy()
 
 
 def replace_flash_attention(dispatch_key: str = "CUDA") -> Replacement:
-    """Put these kernels in the place of PyTorch's flash attention, for tensors of a key."""
+    """Replace PyTorch's flash attention operators by these kernels.
+
+    `activate_flash_attention_impl("mistral_kernels")` calls this function. PyTorch selects its
+    flash backend on GPUs only; on the CPU the operators must be called directly.
+
+    Args:
+        dispatch_key: dispatch key of the tensors, "CUDA" or "CPU".
+
+    Returns:
+        The replacement; its `remove()` restores PyTorch's own operators.
+
+    Example:
+        >>> import torch
+        >>> from mistral_kernels.integrations import torch_sdpa
+        >>> replacement = torch_sdpa.replace_flash_attention("CPU")
+        >>> q = torch.randn(1, 4, 6, 16)  # (batch, heads, seqlen, head_dim)
+        >>> k, v = torch.randn(2, 1, 2, 6, 16)
+        >>> out, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+        >>> replacement.remove()
+        >>> expected = torch.nn.functional.scaled_dot_product_attention(
+        ...     q, k, v, is_causal=True, enable_gqa=True)
+        >>> torch.allclose(out, expected, atol=1e-5)
+        True
+    """
     library = torch.library.Library("aten", "IMPL", dispatch_key)
     for name, function in _OPERATORS.items():
-        if hasattr(torch.ops.aten, name):  # not every release has all
+        if hasattr(torch.ops.aten, name):  # older releases of torch lack some of them
             library.impl(name, function)
     return Replacement(library)
 
@@ -82,9 +139,9 @@ def _sdpa_forward(
     *,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
-    """Attend to (batch, heads, seqlen, head_dim) tensors.
+    """Compute attention of (batch, heads, seqlen, head_dim) tensors.
 
-    A causal mask is aligned bottom-right, as flash-attn's is.
+    A causal mask is aligned to the bottom right, as in flash-attn.
     """
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     max_q, max_k = q.shape[1], k.shape[1]
@@ -145,19 +202,18 @@ def _forward(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Attend to (batch, seqlen, heads, head_dim) tensors, or to packed ones with cum_seq_q.
+    """Compute attention of (batch, seqlen, heads, head_dim) tensors.
 
-    Packed tensors are (tokens, heads, head_dim).
-
-    With a `block_table`, keys and values are pages of (pages, page_size, heads, head_dim), of which
-    sequence i uses `seqused_k[i]` tokens.
+    With `cum_seq_q`, the tensors are packed: (tokens, heads, head_dim). With `block_table`, `key`
+    and `value` are (pages, page_size, heads, head_dim), and sequence i uses `seqused_k[i]` tokens
+    of its pages.
     """
-    _check(query, dropout_p)
-    _refuse(return_debug_mask=return_debug_mask or None, alibi_slopes=alibi_slopes)
+    _check_dropout_and_backend(query, dropout_p)
+    _check_omitted(return_debug_mask=return_debug_mask or None, alibi_slopes=alibi_slopes)
     query, key, value = (with_unit_stride(x) for x in (query, key, value))
     window = _window(is_causal, window_size_left, window_size_right)
     if block_table is None:
-        _refuse(seqused_k=seqused_k)
+        _check_omitted(seqused_k=seqused_k)
         check_qkv(query, key, value, 4 if cum_seq_q is None else 3, ("query", "key", "value"))
         spec = AttentionSpec(Sequences(cum_seq_q, cum_seq_k, max_q, max_k), window, scale)
         out, lse = torch.ops.mistral_kernels.attention_forward(
@@ -165,10 +221,13 @@ def _forward(
         )
     else:
         if cum_seq_q is None or seqused_k is None:
-            raise ValueError("block_table needs cum_seq_q and seqused_k too")
+            raise ValueError("cum_seq_q and seqused_k are required when block_table is given")
         if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-            raise NotImplementedError("block_table: attention over pages has no backward pass")
-        lengths = seqused_k - cum_seq_q.diff()  # before the queries' own tokens
+            raise NotImplementedError(
+                "block_table is not supported with gradients: attention over pages has no backward "
+                "pass; run under torch.no_grad()"
+            )
+        lengths = seqused_k - cum_seq_q.diff()  # tokens in the cache before the new ones
         pages = CacheView(key, value, lengths, block_table=block_table.contiguous())
         sequences = Sequences(cum_seq_q, None, max_q, max_q)
         spec = AttentionSpec(sequences, window, scale, cache=pages)
@@ -181,7 +240,7 @@ def _forward(
 
 
 def _forward_inplace(out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Run `_forward` into `out` and return the log-sum-exp."""
+    """Run `_forward`, write its output to `out` and return the log-sum-exp."""
     result, lse, *_ = _forward(*args, **kwargs)
     out.copy_(result)
     return lse
@@ -207,7 +266,7 @@ def _backward(
     window_size_left: int | None = None,
     window_size_right: int | None = None,
 ) -> tuple[Tensor, ...]:
-    _check(query, dropout_p)
+    _check_dropout_and_backend(query, dropout_p)
     inputs = [with_unit_stride(x) for x in (query, key, value)]
     window = _window(is_causal, window_size_left, window_size_right)
     spec = AttentionSpec(Sequences(cum_seq_q, cum_seq_k, max_q, max_k), window, scale)
@@ -228,34 +287,35 @@ _OPERATORS = {
 }
 
 
-def _check(query: Tensor, dropout_p: float) -> None:
+def _check_dropout_and_backend(query: Tensor, dropout_p: float) -> None:
     if dropout_p > 0.0:
         raise NotImplementedError(
-            f"dropout_p: attention with dropout is not supported, got {dropout_p}; "
-            "torch_sdpa.restore() brings PyTorch's back"
+            f"dropout_p must be 0, got {dropout_p}: dropout is not supported; call "
+            "torch_sdpa.restore() to use PyTorch's own attention"
         )
     if query.is_cuda and not uses_triton(query):
         raise RuntimeError(
-            "MISTRAL_KERNELS_BACKEND=torch is PyTorch's attention, which is replaced by "
-            "mistral_kernels: unset it, or call torch_sdpa.restore()"
+            "MISTRAL_KERNELS_BACKEND must not be torch while mistral_kernels replaces PyTorch's "
+            "flash attention, which the torch backend calls: unset the variable, or call "
+            "torch_sdpa.restore()"
         )
 
 
-def _refuse(**arguments: Any) -> None:
+def _check_omitted(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
-            raise NotImplementedError(f"{name}: not supported by mistral_kernels; leave it out")
+            raise NotImplementedError(f"{name} is not supported by mistral_kernels; omit it")
 
 
 def _window(is_causal: bool, left: int | None, right: int | None) -> Window:
-    """Return the window of two bounds, of which None and negative ones are no bound."""
+    """Return the window with these bounds; None or a negative number means unbounded."""
     bounds = (-1 if x is None or x < 0 else x for x in (left, right))
     window = Window(*bounds)
     return window._replace(right=0) if is_causal else window
 
 
 def _laid_out_like(x: Tensor, result: Tensor) -> Tensor:
-    """Return `result` with the strides that PyTorch promises for it, those of a tensor like x."""
+    """Return `result` with the strides of `torch.empty_like(x)`, which PyTorch's tracer assumes."""
     strides = torch.empty_like(x, device="meta").stride()
     if result.stride() == strides:
         return result

@@ -1,4 +1,4 @@
-"""transformers' attention interface on these kernels: `attn_implementation="mistral_kernels"`."""
+"""Attention interface of transformers on these kernels: `attn_implementation="mistral_kernels"`."""
 
 from __future__ import annotations
 
@@ -21,18 +21,38 @@ from mistral_kernels.ops.dispatch import uses_triton, with_unit_stride
 
 NAME = "mistral_kernels"
 
-# So few queries keep a GPU busy only if their keys are split over it, as those of a cache are.
+# Up to this many queries, a kernel that splits the keys over the GPU is used, as for a cache:
+# one program per query tile would leave most of the GPU idle.
 _FEW_QUERIES = 16
 
-_SHORT = 32  # tokens
+# Up to this many tokens, PyTorch's attention is called directly: an operator's overhead would show.
+_SHORT = 32
 
-_NOT_PASSED: Any = object()  # the layer did not pass `sliding_window`
+_NOT_PASSED: Any = object()  # marks a `sliding_window` that the layer did not pass
 
 _logger = logging.get_logger(__name__)
 
 
 def register() -> None:
-    """Make `attn_implementation="mistral_kernels"` known to transformers; once suffices."""
+    """Register `attn_implementation="mistral_kernels"` with transformers.
+
+    Call it once before `from_pretrained` or `set_attn_implementation`. Further calls do nothing.
+
+    Example:
+        >>> import torch
+        >>> import transformers
+        >>> from mistral_kernels.integrations.transformers import register
+        >>> register()
+        >>> config = transformers.MistralConfig(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, num_key_value_heads=1, head_dim=8, sliding_window=4)
+        >>> model = transformers.MistralForCausalLM(config).eval()
+        >>> ids = torch.arange(12).view(2, 6)
+        >>> expected = model(ids).logits
+        >>> model.set_attn_implementation("mistral_kernels")
+        >>> torch.allclose(model(ids).logits, expected, atol=1e-5)
+        True
+    """
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, create_mask)
 
@@ -50,31 +70,36 @@ def attend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention as transformers' attention interface.
+    """Compute attention with the signature of transformers' attention interface.
 
     Args:
-        module: the layer's attention; its `is_causal` stands in for the argument.
-        query: (batch, num_heads, seqlen_q, head_dim), of the dtypes that `attention` takes.
-        key, value: (batch, num_kv_heads, seqlen_k, head_dim); or what a `RollingCache` gives.
-        attention_mask: a `Mask`; or a mask in full, bool or additive, broadcast to (batch,
-            num_heads, seqlen_q, seqlen_k), which PyTorch serves; or None for causality alone.
-        scaling: head_dim^-0.5 if None.
-        sliding_window: how many keys a query sees, its own included; None for no window. A mask in
-            full holds the window already.
-        softcap: as in `attention`; None for none.
+        module: the layer's attention. Its `is_causal` attribute is used if the argument is None.
+        query: (batch, num_heads, seqlen_q, head_dim), of a dtype that `attention` supports.
+        key: (batch, num_kv_heads, seqlen_k, head_dim), or the `PendingKeys` of a `RollingCache`.
+        value: like `key`.
+        attention_mask: a `Mask`; or a full mask, bool or additive, that broadcasts to (batch,
+            num_heads, seqlen_q, seqlen_k), for which PyTorch computes attention; or None for a
+            causal mask without padding.
+        scaling: factor of the scores before the softmax; head_dim^-0.5 if None.
+        dropout: must be 0.
+        sliding_window: number of keys that a query sees, including its own; None for no window. A
+            full mask already contains the window.
+        softcap: as in `attention`; None for no softcap.
+        is_causal: whether queries are hidden from later keys; None: `module.is_causal`.
         kwargs: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k` divide a packed
-            batch, as transformers' `DataCollatorWithFlattening` makes them. So do `position_ids`
-            that restart. What else would change the result raises.
+            batch, in the form of transformers' `DataCollatorWithFlattening`. `position_ids` that
+            restart within a row divide it as well. Other arguments that change the result raise.
 
     Returns:
-        (batch, seqlen_q, num_heads, head_dim), 0 for padding on the left; and None, the weights.
+        The output, (batch, seqlen_q, num_heads, head_dim), 0 for queries padded on the left; and
+        None in place of the attention weights.
 
     Raises:
-        NotImplementedError: naming the argument that is not supported.
-        ValueError: naming the argument that does not fit.
+        NotImplementedError: an argument is not supported; the message names it.
+        ValueError: an argument has an invalid value or shape; the message names it.
     """
-    _refuse(dropout, kwargs)
-    _warn_of_attentions(module, kwargs)
+    _check_supported(dropout, kwargs)
+    _warn_if_weights_requested(module, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if sliding_window is _NOT_PASSED:
         sliding_window = None
@@ -93,17 +118,19 @@ def attend(
         return key.attend(query, attention_mask, **windowed), None
     full = attention_mask.full if isinstance(attention_mask, Mask) else attention_mask
     if isinstance(full, Tensor):
-        return _attend_in_full(module, query, key, value, full, scaling, softcap), None
+        return _attend_with_full_mask(module, query, key, value, full, scaling, softcap), None
     mask = _as_mask(attention_mask, query, key, causal)
     lengths = _packed_lengths(mask, kwargs, causal)
     scoring: dict[str, Any] = {"softmax_scale": scaling, "softcap": softcap or 0.0}
-    if causal or not mask.is_plain:  # a mask decides, in other implementations too
+    # As in other implementations, a mask that is given overrides `is_causal`.
+    if causal or not mask.is_plain:
         scoring["sliding_window"] = sliding_window
     else:
         scoring["causal"] = False
     out = _attend_masked(*_autocast(query, key, value), mask, lengths, scoring)
     if mask.last is not None:
-        last = _attend_in_full(module, query[:, :, -1:], key, value, mask.last, scaling, softcap)
+        last_query = query[:, :, -1:]
+        last = _attend_with_full_mask(module, last_query, key, value, mask.last, scaling, softcap)
         out = torch.cat((out[:, :-1], last), dim=1)
     return out, None
 
@@ -116,13 +143,13 @@ def _attend_masked(
     lengths: dict[str, Any],
     scoring: dict[str, Any],
 ) -> Tensor:
-    """Attend under a `Mask`, except its `last`; `lengths` divide a packed batch.
+    """Compute attention under a `Mask`, ignoring its `last`; `lengths` divide a packed batch.
 
     Takes (batch, heads, seqlen, head_dim) and returns (batch, seqlen_q, num_heads, head_dim).
     """
     causal = scoring.get("causal", True)
     window, scaling = scoring.get("sliding_window"), scoring["softmax_scale"]
-    direct = serves_directly(query) and causal and not (lengths or scoring["softcap"])
+    direct = can_call_torch_attention(query) and causal and not (lengths or scoring["softcap"])
     if direct and query.shape[2] == 1 and mask.descriptor is None:
         return attend_single(query, key, value, scaling, window)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -132,17 +159,17 @@ def _attend_masked(
             k, v = k[:, : mask.num_keys], v[:, : mask.num_keys]
         return _attend_packed(q, k, v, lengths, scoring)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    in_place = causal and not grad and q.shape[1] <= _FEW_QUERIES
+    as_cache = causal and not grad and q.shape[1] <= _FEW_QUERIES
     if mask.descriptor is None:
         if direct and not grad and _is_short(q, k, window):
             how: dict[str, Any] = {"is_causal": True, "scale": scaling, "enable_gqa": True}
             return F.scaled_dot_product_attention(query, key, value, **how).transpose(1, 2)
-        if serves_directly(q) or not in_place:
+        if can_call_torch_attention(q) or not as_cache:
             return _attention(q, k, v, **scoring)
         held = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
-        return _attend_in_place(q, k, v, held, None, **scoring)
-    if in_place or is_tracing(q):
-        return _attend_in_place(q, k, v, *mask.held_keys(), **scoring)
+        return _attend_as_cache(q, k, v, held, None, **scoring)
+    if as_cache or is_tracing(q):
+        return _attend_as_cache(q, k, v, *mask.held_keys(), **scoring)
     k, v = k[:, : mask.num_keys], v[:, : mask.num_keys]
     if not mask.is_padded:
         return _attention(q, k, v, **scoring)
@@ -159,41 +186,41 @@ def _as_mask(attention_mask: Any, query: Tensor, key: Tensor, causal: bool) -> M
     if attention_mask is not None:
         raise ValueError(
             "attention_mask must be a 4-D tensor, bool or floating point, or the mask of "
-            f"attn_implementation={NAME!r}, got {type(attention_mask).__name__}: {_ONE_FOR_ALL}"
+            f"attn_implementation={NAME!r}, got {type(attention_mask).__name__}: {_REMEDY}"
         )
-    if causal and 1 < seqlen_q < seqlen_k:  # implementations differ in which keys come first
+    # Implementations align the causal mask of fewer queries than keys in different ways.
+    if causal and 1 < seqlen_q < seqlen_k:
         raise ValueError(
-            f"attention_mask must not be None for {seqlen_q} queries of {seqlen_k} keys: "
-            f"{_ONE_FOR_ALL}"
+            f"attention_mask must not be None for {seqlen_q} queries and {seqlen_k} keys: {_REMEDY}"
         )
     return Mask((batch, 1, seqlen_q, seqlen_k))
 
 
-_ONE_FOR_ALL = "call set_attn_implementation() on the whole model"
+_REMEDY = "call set_attn_implementation() on the whole model"
 
 
-def serves_directly(q: Tensor) -> bool:
-    """Return whether PyTorch's attention may be called without an operator around it.
+def can_call_torch_attention(q: Tensor) -> bool:
+    """Return whether PyTorch's attention may be called directly, without our operator around it.
 
-    It may on the torch backend, except under torch.compile.
+    This is the case on the torch backend, except under torch.compile.
     """
     return not (torch.compiler.is_compiling() or uses_triton(q))
 
 
 def _is_short(q: Tensor, k: Tensor, sliding_window: int | None) -> bool:
-    """Return whether only causality matters, in so few tokens that an operator's overhead shows."""
+    """Return whether there are at most `_SHORT` tokens, no cached ones, all within the window."""
     seqlen = q.shape[1]
-    in_sight = sliding_window is None or seqlen <= sliding_window
-    return seqlen == k.shape[1] and seqlen <= _SHORT and in_sight
+    fits_window = sliding_window is None or seqlen <= sliding_window
+    return seqlen == k.shape[1] and seqlen <= _SHORT and fits_window
 
 
 def attend_single(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None
 ) -> Tensor:
-    """Attend from one query per row to the last `sliding_window` keys, by PyTorch's attention.
+    """Compute attention of one query per row over the last `sliding_window` keys, in PyTorch.
 
     Takes (batch, heads, seqlen, head_dim) and returns (batch, 1, num_heads, head_dim). The query
-    heads of a kv head become the rows of one product, so that its keys are read once.
+    heads that share a key/value head form the rows of one matrix, so that its keys are read once.
     """
     if sliding_window is not None and sliding_window < key.shape[2]:
         key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
@@ -206,13 +233,13 @@ def attend_single(
 def _attend_packed(
     q: Tensor, k: Tensor, v: Tensor, lengths: dict[str, Any], scoring: dict[str, Any]
 ) -> Tensor:
-    """Attend in the rows of a batch one after the other, divided by `lengths`."""
+    """Compute attention of a batch whose rows, concatenated, are divided by `lengths`."""
     packed = (x.flatten(0, 1) for x in (q, k, v))
     out = _attention(*packed, **lengths, **scoring)
     return out.view(*q.shape[:2], *out.shape[1:])
 
 
-def _attend_in_place(
+def _attend_as_cache(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -221,7 +248,10 @@ def _attend_in_place(
     sliding_window: int | None,
     **scoring: Any,
 ) -> Tensor:
-    """Attend from a few queries to keys in place; the last query is aligned to key `held`."""
+    """Compute attention with the operator for caches, which does not copy the keys.
+
+    The last query of row i is aligned to key `held[i]` - 1; the first `leftpad[i]` keys are hidden.
+    """
     spec = AttentionSpec(
         Sequences(None, None, q.shape[1], 0),
         resolve_window(True, None, sliding_window),
@@ -238,7 +268,7 @@ def _attention(*qkv: Tensor, **options: Any) -> Tensor:
     return out
 
 
-def _attend_in_full(
+def _attend_with_full_mask(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -247,14 +277,14 @@ def _attend_in_full(
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attend under a mask of queries by keys, by PyTorch's operators.
+    """Compute attention under a query-by-key mask with PyTorch's operators.
 
     Takes (batch, heads, seqlen, head_dim) and returns (batch, seqlen_q, num_heads, head_dim).
     """
     if mask.ndim not in (3, 4) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise ValueError(
             "attention_mask must be a 4-D tensor, bool or floating point, got "
-            f"{tuple(mask.shape)} of {mask.dtype}: {_ONE_FOR_ALL}"
+            f"{tuple(mask.shape)} of {mask.dtype}: {_REMEDY}"
         )
     if not softcap:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)[0]
@@ -271,18 +301,20 @@ def _attend_in_full(
 
 
 def _packed_lengths(mask: Mask, kwargs: dict[str, Any], causal: bool = True) -> dict[str, Any]:
-    """Return `attention`'s arguments that divide a packed batch; none if it is not packed."""
+    """Return the arguments of `attention` that divide a packed batch; {} if it is not packed."""
     cu_seqlens_q = kwargs.get("cu_seq_lens_q")
     if cu_seqlens_q is None:
         cu_seqlens = mask.cu_seqlens
         if cu_seqlens is None:
-            cu_seqlens = mask.packed_by(kwargs.get("position_ids")) if causal else None
+            cu_seqlens = mask.packed_cu_seqlens(kwargs.get("position_ids")) if causal else None
         if cu_seqlens is None:
             return {}
         seqlen = mask.shape[2]  # no sequence is longer than a row
         return {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": seqlen, "max_seqlen_k": seqlen}
     if mask.descriptor is not None or mask.last is not None:
-        raise ValueError("cu_seq_lens_q divides a packed batch, which has no attention_mask")
+        raise ValueError(
+            "attention_mask must be None if cu_seq_lens_q is given: a packed batch has no padding"
+        )
     return {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": kwargs.get("cu_seq_lens_k"),
@@ -291,7 +323,7 @@ def _packed_lengths(mask: Mask, kwargs: dict[str, Any], causal: bool = True) -> 
     }
 
 
-_REFUSED = {
+_UNSUPPORTED = {
     "s_aux": "for attention sinks use attn_implementation='eager'",
     "position_bias": "use attn_implementation='sdpa'",
     "head_mask": "use attn_implementation='eager'",
@@ -299,27 +331,28 @@ _REFUSED = {
 }
 
 
-def _refuse(dropout: float, kwargs: dict[str, Any]) -> None:
+def _check_supported(dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise NotImplementedError(
             f"dropout is not supported, got {dropout}: set config.attention_dropout = 0, or use "
             "attn_implementation='sdpa'"
         )
-    for name, remedy in _REFUSED.items():
+    for name, remedy in _UNSUPPORTED.items():
         given = kwargs.get(name)
         if given is not None and given is not False:
             raise NotImplementedError(f"{name} is not supported: {remedy}")
 
 
-def _warn_of_attentions(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Warn once and go on, as sdpa, where the weights of attention are wanted."""
-    wanted = kwargs.get("output_attentions")
-    if not wanted and getattr(module, "layer_idx", 0) == 0:  # a config takes long to read
-        wanted = getattr(getattr(module, "config", None), "output_attentions", False)
-    if wanted:
+def _warn_if_weights_requested(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Warn once, as sdpa does, if the attention weights are requested."""
+    requested = kwargs.get("output_attentions")
+    # Only layer 0 reads the config: reading an attribute of a config is slow.
+    if not requested and getattr(module, "layer_idx", 0) == 0:
+        requested = getattr(getattr(module, "config", None), "output_attentions", False)
+    if requested:
         _logger.warning_once(
-            f"attn_implementation={NAME!r} does not support output_attentions=True: the weights "
-            "are never formed. Use attn_implementation='eager'"
+            f"attn_implementation={NAME!r} does not support output_attentions=True: it never "
+            "computes the attention weights. Use attn_implementation='eager'"
         )
 
 
@@ -328,13 +361,13 @@ def _check_has_no_window(module: nn.Module) -> None:
     window = getattr(getattr(module, "config", None), "sliding_window", None)
     if window is not None:
         raise NotImplementedError(
-            f"{type(module).__name__} does not say whether config.sliding_window={window} is this "
-            "layer's: use attn_implementation='sdpa'"
+            f"sliding_window must be passed by {type(module).__name__}: config.sliding_window is "
+            f"{window}, and not every layer may have it; use attn_implementation='sdpa'"
         )
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tensors in autocast's dtype, as PyTorch's attention casts its inputs."""
+    """Return the tensors in autocast's dtype: PyTorch's attention casts its inputs, too."""
     dtype = autocast_dtype(query.device)
     if dtype is None:
         return query, key, value
@@ -342,7 +375,7 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the dtype in which autocast multiplies; None if it is off, as on meta tensors."""
+    """Return autocast's dtype; None if autocast is disabled or not available for the device."""
     kind = device.type
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return None

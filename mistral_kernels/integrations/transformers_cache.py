@@ -1,12 +1,12 @@
-"""transformers' `generate` over a rolling cache: memory stays what it is, and no key ever moves.
+"""Rolling cache for transformers' `generate`: constant memory, and keys are never moved.
 
     register()
     model.set_attn_implementation("mistral_kernels")
     model.generate(**inputs, past_key_values=RollingCache(model.config))
 
-transformers pads a batch, a ring holds a sequence's own tokens alone: `PendingKeys`, which a layer
-gets in place of keys and values, packs the new ones, writes them, and attends. It can be read by
-`attn_implementation="mistral_kernels"` only.
+transformers pads a batch, while a ring stores only the tokens of a sequence. A layer therefore
+receives `PendingKeys` in place of keys and values: it packs the new keys and values, writes them to
+the rings and computes attention. Only `attn_implementation="mistral_kernels"` supports it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mistral_kernels.integrations.mask import Mask
-from mistral_kernels.integrations.transformers_attention import attend_single, serves_directly
+from mistral_kernels.integrations.transformers_attention import (
+    attend_single,
+    can_call_torch_attention,
+)
 from mistral_kernels.model import cache as model_cache
 from mistral_kernels.model.cache import CacheLayout, Packing
 from mistral_kernels.ops.dispatch import with_unit_stride
@@ -28,20 +31,42 @@ from mistral_kernels.ops.rolling_cache import rolling_cache_update_
 
 
 class RollingCache(Cache):
-    """Keys and values in rings, sized by the first tokens that come, and constant from then on.
+    """Cache of keys and values in rings of constant size, for transformers' `generate`.
 
-    A layer with a sliding window keeps as many tokens as it sees, one without keeps `max_length`.
-    `rings` holds them, a `mistral_kernels.RollingCache` (None before the first tokens): tokens as
-    packed sequences, without padding. For inference: nothing in it is differentiable.
+    The first forward pass allocates the rings. A layer with a sliding window stores as many tokens
+    as its window; a layer without one stores `max_length` tokens. The rings contain no padding. The
+    cache is for inference only: it does not support gradients.
+
+    The attribute `rings` is the underlying `mistral_kernels.RollingCache`; None before the first
+    forward pass.
 
     Args:
-        config: the model's.
-        max_length: tokens of a sequence, padding included, at most; None, where every layer has a
-            window, for text without end.
+        config: config of the transformers model.
+        max_length: maximum number of tokens per sequence, including padding. None is allowed if
+            every layer has a window; the length of the text is then unlimited.
 
     Raises:
-        ValueError: a layer has no window and `max_length` is None, or is neither full nor sliding
-            attention.
+        ValueError: a layer has no window and `max_length` is None; or the attention of a layer is
+            neither full nor sliding.
+
+    Example:
+        >>> import torch
+        >>> import transformers
+        >>> from mistral_kernels.integrations.transformers import RollingCache, register
+        >>> register()
+        >>> config = transformers.MistralConfig(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        ...     num_attention_heads=2, num_key_value_heads=1, head_dim=8, sliding_window=4)
+        >>> model = transformers.MistralForCausalLM(config).eval()
+        >>> model.set_attn_implementation("mistral_kernels")
+        >>> cache = RollingCache(model.config)
+        >>> ids = torch.arange(1, 7).view(1, 6)
+        >>> options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        >>> text = model.generate(ids, past_key_values=cache, max_new_tokens=8, **options)
+        >>> text.shape
+        torch.Size([1, 14])
+        >>> cache.nbytes  # 2 layers, keys and values, 4 tokens of 1 head of 8 float32 values
+        512
     """
 
     def __init__(self, config: Any, max_length: int | None = None) -> None:
@@ -50,8 +75,8 @@ class RollingCache(Cache):
             unbounded = [i for i, window in enumerate(windows) if window is None]
             if unbounded:
                 raise ValueError(
-                    f"max_length is needed: layer {unbounded[0]} has no sliding window and keeps "
-                    "every token"
+                    f"max_length is required: layer {unbounded[0]} has no sliding window and "
+                    "stores every token"
                 )
             max_length = max(window for window in windows if window is not None)
         elif max_length <= 0:
@@ -59,36 +84,37 @@ class RollingCache(Cache):
         self.windows = windows
         self.max_length = max_length
         self.rings: model_cache.RollingCache | None = None
-        self.columns = 0  # tokens seen of each row, padding included
+        self.columns = 0  # tokens seen per row, including padding
         self.step: _Step | None = None
         super().__init__(layers=[RollingLayer(self, i) for i in range(len(windows))])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rings: constant once there are any."""
+        """Bytes of all rings: 0 before they are allocated, constant afterwards."""
         return 0 if self.rings is None else self.rings.nbytes
 
     def allocate(
         self, batch: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        """Allocate the rings of all layers."""
         layout = CacheLayout(self.windows, num_kv_heads, head_dim)
         self.rings = model_cache.RollingCache(layout, batch, self.max_length, dtype, device)
 
     def begin(self, attention_mask: Mask | Tensor | None, batch: int, seqlen: int) -> None:
-        """Place the new tokens of a forward pass, (batch, seqlen) with padding on the left."""
+        """Prepare a forward pass of (batch, seqlen) new tokens, which may be padded on the left."""
         rings = self.rings
         assert rings is not None
         if batch != rings.batch:
             raise ValueError(
-                f"the cache holds {rings.batch} sequences, got {batch}; make a new one"
+                f"batch must be {rings.batch}, that of the cache, got {batch}; create a new cache"
             )
         starts = _first_keys(attention_mask, batch)
         for row, (start, seen) in enumerate(zip(starts, rings.host_lengths, strict=True)):
             shown = max(self.columns - start, 0)
             if shown != seen:
                 raise ValueError(
-                    f"attention_mask shows {shown} earlier tokens of row {row}, and the cache "
-                    f"holds {seen}: it can only be continued"
+                    f"attention_mask must show {seen} earlier tokens in row {row}, as many as the "
+                    f"cache holds, got {shown}"
                 )
         padding = [min(max(start - self.columns, 0), seqlen) for start in starts]
         packing = rings.packing([seqlen - n for n in padding])
@@ -98,31 +124,31 @@ class RollingCache(Cache):
             real = torch.cat(rows).to(rings.lengths.device)
         held = None
         if packing.one_each and real is None and len(set(rings.host_lengths)) == 1:
-            held = packing.end if serves_directly(rings.lengths) else None
+            held = packing.end if can_call_torch_attention(rings.lengths) else None
         self.step = _Step(packing, real, (batch, seqlen), held)
         rings.interrupted = True
 
     def finish(self) -> None:
-        """Count the new tokens, which every layer has written."""
+        """Complete the forward pass: add the new tokens to the lengths of the sequences."""
         assert self.rings is not None
         assert self.step is not None
         self.rings.advance(self.step.packing)
         self.columns += self.step.shape[1]
         self.step = None
 
-    # What `generate` asks of a cache as a whole; the rest it asks of the layers.
+    # Methods that `generate` calls on the whole cache. It calls the others on the layers.
 
     def reset(self) -> None:
-        """Empty the cache; the memory stays."""
+        """Empty the cache without freeing its memory."""
         if self.rings is not None:
             self.rings.reset()
         self.columns, self.step = 0, None
 
     def crop(self, length: int) -> None:
-        """Drop the newest tokens: `-length` of them, or all but the first `length` if positive.
+        """Drop the newest tokens: all except the first `length`, or `-length` tokens if negative.
 
-        Raises `ValueError` where that would bring keys back into sight which a ring has
-        overwritten: past its window only the newest token can go.
+        Raises `ValueError` if a remaining query would see keys that a ring has overwritten. Once a
+        ring is full, only the newest token can be dropped.
         """
         count = -length if length <= 0 else max(self.columns - length, 0)
         if count and self.rings is not None:
@@ -131,7 +157,7 @@ class RollingCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """True until a ring overwrites a key."""
+        """True until a ring overwrites its first key."""
         return self.rings is None or max(self.rings.host_lengths) <= self.rings.smallest
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -140,34 +166,35 @@ class RollingCache(Cache):
             self.rings.reorder(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`, in new rings."""
+        """Copy the rows `indices` to new rings and drop the others."""
         if self.rings is not None:
             rows = torch.arange(self.rings.batch, device=indices.device)
             self.rings = self.rings.select(rows[indices].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times, in new rings."""
+        """Copy each row `repeats` times to new rings."""
         if self.rings is not None:
             rows = range(self.rings.batch)
             self.rings = self.rings.select([row for row in rows for _ in range(repeats)])
 
     @property
     def batch_size(self) -> int:
-        """Number of rows; -1 before the first tokens."""
+        """Number of rows; -1 before the rings are allocated."""
         return -1 if self.rings is None else self.rings.batch
 
-    max_batch_size = batch_size  # its name before transformers 5
+    max_batch_size = batch_size  # the name before transformers 5
 
     @property
     def max_cache_len(self) -> int:
+        """Maximum number of tokens per sequence."""
         return self.max_length
 
 
 class RollingLayer(CacheLayerMixin):
-    """One layer of a `RollingCache`, as transformers sees it: every key from the first is there."""
+    """Layer of a `RollingCache` with transformers' interface: it reports every token as stored."""
 
     is_compileable = False
-    keys = values = None  # never a tensor that another attention could read
+    keys = values = None  # not a tensor, so that no other attention can read it
 
     def __init__(self, cache: RollingCache, index: int) -> None:
         self.cache = cache
@@ -179,26 +206,27 @@ class RollingLayer(CacheLayerMixin):
 
     @property
     def is_sliding(self) -> bool:
+        """True if the layer has a sliding window."""
         return self.cache.windows[self.index] is not None
 
     @property
-    def is_initialized(self) -> bool:  # type: ignore[override]  # an attribute that layers set
+    def is_initialized(self) -> bool:  # type: ignore[override]  # the base class has an attribute
+        """True once the rings are allocated."""
         return self.cache.rings is not None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        """Allocate the rings with the batch, heads and dtype of these states."""
         batch, heads, _, head_dim = key_states.shape
-        # Under autocast keys may be wider than values, to which they are then cast.
+        # Under autocast keys may have a wider dtype than values; keys are cast to that of values.
         like = key_states if value_states is None else value_states
         self.cache.allocate(batch, heads, head_dim, like.dtype, like.device)
 
-    def update(  # type: ignore[override]  # what it returns is for one attention alone
+    def update(  # type: ignore[override]  # returns PendingKeys, not tensors
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[PendingKeys, PendingKeys]:
-        """Hold new keys and values until `attend` writes them.
+        """Return the new keys and values as `PendingKeys`, whose `attend` writes them.
 
-        Both are (batch, num_kv_heads, seqlen, head_dim), and the keys are rotated.
-
-        The keys are rotated.
+        Both are (batch, num_kv_heads, seqlen, head_dim), and the keys are already rotated.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -206,28 +234,30 @@ class RollingLayer(CacheLayerMixin):
         return pending, pending
 
     def get_seq_length(self) -> int:
+        """Return the number of tokens seen per row, including padding."""
         return self.cache.columns
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Return the number of keys and the offset of the first for a mask.
+        """Return the number of keys for a mask, and the position of the first key.
 
-        Older transformers give the new tokens' positions for `query_length`.
+        Older versions of transformers pass the positions of the new tokens as `query_length`.
         """
         new = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.cache.columns + new, 0
 
     def get_max_length(self) -> int:
-        """Return the number of tokens that fit; -1: no bound."""
+        """Return the maximum number of tokens; -1 if it is unlimited."""
         window, length = self.cache.windows[self.index], self.cache.max_length
         return -1 if window is not None and window <= length else length
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5
+    get_max_cache_shape = get_max_length  # the name before transformers 5
 
 
 class PendingKeys:
-    """New keys and values of one layer, and the ring they belong to. No tensor, though it looks it.
+    """New keys and values of one layer that are not yet written to its ring.
 
-    Every use but `attend` is another attention's, and raises `TypeError`.
+    The object replaces the tensors of keys and values. Every use except `attend` raises
+    `TypeError`: only another attention implementation would read them as tensors.
     """
 
     def __init__(self, cache: RollingCache, layer: int, key: Tensor, value: Tensor) -> None:
@@ -243,33 +273,33 @@ class PendingKeys:
         scaling: float | None = None,
         sliding_window: int | None = None,
     ) -> Tensor:
-        """Write the new keys and values, and attend to all that `query` sees.
+        """Write the new keys and values, and compute attention over all keys that `query` sees.
 
         Args:
-            query: (batch, num_heads, seqlen, head_dim), the same tokens' as the keys.
+            query: (batch, num_heads, seqlen, head_dim), of the same tokens as the keys.
             attention_mask: a `Mask`; None: no padding.
-            scaling: head_dim^-0.5 if None.
-            sliding_window: must be the layer's, if given.
+            scaling: factor of the scores before the softmax; head_dim^-0.5 if None.
+            sliding_window: window of the layer; None: not checked.
 
         Returns:
             (batch, seqlen, num_heads, head_dim); 0 for padding.
 
         Raises:
-            ValueError: the batch or the mask is not the cache's, the text is too long for it, or
-                the window is not the layer's.
-            RuntimeError: a gradient is wanted.
+            ValueError: the batch, the mask or the window does not match the cache, or the text is
+                longer than the cache.
+            RuntimeError: an input requires a gradient.
         """
         cache, layer, (key, value) = self._cache, self._layer, self._new
         window = cache.windows[layer]
         if sliding_window is not None and sliding_window != window:
             raise ValueError(
-                f"layer {layer} attends in a window of {sliding_window}, and its ring is made for "
-                f"{window}: the cache is another model's"
+                f"sliding_window of layer {layer} must be {window}, that of the cache, got "
+                f"{sliding_window}: the cache was created for another model"
             )
         if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
             raise RuntimeError(
-                "RollingCache has no gradients: run under torch.no_grad(), as generate does, or "
-                "train with use_cache=False"
+                "RollingCache does not support gradients: run under torch.no_grad(), as generate "
+                "does, or train with use_cache=False"
             )
         rings = cache.rings
         assert rings is not None
@@ -280,7 +310,7 @@ class PendingKeys:
             cache.begin(attention_mask, query.shape[0], query.shape[2])
         step = cache.step
         if step is None:
-            raise ValueError(f"layer {layer} comes before layer 0 in a pass over the cache")
+            raise ValueError(f"layer 0 must run first in a forward pass, got layer {layer}")
         k, v = step.pack(key), step.pack(value)
         if step.held is not None:
             ring = rings.ring(layer, step.packing)
@@ -311,19 +341,27 @@ class PendingKeys:
 
 
 _READ_BY_ANOTHER = (
-    "RollingCache is read by attn_implementation='mistral_kernels' alone; call register() and "
+    "RollingCache must be used with attn_implementation='mistral_kernels'; call register() and "
     "model.set_attn_implementation('mistral_kernels')"
 )
 
 
 @dataclass(frozen=True)
 class _Step:
-    """The new tokens of one forward pass, which transformers pads to `shape`, (batch, seqlen)."""
+    """New tokens of one forward pass, which transformers pads to `shape`, (batch, seqlen).
+
+    Attributes:
+        packing: division of the packed tokens into sequences.
+        real: (total_tokens,) int64, indices of the tokens that are not padding; None: all tokens.
+        shape: (batch, seqlen), including padding.
+        held: number of keys per sequence after this pass, if PyTorch's attention can be called
+            directly: one new token per sequence, no padding, equal lengths. None otherwise.
+    """
 
     packing: Packing
-    real: Tensor | None  # (total_tokens,) which of all are no padding; None: all
+    real: Tensor | None
     shape: tuple[int, int]
-    held: int | None  # one token each, on the torch backend: how many every sequence has then
+    held: int | None
 
     def pack(self, x: Tensor) -> Tensor:
         """Pack (batch, heads, seqlen, head_dim) into (total_tokens, heads, head_dim)."""
@@ -340,14 +378,14 @@ class _Step:
 
 
 def _first_keys(attention_mask: Mask | Tensor | None, batch: int) -> list[int]:
-    """Return the first valid key of each sequence: 0 where there is no padding."""
+    """Return the index of the first valid key of each sequence, 0 without padding."""
     if attention_mask is None:
         return [0] * batch
     if isinstance(attention_mask, Mask) and attention_mask.full is attention_mask.last is None:
         return attention_mask.first_keys
     raise ValueError(
-        "attention_mask must be causal, with each sequence's padding on its left, got another mask "
-        f"of {tuple(attention_mask.shape)}: RollingCache holds tokens alone"
+        "attention_mask must be causal with padding on the left only, got another mask of shape "
+        f"{tuple(attention_mask.shape)}: RollingCache does not store padding"
     )
 
 
@@ -355,9 +393,9 @@ def _check_fits(key: Tensor, ring: Tensor) -> None:
     _, heads, _, head_dim = key.shape
     if (heads, head_dim) != ring.shape[2:] or (key.dtype, key.device) != (ring.dtype, ring.device):
         raise ValueError(
-            f"the cache holds {ring.shape[2]} heads of {ring.shape[3]}, {ring.dtype} on "
-            f"{ring.device}, got {heads} of {head_dim}, {key.dtype} on {key.device}; every layer "
-            "must have the same, and the cache be made anew where the model is moved or cast"
+            f"keys must have {ring.shape[2]} heads of size {ring.shape[3]}, {ring.dtype} on "
+            f"{ring.device}, as in the cache, got {heads} heads of size {head_dim}, {key.dtype} on "
+            f"{key.device}; after moving or casting the model, create a new cache"
         )
 
 
@@ -365,7 +403,7 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
     """Return the sliding window of each layer of a transformers config; None: no window."""
     shared = getattr(config, "num_kv_shared_layers", 0)
     if shared:
-        raise ValueError(f"{shared} layers share others' keys, which a RollingCache cannot")
+        raise ValueError(f"num_kv_shared_layers must be 0 with RollingCache, got {shared}")
     count = config.num_hidden_layers
     types: Sequence[str] | None = getattr(config, "layer_types", None)
     if types is None:
@@ -373,9 +411,12 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
         types = ["sliding_attention" if windowed else "full_attention"] * count
     configs = getattr(config, "per_layer_config", None) or [config] * count
     windows: list[int | None] = []
-    # strict=False: layer_types stays longer where num_hidden_layers is lowered after construction.
+    # strict=False: layer_types is longer if num_hidden_layers is reduced after construction.
     for i, (kind, layer_config) in enumerate(zip(types, configs, strict=False)):
         if kind not in ("full_attention", "sliding_attention"):
-            raise ValueError(f"layer {i} is {kind}; a RollingCache serves full and sliding ones")
+            raise ValueError(
+                f"layer_types[{i}] must be full_attention or sliding_attention with RollingCache, "
+                f"got {kind}"
+            )
         windows.append(layer_config.sliding_window if kind == "sliding_attention" else None)
     return tuple(windows)

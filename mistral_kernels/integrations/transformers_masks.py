@@ -1,4 +1,4 @@
-"""transformers' masks as `Mask`: read from its masking_utils, versions 4.56 to 5.24."""
+"""Mask interface of transformers: its arguments as a `Mask`, for versions 4.56 to 5.24."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ def create_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Mask | Tensor | None:
-    """Create a mask as transformers' mask interface, whose arguments its `sdpa_mask` describes.
+    """Create a mask with the signature of transformers' mask interface.
 
-    `cache_position`, (q_length,), is how older versions give q_length, q_offset and device.
+    The docstring of transformers' `sdpa_mask` describes the arguments. Older versions pass
+    `cache_position`, (q_length,), instead of q_length, q_offset and device.
 
     Returns:
         A `Mask` for causal and sliding-window patterns, packed or not. For other patterns, and for
-        callers that will change the mask, the additive tensor of transformers' `eager_mask`, which
-        every implementation reads; None if every query sees every key.
+        callers that modify the mask, the additive tensor of transformers' `eager_mask`, which every
+        implementation can read; None if every query sees every key.
     """
     older = cache_position is not None
     if cache_position is not None:
@@ -46,7 +47,7 @@ def create_mask(
     pattern |= {"batch_size": batch_size, "kv_length": kv_length, "attention_mask": attention_mask}
 
     def in_full(make: Callable[..., Tensor | None], queries: int = q_length) -> Tensor | None:
-        """Make the mask of the last `queries` queries by a function of transformers."""
+        """Return the full mask of the last `queries` queries, by a function of transformers."""
         skipped = q_length - queries
         if cache_position is not None:
             sizes: dict[str, Any] = {"cache_position": cache_position[skipped:]}
@@ -58,8 +59,9 @@ def create_mask(
     if tracing:
         causal, segments = _is_causal_while_tracing(mask_function, kwargs), None
     else:
-        causal, segments = _pattern(mask_function)
-    if use_vmap or not causal or getattr(kwargs.get("config"), "model_type", "") in _CHANGE_MASKS:
+        causal, segments = _parse_pattern(mask_function)
+    model_type = getattr(kwargs.get("config"), "model_type", "")
+    if use_vmap or not causal or model_type in _MODELS_THAT_MODIFY_MASKS:
         return in_full(masking_utils.eager_mask)
     if segments is not None:
         begins = torch.ones_like(segments, dtype=torch.bool)
@@ -70,9 +72,9 @@ def create_mask(
     if tracing and not older and unmasked and at_start:
         cu_seqlens = _cu_seqlens_while_tracing(mask_function, batch_size, q_length, device)
         return Mask(shape, cu_seqlens=cu_seqlens)
-    # Static caches pass False for single tokens, and in versions where callers cannot pass it, for
-    # prompts, too. Otherwise False means that the caller will modify the mask.
-    if _CALLERS_MAY_FORBID and not allow_is_causal_skip and q_length > 1:
+    # allow_is_causal_skip=False means that the caller will modify the mask, with two exceptions:
+    # single tokens over a static cache, and prompts in versions where callers cannot pass it.
+    if _CALLERS_CAN_FORBID_SKIP and not allow_is_causal_skip and q_length > 1:
         return in_full(masking_utils.eager_mask)
     if tracing and (older or attention_mask is not None):
         return Mask(shape, in_full(masking_utils.sdpa_mask))
@@ -82,7 +84,7 @@ def create_mask(
     if attention_mask is not None:
         if attention_mask.ndim != 2:
             return Mask(shape, in_full(masking_utils.sdpa_mask))
-        starts, ends, holes, q_offset, kv_offset = _read(attention_mask, q_offset, kv_offset)
+        starts, ends, holes, q_offset, kv_offset = _read_mask(attention_mask, q_offset, kv_offset)
         end = q_offset + q_length
         padded_right = any(0 < x < end for x in ends)
         if holes or attention_mask.shape[1] < end or (padded_right and q_length == 1):
@@ -90,14 +92,14 @@ def create_mask(
         if padded_right:
             last = in_full(masking_utils.sdpa_mask, queries=1)
     elif older and allow_is_causal_skip:
-        return Mask(shape)  # no cache, or one that hands over exactly the keys it holds
+        return Mask(shape)  # no cache, or a cache that returns exactly the keys it stores
     elif not (isinstance(q_offset, int) and isinstance(kv_offset, int)):
         if tracing or q_length == 1:
             descriptor = make_descriptor(0, q_offset, kv_offset, batch_size, device)
             return Mask(shape, descriptor=descriptor)
         q_offset, kv_offset = int(q_offset), int(kv_offset)
 
-    unseen = kv_offset + kv_length - q_offset - q_length  # keys past the last query
+    unseen = kv_offset + kv_length - q_offset - q_length  # keys after the last query
     if unseen < 0:
         return Mask(shape, in_full(masking_utils.sdpa_mask))
     if starts is None or max(starts) <= kv_offset:
@@ -110,19 +112,23 @@ def create_mask(
     return Mask(shape, None, descriptor, None, last, starts, q_offset, kv_offset)
 
 
-_CALLERS_MAY_FORBID = (
+_CALLERS_CAN_FORBID_SKIP = (
     "allow_is_causal_skip" in signature(masking_utils.create_causal_mask).parameters
 )
-_CHANGE_MASKS = ("doge", "falcon")  # model types that add to their mask, for single tokens, too
+# Model types that add biases to their mask, for single tokens as well.
+_MODELS_THAT_MODIFY_MASKS = ("doge", "falcon")
 
 
 def make_descriptor(
     starts: Any, q_offset: Any, kv_offset: Any, batch: int, device: torch.device | str
 ) -> Tensor:
-    """Return (batch, 3) int32. An argument is a number, a list or a tensor, of one or of batch."""
+    """Return `Mask.descriptor`, (batch, 3) int32.
+
+    Each value is a number, or a list or tensor with one element or one element per row.
+    """
     columns = []
     for x in (starts, q_offset, kv_offset):
-        if isinstance(x, int):  # filled on the device: nothing to copy there
+        if isinstance(x, int):  # fill on the device instead of copying from the host
             column = torch.full((batch,), x, dtype=torch.int32, device=device)
         else:
             column = torch.as_tensor(x, dtype=torch.int32, device=device).expand(batch)
@@ -130,11 +136,11 @@ def make_descriptor(
     return torch.stack(columns, dim=-1)
 
 
-def _read(mask: Tensor, *offsets: int | Tensor) -> tuple[list[int], list[int], bool, int, int]:
-    """Read a (batch, keys) mask and the offsets from the device, all at once.
+def _read_mask(mask: Tensor, *offsets: int | Tensor) -> tuple[list[int], list[int], bool, int, int]:
+    """Read a (batch, keys) mask and the offsets from the device in a single copy.
 
-    Returns the first valid key of each row and the end of its valid keys, whether any key between
-    them is hidden, and the offsets.
+    Return the first valid key of each row, the end of its valid keys, whether a key between them is
+    hidden, and the two offsets.
     """
     mask = mask.bool()
     batch, keys = mask.shape
@@ -150,30 +156,30 @@ def _read(mask: Tensor, *offsets: int | Tensor) -> tuple[list[int], list[int], b
     return numbers[:batch], numbers[batch : 2 * batch], holes, q_offset, kv_offset
 
 
-def _pattern(mask_function: Callable[..., Any]) -> tuple[bool, Tensor | None]:
-    """Return whether a pattern is causal or sliding, and the indices of sequences it keeps apart.
+def _parse_pattern(mask_function: Callable[..., Any]) -> tuple[bool, Tensor | None]:
+    """Return whether a pattern is causal or sliding, and the sequence index of each token.
 
-    The indices are (batch, seqlen), or None if it keeps none apart.
+    The indices are (batch, seqlen), or None if the pattern does not separate packed sequences.
     """
     if mask_function is masking_utils.causal_mask_function:
         return True, None
-    parts = _made_by(masking_utils.and_masks, mask_function).get("mask_functions", ())
+    parts = _closure_of(masking_utils.and_masks, mask_function).get("mask_functions", ())
     if len(parts) != 2:
         return False, None
     first, second = parts
     if second is masking_utils.causal_mask_function:
-        return bool(_made_by(masking_utils.sliding_window_overlay, first)), None
+        return bool(_closure_of(masking_utils.sliding_window_overlay, first)), None
     remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)
-    within = _made_by(remap, first).get("mask_function", first) if remap is not None else first
-    causal, nested = _pattern(within)
-    segments = _made_by(masking_utils.packed_sequence_mask_function, second)
+    within = _closure_of(remap, first).get("mask_function", first) if remap is not None else first
+    causal, nested = _parse_pattern(within)
+    segments = _closure_of(masking_utils.packed_sequence_mask_function, second)
     if not causal or nested is not None or not segments:
         return False, None
     return True, segments["packed_sequence_mask"]
 
 
-def _made_by(factory: Callable[..., Any], function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the closure of a function that `factory` made, by name; empty if another made it."""
+def _closure_of(factory: Callable[..., Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the closure variables of a function that `factory` created; otherwise {}."""
     code = getattr(function, "__code__", None)
     if code is None or code not in factory.__code__.co_consts:
         return {}
@@ -190,7 +196,7 @@ _AND_MASK = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 
 
 def _is_causal_while_tracing(mask_function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    """Return whether a pattern is causal or sliding where closures cannot be read."""
+    """Return whether a pattern is causal or sliding. A trace cannot read its closure."""
     if mask_function is masking_utils.causal_mask_function:
         return True
     config = kwargs.get("config")
@@ -205,17 +211,17 @@ def _is_causal_while_tracing(mask_function: Callable[..., Any], kwargs: dict[str
 def _cu_seqlens_while_tracing(
     mask_function: Callable[..., Any], batch: int, seqlen: int, device: torch.device | str
 ) -> Tensor:
-    """Return (batch * seqlen + 1,) int32: one sequence per token at most, empty ones at the end.
+    """Return cu_seqlens of fixed size, (batch * seqlen + 1,) int32; the last sequences are empty.
 
-    While tracing, transformers takes every batch for a packed one. A sequence begins where a token
-    does not see the one before it.
+    While tracing, transformers treats every batch as packed. A sequence begins at each token that
+    does not see the previous token.
     """
     rows = torch.arange(batch, device=device)[:, None]
     tokens = torch.arange(seqlen, device=device)[None]
     before, after = tokens[:, :-1], tokens[:, 1:]
     head = torch.zeros_like(rows)
     ahead = mask_function(rows, head, before, after).any()
-    torch._assert_async(~ahead, "a batch whose tokens see later ones cannot be compiled")
+    torch._assert_async(~ahead, "attention_mask must be causal under torch.compile")
     begins = torch.ones((batch, seqlen), dtype=torch.bool, device=device)
     begins[:, 1:] = ~mask_function(rows, head, after, before)
     total = batch * seqlen

@@ -1,1 +1,1 @@
-"""Training: the loop, its saved state, and both over several ranks with FSDP2."""
+"""Training loop and its saved state, in one process or on several ranks with FSDP2."""

@@ -1,7 +1,7 @@
 """Training on several ranks: FSDP2 shards the weights, their gradients and AdamW's averages.
 
-The parameters are float32 shards. FSDP gathers the weights that the model computes with from them,
-one layer at a time, and drops them after the layer; gradients are averaged in float32.
+The parameters are float32 shards. For each layer, FSDP gathers the weights in the compute dtype and
+frees them after the layer. Gradients are averaged in float32.
 """
 
 from __future__ import annotations
@@ -33,17 +33,22 @@ def sharded_model(
     dtype: torch.dtype,
     world: World,
 ) -> MistralForCausalLM:
-    """Return a model of which each rank holds its share of every weight, in float32.
+    """Create a model of which each rank holds a float32 shard of every weight.
 
-    It computes in `dtype`, to which the weights are rounded. `tensors` reads them, as
-    `Checkpoint.tensors` does. A rank reads its share alone; its memory is that and one layer.
+    A rank reads only its shard. Its peak memory is its shard and one whole layer.
+
+    Args:
+        config: configuration of the model.
+        tensors: function that yields the weights, with the signature of `Checkpoint.tensors`.
+        dtype: dtype of the computation; the weights are rounded to it.
+        world: this rank.
     """
     with torch.device("meta"):
         model = MistralForCausalLM(config)
-    places = _places(model)
+    row_ranges = _row_ranges(model)
     options: dict[str, Any] = {
         "mesh": init_device_mesh(world.device.type, (world.size,)),
-        # The inputs stay as they are: some are float32 tables.
+        # Do not cast inputs: some are float32 tables.
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
     }
     for layer in model.model.layers:
@@ -53,17 +58,17 @@ def sharded_model(
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     fully_shard(model, **options)
-    # The loss needs the head's weight, which is whole inside the root's forward alone.
+    # The loss needs the whole weight of the head, gathered only inside a forward of the root.
     model.packed_loss = MethodType(packed_loss, model)  # type: ignore[assignment]
     register_fsdp_forward_method(model, "packed_loss")
 
     weights = dict(model.named_parameters())
 
     def own(name: str) -> tuple[slice, Tensor]:
-        """Return this rank's rows of a tensor, and the tensor that they are copied to."""
-        weight, first, rows = places[name]
+        """Return this rank's rows of a tensor, and the part of its shard that receives them."""
+        weight, first, rows = row_ranges[name]
         shard: Tensor = weights[weight].detach().to_local()  # type: ignore[attr-defined]
-        start = world.rank * -(-len(weights[weight]) // world.size)  # as torch.chunk cuts
+        start = world.rank * -(-len(weights[weight]) // world.size)  # FSDP divides like torch.chunk
         low = max(start, first)
         high = max(low, min(start + len(shard), first + rows))
         return slice(low - first, high - first), shard[low - start : high - start]
@@ -72,29 +77,29 @@ def sharded_model(
         cast = tensor.to(dtype)
         check_cast(name, tensor, cast)
         own(name)[1].copy_(cast)
-        del tensor, cast  # a mapped one keeps its pages until it is dropped
+        del tensor, cast  # a memory-mapped tensor occupies memory until it is freed
     return model
 
 
-def _places(model: MistralForCausalLM) -> dict[str, tuple[str, int, int]]:
-    """Return, per tensor of a state dict, its parameter, its first row in that, and its rows.
+def _row_ranges(model: MistralForCausalLM) -> dict[str, tuple[str, int, int]]:
+    """Return the parameter, the first row in it, and the number of rows of each state dict tensor.
 
-    Tied weights are found under the first of their names.
+    A parameter may hold several tensors. Tied weights have the first of their names.
     """
     names = {weight: name for name, weight in model.named_parameters()}
-    places = {}
+    ranges = {}
     for prefix, module in model.named_modules():
         for weight in module.parameters(recurse=False):
             row = 0
             for name, part in module.state_dict(prefix=f"{prefix}.").items():
-                places[name] = names[weight], row, len(part)
+                ranges[name] = names[weight], row, len(part)
                 row += len(part)
-    return places
+    return ranges
 
 
-def share(batch: Sequence[Tensor], world: World) -> list[Tensor]:
-    """Return this rank's sequences of a batch: at least one, and about as many tokens per rank."""
-    loads = [0] * world.size
+def local_sequences(batch: Sequence[Tensor], world: World) -> list[Tensor]:
+    """Return this rank's sequences of a batch: at least one, and similar token counts per rank."""
+    loads = [0] * world.size  # tokens
     shares: list[list[Tensor]] = [[] for _ in loads]
     for sequence in sorted(batch, key=len, reverse=True):
         lightest = loads.index(min(loads))
@@ -104,10 +109,10 @@ def share(batch: Sequence[Tensor], world: World) -> list[Tensor]:
 
 
 class Sharded:
-    """A `sharded_model` that all ranks train together; see `loop.Backend`.
+    """Backend of a `sharded_model`, which all ranks train together; see `loop.Backend`.
 
-    Every rank draws the whole batch and computes its own sequences of it. A batch must have at
-    least one sequence per rank. Losses are those of all ranks.
+    Every rank draws the whole batch and computes only its own sequences. A batch must have at least
+    one sequence per rank. Losses are those of the whole batch.
     """
 
     def __init__(self, model: MistralForCausalLM, dtype: torch.dtype, world: World) -> None:
@@ -115,10 +120,11 @@ class Sharded:
         self.parameters: dict[str, Tensor] = dict(model.named_parameters())
 
     def backward(self, corpus: Corpus, batch: Sequence[Tensor]) -> float:
-        own = share(batch, self.world)
+        """Compute the gradients of this rank's sequences; return the loss of the whole batch."""
+        own = local_sequences(batch, self.world)
         part = sum(map(len, own)) / sum(map(len, batch))
         loss = self._packed_loss(corpus, own) * part
-        (loss * self.world.size).backward()  # FSDP takes the mean over the ranks
+        (loss * self.world.size).backward()  # FSDP averages the gradients over the ranks
         return self._sum(loss)
 
     def update_weights(self) -> None:
@@ -126,13 +132,16 @@ class Sharded:
 
     @torch.no_grad()
     def held_out_loss(self, corpus: Corpus, tokens: Tensor) -> float:
-        """Each rank reads all of the one sequence; their losses differ by rounding."""
+        """Return the mean loss per token of `tokens` as one sequence, averaged over the ranks.
+
+        Every rank computes the whole sequence; the losses of the ranks differ by rounding.
+        """
         loss = self._packed_loss(corpus, [tokens])
-        self.model.reshard()  # type: ignore[operator]  # else the root's weights stay gathered
+        self.model.reshard()  # type: ignore[operator]  # otherwise the root stays gathered
         return self._sum(loss) / self.world.size
 
     def write(self, directory: Path, extra_files: Iterable[Path]) -> None:
-        """Gather one weight at a time, on all ranks; the main rank writes it."""
+        """Gather one weight at a time on all ranks; rank 0 writes the checkpoint."""
         tensors = whole_tensors(self.model)
         if self.world.is_main:
             config = self.model.config
@@ -144,14 +153,14 @@ class Sharded:
         return self.model.packed_loss(corpus, targets)  # type: ignore[operator, no-any-return]
 
     def _sum(self, value: Tensor) -> float:
-        """Return the sum over the ranks, which has the same bits on all."""
+        """Return the sum over the ranks, bitwise equal on all ranks."""
         total = value.detach().clone()
         dist.all_reduce(total)
         return total.item()
 
 
 def whole_tensors(model: MistralForCausalLM) -> Iterator[tuple[str, Tensor]]:
-    """Yield a sharded model's state dict, one gathered tensor at a time. A collective call."""
+    """Yield the state dict of a sharded model, one gathered tensor at a time, on all ranks."""
     for prefix, module in model.named_modules():
         for _ in module.parameters(recurse=False):
             for name, tensor in module.state_dict(prefix=f"{prefix}.").items():

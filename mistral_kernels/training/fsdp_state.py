@@ -1,14 +1,15 @@
-"""The state of a run on several ranks, in a folder to which each rank writes its share.
+"""Saved state of a run on several ranks: a folder to which each rank writes its share.
 
     OUTPUT.partial/step-400/__0_0.distcp, ...   torch.distributed.checkpoint's files, per rank
                             .metadata           the file and offset of each part of each tensor
                             run.pt              the rest of the state
 
-`run.pt` is written last: a folder without it is an incomplete save. Then the folder before is
-removed. Any number of ranks can resume from it.
+`run.pt` is written last: a folder without it is an incomplete save. After that, the previous
+folder is removed. Any number of ranks can resume from the state.
 
-torch.distributed.checkpoint (DCP) reads shares with `weights_only=True`, but compares no checksum,
-and unpickles `.metadata` freely: `_Reader` and `_read_metadata` mend both.
+torch.distributed.checkpoint (DCP) reads shares with `weights_only=True`, but it does not verify
+checksums, and it unpickles `.metadata` without restrictions. `_Reader` and `_read_metadata` add
+both checks.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from mistral_kernels.training.state import (
     FileSaving,
     check_archive,
     check_identity,
-    check_like,
-    naming_damage,
+    check_structure,
     read_state,
+    reporting_damage,
 )
 from mistral_kernels.utils.files import check_regular
 
@@ -47,7 +48,7 @@ _REST, _METADATA, _STEP = "run.pt", ".metadata", "step-"
 
 @dataclass(frozen=True)
 class FolderSaving:
-    """`Saving` into the folder `path`, by all ranks together. An error on one is raised on all."""
+    """`Saving` into the folder `path` by all ranks. An error on one rank is raised on all ranks."""
 
     path: Path
     every: int
@@ -55,6 +56,7 @@ class FolderSaving:
     world: World
 
     def save(self, state: Mapping[str, Any]) -> None:
+        """Save the state in a new folder and remove the previous one."""
         rest = {name: value for name, value in state.items() if name != "tensors"}
         folder = self.path / f"{_STEP}{state['step']}"
         self.world.from_main(lambda: self._begin(folder))
@@ -65,6 +67,7 @@ class FolderSaving:
         self.world.from_main(lambda: self._commit(folder, rest, saved))
 
     def load(self, state: Mapping[str, Any], check: Check) -> dict[str, Any] | None:
+        """Return the saved state, with its tensors copied to those of `state`; None: no state."""
         found = self.world.from_main(lambda: self._find(state.keys() - {"tensors"}, check))
         if found is None:
             return None
@@ -72,14 +75,16 @@ class FolderSaving:
         try:
             dcp.load(state["tensors"], storage_reader=_Reader(folder, metadata))
         except CheckpointException as error:
-            with naming_damage(folder):
+            with reporting_damage(folder):
                 raise _first_of(error) from None
         return saved
 
     def exists(self) -> bool:
+        """Return whether there is a complete state."""
         return bool(self._complete())
 
     def discard(self) -> None:
+        """Remove all states, complete or not."""
         self.world.from_main(self._remove_all)
 
     def _begin(self, folder: Path) -> None:
@@ -91,15 +96,15 @@ class FolderSaving:
             raise self._cannot_save(error) from error
 
     def _commit(self, folder: Path, rest: dict[str, Any], saved: Metadata) -> None:
-        """Complete the folder with `rest`. For the main rank."""
+        """Complete the folder with `rest`. Called on rank 0."""
         for name in sorted({each.relative_path for each in saved.storage_data.values()}):
             if not (folder / name).exists():
                 raise self._cannot_save(
-                    f"rank 0 does not see {folder / name}, which another rank wrote; name an "
+                    f"rank 0 cannot find {folder / name}, which another rank wrote; name an "
                     "output on a file system that all ranks share"
                 )
-        # The other files have checksums of their own.
-        files = {_METADATA: _sum((folder / _METADATA).read_bytes())}
+        # Only .metadata needs a checksum here: the other files contain their own.
+        files = {_METADATA: _size_and_checksum((folder / _METADATA).read_bytes())}
         FileSaving(folder / _REST, self.every, self.identity).save({**rest, "files": files})
         sync_folder(self.path)
         for older in self._steps():
@@ -109,25 +114,28 @@ class FolderSaving:
     def _find(
         self, parts: Iterable[str], check: Check
     ) -> tuple[Path, dict[str, Any], Metadata] | None:
-        """Return the newest complete folder, its `run.pt` and its metadata. For the main rank."""
+        """Return the newest complete folder, its `run.pt` and its metadata. Called on rank 0."""
         if self.path.is_file():
             raise CheckpointError(
-                f"{self.path} is the state of a run without torchrun; go on without it, remove "
-                "the file, or name another output"
+                f"{self.path} is the state of a run without torchrun; resume without torchrun, "
+                "remove the file, or name another output"
             )
         complete = self._complete()
         if not complete:
             if self.path.exists() and set(self.path.iterdir()) - set(self._steps()):
-                raise CheckpointError(f"{self.path} holds something else; name another output")
+                raise CheckpointError(
+                    f"{self.path} must contain nothing except the state of a run, got other files; "
+                    "name another output"
+                )
             return None
         folder = complete[-1]
         saved = read_state(folder / _REST, ("identity", "files", *parts))
         check_identity(folder, saved["identity"], self.identity)
-        with naming_damage(folder / _REST):
+        with reporting_damage(folder / _REST):
             check(saved)
-            # Other sums there may be are those of an earlier version.
-            check_like("files", saved["files"], {**saved["files"], _METADATA: (0, 0)})
-        with naming_damage(folder):
+            # States of earlier versions have checksums of other files, too.
+            check_structure("files", saved["files"], {**saved["files"], _METADATA: (0, 0)})
+        with reporting_damage(folder):
             return folder, saved, _read_metadata(folder, saved["files"][_METADATA])
 
     def _remove_all(self) -> None:
@@ -137,7 +145,7 @@ class FolderSaving:
             self.path.rmdir()
 
     def _steps(self) -> list[Path]:
-        """Return the folders of steps, the newest last."""
+        """Return the folders of all steps, the newest last."""
         numbers = ((path.name.removeprefix(_STEP), path) for path in self.path.glob(f"{_STEP}*"))
         steps = ((int(n), path) for n, path in numbers if re.fullmatch("[0-9]{1,10}", n))
         return [path for _, path in sorted(steps)]
@@ -150,19 +158,19 @@ class FolderSaving:
 
 
 def _first_of(error: CheckpointException) -> BaseException:
-    """Return the error of the first rank that failed. Raise it if it is an interrupt."""
+    """Return the error of the lowest rank that failed. Raise the error if it is an interrupt."""
     first, _ = error.failures[min(error.failures)]
     if isinstance(first, (KeyboardInterrupt, SystemExit)):
         raise first from None
     return first
 
 
-def _sum(data: bytes) -> tuple[int, int]:
+def _size_and_checksum(data: bytes) -> tuple[int, int]:
     return len(data), zlib.crc32(data)
 
 
 def _existing(path: Path) -> Path:
-    """Return `path`. Raise ValueError if there is no such file, CheckpointError for a FIFO."""
+    """Return `path`. Raise ValueError if it is missing, CheckpointError if it is not regular."""
     if not path.exists():
         raise ValueError(f"{path.name} is missing")
     check_regular(path)
@@ -170,13 +178,13 @@ def _existing(path: Path) -> Path:
 
 
 def _read_metadata(folder: Path, expected: tuple[int, int]) -> Metadata:
-    """Unpickle `.metadata`, whose size and CRC-32 are `expected`, without running code in it."""
+    """Unpickle `.metadata` without running code from it; `expected` is its size and CRC-32."""
     data = _existing(folder / _METADATA).read_bytes()
-    if _sum(data) != expected:
+    if _size_and_checksum(data) != expected:
         raise ValueError(f"{_METADATA} is damaged")
     try:
         metadata = _MetadataUnpickler(io.BytesIO(data)).load()
-    except MemoryError:  # for an absurd length
+    except MemoryError:  # raised for a length that is far too large
         raise ValueError(f"{_METADATA} is damaged") from None
     if type(metadata) is not Metadata or type(metadata.state_dict_metadata) is not dict:
         raise ValueError(f"{_METADATA} does not describe tensors")
@@ -184,7 +192,7 @@ def _read_metadata(folder: Path, expected: tuple[int, int]) -> Metadata:
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads a folder of which the metadata is at hand; checks the tensors that it reads."""
+    """Reader of a folder whose metadata is already read; it checks the tensors that it reads."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
@@ -202,17 +210,18 @@ class _Reader(dcp.FileSystemReader):
         done = super().read_data(plan, planner)
         for item in plan.items:
             if not planner.resolve_tensor(item).isfinite().all():
-                raise ValueError(f"{item.dest_index.fqn} is not finite")
+                raise ValueError(f"{item.dest_index.fqn} must be finite, got inf or nan")
         return done
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles the types of a checkpoint of tensors alone.
+    """Unpickler that accepts only the types of a checkpoint of tensors.
 
-    Others could run code, and DCP unpickles freely an object that the metadata says is no tensor.
+    Other types could run code. Also, DCP unpickles an object without restrictions if the metadata
+    does not describe it as a tensor.
     """
 
-    _KNOWN: ClassVar = {
+    _ALLOWED: ClassVar = {
         "pathlib": {"PosixPath", "WindowsPath"},
         "pathlib._local": {"PosixPath", "WindowsPath"},
         "torch": {"Size", "bfloat16", "float32"},
@@ -225,7 +234,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the type of this name; UnpicklingError unless it is a known one."""
-        if name not in self._KNOWN.get(module, ()):
+        """Return the type `name` of `module`; raise UnpicklingError if it is not allowed."""
+        if name not in self._ALLOWED.get(module, ()):
             raise pickle.UnpicklingError("it holds more than plain tensors")
         return super().find_class(module, name)

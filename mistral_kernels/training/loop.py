@@ -1,4 +1,4 @@
-"""The training loop: batches of a text, and the optimization."""
+"""Training loop: batches of a text, and the optimization."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ops import extension
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 from mistral_kernels.tokenizer import MistralTokenizer
-from mistral_kernels.training.state import Saving, check_like
+from mistral_kernels.training.state import Saving, check_structure
 from mistral_kernels.utils.ranges import COUNT, SEED, Range
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_AVERAGES = ("exp_avg", "exp_avg_sq")  # AdamW's, of the gradients and of their squares
+_AVERAGES = ("exp_avg", "exp_avg_sq")  # AdamW's averages of gradients and of squared gradients
 _REMEDY = "use a lower learning rate (--learning-rate)"
 _LARGEST_BATCH = 1 << 28  # tokens; offsets into a packed batch are int32
 
@@ -34,15 +34,16 @@ def _setting(default: Any, allowed: Range | None = None, text: str = "") -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of the optimization: AdamW, linear warm-up, cosine decay to a tenth.
+    """Settings of the optimization: AdamW, linear warmup, cosine decay to 10 % of the peak.
 
     A step has `accumulate` batches of `batch_size * seqlen` tokens each.
 
-    Raises `ValueError` or `TypeError` that names the field that is out of range or not a number.
+    Raises `ValueError` if a field is out of range and `TypeError` if it is not a number; the
+    message names the field.
     """
 
     steps: int = _setting(1400, COUNT)
-    batch_size: int = _setting(16, COUNT, "sequences a batch, over all ranks")
+    batch_size: int = _setting(16, COUNT, "sequences per batch, over all ranks")
     seqlen: int = _setting(256, COUNT)
     learning_rate: float = _setting(2e-3, Range(float, 0))
     warmup_steps: int = _setting(100, Range(int, 0, COUNT.high))
@@ -50,16 +51,16 @@ class Recipe:
     max_grad_norm: float = _setting(1.0, Range(float, 0, above=True))
     eval_every: int = _setting(100, COUNT)
     seed: int = _setting(0, SEED)
-    accumulate: int = _setting(1, COUNT, "batches a step, whose gradients are added up in float32")
+    accumulate: int = _setting(1, COUNT, "batches per step; their gradients are summed in float32")
     pack: bool = _setting(
         False,
-        text="fill a batch's batch-size * seqlen tokens with whole paragraphs, each a sequence of "
-        "its own (one longer than seqlen in stretches of seqlen), the last one cut",
+        text="fill each batch of batch-size * seqlen tokens with whole paragraphs, each as one "
+        "sequence; longer paragraphs are split every seqlen tokens, and the last one is truncated",
     )
     checkpoint_activations: bool = _setting(
-        False, text="keep each layer's input alone and compute the layer again going backwards"
+        False, text="store only each layer's input and recompute the layer in the backward pass"
     )
-    dtype: str = _setting("bf16", text="of the weights, bf16 or fp32; their masters are float32")
+    dtype: str = _setting("bf16", text="dtype of the weights, bf16 or fp32; master copies in fp32")
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -76,9 +77,11 @@ class Recipe:
 
     @property
     def tokens_per_step(self) -> int:
+        """Number of tokens per optimizer step."""
         return self.accumulate * self.batch_size * self.seqlen
 
     def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -86,25 +89,32 @@ class Recipe:
 
 
 class Corpus:
-    """Tokens of a text of one paragraph per line.
+    """Tokens of a text with one paragraph per line.
 
-    Sequences begin, after BOS, where a paragraph begins, as prompts do.
+    Each training sequence is BOS followed by tokens from the beginning of a paragraph, like a
+    prompt.
 
-    `tokens` (n,) int64; `starts` (paragraphs,) where each paragraph begins in them.
+    Attributes:
+        tokens: (n,) int64, tokens of the text without BOS.
+        starts: (paragraphs,) int64, index of each paragraph's first token in `tokens`.
 
-    Raises `TokenizerError` for a bad `tokenizer_path`, `ValueError` for a tokenizer without BOS.
+    Raises `TokenizerError` for an invalid `tokenizer_path`, and `ValueError` for a tokenizer
+    without BOS.
     """
 
     def __init__(self, text: str, tokenizer_path: Path) -> None:
         self.tokenizer = MistralTokenizer.from_pretrained(tokenizer_path)
         bos = self.tokenizer.bos_token_id
         if bos is None:
-            raise ValueError(f"{self.tokenizer.path} has no BOS token for sequences to begin with")
+            raise ValueError(
+                "the tokenizer must have a BOS token, which begins every sequence, got none in "
+                f"{self.tokenizer.path}"
+            )
         self.bos = bos
         self.tokens, self.starts = self._encode(text)
 
     def _encode(self, text: str) -> tuple[Tensor, Tensor]:
-        """Return a text's tokens, and the indices at which its paragraphs begin."""
+        """Return the tokens of a text, and the index of each paragraph's first token."""
         encode = self.tokenizer.encode
         paragraphs = [encode(line + "\n", bos=False, eos=False) for line in text.splitlines()]
         lengths = torch.tensor([len(paragraph) for paragraph in paragraphs], dtype=torch.int64)
@@ -116,12 +126,12 @@ class Corpus:
         return self._encode(text)[0]
 
     def with_bos(self, targets: Tensor) -> Tensor:
-        """Return the inputs for `targets` (..., seqlen): BOS, then all but the last."""
+        """Return the inputs for `targets`, (..., seqlen): BOS, then all targets except the last."""
         bos = targets.new_full((*targets.shape[:-1], 1), self.bos)
         return torch.cat((bos, targets[..., :-1]), dim=-1)
 
     def sample(self, batch_size: int, seqlen: int, generator: torch.Generator) -> Tensor:
-        """Return random targets (batch_size, seqlen)."""
+        """Return random targets, (batch_size, seqlen), each from the beginning of a paragraph."""
         starts = self.starts[self.starts <= len(self.tokens) - seqlen]
         if not len(starts):
             raise ValueError(
@@ -132,15 +142,15 @@ class Corpus:
         return self.tokens[chosen[:, None] + torch.arange(seqlen)]
 
     def batches(self, recipe: Recipe, generator: torch.Generator) -> Iterator[Sequence[Tensor]]:
-        """Yield batches without end: targets per sequence, batch_size * seqlen tokens in all.
+        """Yield batches endlessly: the targets of each sequence, batch_size * seqlen tokens in all.
 
-        Each batch is drawn from `generator` when it is requested.
+        `generator` is used only when a batch is requested.
         """
         while not recipe.pack:
             yield list(self.sample(recipe.batch_size, recipe.seqlen, generator))
         paragraphs = self.tokens.tensor_split(self.starts[1:])
         whole = [part for paragraph in paragraphs for part in paragraph.split(recipe.seqlen)]
-        whole = [part for part in whole if len(part)]  # a tokenizer may drop a line
+        whole = [part for part in whole if len(part)]  # a tokenizer may drop a whole line
         while True:
             batch, room = [], recipe.batch_size * recipe.seqlen
             while room:
@@ -151,7 +161,7 @@ class Corpus:
 
 
 def packed_loss(model: MistralForCausalLM, corpus: Corpus, targets: Sequence[Tensor]) -> Tensor:
-    """Return the mean loss, in nats per token, of sequences given by their targets (seqlen,)."""
+    """Return the mean loss, in nats per token, of sequences with these targets, (seqlen,) each."""
     seqlens = [len(sequence) for sequence in targets]
     packing = Packing.of(seqlens, [0] * len(seqlens), model.device)
     inputs = torch.cat([corpus.with_bos(sequence) for sequence in targets]).to(model.device)
@@ -167,29 +177,31 @@ def held_out_loss(model: MistralForCausalLM, corpus: Corpus, tokens: Tensor) -> 
 
 
 class Backend(Protocol):
-    """The processes that a run computes on: `SingleProcess`, or `fsdp.Sharded` for several ranks.
+    """Interface to the process or processes of a run: `SingleProcess` or `fsdp.Sharded`.
 
-    `parameters`: the float32 tensors that AdamW works on, by the names of the model's parameters.
+    Attributes:
+        model: the model.
+        parameters: float32 tensors that AdamW updates, by the names of the model's parameters.
     """
 
     model: MistralForCausalLM
     parameters: dict[str, Tensor]
 
     def backward(self, corpus: Corpus, batch: Sequence[Tensor]) -> float:
-        """Add the gradients of a batch's mean loss to those of `parameters`; return the loss."""
+        """Add the gradients of the batch's mean loss to those of `parameters`; return the loss."""
 
     def update_weights(self) -> None:
-        """Round `parameters` to the weights that the model computes with."""
+        """Round `parameters` to the weights of the model."""
 
     def held_out_loss(self, corpus: Corpus, tokens: Tensor) -> float:
         """Return the mean loss per token of `tokens` as one sequence."""
 
     def write(self, directory: Path, extra_files: Iterable[Path]) -> None:
-        """Write the model's checkpoint; see `MistralForCausalLM.save_pretrained`."""
+        """Write the checkpoint of the model; see `MistralForCausalLM.save_pretrained`."""
 
 
 class SingleProcess:
-    """The model computes in its own dtype; `parameters` are float32 masters of its weights."""
+    """Backend for one process. `parameters` are float32 master copies of the model's weights."""
 
     def __init__(self, model: MistralForCausalLM) -> None:
         self.model = model
@@ -199,6 +211,7 @@ class SingleProcess:
         }
 
     def backward(self, corpus: Corpus, batch: Sequence[Tensor]) -> float:
+        """Add the gradients of the batch's mean loss to those of `parameters`; return the loss."""
         loss = packed_loss(self.model, corpus, batch)
         loss.backward()
         for master, weight in zip(self.parameters.values(), self.weights, strict=True):
@@ -209,13 +222,16 @@ class SingleProcess:
         return loss.item()
 
     def update_weights(self) -> None:
+        """Round `parameters` to the weights of the model."""
         with torch.no_grad():
             torch._foreach_copy_(self.weights, list(self.parameters.values()))
 
     def held_out_loss(self, corpus: Corpus, tokens: Tensor) -> float:
+        """Return the mean loss per token of `tokens` as one sequence."""
         return held_out_loss(self.model, corpus, tokens)
 
     def write(self, directory: Path, extra_files: Iterable[Path]) -> None:
+        """Write the checkpoint of the model; see `MistralForCausalLM.save_pretrained`."""
         self.model.cpu().save_pretrained(directory, extra_files=extra_files)
 
 
@@ -235,19 +251,20 @@ class Run:
             {"params": [p for p in self.parameters if p.ndim == 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-        # AdamW makes these at the first step; a state that is loaded needs them before.
+        # AdamW creates these tensors in the first step, but `restore` needs them before that.
         for parameter in self.parameters:
             self.optimizer.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 **{average: torch.zeros_like(parameter) for average in _AVERAGES},
             }
-        self.step, self.running = 0, 0.0  # steps made; sum of the losses since the last evaluation
-        self.curve: list[tuple[int, float, float]] = []
+        self.step = 0  # number of completed steps
+        self.running = 0.0  # sum of the losses since the last evaluation
+        self.curve: list[tuple[int, float, float]] = []  # step, training loss, held-out loss
         self._keep_best()
 
     @property
     def state(self) -> dict[str, Any]:
-        """The parts that a later step depends on. The tensors are the run's own, not copies."""
+        """All values that later steps depend on. The tensors are those of the run, not copies."""
         tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.backend.parameters.items():
             tensors[f"master.{name}"] = parameter.detach()
@@ -262,7 +279,7 @@ class Run:
         }
 
     def restore(self, saving: Saving) -> bool:
-        """Resume from the state that was saved; return whether there is one."""
+        """Resume from the saved state; return False if there is none."""
         if (state := saving.load(self.state, self._check)) is None:
             return False
         self.step, self.running, self.curve = state["step"], state["running"], state["curve"]
@@ -275,26 +292,26 @@ class Run:
     def _check(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError for a state that this run cannot have saved."""
         recipe, step = self.recipe, state["step"]
-        check_like("step", step, 0)
+        check_structure("step", step, 0)
         Range(int, 1, recipe.steps).check("step", step)
-        check_like("running", state["running"], 0.0)
+        check_structure("running", state["running"], 0.0)
         curve, last = state["curve"], step == recipe.steps and step % recipe.eval_every > 0
         points = step // recipe.eval_every + last
         if type(curve) is not list or len(curve) != points:
             raise ValueError(f"curve must be a list of {points} points")
-        check_like("curve", curve, [(0, 0.0, 0.0)] * points)
+        check_structure("curve", curve, [(0, 0.0, 0.0)] * points)
         evaluated = [recipe.eval_every * (i + 1) for i in range(points - last)] + last * [step]
         if [point[0] for point in curve] != evaluated:
-            raise ValueError("curve has points at other steps than those of the evaluations")
+            raise ValueError("curve must have one point per evaluation, got points at other steps")
         torch.Generator().set_state(state["generator"])
 
     def advance(self, corpus: Corpus, batches: Iterator[Sequence[Tensor]]) -> float:
-        """Make one step; return its mean loss. Raises ValueError if that is not finite."""
+        """Make one step and return its mean loss. Raises ValueError if the loss is not finite."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(self.step)
         losses = [self.backend.backward(corpus, next(batches)) for _ in range(recipe.accumulate)]
-        # All batches have as many tokens: the mean over them is the mean over all tokens.
+        # All batches have the same number of tokens, so this is the mean over all tokens.
         loss = sum(losses) / recipe.accumulate
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} at step {self.step}: {_REMEDY}")
@@ -317,9 +334,9 @@ class Run:
         return loss
 
     def evaluate(self, corpus: Corpus, held_out: Tensor) -> None:
-        """Add a point to the curve; keep the weights if they are the best so far.
+        """Add a point to the curve; store the weights if their held-out loss is the lowest so far.
 
-        Raises ValueError for a loss that is not finite.
+        Raises ValueError if the loss is not finite.
         """
         since = self.step - (self.curve[-1][0] if self.curve else 0)
         loss = self.finite_held_out_loss(corpus, held_out)
@@ -337,7 +354,7 @@ class Run:
 
     @torch.no_grad()
     def take_best(self) -> None:
-        """Give the model the weights of the lowest held-out loss."""
+        """Set the model's weights to those of the lowest held-out loss."""
         for name, parameter in self.backend.parameters.items():
             parameter.copy_(self.best[name])
         self.backend.update_weights()
@@ -347,22 +364,29 @@ def train(
     run: Run, corpus: Corpus, held_out: Tensor, log: TextIO | None = None,
     saving: Saving | None = None,
 ) -> list[tuple[int, float, float]]:  # fmt: skip
-    """Make all steps of `run`'s recipe; leave its model with the weights of the lowest loss.
+    """Make all steps of the run, then set the model's weights to those of the lowest held-out loss.
 
-    With `saving`, resume from the state that it holds, if there is one. `log` (default: stderr)
-    gets a line per evaluation, and a progress bar where it is a terminal.
-    Returns (step, training loss, held-out loss) per evaluation.
+    Args:
+        run: the run.
+        corpus: training text.
+        held_out: (n,) int64, tokens for the evaluations.
+        log: file for one line per evaluation, and for a progress bar if it is a terminal; None:
+            stderr.
+        saving: storage of the run's state. If it holds a state, the run resumes from it.
 
-    Raises `ValueError` for a loss that is not finite, `CheckpointError` as `saving` does. The state
-    saved last is then one whose loss was finite.
+    Returns:
+        (step, training loss, held-out loss) of each evaluation, losses in nats per token.
+
+    Raises:
+        ValueError: a loss is not finite. The last saved state has a finite loss.
+        CheckpointError: `saving` cannot load or save the state.
     """
     log, recipe = log or sys.stderr, run.recipe
     if saving is not None and run.restore(saving):
-        print(f"going on from step {run.step}, saved in {saving.path}", file=log, flush=True)
+        print(f"resuming from step {run.step}, saved in {saving.path}", file=log, flush=True)
     batches = corpus.batches(recipe, run.generator)
-    extension.load(
-        run.backend.model.device.type
-    )  # may compile, which must not count as a step's time
+    # This may compile the C++ operators. Do it before the clock starts.
+    extension.load(run.backend.model.device.type)
     first, started = run.step, time.perf_counter()
     with tqdm(
         total=recipe.steps, initial=first, unit="step", file=log, disable=not log.isatty()
@@ -374,7 +398,7 @@ def train(
             if evaluates:
                 run.evaluate(corpus, held_out)
             if saving is not None and saving.every and (last or run.step % saving.every == 0):
-                if not evaluates:  # a state whose loss is not finite must not replace another
+                if not evaluates:  # never replace a state by one whose loss is not finite
                     run.finite_held_out_loss(corpus, held_out[: recipe.seqlen])
                 saving.save(run.state)
             seconds = time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Fixtures of the tests beside transformers."""
+"""Fixtures of the integration tests."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 @pytest.fixture
 def exact_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compute eager attention's softmax in the model's dtype: exact in float64.
+    """Compute the softmax of eager attention in the model's dtype instead of float32.
 
-    There no two tokens are so nearly equally likely that rounding chooses between them, and texts
-    can be compared.
+    In float64 the probabilities of two tokens are never so close that rounding decides between
+    them. Generated texts can therefore be compared.
     """
     monkeypatch.setattr(
         torch.nn.functional, "softmax", lambda x, dim, dtype=None: torch.softmax(x, dim)

@@ -1,4 +1,4 @@
-"""`apply_mistral_kernels`: a patched model computes the same, and says what was not patched."""
+"""`apply_mistral_kernels`: a patched model computes the same; the handle lists skipped parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from support.helpers import assert_same_text, unpadded
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers", reason="transformers, to be patched, is absent")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from support.patching_cases import (  # noqa: E402
     GEMMAS,
@@ -58,7 +58,7 @@ def test_values_and_gradients(family: str, part: str) -> None:
 def summed_errors(
     actual: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]
 ) -> tuple[float, float]:
-    """Return the summed relative errors of ours and of plain bfloat16, each within bounds."""
+    """Return the summed relative errors of ours and of eager; check each error of ours."""
     assert actual.keys() == exact.keys()
     errors = [[relative_error(x[name], exact[name]) for x in (actual, plain)] for name in exact]
     for name, (ours, theirs) in zip(exact, errors, strict=True):
@@ -69,7 +69,7 @@ def summed_errors(
 
 @pytest.mark.parametrize("family", ["Mistral", "Qwen3", "Gemma2"])
 def test_bfloat16_is_as_accurate_as_eager(family: str) -> None:
-    """Compare sums over three models, since a single one may be lucky."""
+    """Compare sums over three models, since the errors of a single model vary too much."""
     errors = []
     for _ in range(3):
         model, batch = make(family).bfloat16(), make_batch()
@@ -94,7 +94,7 @@ def test_on_executed_kernels(triton_backend: None, device: torch.device) -> None
 
 @pytest.mark.parametrize("rope", ["linear", "dynamic", "yarn", "llama3"])
 def test_scaled_ropes(rope: str) -> None:
-    """Grow past the trained length, too, which the dynamic kind notices."""
+    """Include texts longer than the trained length, which change the dynamic tables."""
     scaling: dict[str, Any] = {"rope_type": rope, "factor": 4.0, "rope_theta": 100.0}
     if rope in ("yarn", "llama3"):
         scaling["original_max_position_embeddings"] = 8
@@ -126,10 +126,10 @@ def test_generation(family: str) -> None:
     assert operators.counts["rotary"]
 
 
-# What cannot be done is said.
+# Reports of patched and skipped parts
 
 
-def test_repr_names_what_was_changed_and_why_the_rest_was_not() -> None:
+def test_repr_lists_changed_modules_and_reasons_for_skipped_parts() -> None:
     model = make("Gemma2")
     handle = apply_mistral_kernels(model, cross_entropy=False)
     assert repr(handle) == (
@@ -150,14 +150,14 @@ def test_repr_names_what_was_changed_and_why_the_rest_was_not() -> None:
     assert repr(handle).startswith("mistral_kernels in Gemma2ForCausalLM, undone:\n")
 
 
-def test_what_a_model_has_not_is_skipped_by_name() -> None:
+def test_unsupported_parts_are_skipped_with_a_reason() -> None:
     model = make("Mistral", attention_dropout=0.1, hidden_act="gelu")
     model.lm_head = nn.Linear(48, VOCAB)
     handle = apply_mistral_kernels(model)
     assert set(handle.changed) == {"rms_norm", "rotary"}
     activation = type(model.model.layers[0].mlp.act_fn).__name__
     assert handle.skipped == {
-        "attention": ["config.attention_dropout is 0.1; there is none in ours"],
+        "attention": ["config.attention_dropout is 0.1; it must be 0"],
         "swiglu": [f"MistralMLP has {activation}, not SiLU"],
         "cross_entropy": ["lm_head has a bias"],
     }
@@ -167,12 +167,12 @@ def test_what_a_model_has_not_is_skipped_by_name() -> None:
     handle = apply_mistral_kernels(wide, **only("attention", "cross_entropy"))
     assert not handle.changed
     assert handle.skipped == {
-        "attention": ["head_dim is 512; ours goes to 256"],
+        "attention": ["head_dim is 512; it must be at most 256"],
         "cross_entropy": ["LlamaModel has no lm_head"],
     }
 
 
-def test_unknown_models_are_refused() -> None:
+def test_unsupported_models_raise() -> None:
     config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=9)
     model = transformers.GPT2LMHeadModel(config)
     types = "gemma, gemma2, gemma3_text, llama, mistral, qwen2, qwen3"
@@ -181,15 +181,15 @@ def test_unknown_models_are_refused() -> None:
     with pytest.raises(TypeError) as error:
         apply_mistral_kernels(nn.Linear(2, 2))
     assert str(error.value) == (
-        "model must be a transformers PreTrainedModel, or hold one, got Linear"
+        "model must be a transformers PreTrainedModel or contain one, got Linear"
     )
 
 
-# The loss.
+# The loss
 
 
 @pytest.mark.parametrize("family", ["Mistral", "Gemma2"])
-def test_the_loss_has_the_words_of_transformers(family: str) -> None:
+def test_loss_supports_the_keywords_of_transformers(family: str) -> None:
     model, batch = make(family), make_batch()
     shifted = batch["labels"].roll(-1, 1)
     cases: list[dict[str, Any]] = [
@@ -208,7 +208,7 @@ def test_the_loss_has_the_words_of_transformers(family: str) -> None:
             assert model(**given, **options).logits is None
 
 
-def test_the_loss_is_left_to_the_model_where_logits_are_wanted() -> None:
+def test_loss_runs_in_the_model_if_logits_are_needed() -> None:
     model, batch = make(), make_batch()
     ids, labels = batch["input_ids"], batch["labels"]
     with apply_mistral_kernels(model, **only("cross_entropy")):
@@ -231,7 +231,7 @@ def test_the_loss_is_left_to_the_model_where_logits_are_wanted() -> None:
     assert handle.skipped == {"cross_entropy": [reason]}
 
 
-def test_the_loss_is_left_to_a_forward_that_somebody_wrapped() -> None:
+def test_loss_runs_in_a_wrapped_forward() -> None:
     """Wrap the forward as accelerate does for mixed precision."""
     model, batch = make(), make_batch()
     plain = model.forward
@@ -239,7 +239,7 @@ def test_the_loss_is_left_to_a_forward_that_somebody_wrapped() -> None:
     expected = train_step(model, batch)
     before = attributes(model)
     with apply_mistral_kernels(model) as handle:
-        reason = "somebody replaced the forward of MistralForCausalLM"
+        reason = "the forward of MistralForCausalLM was replaced by other code"
         assert handle.skipped == {"cross_entropy": [reason]}
         assert apply_mistral_kernels(model).skipped["cross_entropy"] == [reason]
         assert_close(train_step(model, batch), expected)
@@ -247,7 +247,7 @@ def test_the_loss_is_left_to_a_forward_that_somebody_wrapped() -> None:
     assert_identical(model, before)
 
 
-def test_classes_from_elsewhere_are_not_taken_for_their_namesakes() -> None:
+def test_classes_of_other_packages_with_the_same_name_are_skipped() -> None:
     class MistralMLP(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x
@@ -256,10 +256,10 @@ def test_classes_from_elsewhere_are_not_taken_for_their_namesakes() -> None:
     model.model.layers[0].mlp = MistralMLP()
     handle = apply_mistral_kernels(model, **only("swiglu"))
     assert handle.changed == {"swiglu": ["model.layers.1.mlp"]}
-    assert handle.skipped == {"swiglu": [f"{__name__}.MistralMLP is not known"]}
+    assert handle.skipped == {"swiglu": [f"{__name__}.MistralMLP is not supported"]}
 
 
-def test_the_loss_is_left_to_the_model_where_lm_head_is_hooked() -> None:
+def test_loss_runs_in_the_model_if_lm_head_has_hooks() -> None:
     model, batch, seen = make(), make_batch(), []
     with apply_mistral_kernels(model):
         hook = model.lm_head.register_forward_hook(lambda *_: seen.append(1))
@@ -270,7 +270,7 @@ def test_the_loss_is_left_to_the_model_where_lm_head_is_hooked() -> None:
 
 
 def test_autocast() -> None:
-    """Weights in float32, products in bfloat16: as accurate as the model itself."""
+    """Check that float32 weights with bfloat16 products are as accurate as in the model itself."""
     model, batch = make("Qwen3"), make_batch()
     exact = train_step(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
@@ -281,11 +281,11 @@ def test_autocast() -> None:
     assert ours <= 1.3 * theirs
 
 
-# One graph.
+# torch.compile
 
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_compiled_in_one_graph_and_undone_after(dynamic: bool) -> None:
+def test_compile_gives_one_graph_and_undo_recompiles(dynamic: bool) -> None:
     torch._dynamo.reset()
     model, batches = make(num_hidden_layers=1), [make_batch(), make_batch(31)][: 1 + dynamic]
     expected = [train_step(model, batch) for batch in batches]

@@ -1,4 +1,4 @@
-"""`apply_mistral_kernels` beside checkpoints, PEFT, Liger, accelerate, gradient checkpointing."""
+"""`apply_mistral_kernels` with checkpoints, PEFT, Liger, accelerate, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-transformers = pytest.importorskip("transformers", reason="transformers, to be patched, is absent")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from support.patching_cases import (  # noqa: E402
     OPS,
@@ -43,7 +43,7 @@ def test_base_model() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool) -> None:
-    """Recompute in backward, outside any call of the model, by the same kernels."""
+    """Check that the recomputation in backward, outside the model's forward, runs our kernels."""
     model, batch = make(), make_batch()
     expected = train_step(model, batch)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -54,7 +54,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_weights_may_come_later(assign: bool) -> None:
+def test_weights_loaded_after_patching(assign: bool) -> None:
     source, batch = make(), make_batch()
     expected = train_step(source, batch)
     if assign:
@@ -73,7 +73,7 @@ def make_on_meta() -> Any:
     return transformers.MistralForCausalLM(make().config).train()
 
 
-def test_saved_and_copied_while_patched(tmp_path: Path) -> None:
+def test_saving_and_copying_a_patched_model(tmp_path: Path) -> None:
     model, batch = make(), make_batch()
     expected = train_step(model, batch)
     model.save_pretrained(tmp_path / "plain")
@@ -101,7 +101,7 @@ def test_saved_and_copied_while_patched(tmp_path: Path) -> None:
 
 
 def with_lora(model: Any, *targets: str) -> Any:
-    peft = pytest.importorskip("peft", reason="peft, which wraps models, is absent")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(r=2, target_modules=list(targets), task_type="CAUSAL_LM")
     wrapped = peft.get_peft_model(model, config)
     generator = torch.Generator().manual_seed(5)
@@ -156,11 +156,11 @@ def test_peft_on_lm_head() -> None:
 @pytest.fixture
 def liger(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Import Liger, and undo its replacements in transformers' modules afterwards."""
-    reason = "liger-kernel, to live beside, is absent"
+    reason = "liger-kernel is not installed"
     try:
         module = pytest.importorskip("liger_kernel.transformers", reason=reason)
-        assert module.apply_liger_kernel_to_mistral  # imported when first looked at
-    except ImportError as error:  # it refuses older versions of transformers
+        assert module.apply_liger_kernel_to_mistral  # a lazy import
+    except ImportError as error:  # Liger does not support older versions of transformers
         pytest.skip(str(error))
     modeling = __import__("importlib").import_module(make().__module__)
     for name in ("MistralRMSNorm", "MistralMLP", "apply_rotary_pos_emb"):
@@ -169,7 +169,10 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_liger_first(liger: Any) -> None:
-    """Apply Liger to instances and to classes first. (Its own kernels need a GPU.)"""
+    """Apply Liger to an instance and to the classes before patching.
+
+    Liger's own kernels need a GPU and are therefore not run.
+    """
     batch = make_batch()
     expected = train_step(make(), batch)
     model = make()
@@ -194,24 +197,25 @@ def test_liger_last(liger: Any) -> None:
     before = attributes(model)
     handle = apply_mistral_kernels(model)
     liger.apply_liger_kernel_to_mistral(model=model, rope=False)
-    theirs = {name: vars(module).get("forward") for name, module in model.named_modules()}
+    by_liger = {name: vars(module).get("forward") for name, module in model.named_modules()}
     with apply_mistral_kernels(model) as again:
         assert again.skipped == {part: ["already applied"] for part in ("attention", "rotary")}
         assert set(again.changed) == {"rms_norm", "swiglu", "cross_entropy"}
         assert_close(train_step(model, batch), expected)
     with pytest.warns(
-        UserWarning, match="RMSNorm.forward: replaced after apply_mistral_kernels, in 8 places"
+        UserWarning,
+        match=r"RMSNorm.forward: replaced after apply_mistral_kernels \(8 attributes\); undo",
     ):
         handle.undo()
     for name, module in model.named_modules():
         if name.endswith(("norm", "mlp")) or not name:
-            assert vars(module)["forward"] is theirs[name], name
+            assert vars(module)["forward"] is by_liger[name], name
         else:
             assert vars(module).get("forward") is before[name].get("forward"), name
 
 
-def test_under_hooks_of_accelerate() -> None:
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate, which hooks, is absent")
+def test_accelerate_hooks() -> None:
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
     model, batch = make(), make_batch()
     expected = train_step(model, batch)
     seen = []

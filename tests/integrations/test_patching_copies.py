@@ -1,4 +1,4 @@
-"""`apply_mistral_kernels`: copies of a patched model are patched, pickles of it are not."""
+"""`apply_mistral_kernels`: copies of a patched model are patched, pickles are not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers", reason="transformers, to be patched, is absent")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from support.patching_cases import (  # noqa: E402
     OPS,
@@ -30,7 +30,11 @@ from mistral_kernels.integrations.patching import apply_mistral_kernels  # noqa:
 
 
 def real_logits(model: nn.Module, ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return the logits of the real tokens, without a cache, which two layers could share."""
+    """Return the logits of the tokens that are not padding.
+
+    No cache is used: a copied layer has the index of its original, and both would write to the same
+    layer of the cache.
+    """
     with torch.no_grad():
         logits = model(ids, attention_mask=attention_mask, use_cache=False).logits
     return logits[attention_mask.bool()]
@@ -43,15 +47,15 @@ def padded_batch() -> tuple[Tensor, Tensor]:
     return ids, attention_mask
 
 
-def served_parts(model: nn.Module) -> set[str]:
-    """Return the parts whose operators run."""
+def active_parts(model: nn.Module) -> set[str]:
+    """Return the parts whose operators run in a training step."""
     with Operators() as operators:
         train_step(model, make_batch(), use_cache=False)
     return {part for part in PARTS if operators.counts[OPS[part]]}
 
 
 def scaled(model: Any) -> Any:
-    """Scale the model's weights, as a step of training would change them."""
+    """Scale the weights of the model, in place of a training step."""
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.1)
@@ -73,21 +77,21 @@ def test_a_copy_is_patched_on_its_own_weights(how: str) -> None:
     for on in (True, False):
         assert relative_error(real_logits(twin, *given), changed) < 2e-5
         assert relative_error(real_logits(model, *given), expected) < 2e-5
-        assert served_parts(twin) == served_parts(model) == (set(PARTS) if on else set())
+        assert active_parts(twin) == active_parts(model) == (set(PARTS) if on else set())
         handle.undo()
     with apply_mistral_kernels(twin) as other:
         assert set(other.changed) == set(PARTS)
         assert not other.skipped
-        assert served_parts(twin) == set(PARTS)
-        assert served_parts(model) == set()
+        assert active_parts(twin) == set(PARTS)
+        assert active_parts(model) == set()
         assert relative_error(real_logits(twin, *given), changed) < 2e-5
-    assert served_parts(twin) == set()
+    assert active_parts(twin) == set()
 
 
 @pytest.mark.parametrize("name", ["", "self_attn", "mlp", "input_layernorm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_copied_layer(name: str, dtype: torch.dtype) -> None:
-    """The copy serves in place of its original and of an unpatched model's layer."""
+    """Put the copy in place of its original, and in place of an unpatched model's layer."""
     tolerance = 2e-5 if dtype == torch.float32 else 0.05
     model, given = make().to(dtype), padded_batch()
     expected = real_logits(model, *given)
@@ -104,13 +108,13 @@ def test_a_copied_layer(name: str, dtype: torch.dtype) -> None:
     assert relative_error(real_logits(other, *given), expected) < tolerance
 
 
-def test_layers_of_others_are_patched_by_a_second_call() -> None:
+def test_a_second_call_patches_replaced_layers() -> None:
     model, given = make(), padded_batch()
     expected = real_logits(model, *given)
     first = apply_mistral_kernels(model)
     model.model.layers[1] = make().model.layers[1]
     with pytest.raises(
-        ValueError, match=r"^attention_mask must be read by attn_implementation='mi"
+        ValueError, match=r"^attention_mask must be used with attn_implementation='"
     ):
         real_logits(model, *given)
     second = apply_mistral_kernels(model)
@@ -141,23 +145,24 @@ def test_a_pickle_is_an_unpatched_model(family: str) -> None:
     expected = real_logits(model, *given)
     handle = apply_mistral_kernels(model)
     content = pickle.dumps(model)
-    assert b"mistral_kernels" not in content  # it loads where this package is not installed
+    # The pickle can be loaded if this package is not installed.
+    assert b"mistral_kernels" not in content
     assert b"mistral_kernels" not in pickle.dumps(model.config)
     for twin in (pickle.loads(content), saved(model)):
-        assert served_parts(twin) == set()
+        assert active_parts(twin) == set()
         assert torch.equal(real_logits(twin, *given), expected)
         assert type(twin.config) is type(make(family).config)
         assert twin.config is twin.model.config is twin.model.rotary_emb.config
         assert twin.config._attn_implementation == "eager"
         with apply_mistral_kernels(twin):
-            assert served_parts(twin) == set(handle.changed)
-        assert served_parts(twin) == set()
-    assert served_parts(model) == set(handle.changed)
+            assert active_parts(twin) == set(handle.changed)
+        assert active_parts(twin) == set()
+    assert active_parts(model) == set(handle.changed)
     assert not pickle.loads(pickle.dumps(handle)).on
 
 
 def test_copies_of_the_config() -> None:
-    """A shallow copy is plain; a deep one, as of a layer's config, reads as the view does."""
+    """Check that a shallow copy is unpatched, and that a deep copy stays patched until `undo`."""
     model = make()
     handle = apply_mistral_kernels(model)
     shallow, deep = copy.copy(model.config), copy.deepcopy(model.config)
@@ -171,27 +176,26 @@ def test_copies_of_the_config() -> None:
     assert not model.config.use_cache
 
 
-def test_two_models() -> None:
-    """Patch two models that share a config."""
+def test_two_models_that_share_a_config() -> None:
     config, given = make().config, padded_batch()
     models = [transformers.MistralForCausalLM(config).train() for _ in range(2)]
     expected = [real_logits(model, *given) for model in models]
     handles = [apply_mistral_kernels(models[0])]
-    assert [served_parts(model) for model in models] == [set(PARTS), set()]
+    assert [active_parts(model) for model in models] == [set(PARTS), set()]
     handles.append(apply_mistral_kernels(models[1]))
-    assert [served_parts(model) for model in models] == [set(PARTS), set(PARTS)]
+    assert [active_parts(model) for model in models] == [set(PARTS), set(PARTS)]
     handles[0].undo()
-    assert [served_parts(model) for model in models] == [set(), set(PARTS)]
+    assert [active_parts(model) for model in models] == [set(), set(PARTS)]
     handles[1].undo()
     assert config._attn_implementation == "eager"
     for model, logits in zip(models, expected, strict=True):
         assert torch.equal(real_logits(model, *given), logits)
 
 
-def test_a_handle_does_not_keep_its_model() -> None:
+def test_a_handle_does_not_keep_its_model_alive() -> None:
     model = make()
     hooked = model.model.norm.forward
-    model.model.norm.forward = hooked  # as patched by somebody before: a method of the module
+    model.model.norm.forward = hooked  # a bound method, as from an earlier patch
     handle = apply_mistral_kernels(model)
     train_step(model, make_batch())
     gone = weakref.ref(model.model.layers[0].mlp)
@@ -204,8 +208,8 @@ def test_a_handle_does_not_keep_its_model() -> None:
 @pytest.mark.parametrize("saved", [["self_attn"], ["mlp"], ["norm", "input_layernorm"]])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_modules_that_peft_saves(when: str, saved: list[str]) -> None:
-    """PEFT trains deep copies of them."""
-    peft = pytest.importorskip("peft", reason="peft, which wraps models, is absent")
+    """Check modules of `modules_to_save`, of which PEFT trains deep copies."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
     target = "q_proj" if "mlp" in saved else "down_proj"
     options = {"modules_to_save": saved, "task_type": "CAUSAL_LM"}
     config = peft.LoraConfig(r=2, target_modules=[target], **options)
@@ -216,7 +220,7 @@ def test_modules_that_peft_saves(when: str, saved: list[str]) -> None:
     handle = handle or apply_mistral_kernels(wrapped)
     for on in (True, False):
         assert relative_error(real_logits(wrapped, *given), expected) < 2e-5
-        assert served_parts(wrapped) == (set(PARTS) if on else set())
+        assert active_parts(wrapped) == (set(PARTS) if on else set())
         handle.undo()
     handle = apply_mistral_kernels(wrapped)
     merged = wrapped.merge_and_unload()
@@ -226,8 +230,8 @@ def test_modules_that_peft_saves(when: str, saved: list[str]) -> None:
 
 
 def test_unwrapped_by_accelerate() -> None:
-    """accelerate wraps the forward for mixed precision, and takes its wrappers off again."""
-    accelerate = pytest.importorskip("accelerate", reason="accelerate, which wraps, is absent")
+    """Let accelerate wrap the forward for mixed precision and remove its wrappers again."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     model, given = make(), padded_batch()
     expected = real_logits(model, *given)
     handle = apply_mistral_kernels(model)
@@ -243,4 +247,4 @@ def test_unwrapped_by_accelerate() -> None:
     for _ in range(2):
         assert relative_error(real_logits(model, *given), expected) < 2e-5
         handle.undo()
-    assert served_parts(model) == set()
+    assert active_parts(model) == set()

@@ -1,4 +1,4 @@
-"""`apply_mistral_kernels` undone: the very objects that were there, and nothing that is shared."""
+"""`undo` of `apply_mistral_kernels` restores the original objects; shared ones never change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="transformers, to be patched, is absent")
+pytest.importorskip("transformers", reason="transformers is not installed")
 
 from support.patching_cases import (
     GEMMAS,
@@ -41,12 +41,12 @@ def test_undo_restores_the_same_objects(family: str) -> None:
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
-def test_nothing_that_models_share_is_touched() -> None:
+def test_shared_classes_and_functions_are_unchanged() -> None:
     module: Any = __import__("importlib").import_module(make().__module__)
     classes = {name: dict(vars(x)) for name, x in vars(module).items() if isinstance(x, type)}
     symbols = dict(vars(module))
     model, other = make(), make()
-    other.config = model.config  # as when two models are made from one config
+    other.config = model.config  # as for two models created from one config
     before = attributes(other)
     apply_mistral_kernels(model)
     train_step(model, make_batch())
@@ -57,7 +57,7 @@ def test_nothing_that_models_share_is_touched() -> None:
     assert other.config._attn_implementation == "eager"
 
 
-def test_context_manager_lets_exceptions_pass() -> None:
+def test_context_manager_undoes_on_exceptions() -> None:
     model = make()
     before = attributes(model)
 
@@ -82,7 +82,7 @@ def test_an_exception_in_the_model_leaves_it_usable() -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_handles_undo_only_their_own(first: int) -> None:
+def test_handles_undo_only_their_own_patches(first: int) -> None:
     model, batch = make(), make_batch()
     before = attributes(model)
     handles = [
@@ -101,23 +101,23 @@ def test_handles_undo_only_their_own(first: int) -> None:
     assert_identical(model, before)
 
 
-def test_undo_leaves_what_somebody_else_put_there() -> None:
+def test_undo_leaves_later_replacements_unchanged() -> None:
     model, batch = make(), make_batch()
     expected = train_step(model, batch)
     handle = apply_mistral_kernels(model)
     norm = model.model.norm
     ours = norm.forward
-    norm.forward = theirs = lambda x: ours(x)
+    norm.forward = wrapper = lambda x: ours(x)
     with pytest.warns(
         UserWarning, match="MistralRMSNorm.forward: replaced after apply_mistral_kernels"
     ):
         handle.undo()
-    assert norm.forward is theirs
-    again = train_step(model, batch)  # through theirs, ours is reached, and steps aside
+    assert norm.forward is wrapper
+    again = train_step(model, batch)  # the wrapper calls our forward, which runs the original
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 
-def test_set_attn_implementation_wins() -> None:
+def test_set_attn_implementation_overrides_the_patch() -> None:
     model = make()
     with apply_mistral_kernels(model), Operators() as operators:
         model.set_attn_implementation("sdpa")

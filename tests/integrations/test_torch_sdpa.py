@@ -1,4 +1,4 @@
-"""PyTorch's flash backend on these kernels: values, gradients, layouts, and its restoration."""
+"""PyTorch's flash backend on these kernels: values, gradients, layouts, restoration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 torch_sdpa = pytest.importorskip(
     "mistral_kernels.integrations.torch_sdpa",
-    reason="this torch's flash backend cannot be replaced",
+    reason="the flash backend of this torch cannot be replaced",
     exc_type=ImportError,
 )
 
@@ -29,15 +29,15 @@ from mistral_kernels.ops import reference  # noqa: E402
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention
 flash_forward = torch.ops.aten._flash_attention_forward
-# Arguments that came after torch 2.10.
-pages = pytest.mark.skipif(
-    "block_table" not in str(flash_forward.default._schema), reason="this torch knows no pages"
+# These arguments were added after torch 2.10.
+needs_block_table = pytest.mark.skipif(
+    "block_table" not in str(flash_forward.default._schema), reason="this torch has no block_table"
 )
 
 
 @pytest.fixture
 def replaced(device: torch.device) -> Iterator[torch.device]:
-    """Yield the device whose flash attention is replaced by the backend that serves it."""
+    """Replace the flash attention of the device; yield the device."""
     replacement = torch_sdpa.replace_flash_attention(device.type.upper())
     yield device
     replacement.remove()
@@ -51,7 +51,7 @@ def make_inputs(
     dtype: torch.dtype = torch.float32,
     heads_first: bool = False,
 ) -> dict[str, Tensor]:
-    """Return (batch, heads, seqlen, head_dim) tensors, in memory heads or tokens first."""
+    """Return (batch, heads, seqlen, head_dim) tensors, in memory with heads or tokens first."""
     inputs = {}
     for name, length, h in zip(
         "qkv", (lengths[0], lengths[1], lengths[1]), (*heads, heads[1]), strict=True
@@ -109,8 +109,8 @@ def test_kernels(
 
 
 @pytest.mark.parametrize("heads_first", [False, True], ids=["tokens first", "heads first"])
-def test_outputs_are_what_pytorch_traces(replaced: torch.device, heads_first: bool) -> None:
-    """Compare shapes, strides and dtypes with those that a compiler sees."""
+def test_outputs_match_the_traced_metadata(replaced: torch.device, heads_first: bool) -> None:
+    """Compare shapes, strides and dtypes with those of PyTorch's fake tensors."""
 
     def run() -> list[Any]:
         inputs = make_inputs((5, 7), (4, 2), 16, replaced, heads_first=heads_first)
@@ -130,29 +130,29 @@ def test_outputs_are_what_pytorch_traces(replaced: torch.device, heads_first: bo
 
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (6, 0), (3, 4)], ids=str)
 def test_packed(replaced: torch.device, window: tuple[int, int]) -> None:
-    """Run what `varlen_attn` and nested tensors call: forward, backward, into a given output."""
+    """Test the operators that `varlen_attn` and nested tensors call, including the in-place one."""
     ends_q, ends_k = [0, 5, 5, 25, 36], [0, 9, 9, 29, 40]
     cu = [torch.tensor(ends, dtype=torch.int32, device=replaced) for ends in (ends_q, ends_k)]
     inputs = {
         name: torch.randn(n, heads, 16, device=replaced, requires_grad=True)
         for name, n, heads in (("q", 36, 4), ("k", 40, 2), ("v", 40, 2))
     }
-    places = *cu, 20, 20, 0.0, False, False
+    arguments = *cu, 20, 20, 0.0, False, False
     windows = {"window_size_left": window[0], "window_size_right": window[1]}
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = flash_forward(q, k, v, *places, **windows)
+        out, lse, *_ = flash_forward(q, k, v, *arguments, **windows)
         return out, lse.detach()
 
     def definition(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        outs, sums = [], []
+        outs, lses = [], []
         for i in range(4):
             rows, keys = slice(*ends_q[i : i + 2]), slice(*ends_k[i : i + 2])
             sequence = q[None, rows], k[None, keys], v[None, keys]
             out, lse = reference.attention(*sequence, window_size=window)
             outs.append(out[0])
-            sums.append(lse[0].detach())
-        return torch.cat(outs), torch.cat(sums, 1)
+            lses.append(lse[0].detach())
+        return torch.cat(outs), torch.cat(lses, 1)
 
     assert_matches_reference(ours, definition, inputs)
     into = getattr(torch.ops.aten, "_flash_attention_forward_no_dropout_inplace", None)
@@ -160,18 +160,18 @@ def test_packed(replaced: torch.device, window: tuple[int, int]) -> None:
         with torch.no_grad():
             q, k, v = inputs.values()
             out = torch.empty_like(q)
-            lse = into(out, q, k, v, *places, **windows)
+            lse = into(out, q, k, v, *arguments, **windows)
             torch.testing.assert_close((out, lse), ours(q, k, v))
 
 
-@pages
-def test_pages(replaced: torch.device) -> None:
+@needs_block_table
+def test_paged_attention(replaced: torch.device) -> None:
     check_pages(replaced)
 
 
-@pages
+@needs_block_table
 @pytest.mark.kernels
-def test_pages_in_kernels(triton_backend: None, replaced: torch.device) -> None:
+def test_paged_attention_kernels(triton_backend: None, replaced: torch.device) -> None:
     check_pages(replaced)
 
 
@@ -202,9 +202,9 @@ def check_pages(device: torch.device) -> None:
 
 
 def test_scaled_dot_product_attention() -> None:
-    """Call the real function, through PyTorch's own choice of a backend."""
+    """Call `scaled_dot_product_attention`, so that PyTorch selects the backend."""
     if not torch.cuda.is_available():
-        pytest.skip("PyTorch chooses flash attention on a GPU only")
+        pytest.skip("PyTorch selects flash attention on GPUs only")
     torch_sdpa.register()
     activate_flash_attention_impl("mistral_kernels")
     try:
@@ -224,8 +224,8 @@ def registrations() -> list[str]:
     return [torch._C._dispatch_dump(f"aten::{name}") for name in names]
 
 
-def test_only_while_activated() -> None:
-    """Importing and registering change nothing; `restore` undoes an activation."""
+def test_operators_are_replaced_only_while_activated() -> None:
+    """Check that registering changes no operator and that `restore` undoes an activation."""
     before = registrations()
     torch_sdpa.register()
     torch_sdpa.register()
@@ -242,11 +242,11 @@ def test_only_while_activated() -> None:
         assert registrations() == before
 
 
-def test_the_torch_backend_does_not_call_itself(torch_backend: None) -> None:
-    """Its attention is PyTorch's, which is replaced on a GPU."""
+def test_the_torch_backend_raises_instead_of_calling_itself(torch_backend: None) -> None:
+    """The torch backend calls PyTorch's attention, which is replaced on a GPU."""
     with FakeTensorMode():
         q = torch.empty(1, 2, 3, 16, device="cuda", dtype=torch.float16)
-    with pytest.raises(RuntimeError, match="MISTRAL_KERNELS_BACKEND=torch is PyTorch's attention"):
+    with pytest.raises(RuntimeError, match=r"^MISTRAL_KERNELS_BACKEND must not be torch while"):
         torch_sdpa._sdpa_forward(q, q, q)
 
 
@@ -258,14 +258,14 @@ CU = torch.tensor([0, 2, 6], dtype=torch.int32)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: flash(Q, Q, Q, 0.1), NotImplementedError, "dropout_p: attention with dropout is"),
-        (lambda: flash(Q, Q, Q, 0.0, True, True), NotImplementedError, "^return_debug_mask: not"),
+        (lambda: flash(Q, Q, Q, 0.1), NotImplementedError, "^dropout_p must be 0, got 0.1"),
+        (lambda: flash(Q, Q, Q, 0.0, True, True), NotImplementedError, "^return_debug_mask is"),
         (
             lambda: flash_forward(
                 *(PACKED, PACKED, PACKED, CU, CU, 4, 4, 0.0, True, False), seqused_k=CU[1:]
             ),
             NotImplementedError,
-            "^seqused_k: not supported by mistral_kernels",
+            "^seqused_k is not supported by mistral_kernels; omit it",
         ),
         (
             lambda: flash_forward(
@@ -273,17 +273,17 @@ CU = torch.tensor([0, 2, 6], dtype=torch.int32)
                 alibi_slopes=torch.ones(4),
             ),
             NotImplementedError,
-            "^alibi_slopes: not supported by mistral_kernels",
+            "^alibi_slopes is not supported by mistral_kernels",
         ),
-        (lambda: flash(Q, Q[:, :3], Q[:, :3]), ValueError, "key's 3 heads must divide query's 4"),
+        (lambda: flash(Q, Q[:, :3], Q[:, :3]), ValueError, "multiple of key's, got 4 and 3"),
         (
             lambda: flash(*[torch.zeros(1, 1, 2, 264)] * 3),
             ValueError,
-            "query's head_dim must lie in .1, 256., got 264",
+            "query's head_dim must be in .1, 256., got 264",
         ),
     ],
 )
-def test_what_is_refused(call: Any, error: type[Exception], message: str) -> None:
+def test_invalid_arguments(call: Any, error: type[Exception], message: str) -> None:
     replacement = torch_sdpa.replace_flash_attention("CPU")
     try:
         with pytest.raises(error, match=message):
@@ -292,17 +292,17 @@ def test_what_is_refused(call: Any, error: type[Exception], message: str) -> Non
         replacement.remove()
 
 
-def test_pages_that_are_refused() -> None:
+def test_invalid_paged_arguments() -> None:
     query, used = PACKED.clone().requires_grad_(), torch.tensor([2, 4], dtype=torch.int32)
     call = query, PACKED[None], PACKED[None], CU, None, 4, 6, 0.0, True, False
     table = torch.zeros(2, 1, dtype=torch.int32)
-    with pytest.raises(ValueError, match="block_table needs cum_seq_q and seqused_k too"):
+    with pytest.raises(ValueError, match="cum_seq_q and seqused_k are required when block_"):
         torch_sdpa._forward(*call, block_table=table)
-    with pytest.raises(NotImplementedError, match="block_table: attention over pages has no back"):
+    with pytest.raises(NotImplementedError, match="block_table is not supported with gradients"):
         torch_sdpa._forward(*call, block_table=table, seqused_k=used)
 
 
-def test_a_torch_without_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_with_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.delattr(torch.nn.attention, "register_flash_attention_impl")
         with pytest.raises(ImportError, match=r"found .*; run pip install -U torch$"):

@@ -1,4 +1,4 @@
-"""attn_implementation="mistral_kernels" against eager attention, in passes and over caches."""
+"""attn_implementation="mistral_kernels" against eager attention, with and without caches."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from support.helpers import assert_as_accurate
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers", reason="transformers is absent")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from support.transformers_cases import (  # noqa: E402
     CACHE,
     MODELS,
-    OLDER,
+    OLD_MASKS,
     PADDING,
     VOCAB,
     W,
@@ -37,25 +37,25 @@ from mistral_kernels.integrations.transformers import register  # noqa: E402
 @pytest.fixture(autouse=True)
 def registered() -> None:
     register()
-    register()  # twice is once
+    register()  # a second call does nothing
 
 
 @pytest.fixture
-def no_whole_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refuse masks of queries by keys, except for one query."""
-    attend_in_full = transformers_attention._attend_in_full
+def no_full_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if a query-by-key mask is used for more than one query."""
+    attend = transformers_attention._attend_with_full_mask
 
-    def refuse(module: Any, query: Tensor, *args: Any) -> Tensor:
-        assert query.shape[2] == 1, "a mask was made in full"
-        return attend_in_full(module, query, *args)
+    def attend_one(module: Any, query: Tensor, *args: Any) -> Tensor:
+        assert query.shape[2] == 1, "a full mask was created"
+        return attend(module, query, *args)
 
-    monkeypatch.setattr(transformers_attention, "_attend_in_full", refuse)
-
-
-# Whole forward passes.
+    monkeypatch.setattr(transformers_attention, "_attend_with_full_mask", attend_one)
 
 
-@pytest.mark.usefixtures("no_whole_mask")
+# One forward pass without a cache
+
+
+@pytest.mark.usefixtures("no_full_mask")
 @pytest.mark.parametrize("padding", PADDING)
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
@@ -76,8 +76,8 @@ def test_logits(name: str, padding: str) -> None:
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2"])
 @torch.no_grad()
-def test_masks_that_only_pytorch_serves(name: str) -> None:
-    """Masks with holes, or whole: bool, or float with any bias; with a softcap, too."""
+def test_full_masks(name: str) -> None:
+    """Test masks with holes and 4-D masks, bool and float with any bias, also with a softcap."""
     model = make_model(name)
     seqlen = 2 * W + 3
     ids, attention_mask = batch(seqlen, "left")
@@ -89,17 +89,17 @@ def test_masks_that_only_pytorch_serves(name: str) -> None:
     real = attention_mask.bool()
     ours, eager = both_logits(model, ids, attention_mask=attention_mask)
     assert_close(ours[real], eager[real])
-    for whole in (torch.zeros_like(bias).masked_fill(~visible, -torch.inf), bias):
-        ours, eager = both_logits(model, ids, attention_mask=whole)
+    for full in (torch.zeros_like(bias).masked_fill(~visible, -torch.inf), bias):
+        ours, eager = both_logits(model, ids, attention_mask=full)
         assert_close(ours, eager)
-        if whole is not bias:
+        if full is not bias:
             model.set_attn_implementation("mistral_kernels")
             assert_close(model(ids, attention_mask=visible).logits, eager)
 
 
-@pytest.mark.usefixtures("no_whole_mask")
+@pytest.mark.usefixtures("no_full_mask")
 @torch.no_grad()
-def test_a_row_of_padding_alone() -> None:
+def test_a_row_with_only_padding() -> None:
     model = make_model()
     ids, attention_mask = batch(2 * W, "left")
     attention_mask[0] = 0
@@ -110,19 +110,19 @@ def test_a_row_of_padding_alone() -> None:
         assert_close(ours[real], eager[real])
 
 
-@pytest.mark.usefixtures("no_whole_mask")
+@pytest.mark.usefixtures("no_full_mask")
 @pytest.mark.parametrize("case", [*PADDING, "packed", "packed rows"])
 @pytest.mark.parametrize("name", ["mistral", "no window", "gemma2", "checkpointing"])
 def test_gradients(name: str, case: str) -> None:
     check_gradients(name, case, torch.device("cpu"))
 
 
-@pytest.mark.usefixtures("no_whole_mask")
+@pytest.mark.usefixtures("no_full_mask")
 @pytest.mark.parametrize("kind", ["no", "dynamic", "static"])
 @pytest.mark.parametrize("name", ["mistral", "llama", "gemma2"])
 @torch.no_grad()
 def test_packed_by_position_ids(name: str, kind: str) -> None:
-    """Pack for every cache, with a mask of ones or none, in short and long prompts."""
+    """Pack short and long prompts over every cache, with a mask of ones and without a mask."""
     model = make_model(name)
     for lengths in ((4, 7), (5, 1, 2 * W, W - 3)):
         seqlen = sum(lengths)
@@ -142,8 +142,8 @@ def test_packed_by_position_ids(name: str, kind: str) -> None:
 
 
 @torch.no_grad()
-def test_positions_that_pack_nothing() -> None:
-    """A gap is not a beginning, a later chunk is not a sequence, padding is not packed."""
+def test_position_ids_that_do_not_pack() -> None:
+    """Test gaps in the positions, positions that restart in a later chunk, and padded rows."""
     model = make_model()
     ids, attention_mask = batch(3 * W, "left")
     gap = torch.arange(3 * W)[None] + 5
@@ -167,10 +167,10 @@ def test_positions_that_pack_nothing() -> None:
     assert_close(*both(model, in_chunks))
 
 
-@pytest.mark.usefixtures("no_whole_mask")
-@pytest.mark.parametrize("tell_positions", [False, True])
-def test_cu_seqlens_of_the_collator(tell_positions: bool) -> None:
-    """Pass transformers' keywords for packed batches, with positions and without."""
+@pytest.mark.usefixtures("no_full_mask")
+@pytest.mark.parametrize("pass_positions", [False, True])
+def test_cu_seqlens_of_the_collator(pass_positions: bool) -> None:
+    """Pass transformers' keywords for packed batches, with and without position_ids."""
     model = make_model().train()
     lengths = (3, 1, 2 * W, W - 3)
     ids, real = torch.randint(1, VOCAB, (1, sum(lengths))), torch.ones(1, sum(lengths)) > 0
@@ -181,7 +181,7 @@ def test_cu_seqlens_of_the_collator(tell_positions: bool) -> None:
     model.set_attn_implementation("eager")
     eager = gradients(model, ids, real, positions)
     model.set_attn_implementation("mistral_kernels")
-    given = {**cu_seqlens, **longest, **(positions if tell_positions else {})}
+    given = {**cu_seqlens, **longest, **(positions if pass_positions else {})}
     ours = gradients(model, ids, real, given)
     for key in eager:
         assert_close(ours[key], eager[key], 1e-4)
@@ -206,7 +206,7 @@ def test_bfloat16() -> None:
     assert_as_accurate(ours[real], eager[real], exact, "logits under autocast")
 
 
-# Over caches.
+# Caches
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])
@@ -214,7 +214,7 @@ def test_bfloat16() -> None:
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_every_step_over_a_cache(name: str, kind: str, padding: str) -> None:
-    """Compare prompts and single tokens, below and past the window, with one pass."""
+    """Compare a prompt and single tokens, within the window and past it, with one pass."""
     model = make_model(name)
     total = 4 * W
     ids, attention_mask = batch(total, padding)
@@ -230,7 +230,7 @@ def test_every_step_over_a_cache(name: str, kind: str, padding: str) -> None:
             given = {"position_ids": positions[:, begin:end]}
             if padding != "none":
                 given["attention_mask"] = attention_mask[:, :end]
-            if OLDER:
+            if OLD_MASKS:
                 given["cache_position"] = torch.arange(begin, end)
             logits = model(ids[:, begin:end], **{CACHE: cache}, **given).logits
             shown = real[:, begin:end]
@@ -239,11 +239,11 @@ def test_every_step_over_a_cache(name: str, kind: str, padding: str) -> None:
             begin = end
 
 
-@pytest.mark.usefixtures("no_whole_mask")
+@pytest.mark.usefixtures("no_full_mask")
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_chunks_over_a_cache(name: str) -> None:
-    """Chunks of few and of many queries, within a window and across it, with padding."""
+    """Test padded chunks of few and of many queries, within the window and across it."""
     model = make_model(name)
     sizes = (2, 5, 20, 1, 17, 3)
     total = sum(sizes)
@@ -273,7 +273,7 @@ MODES: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}}
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["mistral", "llama", "gemma2"])
 def test_generate(name: str, kind: str, padding: str, mode: str) -> None:
-    """Generate below the window and past it, padded, over unfilled static caches."""
+    """Generate padded texts within the window and past it; static caches are not full."""
     model = make_model(name).double()
     for seqlen, new in ((3, 4), (5, 2 * W), (2 * W + 5, 6)):
         ids, attention_mask = batch(seqlen, padding)
@@ -290,8 +290,8 @@ def test_generate(name: str, kind: str, padding: str, mode: str) -> None:
 @pytest.mark.parametrize("draft", ["assistant", "lookup"])
 @pytest.mark.parametrize("name", ["mistral", "llama"])
 def test_assisted_generation(name: str, draft: str) -> None:
-    if OLDER and name == "mistral":
-        pytest.skip("these transformers cannot go back in a sliding cache")
+    if OLD_MASKS and name == "mistral":
+        pytest.skip("this transformers cannot drop tokens of a sliding cache")
     model = make_model(name).double()
     assistant = make_model(name, num_hidden_layers=1).double()
     ids = torch.randint(1, VOCAB, (1, 4)).repeat(1, 3)

@@ -1,4 +1,4 @@
-"""transformers' `generate` over a rolling cache: the text that eager attention gives."""
+"""Rolling cache of transformers' `generate`: the same text as with eager attention."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "initializer_range": 0.2,  # attention is far from uniform
 }
-# What a forward pass calls its cache: renamed in the course of transformers 5.
+# Name of a forward pass' cache argument, which transformers 5 renamed.
 CACHE = next(
     name
     for name in ("cache", "past_key_values")
@@ -46,7 +46,7 @@ def make_model(kind: str = "Mistral", **changes: Any) -> Any:
         **{**SIZES, "num_hidden_layers": 3, "max_position_embeddings": 512, **changes}
     )
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    model.generation_config.eos_token_id = SIZES["vocab_size"]  # no text ends early
+    model.generation_config.eos_token_id = SIZES["vocab_size"]  # never generated
     return model
 
 
@@ -63,7 +63,7 @@ def prompts(batch: int, seqlen: int, padding: tuple[int, ...] = ()) -> dict[str,
 
 
 def generate(model: Any, cache: Any, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    """Generate over a rolling cache with its attention, otherwise with eager attention."""
+    """Generate with our attention over a rolling cache, and with eager attention otherwise."""
     rolling = isinstance(cache, RollingCache)
     model.set_attn_implementation("mistral_kernels" if rolling else "eager")
     torch.manual_seed(5)
@@ -89,16 +89,16 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("seqlen", [7, W, 31])
 @pytest.mark.parametrize("mode", MODES)
 def test_generates_the_same_text(mode: str, seqlen: int, padding: tuple[int, ...]) -> None:
-    """Below, at, and past the window; all `late` rows begin in the second chunk."""
+    """Test texts below, at and past the window. All `late` rows begin in the second chunk."""
     if mode == "chunks" and transformers.__version__.startswith("5.0."):
-        pytest.skip("transformers 5.0 loses the attention mask after a prefill in chunks")
+        pytest.skip("transformers 5.0 drops the attention mask after a prefill in chunks")
     actual, expected = both(mistral().double(), prompts(3, seqlen, padding), **MODES[mode])
     assert torch.equal(actual, expected)
 
 
 @pytest.mark.usefixtures("exact_softmax")
 @pytest.mark.parametrize("seqlen", [1, 2, 40])
-def test_one_text(seqlen: int) -> None:
+def test_a_single_text(seqlen: int) -> None:
     actual, expected = both(mistral().double(), prompts(1, seqlen))
     assert torch.equal(actual, expected)
 
@@ -118,13 +118,13 @@ def test_layers_without_a_window(make: Any) -> None:
     actual, expected = both(model, prompts(2, 17, (4,)))
     assert torch.equal(actual, expected)
     full = layer_windows(model.config).index(None)
-    message = f"max_length is needed: layer {full} has no sliding window and keeps every token"
+    message = f"max_length is required: layer {full} has no sliding window and stores every token"
     with pytest.raises(ValueError, match=message):
         RollingCache(model.config)
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    """Compare float32 logits, which are off by tenths if a wrong key was attended to."""
+    """Compare float32 logits. A query that sees a wrong key changes them by about 0.1 or more."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)
 
 
@@ -135,7 +135,7 @@ def step(model: Any, cache: Any, ids: Tensor, attention_mask: Tensor | None) -> 
 
 @pytest.mark.parametrize("padding", [(), (5, 0)], ids=["", "padded"])
 def test_logits_of_any_chunks(padding: tuple[int, ...]) -> None:
-    """Chunks of one token and of more, to three times the window."""
+    """Test chunks of one token and of more, up to three times the window."""
     model, inputs = mistral(), prompts(2, 3 * W, padding)
     ids, seen = inputs["input_ids"], inputs["attention_mask"]
     model.set_attn_implementation("sdpa")
@@ -169,7 +169,7 @@ def test_kernels(triton_backend: None, device: torch.device) -> None:
 
 @pytest.mark.usefixtures("exact_softmax")
 def test_a_conversation() -> None:
-    """Continue a first `generate` by a second, from the text that it returned."""
+    """Continue the text that `generate` returned by further calls with the same cache."""
     model, inputs = mistral().double(), prompts(2, 9, (2,))
     rolling, dynamic = RollingCache(model.config), transformers.DynamicCache(config=model.config)
     for _ in range(3):
@@ -181,11 +181,11 @@ def test_a_conversation() -> None:
         ones = torch.ones(2, ids.shape[1] - inputs["input_ids"].shape[1], dtype=torch.long)
         seen = torch.cat((inputs["attention_mask"], ones), 1)
         inputs = {"input_ids": ids, "attention_mask": seen}
-        places = rings_of(rolling)
-    assert rings_of(rolling) == places
+        addresses = ring_addresses(rolling)
+    assert ring_addresses(rolling) == addresses
 
 
-def rings_of(cache: Any) -> list[int]:
+def ring_addresses(cache: Any) -> list[int]:
     return [ring.data_ptr() for ring in (*cache.rings.keys, *cache.rings.values)]
 
 
@@ -196,7 +196,7 @@ def test_memory_is_constant() -> None:
     assert cache.batch_size == -1
     assert not cache.layers[0].is_initialized
     generate(model, cache, prompts(2, 5), max_new_tokens=1)
-    size, places = cache.nbytes, rings_of(cache)
+    size, addresses = cache.nbytes, ring_addresses(cache)
     assert size == 2 * 3 * 2 * W * 2 * 16 * 4
     assert cache.batch_size == 2
     cache.reset()
@@ -204,10 +204,10 @@ def test_memory_is_constant() -> None:
     generate(model, cache, prompts(2, 40), max_new_tokens=30)
     assert cache.get_seq_length() == 69
     assert cache.nbytes == size
-    assert rings_of(cache) == places
+    assert ring_addresses(cache) == addresses
 
 
-def test_what_is_said_before_the_first_token() -> None:
+def test_properties_of_an_empty_cache() -> None:
     model = mistral()
     for max_length, longest in ((None, -1), (W, -1), (W - 1, W - 1)):
         cache = RollingCache(model.config, max_length)
@@ -215,8 +215,8 @@ def test_what_is_said_before_the_first_token() -> None:
         assert cache.is_sliding == [True] * 3
         assert not cache.is_compileable
         assert cache.get_seq_length() == 0
-        asked = getattr(cache, "get_max_length", None) or cache.get_max_cache_shape
-        assert asked() == longest
+        get_max_length = getattr(cache, "get_max_length", None) or cache.get_max_cache_shape
+        assert get_max_length() == longest
         assert repr(cache.layers[0]) == f"RollingLayer(sliding_window={W})"
     cache.crop(0)
     cache.reset()
@@ -225,17 +225,19 @@ def test_what_is_said_before_the_first_token() -> None:
 
 
 @pytest.mark.usefixtures("exact_softmax")
-def test_room_made_beforehand() -> None:
+def test_early_initialization() -> None:
     model = mistral().double()
     cache = RollingCache(model.config)
     cache.early_initialization(3, 2, 16, torch.float64, torch.device("cpu"))
-    places = rings_of(cache)
+    addresses = ring_addresses(cache)
     actual = generate(model, cache, (inputs := prompts(3, 6)))
     assert torch.equal(actual, generate(model, None, inputs))
-    assert rings_of(cache) == places
+    assert ring_addresses(cache) == addresses
 
 
-class Recording(RollingCache):
+class CountingCache(RollingCache):
+    """Rolling cache that counts the tokens that `crop` drops."""
+
     dropped = 0
 
     def crop(self, length: int) -> None:
@@ -246,8 +248,8 @@ class Recording(RollingCache):
 
 @pytest.mark.usefixtures("exact_softmax")
 @pytest.mark.parametrize("draft", ["assistant", "lookup"])
-def test_assisted(draft: str) -> None:
-    """Drafted tokens that are not accepted are dropped, while the window has room."""
+def test_assisted_generation(draft: str) -> None:
+    """Drop drafted tokens that are rejected, which is possible until the rings are full."""
     model, inputs = mistral(sliding_window=40).double(), prompts(1, 8)
     inputs["input_ids"][:, 4:] = inputs["input_ids"][:, :4]
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 4}
@@ -256,7 +258,7 @@ def test_assisted(draft: str) -> None:
         with torch.no_grad():
             assistant.lm_head.weight += 0.2 * torch.randn_like(assistant.lm_head.weight)
         options = {"assistant_model": assistant}
-    cache = Recording(model.config)
+    cache = CountingCache(model.config)
     actual = generate(model, cache, inputs, **options)
     assert torch.equal(actual, generate(model, None, inputs))
     assert cache.dropped > 0
@@ -265,7 +267,7 @@ def test_assisted(draft: str) -> None:
             generate(model, RollingCache(model.config), prompts(1, 45), **options)
 
 
-def test_what_cannot_be_dropped() -> None:
+def test_crop_within_and_past_the_window() -> None:
     model, inputs = mistral(), prompts(1, W + 8)
     model.set_attn_implementation("mistral_kernels")
     cache = RollingCache(model.config)
@@ -277,7 +279,7 @@ def test_what_cannot_be_dropped() -> None:
     cache.crop(4)
     assert cache.get_seq_length() == 4
     cache.crop(9)
-    assert cache.get_seq_length() == 4, "no longer than that already"
+    assert cache.get_seq_length() == 4, "the cache is already shorter than 9 tokens"
     step(model, cache, ids[:, 4:], None)
     assert not cache.is_croppable
     cache.crop(-1)
@@ -288,7 +290,7 @@ def test_what_cannot_be_dropped() -> None:
         cache.crop(-2)
 
 
-def test_rows_can_be_chosen_and_copied() -> None:
+def test_rows_can_be_selected_and_repeated() -> None:
     model, inputs = mistral(), prompts(2, 15, (4,))
     ids, seen = inputs["input_ids"], inputs["attention_mask"]
     model.set_attn_implementation("mistral_kernels")
@@ -315,24 +317,24 @@ def test_rows_can_be_chosen_and_copied() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_another_attention_cannot_read_it(implementation: str) -> None:
+def test_other_attentions_raise(implementation: str) -> None:
     model = mistral()
     model.set_attn_implementation(implementation)
-    message = "RollingCache is read by attn_implementation='mistral_kernels' alone; call register"
+    message = "RollingCache must be used with attn_implementation='mistral_kernels'; call register"
     with pytest.raises(TypeError, match=message):
         step(model, RollingCache(model.config), torch.tensor([[3, 4]]), None)
 
 
-def test_no_tensor_function_takes_it() -> None:
+def test_pending_keys_raise_in_tensor_functions() -> None:
     cache = RollingCache(mistral().config)
     pending, _ = cache.update(*torch.zeros(2, 1, 2, 1, 16), 0)
     for use in (lambda: torch.cat([pending]), lambda: pending[0], lambda: pending.shape):
-        with pytest.raises(TypeError, match="RollingCache is read by attn_implementation='mis"):
+        with pytest.raises(TypeError, match=r"^RollingCache must be used with attn_imp"):
             use()
 
 
-def test_under_autocast() -> None:
-    """Under autocast, keys come wider than values."""
+def test_autocast() -> None:
+    """Under autocast, keys have a wider dtype than values."""
     model, ids = mistral(), prompts(2, 6)["input_ids"]
     model.set_attn_implementation("mistral_kernels")
     cache = RollingCache(model.config)
@@ -350,41 +352,45 @@ def test_bad_input() -> None:
     cache = RollingCache(model.config)
     ids = torch.randint(1, 97, (2, 6))
     step(model, cache, ids, None)
-    message = "holds 2 heads of 16, torch.float32 on cpu, got 2 of 16, torch.float64 on cpu; every"
+    message = (
+        "keys must have 2 heads of size 16, torch.float32 on cpu, as in the cache, got 2 heads of "
+        "size 16, torch.float64 on cpu; after moving"
+    )
     with pytest.raises(ValueError, match=message):
         step(model.double(), cache, ids, None)
     model.float()
-    with pytest.raises(ValueError, match="the cache holds 2 sequences, got 3; make a new one"):
+    with pytest.raises(ValueError, match="batch must be 2, that of the cache, got 3; create a"):
         step(model, cache, torch.ones(3, 1, dtype=torch.long), None)
     late = torch.ones(2, 9, dtype=torch.long)
     late[1, :2] = 0
-    with pytest.raises(ValueError, match="shows 4 earlier tokens of row 1, and the cache holds 6"):
+    with pytest.raises(ValueError, match=r"must show 6 earlier tokens in row 1, .* got 4"):
         step(model, cache, ids[:, :3], late)
     holes = torch.ones(2, 9, dtype=torch.long)
     holes[0, 5] = 0
     for n in (3, 1):
-        with pytest.raises(ValueError, match="each sequence's padding on its left"):
+        with pytest.raises(ValueError, match=r"^attention_mask must be causal with padding on"):
             step(model, cache, ids[:, :n], holes[:, : 6 + n])
-    assert cache.get_seq_length() == 6, "as it was"
-    with pytest.raises(RuntimeError, match=r"RollingCache has no gradients: run under torch.no_gr"):
+    assert cache.get_seq_length() == 6, "a failed pass changed the cache"
+    with pytest.raises(RuntimeError, match=r"^RollingCache does not support gradients: run under"):
         model(ids, use_cache=True, **{CACHE: cache})
     step(model, cache, ids, None)
     short = RollingCache(model.config, max_length=W - 2)
-    with pytest.raises(ValueError, match="a sequence of 12 tokens does not fit a cache of max_len"):
+    with pytest.raises(ValueError, match=r"sequence length must be <= .*, got 12; make a cache"):
         step(model, short, torch.ones(2, W, dtype=torch.long), None)
     with pytest.raises(ValueError, match="max_length must be positive, got 0"):
         RollingCache(model.config, 0)
     other = RollingCache(mistral(sliding_window=W + 1).config)
-    with pytest.raises(ValueError, match="layer 0 attends in a window of 12, and its ring is made"):
+    with pytest.raises(ValueError, match=r"sliding_window of layer 0 must be 13, .* got 12: t"):
         step(model, other, ids, None)
 
 
-def test_configs_that_are_refused() -> None:
+def test_unsupported_configs() -> None:
     config = mistral().config
     config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
-    with pytest.raises(ValueError, match="layer 1 is chunked_attention; a RollingCache serves"):
+    message = "must be full_attention or sliding_attention with RollingCache, got chunked_attention"
+    with pytest.raises(ValueError, match=rf"^layer_types\[1\] {message}$"):
         RollingCache(config, 10)
     config = mistral().config
     config.num_kv_shared_layers = 2
-    with pytest.raises(ValueError, match="2 layers share others' keys, which a RollingCache can"):
+    with pytest.raises(ValueError, match=r"^num_kv_shared_layers must be 0 with Rolling.*, got 2"):
         RollingCache(config)

@@ -1,4 +1,4 @@
-"""Costs of attn_implementation="mistral_kernels": compiled, traced, without data."""
+"""Costs of attn_implementation="mistral_kernels", under torch.compile, tracing and meta tensors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-transformers = pytest.importorskip("transformers", reason="transformers is absent")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from support.transformers_cases import (  # noqa: E402
     CACHE,
-    OLDER,
+    OLD_MASKS,
     PADDING,
     VOCAB,
     W,
@@ -42,13 +42,13 @@ def registered() -> None:
     register()
 
 
-# What it costs.
+# Memory and synchronization
 
 
 @pytest.mark.parametrize("name", ["mistral", "no window"])
-def test_no_queries_by_keys(name: str) -> None:
-    """Causal, windowed, padded and packed; forward, backward, and over either cache."""
-    seqlen = 1280  # whose square is more than the largest of what follows it
+def test_memory_is_not_quadratic(name: str) -> None:
+    """Test causal, windowed, padded and packed batches; forward, backward, and over both caches."""
+    seqlen = 1280  # its square exceeds the number of elements of any other tensor in the model
     model = make_model(name).train()
     model.set_attn_implementation("mistral_kernels")
     ids, attention_mask = batch(seqlen, "left")
@@ -72,9 +72,9 @@ def test_no_queries_by_keys(name: str) -> None:
 
 
 class Reads(TorchFunctionMode):
-    """Count of reads of tensors' values by the integration; each waits for a GPU.
+    """Counter of the integration's reads of tensor values, each of which waits for a GPU.
 
-    (The torch backend reads CPU tensors in its own files; no other device has it.)
+    Reads in `ops/` are not counted: the torch backend makes them, which only runs on CPU tensors.
     """
 
     NAMES = ("tolist", "item", "nonzero", "cpu", "numpy", "__bool__", "__int__", "__index__")
@@ -97,8 +97,8 @@ PACKAGE = "/mistral_kernels/"
 @pytest.mark.parametrize("name", ["mistral", "llama", "gemma2"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @torch.no_grad()
-def test_looks_at_the_device(kind: str, name: str) -> None:
-    """No read in a step without padding; otherwise one per mask, not per layer."""
+def test_device_reads(kind: str, name: str) -> None:
+    """Check that a step without padding reads no value; others read per mask, not per layer."""
     model = make_model(name, num_hidden_layers=6)
     model.set_attn_implementation("mistral_kernels")
     masks = 2 if name == "gemma2" else 1
@@ -108,17 +108,17 @@ def test_looks_at_the_device(kind: str, name: str) -> None:
         for end in (W + 2, W + 3, W + 4):
             begin = 0 if end == W + 2 else end - 1
             given = {} if padding == "none" else {"attention_mask": attention_mask[:, :end]}
-            if OLDER:
+            if OLD_MASKS:
                 given["cache_position"] = torch.arange(begin, end)
             with Reads() as reads:
                 model(ids[:, begin:end], **{CACHE: cache}, **given)
             if begin:
                 assert reads.count == (0 if padding == "none" else masks)
-            elif not OLDER:  # of a prompt, also whether its positions pack it
+            elif not OLD_MASKS:  # a prompt also reads whether its positions pack the batch
                 assert reads.count == masks
 
 
-# Compiled.
+# torch.compile
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_looks_at_the_device(kind: str, name: str) -> None:
     ["packed", *(pytest.param(x, marks=pytest.mark.slow) for x in ("plain", "masked"))],
 )
 def test_compiled_training(case: str) -> None:
-    """One graph; a packed batch raises where padding cannot be told from data."""
+    """Compile training as one graph, with plain, padded and packed batches."""
     model = make_model(num_hidden_layers=1).train()
     ids, attention_mask = batch(3 * W + 1, "left" if case == "masked" else "none")
     real = attention_mask.bool()
@@ -145,10 +145,10 @@ def test_compiled_training(case: str) -> None:
         assert_close(ours[key], eager[key], 1e-4)
 
 
-@pytest.mark.skipif(OLDER, reason="these transformers make every mask in full while compiling")
+@pytest.mark.skipif(OLD_MASKS, reason="this transformers creates full masks while compiling")
 @torch.no_grad()
 def test_compiled_packed_over_a_cache() -> None:
-    """Sequences that a trace cannot tell apart are not served as one."""
+    """Raise for a packed batch, which a trace cannot divide into sequences."""
     model = make_model(num_hidden_layers=1)
     model.set_attn_implementation("mistral_kernels")
     ids = torch.randint(1, VOCAB, (1, 3 * W))
@@ -156,13 +156,13 @@ def test_compiled_packed_over_a_cache() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     positions = torch.arange(3 * W)[None]
     assert_close(compiled(ids, position_ids=positions).logits, model(ids).logits)
-    with pytest.raises(RuntimeError, match=r"^position_ids that pack a batch are not supported"):
+    with pytest.raises(RuntimeError, match=r"^position_ids of a packed batch are not supported"):
         compiled(ids, position_ids=packed_positions((W, 2 * W)))
 
 
 @torch.no_grad()
 def test_compiled_static_decoding() -> None:
-    """One graph serves every step."""
+    """Decode every step with one graph."""
     model = make_model("llama", num_hidden_layers=1)
     ids, _ = batch(3 * W)
     model.set_attn_implementation("eager")
@@ -175,7 +175,7 @@ def test_compiled_static_decoding() -> None:
     prompt = 2 * W
     assert_close(model(ids[:, :prompt], **{CACHE: cache}).logits, expected[:, :prompt])
     for i in range(prompt, 3 * W):
-        given = {"cache_position": torch.tensor([i])} if OLDER else {}
+        given = {"cache_position": torch.tensor([i])} if OLD_MASKS else {}
         logits = compiled(ids[:, i : i + 1], **{CACHE: cache}, **given).logits
         assert_close(logits[:, 0], expected[:, i])
     assert counter.frame_count == 1
@@ -187,7 +187,7 @@ def test_kernels_generate(kind: str, triton_backend: None, device: torch.device)
     model = make_model().to(device)
     ids, attention_mask = (x.to(device) for x in batch(W + 3, "left"))
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
-    if kind == "static":  # on a GPU `generate` would compile what runs over it
+    if kind == "static":  # on a GPU `generate` compiles the model for static caches
         options |= {"cache_implementation": "static", "disable_compile": True}
     given = {"attention_mask": attention_mask, "pad_token_id": 0}
     texts = both(model, model.generate, ids, **given, **options)
@@ -202,19 +202,19 @@ def test_kernels_gradients(case: str, triton_backend: None, device: torch.device
     check_gradients("mistral", case, device)
 
 
-# Without values to read.
+# Tensors without values
 
 
-def skip_unless_it_runs(call: Callable[..., Any], *args: Any) -> Any:
-    """Return what eager attention gives, if these transformers go that way at all."""
+def skip_if_it_fails(call: Callable[..., Any], *args: Any) -> Any:
+    """Return the result of a call with eager attention; skip the test if the call raises."""
     try:
         return call(*args)
     except Exception as error:
-        pytest.skip(f"eager attention does not do it: {error}")
+        pytest.skip(f"eager attention does not support it: {error}")
 
 
-class LogitsAlone(nn.Module):
-    """Model that returns its logits, since `torch.jit.trace` needs a tensor."""
+class LogitsModel(nn.Module):
+    """Model that returns only its logits: `torch.jit.trace` requires a tensor."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -228,12 +228,12 @@ class LogitsAlone(nn.Module):
 @pytest.mark.parametrize("padding", [None, *PADDING])
 @torch.no_grad()
 def test_jit_trace(padding: str | None) -> None:
-    model = LogitsAlone(make_model())
+    model = LogitsModel(make_model())
     for seqlen in (W - 2, 6 * W):
         ids, attention_mask = batch(seqlen, padding or "none")
         given = (ids,) if padding is None else (ids, attention_mask)
         model.model.set_attn_implementation("eager")
-        eager = skip_unless_it_runs(torch.jit.trace, model, given)(*given)
+        eager = skip_if_it_fails(torch.jit.trace, model, given)(*given)
         model.model.set_attn_implementation("mistral_kernels")
         traced = torch.jit.trace(model, given)
         real = attention_mask.bool()
@@ -244,7 +244,7 @@ def test_jit_trace(padding: str | None) -> None:
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("kind", ["fake", "meta"])
 @torch.no_grad()
-def test_without_data(kind: str, use_cache: bool, padding: str | None) -> None:
+def test_fake_and_meta_tensors(kind: str, use_cache: bool, padding: str | None) -> None:
     ids, attention_mask = batch(5 * W, padding or "none")
     model = make_model("gemma2")
     if kind == "meta":
@@ -257,7 +257,7 @@ def test_without_data(kind: str, use_cache: bool, padding: str | None) -> None:
             return model(ids, use_cache=use_cache, **given).logits
 
     model.set_attn_implementation("eager")
-    skip_unless_it_runs(run)
+    skip_if_it_fails(run)
     model.set_attn_implementation("mistral_kernels")
     logits = run()
     assert logits.shape == (3, 5 * W, VOCAB)

@@ -1,4 +1,4 @@
-"""attn_implementation="mistral_kernels": the switch, its masks, and what it refuses."""
+"""attn_implementation="mistral_kernels": selection, masks and errors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers", reason="transformers is absent")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from support.transformers_cases import (  # noqa: E402
     CACHE,
-    OLDER,
+    OLD_MASKS,
     VOCAB,
     W,
     assert_close,
@@ -92,14 +92,14 @@ def layer(model: Any) -> tuple[Any, Tensor, Tensor]:
         ),
     ],
 )
-def test_what_is_not_supported(given: dict[str, Any], message: str) -> None:
+def test_unsupported_arguments(given: dict[str, Any], message: str) -> None:
     module, q, kv = layer(make_model())
     with pytest.raises(NotImplementedError) as error:
         attend(module, q, kv, kv, None, sliding_window=None, **given)
     assert str(error.value) == message
 
 
-def test_dropout_of_a_model() -> None:
+def test_dropout_raises_in_training() -> None:
     model = make_model(attention_dropout=0.5)
     model.set_attn_implementation("mistral_kernels")
     ids, _ = batch(5)
@@ -110,21 +110,21 @@ def test_dropout_of_a_model() -> None:
         model.train()(ids)
 
 
-def test_a_layer_that_does_not_name_its_window() -> None:
-    """Models whose windows only the mask has must raise, not run without a window."""
+def test_a_layer_that_does_not_pass_its_window() -> None:
+    """Models that apply the window only in the mask must raise instead of running without one."""
     module, q, kv = layer(make_model())
     with pytest.raises(NotImplementedError) as error:
         attend(module, q, kv, kv, None)
     assert str(error.value) == (
-        f"MistralAttention does not say whether config.sliding_window={W} is this layer's: use "
-        "attn_implementation='sdpa'"
+        f"sliding_window must be passed by MistralAttention: config.sliding_window is {W}, and not "
+        "every layer may have it; use attn_implementation='sdpa'"
     )
 
 
 def test_bad_input() -> None:
     module, q, kv = layer(make_model())
     wide = torch.randn(1, 1, 5, 264)
-    with pytest.raises(ValueError, match=r"^query's head_dim must lie in .1, 256., got 264$"):
+    with pytest.raises(ValueError, match=r"^query's head_dim must be in .1, 256., got 264$"):
         attend(module, wide, wide, wide, None, sliding_window=None)
     remedy = "call set_attn_implementation() on the whole model"
     for mask in (torch.ones(1, 1, 5, 5, dtype=torch.int32), torch.ones(1, 5, dtype=torch.bool)):
@@ -140,12 +140,12 @@ def test_bad_input() -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         attend(module, q, kv, kv, object(), sliding_window=None)
-    message = f"attention_mask must not be None for 3 queries of 5 keys: {remedy}"
+    message = f"attention_mask must not be None for 3 queries and 5 keys: {remedy}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         attend(module, q[:, :, 2:], kv, kv, None, sliding_window=None)
     offsets = torch.tensor([0, 5], dtype=torch.int32)
     padded = Mask((1, 1, 5, 5), descriptor=make_descriptor([1], 0, 0, 1, "cpu"))
-    message = "cu_seq_lens_q divides a packed batch, which has no attention_mask"
+    message = "attention_mask must be None if cu_seq_lens_q is given: a packed batch has no padding"
     with pytest.raises(ValueError, match=f"^{message}$"):
         attend(module, q, kv, kv, padded, sliding_window=None, cu_seq_lens_q=offsets)
 
@@ -162,12 +162,12 @@ def test_bidirectional() -> None:
     assert_close(out, expected)
 
 
-def test_what_a_mask_becomes() -> None:
-    """transformers makes patterns that are not causal, or more than causal."""
+def test_masks_of_every_pattern() -> None:
+    """Create masks of transformers' patterns, causal and others."""
 
     def make(function: Any, **given: Any) -> Any:
         sizes: dict[str, Any] = {"batch_size": 1, "kv_length": 6}
-        if OLDER:
+        if OLD_MASKS:
             sizes["cache_position"] = torch.arange(6)
         else:
             sizes["q_length"] = 6
@@ -198,14 +198,14 @@ def test_what_a_mask_becomes() -> None:
         assert torch.equal(made[0, 0] == 0, expected)
         assert made.max() == 0
     parameters = inspect.signature(masking_utils.create_causal_mask).parameters
-    if "allow_is_causal_skip" in parameters:  # of a caller that will change the mask
+    if "allow_is_causal_skip" in parameters:  # passed by callers that modify the mask
         made = make(causal, allow_is_causal_skip=False)
         assert torch.equal(made[0, 0] == 0, lower)
 
 
 @torch.no_grad()
-def test_models_that_treat_masks_themselves() -> None:
-    """GPT-2 reads a mask's dimensions; Falcon adds biases to it."""
+def test_models_that_read_or_modify_masks() -> None:
+    """Test GPT-2, which reads the dimensions of a mask, and Falcon, which adds biases to it."""
     sizes = {"vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"hidden_size": 32, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     falcon = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, alibi=True))
@@ -219,14 +219,14 @@ def test_models_that_treat_masks_themselves() -> None:
         assert_close(torch.stack(ours.logits), torch.stack(eager.logits))
 
 
-# Layers that another implementation serves.
+# Layers with another implementation than the model
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("padding", ["none", "left", "right", "holes"])
 @torch.no_grad()
-def test_another_attention_refuses_our_mask(implementation: str, padding: str) -> None:
-    """Copy a layer before the switch: it gets our mask, for prompts and tokens."""
+def test_other_attentions_raise_for_our_mask(implementation: str, padding: str) -> None:
+    """Give a layer with another attention our mask, for prompts and single tokens."""
     model = make_model()
     model.set_attn_implementation(implementation)
     foreign = copy.deepcopy(model.model.layers[1])
@@ -245,9 +245,9 @@ def test_another_attention_refuses_our_mask(implementation: str, padding: str) -
         with pytest.raises(MaskError) as error:
             model(ids[:, -1:] if step else ids, **given, **step)
         assert str(error.value) == (
-            "attention_mask must be read by attn_implementation='mistral_kernels', for which it "
-            "was made: set the same attn_implementation for the model and for layers with a config "
-            "of their own, or use 'sdpa'"
+            "attention_mask must be used with attn_implementation='mistral_kernels', which created "
+            "it: set the same attn_implementation for the model and for layers with a config of "
+            "their own, or use 'sdpa'"
         )
 
 
@@ -255,8 +255,8 @@ def test_another_attention_refuses_our_mask(implementation: str, padding: str) -
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
-def test_our_attention_serves_other_masks(implementation: str, padding: str, kind: str) -> None:
-    """Copy a layer while the model is switched: it gets other masks."""
+def test_our_attention_reads_other_masks(implementation: str, padding: str, kind: str) -> None:
+    """Give a layer with our attention the masks of another implementation."""
     model = make_model()
     model.set_attn_implementation("mistral_kernels")
     ours = copy.deepcopy(model.model.layers[1])
@@ -271,11 +271,11 @@ def test_our_attention_serves_other_masks(implementation: str, padding: str, kin
             model.model.layers[1] = layer
             cache, parts = new_cache(kind, model, seqlen + 2), []
             ends = (seqlen - 3, seqlen - 1, seqlen)
-            if OLDER and kind == "static":  # which takes prompts and tokens
+            if OLD_MASKS and kind == "static":  # supports only prompts and single tokens
                 ends = (seqlen - 1, seqlen)
             for begin, end in itertools.pairwise((0, *ends)):
                 now = {name: x[:, :end] for name, x in given.items()}
-                if OLDER:
+                if OLD_MASKS:
                     now["cache_position"] = torch.arange(begin, end)
                 parts.append(model(ids[:, begin:end], **{CACHE: cache}, **now).logits)
             logits.append(torch.cat(parts, 1)[attention_mask.bool()])
@@ -283,7 +283,7 @@ def test_our_attention_serves_other_masks(implementation: str, padding: str, kin
 
 
 def test_a_mask_can_be_moved() -> None:
-    """Move a mask as accelerate moves the inputs of layers."""
+    """Move a mask between devices, as accelerate moves the inputs of layers."""
     mask = Mask((1, 1, 2, 5), descriptor=make_descriptor([1], 3, 0, 1, "cpu"), starts=[1])
     moved = mask.to("meta", non_blocking=True)
     assert moved.descriptor.is_meta
@@ -291,41 +291,41 @@ def test_a_mask_can_be_moved() -> None:
     assert moved.starts == [1]
     assert mask.to("cpu") is mask
     assert mask.dim() == mask.ndim == 4
-    with pytest.raises(MaskError, match=r"^attention_mask must be read by"):
+    with pytest.raises(MaskError, match=r"^attention_mask must be used with"):
         mask.to(torch.bool)
 
 
-# What is not there.
+# Unsupported features
 
 
-@pytest.mark.parametrize("said", ["by the call", "by the config", "by generate"])
+@pytest.mark.parametrize("requested", ["by the call", "by the config", "by generate"])
 @torch.no_grad()
-def test_output_attentions(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_attentions(requested: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Warn once and return no weights, like sdpa."""
     warnings: list[str] = []
     monkeypatch.setattr(transformers_attention._logger, "warning_once", warnings.append)
     model, (ids, _) = make_model(), batch(W)
-    given = {} if said == "by the config" else {"output_attentions": True}
+    given = {} if requested == "by the config" else {"output_attentions": True}
     results = []
     for name in ("sdpa", "mistral_kernels"):
-        if said == "by the config":  # which takes it of eager attention only
+        if requested == "by the config":  # a config accepts it with eager attention only
             model.set_attn_implementation("eager")
             model.config.output_attentions = True
         model.set_attn_implementation(name)
-        if said == "by generate":
+        if requested == "by generate":
             given |= {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
             results.append(model.generate(ids, **given))
         else:
             results.append(model(ids, **given))
     assert results[0].attentions == results[1].attentions
     assert set(warnings) == {
-        "attn_implementation='mistral_kernels' does not support output_attentions=True: the "
-        "weights are never formed. Use attn_implementation='eager'"
+        "attn_implementation='mistral_kernels' does not support output_attentions=True: it never "
+        "computes the attention weights. Use attn_implementation='eager'"
     }
 
 
 @torch.no_grad()
-def test_a_rolling_cache_refuses_packed_batches_and_padding_on_the_right() -> None:
+def test_a_rolling_cache_raises_for_packed_batches_and_right_padding() -> None:
     model = make_model()
     model.set_attn_implementation("mistral_kernels")
     ids, attention_mask = batch(2 * W, "right")
@@ -338,15 +338,15 @@ def test_a_rolling_cache_refuses_packed_batches_and_padding_on_the_right() -> No
             "a packed batch is not supported with RollingCache; pad it, or use another cache"
         )
     message = (
-        "attention_mask must be causal, with each sequence's padding on its left, got another mask "
-        f"of (3, 1, {2 * W}, {2 * W}): RollingCache holds tokens alone"
+        "attention_mask must be causal with padding on the left only, got another mask of shape "
+        f"(3, 1, {2 * W}, {2 * W}): RollingCache does not store padding"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         model(ids, attention_mask=attention_mask, **{CACHE: RollingCache(model.config)})
 
 
-def test_an_old_or_missing_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    needs = "mistral_kernels.integrations.transformers needs transformers >= 4.56"
+def test_outdated_or_missing_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    required = "mistral_kernels.integrations.transformers requires transformers >= 4.56"
     name = "mistral_kernels.integrations.versions"
     versions = importlib.import_module(name)
     old = types.ModuleType("transformers")
@@ -354,11 +354,11 @@ def test_an_old_or_missing_transformers(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "transformers", old)
     with pytest.raises(ImportError) as error:
         importlib.reload(versions)
-    assert str(error.value) == f"{needs}, found 4.40.1; run pip install -U transformers"
+    assert str(error.value) == f"{required}, found 4.40.1; run pip install -U transformers"
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError) as error:
         importlib.reload(versions)
-    assert str(error.value) == f"{needs}; run pip install 'mistral_kernels[hf]'"
+    assert str(error.value) == f"{required}; run pip install 'mistral_kernels[hf]'"
 
 
 @torch.no_grad()
