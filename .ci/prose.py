@@ -37,7 +37,8 @@ GLOSSARY = [
     (r"serves|takes? over|taken over", "fallback, runs, computes", ""),
     (r"go(es)? on", "resume, continue", ""),
     (r"plays? no part", "padding", ""),
-    (r"knows?|known to|(?<!\.)tells?|says?|speaks?|forgets?|wants?", "hold, return, read, raise", ""),
+    (r"knows?|known to|says?|speaks?|forgets?|wants?", "hold, return, read, raise", ""),
+    (r"(?<!\.)tells?", "print, return, report", ""),
     (r"ask(s|ed|ing)?", "check, require, request", ""),
     (r"but for", "except", ""),
     (
@@ -96,7 +97,8 @@ def main(argv: list[str] | None = None) -> int:
         found = (
             finding
             for path in files
-            if path.suffix in SUFFIXES and path.name != "prose.py"
+            if path.suffix in SUFFIXES and path.exists()
+            if path.name not in ("prose.py", "test_prose.py")  # both contain the words
             for finding in findings(path)
         )
     lines = [line for line in found if line]

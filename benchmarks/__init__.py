@@ -1,7 +1,8 @@
-"""Benchmarks beside eager PyTorch, flash-attn and whoever else is installed.
+"""Benchmarks of this package, eager PyTorch, flash-attn and every other provider that is installed.
 
-python -m pytest benchmarks --benchmark-json results.json
-python -m benchmarks.report results.json
+python -m benchmarks --help
+python -m benchmarks --op attention --plots plots
+python -m benchmarks.report results.json --base older.json
 """
 
 import sys

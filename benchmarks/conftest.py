@@ -1,16 +1,12 @@
-"""Cases times providers, measured in turn: each one's times are an entry of pytest-benchmark.
+"""Pytest plumbing: collects cases and providers, measures them, and reports each pair as a test.
 
-Options: --op, --providers, --shapes, --seconds, --sittings, --device. The first test times all that
-were collected (`sittings.py`); a provider that is not timed is a skipped test, which says why.
+The first test measures everything that was collected (`sessions.py`). A provider that is not timed
+is a skipped test with the reason. `python -m benchmarks` is the command for users.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,72 +14,58 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import report, timing
-from benchmarks.registry import OURS, PROVIDERS, SHAPES, Case, Operator, in_a_line
-from benchmarks.sittings import MAX_ROUNDS, Trial, hold
+from benchmarks import report, results, timing
+from benchmarks.registry import OURS, PROVIDERS, SHAPES, Case, Operator
+from benchmarks.results import Results, Row
+from benchmarks.sessions import MAX_ROUNDS, Measurement, measure
 
-PACKAGES = (
-    "torch",
-    "triton",
-    "transformers",
-    "flash-attn",
-    "xformers",
-    "liger-kernel",
-    "llama-cpp-python",
-)
-SECONDS = 1.5  # for the rounds of one case, within bounds
-SITTINGS = 5
+SECONDS = 1.5  # for all rounds of one case
+SESSIONS = 5
+Measurements = dict[tuple[str, Case], Measurement]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("mistral_kernels")
-    group.addoption("--op", help="operators, with commas between: attention,rms_norm")
-    group.addoption("--providers", help="providers, with commas between: ours,eager")
-    group.addoption(
-        "--shapes", choices=SHAPES, help="; ".join(f"{k}: {v}" for k, v in SHAPES.items())
-    )
-    group.addoption("--seconds", type=float, default=SECONDS, help="for the rounds of a case")
-    group.addoption(
-        "--sittings",
-        type=int,
-        help=f"over which they are spread, everything staying in memory: {SITTINGS}, on a GPU 1",
-    )
-    group.addoption("--device", help="cuda, cpu, or meta: a rehearsal that times nothing")
+    add = parser.getgroup("mistral_kernels").addoption
+    add("--op", help="operators, separated by commas")
+    add("--providers", help="providers, separated by commas")
+    add("--shapes", choices=SHAPES)
+    add("--dtype", choices=("bfloat16", "float32"))
+    add("--seconds", type=float, default=SECONDS)
+    add("--sessions", type=int)
+    add("--device", choices=("cpu", "cuda", "meta"), help="meta: run every case, time nothing")
+    add("--results", type=Path, help="write the rows to this JSON file")
+    add("--command", default="python -m pytest benchmarks", help="command noted in the results")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    chosen = config.option.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = config.option
+    chosen = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     index = torch.cuda.current_device() if chosen == "cuda" else None
     config.benchmark_device = torch.device(chosen, index)  # type: ignore[attr-defined]
     if chosen == "meta":
-        torch.compiler.set_stance("force_eager")  # there is nothing to make code for
-    # A version of compiled code for each shape. Beyond so many, eager code would run in silence.
+        torch.compiler.set_stance("force_eager")  # meta tensors have no code to compile
+    # Compiled code has one version per shape. Above the limit it would silently run eagerly.
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    config.option.benchmark_quiet = True  # `report`'s table says all of it
-    if config.option.shapes is None:
-        config.option.shapes = "cpu" if chosen == "cpu" else "gpu"
-    if config.option.sittings is None:
-        config.option.sittings = SITTINGS if chosen == "cpu" else 1
-    if not 1 <= config.option.sittings <= MAX_ROUNDS:
-        raise pytest.UsageError(
-            f"--sittings must be 1 to {MAX_ROUNDS}, got {config.option.sittings}"
-        )
-    for option, known in (("providers", tuple(PROVIDERS)), ("op", _operators())):
-        given = getattr(config.option, option)
-        names = given.split(",") if given else known
-        if unknown := set(names) - set(known):
-            raise pytest.UsageError(
-                f"--{option} knows no {sorted(unknown)[0]!r}, but {', '.join(known)}"
-            )
-        setattr(config.option, option, names)
+    options.benchmark_quiet = True  # the table of `report` replaces that of pytest-benchmark
+    if options.shapes is None:
+        options.shapes = "cpu" if chosen == "cpu" else "gpu"
+    if options.sessions is None:
+        options.sessions = SESSIONS if chosen == "cpu" else 1
+    if not 1 <= options.sessions <= MAX_ROUNDS:
+        raise pytest.UsageError(f"--sessions must be 1 to {MAX_ROUNDS}, got {options.sessions}")
+    for option, valid in (("providers", tuple(PROVIDERS)), ("op", operator_names())):
+        given = getattr(options, option)
+        names = given.split(",") if given else valid
+        if unknown := sorted(set(names) - set(valid)):
+            raise pytest.UsageError(f"--{option} must be of {', '.join(valid)}, got {unknown[0]!r}")
+        setattr(options, option, names)
 
 
-def _operators() -> tuple[str, ...]:
-    """List the operators: each one's file is named after it."""
-    return tuple(
-        sorted(p.stem.removeprefix("test_") for p in Path(__file__).parent.glob("test_*.py"))
-    )
+def operator_names() -> tuple[str, ...]:
+    """Return the operators' names, which are those of the test files."""
+    files = Path(__file__).parent.glob("test_*.py")
+    return tuple(sorted(path.stem.removeprefix("test_") for path in files))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -95,14 +77,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     pairs = [
         pytest.param(case, provider, id=f"{case}-{provider}")
         for case in (operator.cases.get(options.shapes, ()) if operator.name in options.op else ())
+        if case.dtype == chosen_dtype(operator, case, options.dtype, options.shapes)
         for provider in operator.providers
         if provider in options.providers
     ]
     metafunc.parametrize(("case", "provider"), pairs)
 
 
-class Replay:
-    """A clock for pytest-benchmark, by which each call takes what was measured before."""
+def chosen_dtype(operator: Operator, case: Case, given: str | None, shapes: str) -> torch.dtype:
+    """Return the given dtype, or bfloat16 except where products in it would be slower.
+
+    On a CPU without instructions for bfloat16, PyTorch's products take 5 to 40 times the time of
+    those in float32.
+    """
+    if given is not None:
+        dtype: torch.dtype = getattr(torch, given)
+        return dtype
+    slow = shapes != "gpu" and operator.bound_of(case) == "FLOP" and not results.has_bf16_products()
+    return torch.float32 if slow else torch.bfloat16
+
+
+class ReplayedClock:
+    """Clock for pytest-benchmark in which each call takes a time measured before."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -114,12 +110,12 @@ class Replay:
         self.now += next(times)
 
 
-CLOCK = Replay()
+CLOCK = ReplayedClock()
 
 
 @pytest.fixture(scope="session")
-def trials(request: pytest.FixtureRequest) -> dict[tuple[str, Case], Trial]:
-    """Time every case that was collected with the providers that were."""
+def measurements(request: pytest.FixtureRequest) -> Measurements:
+    """Measure every collected case with its collected providers."""
     config: Any = request.config
     plan: dict[tuple[str, Case], tuple[Operator, Case, list[str]]] = {}
     for item in request.session.items:
@@ -130,63 +126,68 @@ def trials(request: pytest.FixtureRequest) -> dict[tuple[str, Case], Trial]:
             providers.append(chosen["provider"])
     plugins = config.pluginmanager
 
-    def tell(line: str) -> None:
+    def print_line(line: str) -> None:
         with plugins.get_plugin("capturemanager").global_and_fixture_disabled():
             plugins.get_plugin("terminalreporter").write_line(line)
 
-    option = config.option
-    return hold(plan.values(), config.benchmark_device, option.seconds, option.sittings, tell)
+    options = config.option
+    found, config.benchmark_interrupted = measure(
+        plan.values(), config.benchmark_device, options.seconds, options.sessions, print_line
+    )
+    return found
 
 
 @pytest.fixture
 def speed(
-    benchmark: Any, request: pytest.FixtureRequest, trials: dict[tuple[str, Case], Trial]
+    benchmark: Any, request: pytest.FixtureRequest, measurements: Measurements
 ) -> Callable[[Operator, Case, str], None]:
-    """Return `speed(operator, case, provider)`.
-
-    It is an entry of the benchmark, or a skip with its reason.
-    """
-    device = request.config.benchmark_device  # type: ignore[attr-defined]
+    """Return `speed(operator, case, provider)`, which reports one measurement or skips."""
+    config: Any = request.config
 
     def run(operator: Operator, case: Case, provider: str) -> None:
-        trial = trials[operator.name, case]
-        if reason := trial.refused.get(provider):
+        measurement = measurements.get((operator.name, case))
+        if measurement and (reason := measurement.refused.get(provider)):
             if provider == OURS.name:
                 pytest.fail(reason, pytrace=False)
             pytest.skip(f"{provider}: {reason}")
-        times = trial.all_times(provider)
-        entry = {
-            "op": operator.name,
-            "sizes": dict(case.sizes),
-            "dtype": str(case.dtype).removeprefix("torch."),
-            "direction": case.direction,
-            "provider": provider,
-            "bound": operator.bound_of(case),
-            "flops": operator.flops(case),
-            "bytes": operator.bytes_of(provider, case),
-            "noise": timing.noise(trial.times[provider]),
-            "sittings": len(trial.times[provider]),
-            "peak_memory": trial.memory.get(provider),
-            "over_ours": trial.over_ours(provider),
-            "profile": trial.profiles.get(provider),
-            "environment": environment(device),
-        }
-        moved = timing.READ if operator.only_reads else timing.COPY
-        limit, unit = (timing.GEMM, "flops") if entry["bound"] == "FLOP" else (moved, "bytes")
-        peaks = timing.peaks(device, case.dtype)
-        if limit in peaks:
-            of_limit = peaks[limit][1]
-            entry["peak"] = of_limit / statistics.median(trial.all_times(limit))
-            entry["of_peak"] = statistics.median(
-                entry[unit] / own * theirs / of_limit
-                for own, theirs in zip(times, trial.all_times(limit), strict=True)
-            )
-        benchmark.extra_info.update(entry)
+        if measurement is None or provider not in measurement.times:
+            pytest.skip("interrupted before it was timed")
+        row = row_of(measurement, provider)
+        config.benchmark_rows = [*getattr(config, "benchmark_rows", []), row]
         benchmark.group = f"{operator.name} {case}"
-        replayed = iter(times)
-        benchmark.pedantic(CLOCK.advance, (replayed,), rounds=len(times))
+        times = measurement.all_times(provider)
+        benchmark.pedantic(CLOCK.advance, (iter(times),), rounds=len(times))
 
     return run
+
+
+def row_of(measurement: Measurement, provider: str) -> Row:
+    """Return the result of one provider."""
+    operator, case, device = measurement.operator, measurement.case, measurement.device
+    times, bound = measurement.all_times(provider), operator.bound_of(case)
+    work = operator.flops(case) if bound == "FLOP" else operator.bytes_of(provider, case)
+    ratios = measurement.over_ours(provider)
+    of_peak = None
+    if measurement.peak in measurement.times:
+        _, peak_work = timing.peak(measurement.peak, device, case.dtype)
+        pairs = zip(times, measurement.all_times(measurement.peak), strict=True)
+        of_peak = statistics.median(work / own * peak / peak_work for own, peak in pairs)
+    return Row(
+        op=operator.name,
+        sizes=dict(case.sizes),
+        dtype=str(case.dtype).removeprefix("torch."),
+        direction=case.direction,
+        provider=provider,
+        bound=bound,
+        work=work,
+        seconds=statistics.median(times),
+        noise=timing.noise(measurement.times[provider]),
+        of_peak=of_peak,
+        over_ours=ratios and statistics.median(x for session in ratios for x in session),
+        over_ours_noise=ratios and timing.noise(ratios),
+        peak_memory=measurement.memory.get(provider),
+        profile=measurement.profiles.get(provider),  # type: ignore[arg-type]
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -195,46 +196,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.benchmark(timer=CLOCK, disable_gc=False, warmup=False))
 
 
-@functools.cache
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return what times depend on.
-
-    pytest-benchmark notes the commit and the machine's names.
-    """
-    found: dict[str, Any] = {
-        "device": device.type,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-        query = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,driver_version"
-        try:
-            found[query] = subprocess.check_output(
-                ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], text=True
-            ).strip()
-        except (OSError, subprocess.SubprocessError) as error:
-            found["clocks"] = in_a_line(error)
-    return found
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config: Any = session.config
+    if getattr(config, "benchmark_interrupted", False):
+        session.exitstatus = pytest.ExitCode.INTERRUPTED
+    rows = getattr(config, "benchmark_rows", None)
+    if rows:
+        device = config.benchmark_device
+        config.benchmark_results = Results(
+            machine=results.machine_name(device),
+            environment=results.environment(device),
+            date=results.today(),
+            command=config.option.command,
+            rows=rows,
+        )
+        if config.option.results:
+            config.benchmark_results.save(config.option.results)
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    session = getattr(config, "_benchmarksession", None)
-    rows = [
-        report.row_of(x.extra_info, x.stats.median)
-        for x in (session.benchmarks if session else ())
-        if "op" in x.extra_info
-    ]
-    if rows:
-        described = environment(config.benchmark_device)  # type: ignore[attr-defined]
-        terminalreporter.section(", ".join(f"{k} {v}" for k, v in described.items()))
-        terminalreporter.write_line(report.table(rows))
-        terminalreporter.write_line(report.profiles(rows))
+    found: Results | None = getattr(config, "benchmark_results", None)
+    if found:
+        terminalreporter.section("results")
+        terminalreporter.write_line(report.text(found))

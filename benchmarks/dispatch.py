@@ -1,4 +1,4 @@
-"""Time a call of each operator on small CPU tensors: what is spent around the kernel.
+"""Call time of each operator on small CPU tensors: the overhead around the kernel.
 
     python -m benchmarks.dispatch [--rounds N] PYTHON [PYTHON ...]
 
@@ -21,7 +21,7 @@ COLD_CALLS, WARM_CALLS, EVICTED_BYTES = 60, 2000, 48 << 20
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """Return a call without arguments per operator."""
+    """Return one call without arguments per operator."""
     import torch
 
     import mistral_kernels as mk

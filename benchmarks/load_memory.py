@@ -1,10 +1,10 @@
-"""Peak memory and time of loading a checkpoint, of the first token, and of converting it.
+"""Peak memory and time of loading a checkpoint, of the first token, and of a conversion.
 
     python benchmarks/load_memory.py /tmp/random-1.2B
 
-Each is done in a process of its own, which has imported everything and finds the files cached by
-the system. Peak is that process's resident set, mapped pages included, less what it held before;
-the bound is the model (unless it is converted) plus the largest tensor. Linux only.
+Each of the three tasks runs in its own process, after all imports, with the files in the system's
+page cache. "peak" is the growth of the process's resident set, mapped pages included. "bound" is
+the size of the model (0 for a conversion) plus the largest tensor. Linux only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mistral_kernels.checkpoint import open_checkpoint
 
 
 def resident(field: str) -> int:
-    """Return this process's resident set now (`VmRSS`) or at its largest (`VmHWM`), in bytes."""
+    """Return the resident set of this process in bytes, now (`VmRSS`) or at its peak (`VmHWM`)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -33,7 +33,7 @@ def load(path: str) -> None:
 
 
 def first_token(path: str) -> None:
-    """Load a model and generate the likeliest token after a prompt."""
+    """Load a model and generate one token greedily after a prompt."""
     model = MistralForCausalLM.from_pretrained(path)
     model.generate([[1] * PROMPT], max_new_tokens=1)
 
@@ -49,7 +49,7 @@ TASKS = {"load": load, "first token": first_token, "convert": convert_away}
 
 
 def read_all(file: Path) -> None:
-    """Read a folder's files into the system's cache, but not into this process."""
+    """Read a file into the system's page cache without keeping it in this process."""
     with file.open("rb", buffering=0) as stream:
         while stream.read(1 << 20):
             pass
@@ -77,7 +77,7 @@ def measure(task: str, path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", help="folder of the checkpoint to load and to convert")
-    parser.add_argument("--task", choices=TASKS, help="do only this, in this process")
+    parser.add_argument("--task", choices=TASKS, help="run only this task, in this process")
     args = parser.parse_args()
     if args.task:
         measure(args.task, args.checkpoint)

@@ -1,8 +1,8 @@
-"""Write a checkpoint of random weights, for measurements.
+"""Write a checkpoint of random weights for measurements.
 
     python benchmarks/make_checkpoint.py 1.2B /tmp/random-1.2B --format raw
 
-The weights are drawn and written one at a time.
+The weights are generated and written one at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mistral_kernels.checkpoint import save_hf, save_raw
 from mistral_kernels.checkpoint.names import expected_shapes
 from mistral_kernels.model.config import MistralConfig
 
-# Mistral's proportions: head_dim 128, four query heads to a kv head, a window.
+# Mistral's proportions: head_dim 128, four query heads per kv head, a sliding window.
 CONFIGS = {
     "10M": MistralConfig(
         vocab_size=4096,
@@ -54,7 +54,7 @@ def random_tensors(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield weights as at the start of a training, one at a time: norms near 1, the rest small."""
+    """Yield initial weights one at a time: norms near 1, matrices with variance 1 / columns."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, shape in expected_shapes(config).items():
         tensor = torch.empty(shape, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Adapters of one model, with the same random weights, to each provider."""
+"""One model with the same random weights in each provider, behind one interface, `Engine`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from mistral_kernels.model.cache import Packing
 from mistral_kernels.model.engine import engine_for
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 
-CHUNK = 512  # of a prompt that transformers is given a cache for
+CHUNK = 512  # tokens per chunk of a prompt, for transformers and llama.cpp
 Step = Callable[[Tensor], Tensor]
 
 
 class Engine:
-    """Provider's model. Token ids are (batch, seqlen)."""
+    """Model of one provider. Token ids are (batch, seqlen)."""
 
     def __init__(self, config: MistralConfig, dtype: torch.dtype, device: torch.device) -> None:
         raise NotImplementedError
@@ -38,11 +38,11 @@ class Engine:
         raise NotImplementedError
 
     def decoder(self, ids: Tensor, steps: int) -> Step:
-        """Return the decoder after `ids`: tokens (batch,) to logits, for so many steps."""
+        """Return a function from tokens (batch,) to logits, for `steps` calls after `ids`."""
         raise NotImplementedError
 
     def loss(self, ids: Tensor) -> Tensor:
-        """Return the loss of predicting each token but the first; gradients for all weights."""
+        """Return the loss of predicting every token except the first."""
         raise NotImplementedError
 
 
@@ -90,17 +90,17 @@ class Ours(Engine):
 
 
 class OursInt8(Ours):
-    """Our model with weights of 8 bits, which are for decoding on a CPU."""
+    """Our model with int8 weights, for decoding on a CPU."""
 
     quantize = "int8"
 
     def __init__(self, config: MistralConfig, dtype: torch.dtype, device: torch.device) -> None:
         if device.type != "cpu":
-            raise NotImplementedError("is for CPUs")
+            raise NotImplementedError("int8 weights need a CPU")
         super().__init__(config, dtype, device)
 
     def loss(self, ids: Tensor) -> Tensor:
-        raise NotImplementedError("does not train")
+        raise NotImplementedError("has no backward pass")
 
 
 def _lists(ids: Tensor) -> list[list[int]]:
@@ -170,14 +170,14 @@ class Transformers(Engine):
 
 
 class LlamaCpp(Engine):
-    """Our weights in llama.cpp, by a GGUF file. Its Llama has no window."""
+    """llama.cpp with our weights, through a GGUF file, as a Llama without a window."""
 
     def __init__(self, config: MistralConfig, dtype: torch.dtype, device: torch.device) -> None:
         import llama_cpp
 
         if device.type != "cpu":
-            raise NotImplementedError("is only set up for CPUs here")
-        self.window = config.sliding_window
+            raise NotImplementedError("is measured on CPUs only")
+        self.window, self.dtype = config.sliding_window, dtype
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.gguf")
             write_gguf(path, config, weights(config, dtype, device))
@@ -193,7 +193,7 @@ class LlamaCpp(Engine):
 
     def prefill(self, ids: Tensor) -> Tensor:
         if self.texts is None or self.texts.batch != len(ids):
-            self.texts = LlamaCppTexts(self.model, len(ids), self.window or 4096)
+            self.texts = LlamaCppTexts(self.model, len(ids), self.window or 4096, self.dtype)
         self.texts.clear()
         return self.texts.append(ids)
 
@@ -204,19 +204,22 @@ class LlamaCpp(Engine):
         return lambda tokens: texts.append(tokens[:, None])
 
     def loss(self, ids: Tensor) -> Tensor:
-        raise NotImplementedError("does not train")
+        raise NotImplementedError("has no backward pass")
 
 
 class LlamaCppTexts:
-    """`batch` texts that grow together, by llama.cpp's own functions: its Python class has one."""
+    """`batch` texts of equal length through the C API; the Python class has only one text."""
 
-    def __init__(self, model: Any, batch: int, max_length: int) -> None:
+    def __init__(self, model: Any, batch: int, max_length: int, dtype: torch.dtype) -> None:
         import llama_cpp
 
         self.api, self.batch, self.max_length = llama_cpp, batch, max_length
+        self.model = model  # must outlive the context
         self.vocab_size = model.n_vocab()
         parameters = model.context_params
         parameters.n_ctx, parameters.n_seq_max = batch * max_length, batch
+        if dtype == torch.float32:  # the default is a float16 cache
+            parameters.type_k = parameters.type_v = llama_cpp.GGML_TYPE_F32
         self.context = llama_cpp.llama_init_from_model(model._model.model, parameters)
         self.tokens = llama_cpp.llama_batch_init(CHUNK, 0, 1)
         weakref.finalize(self, llama_cpp.llama_batch_free, self.tokens)
@@ -231,7 +234,7 @@ class LlamaCppTexts:
         """Return logits (batch, vocab_size) after ids (batch, seqlen)."""
         if self.length + ids.shape[1] > self.max_length:
             raise NotImplementedError(
-                f"knows no window, and the text passes {self.max_length} tokens"
+                f"has no sliding window; the text is longer than {self.max_length} tokens"
             )
         for chunk in ids.split(CHUNK // self.batch, dim=1):
             count, tokens = chunk.shape[1], self.tokens
@@ -279,13 +282,13 @@ ENGINES: dict[str, Callable[..., Engine]] = {
 @functools.lru_cache(maxsize=len(ENGINES))
 def engine(provider: str, model: str, dtype: torch.dtype, device: torch.device) -> Engine:
     config = CONFIGS[model]
-    if device.type == "meta":  # two layers say what all of them would
+    if device.type == "meta":  # two layers run the same code as all
         config = replace(config, num_hidden_layers=2)
     return ENGINES[provider](config, dtype, device)
 
 
 def num_product_weights(model: str) -> int:
-    """Count all weights but the embedding's, of which a token reads one row."""
+    """Count the weights that multiply a token: all except the embedding."""
     shapes = expected_shapes(CONFIGS[model])
     return sum(torch.Size(s).numel() for name, s in shapes.items() if "embed" not in name)
 
@@ -296,7 +299,7 @@ def release() -> None:
     gc.collect()
 
 
-# What an engine is checked with: as large models are, but for the sizes. Texts pass the window.
+# Model for checks: small, otherwise like the large models. Texts are longer than its window.
 SMALL = replace(
     CONFIGS["10M"],
     vocab_size=96,
@@ -313,9 +316,9 @@ SMALL = replace(
 def check(
     provider: str, dtype: torch.dtype, device: torch.device, what: str, windowed: bool, batch: int
 ) -> None:
-    """Raise unless logits, or gradients, are those of plain PyTorch in float32.
+    """Raise unless logits or gradients match plain PyTorch in float32.
 
-    Where the cases timed stay within their window, so does this.
+    `windowed`: whether the texts of the check are longer than the window.
     """
     config = SMALL if windowed else replace(SMALL, sliding_window=64)
     theirs = ENGINES[provider](config, dtype, device)
@@ -337,4 +340,4 @@ def check(
             results.append(torch.stack((prompt, *(step(tokens) for tokens in ids[:, 30:].T))))
     error = (results[0].float() - results[1]).norm() / results[1].norm()
     if not error < (1e-4 if dtype == torch.float32 else 5e-2):
-        raise AssertionError(f"{what} are {error:.2g} from those of plain PyTorch in float32")
+        raise AssertionError(f"relative error of {what} against float32 is {error:.2g}")

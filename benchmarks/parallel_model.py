@@ -1,13 +1,14 @@
-"""A model, not a measurement, of tensor parallelism: memory and time of a decode step per rank.
+"""Estimate of tensor parallelism, not a measurement: memory and time of a decode step per rank.
 
     python benchmarks/parallel_model.py
 
-The table is of Mistral-7B in bfloat16 with a full window, one sequence, on H100s with NVLink.
+Prints a table for Mistral-7B in bfloat16, one sequence with a full window, on H100s with NVLink.
 
-A step reads a rank's weights and cache at the memory's bandwidth; then come the collectives. Each
-costs what NCCL itself assumes when it chooses an algorithm (src/graph/tuning.cc, ring and its
-low-latency protocol, NVLink): 6.6 us to start, 0.6 us for each of the 2 (N - 1) steps of an
-all-reduce, and 2 (N - 1) / N of the message over a quarter of the link's rate.
+A step reads the weights and the cache of a rank at memory bandwidth, and then runs the collectives.
+The cost of a collective is the one that NCCL assumes when it chooses an algorithm
+(src/graph/tuning.cc, ring with the low-latency protocol, NVLink): 6.6 us to start, 0.6 us for each
+of the 2 (N - 1) steps of an all-reduce, and 2 (N - 1) / N of the message over a quarter of the
+link's bandwidth.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DTYPE = torch.bfloat16
 
 
 def step_seconds(config: MistralConfig, size: int) -> tuple[float, float]:
-    """Return the seconds that a decode step of one sequence takes for memory, for collectives."""
+    """Return the seconds of one decode step in memory and in collectives, for one sequence."""
     held = memory_per_rank(config, size, dtype=DTYPE)
     weights = held.weights
     if not config.tie_word_embeddings:  # a step reads one row of the embedding
@@ -44,7 +45,7 @@ def step_seconds(config: MistralConfig, size: int) -> tuple[float, float]:
 
 
 def table() -> list[str]:
-    """Return the rows of the README's table."""
+    """Return the rows of the table in benchmarks/README.md."""
     config, rows = MistralConfig(), []
     for size in (1, 2, 4, 8):
         held = memory_per_rank(config, size, dtype=DTYPE)

@@ -1,9 +1,9 @@
-"""Cost of quantized weights: the perplexity of a text, without and with them.
+"""Perplexity of a text without and with quantized weights.
 
     python -m benchmarks.perplexity --quantize int8
 
-The text goes through the rolling cache, behind BOS, a few tokens at a time, as a decode step's
-batch does: so it is the kernel for few rows that multiplies.
+The text, after BOS, passes through the rolling cache 32 tokens at a time. Products of so few rows
+use the int8 kernel of decode steps.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mistral_kernels.cli.command import DTYPES
 from mistral_kernels.train import HELD_OUT
 from mistral_kernels.training.loop import Corpus
 
-TOKENS = 32  # in a pass
+TOKENS = 32  # per pass
 
 
 @torch.inference_mode()
 def losses(model: MistralForCausalLM, corpus: Corpus) -> Tensor:
-    """Return the loss of each of the corpus's tokens, in nats."""
+    """Return the loss of each token of the corpus, in nats."""
     cache = model.new_cache(1, len(corpus.tokens))
     inputs = corpus.with_bos(corpus.tokens)
     found = []
@@ -40,7 +40,9 @@ def losses(model: MistralForCausalLM, corpus: Corpus) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="tiny", help="folder or hub id; default: bundled")
-    parser.add_argument("--text", type=Path, help="default: what the bundled model has not seen")
+    parser.add_argument(
+        "--text", type=Path, help="default: a text that the bundled model was not trained on"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--quantize", choices=["int8"], default="int8")
     args = parser.parse_args()
@@ -56,12 +58,12 @@ def main() -> None:
         nats = found[-1].mean().item()
         bits = nats * len(corpus.tokens) / len(text.encode()) / math.log(2)
         print(
-            f"{quantize or args.dtype:8} {model.nbytes / 1e6:,.1f} MB  {nats:.4f} nats a token  "
-            f"{bits:.4f} bits a byte  perplexity {math.exp(nats):.3f}"
+            f"{quantize or args.dtype:8} {model.nbytes / 1e6:,.1f} MB  {nats:.4f} nats per token  "
+            f"{bits:.4f} bits per byte  perplexity {math.exp(nats):.3f}"
         )
     change = found[1] - found[0]
     error = change.std().item() / math.sqrt(len(change))
-    print(f"change   {change.mean():+.5f} nats a token, standard error {error:.5f}")
+    print(f"change   {change.mean():+.5f} nats per token, standard error {error:.5f}")
 
 
 if __name__ == "__main__":

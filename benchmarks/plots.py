@@ -1,7 +1,7 @@
-"""Plots of `benchmarks.report`: lines over lengths, and bars of shares of the machine's peak.
+"""Plots of results: lines over lengths, and labeled bars.
 
-A provider has one colour and one marker everywhere (the registry's), ours is drawn thickest and
-last. Nothing hangs on the colour alone: lines are told apart by their markers too.
+A provider has one color and one marker in every plot, so that lines are distinct without
+color. Ours is drawn thickest and last. Every plot names its machine, torch version and date.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from benchmarks.registry import OURS, PROVIDERS
-from benchmarks.report import Row
+from benchmarks.results import Results, Row
 
 MARKERS = dict(zip(PROVIDERS, "oosvp^<>dDPXhsXDP*o", strict=True))
+MIN_POINTS = 4  # lengths per line
+MIN_BARS = 3
 STYLE = {
-    "figure.dpi": 150,
+    "figure.dpi": 130,
     "figure.constrained_layout.use": True,
     "axes.grid": True,
     "axes.spines.top": False,
@@ -32,72 +34,158 @@ STYLE = {
     "font.size": 9,
     "legend.frameon": False,
 }
+Groups = list[tuple[Any, list[Row]]]
 
 
-def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Draw the PNG files for which there are rows."""
+def draw_all(results: Results, folder: Path, prefix: str = "") -> list[Path]:
+    """Draw the PNG files for which there are rows; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    plots: dict[str, Callable[[], Any]] = {
-        "attention_over_eager": lambda: speedups(rows, "eager"),
-        "attention_over_flash_attn": lambda: speedups(rows, "flash-attn 2"),
-        "decode": lambda: decoding(rows),
-        "memory": lambda: memory(rows),
-        "of_peak": lambda: fractions(rows),
+    plots: dict[str, Callable[[Results], Any]] = {
+        "attention": attention_times,
+        "attention-tflops": attention_rates,
+        "decode": decode_times,
+        "decode-position": decode_positions,
+        "prompt": prompt_rates,
+        "memory": memory,
+        "of-peak": shares_of_peak,
     }
     drawn = []
     with plt.rc_context(STYLE):
         for name, draw in plots.items():
-            figure = draw()
+            figure = draw(results)
             if figure is not None:
-                path = folder / f"{name}.png"
+                path = folder / f"{prefix}{name}.png"
                 figure.savefig(path)
                 plt.close(figure)
                 drawn.append(path)
     return drawn
 
 
-def by_provider(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Group rows by provider, in the registry's order, ours last, to be drawn on top."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row.provider, []).append(row)
-    order = [name for name in PROVIDERS if name != OURS.name] + [OURS.name]
-    return {name: found[name] for name in order if name in found}
+def attention_times(results: Results) -> Any:
+    """Plot milliseconds against the length, per direction and window."""
+    groups = long_enough(
+        results.select(op="attention", B=1), "S", lambda row: (row.direction, row.sizes["W"])
+    )
+
+    def title(key: Any) -> str:
+        direction, window = key
+        return f"{direction}, {f'window {window}' if window else 'no window'}"
+
+    return line_figure(
+        results, "Attention", groups, title, "S", lambda row: row.seconds * 1e3, "milliseconds"
+    )
 
 
-def lines(
-    axes: Axes, rows: Iterable[Row], x: str, y: Callable[[Row], float | None], log: bool = True
-) -> None:
-    """Draw each provider's y, logarithmic or from 0, over the logarithm of the size named x."""
-    for name, own in by_provider(rows).items():
-        points = sorted((row.sizes[x], y(row)) for row in own if y(row) is not None)
-        if len(points) < 2:
-            continue
-        axes.plot(
-            *zip(*points, strict=True),
-            color=PROVIDERS[name].colour,
-            marker=MARKERS[name],
-            linewidth=2.4 if name == OURS.name else 1.2,
-            markersize=6 if name == OURS.name else 4.5,
-            label=name,
-        )
-    axes.set_xscale("log", base=2)
-    if log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    else:
-        axes.set_ylim(bottom=0)
-    ticks = sorted({row.sizes[x] for row in rows})
-    axes.set_xticks(ticks, [length(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+def attention_rates(results: Results) -> Any:
+    """Plot TFLOP/s per shape and direction, of a GPU."""
+    rows = results.select(op="attention", direction="forward") if on_gpu(results) else []
+    rows += results.select(op="attention", direction="backward") if on_gpu(results) else []
+    return bar_figure(
+        results,
+        "Attention: TFLOP/s of visible pairs (higher is better)",
+        group_by(rows, lambda row: (row.direction, row.sizes["B"], row.sizes["S"], row.sizes["W"])),
+        lambda key: (
+            f"{key[0]}, {key[1]} x {key[2]}\n{f'window {key[3]}' if key[3] else 'no window'}"
+        ),
+        lambda row: row.rate / 1e12,
+        "TFLOP/s",
+    )
 
 
-def length(tokens: int) -> str:
-    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+def decode_times(results: Results) -> Any:
+    """Plot milliseconds of a decode step per model and batch."""
+    rows = [
+        row
+        for row in results.select(op="generation", direction="decode")
+        if row.sizes["model"] != "10M"
+    ]
+    return bar_figure(
+        results,
+        "Decode step: milliseconds (lower is better)",
+        group_by(rows, lambda row: (row.sizes["model"], row.sizes["B"], row.sizes["tokens"])),
+        lambda key: f"{key[0]} parameters, batch {key[1]}\nafter {key[2]} tokens",
+        lambda row: row.seconds * 1e3,
+        "milliseconds",
+    )
 
 
-def panels(rows: Sequence[Row], key: Callable[[Row], Any]) -> list[tuple[Any, list[Row]]]:
+def decode_positions(results: Results) -> Any:
+    """Plot tokens per second against the position in the text."""
+    return line_figure(
+        results,
+        "Decoding",
+        long_enough(
+            results.select(op="generation", direction="decode"),
+            "tokens",
+            lambda row: (row.sizes["model"], row.sizes["B"]),
+        ),
+        lambda key: f"{key[0]} parameters, batch {key[1]}",
+        "tokens",
+        lambda row: row.sizes["B"] / row.seconds,
+        "tokens per second",
+        log=False,
+    )
+
+
+def prompt_rates(results: Results) -> Any:
+    """Plot tokens per second of prompts against their length."""
+    return line_figure(
+        results,
+        "Prompts",
+        long_enough(
+            results.select(op="generation", direction="prefill"),
+            "tokens",
+            lambda row: row.sizes["model"],
+        ),
+        lambda key: f"{key} parameters",
+        "tokens",
+        lambda row: row.sizes["tokens"] / row.seconds,
+        "tokens per second",
+        log=False,
+    )
+
+
+def memory(results: Results) -> Any:
+    """Plot the peak memory of a training step, and of a prompt, against the length."""
+    rows = [row for row in results.rows if row.peak_memory]
+    groups = [
+        *long_enough([x for x in rows if x.op == "training_step"], "S", lambda row: row.op),
+        *long_enough([x for x in rows if x.direction == "prefill"], "tokens", lambda row: row.op),
+    ]
+    if not groups:
+        return None
+    figure, grid = figure_of(len(groups))
+    for axes, (op, group) in zip(grid, groups, strict=True):
+        size = "S" if op == "training_step" else "tokens"
+        lines(axes, group, size, lambda row: (row.peak_memory or 0) / 1e6)
+        what = "training step" if op == "training_step" else "prompt"
+        axes.set_title(f"{what}, {group[0].sizes['model']} parameters, {group[0].dtype}")
+        axes.set_ylabel("MB (logarithmic)")
+    return finish(figure, grid, "Peak memory beyond the model", results)
+
+
+def shares_of_peak(results: Results) -> Any:
+    """Plot the percentage of the machine's speed that an operator reaches."""
+    rows = [
+        row
+        for row in results.rows
+        if row.of_peak and row.op not in ("attention", "generation", "training_step")
+    ]
+    return bar_figure(
+        results,
+        "Percent of the machine's speed at a copy, a read or a matrix product (higher is better)",
+        group_by(rows, lambda row: (row.op, row.direction)),
+        lambda key: f"{key[0].replace('_', ' ')}\n{key[1]}",
+        lambda row: 100 * (row.of_peak or 0),
+        "percent of the peak",
+    )
+
+
+def on_gpu(results: Results) -> bool:
+    return results.environment.get("device") == "cuda"
+
+
+def group_by(rows: Iterable[Row], key: Callable[[Row], Any]) -> Groups:
     """Group rows by `key`, in the order in which the keys appear."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
@@ -105,116 +193,130 @@ def panels(rows: Sequence[Row], key: Callable[[Row], Any]) -> list[tuple[Any, li
     return list(groups.items())
 
 
-def figure_of(count: int) -> tuple[Any, list[Axes]]:
-    figure, grid = plt.subplots(1, count, figsize=(max(5.6, 4.6 * count), 3.6), squeeze=False)
-    return figure, list(grid[0])
+def long_enough(rows: Iterable[Row], size: str, key: Callable[[Row], Any]) -> Groups:
+    """Return the groups that have enough lengths for lines."""
+    groups = group_by(rows, key)
+    return [(k, own) for k, own in groups if len({row.sizes[size] for row in own}) >= MIN_POINTS]
 
 
-def legend(figure: Any, grid: list[Axes]) -> None:
-    """Draw one legend for all panels, below them."""
-    found = {}
-    for axes in grid:
-        found.update(
-            {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+def by_provider(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Group rows by provider, in the registry's order with ours last, drawn on top."""
+    found = dict(group_by(rows, lambda row: row.provider))
+    order = [name for name in PROVIDERS if name != OURS.name] + [OURS.name]
+    return {name: found[name] for name in order if name in found}
+
+
+def line_figure(
+    results: Results,
+    title: str,
+    groups: Groups,
+    panel_title: Callable[[Any], str],
+    x: str,
+    y: Callable[[Row], float],
+    y_label: str,
+    log: bool = True,
+) -> Any:
+    """Draw one panel of lines per group; None without groups."""
+    if not groups:
+        return None
+    figure, grid = figure_of(len(groups))
+    for axes, (key, group) in zip(grid, groups, strict=True):
+        lines(axes, group, x, y, log)
+        axes.set_title(panel_title(key))
+        axes.set_ylabel(f"{y_label} (logarithmic)" if log else y_label)
+    return finish(figure, grid, f"{title}, {described(groups)}", results)
+
+
+def lines(
+    axes: Axes, rows: Iterable[Row], x: str, y: Callable[[Row], float], log: bool = True
+) -> None:
+    """Draw the y of each provider over the size named x."""
+    rows = list(rows)
+    for name, own in by_provider(rows).items():
+        axes.plot(
+            *zip(*sorted((row.sizes[x], y(row)) for row in own), strict=True),
+            color=PROVIDERS[name].color,
+            marker=MARKERS[name],
+            linewidth=2.4 if name == OURS.name else 1.2,
+            markersize=6 if name == OURS.name else 4.5,
+            label=name,
         )
-    columns = 4 if figure.get_figwidth() > 6 else 2
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens (logarithmic)")
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    else:
+        axes.set_ylim(bottom=0)
+    ticks = sorted({row.sizes[x] for row in rows})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def speedups(rows: Sequence[Row], base: str) -> Any:
-    """Plot attention's speed over that of `base` against the length, forward and backward."""
-    own = [row for row in rows if row.op == "attention" and row.sizes["B"] == 1]
-    times = {(row.key[:-1], row.provider): row.median for row in own}
-
-    def speedup(row: Row) -> float | None:
-        theirs = times.get((row.key[:-1], base))
-        return None if theirs is None else theirs / row.median
-
-    groups = []
-    for (direction, window, dtype), group in panels(
-        [row for row in own if speedup(row) is not None],
-        lambda row: (row.direction, row.sizes["W"], row.dtype),
-    ):
-        if len({row.sizes["S"] for row in group}) > 1:
-            groups.append(((direction, window, dtype), group))
-    if not groups:
+def bar_figure(
+    results: Results,
+    title: str,
+    groups: Groups,
+    label: Callable[[Any], str],
+    y: Callable[[Row], float],
+    x_label: str,
+) -> Any:
+    """Draw horizontal bars, one block per group, each with its number; None for fewer than 3."""
+    counts = [len(by_provider(group)) for _, group in groups]
+    if sum(counts) < MIN_BARS:
         return None
-    figure, grid = figure_of(len(groups))
-    for axes, ((direction, window, dtype), group) in zip(grid, groups, strict=True):
-        lines(axes, group, "S", speedup)
-        seen = f"window {length(window)}" if window else "no window"
-        axes.set_title(f"{direction}, {seen}, {dtype}")
-        axes.set_xlabel("tokens")
-        axes.set_ylabel(f"speed over {base}")
-    legend(figure, grid)
-    return figure
-
-
-def decoding(rows: Sequence[Row]) -> Any:
-    """Plot tokens per second against the position in the text."""
-    own = [row for row in rows if row.op == "generation" and row.direction == "decode"]
-    groups = [
-        (key, group)
-        for key, group in panels(own, lambda row: (row.sizes["model"], row.sizes["B"], row.dtype))
-        if len({row.sizes["tokens"] for row in group}) > 1
-    ]
-    if not groups:
-        return None
-    figure, grid = figure_of(len(groups))
-    for axes, ((model, batch, dtype), group) in zip(grid, groups, strict=True):
-        lines(axes, group, "tokens", lambda row: row.sizes["B"] / row.median, log=False)
-        axes.set_title(f"decoding, {model} parameters, batch {batch}, {dtype}")
-        axes.set_xlabel("tokens before")
-        axes.set_ylabel("tokens a second")
-    legend(figure, grid)
-    return figure
-
-
-def memory(rows: Sequence[Row]) -> Any:
-    """Plot the peak memory of a training step, and of a prompt, against the length."""
-    own = [row for row in rows if row.peak_memory and row.direction in ("step", "prefill")]
-    groups = []
-    for (op, model, dtype), group in panels(
-        own, lambda row: (row.op, row.sizes["model"], row.dtype)
-    ):
-        x = "S" if op == "training_step" else "tokens"
-        if len({row.sizes[x] for row in group}) > 1:
-            groups.append((op, model, dtype, x, group))
-    if not groups:
-        return None
-    figure, grid = figure_of(len(groups))
-    for axes, (op, model, dtype, x, group) in zip(grid, groups, strict=True):
-        lines(axes, group, x, lambda row: (row.peak_memory or 0) / 1e6)
-        what = "training step" if op == "training_step" else "prompt"
-        axes.set_title(f"{what}, {model} parameters, {dtype}")
-        axes.set_xlabel("tokens")
-        axes.set_ylabel("peak memory, MB")
-    legend(figure, grid)
-    return figure
-
-
-def fractions(rows: Sequence[Row]) -> Any:
-    """Plot shares of the measured peak: each provider's median over an operator's cases."""
-    own = [row for row in rows if row.of_peak and row.op not in ("generation", "training_step")]
-    if not own:
-        return None
-    groups = panels(own, lambda row: (row.op, row.direction, row.bound))
-    names = list(by_provider(own))
-    figure, axes = plt.subplots(figsize=(7.5, 0.9 + 0.13 * len(names) * len(groups)))
-    height = 0.8 / len(names)
-    for i, (_, group) in enumerate(groups):
-        for j, (name, found) in enumerate(by_provider(group).items()):
-            axes.barh(
-                i + (j - len(names) / 2) * height,
-                100 * statistics.median(row.of_peak or 0 for row in found),
-                height,
-                color=PROVIDERS[name].colour,
-                label=name,
-            )
-    labels = [f"{op}, {direction}\n(of {bound}s)" for (op, direction, bound), _ in groups]
-    axes.set_yticks(range(len(groups)), labels)
+    figure, axes = plt.subplots(figsize=(8.0, 1.4 + 0.24 * sum(counts) + 0.14 * len(groups)))
+    centers, position = [], 0.0
+    for count, (_, group) in zip(counts, groups, strict=True):
+        centers.append(position + (count - 1) / 2)
+        for name, own in reversed(by_provider(group).items()):
+            value = statistics.median(map(y, own))
+            axes.barh(position, value, 0.85, color=PROVIDERS[name].color, label=name)
+            axes.text(value, position, f" {value:.3g}", va="center", fontsize=7.5)
+            position += 1
+        position += 0.7
+    axes.set_yticks(centers, [label(key) for key, _ in groups])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("percent of the machine's measured peak")
-    legend(figure, [axes])
+    axes.margins(x=0.08)
+    axes.set_xlabel(x_label)
+    return finish(figure, [axes], f"{title}\n{described(groups)}", results)
+
+
+def described(groups: Groups) -> str:
+    """Return the dtypes, and the heads where all rows have the same."""
+    rows = [row for _, group in groups for row in group]
+    parts = ["/".join(sorted({row.dtype for row in rows}))]
+    heads = {row.sizes.get("H") for row in rows}
+    if len(heads) == 1 and (count := heads.pop()):
+        parts.append(f"{count}/{count // 4} heads of 128")
+    return ", ".join(parts)
+
+
+def figure_of(count: int) -> tuple[Any, list[Axes]]:
+    columns = min(count, 2)
+    height = -(-count // columns)
+    figure, grid = plt.subplots(
+        height, columns, figsize=(max(6.4, 4.4 * columns), 3.2 * height + 0.8), squeeze=False
+    )
+    panels = list(grid.flat)
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    return figure, panels[:count]
+
+
+def finish(figure: Any, grid: Sequence[Axes], title: str, results: Results) -> Any:
+    """Add the title, one legend for all panels, and the machine, versions and date."""
+    found: dict[str, Any] = {}
+    for axes in grid:
+        handles, labels = axes.get_legend_handles_labels()
+        found.update(zip(labels, handles, strict=True))
+    order = [name for name in PROVIDERS if name in found]
+    figure.legend(
+        [found[name] for name in order], order, loc="outside lower center", ncols=3, fontsize=8
+    )
+    machine = f"{results.machine}; torch {results.environment.get('torch', 'unknown')}"
+    source = f"transcribed, measured before {results.date}" if results.transcribed else results.date
+    figure.suptitle(f"{title}\n{machine}; {source}", fontsize=9.5)
     return figure

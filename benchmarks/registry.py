@@ -1,7 +1,7 @@
-"""Providers and operators to compare, and the checks before anything is timed.
+"""Providers and operators to compare, and the checks that run before anything is timed.
 
-A `Provider` is somebody who computes; an `Operator` says what is computed: its cases, how each
-provider does it, its definition in plain PyTorch, and how much work it is.
+A `Provider` is an implementation; an `Operator` is a computation: its cases, a function per
+provider, its definition in plain PyTorch, and its number of FLOPs and bytes.
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ from mistral_kernels.ops import reference
 
 HALVES = (torch.float16, torch.bfloat16)
 
+CPU_DTYPES = (torch.bfloat16, torch.float32)
+
 SHAPES = {
-    "cpu": "small ones in bfloat16, five minutes",
-    "float32": "small ones in float32",
-    "large": "a model of 1.2 billion parameters on a CPU",
-    "gpu": "those of Mistral-7B",
+    "cpu": "operators of Mistral-7B on short sequences, models of 10 M and 160 M parameters",
+    "large": "a model of 1.2 billion parameters, on a CPU",
+    "gpu": "Mistral-7B",
 }
 
 
 class Provider(NamedTuple):
-    """Implementation to compare. `colour` is its color in every plot."""
+    """Implementation to compare. `color` is its color in every plot."""
 
     name: str
-    colour: str
-    modules: tuple[str, ...] = ()  # any of which must be importable
+    color: str
+    modules: tuple[str, ...] = ()  # at least one of them must be importable
     needs_gpu: bool = False
     dtypes: tuple[torch.dtype, ...] | None = None
 
     def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Return why the provider cannot run there; None if nothing is known against it."""
+        """Return why the provider cannot run on this device; None if it can."""
         if self.modules and not any(map(_importable, self.modules)):
             return f"{self.modules[0]} is not installed"
         if self.needs_gpu and device.type == "cpu":
             return "needs a GPU"
         if self.dtypes is not None and dtype not in self.dtypes:
-            return f"knows no {dtype}"
+            return f"does not support {dtype}"
         return None
 
 
@@ -55,7 +56,7 @@ def _importable(module: str) -> bool:
         return False
 
 
-# Colours that the colour-blind can tell apart (Okabe and Ito; Tol's muted for the last).
+# Colors that color-blind readers can distinguish (Okabe and Ito; Tol's muted for the last).
 OURS = Provider("ours", "#D55E00")
 PROVIDERS = {
     provider.name: provider
@@ -85,7 +86,7 @@ PROVIDERS = {
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes by name (a window of None is none), dtype and direction of one measurement."""
+    """Sizes by name, dtype and direction of one measurement. W of None means no window."""
 
     sizes: tuple[tuple[str, Any], ...]
     dtype: torch.dtype
@@ -99,24 +100,23 @@ class Case:
         return f"{sizes}-{str(self.dtype).removeprefix('torch.')}-{self.direction}"
 
 
-# Given a turn, what is to be timed: what only has to be ready is made before it is returned.
+# prepared(i) makes the inputs of the i-th call and returns the function to time.
 Prepared = Callable[[int], Callable[[], object]]
 
 
 class Operator:
-    """Computation that several providers offer.
-
-    Subclasses say what `check` and `prepare` of a provider mean.
-    """
+    """Computation that several providers offer. Subclasses implement `check` and `prepare`."""
 
     name: str
-    bound: str  # what limits it, "FLOP" or "byte", unless `bound_of` knows better
-    measures_memory = False  # the peak of a call, too
-    only_reads = False  # hardly writes: its bytes are held against those of a read, not of a copy
+    summary: str  # one line for --help
+    bound: str  # the limit of its speed, "FLOP" or "byte"; `bound_of` may decide per case
+    measures_memory = False  # also measure the peak memory of a call
+    allocates_before: tuple[str, ...] = ()  # providers whose memory is allocated before the call
+    only_reads = False  # its bytes are compared with those of a read, not of a copy
     providers: tuple[str, ...]
 
     def __init__(self, **cases: Iterable[Case]) -> None:
-        """Hold cases by the names of `SHAPES`."""
+        """Store the cases under the names of `SHAPES`."""
         self.cases = {shapes: tuple(own) for shapes, own in cases.items()}
         self._verdicts: dict[Any, str | None] = {}
 
@@ -124,7 +124,7 @@ class Operator:
         return self.bound
 
     def flops(self, case: Case) -> float:
-        """Return the FLOPs of the products that the result needs."""
+        """Return the FLOPs of the matrix products that the result requires."""
         raise NotImplementedError
 
     def bytes(self, case: Case) -> float:
@@ -132,31 +132,32 @@ class Operator:
         raise NotImplementedError
 
     def bytes_of(self, provider: str, case: Case) -> float:
-        """Return a provider's bytes, where it holds its inputs otherwise than the others."""
+        """Return the bytes of a provider that stores its inputs in another format."""
         return self.bytes(case)
 
     def check(self, provider: str, case: Case, device: torch.device) -> None:
-        """Raise unless the provider computes the right values, accurately."""
+        """Raise unless the values that the provider computes are right and accurate."""
         raise NotImplementedError
 
     def prepare(self, provider: str, case: Case, device: torch.device) -> Prepared:
+        """Return the function that makes the calls to time."""
         raise NotImplementedError
 
     def profile(
         self, provider: str, case: Case, call: Callable[[], object], device: torch.device
     ) -> Any:
-        """Return what a call consists of; None for most operators."""
+        """Return a profile of a call; None for most operators."""
         return None
 
     def release(self) -> None:
-        """Drop whatever was kept for cases: none will be timed again."""
+        """Free the memory held for cases. No case is timed after this call."""
 
     def beyond(self, provider: str, case: Case) -> str | None:
-        """Return which part of the case a provider lacks on every device; None: it lacks none."""
+        """Return why a provider cannot compute the case on any device; None if it can."""
         return None
 
     def unfit(self, provider: str, case: Case, device: torch.device) -> str | None:
-        """Return why a provider is not timed: it cannot run, or computes something else."""
+        """Return why a provider is not timed (it cannot run, or its values are wrong), or None."""
         missing = PROVIDERS[provider].missing(device, case.dtype)
         if reason := self.beyond(provider, case) or missing:
             return reason
@@ -168,15 +169,15 @@ class Operator:
                 self.check(provider, case, device)
                 self._verdicts[key] = None
             except Exception as error:
-                self._verdicts[key] = in_a_line(error)
+                self._verdicts[key] = first_line(error)
         return self._verdicts[key]
 
     def checked(self, case: Case) -> Any:
-        """Return the key of cases that one check serves."""
+        """Return a key that is equal for cases covered by the same check."""
         return case.dtype, case.direction
 
 
-def in_a_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
@@ -185,21 +186,21 @@ Runs = Mapping[str, Callable[..., Any]]
 
 
 class TensorOperator(Operator):
-    """Function of tensors, which `runs` holds by provider, forward and backward.
+    """Function of tensors, forward and backward.
 
-    `runs[provider](inputs, case)` and `definition(inputs, case)`, for whose accuracy
-    `reference.py`'s float64 is the measure and plain PyTorch's in the same dtype the yardstick.
+    `runs[provider](case, **inputs)` computes it. `check` compares its error against `definition` in
+    float64 with the error of `definition` in the case's own dtype.
     """
 
     runs: ClassVar[Runs]
-    small: tuple[tuple[tuple[str, Any], ...], ...]  # sizes to check at
+    small: tuple[tuple[tuple[str, Any], ...], ...]  # sizes at which providers are checked
 
     @property
     def providers(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(self.runs)
 
     def inputs(self, case: Case, device: torch.device) -> Inputs:
-        """Return fresh random inputs; for a backward case, those with a gradient require it."""
+        """Return fresh random inputs, which require gradients in a backward case."""
         raise NotImplementedError
 
     def definition(self, case: Case, **inputs: Tensor) -> Any:
@@ -223,10 +224,10 @@ class TensorOperator(Operator):
         run = functools.partial(self.runs[provider], case)
         copies = self._copies(case, device)
         if case.direction == "forward":  # no input has a gradient
-            return lambda turn: functools.partial(run, **copies[turn % len(copies)])
+            return lambda i: functools.partial(run, **copies[i % len(copies)])
 
-        def backward(turn: int) -> Callable[[], object]:
-            inputs = copies[turn % len(copies)]
+        def backward(i: int) -> Callable[[], object]:
+            inputs = copies[i % len(copies)]
             outputs = run(**inputs)
             outputs = [y for y in _as_tuple(outputs) if y.requires_grad]
             leaves = [x for x in inputs.values() if x.requires_grad]
@@ -238,9 +239,9 @@ class TensorOperator(Operator):
 
     @functools.lru_cache(maxsize=1)  # noqa: B019  # operators live as long as the process
     def _copies(self, case: Case, device: torch.device) -> list[Inputs]:
-        """Return so many copies that no call finds its inputs in a cache."""
+        """Return enough copies of the inputs that no call finds its inputs in a cache."""
         first = self.inputs(case, device)
-        if device.type != "cpu":  # there the L2 cache is flushed
+        if device.type != "cpu":  # `timed` flushes the L2 cache of a GPU
             return [first, self.inputs(case, device)]
         size = sum(x.numel() * x.element_size() for x in first.values())
         count = min(max(2, -(-COLD_BYTES // size)), 16)

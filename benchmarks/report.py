@@ -1,92 +1,43 @@
-"""Tables and plots of pytest-benchmark's results, and their changes since an earlier file.
+"""Tables of results, and their changes since an earlier file.
 
-    python -m pytest benchmarks --benchmark-json results.json
-    python -m benchmarks.report results.json --plots plots
+    python -m benchmarks.report results.json
     python -m benchmarks.report results.json --base older.json
 
-Prints Markdown. A time is a median, followed by its noise in percent: how far the quartiles of the
-sittings reach from it. `/ ours` is the median of the ratios to our time in the same round. `of
-peak` is that to what the machine did in the same round: a large matrix product for FLOPs, a copy
-for bytes or, where hardly any are written, a read. `MB` is the peak memory of the call, beyond what
-was there before it.
+Prints Markdown. `ms` is a median. `noise` is the largest distance of a session's quartile from it.
+`/ ours` is the median of the ratios to our time in the same round; `~` marks a ratio that differs
+from 1 by less than its noise. `of peak` is the share of the machine's speed in the same round. This
+speed is that of a matrix product for FLOPs, and that of a copy for bytes, or of a read for
+operators that write few bytes. `MB` is the peak memory of the call, without the memory in use
+before it.
 
-With --base, a row whose time grew by more than both noises together, and by 3 percent, is a
-regression, and the exit code is 1. How many medians lie within the base's noise is told too: of
-two runs of one commit, nine of ten should.
+With --base, a row is a regression if its time grew by more than 3 % and by more than the sum of the
+noise of both files; the exit code is then 1. The line below the table counts the medians within the
+noise of the base: about 90 % of them for two runs of one commit on a quiet machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import step_profile
 from benchmarks.registry import OURS
+from benchmarks.results import Results, Row
 
 LEAST_CHANGE = 0.03
 
 
-@dataclass(frozen=True)
-class Row:
-    """Result of one provider in one case."""
-
-    op: str
-    sizes: dict[str, Any]
-    dtype: str
-    direction: str
-    provider: str
-    bound: str
-    median: float
-    noise: float  # of the median, as a part of it
-    rate: float  # of FLOPs or bytes a second
-    of_peak: float | None
-    over_ours: float | None
-    peak_memory: int | None  # bytes
-    profile: dict[str, Any] | None  # of `step_profile`
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return self.op, tuple(self.sizes.items()), self.dtype, self.direction, self.provider
-
-    @property
-    def case(self) -> str:
-        sizes = " ".join(
-            f"{name}={'none' if value is None else value}" for name, value in self.sizes.items()
-        )
-        return f"{sizes}, {self.dtype}, {self.direction}"
-
-
-def rows_of(results: dict[str, Any]) -> list[Row]:
-    return [
-        row_of(x["extra_info"], x["stats"]["median"])
-        for x in results["benchmarks"]
-        if "op" in x["extra_info"]
-    ]
-
-
-def row_of(info: dict[str, Any], median: float) -> Row:
-    work = info["flops" if info["bound"] == "FLOP" else "bytes"]
-    over_ours = info.get("over_ours")
-    return Row(
-        **{name: info[name] for name in ("op", "sizes", "dtype", "direction", "provider", "bound")},
-        median=median,
-        noise=info["noise"],
-        rate=work / median,
-        of_peak=info.get("of_peak"),
-        over_ours=statistics.median(over_ours) if over_ours else None,
-        peak_memory=info.get("peak_memory"),
-        profile=info.get("profile"),
-    )
+def text(results: Results) -> str:
+    """Return the tables of one file as Markdown."""
+    parts = [heading(results), table(results.rows), profiles(results.rows)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Return Markdown: operator after operator, and what limits each."""
+    """Return a Markdown table per operator and bound."""
     lines: list[str] = []
     shown = None
     for row in rows:
@@ -98,22 +49,22 @@ def table(rows: Iterable[Row]) -> str:
             lines.append("|---|---|---:|---:|---:|---:|---:|---:|")
         scale = 1e12 if row.bound == "FLOP" else 1e9
         lines.append(
-            f"| {row.case} | {row.provider} | {row.median * 1e3:.3f} | ±{row.noise:.1%} "
-            f"| {row.rate / scale:.3g} | {_percent(row.of_peak)} | {_ratio(row.over_ours)} "
+            f"| {row.case} | {row.provider} | {row.seconds * 1e3:.3f} | {_percent(row.noise)} "
+            f"| {row.rate / scale:.3g} | {_percent(row.of_peak)} | {_ratio(row)} "
             f"| {_megabytes(row.peak_memory)} |"
         )
     return "\n".join(lines[1:])
 
 
 def profiles(rows: Iterable[Row]) -> str:
-    """Return Markdown: the parts of each case's steps, and ours operator by operator."""
+    """Return Markdown: the profile of each case's decode step, and ours operator by operator."""
     cases: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row.profile is not None:
             cases.setdefault(row.case, {})[row.provider] = row.profile
     lines: list[str] = []
     for case, found in cases.items():
-        lines += [f"**a step, profiled: {case}**", "", step_profile.summary(found), ""]
+        lines += [f"**profile of a decode step: {case}**", "", step_profile.summary(found), ""]
         if OURS.name in found:
             lines += [f"{OURS.name}, by operator:", "", step_profile.table(found[OURS.name]), ""]
     return "\n".join(lines)
@@ -123,8 +74,8 @@ def _percent(x: float | None) -> str:
     return "-" if x is None else f"{x:.1%}"
 
 
-def _ratio(x: float | None) -> str:
-    return "-" if x is None else f"{x:.2f}"
+def _ratio(row: Row) -> str:
+    return "-" if row.over_ours is None else f"{'~' if row.is_tie else ''}{row.over_ours:.2f}"
 
 
 def _megabytes(x: int | None) -> str:
@@ -132,77 +83,60 @@ def _megabytes(x: int | None) -> str:
 
 
 def comparison(rows: Sequence[Row], base: Sequence[Row]) -> tuple[str, list[Row]]:
-    """Return Markdown, ending with the number of rows that agree, and the slower rows."""
+    """Return Markdown, ending with the number of rows that agree, and the rows that are slower."""
     before = {row.key: row for row in base}
     shared = [(row, before[row.key]) for row in rows if row.key in before]
     lines = ["| operator | case | provider | ms before | ms | change | noise | |"]
     lines.append("|---|---|---|---:|---:|---:|---:|---|")
     slower, agreeing = [], 0
     for row, old in shared:
-        change, noise = row.median / old.median - 1, row.noise + old.noise
-        agreeing += abs(change) <= old.noise
+        change, noise = row.seconds / old.seconds - 1, (row.noise or 0) + (old.noise or 0)
+        agreeing += abs(change) <= (old.noise or 0)
         verdict = ""
         if abs(change) > max(noise, LEAST_CHANGE):
             verdict = "slower" if change > 0 else "faster"
         if verdict == "slower":
             slower.append(row)
         lines.append(
-            f"| {row.op} | {row.case} | {row.provider} | {old.median * 1e3:.3f} "
-            f"| {row.median * 1e3:.3f} | {change:+.1%} | ±{noise:.1%} | {verdict} |"
+            f"| {row.op} | {row.case} | {row.provider} | {old.seconds * 1e3:.3f} "
+            f"| {row.seconds * 1e3:.3f} | {change:+.1%} | ±{noise:.1%} | {verdict} |"
         )
     lines += ["", f"{agreeing} of {len(shared)} medians lie within the noise of the base"]
     return "\n".join(lines), slower
 
 
-def heading(results: dict[str, Any]) -> str:
-    """Return the machine, the versions and the commit."""
-    machine = results.get("machine_info", {})
-    commit = results.get("commit_info") or {}
-    environment = next(
-        (x["extra_info"]["environment"] for x in results["benchmarks"] if "op" in x["extra_info"]),
-        {},
-    )
-    cpu = machine.get("cpu", {}).get("brand_raw") or machine.get("processor", "")
-    parts = [environment.get("gpu"), cpu, f"{environment.get('threads')} threads"]
-    parts += [f"{k} {v}" for k, v in environment.items() if k not in ("gpu", "cpu", "threads")]
-    dirty = " with changes" if commit.get("dirty") else ""
-    parts.append(f"commit {commit.get('id', 'unknown')[:12]}{dirty}")
-    parts.append(results.get("datetime", ""))
-    return ", ".join(str(part) for part in parts if part)
+def heading(results: Results) -> str:
+    """Return the machine, the versions, the commit and the command."""
+    parts = [results.machine, results.date]
+    parts += [f"{name} {value}" for name, value in results.environment.items()]
+    if results.transcribed:
+        parts.append(f"transcribed from {results.transcribed}")
+    return ", ".join(parts) + f"; `{results.command}`"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables of the given files; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("results", nargs="+", type=Path, help="of --benchmark-json")
-    parser.add_argument("--base", type=Path, help="an older one, to compare with")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw PNGs into it")
+    parser.add_argument("results", nargs="+", type=Path, help="files of `python -m benchmarks`")
+    parser.add_argument("--base", type=Path, help="an older file to compare with")
     args = parser.parse_args(argv)
     try:
-        loaded = [json.loads(path.read_text()) for path in args.results]
-        base = json.loads(args.base.read_text()) if args.base else None
-    except (OSError, json.JSONDecodeError) as error:
+        loaded = [Results.load(path) for path in args.results]
+        base = Results.load(args.base) if args.base else None
+    except (OSError, ValueError) as error:
         print(f"benchmarks.report: {error}", file=sys.stderr)
         return 2
-    rows = [row for results in loaded for row in rows_of(results)]
-    slower: list[Row] = []
+    if base is None:
+        print("\n\n".join(map(text, loaded)))
+        return 0
     for results in loaded:
         print(heading(results), end="\n\n")
-    if base is None:
-        print(table(rows))
-        if text := profiles(rows):
-            print(f"\n{text}")
-    else:
-        print(f"compared with {heading(base)}", end="\n\n")
-        text, slower = comparison(rows, rows_of(base))
-        print(text)
-        print(f"\n{len(slower)} slower" if slower else "\nnothing slower")
-    if args.plots:
-        from benchmarks.plots import draw_all
-
-        for path in draw_all(rows, args.plots):
-            print(path, file=sys.stderr)
+    print(f"compared with {heading(base)}", end="\n\n")
+    changes, slower = comparison([row for results in loaded for row in results.rows], base.rows)
+    print(changes)
+    print(f"\n{len(slower)} slower" if slower else "\nnothing slower")
     return 1 if slower else 0
 
 

@@ -3,10 +3,10 @@
     python -m benchmarks.static
     python -m benchmarks.static --targets sm_90,gfx942
 
-Prints Markdown. Each operator is called as Mistral-7B calls it, bfloat16 (float16 for sm_75), and
-what its launches compile is read with the tools that Triton ships. "spills" are bytes a thread for
-NVIDIA and registers for AMD; "occupancy" is the share of the warps a multiprocessor can hold that
-registers and shared memory leave room for. No time is measured.
+Prints Markdown. Each operator is called with the shapes of Mistral-7B, in bfloat16 (float16 for
+sm_75), and the compiled kernels are read with the tools that Triton ships. "spills" are bytes per
+thread for NVIDIA and registers for AMD; "occupancy" is the share of a multiprocessor's warps for
+which registers and shared memory suffice. No time is measured.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Limits(NamedTuple):
     warps: int
     blocks: int
     shared: int  # KiB
-    reserved: int  # KiB of it a block
+    reserved: int  # KiB of it per block
 
 
 LIMITS = {
@@ -56,14 +56,14 @@ LIMITS = {
     100: Limits(64, 32, 228, 1),
     120: Limits(48, 24, 100, 1),
 }
-REGISTERS = 65536  # of a multiprocessor, handed out to warps in lots of 256
+REGISTERS = 65536  # per multiprocessor, allocated to warps in units of 256
 
 
 class Resources(NamedTuple):
     registers: int
     spills: int
-    shared: int  # bytes a block
-    warps: int  # a block
+    shared: int  # bytes per block
+    warps: int  # per block
     occupancy: float | None
 
 
@@ -91,7 +91,7 @@ def resources(kernel: helpers.CompiledKernel) -> Resources:
 
 
 def calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Return, by operator, a call that launches each of its kernels, backward ones included."""
+    """Return per operator a call that launches all its kernels, those of backward included."""
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape).to(dtype).requires_grad_()
@@ -143,10 +143,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.static", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--targets", default=DEFAULT, help="with commas between; " + DEFAULT)
+    parser.add_argument(
+        "--targets", default=DEFAULT, help=f"targets, separated by commas (default: {DEFAULT})"
+    )
     names = parser.parse_args(argv).targets.split(",")
     if unknown := set(names) - helpers.TARGETS.keys():
-        parser.error(f"knows no {sorted(unknown)[0]!r}, but {', '.join(helpers.TARGETS)}")
+        parser.error(
+            f"--targets must be of {', '.join(helpers.TARGETS)}, got {sorted(unknown)[0]!r}"
+        )
     os.environ["MISTRAL_KERNELS_BACKEND"] = "triton"
     print("| operator | kernel | target | registers | spills | shared, KiB | warps | occupancy |")
     print("|---|---|---|---:|---:|---:|---:|---:|")

@@ -1,4 +1,4 @@
-"""Profile of a decode step: its operators, how often a layer calls them, and the Python."""
+"""Profile of a decode step: its operators, their calls per layer, and the time in Python."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch._C import DispatchKey
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-STEPS = 4  # that are profiled; one more is counted
-SHOWN = 8  # operators
+STEPS = 4  # profiled steps; one more counts the Python calls
+SHOWN = 8  # operators listed by name
 
 Profile = dict[str, Any]
 
 
 def profile(step: Callable[[], object], layers: int, device: torch.device) -> Profile:
-    """Measure calls and seconds of a step, operator by operator.
+    """Measure the calls and seconds of a step, operator by operator.
 
-    "kernel" is what a GPU's kernels take; on a CPU, what operators do that compute, their dispatch
-    included. "dispatch" is the rest of what operators take: launches, views, allocations. "python"
-    is what is left of the CPU's time, some of which the profiler takes itself.
+    "kernel" is the time of a GPU's kernels; on a CPU, the time of the operators that compute, their
+    dispatch included. "dispatch" is the operators' remaining time: launches, views, allocations.
+    "python" is the remaining time of the CPU, part of which is the profiler's own.
     """
     python_calls = _python_calls(step)
     activities = [ProfilerActivity.CPU]
@@ -38,22 +38,27 @@ def profile(step: Callable[[], object], layers: int, device: torch.device) -> Pr
     operators: dict[str, Profile] = {}
     for event in profiler.events():
         if event.device_type != DeviceType.CPU:
-            continue  # a kernel, whose time is its operator's too
+            continue  # the time of a kernel is also counted in its operator
         new = {"name": event.name, "calls": 0.0, "kernel": 0.0, "dispatch": 0.0}
         operator = operators.setdefault(event.name, new)
         operator["calls"] += 1 / STEPS
         computes = device.type == "cpu" and _computes(event.name)
         operator["kernel" if computes else "dispatch"] += event.self_cpu_time_total / STEPS / 1e6
         operator["kernel"] += event.self_device_time_total / STEPS / 1e6
-    # A GPU's kernels run beside what the CPU does.
+    # A GPU's kernels run at the same time as the CPU.
     on_cpu = sum(
         x["dispatch"] if device.type == "cuda" else _seconds(x) for x in operators.values()
     )
+    slowest = sorted(operators.values(), key=_seconds, reverse=True)
+    shown, others = slowest[:SHOWN], slowest[SHOWN:]
+    if others:
+        sums = {x: sum(other[x] for other in others) for x in ("calls", "kernel", "dispatch")}
+        shown.append({"name": f"{len(others)} others", **sums})
     return {
         "layers": layers,
         "python_calls": python_calls,
         "python": max(elapsed / STEPS - on_cpu, 0.0),
-        "operators": sorted(operators.values(), key=_seconds, reverse=True),
+        "operators": shown,
     }
 
 
@@ -63,7 +68,7 @@ def _seconds(operator: Profile) -> float:
 
 @functools.cache
 def _computes(name: str) -> bool:
-    """Return whether an operator is no view, no allocation and not composed of others."""
+    """Return whether an operator is neither a view, nor an allocation, nor a composite."""
     namespace, _, short = name.partition("::")
     packet = getattr(getattr(torch.ops, namespace, None), short, None)
     if packet is None or short.startswith("empty"):
@@ -77,14 +82,14 @@ def _computes(name: str) -> bool:
 
 
 def _python_calls(step: Callable[[], object]) -> int:
-    """Count calls of functions, written in Python or in C."""
+    """Count the calls of functions written in Python or C."""
     count = 0
 
-    def seen(frame: object, event: str, argument: object) -> None:
+    def count_call(frame: object, event: str, argument: object) -> None:
         nonlocal count
         count += event in ("call", "c_call")
 
-    sys.setprofile(seen)
+    sys.setprofile(count_call)
     try:
         step()
     finally:
@@ -93,8 +98,8 @@ def _python_calls(step: Callable[[], object]) -> int:
 
 
 def summary(profiles: Mapping[str, Profile]) -> str:
-    """Return Markdown: a row for each provider."""
-    lines = ["| one step of | operators a layer | Python calls a layer | kernel ms | dispatch ms "]
+    """Return a Markdown table with one row per provider."""
+    lines = ["| provider | operators per layer | Python calls per layer | kernel ms | dispatch ms "]
     lines[0] += "| Python ms |"
     lines.append("|---|---:|---:|---:|---:|---:|")
     for provider, found in profiles.items():
@@ -110,16 +115,12 @@ def summary(profiles: Mapping[str, Profile]) -> str:
 
 
 def table(found: Profile) -> str:
-    """Return Markdown: a row for each operator, the slowest first."""
-    shown, others = found["operators"][:SHOWN], found["operators"][SHOWN:]
-    if others:
-        rest = {x: sum(other[x] for other in others) for x in ("calls", "kernel", "dispatch")}
-        shown = [*shown, {"name": f"{len(others)} others", **rest}]
-    lines = ["| operator | calls | a layer | kernel ms | dispatch ms |"]
+    """Return a Markdown table with one row per operator, the slowest first."""
+    lines = ["| operator | calls | per layer | kernel ms | dispatch ms |"]
     lines.append("|---|---:|---:|---:|---:|")
     lines += [
         f"| {x['name']} | {x['calls']:g} | {x['calls'] / found['layers']:.2f} "
         f"| {x['kernel'] * 1e3:.3f} | {x['dispatch'] * 1e3:.3f} |"
-        for x in shown
+        for x in found["operators"]
     ]
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Causal grouped-query attention in a sliding window, forward and backward.
 
-On a CPU with other work, set OMP_NUM_THREADS to the cores that are free: with a thread too many,
-every parallel region waits for the scheduler, and who has most of them (we do) looks 30 times
-slower than it is.
+On a CPU that runs other programs, set OMP_NUM_THREADS to the number of idle cores. If there is one
+thread more than idle cores, every parallel region waits for the scheduler. Our implementation has
+the most parallel regions and was 30 times slower.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, normal
+from benchmarks.registry import CPU_DTYPES, Case, Inputs, Runs, TensorOperator, cases, normal
 from mistral_kernels import attention
 from mistral_kernels.ops import reference
 
-LENGTHS = (1024, 256), (2048, 256), (1024, None)  # tokens, window
+LENGTHS = 512, 1024, 2048, 4096  # tokens
 
 
 def window_size(window: int | None) -> tuple[int, int]:
@@ -36,11 +36,9 @@ def mask(seqlen: int, window: int | None, device: torch.device) -> Tensor:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """Compute attention inline, as models do: the reference's formula without the log-sum-exp.
+    """Compute attention as models do, without the log-sum-exp.
 
-    The log-sum-exp would be half of the time: `reference.attention` itself is no fair peer.
-
-    That would be half of the time: `reference.attention` itself is no fair peer.
+    `reference.attention` would not be a fair comparison: half of its time is the log-sum-exp.
     """
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
@@ -48,7 +46,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-# Shapes are few: each may have code of its own, which is the fastest.
+# There are few shapes. Code compiled for one shape is the fastest.
 compiled_plain = torch.compile(plain, dynamic=False)
 compiled_flex = torch.compile(flex_attention, dynamic=False)
 
@@ -70,7 +68,7 @@ def heads_first(*tensors: Tensor) -> Iterator[Tensor]:
 
 
 def cut(case: Case) -> bool:
-    """Return whether the window is narrower than the text is long."""
+    """Return whether the window is shorter than the sequence."""
     return case["W"] is not None and case["W"] < case["S"]
 
 
@@ -84,7 +82,7 @@ def sdpa(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa_flash(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Run PyTorch's own build of FlashAttention-2, where `sdpa` may take cuDNN."""
+    """Run FlashAttention-2 as built into PyTorch; `sdpa` may choose cuDNN instead."""
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return sdpa(case, q, k, v)
 
@@ -99,7 +97,7 @@ def block_mask(seqlen: int, window: int | None, device: torch.device) -> BlockMa
 
 
 def flex(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if q.requires_grad and q.is_cpu:  # found out by compiling, it would spoil forward passes, too
+    if q.requires_grad and q.is_cpu:  # its failing compilation would also break the forward pass
         raise NotImplementedError("has no backward on a CPU")
     blocks = block_mask(case["S"], case["W"], q.device)
     out = compiled_flex(*heads_first(q, k, v), block_mask=blocks, enable_gqa=True)
@@ -164,6 +162,7 @@ def xformers(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 class Attention(TensorOperator):
     name = "attention"
+    summary = "Attention: causal, grouped heads, with and without a sliding window"
     bound = "FLOP"
     runs: ClassVar[Runs] = {
         "ours": ours,
@@ -188,28 +187,28 @@ class Attention(TensorOperator):
         }
 
     def beyond(self, provider: str, case: Case) -> str | None:
-        return "knows no window" if provider == "SDPA flash" and cut(case) else None
+        return "has no sliding window" if provider == "SDPA flash" and cut(case) else None
 
     def definition(self, case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, _ = reference.attention(q, k, v, causal=True, window_size=window_size(case["W"]))
         return out
 
     def flops(self, case: Case) -> float:
-        """Return the FLOPs of visible pairs' products: 2 in the forward pass, 5 in the backward."""
+        """Count the products of visible pairs: 2 in the forward pass, 5 in the backward pass."""
         seqlen, window = case["S"], case["W"]
         seen = seqlen if window is None else min(window, seqlen)
         pairs = case["B"] * (seen * (seen + 1) // 2 + (seqlen - seen) * seen)
         return 4 * 128 * case["H"] * pairs * (2.5 if case.direction == "backward" else 1)
 
     def bytes(self, case: Case) -> float:
-        """Count q, k, v and out; backward, their gradients besides."""
+        """Count q, k, v and out, and in the backward pass their gradients."""
         elements = case["B"] * case["S"] * 128 * case["H"] * 2.5
         return elements * case.dtype.itemsize * (2 if case.direction == "backward" else 1)
 
     def release(self) -> None:
         super().release()
-        for kept in (mask, block_mask, offsets):  # at 32768 tokens a mask fills a gigabyte
-            kept.cache_clear()
+        for cached in (mask, block_mask, offsets):  # a mask of 32768 tokens takes 1 GB
+            cached.cache_clear()
 
 
 def sizes(batch: int, seqlen: int, window: int | None, heads: int) -> dict[str, Any]:
@@ -217,8 +216,7 @@ def sizes(batch: int, seqlen: int, window: int | None, heads: int) -> dict[str, 
 
 
 OPERATOR = Attention(
-    cpu=cases([sizes(1, *x, 8) for x in LENGTHS], (torch.bfloat16,)),
-    float32=cases([sizes(1, *x, 8) for x in LENGTHS], (torch.float32,)),
+    cpu=cases([sizes(1, n, window, 8) for window in (256, None) for n in LENGTHS], CPU_DTYPES),
     gpu=cases(
         [
             *(sizes(1, 1 << n, 4096, 32) for n in range(9, 18)),

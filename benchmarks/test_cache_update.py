@@ -7,22 +7,31 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, helpers, normal
+from benchmarks.registry import (
+    CPU_DTYPES,
+    Case,
+    Inputs,
+    Runs,
+    TensorOperator,
+    cases,
+    helpers,
+    normal,
+)
 from benchmarks.test_rotary import plain as plain_rotary
 from mistral_kernels import rolling_cache_update_
 from mistral_kernels.ops.rotary import rotary_tables
 
 HEADS, KV_HEADS, HEAD_DIM, CAPACITY = 32, 8, 128, 4096
-Outputs = tuple[Tensor, Tensor, Tensor]  # turned queries, both caches
+Outputs = tuple[Tensor, Tensor, Tensor]  # rotated queries, both caches
 
 
 def ours(case: Case, **inputs: Any) -> Outputs:
-    turned = rolling_cache_update_(
+    rotated = rolling_cache_update_(
         **{name: x for name, x in inputs.items() if name not in ("positions", "slots")},
         max_seqlen=case["new"],
     )
-    assert turned is not None
-    return turned, inputs["k_cache"], inputs["v_cache"]
+    assert rotated is not None
+    return rotated, inputs["k_cache"], inputs["v_cache"]
 
 
 def write(
@@ -34,13 +43,14 @@ def write(
 
 
 def eager(case: Case, q: Tensor, k: Tensor, v: Tensor, **inputs: Any) -> Outputs:
-    """Write at slots that are known beforehand: only the writing is timed."""
+    """Write to slots computed beforehand, so that only rotation and writing are timed."""
     q, k = plain_rotary(q, k, inputs["cos"], inputs["sin"], inputs["positions"])
     return write(q, k, v, inputs["k_cache"], inputs["v_cache"], inputs["slots"])
 
 
 class CacheUpdate(TensorOperator):
     name = "cache_update"
+    summary = "Rotate new keys and append them to the rolling cache"
     bound = "byte"
     runs: ClassVar[Runs] = {"ours": ours, "eager": eager}
     small = ((("B", 2), ("new", 3)), (("B", 1), ("new", 1)))
@@ -86,7 +96,7 @@ class CacheUpdate(TensorOperator):
         return 3.0 * case["B"] * case["new"] * (HEADS + KV_HEADS) * HEAD_DIM
 
     def bytes(self, case: Case) -> float:
-        """Count q, k and v in and out, and the float32 tables."""
+        """Count q, k and v, read and written, and the float32 tables."""
         heads = 2 * (HEADS + 2 * KV_HEADS) * HEAD_DIM * case.dtype.itemsize
         return case["B"] * case["new"] * (heads + HEAD_DIM * 4)
 
@@ -96,7 +106,7 @@ def sizes(batch: int, new: int) -> dict[str, int]:
 
 
 OPERATOR = CacheUpdate(
-    cpu=cases([sizes(1, 1), sizes(8, 1), sizes(1, 512)], (torch.bfloat16,), ("forward",)),
+    cpu=cases([sizes(1, 1), sizes(8, 1), sizes(1, 512)], CPU_DTYPES, ("forward",)),
     gpu=cases(
         [sizes(n, 1) for n in (1, 8, 64)] + [sizes(1, n) for n in (512, 4096)],
         (torch.bfloat16,),

@@ -1,4 +1,4 @@
-"""One new token per sequence against a rolling cache, at positions near and far."""
+"""One new token per sequence over a rolling cache, at several positions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, normal
+from benchmarks.registry import CPU_DTYPES, Case, Inputs, Runs, TensorOperator, cases, normal
 from mistral_kernels import rolling_cache_attention
 from mistral_kernels.ops import reference
 
@@ -16,7 +16,7 @@ HEAD_DIM = 128
 
 
 def capacity(case: Case) -> int:
-    """Return the slots of the ring, at a position where it is full or about to be."""
+    """Return the number of slots of the ring, which is full at this position."""
     return case["position"] if case["W"] is None else min(case["position"], case["W"])
 
 
@@ -27,7 +27,7 @@ def ours(case: Case, q: Tensor, k_cache: Tensor, v_cache: Tensor, **lengths: Ten
 
 
 def plain(case: Case, q: Tensor, k_cache: Tensor, v_cache: Tensor, **_: Tensor) -> Tensor:
-    """Attend to every slot: the ring is full, and the order of keys does not matter."""
+    """Attend to every slot. The ring is full, and the order of the keys does not matter."""
     groups = q.shape[1] // k_cache.shape[2]
     k, v = (x.repeat_interleave(groups, dim=2) for x in (k_cache, v_cache))
     scores = torch.einsum("bhd,bshd->bhs", q, k) * HEAD_DIM**-0.5
@@ -52,6 +52,7 @@ def flash_attn_2(case: Case, q: Tensor, k_cache: Tensor, v_cache: Tensor, **_: T
 
 class CachedAttention(TensorOperator):
     name = "cached_attention"
+    summary = "One new token per sequence over the rolling cache"
     bound = "byte"
     only_reads = True
     runs: ClassVar[Runs] = {
@@ -64,7 +65,7 @@ class CachedAttention(TensorOperator):
     small = tuple((("B", 2), ("position", 100), ("W", window), ("H", 8)) for window in (64, None))
 
     def inputs(self, case: Case, device: torch.device) -> Inputs:
-        """Return inputs with the new token in the ring; `lengths` counts those before it."""
+        """Return inputs with the new token in the ring; `lengths` counts the tokens before it."""
         batch, heads = case["B"], case["H"]
         ring = (batch, capacity(case), heads // 4, HEAD_DIM)
         return {
@@ -95,8 +96,8 @@ def sizes(batch: int, position: int, window: int | None) -> dict[str, Any]:
 
 OPERATOR = CachedAttention(
     cpu=cases(
-        [sizes(1, n, 4096) for n in (1024, 4096, 16384)] + [sizes(8, 1024, 4096)],
-        (torch.bfloat16,),
+        [sizes(1, n, 4096) for n in (1024, 2048, 4096, 16384)] + [sizes(8, 1024, 4096)],
+        CPU_DTYPES,
         ("forward",),
     ),
     gpu=cases(

@@ -1,12 +1,12 @@
-"""Prompts and decode steps of a whole model, with random weights and Mistral's head layout.
+"""Prompts and decode steps of whole models, with random weights and Mistral's head layout.
 
-On a CPU of 160 million parameters and, far into a text, of 10 million; on a GPU Mistral-7B. Whole
-models are timed as they are used: a step follows one of the same text, which on a CPU is made once
-more before each that is timed, and tensors of that are still in the caches. 1.2 billion parameters
-take a quarter of an hour and 16 GiB:
+On a CPU the models have 160 million parameters, and 10 million for long texts; on a GPU the model
+is Mistral-7B. Each timed decode step follows an untimed one of the same text, as in generation, so
+tensors of that step may still be in the caches. The model of 1.2 billion parameters takes a quarter
+of an hour and 16 GiB:
 
-    python -m pytest benchmarks --op generation --shapes large --sittings 3 \
-        --providers "ours,transformers sdpa,llama.cpp" --benchmark-json large.json
+    python -m benchmarks --op generation --shapes large --sessions 3 \
+        --providers "ours,ours int8,transformers sdpa,llama.cpp"
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ import torch
 
 from benchmarks import models, step_profile
 from benchmarks.make_checkpoint import CONFIGS
-from benchmarks.registry import Case, Operator, Prepared, cases
-from benchmarks.sittings import MAX_ROUNDS, UNTIMED
+from benchmarks.registry import CPU_DTYPES, Case, Operator, Prepared, cases
+from benchmarks.sessions import MAX_ROUNDS, UNTIMED
 
-STEPS = 2 * (MAX_ROUNDS + UNTIMED)  # of a text, at most
+STEPS = 2 * (MAX_ROUNDS + UNTIMED)  # per text, at most
 
 
 class Generation(Operator):
-    """`prefill` of a prompt, or one `decode` step after `position` tokens."""
+    """`prefill` of a prompt of `tokens` tokens, or one `decode` step after `tokens` tokens."""
 
     name = "generation"
+    summary = "Prompts and decode steps of whole models"
     bound = "byte"
     providers = tuple(name for name in models.ENGINES if name != "transformers eager")
     measures_memory = True
+    allocates_before = ("llama.cpp",)
     only_reads = True
 
     def beyond(self, provider: str, case: Case) -> str | None:
         if provider == "ours int8" and case.direction == "prefill":
-            return "is for decoding: prompts are multiplied in the dtype of x"
+            return "quantizes decoding only: prompts are multiplied in the dtype of x"
         return None
 
     def check(self, provider: str, case: Case, device: torch.device) -> None:
@@ -56,9 +58,9 @@ class Generation(Operator):
         generator = torch.Generator(device="cpu").manual_seed(0)
         ids = torch.randint(vocab, (case["B"], case["tokens"]), generator=generator).to(device)
         if case.direction == "prefill":
-            return lambda turn: lambda: model.prefill(ids)
+            return lambda i: lambda: model.prefill(ids)
         step = model.decoder(ids, STEPS)
-        return lambda turn: lambda: step(ids[:, turn % case["tokens"]])
+        return lambda i: lambda: step(ids[:, i % case["tokens"]])
 
     def profile(
         self, provider: str, case: Case, call: Callable[[], object], device: torch.device
@@ -68,7 +70,7 @@ class Generation(Operator):
         return step_profile.profile(call, CONFIGS[case["model"]].num_hidden_layers, device)
 
     def _keep(self, case: Case) -> None:
-        """Keep models for the next case that wants the same."""
+        """Keep the models of this case for the next cases with the same ones."""
         wanted = case["model"], case.dtype
         if getattr(self, "kept", wanted) != wanted:
             models.release()
@@ -78,7 +80,7 @@ class Generation(Operator):
         return "FLOP" if case.direction == "prefill" else "byte"
 
     def flops(self, case: Case) -> float:
-        """Return the FLOPs of products with weights; attention's are few beside them."""
+        """Count the products with weights; the FLOPs of attention are few in comparison."""
         tokens = case["tokens"] if case.direction == "prefill" else 1
         return 2.0 * case["B"] * tokens * models.num_product_weights(case["model"])
 
@@ -99,11 +101,11 @@ def sizes(model: str, tokens: int, batch: int = 1) -> dict[str, Any]:
 PREFILL, DECODE = ("prefill",), ("decode",)
 HALF = (torch.bfloat16,)
 OPERATOR = Generation(
-    cpu=cases([sizes("10M", n) for n in (512, 8192)], HALF, DECODE)
-    + cases([sizes("160M", 512), sizes("160M", 512, 8)], HALF, DECODE)
-    + cases([sizes("160M", n) for n in (512, 1536)], HALF, PREFILL),
-    large=cases([sizes("1.2B", 512, n) for n in (1, 8)], HALF, DECODE)
-    + cases([sizes("1.2B", n) for n in (512, 4096)], HALF, PREFILL),
+    cpu=cases([sizes("10M", n) for n in (128, 512, 2048, 8192)], CPU_DTYPES, DECODE)
+    + cases([sizes("160M", 512), sizes("160M", 64, 8)], CPU_DTYPES, DECODE)
+    + cases([sizes("160M", n) for n in (128, 256, 512, 1024)], CPU_DTYPES, PREFILL),
+    large=cases([sizes("1.2B", 64, n) for n in (1, 8)], CPU_DTYPES, DECODE)
+    + cases([sizes("1.2B", n) for n in (512, 4096)], CPU_DTYPES, PREFILL),
     gpu=cases([sizes("7B", 1 << n) for n in range(10, 18)], HALF, DECODE)
     + cases([sizes("7B", 4096, n) for n in (8, 64)], HALF, DECODE)
     + cases([sizes("7B", 1 << n) for n in range(9, 16)], HALF, PREFILL),

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, normal
+from benchmarks.registry import CPU_DTYPES, Case, Inputs, Runs, TensorOperator, cases, normal
 from mistral_kernels import rms_norm
 from mistral_kernels.ops import reference
 
@@ -15,7 +15,7 @@ EPS = 1e-5
 
 
 def plain(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Any:
-    """Compute RMSNorm as transformers does, which is how the reference defines it."""
+    """Compute RMSNorm as transformers and the reference do."""
     return reference.rms_norm(x, weight, EPS, residual)
 
 
@@ -34,6 +34,7 @@ def liger(case: Case, x: Tensor, weight: Tensor, residual: Tensor | None = None)
 
 class RMSNorm(TensorOperator):
     name = "rms_norm"
+    summary = "RMSNorm, alone and with the residual addition"
     bound = "byte"
     runs: ClassVar[Runs] = {
         "ours": lambda case, **inputs: rms_norm(
@@ -62,9 +63,9 @@ class RMSNorm(TensorOperator):
         return 4.0 * case["tokens"] * case["hidden"] * (2 if case.direction == "backward" else 1)
 
     def bytes(self, case: Case) -> float:
-        """Count x and y; with a residual, it and the sum, too.
+        """Count x and y, and with a residual also the residual and the sum.
 
-        Backward: dy, the sum (and its gradient), and dx, which is the residual's gradient too.
+        Backward counts dy, the input of the norm, dx and, with a residual, the gradient of the sum.
         """
         passes = {
             ("forward", False): 2,
@@ -80,8 +81,7 @@ def sizes(tokens: int, residual: bool = True) -> dict[str, Any]:
 
 
 OPERATOR = RMSNorm(
-    cpu=cases([sizes(512, False), sizes(512)], (torch.bfloat16,)),
-    float32=cases([sizes(512, False), sizes(512)], (torch.float32,)),
+    cpu=cases([sizes(512, False), sizes(512)], CPU_DTYPES),
     gpu=cases(
         [sizes(n, residual) for n in (1, 64, 2048, 16384) for residual in (False, True)],
         (torch.bfloat16,),

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, normal
+from benchmarks.registry import CPU_DTYPES, Case, Inputs, Runs, TensorOperator, cases, normal
 from mistral_kernels import apply_rotary
 from mistral_kernels.ops import reference
 from mistral_kernels.ops.rotary import rotary_tables
@@ -21,7 +21,7 @@ def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Any:
-    """Rotate as transformers does, by rows of tables that hold each angle twice."""
+    """Rotate as transformers does, with tables that contain each angle twice."""
     cos, sin = (torch.cat((x, x), -1)[positions].unsqueeze(-2).to(q.dtype) for x in (cos, sin))
     return rotate_half(q, cos, sin), rotate_half(k, cos, sin)
 
@@ -33,12 +33,13 @@ def liger(case: Case, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions:
     from liger_kernel.ops import LigerRopeFunction
 
     tables = (torch.cat((x, x), -1)[None].to(q.dtype) for x in (cos, sin))
-    turned = LigerRopeFunction.apply(*(x[None].transpose(1, 2) for x in (q, k)), *tables)
-    return tuple(x.transpose(1, 2)[0] for x in turned)
+    rotated = LigerRopeFunction.apply(*(x[None].transpose(1, 2) for x in (q, k)), *tables)
+    return tuple(x.transpose(1, 2)[0] for x in rotated)
 
 
 class Rotary(TensorOperator):
     name = "rotary"
+    summary = "Rotary embedding of queries and keys"
     bound = "byte"
     runs: ClassVar[Runs] = {
         "ours": lambda case, **inputs: apply_rotary(**inputs),
@@ -72,8 +73,7 @@ class Rotary(TensorOperator):
 
 
 OPERATOR = Rotary(
-    cpu=cases([{"tokens": 512}], (torch.bfloat16,)),
-    float32=cases([{"tokens": 512}], (torch.float32,)),
+    cpu=cases([{"tokens": 512}], CPU_DTYPES),
     gpu=cases([{"tokens": n} for n in (1, 64, 2048, 16384)], (torch.bfloat16,)),
 )
 

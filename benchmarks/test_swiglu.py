@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import Case, Inputs, Runs, TensorOperator, cases, normal
+from benchmarks.registry import CPU_DTYPES, Case, Inputs, Runs, TensorOperator, cases, normal
 from mistral_kernels import swiglu
 from mistral_kernels.ops import reference
 
@@ -28,6 +28,7 @@ def liger(case: Case, gate: Tensor, up: Tensor) -> Tensor:
 
 class SwiGLU(TensorOperator):
     name = "swiglu"
+    summary = "SwiGLU activation"
     bound = "byte"
     runs: ClassVar[Runs] = {
         "ours": lambda case, **inputs: swiglu(**inputs),
@@ -48,14 +49,13 @@ class SwiGLU(TensorOperator):
         return 4.0 * case["tokens"] * case["intermediate"]
 
     def bytes(self, case: Case) -> float:
-        """Count gate, up and y; backward, dy, gate, up and two gradients."""
+        """Count gate, up and y; in the backward pass dy, gate, up and two gradients."""
         passes = 5 if case.direction == "backward" else 3
         return case["tokens"] * case["intermediate"] * case.dtype.itemsize * passes
 
 
 OPERATOR = SwiGLU(
-    cpu=cases([{"tokens": 512, "intermediate": 14336}], (torch.bfloat16,)),
-    float32=cases([{"tokens": 512, "intermediate": 14336}], (torch.float32,)),
+    cpu=cases([{"tokens": 512, "intermediate": 14336}], CPU_DTYPES),
     gpu=cases(
         [{"tokens": n, "intermediate": 14336} for n in (1, 64, 2048, 16384)], (torch.bfloat16,)
     ),

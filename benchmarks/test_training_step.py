@@ -1,4 +1,4 @@
-"""Loss and gradients of a whole model at growing lengths: time, and peak memory."""
+"""Loss and gradients of a whole model per length: time and peak memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 
 from benchmarks import models
 from benchmarks.make_checkpoint import CONFIGS
-from benchmarks.registry import Case, Operator, Prepared, cases
+from benchmarks.registry import CPU_DTYPES, Case, Operator, Prepared, cases
 
 
 class TrainingStep(Operator):
     name = "training_step"
+    summary = "Loss and gradients of whole models: time and peak memory"
     bound = "FLOP"
     providers = tuple(models.ENGINES)
     measures_memory = True
@@ -26,14 +27,14 @@ class TrainingStep(Operator):
         model = models.engine(provider, case["model"], case.dtype, device)
         ids = torch.randint(config.vocab_size, (1, case["S"]), device=device)
 
-        def ready(turn: int) -> Callable[[], object]:
+        def ready(i: int) -> Callable[[], object]:
             model.model.zero_grad(set_to_none=True)  # type: ignore[attr-defined]
             return lambda: model.loss(ids).backward()
 
         return ready
 
     def flops(self, case: Case) -> float:
-        """Return the FLOPs of products with weights: forward, and twice that backward."""
+        """Count the products with weights: one forward, two backward."""
         return 6.0 * case["S"] * models.num_product_weights(case["model"])
 
     def bytes(self, case: Case) -> float:
@@ -42,7 +43,7 @@ class TrainingStep(Operator):
 
 
 OPERATOR = TrainingStep(
-    cpu=cases([{"model": "10M", "S": n} for n in (256, 512, 1024)], (torch.bfloat16,), ("step",)),
+    cpu=cases([{"model": "10M", "S": n} for n in (256, 512, 1024, 2048)], CPU_DTYPES, ("step",)),
     gpu=cases(
         [{"model": "1.2B", "S": 1 << n} for n in range(10, 16)], (torch.bfloat16,), ("step",)
     ),

@@ -1,4 +1,4 @@
-"""The time and the memory of a call, the noise of many, and the peaks of the machine."""
+"""Time and memory of a call, noise of many calls, and peak speeds of the machine."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from benchmarks.registry import Prepared
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of one call."""
-    if device.type == "meta":  # a rehearsal: everything but the launch
+    if device.type == "meta":  # run everything except the launch
         call()
         return 1e-3
     if device.type == "cpu":
         start = time.perf_counter()
         result = call()
         elapsed = time.perf_counter() - start
-        del result  # freeing it is not the call's work
+        del result  # its deallocation is not timed
         return elapsed
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # Cold L2, as after another layer. And while this is written, the call's launches queue up, so
-    # that their cost to the CPU is not in the measure.
+    # Flush the L2 cache, as another layer would. Meanwhile the launches of the call are queued, so
+    # that their cost on the CPU is not measured.
     for _ in range(_flushes(device)):
         _flush_buffer(device).zero_()
     begin.record()
@@ -42,7 +42,7 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 
 @functools.cache
 def _flushes(device: torch.device) -> int:
-    """Return how often the buffer must be written to keep the GPU busy for two milliseconds."""
+    """Return how many writes of the buffer keep the GPU busy for two milliseconds."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     _flush_buffer(device).zero_()
     begin.record()
@@ -58,15 +58,15 @@ def _flush_buffer(device: torch.device) -> Tensor:
     return torch.empty(256 << 20, dtype=torch.uint8, device=device)
 
 
-def noise(sittings: Sequence[Sequence[float]]) -> float:
-    """Return how far the sittings' quartiles reach from the median of all times, relative to it.
+def noise(sessions: Sequence[Sequence[float]]) -> float:
+    """Return the largest distance of a session's quartile from the median of all, relative to it.
 
-    Times scatter within a sitting, and from one to the next the machine drifts. The median of
-    another five sittings lies within it nine times of ten, if drift is as good as normal.
+    Times vary within a session, and the machine drifts from one session to the next. The median of
+    five further sessions lies within this distance in nine of ten cases, for normal drift.
     """
-    median = statistics.median(x for times in sittings for x in times)
-    reached = [x for times in sittings for x in _quartiles(times)]
-    return max(max(reached) - median, median - min(reached)) / median
+    median = statistics.median(x for times in sessions for x in times)
+    quartiles = [x for times in sessions for x in _quartiles(times)]
+    return max(max(quartiles) - median, median - min(quartiles)) / median
 
 
 def _quartiles(times: Sequence[float]) -> tuple[float, float]:
@@ -76,22 +76,20 @@ def _quartiles(times: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-# What a machine can do, measured among the calls. Names in brackets are nobody's.
+# Peak speeds of the machine, measured in the rounds of the providers. Brackets: not a provider.
 GEMM, COPY, READ = "[GEMM]", "[copy]", "[read]"
 
 
-def peaks(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Prepared, float]]:
-    """Return by name a call, and its FLOPs (`GEMM`) or the bytes that it moves."""
-    if device.type == "meta":
-        return {}
-    n = 1024 if device.type == "cpu" else 8192
-    a, b = _square(n, dtype, device)
-    source, target = _stretch(device)
-    return {
-        GEMM: (lambda turn: lambda: a @ b, 2 * n**3),
-        COPY: (lambda turn: lambda: target.copy_(source), 2 * source.nbytes),
-        READ: (lambda turn: lambda: source.amax(), source.nbytes),
-    }
+def peak(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Prepared, float]:
+    """Return the call to time, and its FLOPs (`GEMM`) or the bytes that it moves."""
+    if name == GEMM:
+        n = 1024 if device.type == "cpu" else 8192
+        a, b = _square(n, dtype, device)
+        return lambda i: lambda: a @ b, 2 * n**3
+    source, target = _buffers(device)
+    if name == COPY:
+        return lambda i: lambda: target.copy_(source), 2 * source.nbytes
+    return lambda i: lambda: source.amax(), source.nbytes
 
 
 @functools.lru_cache(maxsize=2)
@@ -101,14 +99,14 @@ def _square(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, T
 
 
 @functools.cache
-def _stretch(device: torch.device) -> tuple[Tensor, Tensor]:
+def _buffers(device: torch.device) -> tuple[Tensor, Tensor]:
     size = (64 if device.type == "cpu" else 1024) << 20
     source = torch.ones(size // 4, device=device)
     return source, torch.zeros_like(source)
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Return the bytes at the peak of a call beyond those before it; None if unknown."""
+    """Return the peak memory of a call in bytes, without the memory in use before it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -118,8 +116,10 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
     if device.type == "meta" or not Path("/proc/self/clear_refs").exists():
         call()
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is given back, so that it counts again
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # return freed memory to the system, so that it is counted when used again
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current size
     before = resident("VmRSS")
     call()
     return resident("VmHWM") - before

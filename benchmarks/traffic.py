@@ -1,13 +1,13 @@
-"""Bytes that the memory-bound operators move, over the least possible, at Mistral-7B's sizes.
+"""Memory traffic of the memory-bound operators relative to its minimum, at Mistral-7B's sizes.
 
     python -m benchmarks.traffic
 
-Prints a Markdown table. Kernels, ours and Liger-Kernel's, are compiled for sm_80 and executed on
-the CPU by ptxrun, which counts what they read and write; no time is
-measured. Over the least bytes, which are each input and each output of the operator once: "DRAM",
-the distinct bytes that each launch touches, and "sectors", all sectors of 32 bytes that its
-accesses ask the caches for. "bytes a lane": of an average access to global memory, of 16 at most.
-Liger-Kernel's rotary falls below the least: its tables are bfloat16, ours float32.
+Prints a Markdown table. Our kernels and Liger-Kernel's are compiled for sm_80 and executed on the
+CPU by ptxrun, which counts the bytes that they read and write; no time is measured. The minimum is
+each input and each output of the operator once. "DRAM" is the number of distinct bytes that each
+launch touches, and "sectors" the number of bytes in all 32-byte sectors that its accesses request,
+both divided by the minimum. "bytes per lane" is the average size of an access to global memory; 16
+is the maximum. Liger-Kernel's rotary is below 1, because its tables are bfloat16 and ours float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mistral_kernels.ops.swiglu import swiglu
 TOKENS, HIDDEN, INTERMEDIATE = 2048, 4096, 14336
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 EPS = 1e-5
-MULTIPROCESSORS = 108  # of the A100 that ptxrun stands for; where Liger asks, it is told of one
+MULTIPROCESSORS = 108  # A100, which ptxrun simulates; ptxrun reports one to Liger
 
 
 class Traffic(NamedTuple):
@@ -54,11 +54,11 @@ def executed(run: Callable[[], object]) -> Traffic:
 
 
 class Eager(TorchDispatchMode):
-    """Traffic of plain PyTorch: each operator that is no view is one pass over its tensors.
+    """Traffic of plain PyTorch: each operator except views is one pass over its tensors.
 
-    It reads each input once and writes each output once. For RMSNorm, forward, that is 36 bytes an
-    element: to float32 (2 + 4), square (4 + 4), mean (4), times 1 / rms (4 + 4), to bfloat16
-    (4 + 2), times weight (2 + 2). Backward, step by step, 92.
+    A pass reads each input once and writes each output once. The forward pass of RMSNorm moves 36
+    bytes per element: to float32 (2 + 4), square (4 + 4), mean (4), times 1 / rms (4 + 4), to
+    bfloat16 (4 + 2), times weight (2 + 2). Its backward pass moves 92.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Eager(TorchDispatchMode):
 
 
 def size(*tensors: Tensor) -> int:
-    """Return the bytes of tensors; expanded ones lie in memory once."""
+    """Return the bytes of tensors in memory; expanded dimensions count once."""
     total = 0
     for x in tensors:
         stored = [n for n, stride in zip(x.shape, x.stride(), strict=True) if stride]
@@ -83,9 +83,9 @@ def size(*tensors: Tensor) -> int:
 
 
 def counted(run: Callable[[], object]) -> Traffic:
-    with Eager() as seen, reference.eager_arithmetic():
+    with Eager() as traffic, reference.eager_arithmetic():
         run()
-    return Traffic(seen.dram)
+    return Traffic(traffic.dram)
 
 
 def normal(*shape: int, device: str = "cpu") -> Tensor:
@@ -93,7 +93,7 @@ def normal(*shape: int, device: str = "cpu") -> Tensor:
 
 
 class Operator:
-    """Forward and backward of one operator: ours, as PyTorch computes it, and Liger-Kernel's."""
+    """Forward and backward of one operator: ours, PyTorch's and Liger-Kernel's."""
 
     def __init__(self, function: Callable[..., Any], plain: Callable[..., Any]) -> None:
         self.function, self.plain = function, plain
@@ -117,9 +117,9 @@ class Operator:
         return measured(lambda: torch.autograd.grad(outputs, wanted, cotangents))
 
     def least(self, backward: bool) -> int:
-        """Return the least traffic: each input and output once.
+        """Return the minimal traffic: each input and output once.
 
-        Backward has the cotangents besides, and the gradients.
+        In the backward pass the inputs include the cotangents, and the outputs are the gradients.
         """
         inputs = self.inputs("meta")
         if not backward:
@@ -129,7 +129,7 @@ class Operator:
         )
 
     def saved(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """Return the tensors that backward has to read beside the cotangents."""
+        """Return the tensors that the backward pass reads in addition to the cotangents."""
         return list(inputs)
 
     def gradients(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -151,7 +151,7 @@ class Norm(Operator):
         x, weight = normal(TOKENS, HIDDEN, device=device), normal(HIDDEN, device=device)
         return (x, weight, normal(TOKENS, HIDDEN, device=device)) if self.residual else (x, weight)
 
-    # Backward of both reads their sum alone, and gives both one gradient.
+    # The backward pass reads only the sum x + residual, whose gradient is that of both.
     def saved(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         return list(inputs[:2])
 
@@ -186,8 +186,8 @@ class Norm(Operator):
                 alone.rms_norm_backward(dy, h, weight, rstd, 0.0, mode, block, *launch, True, None)
 
         traffic = executed(run)
-        # One program ran, and left a row of partial sums; on a GPU each multiprocessor does, and
-        # PyTorch adds them up.
+        # One program ran here and wrote one row of partial sums. On a GPU each multiprocessor
+        # writes one, and PyTorch adds them.
         partial_sums = (2 * MULTIPROCESSORS - 1) * HIDDEN * 4 + 2 * HIDDEN
         return traffic._replace(
             dram=traffic.dram + partial_sums, sectors=traffic.sectors + partial_sums
@@ -214,7 +214,7 @@ class Rotary(Operator):
         from liger_kernel.ops.rope import rope_backward, rope_forward
 
         q, k, cos, sin, _ = (x.detach()[None] for x in self.inputs("cpu"))
-        # As transformers hands them over: heads first, tables twice as wide and in bfloat16.
+        # The layout of transformers: heads first, tables twice as wide and in bfloat16.
         tables = [torch.cat((x, x), -1).bfloat16() for x in (cos, sin)]
         call = rope_backward if backward else rope_forward
         return executed(lambda: call(q.transpose(1, 2), k.transpose(1, 2), *tables))
@@ -238,7 +238,7 @@ class Gate(Operator):
 
 
 class FusedGate(Gate):
-    """SwiGLU of gate and up in one tensor, as a projection makes them."""
+    """SwiGLU of gate and up in one tensor, the output of a fused projection."""
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:
         return (normal(TOKENS, 2 * INTERMEDIATE, device=device),)
@@ -275,9 +275,9 @@ def main() -> int:
         return 1
     ptxrun.install()
     os.environ["MISTRAL_KERNELS_BACKEND"] = "triton"
-    columns = ("DRAM", "sectors", "bytes a lane")
-    names = [f"{who}: {column}" for who in ("ours", "Liger-Kernel") for column in columns]
-    print(f"| bfloat16, {TOKENS} tokens | least, MB | {' | '.join(names)} | PyTorch: DRAM |")
+    columns = ("DRAM", "sectors", "bytes per lane")
+    names = [f"{name}: {column}" for name in ("ours", "Liger-Kernel") for column in columns]
+    print(f"| bfloat16, {TOKENS} tokens | minimum, MB | {' | '.join(names)} | PyTorch: DRAM |")
     print("|---|" + "---:|" * (len(names) + 2))
     for name, (operator, backward) in ROWS.items():
         least = operator.least(backward)
@@ -285,7 +285,7 @@ def main() -> int:
         eager = operator.measure(backward, counted, "meta")
         try:
             theirs = cells(operator.liger(backward), least)
-        except Exception as error:  # of whatever kind: it is optional, and not made for CPU tensors
+        except Exception as error:  # any error: Liger is optional and not written for CPU tensors
             theirs = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} | - | -"
         print(
             f"| {name} | {least / 1e6:.1f} | {cells(ours, least)} | {theirs} "

@@ -3,10 +3,11 @@
     python -m benchmarks.tune --kernel attention_forward --head-dim 128 --shapes 4x4096,1x16384
     python -m benchmarks.tune --kernel attention_decode --head-dim 64 --shapes 64x4096
 
-A shape is batch x sequence length; for attention_decode and attention_chunk, the tokens that are
-already in the cache. From the tile of `ops/attention/tiles.py` the search moves to the fastest
-tile that differs in one parameter, until none is faster by 1 %. Tiles that do not fit are skipped.
-The printed line belongs into `EXCEPTIONS` of that module.
+A shape is batch x sequence length; for attention_decode and attention_chunk, batch x number of
+tokens in the cache. The search begins at the tile of `ops/attention/tiles.py`. It moves to the
+fastest tile that differs in one parameter, until none is faster by 1 %. Tiles that exceed the GPU's
+resources count as infinitely slow.
+The printed line belongs in `EXCEPTIONS` of that module.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def neighbors(kernel: str, tile: Tile, device: DeviceProperties) -> Iterator[Til
 def search(
     start: Tile, neighbors: Callable[[Tile], Iterator[Tile]], seconds: Callable[[Tile], float]
 ) -> dict[Tile, float]:
-    """Return the time of every tile tried; the search ends at the fastest."""
+    """Return the time of every tile tried. The search ends when no neighbor is 1 % faster."""
     times = {start: seconds(start)}
     best = start
     while True:
@@ -79,7 +80,7 @@ def entry(device: DeviceProperties, element_bytes: int, head_dim: int, tile: Til
 def make_call(
     kernel: str, batch: int, seqlen: int, args: argparse.Namespace, device: torch.device
 ) -> Callable[[], object]:
-    """Return the call to time, at Mistral's layout of heads unless told otherwise."""
+    """Return the call to time, with the heads of the arguments (default: Mistral's)."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(DTYPES[args.dtype])
@@ -132,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--sliding-window", type=int)
-    parser.add_argument("--shapes", default="4x4096", help="batch x length, with commas between")
+    parser.add_argument(
+        "--shapes", default="4x4096", help="batch x length, separated by commas (default: 4x4096)"
+    )
     args = parser.parse_args(argv)
     try:
         pairs = [map(int, shape.split("x")) for shape in args.shapes.split(",")]
@@ -146,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     like = torch.empty(0, dtype=DTYPES[args.dtype], device=device)
     if not uses_triton(like):
-        parser.error("nothing here runs Triton kernels: a tile can only be timed on a GPU")
+        parser.error("tiles can be timed only on a GPU that runs Triton kernels; none was found")
 
     properties = device_properties(like)
     block_d = max(16, next_power_of_2(args.head_dim))
