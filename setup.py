@@ -1,9 +1,10 @@
-"""Compiles csrc into the wheel where that can be done; the package itself is in pyproject.toml.
+"""Compile csrc into the wheel if possible; pyproject.toml describes the package.
 
-With PyTorch at hand, as in `pip install --no-build-isolation .`, the wheel gets a library for the
-CPU if there is a C++ compiler and one for CUDA if there is nvcc. It always has the sources, from
-which the first use builds what is missing. MISTRAL_KERNELS_BUILD=never leaves all to the first use,
-MISTRAL_KERNELS_BUILD=always makes a library that cannot be built an error.
+If PyTorch is installed in the build environment, as with `pip install --no-build-isolation .`, the
+wheel gets a CPU library if there is a C++ compiler, and a CUDA library if there is nvcc. The wheel
+always contains the sources; a missing library is built from them at the first use.
+MISTRAL_KERNELS_BUILD=never builds no library. With MISTRAL_KERNELS_BUILD=always, a library that
+cannot be built is an error.
 """
 
 from __future__ import annotations
@@ -25,73 +26,77 @@ ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 def load_compiler() -> ModuleType:
-    """mistral_kernels.ops.compiler without the package around it."""
+    """Load the module mistral_kernels.ops.compiler without importing the package."""
     spec = importlib.util.spec_from_file_location("compiler", "mistral_kernels/ops/compiler.py")
     compiler = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(compiler)
     return compiler
 
 
-def architectures(nvcc: str) -> str:
-    """TORCH_CUDA_ARCH_LIST, or of the usual GPUs those that this nvcc knows, and PTX for later."""
+def cuda_architectures(nvcc: str) -> str:
+    """Return TORCH_CUDA_ARCH_LIST, or those `ARCHITECTURES` that nvcc supports, with PTX."""
     if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return listed
-    known = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
-    return ";".join(a for a in ARCHITECTURES if f"sm_{a.replace('.', '')}" in known) + "+PTX"
+    supported = subprocess.check_output([nvcc, "--list-gpu-code"], text=True).split()
+    return ";".join(a for a in ARCHITECTURES if f"sm_{a.replace('.', '')}" in supported) + "+PTX"
 
 
 def build_libraries(folder: Path) -> None:
-    """Fill `folder` with the libraries that can be built; a line for each that cannot."""
+    """Build the libraries into `folder`; print one line for each that cannot be built."""
     if (setting := os.environ.get("MISTRAL_KERNELS_BUILD")) == "never":
         return
     try:
         compiler = load_compiler()
-    except Exception as error:  # no PyTorch, as in an isolated build, or a broken one
+    except Exception as error:  # PyTorch is absent (an isolated build) or broken
         if setting == "always":
             raise
-        print(f"mistral_kernels: csrc is left to the first use: {error}", file=sys.stderr)
+        print(f"mistral_kernels: csrc will be built at the first use: {error}", file=sys.stderr)
         return
-    compiler.build_setting()  # raises if it is no such thing
+    compiler.build_setting()  # raises if MISTRAL_KERNELS_BUILD is invalid
     for device_type in compiler.DEVICE_TYPES:
         nvcc = compiler.nvcc() if device_type == "cuda" else None
         try:
             library = folder / compiler.library_name(device_type)
-            compiler.build(device_type, library, architectures(nvcc) if nvcc else "")
+            compiler.build(device_type, library, cuda_architectures(nvcc) if nvcc else "")
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             needed = device_type == "cpu" or compiler.torch.version.cuda is not None
             if setting == "always" and needed:
                 raise
             reason = str(error).splitlines()[0]
-            print(f"mistral_kernels: no library for {device_type}: {reason}", file=sys.stderr)
+            print(f"mistral_kernels: no {device_type} library: {reason}", file=sys.stderr)
 
 
 class BuildPackage(build_py):
-    """The package, and in it csrc with the libraries beside the sources."""
+    """Build step that adds csrc, sources and libraries, to the package."""
 
     def run(self) -> None:
+        """Copy csrc into the build folder and build the libraries there."""
         super().run()
-        if self.editable_mode:  # the checkout has csrc, and the first use builds
+        if self.editable_mode:  # csrc is in the checkout; the first use builds it
             return
         folder = Path(self.build_lib, "mistral_kernels", "csrc")
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier build
+        shutil.rmtree(folder, ignore_errors=True)  # remove an earlier build
         shutil.copytree(CSRC, folder)
         build_libraries(folder)
         if any(folder.glob("*.so")):
             self.distribution.has_ext_modules = lambda: True
 
-    def get_source_files(self) -> list[str]:  # of the sdist
+    def get_source_files(self) -> list[str]:
+        """Return the files of the sdist, csrc included."""
         return [*super().get_source_files(), *(str(x) for x in CSRC.rglob("*") if x.is_file())]
 
 
 class Wheel(bdist_wheel):
-    """For one platform if it has libraries, which know nothing of Python; else for any."""
+    """Wheel for one platform if it contains libraries, for any platform otherwise."""
 
     def run(self) -> None:
+        """Build first, then mark the wheel as platform-specific if it contains libraries."""
         self.run_command("build")
         self.root_is_pure = not self.distribution.has_ext_modules()
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
+        """Return the tag of the wheel; the libraries do not depend on the version of Python."""
         return self.python_tag, "none", super().get_tag()[2]
 
 

@@ -49,8 +49,8 @@ const int32_t* int32s(const Tensor& x, const Tensor& cache, std::initializer_lis
 }
 
 #ifndef KERNELS_FOR_CUDA
-// Index tensors decide which memory is written, so their values are checked on the CPU. On a GPU
-// reading them would synchronize with the device; the caller is responsible for them there.
+// Index tensors decide which memory is written, so their values are checked on the CPU. On a GPU,
+// reading them would synchronize with the device, so the caller must pass valid values.
 void require_values(const Update& u, int64_t total, int64_t cache_rows, int64_t num_positions) {
   require(u.cu_seqlens[0] == 0 && u.cu_seqlens[u.batch] == total);
   for (int64_t sequence = 0; sequence < u.batch; ++sequence) {

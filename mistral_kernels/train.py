@@ -150,7 +150,10 @@ def train_on_texts(
     """
     output = output.expanduser().resolve()
     if output.is_symlink():
-        raise ValueError(f"{output} must not be a symbolic link to itself; name another output")
+        raise ValueError(
+            f"output must be a folder, got {output}, a symbolic link that leads back to itself; "
+            "remove the link, or name another output"
+        )
     check_target(output)
     _SAVE_EVERY.check("save_every", save_every)
     if world.size > recipe.batch_size:

@@ -93,7 +93,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("scenario", EXPECTED)
-def test_outcome(scenario: str, outcomes: list[dict[str, tuple[object, str]]]) -> None:
+def test_codes_and_errors(scenario: str, outcomes: list[dict[str, tuple[object, str]]]) -> None:
     assert [each[scenario] for each in outcomes if scenario in each] == EXPECTED[scenario]
 
 

@@ -46,7 +46,7 @@ def test_other_kinds_of_files_are_refused(tmp_path):
         read_json(tmp_path / "absent")
     for name, target in (("dangling", "nowhere"), ("loop", "loop"), ("deep", "device/x")):
         (tmp_path / name).symlink_to(target)
-        with pytest.raises(CheckpointError, match=r"got a symbolic link that leads nowhere$"):
+        with pytest.raises(CheckpointError, match=r"got a broken symbolic link$"):
             read_json(tmp_path / name)
         assert is_taken(tmp_path / name)
         assert not is_taken(tmp_path / target / "x")

@@ -344,7 +344,7 @@ def test_bad_arguments_are_one_line(run: Command, arguments: list[str], message:
     check_error(run(*arguments), message)
 
 
-def test_bad_prompt_files_are_one_line(run: Command, tmp_path: Path) -> None:
+def test_bad_prompt_files_print_one_line(run: Command, tmp_path: Path) -> None:
     file = tmp_path / "prompts"
     file.write_bytes(b"good\nbad \xff\n")
     check_error(run("--prompt-file", file), f"{file} must be UTF-8", "0xff in position 9")

@@ -362,7 +362,7 @@ def test_options_together(case, backend, device):
 
 
 @pytest.mark.parametrize("seqlen_q", [1, 40])
-def test_returns(seqlen_q, backend, device):
+def test_output_and_log_sum_exp(seqlen_q, backend, device):
     """Check the output with and without the log-sum-exp, which is -inf without keys."""
     for heads, window_size in (((4, 2), (-1, -1)), ((4, 2), (100, 0))):
         arguments = make_arguments(device, F16, seqlen_q, heads, window_size=window_size)

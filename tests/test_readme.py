@@ -1,4 +1,4 @@
-"""The pages for readers: paths and headings that they name exist, and their Python runs."""
+"""Tests of the Markdown pages: paths and headings that they name exist, and their Python runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = "benchmarks", "csrc", "mistral_kernels", "tests"  # not a virtual environment beside them
+FOLDERS = (
+    "benchmarks",
+    "csrc",
+    "mistral_kernels",
+    "tests",
+)  # not the root, which may have a virtual environment
 PAGES = [
     ROOT / "README.md",
     ROOT / ".github" / "CONTRIBUTING.md",
@@ -30,13 +35,13 @@ BLOCKS = [
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the names that GitHub gives to a page's headings."""
+    """Return the anchors that GitHub makes for the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_paths(page):
+def test_links_and_paths_exist(page):
     text = page.read_text(encoding="utf-8")
     missing = []
     for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
@@ -49,7 +54,7 @@ def test_paths(page):
     assert missing == []
 
 
-def test_size_of_the_front_page():
+def test_readme_is_short():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.count("\n") <= 200
     assert len(text.encode()) <= 12_000
@@ -62,13 +67,13 @@ def run(code: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_python(block, tmp_path):
+def test_python_block_runs(block, tmp_path):
     if "transformers" in block:
         pytest.importorskip("transformers")
     run(block, tmp_path)
 
 
-def test_python_of_the_front_page_in_sequence(tmp_path):
+def test_readme_blocks_run_as_one_program(tmp_path):
     pytest.importorskip("transformers")
     blocks = PYTHON.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     assert len(blocks) > 3

@@ -682,7 +682,7 @@ def test_a_state_that_is_a_broken_link(
     partial = tmp_path / "out.partial"
     partial.symlink_to("nowhere")
     assert main(command(text, start, tmp_path / "out")) == 2
-    got = "a symbolic link that leads nowhere"
+    got = "a broken symbolic link"
     assert f"error: {partial} must be a regular file, got {got}\n" in capsys.readouterr().err
 
 

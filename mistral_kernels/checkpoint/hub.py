@@ -78,7 +78,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     if name and path.exists():
         raise CheckpointError(f"{path} is a file; give the folder that holds the checkpoint")
     if name and path.is_symlink():
-        raise CheckpointError(f"{path} is a symbolic link that leads nowhere")
+        raise CheckpointError(f"{path} is a broken symbolic link")
     if name == "tiny":
         return _TINY
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):

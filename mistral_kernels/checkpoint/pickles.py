@@ -34,7 +34,7 @@ _ENCODED_FLAGS = 0x61  # zip flags of an encrypted record or of patch data
 # Signature, length of the name, length of the extra field.
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
-# Dtype of each torch storage class, by its name in safetensors.
+# Name that safetensors uses for the dtype of each torch storage class.
 _KINDS = {
     "torch.BFloat16Storage": "BF16",
     "torch.HalfStorage": "F16",
@@ -123,16 +123,16 @@ class _BoundedFile(io.FileIO):
     """
 
     def read(self, size: int | None = -1) -> bytes:
-        """Read `size` bytes; raise ValueError if that is more than the limit."""
+        """Read at most `size` bytes (-1: all); raise ValueError for more than `HEADER_LIMIT`."""
         if size is None or size < 0:
             size = HEADER_LIMIT + 1
         if len(data := super().read(min(size, HEADER_LIMIT + 1))) > HEADER_LIMIT:
-            raise ValueError(f"a directory of more than {HEADER_LIMIT} bytes")
+            raise ValueError(f"the zip directory must have at most {HEADER_LIMIT} bytes")
         return data
 
 
 def _list_records(opened: _BoundedFile) -> dict[str, _Record]:
-    """Check the records of a zip file and return them by name, without the name of their folder."""
+    """Check the records of a zip file and return them by their names inside the top folder."""
     records: dict[str, _Record] = {}
     with zipfile.ZipFile(opened) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
@@ -187,7 +187,7 @@ def _interpret(pickle: bytes) -> Any:
     for opcode, argument, _ in pickletools.genops(pickle):
         match opcode.name:
             case "PROTO" if argument > 5:
-                raise ValueError(f"protocol {argument} is unknown")
+                raise ValueError(f"the pickle protocol must be at most 5, got {argument}")
             case "PROTO" | "FRAME":
                 pass
             case "EMPTY_DICT":
@@ -261,17 +261,17 @@ def _check_global(module: Any, name: Any) -> _Global:
 
 
 def _describe_storage(identity: Any) -> _Storage:
-    """Return the storage of a persistent id: the tuple "storage", class, key, device, size."""
+    """Return the storage that `identity`, ("storage", class, key, device, size), describes."""
     _, storage_class, key, _, size = identity
     if type(storage_class) is not _Global or type(key) is not str:
-        raise TypeError("malformed storage")
+        raise TypeError("a storage must be described by its class and its key")
     return _Storage(_KINDS[storage_class], key, _check_count(size))
 
 
 def _describe_call(function: Any, arguments: Any) -> Any:
     """Return the result of a call that `torch.save` writes: an empty dict or a `_Tensor`."""
     if type(function) is not _Global or type(arguments) is not tuple:
-        raise TypeError("malformed call")
+        raise TypeError("a call must have a function and a tuple of arguments")
     if function == _ORDERED_DICT and not arguments:
         return {}
     if function == _REBUILD_PARAMETER and type(arguments[0]) is _Tensor:
@@ -283,9 +283,9 @@ def _describe_call(function: Any, arguments: Any) -> Any:
                 "it holds more than plain tensors (a negated or conjugated tensor)"
             )
         if type(storage) is not _Storage or type(requires_grad) is not bool:
-            raise TypeError("malformed tensor")
+            raise TypeError("a tensor must be described by storage, offset, shape and strides")
         if len(shape) != len(strides) or len(shape) > 64 or len(metadata) > 1:
-            raise TypeError("malformed tensor")
+            raise TypeError("a tensor must be described by storage, offset, shape and strides")
         shape, strides = tuple(map(_check_count, shape)), tuple(map(_check_count, strides))
         return _Tensor(storage, _check_count(offset), shape, strides)
     raise _UnsupportedPickle(f"it holds more than plain tensors ({function})")

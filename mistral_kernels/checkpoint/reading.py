@@ -36,7 +36,7 @@ from mistral_kernels.model.config import ConfigError, MistralConfig
 from mistral_kernels.utils.files import CheckpointError, is_taken, read_json
 
 CONFIG_LIMIT = 4 << 20  # bytes of a configuration file
-# Smaller tensors are copied: a mapping of their own is not worth its cost.
+# Smaller tensors are copied: mapping each of them costs more than the copy.
 _MIN_MAPPED_BYTES = 1 << 20
 # Unsupported features, and patterns of tensor names by which they are recognized.
 _FOREIGN_NAMES = {
@@ -52,7 +52,7 @@ Part = tuple[slice, ...]
 
 
 def whole(name: str, shape: tuple[int, ...]) -> Part:
-    """Return the part that is the whole tensor: the default `part_of` of `Checkpoint.tensors`.
+    """Return a slice of all rows; this function is the default `part_of` of `Checkpoint.tensors`.
 
     Args:
         name: HF name of the tensor; ignored.
@@ -103,7 +103,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the largest number of elements."""
+        """Most frequent dtype, counted by elements."""
         counts: dict[torch.dtype, int] = {}
         for stored in self.stored.values():
             counts[stored.dtype] = counts.get(stored.dtype, 0) + math.prod(stored.shape)
@@ -126,8 +126,9 @@ class Checkpoint:
 
         A yielded tensor is a view of a memory-mapped file. Copy it, and release it before the next
         iteration (`del tensor` at the end of the loop body): pages that were read count as memory
-        of this process while they are mapped. A mapping is replaced once as many bytes were read
-        from it as the largest tensor (or part) takes, so that is the peak of the mapped memory.
+        of this process while they are mapped. The file is unmapped and mapped again before the
+        bytes read from one mapping exceed the size of the largest tensor (or part). Therefore the
+        mapped memory in use never exceeds this size.
 
         Args:
             part_of: Function that returns the part to read of a tensor, given its HF name and
@@ -213,7 +214,7 @@ class _Reading:
 
 
 def read_config(path: Path, parse: Callable[[dict[str, Any]], MistralConfig]) -> MistralConfig:
-    """Return the configuration that `parse` makes of the contents of the JSON file at `path`."""
+    """Read the JSON file at `path` and return the configuration that `parse` makes of it."""
     with name_file_in_errors(path):
         return parse(read_json(path, limit=CONFIG_LIMIT))
 
@@ -230,8 +231,8 @@ def name_file_in_errors(path: Path) -> Iterator[None]:
 def find_weights(folder: Path, stem: str, suffix: str) -> list[Path]:
     """Return the weight file `stem + suffix`, or else all of its shards; an empty list if none.
 
-    The names of the shards are read from the index file if there is one, else derived from the
-    count in their names: `stem-00001-of-00003.suffix`.
+    The names of the shards are read from the index file if there is one. Otherwise they are derived
+    from the count that each name contains, for example 3 in `model-00001-of-00003.safetensors`.
 
     Raises:
         CheckpointError: A shard is missing.

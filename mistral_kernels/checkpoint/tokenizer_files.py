@@ -100,14 +100,14 @@ class TokenizerFiles:
     def names_with_defaults(self, vocab: Container[str]) -> dict[str, str]:
         """Return the contents of the named tokens.
 
-        A name that is in no file has its usual content, `<s>` for "bos_token" for example, if that
-        is in `vocab`.
+        A name that is in no file has its default content, for example `<s>` for "bos_token", if
+        `vocab` contains this content.
         """
         defaults = {name: token for name, token in _DEFAULT_NAMES.items() if token in vocab}
         return {name: token for name, token in (defaults | self.names).items() if token is not None}
 
     def special_token(self, content: str) -> AddedToken:
-        """Return the special token of this content from the files, else with default flags."""
+        """Return the special token with this content: from the files, else with default flags."""
         return self.special.get(content) or AddedToken(content, special=True, normalized=False)
 
 
@@ -160,7 +160,8 @@ def _special_tokens(
 ) -> tuple[dict[str, AddedToken | None], list[AddedToken]]:
     """Return the special tokens with a name, the standard names first, and those without a name."""
     values = {key: config[key] for key in _NAMES if key in config}
-    # Names that one model defines, for example image_token. The flag add_bos_token is not a string.
+    # Names that only some models define, for example image_token. The check for a string excludes
+    # the flags add_bos_token and add_eos_token.
     values |= {k: v for k, v in config.items() if k.endswith("_token") and isinstance(v, str)}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(extra, dict):
@@ -174,13 +175,13 @@ def _special_tokens(
 
 
 def _special_token(path: Path, value: str | dict[str, Any]) -> AddedToken:
-    """Return the special token that a string or an object in the file `path` describes."""
+    """Return the special token that `value`, from the JSON file `path`, describes."""
     described = {"content": value} if isinstance(value, str) else value
     return _added_token(path, described | {"special": True})
 
 
 def _added_token(path: Path, described: dict[str, Any]) -> AddedToken:
-    """Return the token that an object in the file `path` describes."""
+    """Return the token that `described`, a JSON object from the file `path`, describes."""
     content = described.get("content")
     if not content:
         raise CheckpointError(

@@ -38,7 +38,7 @@ class SafetensorsWriter:
     """Write one safetensors file tensor by tensor, in any order.
 
     `save_file` of the safetensors library needs all tensors at once. Here the shapes and dtypes are
-    given in advance, so the header is written first, and each tensor at its offset when it comes.
+    given in advance. The header is written first; then `write` writes each tensor at its offset.
 
     The file contains the length of the header (8 bytes, little-endian), the header (JSON) and the
     tensors without gaps. Tensors whose size is a multiple of the page size come first, in the order
@@ -118,7 +118,7 @@ def num_bytes(spec: Spec) -> int:
 def make_specs(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype | Mapping[str, torch.dtype]
 ) -> dict[str, Spec]:
-    """Return the shape and dtype of each tensor; `dtype` is one for all, or a mapping by name."""
+    """Return the shape and dtype of each tensor; `dtype` is one dtype, or a mapping by name."""
     common = dtype if isinstance(dtype, torch.dtype) else None
     specs = {name: (shape, common or dtype[name]) for name, shape in shapes.items()}  # type: ignore[index]
     for name, (_, each) in specs.items():
@@ -216,7 +216,7 @@ def new_folder(
 
 
 def _make_partial(target: Path) -> tuple[Path, int]:
-    """Make a folder beside `target`; return it and a descriptor that keeps it locked while open."""
+    """Make a folder beside `target`; return it and a descriptor. The open descriptor locks it."""
     while True:
         partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(8)}")
         partial.mkdir()
@@ -271,7 +271,7 @@ def check_target(target: Path) -> None:
         if target.is_mount():
             raise CheckpointError(f"{target} is a mount point; name a new folder inside it")
     elif is_taken(target):
-        what = "file" if target.exists() else "symbolic link that leads nowhere"
+        what = "file" if target.exists() else "broken symbolic link"
         raise CheckpointError(f"{target} is a {what}; name a new folder")
 
 

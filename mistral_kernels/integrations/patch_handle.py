@@ -30,9 +30,9 @@ class Patch(NamedTuple):
 
 
 def patch_of(value: Any) -> Patch | None:
-    """Return the patch of which `value`, an attribute of a module, is the replacement; or None."""
+    """Return the patch that set `value`, an attribute of a module; None if no patch set it."""
     patch: Patch | None = getattr(value, "_mistral_kernels_patch", None)
-    # functools.wraps copies the attribute to wrappers, which are not replacements.
+    # functools.wraps copies this attribute to wrappers of our function; no patch set the wrappers.
     if patch is None or patch.ours is not getattr(value, "__func__", value):
         return None
     return patch
@@ -42,7 +42,7 @@ class Handle:
     """Handle of a patched model. `repr` lists the changes; leaving its `with` block calls `undo`.
 
     Attributes:
-        on: True until `undo`: the model runs the kernels.
+        on: whether the model runs the kernels; `undo` sets it to False.
         changed: names of the patched modules, by part ("attention", "rms_norm", ...).
         skipped: reasons why modules were not patched, by part.
     """
@@ -57,7 +57,7 @@ class Handle:
     def undo(self) -> None:
         """Restore the original objects. A second call does nothing.
 
-        Attributes that other code has replaced since are left unchanged, with a warning.
+        An attribute that other code has replaced after the patch is left unchanged, with a warning.
         """
         if not self.on:
             return

@@ -25,7 +25,8 @@ NAME = "mistral_kernels"
 # one program per query tile would leave most of the GPU idle.
 _FEW_QUERIES = 16
 
-# Up to this many tokens, PyTorch's attention is called directly: an operator's overhead would show.
+# Up to this many tokens, PyTorch's attention is called directly: for so few tokens, the overhead of
+# our operator is a noticeable part of the time.
 _SHORT = 32
 
 _NOT_PASSED: Any = object()  # marks a `sliding_window` that the layer did not pass
@@ -85,7 +86,7 @@ def attend(
         sliding_window: number of keys that a query sees, including its own; None for no window. A
             full mask already contains the window.
         softcap: as in `attention`; None for no softcap.
-        is_causal: whether queries are hidden from later keys; None: `module.is_causal`.
+        is_causal: whether later keys are hidden from a query; None: `module.is_causal`.
         kwargs: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k` divide a packed
             batch, in the form of transformers' `DataCollatorWithFlattening`. `position_ids` that
             restart within a row divide it as well. Other arguments that change the result raise.
@@ -185,10 +186,11 @@ def _as_mask(attention_mask: Any, query: Tensor, key: Tensor, causal: bool) -> M
     (batch, _, seqlen_q, _), seqlen_k = query.shape, key.shape[2]
     if attention_mask is not None:
         raise ValueError(
-            "attention_mask must be a 4-D tensor, bool or floating point, or the mask of "
+            "attention_mask must be a 3-D or 4-D tensor, bool or floating point, or the mask of "
             f"attn_implementation={NAME!r}, got {type(attention_mask).__name__}: {_REMEDY}"
         )
-    # Implementations align the causal mask of fewer queries than keys in different ways.
+    # With fewer queries than keys, the call is ambiguous: some implementations align the causal
+    # mask to the first key, others to the last key.
     if causal and 1 < seqlen_q < seqlen_k:
         raise ValueError(
             f"attention_mask must not be None for {seqlen_q} queries and {seqlen_k} keys: {_REMEDY}"
@@ -208,7 +210,7 @@ def can_call_torch_attention(q: Tensor) -> bool:
 
 
 def _is_short(q: Tensor, k: Tensor, sliding_window: int | None) -> bool:
-    """Return whether there are at most `_SHORT` tokens, no cached ones, all within the window."""
+    """Return whether there are at most `_SHORT` tokens, all of them new and within the window."""
     seqlen = q.shape[1]
     fits_window = sliding_window is None or seqlen <= sliding_window
     return seqlen == k.shape[1] and seqlen <= _SHORT and fits_window
@@ -220,7 +222,7 @@ def attend_single(
     """Compute attention of one query per row over the last `sliding_window` keys, in PyTorch.
 
     Takes (batch, heads, seqlen, head_dim) and returns (batch, 1, num_heads, head_dim). The query
-    heads that share a key/value head form the rows of one matrix, so that its keys are read once.
+    heads that share a key/value head are the rows of one matrix, so that each key is read once.
     """
     if sliding_window is not None and sliding_window < key.shape[2]:
         key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
@@ -283,7 +285,7 @@ def _attend_with_full_mask(
     """
     if mask.ndim not in (3, 4) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise ValueError(
-            "attention_mask must be a 4-D tensor, bool or floating point, got "
+            "attention_mask must be a 3-D or 4-D tensor, bool or floating point, got "
             f"{tuple(mask.shape)} of {mask.dtype}: {_REMEDY}"
         )
     if not softcap:
@@ -361,8 +363,9 @@ def _check_has_no_window(module: nn.Module) -> None:
     window = getattr(getattr(module, "config", None), "sliding_window", None)
     if window is not None:
         raise NotImplementedError(
-            f"sliding_window must be passed by {type(module).__name__}: config.sliding_window is "
-            f"{window}, and not every layer may have it; use attn_implementation='sdpa'"
+            f"{type(module).__name__} must pass sliding_window to its attention function, because "
+            f"config.sliding_window is {window} and a layer may have no window; use "
+            "attn_implementation='sdpa'"
         )
 
 

@@ -113,8 +113,8 @@ class RollingCache(Cache):
             shown = max(self.columns - start, 0)
             if shown != seen:
                 raise ValueError(
-                    f"attention_mask must show {seen} earlier tokens in row {row}, as many as the "
-                    f"cache holds, got {shown}"
+                    f"attention_mask must have {seen} ones for the cached tokens of row {row}, got "
+                    f"{shown}; pass the mask of the whole text, not only of the new tokens"
                 )
         padding = [min(max(start - self.columns, 0), seqlen) for start in starts]
         packing = rings.packing([seqlen - n for n in padding])
@@ -148,7 +148,7 @@ class RollingCache(Cache):
         """Drop the newest tokens: all except the first `length`, or `-length` tokens if negative.
 
         Raises `ValueError` if a remaining query would see keys that a ring has overwritten. Once a
-        ring is full, only the newest token can be dropped.
+        ring has overwritten a key, only the newest token can be dropped.
         """
         count = -length if length <= 0 else max(self.columns - length, 0)
         if count and self.rings is not None:

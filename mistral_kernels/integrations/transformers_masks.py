@@ -157,9 +157,10 @@ def _read_mask(mask: Tensor, *offsets: int | Tensor) -> tuple[list[int], list[in
 
 
 def _parse_pattern(mask_function: Callable[..., Any]) -> tuple[bool, Tensor | None]:
-    """Return whether a pattern is causal or sliding, and the sequence index of each token.
+    """Return whether a pattern is causal, and the sequence index of each token.
 
-    The indices are (batch, seqlen), or None if the pattern does not separate packed sequences.
+    A causal pattern may have a sliding window. The indices are (batch, seqlen), or None if the
+    pattern does not separate packed sequences.
     """
     if mask_function is masking_utils.causal_mask_function:
         return True, None
@@ -196,7 +197,10 @@ _AND_MASK = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 
 
 def _is_causal_while_tracing(mask_function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    """Return whether a pattern is causal or sliding. A trace cannot read its closure."""
+    """Return whether a pattern is causal, with or without a window, without reading its closure.
+
+    A trace cannot read closures.
+    """
     if mask_function is masking_utils.causal_mask_function:
         return True
     config = kwargs.get("config")

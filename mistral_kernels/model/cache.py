@@ -184,8 +184,8 @@ class RollingCache:
         self.interrupted = False
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.host_lengths = [0] * batch
-        # The largest number of tokens that each sequence had before a `drop`: the tokens up to this
-        # number have overwritten the slots of older keys.
+        # The largest length of each sequence before any `drop`. The dropped tokens have overwritten
+        # the slots of older keys, which `drop` must not make visible again.
         self._written = [0] * batch
         self._one_each = torch.arange(batch + 1, dtype=torch.int32, device=device)
         # Workspace of `rolling_cache_attention`, shared by all calls: they never overlap for one
@@ -352,7 +352,8 @@ class RollingCache:
     def drop(self, count: int = 1) -> None:
         """Drop the newest `count` tokens of every sequence.
 
-        One token can always be dropped: the slot it overwrote held a key outside the window.
+        After a token is appended, this token can always be dropped: the slot it overwrote held a
+        key outside the window. More tokens can be dropped only while no ring has overwritten a key.
 
         Raises:
             ValueError: a ring has already overwritten keys that would be in the window again, or
@@ -365,8 +366,9 @@ class RollingCache:
         )
         if lost or count < 0 or min(kept) < 0:
             raise ValueError(
-                f"cannot drop {count} tokens of sequences of {self.host_lengths} tokens in rings "
-                f"of {self.smallest} slots"
+                "count must be at least 0, at most the length of the shortest sequence, and small "
+                f"enough that the ring still holds the whole window, got {count} for sequences of "
+                f"{self.host_lengths} tokens in rings of {self.smallest} slots"
             )
         self.lengths -= count
         self.host_lengths, self._written = kept, written

@@ -102,7 +102,7 @@ class MistralConfig:
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            # Models have an eps of 1e-6 to 1e-5. With a very large one, every norm returns zeros.
+            # Models have an eps of 1e-6 to 1e-5. With a very large eps, every norm returns zeros.
             high, bound = (1, " of at most 1") if name == "rms_norm_eps" else (math.inf, "")
             if not (number and 0 < value <= high and value < math.inf):
                 got = reprlib.repr(value)

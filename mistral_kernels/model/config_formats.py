@@ -8,7 +8,7 @@ from typing import Any
 
 from mistral_kernels.utils.schema import OneLineError, find_mismatch
 
-# Names of `MistralConfig` and config.json: names of params.json.
+# Keys: names in `MistralConfig` and config.json. Values: names in params.json.
 RAW_NAMES = {
     "vocab_size": "vocab_size",
     "hidden_size": "dim",
@@ -93,8 +93,9 @@ def parse_raw(params: dict[str, Any]) -> dict[str, Any]:
     _check_schema(params, _RAW_SCHEMA)
     values = {ours: params.get(raw) for ours, raw in RAW_NAMES.items()}
     window = _parse_window(params.get("sliding_window", params.get("_sliding_window")))
-    # The rule of Mistral's first reference code. Later loaders have one default for all models,
-    # which is silently wrong for v0.1 (if it is 1e6) or for v0.2 (if it is 1e4).
+    # As in Mistral's first reference code, the default of rope_theta depends on the window. Later
+    # loaders have one default for all models. A default of 1e6 is silently wrong for v0.1, and 1e4
+    # for v0.2.
     with_or_without = "without" if window is None else "with"
     defaults: dict[str, tuple[Any, str]] = {
         "num_key_value_heads": (values["num_attention_heads"], "each query head has its own"),
@@ -153,8 +154,8 @@ def parse_hf(config: dict[str, Any]) -> dict[str, Any]:
             f"sliding_window = {values['sliding_window']}: transformers ignores "
             f"use_sliding_window = false for model_type {model_type!r}"
         )
-    # The defaults of transformers. For num_key_value_heads, it has another default if the value is
-    # null than if the key is absent.
+    # The defaults of transformers. num_key_value_heads has two: 8 if the key is absent, and
+    # num_attention_heads if the value is null.
     defaults: dict[str, tuple[Any, str]] = {
         name: (value, "transformers' default") for name, value in _HF_DEFAULTS.items()
     }
@@ -175,7 +176,7 @@ def _complete(
     source: str,
     notes: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Return `values` with the missing ones filled in, and a note for each with the reason."""
+    """Return `values` with defaults for missing fields, and a field "notes" that explains each."""
     for name in _REQUIRED:
         if values[name] is None:
             shown = with_raw_names(name) if source == "params.json" else name
@@ -184,8 +185,8 @@ def _complete(
         size, heads = values["hidden_size"], values["num_attention_heads"]
         if 0 < heads <= size and size % heads:
             raise ConfigError(
-                f"{source} must have a head_dim: hidden_size must be a multiple of the number of "
-                f"heads, {heads}, got {size}"
+                f"{source} must have a head_dim unless hidden_size is a multiple of the number of "
+                f"heads, {heads}, got hidden_size {size} and no head_dim"
             )
         defaults["head_dim"] = (size // max(heads, 1), "hidden_size / num_attention_heads")
     notes = notes or []
@@ -212,7 +213,7 @@ def _refuse_unsupported(config: dict[str, Any], unsupported: dict[str, str]) -> 
 
 
 def _parse_window(value: Any) -> int | tuple[int | None, ...] | None:
-    """Parse a file's `sliding_window`: a number, a string, null, or a list of these."""
+    """Parse the `sliding_window` of a file: an integer, a string, null, or a list of these."""
     if isinstance(value, (list, tuple)):
         return tuple(_parse_one_window(item) for item in value)
     return _parse_one_window(value)
@@ -228,7 +229,7 @@ def _parse_one_window(value: Any) -> int | None:
         whole = False
     if not whole:
         raise ConfigError(
-            f"sliding_window must be a number, null or a list, got {reprlib.repr(value)}"
+            f"sliding_window must be an integer, null or a list, got {reprlib.repr(value)}"
         )
     return window
 
@@ -250,7 +251,7 @@ def _parse_rope(config: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"rope_type must be 'default', got {shown}")
         sections.append(rope)
     if sections[1:] and sections[0] != sections[1]:
-        # If a file has both, transformers 5 reads only rope_scaling. transformers 4 always does.
+        # transformers 4 reads only rope_scaling; transformers 5 does so too if a file has both.
         shown = " and ".join(map(reprlib.repr, sections))
         raise ConfigError(f"rope_parameters and rope_scaling must be equal, got {shown}")
     return sections[0] if sections else {}

@@ -18,7 +18,8 @@ class MistralModel(nn.Module):
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
         self.config = config
-        # Not nn.Embedding(...): its initialization on the meta device imports modules for seconds.
+        # Not nn.Embedding(...): on the meta device its initialization imports modules, which takes
+        # seconds.
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False
         )
@@ -26,10 +27,10 @@ class MistralModel(nn.Module):
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # In training, save only each layer's input, and compute the layer again in backward.
+        # True: in training, save only the input of each layer, and recompute the layer in backward.
         self.checkpoint_activations = False
-        # Plain attributes: they must not be in a state dict, and .to(torch.bfloat16) must not cast
-        # them.
+        # The rotary tables are a plain attribute: they must not be in a state dict, and
+        # .to(torch.bfloat16) must not cast them.
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def forward(
@@ -96,7 +97,7 @@ class MistralModel(nn.Module):
 
     @property
     def num_positions(self) -> int:
-        """Number of positions in the rotary tables. More positions need new tensors."""
+        """Number of positions in the rotary tables. Larger tables are new tensors."""
         return 0 if self._tables is None else self._tables[0].shape[0]
 
     def rotary_tables(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:

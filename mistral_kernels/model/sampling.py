@@ -15,7 +15,7 @@ RANGES = {
     "top_k": Range(int, 0),
     "top_p": Range(float, 0, 1, above=True),
     "min_p": Range(float, 0, 1),
-    # Bounds far beyond any use. Without them, the product with a logit may not be finite.
+    # These bounds are far outside the useful range. They keep the product with a logit finite.
     "repetition_penalty": Range(float, 1e-6, 10**6),
 }
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max

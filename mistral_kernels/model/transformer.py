@@ -72,7 +72,7 @@ class MistralForCausalLM(CausalLM):
     decode = generation.decode
 
     def _allocate(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        """Allocate every parameter. `to_empty` does the same, but first imports for one second."""
+        """Allocate every parameter. `to_empty` would import modules, which takes one second."""
         for module in self.modules():
             for name, meta in list(module.named_parameters(recurse=False)):
                 own = dtype if meta.is_floating_point() else meta.dtype

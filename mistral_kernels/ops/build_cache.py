@@ -26,14 +26,15 @@ from mistral_kernels.utils.files import read_bytes
 ROOT_VARIABLE = "TORCH_EXTENSIONS_DIR"
 _REMEDY = f"set {ROOT_VARIABLE} to a folder that only you can write to"
 _LARGEST_LIBRARY = 1 << 30  # bytes
-_ABANDONED = 3600.0  # seconds; an older build folder of another digest is abandoned
+_ABANDONED = 3600.0  # seconds after which a build folder of another digest is removed
 
 
 def folder_of(digest: str) -> Path:
     """Return the path of the folder for the library with this digest. It need not exist.
 
     The folder is in `$TORCH_EXTENSIONS_DIR/mistral_kernels`; without that variable, in the cache of
-    PyTorch's extensions. Symbolic links in the path are resolved here, and refused later.
+    PyTorch's extensions. Symbolic links in the path are resolved. Therefore `check_private` can
+    refuse every link: another user may have created it after this call.
 
     Raises:
         BuildError: the path is relative; the current folder may belong to another user.
@@ -74,7 +75,7 @@ def check_private(folder: Path) -> None:
     `folder` or to a folder above it without the sticky bit.
     """
     for path in (folder, *folder.parents):
-        status = path.lstat()  # `folder_of` resolved links; a link here is newer
+        status = path.lstat()  # `folder_of` resolved all links: any link here is new
         if not stat.S_ISDIR(status.st_mode):
             raise BuildError(f"{path} must be a folder; {_REMEDY}")
         is_root = path == path.parent  # in a container, any user may own the root folder

@@ -91,7 +91,7 @@ def check_one_sequence_per_row(k_cache: Tensor, lengths: Tensor) -> None:
 
 
 def check_cu_seqlens_values(cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
-    """Raise ValueError unless the offsets cut `total` tokens into sequences up to `max_seqlen`.
+    """Raise ValueError unless the offsets fit `total` tokens and sequences up to `max_seqlen`.
 
     Values on a GPU are not read.
     """

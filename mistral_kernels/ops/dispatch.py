@@ -54,7 +54,7 @@ def uses_triton(x: torch.Tensor) -> bool:
 
 
 def uses_csrc(device_type: str) -> bool:
-    """Return whether csrc's kernels may be used for this device type, if there are any."""
+    """Return whether MISTRAL_KERNELS_BACKEND allows csrc's kernels for this device type."""
     setting = _setting()
     return setting == "auto" or (setting == "torch" and device_type == "cpu")
 

@@ -54,7 +54,8 @@ class StreamDecoder:
     def __init__(
         self, tokenizer: MistralTokenizer, piece: Callable[[int], bytes | str], errors: str
     ) -> None:
-        # `piece` returns the bytes of a token, or its text. A text ends a sequence of bytes.
+        # `piece` returns the bytes of a token, or its text as a str. Before a str, an incomplete
+        # character is flushed.
         self._tokenizer, self._piece = tokenizer, piece
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
 
@@ -80,7 +81,7 @@ class StreamDecoder:
         return self._utf8.decode(piece) if isinstance(piece, bytes) else self.flush() + piece
 
     def flush(self) -> str:
-        """Return the rest of the text at its end: U+FFFD for an incomplete character."""
+        """Return the text that is still held: U+FFFD for an incomplete character, else ""."""
         return self._utf8.decode(b"", final=True)
 
 

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles
 
 
-# Largest factor by which a normalizer or decoder may lengthen a text. A larger one could make
-# gigabytes of one character.
+# Largest factor by which a normalizer or decoder may lengthen a text. A larger factor could expand
+# one character to gigabytes of text.
 _MAX_GROWTH = 10_000
-# Parts of regular expressions that can match the empty string. That occurs next to every character.
+# Parts of regular expressions that can match the empty string. Such an expression matches next to
+# every character, so each match lengthens the text.
 _MAY_BE_EMPTY = re.compile(r"^$|[*?|^$]|\(\)|\{0*,|\{0+[,}]|\\[AbBGKyYzZ]")
 
 
@@ -59,8 +60,8 @@ class HuggingFace(MistralTokenizer):
             for part in ("normalizer", "decoder"):
                 if (growth := _growth(contents.get(part))) > _MAX_GROWTH:
                     raise TokenizerError(
-                        f"{path}: {part} must lengthen a text at most {_MAX_GROWTH} times, got "
-                        f"stages that can lengthen it {growth:.3g} times"
+                        f"{path}: {part} must make a text at most {_MAX_GROWTH} times longer, got "
+                        f"stages that can make it {growth:.3g} times longer"
                     )
             self._model: Any = tokenizers.Tokenizer.from_str(json.dumps(contents))
             # Some training scripts leave truncation enabled in the file. It would shorten prompts
@@ -116,7 +117,9 @@ class HuggingFace(MistralTokenizer):
         start = special.index(0)
         prefix, suffix = encoding.ids[:start], encoding.ids[start + len(bare) :]
         if encoding.ids != prefix + bare + suffix or not all(special[start + len(bare) : -1]):
-            raise ValueError("its post-processor must only put tokens before and after a text")
+            raise ValueError(
+                "post_processor must only add special tokens before and after the tokens of a text"
+            )
         return prefix, suffix
 
     def _encode(self, text: str) -> list[int]:
@@ -150,8 +153,8 @@ def _check_merges(model: Any) -> None:
                 parts = merge.split(" ") if isinstance(merge, str) else merge
                 if not (prefix.isascii() and str(parts[-1]).startswith(prefix)):
                     raise ValueError(
-                        "the second part of a merge must begin with an ASCII prefix, got prefix "
-                        f"{prefix!r} and merge {merge!r}"
+                        "the second part of each merge must begin with continuing_subword_prefix "
+                        f"{prefix!r}, which must be ASCII, got {merge!r}"
                     )
 
 
@@ -230,8 +233,8 @@ class _WindowDecoder(StreamDecoder):
         self._skip = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held: list[int] = []
-        # The last groups of tokens between boundaries, as few as have a nonempty text, and that
-        # text.
+        # The last groups of tokens between boundaries, enough groups to have a nonempty text; and
+        # this text.
         self._window: list[list[int]] = []
         self._known = ""
 

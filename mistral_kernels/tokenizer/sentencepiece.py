@@ -154,8 +154,8 @@ class SentencePiece(Vendor):
                 at_start = False
                 return bytes.fromhex(text[3:5])  # "<0xE2>"
             if at_start:
-                # encode() puts a space before the first word; decode() removes it there only. After
-                # a token that decodes to "" even if repeated, the text has not yet begun.
+                # encode() puts a space before the first word; decode() removes only this space. If
+                # the token, repeated, decodes to "", the text has not begun yet.
                 at_start = not decode([token_id, token_id])
                 return decode([token_id])
             if model.IsUnknown(token_id):
@@ -196,7 +196,10 @@ def _load(path: Path, contents: bytes) -> Any:
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
-    """Replace each undecodable byte by U+FFFD, as sentencepiece does; "replace" writes fewer."""
+    """Replace each undecodable byte by U+FFFD, as sentencepiece does.
+
+    Python's handler "replace" may write one U+FFFD for several bytes.
+    """
     assert isinstance(error, UnicodeDecodeError)
     return "\ufffd" * (error.end - error.start), error.end
 

@@ -26,7 +26,7 @@ class Vendor(MistralTokenizer):
         """Return the InstructTokenizer of mistral-common for this file."""
 
     def _apply_flags(self) -> None:
-        """Set the default of BOS and EOS from the flags in tokenizer_config.json."""
+        """Set whether BOS and EOS are added by default, as tokenizer_config.json requires."""
         bos, eos = self.bos_token_id, self.eos_token_id
         self._prefix_ids = [bos] if self._files.add_bos and bos is not None else []
         self._suffix_ids = [eos] if self._files.add_eos and eos is not None else []

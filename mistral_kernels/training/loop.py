@@ -298,11 +298,12 @@ class Run:
         curve, last = state["curve"], step == recipe.steps and step % recipe.eval_every > 0
         points = step // recipe.eval_every + last
         if type(curve) is not list or len(curve) != points:
-            raise ValueError(f"curve must be a list of {points} points")
+            raise ValueError(f"curve must be a list of {points} points, one per evaluation")
         check_structure("curve", curve, [(0, 0.0, 0.0)] * points)
         evaluated = [recipe.eval_every * (i + 1) for i in range(points - last)] + last * [step]
         if [point[0] for point in curve] != evaluated:
-            raise ValueError("curve must have one point per evaluation, got points at other steps")
+            steps = [point[0] for point in curve]
+            raise ValueError(f"curve must have points at steps {evaluated}, got {steps}")
         torch.Generator().set_state(state["generator"])
 
     def advance(self, corpus: Corpus, batches: Iterator[Sequence[Tensor]]) -> float:

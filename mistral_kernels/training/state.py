@@ -159,7 +159,7 @@ def check_archive(file: IO[bytes]) -> None:
             # A compressed record can expand to an arbitrary size.
             raise ValueError("it is compressed")
         if damaged := archive.testzip():  # torch.load does not verify the checksums
-            raise ValueError(f"{damaged} is damaged")
+            raise ValueError(f"record {damaged} is damaged")
 
 
 def read_state(path: Path, parts: Iterable[str]) -> dict[str, Any]:

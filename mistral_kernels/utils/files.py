@@ -37,7 +37,7 @@ def expand_user(path: str | Path) -> Path:
 
 
 def is_taken(path: Path) -> bool:
-    """Return whether `path` exists, including a symbolic link that leads nowhere.
+    """Return whether `path` exists, including a broken symbolic link.
 
     Reading such a link raises an error that names it.
 
@@ -54,8 +54,8 @@ def check_regular(path: Path, limit: int | None = None) -> int:
     device may never end.
 
     Raises:
-        CheckpointError: `path` is a folder, a FIFO, a socket, a device or a symbolic link that
-            leads nowhere, or the file has more than `limit` bytes.
+        CheckpointError: `path` is a folder, a FIFO, a socket, a device or a broken symbolic link,
+            or the file has more than `limit` bytes.
         OSError: the file does not exist or cannot be accessed.
     """
     try:
@@ -63,7 +63,7 @@ def check_regular(path: Path, limit: int | None = None) -> int:
     except OSError as error:
         nowhere = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
         if nowhere and os.path.islink(path):
-            got = "a symbolic link that leads nowhere"
+            got = "a broken symbolic link"
             raise CheckpointError(f"{path} must be a regular file, got {got}") from None
         raise
     if not stat.S_ISREG(status.st_mode):

@@ -109,7 +109,7 @@ def test_transformers_loads_saved_checkpoints(make: Make, changes: dict[str, obj
             "full_attention" if window is None else "sliding_attention"
             for window in config.layer_windows
         ]
-    # A model with the same weights that are not read from the files.
+    # A second model gets the same weights from `state`, not from the files.
     made = type(loaded)(loaded.config)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]

@@ -270,7 +270,7 @@ def test_loss_runs_in_the_model_if_lm_head_has_hooks() -> None:
 
 
 def test_autocast() -> None:
-    """Check that float32 weights with bfloat16 products are as accurate as in the model itself."""
+    """Check that the patched model's errors are at most 1.3 times those of the unpatched model."""
     model, batch = make("Qwen3"), make_batch()
     exact = train_step(model, batch)
     with torch.autocast("cpu", torch.bfloat16):

@@ -191,7 +191,7 @@ def test_liger_first(liger: Any) -> None:
     assert_close(train_step(built, batch), expected)
 
 
-def test_liger_last(liger: Any) -> None:
+def test_liger_applied_after_our_patches(liger: Any) -> None:
     model, batch = make(), make_batch()
     expected = train_step(model, batch)
     before = attributes(model)

@@ -116,8 +116,9 @@ def test_a_layer_that_does_not_pass_its_window() -> None:
     with pytest.raises(NotImplementedError) as error:
         attend(module, q, kv, kv, None)
     assert str(error.value) == (
-        f"sliding_window must be passed by MistralAttention: config.sliding_window is {W}, and not "
-        "every layer may have it; use attn_implementation='sdpa'"
+        "MistralAttention must pass sliding_window to its attention function, because "
+        f"config.sliding_window is {W} and a layer may have no window; use "
+        "attn_implementation='sdpa'"
     )
 
 
@@ -129,13 +130,13 @@ def test_bad_input() -> None:
     remedy = "call set_attn_implementation() on the whole model"
     for mask in (torch.ones(1, 1, 5, 5, dtype=torch.int32), torch.ones(1, 5, dtype=torch.bool)):
         message = (
-            "attention_mask must be a 4-D tensor, bool or floating point, got "
+            "attention_mask must be a 3-D or 4-D tensor, bool or floating point, got "
             f"{tuple(mask.shape)} of {mask.dtype}: {remedy}"
         )
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             attend(module, q, kv, kv, mask, sliding_window=None)
     message = (
-        "attention_mask must be a 4-D tensor, bool or floating point, or the mask of "
+        "attention_mask must be a 3-D or 4-D tensor, bool or floating point, or the mask of "
         f"attn_implementation='mistral_kernels', got object: {remedy}"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

@@ -239,7 +239,7 @@ def test_generation_selects_its_engine_once(operators, monkeypatch):
 @pytest.mark.parametrize(
     "options", [{"batch": KERNEL_ROWS + 1}, {"head_dim": 12}, {"dtype": torch.float64}], ids=str
 )
-def test_unsupported_models_run_their_modules(options, monkeypatch):
+def test_unsupported_models_run_module_by_module(options, monkeypatch):
     step = Step(monkeypatch, **options)
     with torch.no_grad():
         step.run()

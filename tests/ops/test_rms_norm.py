@@ -54,7 +54,7 @@ def make_inputs(
 def test_values_and_gradients(shape, dtype, residual, backend, device):
     inputs = make_inputs(shape, dtype, device, residual)
     if residual and shape[-1] == 1:
-        # y is then the sign of x + residual. Give both one sign: if they cancelled, rounding alone
-        # would decide the sign of y.
+        # With one channel, y is the sign of x + residual. Give both the same sign: if they
+        # canceled, rounding alone would decide the sign of y.
         inputs["residual"].detach().copysign_(inputs["x"].detach())
     assert_matches_reference(rms_norm, reference.rms_norm, inputs)

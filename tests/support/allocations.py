@@ -1,4 +1,4 @@
-"""Allocations of an operation and the number of scores it forms, operator by operator."""
+"""Count the allocations of an operation, and the attention scores that it computes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from mistral_kernels.ops import dispatch
 
 
 class Allocations(TorchDispatchMode):
-    """Record of the elements of the largest new tensor, the bytes of all, and the scores."""
+    """Mode that counts new tensors and attention scores.
+
+    Attributes:
+        largest_new: elements of the largest new tensor.
+        total_new: bytes of all new tensors.
+        scores: elements of all query-key products.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,7 +29,7 @@ class Allocations(TorchDispatchMode):
         self.scores = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "mistral_kernels":  # look inside our own that are written in Python
+        if func.namespace == "mistral_kernels":  # count inside the operators written in Python
             is_in_csrc = func.has_kernel_for_dispatch_key("CPU")
             if is_in_csrc and not dispatch.uses_csrc("cpu"):
                 func = getattr(torch.ops.mistral_kernels, f"{func._opname}_python").default

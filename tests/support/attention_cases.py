@@ -1,4 +1,4 @@
-"""Inputs and options that the tests of attention share, whatever runs it."""
+"""Inputs and options of the attention tests, for every backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mistral_kernels.ops import reference
 
 eager = reference.eager_arithmetic()(reference.attention)
 
-WINDOW = 70  # no multiple or divisor of a tile or band
+WINDOW = 70  # neither a multiple nor a divisor of a tile or key block
 OPTIONS: dict[str, dict[str, Any]] = {
     "causal": {},
     "full": {"causal": False},
@@ -26,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def definition_of(options: dict[str, Any]) -> dict[str, Any]:
-    """Translate options of `attention` into the reference's."""
+    """Translate options of `attention` into those of `reference.attention`."""
     definition = {"causal": True, **options}
     if (count := definition.pop("sliding_window", None)) is not None:
         definition["window_size"] = (count - 1, 0)
@@ -42,7 +42,7 @@ def make_qkv(
     device: torch.device,
     batch: int = 1,
 ) -> dict[str, Tensor]:
-    """Random q, k and v of `heads` (query heads, kv heads), each to be differentiated."""
+    """Return random q, k and v that require gradients; `heads` is (query heads, kv heads)."""
     num_heads, num_kv_heads = heads
     shapes = {
         "q": (batch, seqlen_q, num_heads, head_dim),
@@ -56,12 +56,10 @@ def make_qkv(
 
 
 def freeze(inputs: dict[str, Tensor], names: Iterable[str]) -> None:
-    """Freeze the named inputs.
+    """Set `requires_grad` of the named inputs to False.
 
-    Tests freeze q and k of rows with one key, too: with an exact gradient of 0, errors have no
-    scale.
-
-    Errors have no scale there.
+    Tests also freeze q and k where each row has one key: the exact gradient is 0 there, so a
+    relative error is undefined.
     """
     for name in names:
         inputs[name].requires_grad_(False)
@@ -70,7 +68,12 @@ def freeze(inputs: dict[str, Tensor], names: Iterable[str]) -> None:
 def reach_of_a_key(
     run: Callable[[Tensor, Tensor], Tensor], k: Tensor, v: Tensor, j: int, row: int
 ) -> tuple[list[int], list[int], list[int]]:
-    """Return the rows that another key j changes, and the keys in the gradients of one row."""
+    """Return which rows depend on key j, and on which keys and values one row depends.
+
+    Returns:
+        Rows of the output that change when key and value j change; then the indices of keys, and
+        of values, for which the gradient of output row `row` is not zero.
+    """
     out = run(k, v)
     other_k, other_v = k.detach().clone(), v.detach().clone()
     other_k[:, j] = -other_k[:, j]

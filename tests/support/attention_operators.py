@@ -1,4 +1,4 @@
-"""The rows of attention and of the rolling cache in the table of operators."""
+"""Rows of the table of operators for attention and the rolling cache."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rectangular(tokens: int, dtype: torch.dtype, device: Device, width: int) -> 
 
 
 def packed(tokens: int, dtype: torch.dtype, device: Device, width: int) -> Inputs:
-    """One sequence of so many tokens and one of two, if there are any."""
+    """Return a packed batch: one sequence of `tokens` tokens and one of 2; both empty for 0."""
     total = tokens + (2 if tokens else 0)
     names = "cu_seqlens_q", "cu_seqlens_k"
     ends = {name: int32(0, tokens, total, device=device) for name in names}
@@ -45,7 +45,7 @@ def packed(tokens: int, dtype: torch.dtype, device: Device, width: int) -> Input
     return {**heads((total,), dtype, device, width), **ends, **longest}
 
 
-def one_by_one(
+def attend_per_sequence(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, definition: Inputs, **rest: Any
 ) -> Tensor:
     ends = cu_seqlens_q.tolist()
@@ -67,12 +67,12 @@ RECTANGULAR_BAD = (
     Bad(
         dict.fromkeys("kv", lambda x: x[..., :4]), ValueError, "k must have q's head_dim 16, got 4"
     ),
-    Bad({"q": lambda x: x[:, :, :3]}, ValueError, "k's 2 heads must divide q's 3"),
-    Bad(dict.fromkeys("kv", lambda x: x[:, :, :0]), ValueError, "k's 0 heads must divide q's 4"),
-    Bad({"q": lambda x: x[:, :, :0]}, ValueError, "k's 2 heads must divide q's 0, and both be pos"),
+    Bad({"q": lambda x: x[:, :, :3]}, ValueError, "multiple of k's, got 3 and 2"),
+    Bad(dict.fromkeys("kv", lambda x: x[:, :, :0]), ValueError, "multiple of k's, got 4 and 0"),
+    Bad({"q": lambda x: x[:, :, :0]}, ValueError, "multiple of k's, got 0 and 2"),
     Bad(dict.fromkeys("qkv", lambda x: x[..., :0]), ValueError, r"q's head_dim must .*, got 0"),
-    Bad(dict.fromkeys("qkv", torch.ones(1, 1, 1, 257)), ValueError, r"lie in \[1, 256\], got 257"),
-    Bad(dict.fromkeys("kv", lambda x: x[:1]), ValueError, "k must have q's batch of 2, got 1"),
+    Bad(dict.fromkeys("qkv", torch.ones(1, 1, 1, 257)), ValueError, r"be in \[1, 256\], got 257"),
+    Bad(dict.fromkeys("kv", lambda x: x[:1]), ValueError, "k must have q's batch size 2, got 1"),
     *(
         Bad({"softcap": x}, ValueError, f"^softcap must be 0, or in .1.2e-38, 3.4e.38., got {x}$")
         for x in (-1.0, 1e-46, math.nan)
@@ -83,8 +83,8 @@ RECTANGULAR_BAD = (
     Bad({"softmax_scale": math.nan}, ValueError, "softmax_scale must .*, got nan"),
     Bad({"softmax_scale": True}, TypeError, "softmax_scale must be a number, got True"),
     Bad({"causal": 0.25}, TypeError, "causal must be True or False, got 0.25"),
-    Bad({"cu_seqlens_k": int32(0, 5)}, ValueError, "cu_seqlens_k is for packed batches"),
-    Bad({"max_seqlen_q": 5}, ValueError, "max_seqlen_q is for packed batches and needs"),
+    Bad({"cu_seqlens_k": int32(0, 5)}, ValueError, "cu_seqlens_k must be None without cu"),
+    Bad({"max_seqlen_q": 5}, ValueError, "max_seqlen_q must be None .*, got 5;"),
     Bad({"cu_seqlens_q": int32(0, 5)}, ValueError, r"q must be \(tokens, heads, head_dim\), got"),
     Bad({"alibi_slopes": SLOPES.int()}, TypeError, "alibi_slopes must be float16, .*, got torch.i"),
     Bad({"alibi_slopes": SLOPES[:2]}, ValueError, r"alibi_slopes must be .4,. or .2, 4., got .2,."),
@@ -98,7 +98,7 @@ RECTANGULAR_BAD = (
         r"-1 for no bound, got \(-2, 0\)",
     ),
     Bad(
-        {"sliding_window": 3, "window_size": (2, 0)}, ValueError, "give sliding_window or window_s"
+        {"sliding_window": 3, "window_size": (2, 0)}, ValueError, "sliding_window must be None with"
     ),
 )
 
@@ -109,26 +109,26 @@ def attention_row(
     backends: tuple[str, ...] = ("torch", "csrc", "triton"),
     **options: Any,
 ) -> OperatorCase:
-    in_pieces = name.endswith("packed")
+    is_packed = name.endswith("packed")
     definition = definition_of(options)
 
     def plain(q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> Tensor:
-        if in_pieces:
-            return one_by_one(q, k, v, definition=definition, **rest)
+        if is_packed:
+            return attend_per_sequence(q, k, v, definition=definition, **rest)
         return reference.attention(q, k, v, **definition)[0]
 
-    by_tokens, *others = [("qkv", (dim,)) for dim in ((0, 1) if in_pieces else (1, 0, 2))]
+    by_tokens, *others = [("qkv", (dim,)) for dim in ((0, 1) if is_packed else (1, 0, 2))]
     return OperatorCase(
         name=name,
         function=functools.partial(mk.attention, **options),
         reference=eager(plain),
-        make=packed if in_pieces else rectangular,
+        make=packed if is_packed else rectangular,
         width=16,
         differentiable=("q", "k", "v"),
         public_name="attention",
         operators=frozenset({"attention_forward", "attention_backward"}),
         kernels=frozenset({"_forward_kernel", "_delta_kernel", "_dkdv_kernel", "_dq_kernel"}),
-        traffic=Missing("test_attention_kernels.py::test_work_follows_the_window"),
+        traffic=Missing("test_attention_kernels.py::test_work_is_proportional_to_the_window"),
         matrix=Missing("test_attention_compiled.py::test_compile_matrix"),
         far=(by_tokens,),
         far_slow=tuple(others),
@@ -136,7 +136,7 @@ def attention_row(
         frozen=(("q",), ("k",), ("v",), ("k", "v"), ("q", "k")),
         layouts=(
             *("rows apart", "groups apart", "transposed", "heads first", "elements apart"),
-            *(() if in_pieces else ("expanded",)),
+            *(() if is_packed else ("expanded",)),
         ),
         empty=(0, 16),
         compiled=True if "triton" in backends else Missing("the graph is that of attention"),
@@ -149,7 +149,7 @@ def attention_row(
 
 
 def ring(tokens: int, dtype: torch.dtype, device: Device, width: int) -> Inputs:
-    """Two sequences of which one gets so many tokens and one two, if there are any."""
+    """Return rolling caches and new tokens for two sequences: `tokens` and 2; none for 0."""
     counts = (tokens, 2 if tokens else 0)
     tensors = heads((sum(counts),), dtype, device, width)
     shape = 2, CAPACITY, KV_HEADS, width
@@ -194,18 +194,18 @@ def updated_by_definition(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    turned = ()
+    rotated = ()
     if q is not None:
         counts = cu_seqlens.diff().tolist()
         starts = zip(lengths.tolist(), counts, strict=True)
         positions = torch.cat([torch.arange(n, n + count) for n, count in starts])
         q, k = reference.apply_rotary(q, k, cos, sin, positions.to(k.device))
-        turned = (q,)
-    return (*turned, *reference.rolling_cache_update(k_cache, v_cache, k, v, lengths, cu_seqlens))
+        rotated = (q,)
+    return (*rotated, *reference.rolling_cache_update(k_cache, v_cache, k, v, lengths, cu_seqlens))
 
 
 def decode_inputs(tokens: int, dtype: torch.dtype, device: Device, width: int) -> Inputs:
-    """One new token per sequence, whose keys are in the ring."""
+    """Return one query per sequence; its key and value are already in the ring."""
     tensors = heads((tokens,), dtype, device, width)
     shape = tokens, CAPACITY, KV_HEADS, width
     caches = {x: torch.randn(shape, device=device).to(dtype) for x in ("k_cache", "v_cache")}
@@ -230,7 +230,7 @@ def attended_by_definition(
     cu_seqlens: Tensor,
     max_seqlen: int,
 ) -> Tensor:
-    if k is None:  # the newest token, in the place of one that has left the window
+    if k is None:  # the newest token is in the cache, in the slot of one outside the window
         newest = torch.arange(len(lengths), device=q.device), lengths % CAPACITY
         k, v = k_cache[newest], v_cache[newest]
     where = {"lengths": lengths, "cu_seqlens": cu_seqlens, "sliding_window": WINDOW}
@@ -256,38 +256,42 @@ def flat_by_definition(
     return torch.cat([out for out, _ in outs])
 
 
-def changed(name: str, message: str, new: Any, error: type[Exception] = ValueError) -> Bad:
+def bad_argument(name: str, message: str, new: Any, error: type[Exception] = ValueError) -> Bad:
     return Bad({name: new}, error, message)
 
 
-# Of the arguments that both functions of the rolling cache take.
+# For the arguments that both functions of the rolling cache take.
 RING_BAD = (
-    changed(
+    bad_argument(
         "k_cache", r"^k_cache must be \(batch, capacity, .* > 0, got .30, 2, 16.", lambda x: x[0]
     ),
-    changed("k_cache", r"^k_cache must be .* > 0, got \(2, 0, 2, 16\)", lambda x: x[:, :0]),
-    changed(
+    bad_argument("k_cache", r"^k_cache must be .* > 0, got \(2, 0, 2, 16\)", lambda x: x[:, :0]),
+    bad_argument(
         "k_cache", r"^lengths must be .0,., one for each row of k_cache, got .2,.", lambda x: x[:0]
     ),
-    changed("v_cache", r"^v_cache must be .2, 30, 2, 16., got \(2, 4, 2, 16\)", lambda x: x[:, :4]),
-    changed("k", r"^k must be \(5, 2, 16\), got \(5, 1, 16\)$", lambda x: x[:, :1]),
-    changed("v", r"^v must be \(5, 2, 16\), got \(2, 16\)$", lambda x: x[0]),
-    changed("v", r"^v must be \(5, 2, 16\), got \(3, 2, 16\)$", lambda x: x[:3]),
-    changed("lengths", r"^lengths must be .2,., one for each row .* got .3,.$", int32(0, 3, 1)),
-    changed(
+    bad_argument(
+        "v_cache", r"^v_cache must be .2, 30, 2, 16., got \(2, 4, 2, 16\)", lambda x: x[:, :4]
+    ),
+    bad_argument("k", r"^k must be \(5, 2, 16\), got \(5, 1, 16\)$", lambda x: x[:, :1]),
+    bad_argument("v", r"^v must be \(5, 2, 16\), got \(2, 16\)$", lambda x: x[0]),
+    bad_argument("v", r"^v must be \(5, 2, 16\), got \(3, 2, 16\)$", lambda x: x[:3]),
+    bad_argument(
+        "lengths", r"^lengths must be .2,., one for each row .* got .3,.$", int32(0, 3, 1)
+    ),
+    bad_argument(
         "lengths", "^lengths must be torch.int32, got torch.int64$", lambda x: x.long(), TypeError
     ),
-    changed("lengths", r"^lengths must be in \[0, 2147483647\], got -1 to 0$", int32(0, -1)),
-    changed("cu_seqlens", r"^cu_seqlens must be \(3,\), got \(2,\)$", int32(0, 5)),
+    bad_argument("lengths", r"^lengths must be in \[0, 2147483647\], got -1 to 0$", int32(0, -1)),
+    bad_argument("cu_seqlens", r"^cu_seqlens must be \(3,\), got \(2,\)$", int32(0, 5)),
     *(
-        changed(
+        bad_argument(
             "cu_seqlens",
-            rf"^cu_seqlens must rise from 0 to the 5 .* got \[{', '.join(map(str, ends))}\]",
+            rf"^cu_seqlens must begin with 0, end with 5 .* got \[{', '.join(map(str, ends))}\]",
             int32(*ends),
         )
         for ends in ((0, 3, 4), (1, 3, 5), (0, 6, 5), (0, 1 << 26, 5))
     ),
-    changed("max_seqlen", r"in steps of at most max_seqlen 2, got \[0, 3, 5\]", 2),
+    bad_argument("max_seqlen", r"steps of 0 to max_seqlen 2, got \[0, 3, 5\]", 2),
 )
 
 
@@ -314,9 +318,9 @@ def update_row(rotary: bool) -> OperatorCase:
         layouts=("rows apart", "transposed", "heads first", "elements apart"),
         unit_stride=("k_cache", "v_cache", *(("cos", "sin") if rotary else ())),
         empty=(0, 16),
-        twice=True,
-        transforms=Missing("test_transforms.py::test_cache_updates_are_refused"),
-        compiled=Missing("test_decode_kernels.py::test_one_graph"),
+        twice_differentiable=True,
+        transforms=Missing("test_transforms.py::test_cache_update_raises_under_transforms"),
+        compiled=Missing("test_decode_kernels.py::test_decode_step_is_one_graph"),
         triton_dtypes=(torch.float16,),
         optional=("q", "cos", "sin"),
         bad=RING_BAD,
@@ -325,22 +329,22 @@ def update_row(rotary: bool) -> OperatorCase:
 
 CACHED_ATTENTION_BAD = (
     *RING_BAD,
-    changed("q", r"^k must be \(3, 2, 16\), got \(5, 2, 16\)$", lambda x: x[:3]),
-    changed("q", "^k_cache's 2 heads must divide q's 3", lambda x: x[:, :3]),
-    changed("q", "^k_cache's 2 heads must divide q's 0, and both be pos", lambda x: x[:, :0]),
-    changed("q", r"^q must be \(tokens, heads, head_dim", lambda x: x[None]),
-    changed("k", "^k and v must both be given, or both be None", None),
-    Bad({"k": None, "v": None}, ValueError, "only for one new token per sequence, got 5 token"),
-    changed("sliding_window", "^sliding_window must be positive", 0),
-    changed(
+    bad_argument("q", r"^k must be \(3, 2, 16\), got \(5, 2, 16\)$", lambda x: x[:3]),
+    bad_argument("q", "multiple of k_cache's, got 3 and 2", lambda x: x[:, :3]),
+    bad_argument("q", "multiple of k_cache's, got 0 and 2", lambda x: x[:, :0]),
+    bad_argument("q", r"^q must be \(tokens, heads, head_dim", lambda x: x[None]),
+    bad_argument("k", "^k and v must both be given, or both be None", None),
+    Bad({"k": None, "v": None}, ValueError, "unless each sequence has one new token, got 5 tok"),
+    bad_argument("sliding_window", "^sliding_window must be positive", 0),
+    bad_argument(
         "sliding_window", "^sliding_window must be an integer or None, got float", 1.5, TypeError
     ),
 )
 
 
 DECODE_BAD = (
-    changed("q", "^k_cache must have q's head_dim 4", lambda x: x[:, :, :4]),
-    changed("q", "^k_cache's 2 heads must divide q's 3", lambda x: x[:, :3]),
+    bad_argument("q", "^k_cache must have q's head_dim 4", lambda x: x[:, :, :4]),
+    bad_argument("q", "multiple of k_cache's, got 3 and 2", lambda x: x[:, :3]),
 )
 
 
@@ -365,20 +369,22 @@ def cached_attention_row(decode: bool) -> OperatorCase:
         frozen=(caches, ("q",)) if decode else (caches, ("k", "v"), ("q",)),
         layouts=("rows apart", "transposed", "heads first", "elements apart"),
         unit_stride=caches,
-        empty=Missing("test_hard_calls.py::test_no_sequence_at_all") if decode else (0, 16),
-        twice=Missing("PyTorch's attention serves single tokens, and raises its own error")
+        empty=Missing("test_hard_calls.py::test_batch_without_sequences") if decode else (0, 16),
+        twice_differentiable=Missing("PyTorch computes single tokens, and raises its own error")
         if decode
         else False,
-        compiled=Missing("test_decode_kernels.py::test_one_graph"),
+        compiled=Missing("test_decode_kernels.py::test_decode_step_is_one_graph"),
         optional=("k", "v"),
-        transforms=Missing("those of rolling_cache_attention") if decode else True,
+        transforms=Missing("the transforms are those of rolling_cache_attention")
+        if decode
+        else True,
         triton_dtypes=(torch.float16,),
         bad=DECODE_BAD if decode else CACHED_ATTENTION_BAD,
     )
 
 
 def flat_cache_row() -> OperatorCase:
-    without_gradients = Missing("../test_kvcache.py::test_no_gradient")
+    without_gradients = Missing("../test_kvcache.py::test_gradients_raise")
     return OperatorCase(
         name="flash_attn_with_kvcache",
         function=functools.partial(
@@ -398,10 +404,10 @@ def flat_cache_row() -> OperatorCase:
         frozen=without_gradients,
         derivative=without_gradients,
         layouts=("rows apart", "transposed", "heads first"),
-        empty=Missing("../test_kvcache.py::test_nothing_to_do"),
-        transforms=Missing("test_hard_calls.py::test_vmap_over_a_caches_places"),
-        checks=Missing("../test_kvcache.py::test_bad_input"),
-        compiled=Missing("test_hard_calls.py::test_a_flat_cache_that_overflows_when_compiled"),
+        empty=Missing("../test_kvcache.py::test_empty_inputs"),
+        transforms=Missing("test_hard_calls.py::test_vmap_over_cache_lengths_is_refused"),
+        checks=Missing("../test_kvcache.py::test_bad_input_raises_and_keeps_the_caches"),
+        compiled=Missing("test_hard_calls.py::test_flat_cache_overflow_when_compiled"),
         triton_dtypes=(torch.float16,),
         bad=(),
     )
@@ -409,7 +415,7 @@ def flat_cache_row() -> OperatorCase:
 
 ATTENTION: tuple[OperatorCase, ...] = (
     attention_row("attention", sliding_window=WINDOW, bad=RECTANGULAR_BAD),
-    # Triton's values for all options are in test_attention_kernels.py.
+    # test_attention_kernels.py tests Triton's values for all options.
     attention_row("attention causal", backends=("torch", "csrc")),
     attention_row(
         "attention softcap", backends=("torch", "csrc"), sliding_window=WINDOW, softcap=0.8

@@ -1,4 +1,4 @@
-"""Choose a backend inside a test."""
+"""Select a backend inside a test."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from mistral_kernels.ops import dispatch, extension
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
-from mistral_kernels.ops.operator import choose_again
+from mistral_kernels.ops.operator import reload_backend_setting
 
-SetBackend = Callable[[str | None], object]  # what the fixture `set_backend` returns
+SetBackend = Callable[[str | None], object]  # type of the fixture `set_backend`
 
 
 @contextmanager
@@ -29,18 +29,18 @@ def use_backend(setting: str | None) -> Iterator[None]:
 
 @contextmanager
 def without_csrc() -> Iterator[None]:
-    """Let PyTorch serve CPU tensors on the torch backend, as where nothing can be compiled."""
+    """Run the torch backend without csrc, as on a machine without a C++ compiler."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "uses_csrc", lambda device_type: False)
-        choose_again()
+        reload_backend_setting()
         yield
-    choose_again()
+    reload_backend_setting()
 
 
 def select_backend(request: pytest.FixtureRequest, device: torch.device) -> str:
-    """Select what a fixture's parameter names: PyTorch without csrc, csrc, or Triton."""
+    """Select the backend in a fixture's parameter: "torch" (without csrc), "csrc" or "triton"."""
     if request.param == "csrc" and (device.type != "cpu" or not extension.load("cpu")):
-        pytest.skip(f"csrc for {device.type} tensors: {extension.status(device.type)}")
+        pytest.skip(f"no csrc for {device.type} tensors: {extension.status(device.type)}")
     fixtures = {"torch": ("torch_backend", "no_csrc"), "csrc": ("torch_backend",)}
     for fixture in fixtures.get(request.param, ("triton_backend",)):
         request.getfixturevalue(fixture)
@@ -52,4 +52,4 @@ def _set(setting: str | None) -> None:
         os.environ.pop(BACKEND_VARIABLE, None)
     else:
         os.environ[BACKEND_VARIABLE] = setting
-    choose_again()
+    reload_backend_setting()

@@ -1,4 +1,4 @@
-"""Processes that find or build csrc's library for the CPU in a cache of their own."""
+"""Processes that load or build the CPU library of csrc, each with its own build cache."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def start(cache: Path, code: str = STATUS, **environment: str) -> subprocess.Pop
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[bool, str, str]:
-    """Return whether the library was loaded, its status without the instruction set, stderr."""
+    """Return whether the library was loaded, its status without the instruction set, and stderr."""
     out, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     loaded, status = out.splitlines()
@@ -44,7 +44,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[bool, str, str]:
 
 
 def fake_compiler(folder: Path, *commands: str) -> str:
-    """Write a compiler that runs the shell commands; return its path, for CXX."""
+    """Write a compiler script that runs shell commands; return its path, a value of CXX."""
     path = folder / "compiler"
     path.write_text("\n".join(("#!/bin/sh", *commands)))
     path.chmod(0o755)
@@ -55,8 +55,8 @@ def libraries(cache: Path) -> list[Path]:
     return list(cache.rglob("*.so"))
 
 
-def compiled_once(objects: Path) -> str:
-    """Write a compiler, for CXX, that copies what it compiled before from the folder `objects`."""
+def caching_compiler(objects: Path) -> str:
+    """Write a compiler script that caches objects in a folder; return its path, a value of CXX."""
     return fake_compiler(
         objects,
         'if [ "$1" = -c ]; then',

@@ -1,8 +1,8 @@
-"""Random command lines, for test_command_fuzz.py: `python command_fuzz.py FOLDER SEED COUNT`.
+"""Call the commands with random arguments: `python command_fuzz.py FOLDER SEED COUNT`.
 
-Calls the commands' `main` one after another in this process, each with streams of its own, and
-writes a line of JSON before and after each call. Generation and training stop after a few steps, as
-if interrupted: a command line may ask for a text that takes days.
+A program of test_command_fuzz.py. It calls `main` of the commands in this process, each time with
+new standard streams, and prints a line of JSON before and after each call. Generation and training
+are interrupted after a few steps: some command lines would otherwise run for days.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.training.loop import Run
 from mistral_kernels.utils.ranges import Range
 
-SECONDS = 20
-MEMORY = 2 << 30
-STEPS = 4
+SECONDS = 20  # limit of one call
+MEMORY = 2 << 30  # limit of the process, in bytes
+STEPS = 4  # of generation or training before the interrupt
 
 COMMANDS = {"generate": generate, "convert": convert, "train": train, "report": doctor}
 NUMBERS = [
@@ -63,8 +63,8 @@ DEVICES = ["auto", "cpu", "cuda", "cuda:0", "cuda:9999999999999", "meta", "cpu:1
 SIZES = ["5GB", "1", "0", "10KB", "-5MB", "1e400GB", "nanGB", "9" * 30, "GB", ""]
 
 
-class Gone(io.RawIOBase):
-    """Stream whose reader has gone, or whose disk is full."""
+class BrokenStream(io.RawIOBase):
+    """Stream that fails to write: its reader has exited, or its disk is full."""
 
     def __init__(self, error: int) -> None:
         self.error = error
@@ -77,7 +77,7 @@ class Gone(io.RawIOBase):
 
 
 def prepare(folder: Path) -> dict[str, list[str]]:
-    """Make the files that command lines name. Returns pools of paths."""
+    """Create the files that command lines name; return lists of paths."""
     from support.small_checkpoints import SMALL, varied_model
 
     tiny = Path(generate.__file__).parent / "tiny"
@@ -131,7 +131,7 @@ def prepare(folder: Path) -> dict[str, list[str]]:
 
 
 def value_for(action: argparse.Action, pools: dict[str, list[str]]) -> str:
-    """Return a value for an option: mostly one that reaches further than the parser."""
+    """Return a value for an option, in most cases one that the parser accepts."""
     name = action.dest
     if action.choices and random.random() < 0.8:
         return random.choice(list(action.choices))
@@ -187,8 +187,8 @@ def command_line(name: str, pools: dict[str, list[str]]) -> list[str]:
     return [*positional, *words] if random.random() < 0.7 else [*words, *positional]
 
 
-def limited(function: Callable[..., Any], steps: int) -> Callable[..., Any]:
-    """Return a generator function that is interrupted after some steps."""
+def interrupt_generator(function: Callable[..., Any], steps: int) -> Callable[..., Any]:
+    """Wrap a generator function: raise KeyboardInterrupt after `steps` items."""
 
     def run(*args: Any, **kwargs: Any) -> Iterator[Any]:
         yield from itertools.islice(function(*args, **kwargs), steps)
@@ -198,7 +198,8 @@ def limited(function: Callable[..., Any], steps: int) -> Callable[..., Any]:
     return run
 
 
-def interrupted_at(step: int) -> Callable[..., Any]:
+def interrupt_training(step: int) -> Callable[..., Any]:
+    """Wrap `Run.advance`: raise KeyboardInterrupt at `step`."""
     advance = Run.advance
 
     def run(self: Run, *args: Any) -> float:
@@ -209,12 +210,12 @@ def interrupted_at(step: int) -> Callable[..., Any]:
     return run
 
 
-def out_of_time(*_: Any) -> None:
-    raise AssertionError(f"still running after {SECONDS} s")
+def on_alarm(*_: Any) -> None:
+    raise AssertionError(f"a call must end within {SECONDS} s")
 
 
 def streams() -> tuple[dict[str, Any], dict[str, io.BytesIO], str]:
-    """Return standard streams for one call, their sinks, and a description."""
+    """Return standard streams for one call, the buffers behind them, and a description."""
     encoding = random.choice(["utf-8"] * 4 + ["ascii", "latin-1", "utf-16", "shift_jis", "cp037"])
     sinks = {name: io.BytesIO() for name in ("stdout", "stderr")}
     stdin = random.choice([b"", b"hi\n", b"\xef\xbb\xbfhi\r\nyou\r\n", b"caf\xe9\n", b"a\0b\n"])
@@ -229,7 +230,7 @@ def streams() -> tuple[dict[str, Any], dict[str, io.BytesIO], str]:
             given[name] = None
         elif fault < 0.12 and name != "stdin":
             error = random.choice([32, 28])  # EPIPE, ENOSPC
-            given[name] = io.TextIOWrapper(io.BufferedWriter(Gone(error)), encoding)
+            given[name] = io.TextIOWrapper(io.BufferedWriter(BrokenStream(error)), encoding)
         else:
             continue
         faults.append(name)
@@ -264,9 +265,9 @@ def main() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
     pools = prepare(folder)
     os.chdir(folder / "sub")
-    MistralForCausalLM.stream = limited(MistralForCausalLM.stream, STEPS)  # type: ignore
-    Run.advance = interrupted_at(STEPS)  # type: ignore
-    signal.signal(signal.SIGALRM, out_of_time)
+    MistralForCausalLM.stream = interrupt_generator(MistralForCausalLM.stream, STEPS)  # type: ignore
+    Run.advance = interrupt_training(STEPS)  # type: ignore
+    signal.signal(signal.SIGALRM, on_alarm)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     backend = os.environ.get("MISTRAL_KERNELS_BACKEND", "auto")
     kinds = ["generate"] * 9 + ["train"] * 5 + ["convert"] * 5 + ["report"]

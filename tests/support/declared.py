@@ -8,7 +8,8 @@ NAMESPACE = "mistral_kernels::"
 
 
 def declared_operators() -> set[str]:
-    """Return the names without the namespace. Declared operators have a fake; csrc's own do not."""
+    """Return the names without the namespace; operators that only csrc has are not declared."""
+    # A declared operator has a fake, so a kernel for the Meta key.
     return {
         name.removeprefix(NAMESPACE)
         for name in torch._C._dispatch_get_all_op_names()

@@ -1,6 +1,7 @@
-"""One of three ranks, for test_distributed.py: `python distributed_rank.py RESULTS PORT...`
+"""Run one of three ranks through every scenario: `python distributed_rank.py RESULTS PORT...`.
 
-Goes through every scenario in turn, each on a port of its own, and writes what became of each.
+A program of test_distributed.py. Each scenario has its own port. The rank writes the outcomes, by
+scenario, to the folder RESULTS: exit code, stderr, seconds, and whether the group still exists.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ import torch.distributed as dist
 from mistral_kernels.cli.command import run
 from mistral_kernels.distributed.process_group import World, check_same, joined
 
-SECONDS = 3.0  # how long a rank that is late is waited for
-PATIENT = 60.0  # how long one that is not: a busy machine may keep it
+SECONDS = 3.0  # timeout of the scenarios in which a rank is late
+LONG_SECONDS = 60.0  # timeout of the others, on a busy machine too
 Body = Callable[[World], None]
 
 
-def work_on(world: World) -> None:
-    """Keep the other ranks in collectives while something happens to one."""
+def keep_reducing(world: World) -> None:
+    """Call collectives until another rank fails."""
     for _ in range(10_000_000):
         dist.all_reduce(torch.ones(3))
 
 
-def well(world: World) -> None:
+def healthy(world: World) -> None:
     total = torch.tensor([world.rank + 1.0])
     dist.all_reduce(total)
     assert total.item() == sum(range(1, world.size + 1))
@@ -44,36 +45,36 @@ def well(world: World) -> None:
     check_same("what all have", {"a": 1})
 
 
-def all_alike(world: World) -> None:
+def same_error(world: World) -> None:
     raise ValueError("the same\n everywhere")
 
 
-def main_refuses(world: World) -> None:
+def main_call_fails(world: World) -> None:
     world.from_main(lambda: int("x"))
 
 
 def last_fails(world: World) -> None:
     if world.rank == world.size - 1:
         raise FileNotFoundError(2, "No such file", "weights")
-    work_on(world)
+    keep_reducing(world)
 
 
 def main_fails(world: World) -> None:
     if world.is_main:
         raise ValueError("only here")
-    work_on(world)
+    keep_reducing(world)
 
 
 def last_lacks_memory(world: World) -> None:
     if world.rank == world.size - 1:
         torch.empty(1 << 50)
-    work_on(world)
+    keep_reducing(world)
 
 
 def bug(world: World) -> None:
     if world.rank == 1:
         raise ZeroDivisionError
-    work_on(world)
+    keep_reducing(world)
 
 
 def interrupted(world: World) -> None:
@@ -87,24 +88,24 @@ def disagree(world: World) -> None:
 def silent(world: World) -> None:
     if world.rank == 1:
         time.sleep(SECONDS + 2)
-    work_on(world)
+    keep_reducing(world)
 
 
 def killed(world: World) -> None:
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    work_on(world)
+    keep_reducing(world)
 
 
 def nothing(world: World) -> None:
     pass
 
 
-# What each rank does, the variables that it sees in another way, and who does not come.
+# Body of each rank, environment variables that differ by rank, and ranks that do not start.
 SCENARIOS: dict[str, tuple[Body, dict[int, dict[str, str]], set[int]]] = {
-    "well": (well, {}, set()),
-    "all_alike": (all_alike, {}, set()),
-    "main_refuses": (main_refuses, {}, set()),
+    "healthy": (healthy, {}, set()),
+    "same_error": (same_error, {}, set()),
+    "main_call_fails": (main_call_fails, {}, set()),
     "last_fails": (last_fails, {}, set()),
     "main_fails": (main_fails, {}, set()),
     "last_lacks_memory": (last_lacks_memory, {}, set()),
@@ -115,20 +116,20 @@ SCENARIOS: dict[str, tuple[Body, dict[int, dict[str, str]], set[int]]] = {
     "missing_last": (nothing, {}, {2}),
     "missing_main": (nothing, {}, {0}),
     "other_world": (nothing, {2: {"WORLD_SIZE": "4"}}, set()),
-    "twice": (nothing, {2: {"RANK": "1"}}, set()),
-    "well_again": (well, {}, set()),
-    "killed": (killed, {}, set()),  # the last: one rank is no more
+    "duplicate_rank": (nothing, {2: {"RANK": "1"}}, set()),
+    "healthy_again": (healthy, {}, set()),
+    "killed": (killed, {}, set()),  # must be last: it ends rank 1
 }
-LATE = ("silent", "missing_last", "missing_main", "twice")
+LATE = ("silent", "missing_last", "missing_main", "duplicate_rank")
 
 
-def together(folder: Path, name: str, mine: int) -> None:
-    """Wait until all three are about to start the scenario, or one must be gone."""
+def wait_for_all(folder: Path, name: str, mine: int) -> None:
+    """Wait until all three ranks are ready to start a scenario."""
     (folder / f"{name}.{mine}").touch()
     deadline = time.monotonic() + 60
     while len(list(folder.glob(f"{name}.?"))) < 3:
         if time.monotonic() > deadline:
-            raise TimeoutError(name)
+            raise TimeoutError(f"3 ranks must start scenario {name} within 60 s")
         time.sleep(0.02)
 
 
@@ -138,12 +139,12 @@ def main() -> None:
     own = dict(os.environ)
     outcomes = {}
     for (name, (body, others, missing)), port in zip(SCENARIOS.items(), ports, strict=True):
-        together(Path(results), name, mine)
+        wait_for_all(Path(results), name, mine)
         if mine in missing:
             continue
         os.environ.update({**own, "MASTER_PORT": port, **others.get(mine, {})})
 
-        timeout = timedelta(seconds=SECONDS if name in LATE else PATIENT)
+        timeout = timedelta(seconds=SECONDS if name in LATE else LONG_SECONDS)
 
         def command(_: object, body: Body = body, timeout: timedelta = timeout) -> None:
             with joined("cpu", timeout) as world:

@@ -1,4 +1,4 @@
-"""Attention forward for sm_90 in Gluon: one producer, two consumer warpgroups of 64 rows each."""
+"""Attention forward for sm_90 in Gluon: one producer and two consumer warpgroups of 64 rows."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -40,8 +40,8 @@ def _producer(
 
 
 @gluon.jit
-def _turn(WG: gl.constexpr, PINGPONG: gl.constexpr):
-    """Wait for this warpgroup's turn at the tensor cores."""
+def _acquire(WG: gl.constexpr, PINGPONG: gl.constexpr):
+    """Wait until this warpgroup may use the tensor cores."""
     if PINGPONG:
         if WG == 0:
             gl.inline_asm("bar.sync 10, 256;")
@@ -50,8 +50,8 @@ def _turn(WG: gl.constexpr, PINGPONG: gl.constexpr):
 
 
 @gluon.jit
-def _pass(WG: gl.constexpr, PINGPONG: gl.constexpr):
-    """Give the other warpgroup its turn."""
+def _release(WG: gl.constexpr, PINGPONG: gl.constexpr):
+    """Let the other warpgroup use the tensor cores."""
     if PINGPONG:
         if WG == 0:
             gl.inline_asm("bar.arrive 11, 256;")
@@ -60,16 +60,18 @@ def _pass(WG: gl.constexpr, PINGPONG: gl.constexpr):
 
 
 @gluon.jit
-def _hide(
-    s, place, first, seqlen_k, left, right, BN: gl.constexpr, PART: gl.constexpr, S: gl.constexpr
+def _mask(
+    s, position, first, seqlen_k, left, right, BN: gl.constexpr, PART: gl.constexpr, S: gl.constexpr
 ):
     key = first + gl.arange(0, BN, gl.SliceLayout(0, S))[None, :]
-    if PART == 0:  # a window narrower than a block also ends in blocks of the left edge
+    if PART == 0:  # a narrow window can also end within a block of the left edge
         s = gl.where(
-            (key >= place - left) & (key <= gl.minimum(place + right, seqlen_k - 1)), s, -1.0e30
+            (key >= position - left) & (key <= gl.minimum(position + right, seqlen_k - 1)),
+            s,
+            -1.0e30,
         )
     if PART == 2:
-        s = gl.where(key <= gl.minimum(place + right, seqlen_k - 1), s, -1.0e30)
+        s = gl.where(key <= gl.minimum(position + right, seqlen_k - 1), s, -1.0e30)
     return s
 
 
@@ -113,7 +115,7 @@ def _consumer(
     P: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     B: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     row0 = tile * (2 * BM) + WG * BM
-    # q: rows are (query, head of the group), heads fastest
+    # Rows of q are (query, head of the group); the head varies fastest.
     row = row0 + gl.arange(0, BM, gl.SliceLayout(1, B))
     dim = gl.arange(0, D, gl.SliceLayout(0, B))
     query = row // GROUP
@@ -127,23 +129,23 @@ def _consumer(
     q_smem.store(q)
     fence_async_shared()
     gl.barrier()
-    place = (row0 + gl.arange(0, BM, gl.SliceLayout(1, S))) // GROUP + seqlen_k - seqlen_q
+    position = (row0 + gl.arange(0, BM, gl.SliceLayout(1, S))) // GROUP + seqlen_k - seqlen_q
     m = gl.full([BM], -1.0e38, gl.float32, gl.SliceLayout(1, S))
     denominator = gl.full([BM], 0.0, gl.float32, gl.SliceLayout(1, S))
     acc = gl.full([BM, D], 0.0, gl.float32, OUT)
     zero = gl.full([BM, BN], 0.0, gl.float32, S)
     if WG == 1:
-        _pass(WG, PINGPONG)  # warpgroup 0 has the first turn
+        _release(WG, PINGPONG)  # warpgroup 0 is first
 
-    # the first block
+    # The first key block.
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma(q_smem, k_smem.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(k_free.index(0), count=1)
     if lo < full_lo:
-        s = _hide(s, place[:, None], lo, seqlen_k, left, right, BN, 0, S)
+        s = _mask(s, position[:, None], lo, seqlen_k, left, right, BN, 0, S)
     if lo >= full_hi:
-        s = _hide(s, place[:, None], lo, seqlen_k, left, right, BN, 2, S)
+        s = _mask(s, position[:, None], lo, seqlen_k, left, right, BN, 2, S)
     new = gl.maximum(m, gl.max(s, 1) * scale)
     p = gl.exp2(s * scale - new[:, None])
     denominator = gl.sum(p, 1)
@@ -165,17 +167,17 @@ def _consumer(
                 vstage = (i - 1) % STAGES
                 vphase = ((i - 1) // STAGES) & 1
                 mbarrier.wait(k_full.index(stage), phase)
-                _turn(WG, PINGPONG)
+                _acquire(WG, PINGPONG)
                 s = warpgroup_mma(
                     q_smem, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True
                 )
                 mbarrier.wait(v_full.index(vstage), vphase)
                 acc = warpgroup_mma(pb, v_smem.index(vstage), acc, is_async=True)
-                _pass(WG, PINGPONG)
+                _release(WG, PINGPONG)
                 s = warpgroup_mma_wait(1, deps=(s,))
                 mbarrier.arrive(k_free.index(stage), count=1)
                 if PART != 1:
-                    s = _hide(s, place[:, None], first, seqlen_k, left, right, BN, PART, S)
+                    s = _mask(s, position[:, None], first, seqlen_k, left, right, BN, PART, S)
                 new = gl.maximum(m, gl.max(s, 1) * scale)
                 p = gl.exp2(s * scale - new[:, None])
                 rescale = gl.exp2(m - new)
@@ -200,7 +202,7 @@ def _consumer(
         acc = warpgroup_mma(pb, v_smem.index(vstage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
     else:
-        # s already holds block 0; blocks 1.. are issued one ahead
+        # s holds block 0; each later product of q and k is issued one block ahead.
         mbarrier.wait(k_full.index(1 % STAGES), (1 // STAGES) & 1)
         s = warpgroup_mma(
             q_smem, k_smem.index(1 % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True
@@ -217,12 +219,12 @@ def _consumer(
             else:
                 end = hi
             for first in range(start, end, BN):
-                # in flight: S of block i, then PV of block i - 1
+                # In flight: S of block i, then PV of block i - 1.
                 stage = i % STAGES
                 s = warpgroup_mma_wait(1, deps=(s,))
                 mbarrier.arrive(k_free.index(stage), count=1)
                 if PART != 1:
-                    s = _hide(s, place[:, None], first, seqlen_k, left, right, BN, PART, S)
+                    s = _mask(s, position[:, None], first, seqlen_k, left, right, BN, PART, S)
                 new = gl.maximum(m, gl.max(s, 1) * scale)
                 p = gl.exp2(s * scale - new[:, None])
                 rescale = gl.exp2(m - new)
@@ -232,7 +234,7 @@ def _consumer(
                 nstage = (i + 1) % STAGES
                 nphase = ((i + 1) // STAGES) & 1
                 mbarrier.wait(k_full.index(nstage), nphase)
-                _turn(WG, PINGPONG)
+                _acquire(WG, PINGPONG)
                 s = warpgroup_mma(
                     q_smem, k_smem.index(nstage).permute((1, 0)), zero, use_acc=False, is_async=True
                 )
@@ -241,7 +243,7 @@ def _consumer(
                 acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, OUT))[:, None]
                 mbarrier.wait(v_full.index(stage), (i // STAGES) & 1)
                 acc = warpgroup_mma(pb, v_smem.index(stage), acc, is_async=True)
-                _pass(WG, PINGPONG)
+                _release(WG, PINGPONG)
                 i += 1
             start = gl.maximum(start, end)
         acc, s = warpgroup_mma_wait(0, deps=(acc, s))
@@ -315,16 +317,16 @@ def forward(
         mbarrier.init(v_full.index(j), count=1)
         mbarrier.init(k_free.index(j), count=2)
         mbarrier.init(v_free.index(j), count=2)
-    if PINGPONG:  # the first turn is warpgroup 0's: given by warpgroup 1 on entry
+    if PINGPONG:  # warpgroup 1 releases the tensor cores on entry, so warpgroup 0 is first
         gl.barrier()
-    first_place = tile * (2 * BM) // GROUP + seqlen_k - seqlen_q
-    last_place = (
+    first_position = tile * (2 * BM) // GROUP + seqlen_k - seqlen_q
+    last_position = (
         gl.minimum((tile * (2 * BM) + 2 * BM - 1) // GROUP, seqlen_q - 1) + seqlen_k - seqlen_q
     )
-    lo = gl.maximum(first_place - left, 0) // BN * BN
-    hi = gl.minimum(last_place + right + 1, seqlen_k)
-    full_lo = gl.maximum(last_place - left + BN - 1, 0) // BN * BN
-    full_hi = gl.maximum(gl.minimum(first_place + right + 1, seqlen_k) // BN * BN, full_lo)
+    lo = gl.maximum(first_position - left, 0) // BN * BN
+    hi = gl.minimum(last_position + right + 1, seqlen_k)
+    full_lo = gl.maximum(last_position - left + BN - 1, 0) // BN * BN
+    full_hi = gl.maximum(gl.minimum(first_position + right + 1, seqlen_k) // BN * BN, full_lo)
     gl.warp_specialize(
         [
             (

@@ -1,4 +1,4 @@
-"""A warp-specialised product in Gluon: one warpgroup loads with TMA, the default one multiplies."""
+"""Warp-specialized matmul in Gluon: one partition loads with TMA, the default one multiplies."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -1,4 +1,4 @@
-"""CUDA graphs on the CPU: a stand-in that runs what a graph would replay."""
+"""Stand-in for CUDA graphs on the CPU: it runs the code that a graph would replay."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mistral_kernels.model.engine import CudaGraphEngine
 
 
 class GraphStandIn:
-    """Make generation choose `CudaGraphEngine`; count its captures and replays.
+    """Make generation use `CudaGraphEngine`, and count captures and replays.
 
-    As with a graph, capturing advances the host's lengths but runs nothing, and replaying runs but
-    leaves the host's lengths alone.
+    As with a CUDA graph, a capture advances the host's lengths and runs nothing; a replay runs the
+    step and does not change the host's lengths.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Helpers of operator tests: the tolerance rule, and compilation for GPUs that are not here."""
+"""Helpers of operator tests: the tolerance rule, and compilation for GPUs that are absent."""
 
 from __future__ import annotations
 
@@ -17,22 +17,26 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-# Roundings of float32 that sums of many terms of unit size may differ by, whoever adds them.
+# Allowed difference of two float32 sums of many terms of unit size: 32 roundings.
 ROUNDINGS = 32 * torch.finfo(torch.float32).eps
 
 
 def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
-    """Check the tolerance rule: the error of ``actual`` is at most twice that of ``plain``.
+    """Check the tolerance rule: the error of ``actual`` is at most twice the error of ``plain``.
 
-    ``plain`` is plain PyTorch in the same dtype and ``exact`` the float64 reference. Both the
-    largest and the root-mean-square error must hold. Since ``plain`` may be exact by luck, one
-    rounding of the result and ``ROUNDINGS`` on the way to it are always allowed.
+    ``plain`` is the result of plain PyTorch in the same dtype, ``exact`` that of the reference in
+    float64. The rule applies to the largest and to the root-mean-square error. One rounding of the
+    result and ``ROUNDINGS`` are always allowed, because ``plain`` may be exact by chance.
     """
-    assert actual.dtype == plain.dtype, f"{what}: {actual.dtype}, expected {plain.dtype}"
-    assert actual.shape == plain.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}"
+    assert actual.dtype == plain.dtype, f"{what}: dtype must be {plain.dtype}, got {actual.dtype}"
+    assert actual.shape == plain.shape == exact.shape, (
+        f"{what}: shape must be {tuple(exact.shape)}, got {tuple(actual.shape)}"
+    )
     if exact.numel() == 0:
         return
-    assert torch.isfinite(actual).all(), f"{what}: {(~torch.isfinite(actual)).sum()} not finite"
+    assert torch.isfinite(actual).all(), (
+        f"{what}: {(~torch.isfinite(actual)).sum()} values not finite"
+    )
 
     def slack(size: float) -> float:
         return torch.finfo(actual.dtype).eps * size + ROUNDINGS * max(size, 1.0)
@@ -40,8 +44,8 @@ def assert_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor, what: str) 
     for name, norm in (("largest", _largest), ("rms", _rms)):
         error, allowed = norm(actual - exact), 2 * norm(plain - exact) + slack(norm(exact))
         assert error <= allowed, (
-            f"{what}: {name} error {error:.3g} exceeds {allowed:.3g}; "
-            f"plain PyTorch in {plain.dtype}: {norm(plain - exact):.3g}, values: {norm(exact):.3g}"
+            f"{what}: {name} error must be at most {allowed:.3g}, got {error:.3g}; error of plain "
+            f"PyTorch in {plain.dtype}: {norm(plain - exact):.3g}, {name} value: {norm(exact):.3g}"
         )
 
 
@@ -50,24 +54,26 @@ def assert_same_text(
     expected: Sequence[Sequence[int]],
     logits: Callable[[Tensor], Tensor],
 ) -> None:
-    """Check for equal greedy tokens, up to a choice between two that rounding may swap.
+    """Check that greedy tokens are equal, up to the first near tie between two logits.
 
-    Another order of summation may choose the other of two tokens whose logits are nearly equal, and
-    goes on with another text. ``logits`` gives those after every token of (1, seqlen) ids.
+    Rounding may swap two tokens whose logits are nearly equal; the texts differ from there on.
+    ``logits`` maps token ids (1, seqlen) to logits (1, seqlen, vocab_size).
     """
     assert list(map(len, actual)) == list(map(len, expected))
     for ours, theirs in zip(actual, expected, strict=True):
         i = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
         if i is not None:
-            assert i > 0, "the first token is given"
+            assert i > 0, "the first tokens must be equal"
             with torch.no_grad():
                 after = logits(torch.as_tensor(theirs[:i])[None])[0, -1].double()
             gap = after[ours[i]] - after[theirs[i]]
-            assert gap.abs() <= 1e-4 * after.abs().max(), f"token {i} of {ours}, not {theirs}"
+            assert gap.abs() <= 1e-4 * after.abs().max(), (
+                f"token {i} differs: expected {theirs}, got {ours}"
+            )
 
 
 def unpadded(text: Tensor, attention_mask: Tensor) -> list[list[int]]:
-    """Return the rows of `text` without the padding on the left of their prompts."""
+    """Return the rows of `text` without the left padding of their prompts."""
     return [row[n:].tolist() for row, n in zip(text, (attention_mask == 0).sum(1), strict=True)]
 
 
@@ -85,9 +91,9 @@ def values_and_gradients(
     cotangents: list[Tensor],
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Return outputs of ``function(**inputs)`` and its gradients, by name.
+    """Return the outputs of ``function(**inputs)`` and their gradients, by name.
 
-    With ``dtype``, floating-point inputs are converted to it.
+    Convert floating-point inputs to ``dtype``, if it is given.
     """
     leaves = {
         name: x.detach().to(dtype).requires_grad_(x.requires_grad)
@@ -121,7 +127,7 @@ def assert_matches_reference(
     inputs: dict[str, Any],
     strided_gradients: bool = False,
 ) -> None:
-    """Check that outputs and every gradient are as accurate as plain PyTorch."""
+    """Check all outputs and gradients by the tolerance rule, against plain PyTorch."""
     with torch.no_grad():
         outputs = reference(**inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -148,9 +154,9 @@ def assert_loss_matches(
 ) -> None:
     """Check a loss of hidden, weight and targets, and its gradients.
 
-    The loss is one number, which plain PyTorch may compute exactly by chance. Its bound is the
-    rounding of the logits (times the number of tokens, if ``summed``) and of the loss, in float32
-    if those dtypes are shorter. Gradients follow the tolerance rule.
+    Plain PyTorch may compute one number, the loss, exactly by chance. The bound of its error is
+    therefore two roundings of the logits (per token, if ``summed``) and two of the loss, which is
+    float32 or wider. The tolerance rule applies to the gradients.
     """
     hidden, weight, targets = (inputs[name] for name in ("hidden", "weight", "targets"))
     scale = [torch.tensor(1.5, device=targets.device)]
@@ -172,6 +178,8 @@ def assert_loss_matches(
 
 
 class Target(NamedTuple):
+    """Properties of a GPU: Triton backend, architecture, shared memory in bytes, and sizes."""
+
     backend: str
     arch: int | str
     warp_size: int
@@ -198,44 +206,52 @@ TARGETS = {
 
 
 class CompiledKernel(NamedTuple):
-    """A kernel as its launch compiled it: the files in Triton's cache, by suffix."""
+    """Compiled kernel: its files in Triton's cache, by suffix."""
 
     name: str
     target: Target
     files: dict[str, Path]
 
     def assert_healthy(self, edge_spills: int = 0, main_spills: int = 0) -> None:
-        """Check for no spill inside a loop, and not the 32 registers that ptxas falls back to.
+        """Check spills in loops, tensor memory, and that ptxas allocated registers.
 
-        Or at most so many: in the main loop, which does most of the matrix products, and in others.
-        Shared memory needs no look: Triton itself raises OutOfResources above the limit.
-        Tensor memory does: above 512 columns it compiles a kernel that only traps.
+        The main loop, which has most of the matrix products, may have `main_spills` spills, and
+        each other loop `edge_spills`. ptxas falls back to 32 registers when its allocation fails.
+        Above 512 columns of tensor memory, Triton compiles a kernel that only traps. Shared memory
+        needs no check: Triton raises OutOfResources above the limit.
         """
         if self.target.backend == "hip":
             spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", self.files["amdgcn"].read_text())
-            assert spills, f"{self.name}: {spills} registers spilled"
-            assert set(spills) == {"0"}, f"{self.name}: {spills} registers spilled"
+            assert spills, f"{self.name}: no spill count in the assembly"
+            assert set(spills) == {"0"}, f"{self.name}: register spills must be 0, got {spills}"
             return
-        arch = f"sm_{max(80, self.target.arch)}"  # sasscost has no rates for sm_75; none needed
+        # sasscost has no rates for sm_75, and a count of spills needs none.
+        arch = f"sm_{max(80, self.target.arch)}"
         metadata = json.loads(self.files["json"].read_text())
-        assert (metadata.get("tmem_size") or 0) <= 512, f"{self.name}, {arch}: tensor memory"
-        for kernel in sasscost.analyse(self.files["cubin"].read_bytes(), arch=arch):
+        assert (metadata.get("tmem_size") or 0) <= 512, (
+            f"{self.name}, {arch}: more than 512 columns of tensor memory"
+        )
+        for kernel in sasscost.analyze(self.files["cubin"].read_bytes(), arch=arch):
             main = (sasscost.main_loop(kernel) or {}).get("name")
             for loop in kernel["loops"]:
                 allowed = main_spills if loop["name"] == main else edge_spills
-                assert loop["spills"] <= allowed, f"{self.name}, {arch}: {loop['spills']} spills"
-            assert not (kernel["regs"] == 32 and kernel["stack"]), f"{self.name}: unallocated"
+                assert loop["spills"] <= allowed, (
+                    f"{self.name}, {arch}: {loop['spills']} spills in a loop, {allowed} allowed"
+                )
+            assert not (kernel["regs"] == 32 and kernel["stack"]), (
+                f"{self.name}: ptxas did not allocate registers"
+            )
 
     def main_loop(self) -> dict[str, Any]:
-        """Return sasscost's figures of the loop with most matrix products."""
+        """Return the statistics that sasscost computes for the main loop."""
         shared = json.loads(self.files["json"].read_text())["shared"]
         arch = f"sm_{self.target.arch}"
-        (kernel,) = sasscost.analyse(self.files["cubin"].read_bytes(), arch=arch, smem=shared)
+        (kernel,) = sasscost.analyze(self.files["cubin"].read_bytes(), arch=arch, smem=shared)
         return sasscost.main_loop(kernel)
 
 
 class _CompileOnlyDriver:
-    """A Triton driver for a GPU that is not here: launches compile for it and do nothing more."""
+    """Triton driver for a GPU that is absent: a launch compiles the kernel and does not run it."""
 
     def __init__(self, name: str, kernels: list[CompiledKernel]) -> None:
         self.target = TARGETS[name]
@@ -264,7 +280,7 @@ class _CompileOnlyDriver:
         return torch.device("cpu")
 
     def load_binary(self, *args: Any) -> tuple[None, None, int, int, int]:
-        return None, None, 0, 0, 1024  # module, function, registers, spills, threads at most
+        return None, None, 0, 0, 1024  # module, function, registers, spills, maximum threads
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         return lambda *args: None
@@ -276,10 +292,10 @@ class _CompileOnlyDriver:
 
 @contextlib.contextmanager
 def compile_only(name: str) -> Iterator[list[CompiledKernel]]:
-    """Compile for the named target at Triton launches on CPU tensors; yield the kernels.
+    """Compile kernels for a target when Triton launches them on CPU tensors; yield the kernels.
 
-    The real launchers run, with the target's properties, so what is compiled is what a user of that
-    GPU would launch, launch parameters and alignments included.
+    The package's own launch code runs with the properties of the target, so the compiled kernels
+    are those of a user of that GPU, with the same launch parameters and alignments.
     """
     triton = pytest.importorskip("triton")
     driver = triton.runtime.driver

@@ -19,9 +19,13 @@ def wgmma(n, b="db"):
 def product(steps=4, touch=False, threads=128, who="true", barrier="", bounds=True):
     """Return a kernel whose loop has one product of `steps` wgmmas, and exponentials.
 
-    With `touch` an accumulator is used while it is in flight, which makes ptxas serialize the
-    wgmmas. `who` is the condition under which a thread runs the loop; `barrier` is executed in
-    every trip.
+    Args:
+        steps: number of wgmmas.
+        touch: use an accumulator while its wgmma is in flight; ptxas then serializes the wgmmas.
+        threads: threads per block.
+        who: condition, in C, under which a thread runs the loop.
+        barrier: statement executed in every iteration.
+        bounds: whether the kernel has __launch_bounds__.
     """
 
     def step(j):
@@ -50,9 +54,9 @@ def bar(text, *values):
 
 
 def specialized():
-    """Return a kernel in which warps 0-3 load and two consumer warpgroups, 4-11, take turns.
+    """Return a kernel in which warps 0-3 load and warps 4-11 are two consumer warpgroups.
 
-    The consumers order one another with the named barriers 8 and 9.
+    The consumers alternate; the named barriers 8 and 9 order them.
     """
     return f"""
 __device__ __forceinline__ void wait(unsigned bar, int phase) {{

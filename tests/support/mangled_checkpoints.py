@@ -1,8 +1,8 @@
-"""Read mangled checkpoints, for test_mangled.py: `mangled_checkpoints.py KIND COUNT SEED FOLDER`.
+"""Read mangled checkpoints: `python mangled_checkpoints.py KIND COUNT SEED FOLDER`.
 
-Each is opened and all its tensors are read. Either the values are those of an independent reader,
-or a CheckpointError or ConfigError says in one line what is wrong. When this process dies, FOLDER
-holds the files of the last case.
+A program of test_mangled.py. It opens each checkpoint and reads all tensors. The values must be
+those of an independent reader, or a CheckpointError or ConfigError must describe the fault in one
+line. If the process crashes, FOLDER holds the files of the last case.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ CONFIG = MistralConfig(
     head_dim=6,
     sliding_window=5,
 )
-SECONDS = 20  # for one file
-MEMORY = 300 << 20  # bytes, above those after the first file
+SECONDS = 20  # limit of one file
+MEMORY = 300 << 20  # limit, in bytes, of the growth after the first file
 
 Random = random.Random
 
 
 def flipped(rng: Random, data: bytes) -> bytes:
-    """Replace some bytes, most of them near an end."""
+    """Replace some bytes, most of them near the start or the end."""
     out = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 8])):
-        place = rng.randrange(min(rng.choice([16, 600, len(out)]), len(out)))
-        out[rng.choice([place, len(out) - 1 - place])] = rng.randrange(256)
+        offset = rng.randrange(min(rng.choice([16, 600, len(out)]), len(out)))
+        out[rng.choice([offset, len(out) - 1 - offset])] = rng.randrange(256)
     return bytes(out)
 
 
@@ -64,15 +64,15 @@ def cut(rng: Random, data: bytes) -> bytes:
 
 
 def grown(rng: Random, data: bytes) -> bytes:
-    place = rng.choice([0, len(data), rng.randrange(len(data))])
-    return data[:place] + rng.randbytes(rng.choice([1, 8, 1000])) + data[place:]
+    offset = rng.choice([0, len(data), rng.randrange(len(data))])
+    return data[:offset] + rng.randbytes(rng.choice([1, 8, 1000])) + data[offset:]
 
 
 def moved(rng: Random, data: bytes) -> bytes:
-    """Copy a piece over another place."""
-    first, last, place = (rng.randrange(len(data)) for _ in range(3))
+    """Copy a range of bytes over another range."""
+    first, last, offset = (rng.randrange(len(data)) for _ in range(3))
     piece = data[min(first, last) : max(first, last)][:200]
-    return data[:place] + piece + data[place + len(piece) :]
+    return data[:offset] + piece + data[offset + len(piece) :]
 
 
 BYTES = [flipped, flipped, cut, grown, moved]
@@ -92,7 +92,7 @@ def any_json(rng: Random, depth: int = 0) -> Any:
 
 
 def json_file(rng: Random, data: bytes) -> bytes:
-    """Replace, remove, repeat or add values of a JSON file; or change its bytes."""
+    """Replace, remove, repeat or add values of a JSON file, or change its bytes."""
     if rng.random() < 0.2:
         return rng.choice(BYTES)(rng, data)
     contents = json.loads(data)
@@ -107,7 +107,7 @@ def json_file(rng: Random, data: bytes) -> bytes:
                 contents[key] = any_json(rng)
     text = json.dumps(rng.choice([contents] * 30 + [any_json(rng)]))
     if rng.random() < 0.1:
-        text = text.replace("{", '{"vocab_size": 7, ', 1)  # perhaps twice
+        text = text.replace("{", '{"vocab_size": 7, ', 1)  # may be a duplicate key
     if rng.random() < 0.1:
         number = rng.choice(["NaN", "Infinity", "1e999", "1" * 5000, "[" * 9999])
         text = text.replace("1", number, 1)
@@ -115,7 +115,7 @@ def json_file(rng: Random, data: bytes) -> bytes:
 
 
 def safetensors_file(rng: Random, data: bytes) -> bytes:
-    """Give a safetensors file another header; or change its bytes."""
+    """Change the header of a safetensors file, or its bytes."""
     if rng.random() < 0.3:
         return rng.choice(BYTES)(rng, data)
     length = int.from_bytes(data[:8], "little")
@@ -158,7 +158,7 @@ def safetensors_file(rng: Random, data: bytes) -> bytes:
 
 
 def odd_pickle(rng: Random, state: State) -> bytes:
-    """Save tensors with unusual strides, storages or types by torch.save."""
+    """Save tensors of unusual strides, storages or types with torch.save."""
     state = dict(state)
     for name in rng.sample(sorted(state), 3):
         x = state[name]
@@ -183,17 +183,17 @@ def odd_pickle(rng: Random, state: State) -> bytes:
 
 
 def mangled_pickle(rng: Random, data: bytes, marker: str) -> bytes:
-    """Insert opcodes or change bytes, or return a pickle that calls a function."""
+    """Change bytes or insert opcodes, or return a pickle that calls a function."""
     match rng.randrange(4):
         case 0:
             return rng.choice(BYTES)(rng, data)
         case 1:
-            places = [place for _, _, place in pickletools.genops(data)]
+            offsets = [offset for _, _, offset in pickletools.genops(data)]
             for _ in range(rng.choice([1, 1, 3])):
-                place = rng.choice(places)
+                offset = rng.choice(offsets)
                 opcode = rng.choice(pickletools.opcodes).code.encode("latin-1")
                 argument = rng.randbytes(rng.choice([0, 0, 1, 4, 8]))
-                data = data[:place] + opcode + argument + data[place + rng.randrange(2) :]
+                data = data[:offset] + opcode + argument + data[offset + rng.randrange(2) :]
             return data
         case 2:
             numbers = [rng.choice([0, 1, 40, -1, 2**31, 2**62, 2**64, True, 1.5]) for _ in range(6)]
@@ -203,7 +203,7 @@ def mangled_pickle(rng: Random, data: bytes, marker: str) -> bytes:
 
 
 def pickle_file(rng: Random, state: State, marker: str) -> bytes:
-    """Return a file like torch.save's with other records or bytes."""
+    """Return a file of torch.save with changed records or bytes."""
     data = odd_pickle(rng, state)
     kind = rng.random()
     if kind < 0.15:
@@ -244,18 +244,18 @@ def pickle_file(rng: Random, state: State, marker: str) -> bytes:
     return flipped(rng, data) if rng.random() < 0.1 else data
 
 
-class PythonsUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    """Python's own reader, which knows few names, over zipfile: independent of torch.load."""
+class PythonUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """Reader of torch.save files without torch.load: zipfile, pickle and a short list of names."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self.archive, self.folder = archive, archive.namelist()[0].partition("/")[0]
         for record in archive.infolist():
-            record.CRC = None  # type: ignore[assignment]  # of tensors nobody else checks it
+            record.CRC = None  # type: ignore[assignment]  # other readers do not check it
         super().__init__(io.BytesIO(archive.read(f"{self.folder}/data.pkl")))
 
     def find_class(self, module: str, name: str) -> Any:
-        known = ("OrderedDict", "_rebuild_tensor_v2", "_rebuild_parameter")
-        assert name in known or name.endswith("Storage"), name
+        allowed = ("OrderedDict", "_rebuild_tensor_v2", "_rebuild_parameter")
+        assert name in allowed or name.endswith("Storage"), name
         return super().find_class(module, name)
 
     def persistent_load(self, identity: Any) -> Any:
@@ -271,19 +271,20 @@ class PythonsUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
 
 
 def expected(file: Path) -> list[State]:
-    """Return the tensors of a file by every independent reader that reads it."""
+    """Return the tensors of a file, once per independent reader that accepts the file."""
     if file.suffix == ".safetensors":
         return [load_file(file)]
     with zipfile.ZipFile(file) as archive:
-        found = [PythonsUnpickler(archive).load()]
-    # It refuses more, protocol 4 for instance. Without mmap it skips a record marked as a folder.
+        found = [PythonUnpickler(archive).load()]
+    # torch.load refuses more files, protocol 4 for instance. Without mmap it skips a record that
+    # is marked as a folder.
     with contextlib.suppress(Exception):
         found.append(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
     return found
 
 
 def check_values(folder: Path) -> None:
-    """Open a checkpoint and compare all tensors."""
+    """Open a checkpoint and compare all tensors with those of the independent readers."""
     checkpoint = open_checkpoint(folder)
     found = {name: tensor.clone() for name, tensor in checkpoint.tensors()}
     assert found.keys() == checkpoint.stored.keys()
@@ -302,7 +303,7 @@ def check_values(folder: Path) -> None:
 
 
 def check_config(file: Path) -> None:
-    """Compare with transformers wherever it reads a `config.json` that we read."""
+    """Compare a `config.json` with transformers, if both accept the file."""
     from transformers import AutoConfig
 
     try:
@@ -314,7 +315,7 @@ def check_config(file: Path) -> None:
     ours = MistralConfig.from_hf(contents)
     try:
         theirs = AutoConfig.for_model(**({"model_type": "mistral"} | json.loads(file.read_text())))
-    except Exception:  # it refuses what we read: windows as strings, for instance
+    except Exception:  # transformers refuses some accepted files: windows as strings, for instance
         return
     for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
         assert getattr(ours, name) == getattr(theirs, name), name
@@ -328,7 +329,7 @@ def check_config(file: Path) -> None:
 
 
 class Cases:
-    """Good checkpoint of one kind, and its damages: `mangle(rng)` returns the file."""
+    """Valid checkpoints, and mangled copies of one kind."""
 
     def __init__(self, kind: str, folder: Path) -> None:
         torch.manual_seed(0)
@@ -341,7 +342,7 @@ class Cases:
         save_hf(self.state.items(), CONFIG, self.good / "sharded", **options)
 
     def mangle(self, rng: Random) -> Path:
-        """Write a mangled checkpoint to `folder`; return the file that is mangled."""
+        """Write a mangled checkpoint to `folder`; return its mangled file."""
         files: dict[str, list[tuple[str, Callable[[Random, bytes], bytes]]]] = {
             "safetensors": [("hf/model.safetensors", safetensors_file)],
             "pickles": [
@@ -382,7 +383,7 @@ def run(kind: str, count: int, seed: int, folder: Path) -> None:
         try:
             check_values(cases.folder)
         except (CheckpointError, ConfigError) as error:
-            assert str(cases.folder) in str(error), error  # the file is named
+            assert str(cases.folder) in str(error), error  # the message must contain the path
             errors.append(error)
         if file.name == "config.json":
             try:
@@ -393,11 +394,13 @@ def run(kind: str, count: int, seed: int, folder: Path) -> None:
             assert str(error).isprintable(), error
             assert len(str(error)) <= 1000, error
         faulthandler.cancel_dump_traceback_later()
-        assert not cases.marker.exists(), f"case {number}: code was executed"
+        assert not cases.marker.exists(), f"case {number} executed code of the checkpoint"
         refused += bool(errors)
         memory = peak_memory()
         before = before or memory
-        assert memory < before + MEMORY, f"case {number}: {memory - before} bytes"
+        assert memory < before + MEMORY, (
+            f"case {number}: memory grew by {memory - before} bytes, at most {MEMORY} allowed"
+        )
     seconds = time.perf_counter() - started
     print(f"{kind}: {count} files, {refused} refused, {seconds:.1f} s, seed {seed}")
     assert count / 50 < refused < count - count / 50

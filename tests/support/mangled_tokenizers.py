@@ -1,9 +1,10 @@
-"""Open and use mangled tokenizers in a process of their own, which may end by a signal.
+"""Open and use mangled tokenizers: a program that tests run in a child process.
 
     python mangled_tokenizers.py KIND FIRST_SEED COUNT FOLDER
 
-Case by case a file of that kind is mangled in FOLDER and its seed written to FOLDER/seed. What is
-opened must encode, decode and stream consistently; all else must be a TokenizerError of one line.
+For each case the program mangles the file KIND of FOLDER, and writes the seed to FOLDER/seed. A
+tokenizer that opens must encode, decode and stream consistently. Opening may otherwise only raise
+a TokenizerError of one line.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from peak_memory import peak_memory
 
 from mistral_kernels.tokenizer import MistralTokenizer, TokenizerError
 
-SECONDS = 20  # of the processor
+SECONDS = 20  # limit of one case, in processor time
 GIB = 1 << 30
 VALUES: list[Any] = [None, True, False, 0, -1, 1, 2**31, 2**32, 2**63, 2**64, 1.5, 32000]
 VALUES += ["", "a", "\u2581", " ", "<s>", "\0", "\ud800", "x" * 3000, "{{ x }}", "<|im_start|>"]
@@ -36,7 +37,7 @@ TEXTS = ["hello <s> wörld  漢 abc", "", "  ", "ｃ①㈱ \u3000 x\0y", "a" * 5
 
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Return paths to the parts of a JSON value; of long lists and objects, to both their ends."""
+    """Yield the path to each part of a JSON value; of long containers, to 6 parts at each end."""
     yield path
     keys: list[Any] = []
     if isinstance(value, (dict, list)):
@@ -46,7 +47,7 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from paths(value[key], (*path, key))
 
 
-def at(value: Any, path: tuple[Any, ...]) -> Any:
+def part_at(value: Any, path: tuple[Any, ...]) -> Any:
     for key in path:
         value = value[key]
     return value
@@ -59,13 +60,13 @@ def mangle_json(value: Any) -> str:
         if not where:
             break
         *before, key = choice(where)
-        parent, how = at(value, tuple(before)), randrange(4)
+        parent, how = part_at(value, tuple(before)), randrange(4)
         if how == 0:
             del parent[key]
         elif how == 1:
             parent[key] = copy.deepcopy(choice(VALUES))
         elif how == 2:
-            parent[key] = copy.deepcopy(at(value, choice(where)))
+            parent[key] = copy.deepcopy(part_at(value, choice(where)))
         elif isinstance(parent, dict):
             parent[str(choice([*VALUES, *parent]))[:99]] = copy.deepcopy(parent[key])
         else:
@@ -125,7 +126,7 @@ def mangle_value(wire: int, value: Any) -> Any:
 
 
 def mangle_model(model: bytes) -> bytes:
-    parts = fields(model)  # 1: a piece, 2 to 5: specifications
+    parts = fields(model)  # field 1: a piece; fields 2 to 5: specifications
     for _ in range(choice([1, 1, 2, 5, 20])):
         i = choice([randrange(len(parts)), len(parts) - 1 - randrange(min(4, len(parts)))])
         how = randrange(6)
@@ -175,7 +176,7 @@ def check(folder: Path) -> str:
 def main(kind: str, first: int, count: int, folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (8 * GIB, 8 * GIB))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Whose import is not a case's time.
+    # Import before the first case: the import must not count as its time.
     importlib.import_module("transformers.utils.chat_template_utils")
     original = (folder / kind).read_bytes()
     outcomes = {"used": 0, "refused": 0}
@@ -186,11 +187,11 @@ def main(kind: str, first: int, count: int, folder: Path) -> None:
             (folder / kind).write_text(mangle_json(json.loads(original)))
         else:
             (folder / kind).write_bytes(mangle_model(original))
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # SIGPROF ends the process
         outcomes[check(folder)] += 1
         signal.setitimer(signal.ITIMER_PROF, 0)
         used = peak_memory()
-        assert used < 2 * GIB, f"{used} bytes of memory"
+        assert used < 2 * GIB, f"memory must be below {2 * GIB} bytes, got {used}"
     print(outcomes["used"], outcomes["refused"])
 
 

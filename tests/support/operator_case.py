@@ -1,4 +1,4 @@
-"""One row of the table of operators, and what its tests do with a row's inputs."""
+"""`OperatorCase`, a row of the table of operators, and helpers for the inputs of a row."""
 
 from __future__ import annotations
 
@@ -21,14 +21,26 @@ Far = tuple[Iterable[str], tuple[int, ...]]
 
 
 class Missing(str):
-    """Why a row lacks a property: the reason, or ``file::test`` that tests it in another way."""
+    """Reason why a row lacks a property, or ``file::test``, the test that replaces it."""
 
 
 class Traffic(NamedTuple):
-    """Bytes of one call and its backward pass, as ptxrun counts them at this size.
+    """Limits on the memory traffic of one call and its backward pass, as counted by ptxrun.
 
-    The minimum reads each input and writes each output once. Backward, the inputs are gradients and
-    `saved`: inputs by name, or ``output N``.
+    The minimum traffic reads each input once and writes each output once. The inputs of the
+    backward pass are the gradients and the tensors in `saved`.
+
+    Attributes:
+        tokens: size of the sample.
+        width: size of the sample.
+        sizes: further arguments of `make`.
+        layout: name in `LAYOUTS` of the inputs' layout.
+        slow: run in the slow tests.
+        launches: kernels of the forward pass and, if it is measured, of the backward pass.
+        slack: allowed ratio of the traffic to the minimum, forward and backward.
+        request: smallest mean of useful bytes per request of a warp, forward; 512 is the most.
+        saved: inputs by name, or ``output N``.
+        accessed: allowed bytes accessed forward, instead of the minimum.
     """
 
     tokens: int
@@ -36,25 +48,34 @@ class Traffic(NamedTuple):
     sizes: Mapping[str, Any] = MappingProxyType({})
     layout: str | None = None
     slow: bool = False
-    launches: tuple[int, ...] = (1,)  # forward, and backward where that is measured
+    launches: tuple[int, ...] = (1,)
     slack: tuple[float, ...] = (1.02,)
-    request: float = 512  # useful bytes per request of a warp, forward; 512 at most
+    request: float = 512
     saved: tuple[str, ...] = ()
-    accessed: int | None = None  # bytes that the kernel may access, in place of the minimum
+    accessed: int | None = None
 
 
 class Matrix(NamedTuple):
-    """Widths for which a row's kernels are compiled for each target, in the slow tests."""
+    """Widths for which the slow tests compile a row's kernels for each target.
+
+    Attributes:
+        widths: all widths.
+        default: width that is compiled in every run.
+        frozen: by width, groups of inputs that are frozen in additional compilations.
+        excludes: whether to skip a target, dtype and width.
+    """
 
     widths: tuple[int, ...]
-    default: int | None = None  # the width compiled in every run
-    # By width, groups of inputs that are frozen in further compilations.
+    default: int | None = None
     frozen: Mapping[int, tuple[tuple[str, ...], ...]] = MappingProxyType({})
-    leaves_out: Callable[[str, torch.dtype, int], bool] = lambda target, dtype, width: False
+    excludes: Callable[[str, torch.dtype, int], bool] = lambda target, dtype, width: False
 
 
 class Bad(NamedTuple):
-    """A call that raises: what it changes in a sample (functions of the tensor, or values)."""
+    """Call that raises.
+
+    `change` maps names of inputs to new values, or to functions of the old value.
+    """
 
     change: Inputs
     error: type[Exception]
@@ -63,34 +84,45 @@ class Bad(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorCase:
-    """One way to call a public operator, and what is true of the call.
+    """One way to call a public operator, and the properties that its tests check.
+
+    A property may be `Missing`.
 
     Attributes:
-        function: called with the inputs by name.
-        reference: the same in plain PyTorch.
-        make: (tokens, dtype, device, width) to inputs by name, tensors and numbers.
-        width: what `make` takes as width for ordinary samples.
-        differentiable: inputs with gradients. Their dtype is that of the first.
-        public_name: the operator's name in messages about derivatives.
-        operators: names in ``torch.ops.mistral_kernels`` that calls reach.
-        kernels: Triton kernels that calls launch.
-        matches: asserts that a function, a reference and inputs agree.
-        pure: `function` without writing to its inputs, for operators in place.
-        writes: inputs that `function` writes.
-        frozen: groups of inputs that need no gradient while the others do.
-        layouts: names of `LAYOUTS` in which inputs are read where they lie.
-        unit_stride: inputs whose last dimension must be contiguous.
-        far: (inputs, dimensions) whose strides carry past 2^31 elements.
-        far_slow: the same, in the slow tests.
+        name: name of the row.
+        function: operator, called with the inputs by name.
+        reference: the same function in plain PyTorch.
+        make: function of (tokens, dtype, device, width) that returns inputs by name.
+        width: width of ordinary samples.
+        differentiable: inputs with gradients; the first determines the dtype of all.
+        public_name: name of the operator in messages about derivatives.
+        operators: names in ``torch.ops.mistral_kernels`` that are called.
+        kernels: Triton kernels that are launched.
+        traffic: limits on memory traffic, one per size.
+        matrix: widths for which the kernels are compiled.
+        far: (inputs, dimensions) whose strides reach past 2^31 elements.
         large: (tokens, width) at which several programs share rows or sums.
-        compiled_tokens: numbers of tokens that one compiled graph serves.
-        compiled_width: width of the tests that count compilations.
-        optional: inputs that may be None.
-        checks: devices, dtypes and types of the inputs are checked by this package.
-        triton_dtypes: dtypes in which Triton compiles kernels of their own for these tests.
-        narrow: (tokens, width) small enough for numeric derivatives.
-        twice: second derivatives exist, or raise an error that names the operator.
         bad: calls that raise.
+        frozen: groups of inputs that require no gradient while the others do.
+        layouts: names in `LAYOUTS` that the operator must accept.
+        empty: (tokens, width) of a sample without elements.
+        transforms: whether test_transforms.py tests the row.
+        derivative: whether gradients exist.
+        checks: whether this package checks devices, dtypes and types of the inputs.
+        compiled: whether torch.compile makes one graph.
+        backends: backends that run the operator.
+        matches: function that asserts that a function and a reference agree for inputs.
+        pure: `function` on copies of its inputs, for operators that write to their inputs.
+        writes: inputs to which `function` writes.
+        optional: inputs that may be None.
+        unit_stride: inputs whose last dimension must be contiguous.
+        far_slow: as `far`, in the slow tests.
+        compiled_tokens: numbers of tokens for which one compiled graph must be enough.
+        compiled_width: width in the tests that count compilations.
+        narrow: (tokens, width) small enough for numeric derivatives.
+        twice_differentiable: whether second derivatives exist; if False, they raise an error that
+            names the operator.
+        triton_dtypes: dtypes in which these tests run Triton kernels.
     """
 
     name: str
@@ -124,7 +156,7 @@ class OperatorCase:
     compiled_tokens: tuple[int, ...] = (3, 8, 65)
     compiled_width: int = 128
     narrow: tuple[int, int] = (3, 4)
-    twice: bool | Missing = False
+    twice_differentiable: bool | Missing = False
     triton_dtypes: tuple[torch.dtype, ...] = FLOATS
 
     def sample(
@@ -136,7 +168,7 @@ class OperatorCase:
         frozen: tuple[str, ...] = (),
         **sizes: Any,
     ) -> Inputs:
-        """Random inputs, with gradients for all that have any except the frozen ones."""
+        """Return random inputs; the differentiable ones require gradients, except `frozen`."""
         inputs = self.make(tokens, dtype, device, self.width if width is None else width, **sizes)
         for name in self.differentiable:
             inputs[name].requires_grad_(name not in frozen)
@@ -157,7 +189,7 @@ class OperatorCase:
         self.matches(function or self.call, self.reference, inputs, **options)
 
     def first(self) -> str:
-        """Name of the input that the others are compared with."""
+        """Return the name of the first tensor, whose dtype and device the others must have."""
         return next(iter(self.tensors(self.sample())))
 
     @staticmethod
@@ -174,9 +206,9 @@ def detached(inputs: Inputs) -> Inputs:
 
 
 def backward(outputs: tuple[Tensor, ...], leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of the outputs that have any, for random gradients of theirs."""
-    wanted = [y for y in outputs if y.requires_grad]
-    return torch.autograd.grad(wanted, leaves, [torch.randn_like(y) for y in wanted])
+    """Return the gradients of the leaves for random gradients of the outputs."""
+    used = [y for y in outputs if y.requires_grad]
+    return torch.autograd.grad(used, leaves, [torch.randn_like(y) for y in used])
 
 
 def _swapped(x: Tensor, i: int, j: int) -> Tensor:
@@ -184,7 +216,7 @@ def _swapped(x: Tensor, i: int, j: int) -> Tensor:
 
 
 def _uneven(x: Tensor) -> Tensor:
-    """Return a copy whose rows are contiguous in each group, with gaps between groups."""
+    """Return a copy with contiguous rows within each group, and gaps between the groups."""
     wide = torch.cat((x, x), 0 if x.ndim < 3 else 1)
     return wide[: len(x)] if x.ndim < 3 else wide[:, : x.shape[1]]
 
@@ -201,20 +233,20 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def laid_out(inputs: Inputs, layout: str, unit_stride: tuple[str, ...] = ()) -> Inputs:
-    """Lay the inputs out in memory; vectors always with room between their elements."""
+    """Copy the inputs into a layout of `LAYOUTS`; vectors always get gaps between elements."""
     results = dict(inputs)
     for name, x in OperatorCase.tensors(inputs).items():
         kind = "elements apart" if x.ndim == 1 else layout
-        moved = LAYOUTS[kind](x.detach()) if x.ndim else x
-        if moved.ndim and not (name in unit_stride and moved.stride(-1) != 1):
-            results[name] = moved.requires_grad_(x.requires_grad)
+        copy = LAYOUTS[kind](x.detach()) if x.ndim else x
+        if copy.ndim and not (name in unit_stride and copy.stride(-1) != 1):
+            results[name] = copy.requires_grad_(x.requires_grad)
     return results
 
 
 def far_apart(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Copy x so that the strides of `dims` carry its last element past element 2^31.
+    """Copy x with strides of `dims` that put its last element past element 2^31.
 
-    Pages that are not touched cost nothing.
+    Pages that are not written need no memory.
     """
     steps = math.prod(x.shape[dim] for dim in dims) - 1
     strides, size = [0] * x.ndim, 1
@@ -231,9 +263,9 @@ def far_apart(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 class OperatorCalls(TorchDispatchMode):
-    """Inside, records the calls of operators of this package, with copies of their arguments.
+    """Mode that records calls of this package's operators, with copies of their arguments.
 
-    `others` names PyTorch's operators that are called beside them, except views.
+    `others` lists the names of the PyTorch operators that are called, except views.
     """
 
     def __init__(self) -> None:
@@ -261,7 +293,7 @@ def same_strides(x: Tensor) -> Tensor:
 def operator_calls(
     case: OperatorCase, inputs: Inputs, strided: bool = False
 ) -> list[tuple[Any, tuple[Any, ...]]]:
-    """Record the calls of operators without gradients, and with each group of inputs frozen."""
+    """Return the operator calls of a row: without gradients, and with each frozen group."""
     groups = [()] if isinstance(case.frozen, Missing) else [(), *case.frozen]
     with OperatorCalls() as seen:
         case.call(**detached(inputs))
@@ -282,12 +314,12 @@ def operator_calls(
 
 
 def half_dtype(target: Target) -> torch.dtype:
-    """Return the half-precision dtype to compile for: both take as many registers."""
+    """Return the dtype to compile for; float16 and bfloat16 need the same registers."""
     return target.dtypes()[-1]
 
 
 def assert_devices_are_checked(operator: Any, arguments: tuple[Any, ...]) -> None:
-    """Check that each tensor of an operator is named when it is on another device."""
+    """Check that the error for a tensor on another device names the tensor."""
     names = [argument.name for argument in operator._schema.arguments]
     tensors = [i for i, x in enumerate(arguments) if torch.is_tensor(x)]
     for i in tensors if len(tensors) > 1 else ():

@@ -1,7 +1,7 @@
-"""The table of public operators that tests/ops/test_contract.py goes through.
+"""Table of public operators, whose properties tests/ops/test_contract.py checks.
 
-To add an operator, add its rows here, or in support/attention_operators.py: `OperatorCase` asks for
-every property, and a row that lacks one says why.
+To add an operator, add its rows here, or in support/attention_operators.py. `OperatorCase` requires
+every property; a row that lacks one gives the reason.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def rms_norm_row(residual: bool) -> OperatorCase:
         message = r"^residual must be \(2, 3, 64\), got \(1, 3, 64\)$"
         bad.append(Bad({"residual": lambda x: x[:1]}, ValueError, message))
 
-    def leaves_out(target: str, dtype: torch.dtype, width: int) -> bool:
-        if width == 111:  # short rows: equal registers in both dtypes
+    def excludes(target: str, dtype: torch.dtype, width: int) -> bool:
+        if width == 111:  # short rows need the same registers in both dtypes
             return dtype == torch.float32
-        # Rows that programs share: of each kind of architecture one.
+        # Several programs share a row of this width: compile for three targets, in float32 only.
         return width == 16384 and (
             target not in ("sm_80", "sm_90", "sm_120") or dtype != torch.float32
         )
@@ -79,16 +79,16 @@ def rms_norm_row(residual: bool) -> OperatorCase:
                 slow=hidden > 4096,
                 launches=(1, 2),
                 slack=(1.02, 1.05),
-                request=480,  # of 512: one store of rstd a row
+                request=480,  # of 512: one store of rstd per row
                 saved=("output 1" if residual else "x", "weight"),
             )
             for hidden in (4096, 16384)
         ),
         matrix=Matrix(
             *((111, 5120, 16384), 4096 if residual else None),
-            # Less to do is fewer registers: a look where they are fewest.
+            # Frozen inputs need fewer registers: compile them at one width only.
             frozen={5120: (("weight",), streams)},
-            leaves_out=leaves_out,
+            excludes=excludes,
         ),
         far=((streams, (0, 1)),),
         large=((150, 111), (35, 9001)) if residual else ((35, 2100),),
@@ -132,7 +132,7 @@ def swiglu_row(fused: bool) -> OperatorCase:
         operators=frozenset({"swiglu_forward", "swiglu_backward"}),
         kernels=frozenset({"_forward_kernel", "_backward_kernel"}),
         traffic=(
-            # One launch each way, the gradient of the fused form included: nothing is put together.
+            # One launch forward and one backward: the fused form does not concatenate gradients.
             Traffic(
                 *(128, 14336),
                 layout=None if fused else "rows apart",
@@ -156,7 +156,7 @@ def swiglu_row(fused: bool) -> OperatorCase:
 def rotary_inputs(
     tokens: int, dtype: torch.dtype, device: Any, width: int, heads: tuple[int, int] = (4, 2)
 ) -> Inputs:
-    """Each token has its own row of the tables."""
+    """Return inputs in which each token has its own row of the tables."""
     like = {"dtype": dtype, "device": device}
     q, k = (randn(2, tokens, n, width, **like) for n in heads)
     cos, sin = mk.rotary_tables(2 * tokens, width, 1e4, device)
@@ -214,9 +214,11 @@ def rotary_row(interleaved: bool, in_place: bool) -> OperatorCase:
         frozen=(("q",), ("k",)),
         layouts=Missing("test_rotary.py::test_in_place") if in_place else ROWS,
         empty=(0, 16),
-        twice=True,
+        twice_differentiable=True,
         compiled=Missing("test_rotary.py::test_torch_compile_in_place") if in_place else True,
-        transforms=Missing("those of the half-split layout") if interleaved else True,
+        transforms=Missing("the transforms are those of the half-split layout")
+        if interleaved
+        else True,
         triton_dtypes=(torch.float32,),
         bad=ROTARY_BAD,
     )
@@ -267,16 +269,16 @@ def cross_entropy_row(name: str, **options: Any) -> OperatorCase:
         public_name="linear_cross_entropy",
         operators=frozenset({"linear_cross_entropy"}),
         kernels=frozenset({"_softmax_kernel"}),
-        # A row of logits is read twice and written once; it is not among the inputs.
+        # The kernel reads a row of logits twice and writes it once; logits are not an input.
         traffic=(Traffic(64, 32000, request=490, accessed=3 * 64 * 32000 * 2),),
         matrix=Matrix((111, 32000)),
         far=Missing("kernels see chunks of logits, which are contiguous and below 2^31 elements"),
         large=((9, 9001),),
         frozen=(("hidden",), ("weight",)),
         layouts=("rows apart", "transposed", "elements apart", "expanded"),
-        empty=Missing("test_cross_entropy.py::test_no_token_counts"),
+        empty=Missing("test_cross_entropy.py::test_no_counted_tokens"),
         compiled=Missing("the graph is that of linear_cross_entropy") if options else True,
-        transforms=Missing("those of linear_cross_entropy") if options else True,
+        transforms=Missing("the transforms are those of linear_cross_entropy") if options else True,
         compiled_width=32000,
         triton_dtypes=(torch.float32,),
         bad=CROSS_ENTROPY_BAD,
@@ -298,7 +300,7 @@ def int8_product(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) ->
     return F.linear(x, (weight.double() * scales.double()[:, None]).to(x.dtype))
 
 
-NO_KERNEL = Missing("no Triton kernel: PyTorch's product serves GPUs")
+NO_KERNEL = Missing("no Triton kernel: PyTorch computes the product on GPUs")
 LINEAR = {
     "width": 64,
     "kernels": NO_KERNEL,
@@ -313,7 +315,7 @@ LINEAR = {
 
 
 def linear_rows() -> list[OperatorCase]:
-    torch_raises = Missing("test_linear.py::test_what_the_kernel_leaves_to_pytorch")
+    torch_raises = Missing("test_linear.py::test_calls_that_pytorch_computes")
     no_gradient = Missing("test_cpu_linear_int8.py::test_bad_arguments")
     return [
         OperatorCase(
@@ -327,7 +329,7 @@ def linear_rows() -> list[OperatorCase]:
             frozen=(("x",), ("weight",)),
             transforms=torch_raises,
             checks=torch_raises,
-            twice=True,
+            twice_differentiable=True,
             bad=(),
             **LINEAR,
         ),

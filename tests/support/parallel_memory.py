@@ -1,6 +1,7 @@
-"""One rank that loads its share, for test_parallel.py: `python parallel_memory.py CHECKPOINT`.
+"""Load one rank's share of a model: `python parallel_memory.py CHECKPOINT`.
 
-Prints the bytes of the share and, beyond what the process held before, the peak of loading it.
+A program of test_parallel.py. It prints the bytes of the share, and by how many bytes the peak
+memory of the process grew during loading.
 """
 
 from __future__ import annotations

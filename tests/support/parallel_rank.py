@@ -1,7 +1,8 @@
-"""One rank of a parallel model, for test_parallel.py: `python parallel_rank.py FOLDER [PORT...]`
+"""Run one rank of a parallel model: `python parallel_rank.py FOLDER [PORT...]`.
 
-Computes with each checkpoint in FOLDER and, given ports, runs the command's SCENARIOS, each in a
-group of its own. Writes what came of it beside FOLDER.
+A program of test_parallel.py. The rank computes results with each checkpoint in FOLDER. If ports
+are given, it also runs the SCENARIOS of the command, each in a new group on its own port. It writes
+the results next to FOLDER.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PROMPTS = [[3, 5, 8], [*range(1, 31)], [60]]
 CPU = ("--device", "cpu")  # a machine may have fewer GPUs than there are ranks
 GREEDY = ("She was", *CPU, "--dtype", "fp32", "--temperature", "0", "-m", "20")
 
-# The command's arguments, those of rank 1 where it has others, and what is typed.
+# Arguments of the command, arguments of the other ranks if they differ, and standard input.
 SCENARIOS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "greedy": (GREEDY, (), ""),
     "random": (("-", *CPU, "--json", "-m", "20"), (), "She was"),
@@ -43,7 +44,7 @@ SCENARIOS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
 
 
 class Collectives(TorchDispatchMode):
-    """Counts them by name."""
+    """Mode that counts collectives by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,14 +61,14 @@ class Collectives(TorchDispatchMode):
 
 @torch.inference_mode()
 def results_of(model: MistralForCausalLM) -> dict[str, Any]:
-    """Return results that must not depend on the number of ranks, and the sizes of each share."""
+    """Return results that must not depend on the number of ranks, and the sizes of the share."""
     cache = model.new_cache(len(PROMPTS), 64)
     logits = model.prefill(PROMPTS, cache, chunk_size=5)
     with Collectives() as collectives:
         decoded = model.decode(torch.tensor([4, 60, 9]), cache)
     weights = sum(weight.numel() for weight in model.parameters())
     forward = model(torch.tensor([PROMPTS[1], PROMPTS[1][::-1]]))
-    # In float64, where no two tokens are so nearly equally likely that rounding chooses.
+    # In float64, rounding does not decide between two tokens of nearly equal probability.
     model = model.double()
     sampled = list(
         model.stream(
@@ -88,12 +89,12 @@ def results_of(model: MistralForCausalLM) -> dict[str, Any]:
     }
 
 
-def command(folder: Path, arguments: tuple[str, ...], typed: str) -> tuple[object, str, str]:
-    places = {each.name: str(each) for each in folder.iterdir()}
-    sys.stdin = io.StringIO(typed)
+def run_command(folder: Path, arguments: tuple[str, ...], stdin: str) -> tuple[object, str, str]:
+    paths = {each.name: str(each) for each in folder.iterdir()}
+    sys.stdin = io.StringIO(stdin)
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         try:
-            code: object = main([places.get(each, each) for each in arguments])
+            code: object = main([paths.get(each, each) for each in arguments])
         except SystemExit as end:
             code = end.code
     return code, out.getvalue(), err.getvalue()
@@ -109,12 +110,12 @@ def run() -> None:
             results[path.name] = results_of(model)
         quantized = ParallelMistralForCausalLM.from_pretrained(folder / "hf", quantize="int8")
         results["int8"] = quantized(torch.tensor(PROMPTS[1:2]))
-    # strict=False: without ports, no scenario is run.
-    for (name, (mine, others, typed)), port in zip(SCENARIOS.items(), ports, strict=False):
+    # strict=False: without ports, no scenario runs.
+    for (name, (mine, others, stdin)), port in zip(SCENARIOS.items(), ports, strict=False):
         os.environ["MASTER_PORT"] = port
         arguments = others if others and not world.is_main else mine
-        # Only the main rank is typed to.
-        results[name] = command(folder, arguments, typed if world.is_main else "nothing")
+        # Only the main rank reads standard input.
+        results[name] = run_command(folder, arguments, stdin if world.is_main else "nothing")
     torch.save(results, folder.parent / f"{world.size}-{rank}.pt")
 
 

@@ -1,4 +1,4 @@
-"""Small models of the `apply_mistral_kernels` tests, and comparisons of them."""
+"""Small models for the tests of `apply_mistral_kernels`, and comparisons of models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPS = {
 
 
 def make(family: str = "Mistral", seed: int = 0, **options: Any) -> Any:
-    """Make a small random causal language model in training mode, far from its initialization."""
+    """Make a small causal language model in training mode, with large random weights."""
     fields: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 48,
@@ -57,7 +57,7 @@ def make_batch(seqlen: int = 23) -> dict[str, Tensor]:
 
 
 def train_step(model: Any, batch: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """Return the loss and every gradient."""
+    """Return the loss and all gradients by name."""
     model.zero_grad()
     loss = model(**batch, **options).loss
     loss.backward()
@@ -101,7 +101,7 @@ def assert_identical(model: nn.Module, before: dict[str, dict[str, Any]]) -> Non
 
 
 class Operators(TorchDispatchMode):
-    """Count of the operators of this package that run."""
+    """Mode that counts the calls of this package's operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,4 +114,5 @@ class Operators(TorchDispatchMode):
 
 
 def only(*parts: str) -> dict[str, bool]:
+    """Return options of `apply_mistral_kernels` that patch these parts alone."""
     return {part: part in parts for part in PARTS}

@@ -1,4 +1,4 @@
-"""The most memory that this process has held, for the test programs beside this file."""
+"""Peak memory of this process, for the test programs in this folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pathlib import Path
 
 
 def peak_memory() -> int:
-    """Return VmHWM in bytes; ru_maxrss would begin at the size of the process that started this."""
+    """Return VmHWM in bytes; ru_maxrss would include the peak of the parent process."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) << 10

@@ -1,4 +1,4 @@
-"""Processes that are the ranks of one group, on this machine alone."""
+"""Start and stop the ranks of one process group on this machine."""
 
 from __future__ import annotations
 
@@ -15,17 +15,26 @@ from typing import NamedTuple
 from mistral_kernels.ops import extension
 
 TESTS = Path(__file__).parents[1]
-LAUNCHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+)
 
 
 class Ended(NamedTuple):
+    """Exit code and output of a process that has ended."""
+
     code: int
     out: str
     err: str
 
 
 def free_ports(count: int) -> list[int]:
-    """Return unused ports outside the range from which the system assigns them."""
+    """Return unused ports outside the range from which the system assigns ports."""
     found: list[int] = []
     for port in random.SystemRandom().sample(range(10_000, 32_768), 1000):
         try:
@@ -35,12 +44,12 @@ def free_ports(count: int) -> list[int]:
         found.append(port)
         if len(found) == count:
             return found
-    raise RuntimeError("no free port")
+    raise RuntimeError(f"{count} free ports are required, found {len(found)}")
 
 
 def environment(timeout: float = 60.0) -> dict[str, str]:
-    """Return the environment of any rank: few threads, loopback, a bounded wait."""
-    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHERS}
+    """Return the environment of a rank: one thread, loopback interface, timeout in seconds."""
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return kept | {
         "PYTHONPATH": path,
@@ -48,14 +57,14 @@ def environment(timeout: float = 60.0) -> dict[str, str]:
         "TRITON_INTERPRET": "0",
         "GLOO_SOCKET_IFNAME": "lo",
         "MASTER_ADDR": "127.0.0.1",
-        "TORCH_CPP_LOG_LEVEL": "FATAL",  # as `cli.startup` sets it for a command
+        "TORCH_CPP_LOG_LEVEL": "FATAL",  # the value that `cli.startup` sets for commands
         "MISTRAL_KERNELS_TIMEOUT": str(timeout),
     }
 
 
 def start(size: int, *command: object, timeout: float = 60.0) -> list[subprocess.Popen[str]]:
-    """Start `python *command` once per rank; each has a session of its own."""
-    extension.load("cpu")  # compiled once, not by each
+    """Start `python *command` once per rank, each in a new session."""
+    extension.load("cpu")  # compile once, before the ranks start
     (port,) = free_ports(1)
     return [
         subprocess.Popen(
@@ -73,7 +82,7 @@ def start(size: int, *command: object, timeout: float = 60.0) -> list[subprocess
 
 
 def finish(processes: list[subprocess.Popen[str]], seconds: float) -> list[Ended]:
-    """Wait for the processes, kill them after `seconds`, and return their output and exit codes."""
+    """Wait for the processes and return their results; kill them after `seconds`."""
     deadline = time.monotonic() + seconds
     ended = []
     try:

@@ -1,4 +1,4 @@
-"""Arguments and exact results of rolling_cache_update, for each of its compiled versions."""
+"""Arguments and exact results of rolling_cache_update, for all its backends."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 HEADS, KV_HEADS = 4, 2
-FAR = 2**31 - 1
+MAX_INT32 = 2**31 - 1
 
-# Each names what differs from `make_arguments`'s defaults.
+# Arguments of `make_arguments` that differ from its defaults.
 CASES: dict[str, dict[str, Any]] = {
     "decode": {"counts": [1, 1, 1]},
     "wrap": {"counts": [5, 2, 4], "lengths": [4, 6, 13]},
     "longer-than-the-ring": {"counts": [20, 1, 8], "lengths": [3, 0, 7]},
     "empty-sequences": {"counts": [0, 3, 0, 0, 2, 0], "lengths": [1, 2, 3, 4, 5, 6]},
     "one-slot": {"counts": [3, 1], "capacity": 1},
-    "far": {"counts": [6, 1], "lengths": [FAR - 3, FAR], "num_positions": 2**31 + 8},
+    "far": {"counts": [6, 1], "lengths": [MAX_INT32 - 3, MAX_INT32], "num_positions": 2**31 + 8},
     "head-dim-8": {"head_dim": 8},
     "head-dim-24": {"head_dim": 24},
     "head-dim-128": {"head_dim": 128},
@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rows": {"counts": [3, 1, 2], "rows": [4, 0, 3]},
     "paged": {"counts": [7, 1, 12], "page_size": 4},
 }
-# With each of the rotations that its operator has.
+# Each case with each rotation that its operator has.
 UPDATES = [
     (case, rotary)
     for case in CASES
@@ -56,19 +56,29 @@ def make_arguments(
     page_size: int | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Random arguments, in the schema's order.
+    """Return random arguments, in the order of the schema.
 
     Args:
+        dtype: dtype of q, k, v and the caches.
         rotary: None, "half-split" or "interleaved".
-        fused: q, k and v are slices of one tensor.
-        offset: bytes by which the data of all tensors are off the alignment of an allocation.
-        padding: elements between the heads of q, k and v and between the rows of the tables.
-        transposed: the caches lie in memory as (batch, heads, capacity, head_dim).
+        counts: number of new tokens per sequence.
+        lengths: number of earlier tokens per sequence; random by default.
+        capacity: slots per sequence.
+        head_dim: size of a head.
+        heads: numbers of query heads and of kv heads.
+        num_positions: rows of the tables.
+        fused: make q, k and v slices of one tensor.
+        offset: bytes between the start of an aligned allocation and the data of each tensor.
+        padding: elements between the heads of q, k and v, and between the rows of the tables.
+        transposed: store the caches as (batch, heads, capacity, head_dim).
+        rows: cache row per sequence; the sequence's index by default.
+        page_size: slots per page; None for a cache without pages.
+        device: device of the tensors.
     """
     (num_heads, num_kv_heads), total, batch = heads, sum(counts), len(counts)
 
     def numbers(*shape: int) -> Tensor:
-        # Over many binades: rounding to nearest, also of subnormal numbers, and overflow.
+        # Many binades: they test rounding to nearest, of subnormal numbers too, and overflow.
         scale = torch.randint(-24, 13, shape, device=device).double().exp2()
         x = torch.randn(shape, dtype=torch.float64, device=device).mul(scale).to(dtype)
         if not offset:
@@ -92,7 +102,7 @@ def make_arguments(
     if page_size is not None:
         pages = -(-capacity // page_size)
         cache_rows, slots = batch * pages + 3, page_size
-        # Rows of it need not join.
+        # Make the rows of block_table non-contiguous.
         wider = torch.full((batch, pages + 1), -1, dtype=torch.int32, device=device)
         block_table = wider[:, :pages]
         block_table.copy_(torch.randperm(cache_rows)[: batch * pages].view(batch, pages))
@@ -110,7 +120,7 @@ def make_arguments(
         half = head_dim // 2
         shape = 2, min(num_positions, 10_000), half + padding
         tables = torch.randn(shape, device=device).clamp(-1, 1)[..., :half]
-        if num_positions > 10_000:  # more than memory holds: one row serves all
+        if num_positions > 10_000:  # too many for memory: all positions share one row
             tables = tables[:, :1].expand(2, num_positions, half)
         cos, sin = tables
     return {
@@ -132,7 +142,7 @@ def make_arguments(
 
 
 def update(operators: Any, arguments: dict[str, Any]) -> None:
-    """Call the operator of these arguments; a rotated q goes to `q_out`."""
+    """Call the operator that takes these arguments; write a rotated q to `q_out`."""
     *packed, rows, block_table, q, q_out, cos, sin, interleaved = arguments.values()
     if q is None:
         operators.rolling_cache_update(*packed, rows, block_table)
@@ -141,7 +151,7 @@ def update(operators: Any, arguments: dict[str, Any]) -> None:
 
 
 def expected(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the final k_cache, v_cache and, if there is one, q_out: token by token."""
+    """Compute the final k_cache, v_cache and, if q is given, q_out, one token at a time."""
     a = arguments
     after = {
         name: a[name].clone() for name in ("k_cache", "v_cache", "q_out") if a[name] is not None
@@ -170,7 +180,7 @@ def expected(arguments: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate in float32, each product and each sum rounded; then round to the dtype of x."""
+    """Rotate in float32, rounding each product and each sum; then round to the dtype of x."""
     wide = x.float()
     a, b = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, -1)
     pairs = (a * cos - b * sin, b * cos + a * sin)

@@ -8,7 +8,7 @@ from torch import Tensor
 from mistral_kernels import MistralConfig, MistralForCausalLM
 from mistral_kernels.checkpoint.names import expected_shapes
 
-# heads * head_dim != hidden_size, and no two of its sizes are equal.
+# heads * head_dim != hidden_size, and no two sizes are equal.
 SMALL = MistralConfig(
     vocab_size=61,
     hidden_size=40,
@@ -32,7 +32,7 @@ def random_state(config: MistralConfig, dtype: torch.dtype = torch.float32) -> S
 
 
 def varied_model(config: MistralConfig) -> MistralForCausalLM:
-    """Return a random model with weights so large that its greedy text is varied."""
+    """Return a random model with weights large enough for varied greedy text."""
     model = MistralForCausalLM(config)
     with torch.no_grad():
         for weight in model.parameters():

@@ -1,4 +1,4 @@
-"""Vocabularies and texts that the tests of tokenizers share."""
+"""Vocabularies and texts for the tests of tokenizers."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ TEXTS = [
     "<s>[INST] not special [/INST]</s>",
     "nul \x00 and \ufffd and \U0010ffff",
 ]
-# In sentencepiece's vocabularies "▁" is the space.
+# "▁" stands for the space in the vocabularies of sentencepiece.
 any_text = st.text().filter(lambda t: "\u2581" not in t)
 quick = settings(max_examples=60)
 
-USER, AGAIN = {"role": "user", "content": "Hi"}, {"role": "user", "content": "And then?\n"}
+USER, FOLLOW_UP = {"role": "user", "content": "Hi"}, {"role": "user", "content": "And then?\n"}
 ANSWER = {"role": "assistant", "content": "Hello — ça va?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 def train_json(path: Path, byte_level: bool) -> None:
-    """Train a small tokenizer.json of Mistral-7B's kind (byte fallback) or Nemo's (ByteLevel)."""
+    """Train a small tokenizer.json like that of Mistral-7B (byte fallback) or Nemo (ByteLevel)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
     from tokenizers.trainers import BpeTrainer
@@ -85,10 +85,12 @@ def train_json(path: Path, byte_level: bool) -> None:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     saved = json.loads(tokenizer.to_str())
-    # The byte tokens are plain vocabulary; the trainer can only make room for them as special.
+    # Byte tokens are plain vocabulary, but the trainer can only reserve ids for special tokens.
     saved["added_tokens"] = saved["added_tokens"][:3]
     tokenizer = Tokenizer.from_str(json.dumps(saved))
-    tokenizer.add_tokens([AddedToken("naïve 漢", special=False)])  # plain text, in any decoder
+    tokenizer.add_tokens(
+        [AddedToken("naïve 漢", special=False)]
+    )  # every decoder must return it as plain text
     tokenizer.save(str(path))
 
 
@@ -110,9 +112,10 @@ def make_tekken() -> dict[str, Any]:
 
 
 def write(folder: Path, vocabulary: str | None = None, **files: Any) -> Path:
-    """Make a folder of a vendor's tokenizer.model and of JSON files, given by name without suffix.
+    """Write a vendor's tokenizer.model and JSON files to a folder; return the folder.
 
-    A str is the text of a file.
+    The keywords are names of JSON files without suffix. A value is the contents, or a str with the
+    text of the file.
     """
     folder.mkdir(exist_ok=True)
     if vocabulary:
@@ -124,7 +127,7 @@ def write(folder: Path, vocabulary: str | None = None, **files: Any) -> Path:
 
 
 def refused(path: Path, message: str) -> None:
-    """Check that opening fails with one line, the folder's name followed by `message`."""
+    """Check that opening fails with one line: the path of the folder or file, and `message`."""
     with pytest.raises(TokenizerError) as caught:
         MistralTokenizer.from_pretrained(path)
     folder = path if path.is_dir() else path.parent

@@ -13,13 +13,14 @@ from transformers import masking_utils
 
 W = 8
 VOCAB = 97
-# A forward pass' cache and its mask's arguments: both renamed in the course of transformers 5.
+# Name of the argument of `forward` for the cache, which differs between versions of transformers.
 CACHE = next(
     name
     for name in ("cache", "past_key_values")
     if name in inspect.signature(transformers.MistralForCausalLM.forward).parameters
 )
-OLDER = "cache_position" in inspect.signature(masking_utils.sdpa_mask).parameters
+# Versions of transformers whose masks take `cache_position`.
+OLD_MASKS = "cache_position" in inspect.signature(masking_utils.sdpa_mask).parameters
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -29,18 +30,18 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 2048,
-    "initializer_range": 0.2,  # attention is far from uniform
+    "initializer_range": 0.2,  # large weights, so that attention is not uniform
     "pad_token_id": 0,
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": W}),
     "no window": ("Mistral", {"sliding_window": None}),
     "llama": ("Llama", {}),
-    # A window in every other layer, and a softcap.
+    # Gemma 2 has a window in every other layer, and a softcap.
     "gemma2": ("Gemma2", {"sliding_window": W, "query_pre_attn_scalar": 16}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": W, "max_window_layers": 1}),
 }
-# Padding on either side of each of three rows.
+# Tokens of padding per row: on the left, and on the right.
 PADDING: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "none": ((0, 0, 0), (0, 0, 0)),
     "left": ((2, 0, 4), (0, 0, 0)),
@@ -56,7 +57,7 @@ def make_model(name: str = "mistral", **changes: Any) -> Any:
 
 
 def both(model: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """Return the results of a call with our attention, and with eager's."""
+    """Return the results of a call with mistral_kernels' attention, and with eager attention."""
     model.set_attn_implementation("mistral_kernels")
     ours = call(*args, **kwargs)
     model.set_attn_implementation("eager")
@@ -69,7 +70,7 @@ def both_logits(model: Any, ids: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
 
 
 def batch(seqlen: int, padding: str = "none") -> tuple[Tensor, Tensor]:
-    """Return ids and attention_mask of three rows; a row shorter than its padding keeps a token."""
+    """Return ids and attention_mask of three rows; each row has at least one token."""
     ids = torch.randint(1, VOCAB, (3, seqlen))
     attention_mask = torch.ones_like(ids)
     for row, left, right in zip(attention_mask, *PADDING[padding], strict=True):
@@ -95,7 +96,7 @@ def packed_positions(lengths: tuple[int, ...]) -> Tensor:
 def gradients(
     model: Any, ids: Tensor, real: Tensor, given: dict[str, Any], forward: Any = None
 ) -> dict[str, Tensor]:
-    """Return the logits, and the weights' gradients of a random function of the real ones."""
+    """Return the logits of the real tokens, and the gradients for a random gradient of them."""
     model.zero_grad()
     run = model if forward is None else forward
     logits = run(ids, use_cache=False, **given).logits[real]

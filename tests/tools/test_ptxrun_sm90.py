@@ -436,7 +436,7 @@ def test_store_bugs():
             )
 
 
-def test_load_bugs():
+def test_bugs_in_tensor_loads_raise():
     x = rng.integers(0, 65536, (40, 72)).astype(np.uint16)
     body = LOAD.format(r=2, c="%c0, %c1")
     with pytest.raises(ptxrun.ExecutionError, match="expect_tx is missing or too small"):

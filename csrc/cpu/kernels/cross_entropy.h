@@ -1,5 +1,5 @@
-// The loss and gradient of logits, and the accumulation of gradients in float32; see
-// mistral_kernels/ops/cross_entropy.py.
+// The cross-entropy loss, its gradient with respect to the logits, and the accumulation of
+// gradients in float32; see mistral_kernels/ops/cross_entropy.py.
 #pragma once
 
 #include "../../dtype.h"

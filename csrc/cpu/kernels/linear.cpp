@@ -7,7 +7,8 @@
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
-// Rows of x per tile, chosen so that accumulators and factors stay in registers.
+// Rows of x per tile, chosen so that the accumulators and the loaded values of x and the weight
+// (`Factor`) stay in registers.
 constexpr int kRows = kRegisters == 32 ? 4 : 2;
 
 // Computes kLanes outputs for a single row of x, one output after the other. The weight is read
@@ -51,9 +52,9 @@ INLINE void products_of(const T* weight, const Linear& l, int64_t row, Rows<T> x
   dots<kOuts, kTileRows, T>(load_weight, x, l.in_features, products);
 }
 
-// Dot products with an int8 weight. The first rows of x convert the tile to factors; with
-// `scratch`, further rows reuse them. Then a tile takes longer than its memory reads, so that one
-// prefetch is enough.
+// Dot products with an int8 weight. The first rows of x convert the int8 tile to the dtype of the
+// product. With `scratch`, the converted tile is stored and further rows reuse it. Computing a tile
+// then takes longer than reading it from memory, so prefetching one tile ahead is enough.
 template <int kOuts, int kTileRows, typename T>
 INLINE void products_of(const int8_t* weight, const Linear& l, int64_t row, Rows<T> x,
                         char* scratch, float* products) {

@@ -66,7 +66,7 @@ def attention(
             contiguous is copied.
         k: (batch, seqlen_k, num_kv_heads, head_dim), or packed (total_k, num_kv_heads, head_dim),
             of q's dtype. num_heads must be a multiple of num_kv_heads.
-        v: the shape and dtype of k.
+        v: values, of the shape and dtype of k.
         causal: whether keys after the query's position are masked.
         sliding_window: number of visible keys per query, including its own position; None for no
             window.
@@ -163,18 +163,18 @@ def rolling_cache_attention(
 ) -> Tensor:
     """Compute causal attention of new tokens over the rolling cache and over the new tokens.
 
-    The function is differentiable. When no input requires a gradient, each key is read once,
-    directly from the ring; the Triton backend copies no value to the host.
+    The function is differentiable. When no input requires a gradient, the Triton backend reads the
+    keys directly from the ring, without a copy, and copies no value to the host.
 
     With k and v, the ring must not hold the new tokens yet: call `rolling_cache_update_` after this
-    function. With k and v of None, the ring must hold them already: call `rolling_cache_update_`
-    before. This is allowed for one new token per sequence. `RollingCache.attend` calls both
-    functions in the right order.
+    function. If k and v are None, the ring must hold the new tokens already: call
+    `rolling_cache_update_` first. None is allowed only for one new token per sequence.
+    `RollingCache.attend` calls both functions in the right order.
 
     Args:
         q: (total_tokens, num_heads, head_dim), packed.
         k: (total_tokens, num_kv_heads, head_dim), packed; None if the ring holds the new tokens.
-        v: the shape and dtype of k; None with k.
+        v: values, of the shape and dtype of k; None if k is None.
         k_cache: (batch, capacity, num_kv_heads, head_dim), the ring of keys. The position p of a
             sequence is in slot p % capacity. All values must be finite, so start from zeros: the
             torch backend masks unwritten slots after reading them, and NaN would propagate.

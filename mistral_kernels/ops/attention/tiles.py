@@ -244,7 +244,7 @@ def delta_config(block_d: int) -> LaunchConfig:
     return launch_config(BLOCK_M=max(16, 4096 // block_d), BLOCK_D=block_d, num_warps=4)
 
 
-# Arguments of a launch -> number of configurations, from the first, that do not fit the device.
+# Keys: arguments of a launch. Values: number of leading configurations that do not fit the device.
 _misfits: dict[tuple[object, ...], int] = {}
 
 

@@ -70,7 +70,7 @@ def cached_forward(
 def _in_order(
     cache: CacheView, x: Tensor, sequence: int, start: int, end: int, fresh: Tensor | None
 ) -> Tensor:
-    """Return a sequence's keys or values at positions [start, end) of the cache x, then `fresh`."""
+    """Return the keys (or values) [start, end) of a sequence in the cache x, then `fresh`."""
     if cache.block_table is not None:
         page_size = x.shape[1]
         first = start // page_size
@@ -101,15 +101,15 @@ def _is_decode_step(q: Tensor, k: Tensor | None, spec: AttentionSpec, return_lse
 
 
 def _new_tokens(spec: AttentionSpec) -> int:
-    """Return the number of tokens per sequence that a decode step adds to `lengths`."""
+    """Return the number of new tokens per sequence that `lengths` does not include yet."""
     assert spec.cache is not None
     return spec.cache.seqlen_new if spec.sequences.cu_seqlens_q is None else 1
 
 
 def _decode(q: Tensor, spec: AttentionSpec) -> Tensor:
-    """Return the attention of one token per sequence over its cache, in the order of slots.
+    """Return the attention of one token per sequence over its cache.
 
-    Softmax does not depend on the order of keys, so the ring is not reordered.
+    The keys are read in the order of their slots: softmax does not depend on the order of keys.
     """
     cache, window = spec.cache, spec.window
     assert cache is not None
@@ -139,7 +139,7 @@ def _decode(q: Tensor, spec: AttentionSpec) -> Tensor:
         if narrow:
             mask &= visible(-age, window)
         bias = mask[:, None, None]
-    # The query heads of a kv head become rows of one product, which reads the keys once.
+    # The query heads of a kv head become the rows of one matrix, so that each key is read once.
     out = F.scaled_dot_product_attention(
         q.reshape(batch, groups, -1, head_dim),
         k_cache.transpose(1, 2),

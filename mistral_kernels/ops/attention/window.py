@@ -3,8 +3,8 @@
 A window is given in one of two ways. `sliding_window` is the number of visible keys, including the
 one at the query's own position. `window_size` (left, right) holds inclusive distances; -1 is no
 bound. Sequences have bottom-right alignment: query i of `seqlen_q` has the position
-p = i + seqlen_k - seqlen_q among the keys, so the last query has the position of the last key. It
-sees the keys p - left to p + right.
+p = i + seqlen_k - seqlen_q among the keys, so the last query has the position of the last key.
+Query i sees the keys p - left to p + right.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Window(NamedTuple):
 def resolve_window(
     causal: bool, window_size: Sequence[int] | Tensor | None, sliding_window: int | None
 ) -> Window:
-    """Return the window of a caller's arguments. `causal` makes the right distance 0.
+    """Return the window that the arguments of `attention` describe.
 
-    A `sliding_window` of W is the `window_size` (W - 1, 0), whether `causal` or not. A distance of
-    None is no bound, as in flash-attn 4.
+    If `causal` is True, the right distance is 0. A `sliding_window` of W is the `window_size`
+    (W - 1, 0) for every value of `causal`. A distance of None is no bound, as in flash-attn 4.
 
     Raises:
         ValueError: a distance is less than -1, `sliding_window` is not positive, or both kinds of
@@ -97,7 +97,7 @@ def key_range(position, length, left, right):
 
 
 def rows_with_keys(seqlen_q: int, seqlen_k: int, window: Window) -> range:
-    """Return the queries that see at least one key. They are one range."""
+    """Return the range of the queries that see at least one key."""
     if seqlen_k == 0:
         return range(0)
     offset = seqlen_k - seqlen_q
@@ -115,7 +115,7 @@ def keys_of_rows(rows: range, seqlen_q: int, seqlen_k: int, window: Window) -> r
 
 
 def triangle_rows(seqlen_q: int, seqlen_k: int, window: Window) -> int:
-    """Return the number of rows, from the first, for which row i sees exactly the keys 0 to i.
+    """Return the number of leading rows i that see exactly the keys 0 to i.
 
     These rows are plain causal attention: the window's left edge does not reach them.
     """
@@ -184,6 +184,6 @@ def is_narrow(left: int, right: int, positions: int, block: int) -> bool:
     """Return whether a block of `block` keys can cross left and right edges of a tile's windows.
 
     The tile has queries at `positions` consecutive positions. The end of the keys is not an edge
-    here: callers must exclude keys past the end from left-edge blocks, or make them harmless.
+    here: callers must exclude keys past the end from left-edge blocks, or mask them.
     """
     return left + right + 2 < positions + block

@@ -1,4 +1,4 @@
-"""Attention of new tokens over a cache on Triton. Each key is read once, directly from the cache.
+"""Attention of new tokens over a cache on Triton, without a copy of the cached keys.
 
 The rows of a tile are the new queries times the query heads of one kv head, which share each load
 of a key. Keys are numbered by age. Key 0 is the oldest key in the cache that is not padding, in

@@ -78,7 +78,11 @@ def fits_descriptors(*tensors: Tensor) -> bool:
 
 
 def offsets_within(reach: str, tokens: int, *tensors: Tensor) -> str:
-    """Return `reach` if 32 bits can hold all offsets within `tokens` tokens, else "element"."""
+    """Return the kernel argument OFFSETS, which selects the offsets that are computed in 32 bits.
+
+    The result is `reach` ("block" or "tensor") if 32 bits can hold all offsets within `tokens`
+    tokens of each tensor, else "element": every offset is computed in 64 bits.
+    """
     return reach if all(x.stride(-3) * tokens < 2**31 for x in tensors) else "element"
 
 
