@@ -347,9 +347,12 @@ def with_metadata(step: Path, change: Callable[[Any], Any]) -> None:
 
 # Damage to the folder of step 4, and the reason in the error message.
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a bit of a share": (lambda step: flip(step / "__1_0.distcp"), r"archive/data\S* is damaged"),
+    "a bit of a share": (
+        lambda step: flip(step / "__1_0.distcp"),
+        r"record archive/data\S* is damaged",
+    ),
     "a bit of the metadata": (lambda step: flip(step / ".metadata"), r"\.metadata is damaged"),
-    "a bit of run.pt": (lambda step: flip(step / "run.pt"), r"archive/data\S* is damaged"),
+    "a bit of run.pt": (lambda step: flip(step / "run.pt"), r"record archive/data\S* is damaged"),
     "half a share": (
         lambda step: os.truncate(step / "__1_0.distcp", 4000),
         "File is not a zip file",
@@ -368,7 +371,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a curve of other steps": (
         lambda step: edited(step, lambda rest: rest.update(curve=[(3, 1.0, 1.0)] * 4)),
-        "curve must have points at steps ",
+        r"curve must have points at steps \[1, 2, 3, 4\], got \[3, 3, 3, 3\]",
     ),
     "a generator of another dtype": (
         lambda step: edited(step, lambda rest: rest.update(generator=torch.ones(9))),

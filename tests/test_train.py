@@ -553,7 +553,7 @@ def test_a_damaged_state_raises(
     assert main(command(text, start, out)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     reasons = {
-        "one bit": r"archive/data/\d+ is damaged",
+        "one bit": r"record archive/data/\d+ is damaged",
         "code": "it holds more than plain tensors",
         "no state": "parts of it are missing",
         "parts are missing": "parts of it are missing",

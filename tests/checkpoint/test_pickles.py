@@ -196,7 +196,8 @@ def test_huge_zip_directory_is_refused(folder: Folder, tmp_path: Path) -> None:
         file.seek(8 + size)
         file.write(end)
     folder.check_refused(
-        "(ValueError: the zip directory must have at most 8388608 bytes); download"
+        "is incomplete or damaged (ValueError: the zip directory must have at most 8388608 bytes); "
+        "download"
     )
 
 
