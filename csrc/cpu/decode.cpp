@@ -111,7 +111,7 @@ Tensor decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, con
   return out;
 }
 
-// Elements of `counters` per row and head of the cache. Only the GPU kernels use `counters`; see
+// Elements of `counters` per sequence and kv head. Only the GPU kernels use `counters`; see
 // `num_counters` in mistral_kernels/ops/attention/kernels/decode.py.
 constexpr int64_t kSplitTiles = 4;
 
@@ -130,7 +130,7 @@ TwoTensors cached_attention(const Tensor& q, const OptionalTensor& k, const Opti
     require(!k && !v && !alibi_slopes && softcap == 0 && !return_lse && max_seqlen_q == 1);
     require(num_splits >= 0 && num_splits <= INT32_MAX);
     require(!counters || (is_on_cpu(*counters, ScalarType::Int) && k_cache.dim() == 4 &&
-                          counters->numel() >= kSplitTiles * k_cache.size(0) * k_cache.size(2)));
+                          counters->numel() >= kSplitTiles * q.size(0) * k_cache.size(2)));
     return {decode(q, k_cache, v_cache, lengths, seqlen_new, rows, leftpad, block_table, cu_seqlens,
                    softmax_scale, window_left),
             absent(ScalarType::Float, q)};

@@ -12,6 +12,10 @@ from support.rolling_cache_cases import CASES, assert_same_bits, expected, make_
 
 from mistral_kernels.ops import reference
 from mistral_kernels.ops.attention import rolling_cache_attention
+from mistral_kernels.ops.attention.checks import check_cached_attention
+from mistral_kernels.ops.attention.kernels.decode import attention_decode
+from mistral_kernels.ops.attention.spec import AttentionSpec, CacheView, Sequences
+from mistral_kernels.ops.attention.window import resolve_window
 from mistral_kernels.ops.rolling_cache import (
     _update_torch,
     _update_triton,
@@ -179,6 +183,32 @@ def test_counters(triton_backend, device):
     ):
         with pytest.raises(ValueError, match=message):
             rolling_cache_attention(**inputs, **options, counters=bad)
+
+
+def test_counters_are_per_sequence_not_per_page():
+    """Three sequences may share one page."""
+    page = torch.zeros(1, 4, 1, 8)
+    cache = CacheView(
+        page, page, int32([2, 3, 4], "cpu"), 1, block_table=torch.zeros(3, 1, dtype=torch.int32)
+    )
+    spec = AttentionSpec(Sequences(None, None, 1, 1), resolve_window(True, None, None), cache=cache)
+    q, counters = torch.zeros(3, 1, 2, 8), torch.zeros(12, dtype=torch.int32)
+    check_cached_attention(q, None, None, spec, 0, counters)
+    with pytest.raises(ValueError, match="counters must hold at least 12 zeros"):
+        check_cached_attention(q, None, None, spec, 0, counters[:11])
+
+
+@pytest.mark.kernels
+def test_counters_of_many_tiles(triton_backend, device):
+    """With num_splits, a call may have more tiles than `num_counters` assumes."""
+    page = torch.zeros(1, 512, 1, 16, dtype=F16, device=device)
+    cache = CacheView(page, page, int32([400], device), 300)
+    spec = AttentionSpec(
+        Sequences(None, None, 300, 300), resolve_window(True, None, None), cache=cache
+    )
+    q = torch.zeros(1, 300, 1, 16, dtype=F16, device=device)
+    with pytest.raises(ValueError, match=r"counters must hold at least .* with this num_splits"):
+        attention_decode(q, None, None, spec, 4, torch.zeros(1, dtype=torch.int32, device=device))
 
 
 # Cases in float32 and float16 run in the interpreter only; a few in bfloat16 run compiled.

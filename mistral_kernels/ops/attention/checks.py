@@ -90,7 +90,10 @@ def check_slopes(alibi_slopes: Tensor | None, num_heads: int, batch: int) -> Non
 
 
 def check_options(causal: Any, softmax_scale: Any, softcap: Any) -> None:
-    """Raise TypeError unless the options have their types; `softmax_scale` may be None."""
+    """Raise TypeError unless `causal` is a flag, and `softmax_scale` and `softcap` are numbers.
+
+    `softmax_scale` may also be None.
+    """
     if not is_flag(causal):
         raise TypeError(f"causal must be True or False, got {causal!r}")
     for name, value in (("softmax_scale", softmax_scale), ("softcap", softcap)):
@@ -183,7 +186,7 @@ def check_cached_attention(
     check_scoring(spec.softmax_scale, spec.softcap)
     check_num_splits(num_splits)
     if counters is not None:
-        needed = num_counters(k_cache.shape[0], k_cache.shape[2])
+        needed = num_counters(batch, k_cache.shape[2])
         if counters.numel() < needed or counters.dtype != torch.int32:
             raise ValueError(
                 f"counters must hold at least {needed} zeros of torch.int32, "
@@ -216,10 +219,10 @@ def _check_cu_seqlens(name: str, cu_seqlens: Tensor) -> int:
 
 
 class _Summary(NamedTuple):
-    """Facts about the values of a cu_seqlens tensor, valid while its version is unchanged."""
+    """Summary of the values of a cu_seqlens tensor, valid while its version is unchanged."""
 
     version: int
-    sequences: int  # the number of sequences without empty ones at the end
+    sequences: int  # the number of sequences, without empty sequences at the end
     longest: int
     end: int
 
@@ -230,8 +233,8 @@ _summaries: WeakIdKeyDictionary = WeakIdKeyDictionary()  # cu_seqlens -> _Summar
 def make_cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
     """Return the (len(lengths) + 1,) int32 cu_seqlens of sequences with these lengths.
 
-    A summary of the values is stored, so `check_sequences` never reads them from the device. The
-    tensor must not be changed in place.
+    A summary of the values is stored, so that `check_sequences` does not read them from the device.
+    The tensor must not be changed in place.
     """
     offsets = [0, *accumulate(lengths)]
     cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
@@ -240,15 +243,15 @@ def make_cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def check_sequences(q: Tensor, k: Tensor, sequences: Sequences) -> Sequences:
-    """Return packed `sequences` with both cu_seqlens, checked, and tight maximum lengths.
+    """Check the values of both cu_seqlens; return the sequences with tight maximum lengths.
 
     Empty sequences at the end are dropped. Reading values from a GPU waits for the device, so each
     version of a tensor is read once. During CUDA graph capture waiting is not allowed: tensors that
     were not read before are not checked.
 
     Raises:
-        ValueError: cu_seqlens decreases, does not start at 0 or ends past the tokens, or a sequence
-            is longer than max_seqlen.
+        ValueError: cu_seqlens decreases, does not start at 0 or ends after the last token, or a
+            sequence is longer than max_seqlen.
     """
     cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *_ = sequences
     assert cu_seqlens_q is not None
@@ -278,7 +281,7 @@ def _check_offsets(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int) 
                 f"cu_seqlens_{name} must begin with 0 and never decrease, got {offsets}"
             )
         summary = _summarize(cu_seqlens, lengths, offsets[-1])
-        # Inference tensors have no version counter: a later change would go unnoticed.
+        # Inference tensors have no version counter: a later change would not be detected.
         if not cu_seqlens.is_cpu and not cu_seqlens.is_inference():
             _summaries[cu_seqlens] = summary
     if summary.end > tokens:

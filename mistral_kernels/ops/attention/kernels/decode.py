@@ -1,16 +1,17 @@
 """Attention of new tokens over a cache on Triton, without a copy of the cached keys.
 
-The rows of a tile are the new queries times the query heads of one kv head, which share each load
-of a key. Keys are numbered by age. Key 0 is the oldest key in the cache that is not padding, in
-slot `oldest % capacity` of the ring; later keys are in the next slots, wrapping to slot 0. After
-the keys of the cache come the fresh keys, those of new tokens that are not in the cache yet. Slots
-are not copied into order. A cache that does not wrap, paged or not, is handled as a ring.
+The rows of a tile are the new queries times the query heads of one kv head. All rows share each
+load of a key. Keys are numbered by age. Key 0 is the oldest key in the cache that is not padding,
+in slot `oldest % capacity` of the ring. Later keys are in the next slots, wrapping to slot 0. The
+fresh keys follow the keys of the cache: the keys of new tokens that are not in the cache yet. A
+cache that does not wrap, paged or not, is handled as a ring.
 
 In calls with few rows, the keys of a sequence are split over programs. The split depends on the
-sequence alone, so results are bitwise independent of the other sequences of the batch. The grid
-depends on the capacity of the cache, not on the number of keys in it. Each program stores its part
-of the softmax, and the program that finishes last combines the parts in order. Parts over the keys
-A and B, with sums of weights l and outputs o, combine as
+sequence, the capacity and `max_seqlen_q`, but not on the other sequences of the batch. Results are
+therefore bitwise independent of the other sequences, for the same `max_seqlen_q`. The grid depends
+on the capacity of the cache, not on the number of keys in it. Each program stores its part of the
+softmax. The program that finishes last combines the parts in order. Parts over the keys A and B,
+with sums of weights l and outputs o, combine as
 
     l = l_A + l_B,    o = (l_A o_A + l_B o_B) / l        l relative to one common maximum
 """
@@ -46,11 +47,11 @@ from mistral_kernels.ops.lazy_triton import jit
 if TYPE_CHECKING:
     import triton.language as tl
 
-# By default, the keys of a sequence are split over one program per _SPLIT_KEYS keys, at most
+# By default, the keys of a sequence are split over one program per _SPLIT_KEYS keys, and at most
 # _MOST_SPLITS programs.
 _SPLIT_KEYS, _MOST_SPLITS = 256, 64
-# Calls of at most _DECODE_ROWS rows, the smallest tile, use the "attention_decode" tiles: they are
-# memory bound. Keys are split for calls of at most _SPLIT_TILES such tiles.
+# Calls of at most _DECODE_ROWS rows, the smallest tile, are memory bound and use the
+# "attention_decode" tiles. Keys are split in calls of at most _SPLIT_TILES such tiles.
 _DECODE_ROWS, _SPLIT_TILES = 16, 4
 
 
@@ -110,8 +111,9 @@ def _combine_parts(
     row_lse = parts.lse_ptr + (first_row + query * heads + head)
     exists = query < seqlen_q
     _, row_sum, acc = empty_softmax(BLOCK_M, BLOCK_D)
-    # Compute the maximum first: parts do not depend on one another, so their loads overlap. Reduce
-    # after the loop: Triton 3.6 fails on a reduction into a loop-carried value that is used twice.
+    # Compute the maximum first: then no part depends on another part, and their loads overlap.
+    # Reduce after the loop: Triton 3.6 fails on a reduction into a loop-carried value that is used
+    # twice.
     lse_max = tl.full([BLOCK_M, 64], -1.0e38, tl.float32)
     for first in tl.range(0, num_parts, 64):
         part = first + tl.arange(0, 64)[None, :]
@@ -205,7 +207,7 @@ def _decode_kernel(
         SOURCE, LEFT_EDGE, NARROW, True, PRECISION, OFFSETS, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
         NUM_STAGES,
     )  # fmt: skip
-    if FRESH:  # for the last part; keys and positions are relative to the first fresh key
+    if FRESH:  # the last part includes the fresh keys; positions are relative to the first of them
         keys, values = dense_keys(
             k, v, batch, start, kv_head, seqlen_q, VARLEN, False, "dense", BLOCK_N, HEAD_DIM,
             BLOCK_D,
@@ -227,7 +229,7 @@ def _decode_kernel(
         heads = num_kv_heads * GROUP
         first_row = tl.cast(start if VARLEN else batch * seqlen_q, tl.int64) * heads
         _store_part(state, parts, split, first_row, query, head, heads, seqlen_q, HEAD_DIM, BLOCK_D)
-        tl.debug_barrier()  # write this program's whole part before counting it
+        tl.debug_barrier()  # write the whole part of this program before counting the program
         counter = parts.counters_ptr + ((batch * num_kv_heads + kv_head) * tiles + tile)
         if tl.atomic_add(counter, 1, sem="acq_rel") != num_parts - 1:
             return
@@ -252,7 +254,7 @@ def _split(keys: int, rows: int, block: int, num_splits: int) -> tuple[int, int]
 
 
 def num_counters(batch: int, num_kv_heads: int) -> int:
-    """Return the number of counters that a call over a cache of these sizes needs at most."""
+    """Return the maximum number of counters of a call with `num_splits` 0 over such a cache."""
     return _SPLIT_TILES * batch * num_kv_heads
 
 
@@ -321,6 +323,11 @@ def _make_parts(q: Tensor, splits: int, programs: int, counters: Tensor | None) 
     """Return memory for the parts of the splits, with new counters if `counters` is None."""
     if counters is None:
         counters = torch.zeros(programs, dtype=torch.int32, device=q.device)
+    elif counters.numel() < programs:  # possible if `num_splits` is not 0
+        raise ValueError(
+            f"counters must hold at least {programs} zeros with this num_splits, "
+            f"got {counters.numel()}"
+        )
     out = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
     lse = torch.empty((splits, *q.shape[:-1]), dtype=torch.float32, device=q.device)
     return Parts(out, lse, counters, q.shape[:-1].numel())
