@@ -1,9 +1,9 @@
 // Helpers to register an operator. Python declares each operator in mistral_kernels/ops: its
 // schema, its argument checks and its implementation in Python, which is the operator
 // `<name>_python`. This library registers the operator's kernel for KERNELS_DEVICE. A call with
-// arguments that the kernel does not support falls back to `<name>_python`, which runs it or raises
-// the error. The conditions here therefore need no messages, but they must cover everything that a
-// kernel relies on.
+// arguments that the kernel does not support calls `<name>_python`, which computes the result in
+// Python or raises the error. The conditions here therefore need no messages, but they must cover
+// everything that a kernel relies on.
 #pragma once
 
 #include "check.h"
@@ -109,7 +109,8 @@ inline Tensor absent(ScalarType dtype, const Tensor& like) {
   return new_tensor(std::vector<int64_t>{0}, dtype, like);
 }
 
-// Returns run(). If run() does not support the arguments, returns what the operator `name` returns.
+// Returns the result of run(). If the kernels are disabled or run() does not support the arguments,
+// calls the operator `name` instead.
 template <typename Result, typename Run, typename... Arguments>
 Result run_or_call(const char* name, Run run, const Arguments&... arguments) {
   if (kernels_enabled) {

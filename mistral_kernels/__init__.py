@@ -2,7 +2,7 @@
 
 Operators take and return plain tensors and are differentiable. `MistralForCausalLM` and
 `MistralTokenizer` load checkpoints, and `mistral_kernels.generate` generates text with them.
-Importing this package touches no GPU and imports neither triton nor transformers.
+Importing this package uses no GPU and imports neither triton nor transformers.
 """
 
 from mistral_kernels.cli import startup  # noqa: F401  # must be imported first

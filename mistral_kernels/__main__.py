@@ -136,8 +136,8 @@ def measure_errors(device: str) -> Iterator[str]:
                 eager = _run(definition, inputs)
             eager_out, eager_grad = _errors(eager, exact)
             verdict = ""
-            # Eager may be exact by chance. Hence always allow one rounding of the result and some
-            # rounding of float32 sums.
+            # Eager PyTorch may be exact by chance. Hence always allow one rounding of the result
+            # and some rounding of float32 sums.
             rounding = torch.finfo(dtype).eps + 32 * torch.finfo(torch.float32).eps
             if out > 2 * eager_out + rounding or grad > 2 * eager_grad + rounding:
                 verdict = "  <- more than twice eager's"

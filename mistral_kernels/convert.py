@@ -3,8 +3,8 @@
     python -m mistral_kernels.convert SOURCE TARGET
 
 All messages go to stderr. Exit codes: see `command.run`. After an error or an interrupt, the
-incomplete result is removed. After SIGKILL, the next conversion into the same parent folder removes
-it.
+incomplete result is removed. After SIGKILL, it remains until the next conversion into the same
+parent folder.
 """
 
 from __future__ import annotations

@@ -70,9 +70,9 @@ def read_text(paths: Sequence[Path]) -> str:
 
 
 def split_held_out(text: str, size: int) -> tuple[str, str]:
-    """Split a text into training text and held-out text: its last `size` characters at most.
+    """Split a text into training text and held-out text.
 
-    The held-out text consists of whole paragraphs.
+    The held-out text consists of whole paragraphs and has at most the last `size` characters.
     """
     if not 0 < size < len(text) // 2:
         raise ValueError(
@@ -144,8 +144,8 @@ def train_on_texts(
             evaluation.
         recipe: settings of the optimization.
         world: this rank; its device is used.
-        source: folder or hub id of a checkpoint. Its model is trained further, with its tokenizer,
-            instead of a new model.
+        source: folder or hub id of a checkpoint. Its model is trained further, with its tokenizer;
+            None: train a new model.
         save_every: number of steps between two saves of the state; 0: never.
     """
     output = output.expanduser().resolve()

@@ -57,7 +57,8 @@ const int32_t* checked_offsets(const Tensor& cu_seqlens, int64_t tokens, int64_t
   return offsets;
 }
 
-// Runs each sequence separately. Tokens after the last one get zeros, and a log-sum-exp of -inf.
+// Runs each sequence separately. Tokens after the last sequence get an output of 0 and a
+// log-sum-exp of -inf.
 void run_packed(const Attention& a, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
                 int64_t max_seqlen_q, int64_t max_seqlen_k) {
   const int32_t* ends_q = checked_offsets(cu_seqlens_q, a.seqlen_q, max_seqlen_q);

@@ -33,7 +33,7 @@ struct Parts {
 inline std::optional<Parts> parts_without_copy(const Tensor& x, int64_t inner_dims) {
   const auto sizes = x.sizes(), strides = x.strides();
   const int64_t dim = static_cast<int64_t>(sizes.size());
-  int64_t next = 1;  // the stride that makes an outer dimension continue the inner ones
+  int64_t next = 1;  // stride of the next outer dimension if the parts are evenly spaced
   for (int64_t i = std::max<int64_t>(dim - inner_dims, 0); i < dim; ++i) next *= sizes[i];
   Parts parts{x, next, dim > 1 ? strides[dim - 2] : 0};
   if (x.numel() == 0) return parts;

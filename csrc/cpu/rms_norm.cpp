@@ -82,8 +82,8 @@ TwoTensors backward(const Tensor& dy, const OptionalTensor& dh, const Tensor& h,
   Tensor dx = needs_dx ? new_like(h) : absent(h.scalar_type(), h);
   Tensor dweight = needs_dweight ? new_like(weight) : absent(h.scalar_type(), h);
   if (needs_dx) r.dx = dx.data_ptr();
-  // Results must not depend on the number of threads, so neither do the blocks. At most 128 blocks
-  // suffice for many threads, and summing per block first reduces the rounding error.
+  // The size of a block does not depend on the number of threads, so results do not. At most 128
+  // blocks suffice for many threads, and summing per block first reduces the rounding error.
   r.rows_of_block = std::max<int64_t>(32, (r.rows + 127) / 128);
   const int64_t blocks = (r.rows + r.rows_of_block - 1) / r.rows_of_block;
   const std::unique_ptr<float[]> partial(needs_dweight ? new float[blocks * r.hidden] : nullptr);

@@ -27,8 +27,8 @@ HOST_DEVICE Pair rotate(Pair x, float cos, float sin) {
 inline int access_bytes(const Update& u) {
   const int64_t half = u.head_dim / 2 * size_of(u.dtype);
   for (int bytes : {16, 8}) {
-    // The float32 cosines of a half-precision vector take twice its bytes; an alignment of 16 bytes
-    // is sufficient.
+    // Cosines are float32: a vector of 16-bit elements needs twice its bytes of cosines. Their
+    // alignment need not exceed 16 bytes.
     const int table_bytes = std::min(bytes / size_of(u.dtype) * 4, 16);
     uint64_t tables = 0, all = half;
     for (const Heads& x : {u.q, u.k, u.v, u.q_out, u.k_cache, u.v_cache}) {
@@ -45,7 +45,8 @@ inline int access_bytes(const Update& u) {
   return size_of(u.dtype);
 }
 
-// Returns the elements of each half of a head per GPU thread: at least 2, an interleaved pair.
+// Returns the number of elements that a thread processes in each half of a head. It is at least 2,
+// because an interleaved pair has 2 elements.
 inline int vector_length(const Update& u) {
   return std::max(access_bytes(u) / size_of(u.dtype), 2);
 }

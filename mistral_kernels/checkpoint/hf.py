@@ -84,8 +84,8 @@ def save_hf(
         dtype: Dtype in which all tensors are stored, or a mapping from each HF name to a dtype:
             float64, float32, float16 or bfloat16.
         extra_files: Files to copy into the folder, for example those of a tokenizer.
-        max_shard_bytes: Largest size of one weight file in bytes. More weights are split into
-            several files. A tensor is never split.
+        max_shard_bytes: Maximum size of a weight file in bytes. A tensor is never split: a larger
+            tensor has its own file.
 
     Raises:
         CheckpointError: `directory` is a file or is not empty, the disk is full, the names or
@@ -112,7 +112,8 @@ def save_hf(
     total = sum(map(num_bytes, specs.values()))
     files = _shard(specs, max_shard_bytes)
     types = [each for _, each in specs.values()]
-    # config.json has one dtype for all tensors: write that of the embedding, the largest tensor.
+    # config.json has one dtype for all tensors: write the dtype of the embedding, usually the
+    # largest tensor.
     contents = config.to_hf(str(types[0]).removeprefix("torch."))
     with new_folder(directory, total, extra_files) as folder:
         write_files(folder, files, without_tied_head(tensors, config))
@@ -126,7 +127,7 @@ def save_hf(
 
 
 def _shard(specs: Mapping[str, Spec], limit: int) -> dict[str, dict[str, Spec]]:
-    """Split `specs` into files of at most `limit` bytes, or of one tensor that is larger.
+    """Split `specs` into files of at most `limit` bytes; a larger tensor has its own file.
 
     The order of `specs` is kept.
     """

@@ -89,7 +89,7 @@ def resolve(path_or_hub_id: str | Path) -> Path:
 
 
 def _download(repo_id: str) -> Path:
-    """Download a hub model in the preferred format that it has, and return its folder."""
+    """Download a hub model in the first of `_FORMATS` that it has, and return its folder."""
     try:
         from huggingface_hub import list_repo_files, snapshot_download
     except ImportError:

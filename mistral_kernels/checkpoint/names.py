@@ -46,7 +46,7 @@ _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped
 def hf_names(config: MistralConfig) -> dict[str, str]:
     """Return a mapping from raw names to HF names, in the order of the layers.
 
-    With tied embeddings neither format stores the output head, so it has no entry.
+    With tied embeddings neither format stores the output head, so the head has no entry.
     """
     names = {"tok_embeddings.weight": _MODEL_NAMES["tok_embeddings.weight"]}
     for layer in range(config.num_hidden_layers):
@@ -117,10 +117,10 @@ def unwrap_name(name: str) -> str:
 
 
 def is_derived(name: str) -> bool:
-    """Return whether a tensor can be computed from the configuration, so that it is not loaded.
+    """Return whether a tensor is not loaded because the configuration determines its values.
 
-    Only the rotary frequencies are such tensors; old HF files store them. `name` may be in either
-    format.
+    Only the rotary frequencies, which old HF files store, are such tensors. `name` may be in
+    either format.
     """
     return name.endswith("rotary_emb.inv_freq")
 

@@ -248,7 +248,7 @@ def _interpret(pickle: bytes) -> Any:
 
 
 def _check_global(module: Any, name: Any) -> _Global:
-    """Return the dotted name of a class or function; raise unless `torch.save` writes that name."""
+    """Return the dotted name of a class or function; raise if the name is not allowed."""
     if type(module) is not str or type(name) is not str:
         raise TypeError("the name of a class is not a string")
     if (full_name := f"{module}.{name}") not in _ALLOWED_GLOBALS:
@@ -299,7 +299,7 @@ def _locate(file: Path, name: Any, value: Any, records: dict[str, _Record]) -> S
             f"{file} must map names to tensors, but the entry {name!r} has type {what}"
         )
     storage, offset, shape, strides = value
-    if storage.kind not in FLOAT_TYPES:  # such a tensor is listed for error messages, never read
+    if storage.kind not in FLOAT_TYPES:  # listed for error messages, never read
         return StoredTensor(name, file, shape, storage.kind, 0)
     itemsize = FLOAT_TYPES[storage.kind].itemsize
     record = records[f"data/{storage.key}"]

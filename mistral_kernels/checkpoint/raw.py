@@ -74,7 +74,7 @@ def save_raw(
         extra_files: Files to copy into the folder, for example those of a tokenizer.
 
     Raises:
-        CheckpointError: As in `save_hf`.
+        CheckpointError: See `save_hf`.
 
     Example:
         >>> import tempfile
@@ -104,7 +104,8 @@ def save_raw(
             if name not in specs:
                 raise CheckpointError(f"tensor {name!r} is not part of this configuration")
             heads = num_rotary_heads(name, config)
-            # A tensor of a wrong shape may be impossible to permute. `SafetensorsWriter` raises.
+            # A tensor of a wrong shape may be impossible to permute. `SafetensorsWriter` raises the
+            # error for such a tensor.
             if heads and tuple(tensor.shape) == specs[name][0]:
                 tensor = half_to_interleaved(tensor, heads)
             yield raw_names[name], tensor

@@ -122,7 +122,7 @@ class Checkpoint:
     def tensors(
         self, part_of: Callable[[str, tuple[int, ...]], Part] = whole
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the HF name and the tensor, in HF layout, of each entry of `stored` in its order.
+        """Yield the HF name and the tensor, in HF layout, of each entry of `stored`, in order.
 
         A yielded tensor is a view of a memory-mapped file. Copy it, and release it before the next
         iteration (`del tensor` at the end of the loop body): pages that were read count as memory
@@ -153,8 +153,8 @@ class Checkpoint:
     def mapped(self, *names: str) -> Tensor | None:
         """Return a memory-mapped tensor of the rows of all named tensors, or None.
 
-        Writes to the result do not reach the file. None means that the tensors must be copied. They
-        can be mapped only under these conditions:
+        Writes to the result do not reach the file. None means that the tensors must be copied.
+        Tensors can be mapped only under these conditions:
 
         - They are adjacent in one file, in the order of `names`, and have one dtype.
         - Their rows are contiguous and need no permutation.
@@ -182,14 +182,14 @@ class Checkpoint:
 
 
 class _Reading:
-    """Part of a stored tensor: how to select it, and how many bytes of memory that takes.
+    """Read of a part of a stored tensor: the selection, and the bytes of memory that it needs.
 
     Attributes:
         stored: The tensor in its file.
         heads: Number of heads to permute; 0 if the rows are in the HF order.
-        rows: Rows to read: whole heads where the heads are permuted.
+        rows: Rows to read; whole heads if the heads are permuted.
         part: Part to return, relative to `rows`.
-        stored_bytes: Size of `rows` in the file. A part of the columns needs the same pages.
+        stored_bytes: Size of `rows` in the file. A slice of the columns needs the same pages.
         copied_bytes: Size of the permuted copy, which exists beside the mapped original.
     """
 
@@ -214,7 +214,7 @@ class _Reading:
 
 
 def read_config(path: Path, parse: Callable[[dict[str, Any]], MistralConfig]) -> MistralConfig:
-    """Read the JSON file at `path` and return the configuration that `parse` makes of it."""
+    """Read the JSON file at `path` and return the configuration that `parse` returns."""
     with name_file_in_errors(path):
         return parse(read_json(path, limit=CONFIG_LIMIT))
 
@@ -270,7 +270,7 @@ def find_weights(folder: Path, stem: str, suffix: str) -> list[Path]:
 
 
 def _list_index(index: Path) -> list[str]:
-    """Return the names of the files in an index; raise if one is not in the folder of the index."""
+    """Return the file names in an index; raise if a name points to another folder."""
     weight_map = read_json(index, {"weight_map": {...: str}}).get("weight_map")
     if not weight_map:
         raise CheckpointError(f"{index} has no 'weight_map'")
@@ -287,7 +287,7 @@ def match_tensors(
 
     Args:
         files: Weight files.
-        names: HF name of each tensor, including the output head, by each name that a file may use.
+        names: Mapping from each name that a file may use to the HF name, including the output head.
         config: Configuration of the model.
 
     Returns:

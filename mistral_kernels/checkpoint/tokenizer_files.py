@@ -54,7 +54,7 @@ class AddedToken:
         special: Whether the token is a special token, such as BOS.
         lstrip: Whether the token includes the white space on its left.
         rstrip: Whether the token includes the white space on its right.
-        single_word: Whether the token is not matched inside a word.
+        single_word: Whether the token is matched only as a whole word.
         normalized: Whether the token is matched in the normalized text.
     """
 
@@ -94,7 +94,7 @@ class TokenizerFiles:
 
     @property
     def has_vendor_template(self) -> bool:
-        """True if there is no chat template, or one of Mistral's, which all contain [INST]."""
+        """True if there is no chat template, or if one contains [INST], as all of Mistral's do."""
         return not self.templates or any("[INST]" in each for each in self.templates.values())
 
     def names_with_defaults(self, vocab: Container[str]) -> dict[str, str]:
@@ -115,7 +115,7 @@ def find_tokenizer_files(folder: Path) -> list[Path]:
     """Return the paths of all tokenizer files in a folder, sorted.
 
     Raises:
-        CheckpointError: One of them is neither a regular file nor a folder.
+        CheckpointError: One of the paths is neither a regular file nor a folder.
     """
     found = {path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)}
     files = sorted(path for path in found if not path.is_dir())
@@ -133,7 +133,7 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
     """
     path = folder / "tokenizer_config.json"
     config = _read_optional(path, _CONFIG)
-    if "added_tokens_decoder" not in config:  # otherwise special_tokens_map.json is a copy
+    if "added_tokens_decoder" not in config:  # otherwise special_tokens_map.json is redundant
         more = _read_optional(folder / "special_tokens_map.json", _SPECIAL_TOKENS)
         config |= {key: more[key] for key in more if key in _SPECIAL_TOKENS}
     tokens, nameless = _special_tokens(path, config)

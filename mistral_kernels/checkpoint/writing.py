@@ -216,11 +216,15 @@ def new_folder(
 
 
 def _make_partial(target: Path) -> tuple[Path, int]:
-    """Make a folder beside `target`; return it and a descriptor. The open descriptor locks it."""
+    """Create a folder beside `target`. Return the folder and a descriptor.
+
+    The folder is locked while the descriptor is open.
+    """
     while True:
         partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(8)}")
         partial.mkdir()
-        # Until the folder is locked, another process may remove it as abandoned. Then try again.
+        # Until the folder is locked, another process may remove it as abandoned. In that case, try
+        # again.
         try:
             lock = os.open(partial, os.O_RDONLY)
         except FileNotFoundError:
@@ -238,7 +242,7 @@ def _make_partial(target: Path) -> tuple[Path, int]:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Remove the temporary folders in `parent` whose `new_folder` process has ended."""
+    """Remove the temporary folders in `parent` that a killed process has left."""
     try:
         entries = list(parent.iterdir())
     except OSError:  # listing the folder may be forbidden where writing is allowed
@@ -249,7 +253,7 @@ def _remove_abandoned(parent: Path) -> None:
         with suppress(OSError), ExitStack() as stack:
             lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, lock)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if its process is running
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if its creator is running
             shutil.rmtree(partial)
             _log.warning("removed %s, which an interrupted run had left", partial)
 

@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
     def print_help(self, file: Any = None) -> None:
-        """Write the help to stdout. Errors are raised, which argparse ignores."""
+        """Write the help to stdout. An error of the write is raised; argparse would ignore it."""
         write_out(self.format_help())
 
 
@@ -117,8 +117,8 @@ def check_backend(device: torch.device, option: str | None = None) -> None:
 def read_input(file: Path, limit: int) -> str:
     """Return the text of a file that the user names, normalized by `normalize_text`.
 
-    The file may be a pipe, such as a shell's `<(...)`; the function reads it to its end. A pipe or
-    a device, such as the endless /dev/zero, may hold at most `limit` bytes. A regular file may have
+    The file may be a pipe, such as a shell's `<(...)`, which is read to its end. A pipe or a
+    device, such as the endless /dev/zero, may hold at most `limit` bytes. A regular file may have
     any size.
 
     Raises:
@@ -194,8 +194,8 @@ def run(command: Callable[[T], int | None], argument: T) -> int:
     | 130                         | interrupted                                                   |
     | 141                         | the reader of stdout or stderr has closed it                  |
 
-    `run` flushes stdout and stderr before it returns, and errors of the flush count as well.
-    SIGTERM and SIGHUP end the process after the `finally` blocks of `command` have run.
+    `run` flushes stdout and stderr before it returns. An error of the flush counts like an error of
+    `command`. SIGTERM and SIGHUP end the process after the `finally` blocks of `command` have run.
 
     An exception that indicates a bug in this package passes through, so that its traceback is
     printed.

@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 def launched() -> bool:
-    """Return whether this process is a rank: whether the variables that torchrun sets are set."""
+    """Return whether this process is a rank: whether torchrun's environment variables are set."""
     return all(name in os.environ for name in _VARIABLES)
 
 
@@ -59,7 +59,7 @@ class World:
     def from_main(self, make: Callable[[], T]) -> T:
         """Call `make` on rank 0 and return its result on every rank, without a timeout.
 
-        The result is pickled. If `make` raises an error for bad input, every rank raises.
+        The result is pickled. If `make` raises an error for bad input, every rank raises an error.
         """
         if self.size == 1:
             return make()
@@ -84,9 +84,9 @@ def joined(device_name: str, timeout: timedelta | None = None) -> Iterator[World
     """Create torch.distributed's default group of all ranks, and destroy it at the end.
 
     If a rank leaves the context with an exception, the collectives of the other ranks fail, and
-    each of them raises a ValueError with one line. Bad input (an error that `command.run` reports
-    in one line) is reported by the rank that has it; if all ranks have the same error, by rank 0
-    only.
+    each of them raises a ValueError with one line. The rank that has bad input (an error that
+    `command.run` reports in one line) reports it. If all ranks have the same error, only rank 0
+    reports it.
 
     Args:
         device_name: value of the option `--device`; on CUDA, each rank uses the GPU of its local
@@ -98,9 +98,10 @@ def joined(device_name: str, timeout: timedelta | None = None) -> Iterator[World
         The world of this rank.
 
     Raises:
-        ValueError: a variable, a GPU or a rank is missing; the port is in use; the ranks were
-            started with different numbers of ranks or devices; another rank has ended; or bad
-            input. The message begins with the rank.
+        ValueError: a variable is invalid; a GPU or a rank is missing; the port is in use; the
+            ranks were started with different numbers of ranks or devices; another rank has
+            ended; or the block has bad input. The message begins with the rank, except for a
+            variable or a GPU.
         SystemExit: rank 0 reports the same bad input, or an interrupt.
     """
     rank, size = _read_environment()

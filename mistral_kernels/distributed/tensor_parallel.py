@@ -193,7 +193,7 @@ def _all_reduce(x: Tensor) -> Tensor:
 
 
 def _all_gather(x: Tensor, size: int) -> Tensor:
-    """Concatenate the x, (rows, columns), of all ranks along the rows."""
+    """Concatenate `x`, (rows, columns), of all ranks along the rows."""
     operators = torch.ops._c10d_functional
     return operators.wait_tensor(operators.all_gather_into_tensor(x, size, _group_name()))  # type: ignore[no-any-return]
 

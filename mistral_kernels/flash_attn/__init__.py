@@ -2,13 +2,13 @@
 
     from mistral_kernels.flash_attn import flash_attn_func  # instead of: from flash_attn import ...
 
-All functions of this module call `mistral_kernels.attention`, whose docstring describes shapes and
-dtypes. `flash_attn_with_kvcache` is in `kvcache.py`. Differences from flash-attn:
+The functions defined here call `mistral_kernels.attention`, whose docstring describes shapes and
+dtypes. `flash_attn_with_kvcache` is defined in `kvcache.py`. Differences from flash-attn:
 
-- float32 is supported too, and any GPU that Triton compiles for, or none.
+- Also supported: float32, CPUs, and all GPUs that Triton supports.
 - The backward pass is always deterministic.
 - The log-sum-exp includes ALiBi's bias as -slope * |distance|, with and without a causal mask.
-- Not supported, with an error: dropout, paged keys outside a cache, and arguments in the order of
+- These arguments raise an error: dropout, paged keys outside a cache, and arguments in the order of
   flash-attn 3 or 4.
 """
 
@@ -57,7 +57,7 @@ def flash_attn_func(
             torch backend.
         k: (batch, seqlen_k, num_kv_heads, head_dim), of q's dtype. num_heads must be a multiple of
             num_kv_heads.
-        v: the shape and dtype of k.
+        v: values, of the shape and dtype of k.
         dropout_p: must be 0.
         softmax_scale: factor of the products q k^T; head_dim^-0.5 if None.
         causal: whether keys after the query's position are masked. The last query has the position
@@ -76,8 +76,8 @@ def flash_attn_func(
 
     Raises:
         NotImplementedError: dropout_p is not 0.
-        TypeError: an argument has a wrong dtype or type; also where dropout_p, softmax_scale or
-            causal hold what flash-attn 3 or 4 have at these positions.
+        TypeError: an argument has a wrong dtype or type, for example because the arguments are in
+            the order of flash-attn 3 or 4.
         ValueError: an argument has a wrong shape, device or value; the message names the argument.
 
     Example:
@@ -137,8 +137,8 @@ def flash_attn_kvpacked_func(
 
     Raises:
         NotImplementedError: dropout_p is not 0.
-        TypeError: an argument has a wrong dtype or type; also where dropout_p, softmax_scale or
-            causal hold what flash-attn 3 or 4 have at these positions.
+        TypeError: an argument has a wrong dtype or type, for example because the arguments are in
+            the order of flash-attn 3 or 4.
         ValueError: an argument has a wrong shape, device or value; the message names the argument.
 
     Example:
@@ -185,8 +185,8 @@ def flash_attn_qkvpacked_func(
 
     Raises:
         NotImplementedError: dropout_p is not 0.
-        TypeError: an argument has a wrong dtype or type; also where dropout_p, softmax_scale or
-            causal hold what flash-attn 3 or 4 have at these positions.
+        TypeError: an argument has a wrong dtype or type, for example because the arguments are in
+            the order of flash-attn 3 or 4.
         ValueError: an argument has a wrong shape, device or value; the message names the argument.
 
     Example:
@@ -227,7 +227,7 @@ def flash_attn_varlen_func(
     Args:
         q: (total_q, num_heads, head_dim), the queries of all sequences one after the other.
         k: (total_k, num_kv_heads, head_dim), of q's dtype.
-        v: the shape and dtype of k.
+        v: values, of the shape and dtype of k.
         cu_seqlens_q: (batch + 1,) int32 on q's device: 0, then the end of each sequence in q.
         cu_seqlens_k: the same for k and v.
         max_seqlen_q: upper bound of the lengths in cu_seqlens_q, in tokens.
@@ -248,8 +248,8 @@ def flash_attn_varlen_func(
 
     Raises:
         NotImplementedError: dropout_p is not 0, or block_table is given.
-        TypeError: an argument has a wrong dtype or type; also where dropout_p, softmax_scale or
-            causal hold what flash-attn 3 or 4 have at these positions.
+        TypeError: an argument has a wrong dtype or type, for example because the arguments are in
+            the order of flash-attn 3 or 4.
         ValueError: an argument has a wrong shape, device or value; the message names the argument.
 
     Example:
@@ -324,8 +324,8 @@ def flash_attn_varlen_kvpacked_func(
 
     Raises:
         NotImplementedError: dropout_p is not 0.
-        TypeError: an argument has a wrong dtype or type; also where dropout_p, softmax_scale or
-            causal hold what flash-attn 3 or 4 have at these positions.
+        TypeError: an argument has a wrong dtype or type, for example because the arguments are in
+            the order of flash-attn 3 or 4.
         ValueError: an argument has a wrong shape, device or value; the message names the argument.
 
     Example:
@@ -385,8 +385,8 @@ def flash_attn_varlen_qkvpacked_func(
 
     Raises:
         NotImplementedError: dropout_p is not 0.
-        TypeError: an argument has a wrong dtype or type; also where dropout_p, softmax_scale or
-            causal hold what flash-attn 3 or 4 have at these positions.
+        TypeError: an argument has a wrong dtype or type, for example because the arguments are in
+            the order of flash-attn 3 or 4.
         ValueError: an argument has a wrong shape, device or value; the message names the argument.
 
     Example:
@@ -417,7 +417,7 @@ _ORDER = (
 
 
 def _check_order(dropout_p: Any, softmax_scale: Any, causal: Any) -> None:
-    """Raise for dropout, and for types of arguments in the order of flash-attn 3 and 4."""
+    """Raise for dropout, and for types that show the argument order of flash-attn 3 or 4."""
     if not (dropout_p is None or is_number(dropout_p)):
         raise TypeError(f"dropout_p must be 0, got {_short_repr(dropout_p)}; {_ORDER}")
     if not (softmax_scale is None or is_number(softmax_scale)):

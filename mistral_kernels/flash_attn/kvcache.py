@@ -67,16 +67,17 @@ def flash_attn_with_kvcache(
     Args:
         q: (batch, seqlen_q, num_heads, head_dim).
         k_cache: (batch_of_cache, seqlen_cache, num_kv_heads, head_dim), or, with `block_table`,
-            (num_pages, page_size, num_kv_heads, head_dim). Of q's dtype; the last dimension must be
-            contiguous.
-        v_cache: the shape and dtype of k_cache.
-        k: (batch, seqlen_new, num_kv_heads, head_dim), new keys, written to the positions from
-            `cache_seqlens` on; None to append nothing.
-        v: new values, of k's shape; None with k.
+            (num_pages, page_size, num_kv_heads, head_dim). The dtype is q's; the last dimension
+            must be contiguous.
+        v_cache: values, of the shape and dtype of k_cache.
+        k: (batch, seqlen_new, num_kv_heads, head_dim), new keys, written to the positions that
+            start at `cache_seqlens`; None to append nothing.
+        v: new values, of k's shape and dtype; None if k is None.
         rotary_cos: (num_positions, rotary_dim / 2), cosines of the rotary embedding. The first
-            rotary_dim channels of k, and of q, are rotated to the positions from `cache_seqlens`
-            on. Without a causal mask and a window, all of q is rotated to position `cache_seqlens`.
-            Requires rotary_sin, k and v.
+            rotary_dim channels of q and k are rotated by the angles of the positions that start at
+            `cache_seqlens`. Exception: without a causal mask and a window, every query of a
+            sequence is rotated by the angle of position `cache_seqlens`. Requires rotary_sin, k
+            and v.
         rotary_sin: sines, of rotary_cos's shape.
         cache_seqlens: number of tokens of each sequence in the cache before k and v: (batch,)
             int32, or one integer. None for a full cache.
@@ -92,8 +93,8 @@ def flash_attn_with_kvcache(
         rotary_interleaved: whether channels (2i, 2i + 1) are rotated as a pair, as in raw Mistral
             checkpoints, instead of (i, i + rotary_dim / 2), as in Hugging Face checkpoints.
         alibi_slopes: as in `flash_attn_func`.
-        num_splits: number of programs that share a sequence's keys; 0 chooses by the number of
-            keys.
+        num_splits: number of programs that share a sequence's keys; 0 derives the number from the
+            number of keys.
         return_softmax_lse: whether to return the log-sum-exp too.
 
     Returns:
@@ -101,13 +102,14 @@ def flash_attn_with_kvcache(
         (batch, num_heads, seqlen_q) in float32, or in float64 for float64 inputs.
 
     Raises:
-        ValueError: an argument has a wrong shape, device or value; the message names the argument.
-            The caches are unchanged. Values of `cache_seqlens`, `cache_batch_idx`, `cache_leftpad`
-            and `block_table` are checked on the CPU only.
+        ValueError: an argument has a wrong shape, device or value, or an index tensor or table has
+            a wrong dtype; the message names the argument. The caches are unchanged. Values of
+            `cache_seqlens`, `cache_batch_idx`, `cache_leftpad` and `block_table` are checked on the
+            CPU only.
         TypeError: an argument has a wrong type or dtype. The caches are unchanged.
         NotImplementedError: a tensor requires a gradient, or torch.func transforms an index tensor.
-        RuntimeError: a compiled call on the CPU has an index out of range, which is found only when
-            the compiled code runs.
+        RuntimeError: a compiled call on the CPU has an index out of range. This is checked when the
+            compiled code runs.
 
     Example:
         >>> import torch
@@ -162,7 +164,7 @@ def flash_attn_with_kvcache(
     check_num_splits(num_splits)
     if not is_flag(return_softmax_lse):
         raise TypeError(f"return_softmax_lse must be True or False, got {return_softmax_lse!r}")
-    if k is not None:  # the attention operator checks only after the update has written
+    if k is not None:  # check before the update writes: the attention operator checks too late
         check_device("q", q, k_cache=k_cache, v_cache=v_cache, alibi_slopes=alibi_slopes)
         check_unit_stride("k_cache", k_cache)
         check_unit_stride("v_cache", v_cache)
@@ -227,7 +229,7 @@ def _check_new(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None) -
 def _cache_lengths(
     cache_seqlens: int | Tensor | None, q: Tensor, capacity: int, new: int
 ) -> Tensor:
-    """Return `cache_seqlens` as a (batch,) tensor; `_check_index_tensors` checks a given tensor."""
+    """Return `cache_seqlens` as a (batch,) tensor. `_check_index_tensors` checks a given tensor."""
     if cache_seqlens is None:
         if new:
             raise ValueError("cache_seqlens is required when k and v are given")
@@ -290,12 +292,12 @@ def _check_index(
 
 
 def _is_wrapped(x: object) -> bool:
-    """Return whether `x` is a tensor inside a transform of torch.func."""
+    """Return whether a torch.func transform wraps `x`."""
     return isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _check_tables(cos: Tensor, sin: Tensor, q: Tensor, lengths: Tensor, needed: int) -> None:
-    """Raise unless the tables fit q, and have `needed` positions from `lengths` on."""
+    """Raise unless the tables fit q and have `needed` positions, starting at `lengths`."""
     rotary_dim = cos.shape[-1] * 2 if cos.ndim == 2 else 0
     if not 0 < rotary_dim <= q.shape[-1] or sin.shape != cos.shape:
         raise ValueError(
@@ -316,7 +318,7 @@ def _check_tables(cos: Tensor, sin: Tensor, q: Tensor, lengths: Tensor, needed: 
 def _rotate(
     x: Tensor, tables: tuple[Tensor, Tensor], lengths: Tensor, step: int, interleaved: bool
 ) -> Tensor:
-    """Rotate the channels of x that the tables cover to positions lengths, lengths + step, ..."""
+    """Rotate the channels that the tables cover, for positions lengths, lengths + step, ..."""
     rotary_dim = tables[0].shape[1] * 2
     positions = lengths.long()[:, None] + step * torch.arange(x.shape[1], device=x.device)
     rotary = torch.ops.mistral_kernels.rotary

@@ -31,9 +31,9 @@ class Mask(BlockMask):
     """Causal attention mask that only `transformers_attention.attend` can read.
 
     The class derives from `BlockMask` because transformers passes a `BlockMask` from the model to
-    its layers without reading it. Every other read raises `MaskError`: by another attention
-    implementation, or by a model that modifies its mask. A causal mask without padding is a `Mask`
-    too, not None as for sdpa: with None, eager attention would let queries see later keys.
+    its layers without reading it. Any other read raises `MaskError`: a read by another attention
+    implementation, or by a model that modifies its mask. A causal mask without padding is also a
+    `Mask`, not None as for sdpa: with None, eager attention would let queries see later keys.
 
     Query i has position q_offset + i, and key j has position kv_offset + j. By position, a query
     sees a key if first valid key <= key <= query and key > query - window.
@@ -50,7 +50,7 @@ class Mask(BlockMask):
             no row is padded on the right. It exists because `generate` reads the logits of the last
             query even if this query is padding. Other padding on the right attends like tokens.
         starts, q_offset, kv_offset: the descriptor on the host. starts is None if only the device
-            has it.
+            has the descriptor.
         is_plain: True if the mask is causal without padding, offsets or packing.
     """
 
@@ -132,10 +132,10 @@ class Mask(BlockMask):
         return self.q_offset + self.shape[2] - self.kv_offset
 
     def held_keys(self) -> tuple[Tensor, Tensor | None]:
-        """Return the number of keys up to the last query, and how many of these are padding.
+        """Return the number of keys up to the last query, and the number of padded keys in them.
 
         Both are (batch,) int32 and are computed on the device, without a synchronization. The
-        second is None if the host holds the padding and no key is padded.
+        second is None if the host has the padding and no row is padded.
         """
         assert self.descriptor is not None
         tracing = is_tracing(self.descriptor)
@@ -170,11 +170,11 @@ class Mask(BlockMask):
         return self._packing
 
     def packed_cu_seqlens(self, position_ids: Any) -> Tensor | None:
-        """Return cu_seqlens of the sequences that `position_ids` pack into rows; None: one per row.
+        """Return cu_seqlens of the sequences that `position_ids` pack; None: one sequence per row.
 
         The rule is that of transformers' flash attention: if there is neither padding nor an
         earlier token, a sequence begins wherever the position is the smallest of the row. The
-        device is read once per mask, for prompts and in training.
+        positions are read from the device once per mask, for prompts and in training.
         """
         batch, _, seqlen_q, seqlen_k = self.shape
         if seqlen_q == 1 or not isinstance(position_ids, Tensor):
@@ -199,9 +199,9 @@ class Mask(BlockMask):
 
 
 def cu_seqlens_of(begins: Tensor) -> Tensor | None:
-    """Return cu_seqlens of (batch, seqlen) flags, True where a sequence begins; None: one per row.
+    """Return cu_seqlens from (batch, seqlen) flags; None: one sequence per row.
 
-    The first token of a row always begins a sequence, whatever its flag.
+    A flag is True where a sequence begins. The first token of a row always begins a sequence.
     """
     if not begins[:, 1:].any():
         return None

@@ -1,7 +1,8 @@
 """Replacements of modules' forwards and configs, for `apply_mistral_kernels`.
 
-A replaced forward is a method bound to its module, as other libraries expect. Its deep copy is
-bound to the copy of the module. It is pickled as the forward of the module's class.
+A replaced forward is a method bound to its module, as other libraries expect. A deep copy of the
+method is bound to the copy of the module. A pickle of the method is the forward of the module's
+class.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def _apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tup
 
 
 def loss_obstacle(model: Any) -> str | None:
-    """Return why a causal language model needs its logits for the loss; None if it does not."""
+    """Return why a causal language model needs its logits for the loss, or None."""
     head = getattr(model, "lm_head", None)
     if head is None:
         return f"{type(model).__name__} has no lm_head"
@@ -213,7 +214,7 @@ def _causal_loss(
 def config_view(handle: Handle, config: Any, attn_implementation: str) -> Any:
     """Return a config that shares all attributes of `config` except `_attn_implementation`.
 
-    This attribute is `attn_implementation` while `handle.on` is True and until it is set to another
+    The value of this attribute is `attn_implementation` until `undo`, or until it is set to another
     value. The class of the view has the same name as the class of `config`, since transformers
     looks up classes by name. A deep copy is a view of a deep copy of `config`. A pickle contains
     `config`.

@@ -50,8 +50,8 @@ def apply_mistral_kernels(
     patched stay with the handle that patched them.
 
     A deep copy of the model, or of a layer, is patched with its own parameters; the same handle
-    undoes it. A pickle is an unpatched model. Do not apply or undo a patch while another thread
-    runs the model. Do not wrap the model in `nn.DataParallel`, whose replicas are not patched.
+    undoes it. A pickle contains an unpatched model. Do not apply or undo a patch while another
+    thread runs the model. Do not wrap the model in `nn.DataParallel`: its replicas are unpatched.
 
     Args:
         model: a Mistral, Llama, Qwen2, Qwen3 or Gemma model of transformers, or a module that
@@ -119,7 +119,7 @@ def apply_mistral_kernels(
 
 
 def _kind(module: nn.Module) -> str:
-    """Return the name of a module's class, with its Python module unless transformers or Liger."""
+    """Return a module's class name, with its Python module unless transformers' or Liger's."""
     cls = type(module)
     is_supported = cls.__module__.startswith(("transformers.models.", "liger_kernel."))
     return cls.__name__ if is_supported else f"{cls.__module__}.{cls.__name__}"
@@ -132,7 +132,7 @@ def _models(module: nn.Module) -> Iterator[PreTrainedModel]:
 class _Plan:
     """Planned replacements in one model, and a handle with the reasons for skipped modules.
 
-    The methods named after the parts do not change the model.
+    The methods that are named after parts, such as `rms_norm`, do not change the model.
     """
 
     def __init__(self, outer: PreTrainedModel) -> None:

@@ -8,7 +8,7 @@
 
 Between activation and restoration, every GPU call that PyTorch dispatches to its flash backend runs
 on these kernels, forward and backward: half precision without a mask, nested tensors, and
-`varlen_attn` with windows and pages.
+`varlen_attn` with windows. `varlen_attn` with pages runs forward only. Dropout raises an error.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     register()
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="mistral_kernels")
 
-`model.set_attn_implementation("mistral_kernels")` selects the attention of an existing model, and
-"sdpa" selects PyTorch's again. Training and `generate` are supported, with dynamic and static
-caches, and with padded, packed and windowed batches.
+`model.set_attn_implementation("mistral_kernels")` selects the attention of an existing model;
+"sdpa" selects PyTorch's attention again. Training and `generate` are supported, with dynamic and
+static caches, and with padded, packed and windowed batches.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def attend(
         is_causal: whether later keys are hidden from a query; None: `module.is_causal`.
         kwargs: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k` divide a packed
             batch, in the form of transformers' `DataCollatorWithFlattening`. `position_ids` that
-            restart within a row divide it as well. Other arguments that change the result raise.
+            restart within a row divide it as well. Others raise an error if they change the result.
 
     Returns:
         The output, (batch, seqlen_q, num_heads, head_dim), 0 for queries padded on the left; and
@@ -370,7 +370,7 @@ def _check_has_no_window(module: nn.Module) -> None:
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tensors in autocast's dtype: PyTorch's attention casts its inputs, too."""
+    """Cast the tensors to autocast's dtype, as autocast does for PyTorch's attention."""
     dtype = autocast_dtype(query.device)
     if dtype is None:
         return query, key, value

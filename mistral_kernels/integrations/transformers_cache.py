@@ -6,7 +6,7 @@
 
 transformers pads a batch, while a ring stores only the tokens of a sequence. A layer therefore
 receives `PendingKeys` in place of keys and values: it packs the new keys and values, writes them to
-the rings and computes attention. Only `attn_implementation="mistral_kernels"` supports it.
+the rings and computes attention. Only `attn_implementation="mistral_kernels"` reads `PendingKeys`.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class RollingCache(Cache):
         self.columns += self.step.shape[1]
         self.step = None
 
-    # Methods that `generate` calls on the whole cache. It calls the others on the layers.
+    # `generate` calls these methods on the whole cache, and all other methods on the layers.
 
     def reset(self) -> None:
         """Empty the cache without freeing its memory."""
@@ -145,7 +145,7 @@ class RollingCache(Cache):
         self.columns, self.step = 0, None
 
     def crop(self, length: int) -> None:
-        """Drop the newest tokens: all except the first `length`, or `-length` tokens if negative.
+        """Drop the newest tokens: all except the first `length`, or `-length` if `length` <= 0.
 
         Raises `ValueError` if a remaining query would see keys that a ring has overwritten. Once a
         ring has overwritten a key, only the newest token can be dropped.
@@ -161,7 +161,7 @@ class RollingCache(Cache):
         return self.rings is None or max(self.rings.host_lengths) <= self.rings.smallest
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Move row `beam_idx[i]` to row i, in place."""
+        """Replace row i by a copy of row `beam_idx[i]`, in place."""
         if self.rings is not None:
             self.rings.reorder(beam_idx.tolist())
 
@@ -217,7 +217,7 @@ class RollingLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Allocate the rings with the batch, heads and dtype of these states."""
         batch, heads, _, head_dim = key_states.shape
-        # Under autocast keys may have a wider dtype than values; keys are cast to that of values.
+        # Under autocast keys may be wider than values. `attend` casts keys to the dtype of values.
         like = key_states if value_states is None else value_states
         self.cache.allocate(batch, heads, head_dim, like.dtype, like.device)
 

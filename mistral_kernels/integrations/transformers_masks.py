@@ -1,4 +1,4 @@
-"""Mask interface of transformers: its arguments as a `Mask`, for versions 4.56 to 5.24."""
+"""Mask interface of transformers, for versions 4.56 to 5.24: create a `Mask` from its arguments."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def create_mask(
     pattern |= {"batch_size": batch_size, "kv_length": kv_length, "attention_mask": attention_mask}
 
     def in_full(make: Callable[..., Tensor | None], queries: int = q_length) -> Tensor | None:
-        """Return the full mask of the last `queries` queries, by a function of transformers."""
+        """Return the full mask of the last `queries` queries from a function of transformers."""
         skipped = q_length - queries
         if cache_position is not None:
             sizes: dict[str, Any] = {"cache_position": cache_position[skipped:]}

@@ -22,7 +22,7 @@ class Packing:
 
     Attributes:
         seqlens: number of new tokens of each sequence.
-        end: bound of the positions: all are less than `end`.
+        end: exclusive upper bound of `positions`.
         cu_seqlens: (batch + 1,) int32 on the model's device, the cumulative sequence lengths.
         positions: (total_tokens,) integers on the model's device, the position of each token.
     """
@@ -121,8 +121,8 @@ class RollingCache:
     Args:
         config: configuration of the model, or only the sizes that determine the cache.
         batch: number of sequences.
-        max_length: maximum number of tokens per sequence if a layer has no sliding window; also
-            the largest capacity of a ring.
+        max_length: maximum number of tokens per sequence, unless every layer has a sliding window
+            of at most this size; also the largest capacity of a ring.
         dtype: data type of the keys and values, which must be the model's.
         device: device of the rings.
 
@@ -184,12 +184,12 @@ class RollingCache:
         self.interrupted = False
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.host_lengths = [0] * batch
-        # The largest length of each sequence before any `drop`. The dropped tokens have overwritten
-        # the slots of older keys, which `drop` must not make visible again.
+        # The largest length that each sequence had before a `drop`. The dropped tokens have
+        # overwritten the slots of older keys, which `drop` must not make visible again.
         self._written = [0] * batch
         self._one_each = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        # Workspace of `rolling_cache_attention`, shared by all calls: they never overlap for one
-        # cache.
+        # Workspace of `rolling_cache_attention`, shared by all calls: calls for one cache never
+        # overlap.
         counters = num_counters(batch, config.num_key_value_heads)
         self.counters = torch.zeros(counters, dtype=torch.int32, device=device)
 
@@ -209,11 +209,11 @@ class RollingCache:
         return not any(self.host_lengths)
 
     def end_of(self, seqlens: list[int]) -> int:
-        """Return the length of the longest sequence after `seqlens[i]` more tokens of sequence i.
+        """Return the length of the longest sequence once sequence i has `seqlens[i]` more tokens.
 
         Raises:
-            ValueError: the cache is interrupted, `seqlens` has another length than the batch, or
-                a sequence becomes longer than `max_length` and a layer has no window.
+            ValueError: the cache is interrupted, `seqlens` does not have one number per sequence,
+                or a sequence becomes longer than `max_length` and the cache is not `endless`.
         """
         if self.interrupted:
             raise ValueError(
@@ -231,7 +231,7 @@ class RollingCache:
         return end
 
     def packing(self, seqlens: list[int]) -> Packing:
-        """Return the packing of `seqlens[i]` new tokens that continue sequence i.
+        """Return the packing of new tokens: `seqlens[i]` tokens that continue sequence i.
 
         For one token per sequence, the tensors of the packing are the same in every call, as a CUDA
         graph requires.
@@ -258,10 +258,10 @@ class RollingCache:
     ) -> Tensor:
         """Write new keys and values into a layer's rings, and compute causal attention of `q`.
 
-        One new token per sequence overwrites only the key that has just left its window. Therefore
+        One new token per sequence overwrites only the key that has just left the window. Therefore
         the new key is written first, and attention reads every key from the ring. Several new
-        tokens overwrite keys that the first of them still see. Therefore attention reads the ring
-        before the new keys are written.
+        tokens overwrite keys that the first of the new tokens still see. Therefore attention reads
+        the ring before the new keys are written.
 
         Args:
             layer: index of the layer.
@@ -272,7 +272,7 @@ class RollingCache:
             sliding_window: number of visible keys, including the query's own; None: all.
             softmax_scale: factor of the scores; None: head_dim^-0.5.
             tables: cos and sin of the rotary embedding, to rotate q and k in the same kernel launch
-                that writes k; only for one new token per sequence. None: q and k are rotated.
+                that writes k. Only for one new token per sequence. None: q, k are rotated already.
 
         Returns:
             (total_tokens, num_heads, head_dim).
@@ -352,8 +352,9 @@ class RollingCache:
     def drop(self, count: int = 1) -> None:
         """Drop the newest `count` tokens of every sequence.
 
-        After a token is appended, this token can always be dropped: the slot it overwrote held a
-        key outside the window. More tokens can be dropped only while no ring has overwritten a key.
+        Immediately after an append, the newest token can always be dropped: the key that this token
+        overwrote is outside the window. More tokens can be dropped only while no ring has
+        overwritten a key.
 
         Raises:
             ValueError: a ring has already overwritten keys that would be in the window again, or

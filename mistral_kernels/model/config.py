@@ -61,8 +61,8 @@ class MistralConfig:
         tie_word_embeddings: whether the head uses the weight of the embedding.
         bos_token_id: token that begins a text, or None.
         eos_token_id: token or tokens that end a text, or None.
-        notes: one sentence per value that the configuration file does not contain, with the rule
-            that supplied the value. Not compared by `==`.
+        notes: one sentence per value that the checkpoint's files lack, or that is not used as
+            written in the files, with the reason. Not compared by `==`.
 
     Raises:
         ConfigError: a field has a wrong type or is out of range, or two fields contradict each
@@ -183,14 +183,14 @@ class MistralConfig:
         """Parse the contents of a Hugging Face `config.json`, written by transformers 4 or 5.
 
         Raises:
-            ConfigError: as `from_raw` does, or `model_type` is neither "mistral" nor "ministral".
+            ConfigError: see `from_raw`; also if `model_type` is neither "mistral" nor "ministral".
         """
         return cls(**parse_hf(config))
 
     def to_raw(self) -> dict[str, Any]:
         """Return the contents of `params.json`.
 
-        They always have a `rope_theta`, since loaders differ in the default.
+        `rope_theta` is always written, since loaders have different defaults.
         """
         params: dict[str, Any] = {raw: getattr(self, ours) for ours, raw in RAW_NAMES.items()}
         params["rope_theta"] = self.rope_theta
@@ -247,9 +247,9 @@ class MistralConfig:
 
 
 def check_fields(changes: Iterable[str], options: str = "") -> None:
-    """Raise a TypeError, which lists the fields that can be replaced, for a name that is no field.
+    """Raise a TypeError if a name is not a field. The message lists the replaceable fields.
 
-    `options` are the other keywords of the caller, for the message.
+    `options`: the other keywords of the caller, for the message.
     """
     names = {field.name for field in fields(MistralConfig)} - {"notes"}
     for name in changes:

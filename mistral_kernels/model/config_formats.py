@@ -94,8 +94,8 @@ def parse_raw(params: dict[str, Any]) -> dict[str, Any]:
     values = {ours: params.get(raw) for ours, raw in RAW_NAMES.items()}
     window = _parse_window(params.get("sliding_window", params.get("_sliding_window")))
     # As in Mistral's first reference code, the default of rope_theta depends on the window. Later
-    # loaders have one default for all models. A default of 1e6 is silently wrong for v0.1, and 1e4
-    # for v0.2.
+    # loaders have one default for all models, which is silently wrong for some: 1e6 for v0.1, and
+    # 1e4 for v0.2.
     with_or_without = "without" if window is None else "with"
     defaults: dict[str, tuple[Any, str]] = {
         "num_key_value_heads": (values["num_attention_heads"], "each query head has its own"),
@@ -120,7 +120,7 @@ def parse_hf(config: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a `MistralConfig` from the contents of transformers' `config.json`.
 
     Raises:
-        ConfigError: as `parse_raw` does, or the `model_type` is neither "mistral" nor "ministral".
+        ConfigError: see `parse_raw`; also if `model_type` is neither "mistral" nor "ministral".
     """
     _refuse_unsupported(config, _UNSUPPORTED)
     model_type = config.get("model_type", "mistral")
@@ -154,8 +154,8 @@ def parse_hf(config: dict[str, Any]) -> dict[str, Any]:
             f"sliding_window = {values['sliding_window']}: transformers ignores "
             f"use_sliding_window = false for model_type {model_type!r}"
         )
-    # The defaults of transformers. num_key_value_heads has two: 8 if the key is absent, and
-    # num_attention_heads if the value is null.
+    # The defaults of transformers. num_key_value_heads has two defaults: 8 if the key is absent,
+    # and num_attention_heads if the value is null.
     defaults: dict[str, tuple[Any, str]] = {
         name: (value, "transformers' default") for name, value in _HF_DEFAULTS.items()
     }
@@ -166,7 +166,7 @@ def parse_hf(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_raw_names(text: str) -> str:
-    """Replace the names of `MistralConfig` in a text by those of `params.json`."""
+    """Replace the field names of `MistralConfig` in a text by the names in `params.json`."""
     return re.sub(rf"\b({'|'.join(RAW_NAMES)})\b", lambda found: RAW_NAMES[found[0]], text)
 
 
@@ -176,7 +176,7 @@ def _complete(
     source: str,
     notes: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Return `values` with defaults for missing fields, and a field "notes" that explains each."""
+    """Fill missing fields of `values` with `defaults`. The field "notes" explains each default."""
     for name in _REQUIRED:
         if values[name] is None:
             shown = with_raw_names(name) if source == "params.json" else name

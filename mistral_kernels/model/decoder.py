@@ -36,7 +36,7 @@ class MistralModel(nn.Module):
     def forward(
         self, input_ids: Tensor, packing: Packing, cache: RollingCache | None = None
     ) -> Tensor:
-        """Return the normalized hidden states of packed tokens, and append their keys to `cache`.
+        """Return the normalized hidden states of packed tokens; append keys and values to `cache`.
 
         Args:
             input_ids: (total_tokens,) int64 or int32.
@@ -97,7 +97,7 @@ class MistralModel(nn.Module):
 
     @property
     def num_positions(self) -> int:
-        """Number of positions in the rotary tables. Larger tables are new tensors."""
+        """Number of positions in the rotary tables. Growing replaces the tables by new tensors."""
         return 0 if self._tables is None else self._tables[0].shape[0]
 
     def rotary_tables(self, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:

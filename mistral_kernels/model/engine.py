@@ -1,11 +1,11 @@
 """Decode engines: append one token per sequence to a cache and return the next token's logits.
 
-`engine_for` chooses an engine once per generation. All engines return the same bits.
+`engine_for` chooses an engine once per generation. On one device, all engines return the same bits.
 
 | engine            | runs                                  | chosen for                         |
 | ----------------- | ------------------------------------- | ---------------------------------- |
 | `CudaGraphEngine` | the modules, recorded in a CUDA graph | CUDA                               |
-| `CpuEngine`       | the decoder of csrc, in one call      | the CPU, if csrc computes the same |
+| `CpuEngine`       | the decoder of csrc, in one call      | the CPU, if `_can_use_csrc`        |
 | `ModuleEngine`    | the modules                           | everything else                    |
 """
 
@@ -155,10 +155,10 @@ class CpuEngine:
         h = h + SwiGLU(x Wup^T) Wdown^T                      x = RMSNorm(h)
         logits = RMSNorm(h) Whead^T
 
-    A step reads every weight once, which evicts Python's code and data from the CPU's caches. One
-    call per layer would therefore cost 0.1 ms per layer, and one call per operator several times as
-    much. The weights are passed once, when the engine is made: passing them in each call would add
-    2 % to a step of a model with 160 M parameters. Gradients are not supported.
+    A step reads every weight once, which evicts Python's code and data from the CPU's caches.
+    Therefore one call per layer would cost 0.1 ms per layer, and one call per operator would cost
+    several times as much. The weights are passed once, when the engine is created: passing them in
+    each call would add 2 % to a step of a model with 160 M parameters. Gradients are not supported.
     """
 
     asynchronous = False
@@ -229,8 +229,8 @@ def _weight_and_scales(linear: Linear) -> tuple[Tensor, Tensor | None]:
 def _can_use_csrc(model: CausalLM, cache: RollingCache) -> bool:
     """Return whether `CpuEngine` computes the same as the model's modules.
 
-    csrc computes the equations of the modules without calling them. Therefore each module must be
-    one whose call would run only the `forward` that this package defines, on plain tensors.
+    csrc computes the equations of the modules without calling the modules. Therefore every module
+    must be unmodified: a call of the module runs only the original `forward`, on plain tensors.
     """
     modules = (*model.model.modules(), *model.lm_head.modules())
     return (
@@ -245,7 +245,7 @@ def _can_use_csrc(model: CausalLM, cache: RollingCache) -> bool:
 
 
 def _is_observed() -> bool:
-    """Return whether PyTorch must dispatch each operator: tracing, transforms, autocast, a mode."""
+    """Return whether PyTorch must dispatch each operator, as for traces, autocast and modes."""
     return (
         torch.compiler.is_compiling()
         or in_transform()

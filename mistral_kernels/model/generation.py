@@ -1,4 +1,4 @@
-"""Token generation: prefill the prompts, then decode one token per sequence and step.
+"""Token generation: prefill the prompts, then decode one token per sequence in each step.
 
 `generate` calls `stream`, which calls `Engine.step`. The public functions are also the methods of
 `MistralForCausalLM`.
@@ -38,7 +38,7 @@ def prefill(
         prompts: token ids of one prompt per sequence, of any lengths from 1 on.
         cache: the cache, which may hold earlier tokens.
         chunk_size: maximum number of tokens per prompt in one forward pass; None: the largest
-            sliding window, but between 512 and 4096. It changes memory, not the result.
+            sliding window, clamped to [512, 4096]. It affects memory, not the result.
 
     Returns:
         (batch, vocab_size), in the model's dtype.
@@ -101,8 +101,8 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Generate texts, and yield the new tokens of each step.
 
-    A text that has ended stays in the batch until all texts have ended. The results of the other
-    texts are thus bitwise independent of it.
+    A text that has ended stays in the batch until all texts have ended. Therefore the end of one
+    text does not change the bits of the others.
 
     Args:
         model: the model.
@@ -110,9 +110,9 @@ def stream(
         max_new_tokens: maximum number of new tokens per text.
         sampler: choice of each token; None: greedy.
         eos_token_ids: tokens that end a text. The token itself is still yielded.
-        cache: cache of earlier texts that the prompts continue; None: a new cache. Afterwards it
-            holds all tokens except the last one yielded. For a text that ended before the others,
-            it also holds tokens that were not yielded.
+        cache: cache of earlier texts that the prompts continue; None: a new cache. Afterwards the
+            cache holds all tokens except the last one yielded. For a text that ended before the
+            others, the cache also holds tokens that were not yielded.
         context: token ids of those earlier texts, for the repetition penalty only.
         chunk_size: maximum number of tokens per prompt in one forward pass; see `prefill`.
 
@@ -194,8 +194,8 @@ def generate(
         model: the model; the object itself when this function is called as a method.
         input_ids: (batch, seqlen) int64 or int32, or a list of prompts. The prompts of a list may
             have different lengths and need no padding.
-        attention_mask: (batch, seqlen); 0 marks padding on either side, which is ignored. Only for
-            a tensor of `input_ids`; None: no padding.
+        attention_mask: (batch, seqlen); 0 for padding tokens, on the left or right. Only if
+            `input_ids` is a tensor; None: no padding.
         max_new_tokens: maximum number of new tokens per text.
         do_sample: sample each token with `temperature`, `top_k`, `top_p` and `min_p`. Otherwise
             choose the most likely token.
@@ -210,7 +210,7 @@ def generate(
             of `eos_token_id`, or 0 if there is none.
         generator: source of random numbers; None: PyTorch's default.
         prefill_chunk_size: maximum number of tokens per prompt in one forward pass; None: the
-            largest sliding window, but between 512 and 4096. It changes memory, not results.
+            largest sliding window, clamped to [512, 4096]. It affects memory, not the result.
 
     Returns:
         (batch, seqlen + new tokens) for a tensor, and a list of lists of token ids for a list.
@@ -276,7 +276,7 @@ def _check_vocabulary(model: CausalLM, prompts: Sequence[Sequence[int]]) -> None
 
 
 def _seen(model: CausalLM, *texts: Sequence[Sequence[int]]) -> Tensor:
-    """Return booleans (batch, vocab_size) that mark the tokens of row i of all `texts`."""
+    """Return (batch, vocab_size) booleans; row i marks the tokens of row i of all `texts`."""
     shape = len(texts[0]), model.config.vocab_size
     seen = torch.zeros(shape, dtype=torch.bool, device=model.device)
     for batch in texts:
@@ -297,7 +297,7 @@ def _eos_token_ids(model: CausalLM, eos_token_id: int | Sequence[int] | str | No
 
 
 def token_ids_of(name: str, ids: Any) -> list[int]:
-    """Return a list, a tensor or an array of token ids, (n,), as a list of ints.
+    """Convert a list, a tensor or an array of token ids, (n,), to a list of ints.
 
     Raises:
         TypeError: `ids` or one of its elements has another type, such as float, bool or str.

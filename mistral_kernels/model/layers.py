@@ -17,7 +17,7 @@ from mistral_kernels.ops.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
-    """Module of `ops.rms_norm` that holds the weight."""
+    """RMSNorm with a weight parameter, computed by `ops.rms_norm`."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        """Return the norm of `x`; with a residual, the norm of their sum, and the sum."""
+        """Return the norm of `x`; with a residual, the norm of `x + residual`, and this sum."""
         return rms_norm(x, self.weight, self.eps, residual)
 
 
@@ -178,7 +178,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward network. The norm before each also adds the residual."""
+    """Attention and feed-forward network. The norm before each block also adds the residual."""
 
     def __init__(self, config: MistralConfig, layer: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ _BLOCK = 1 << 18  # elements quantized at a time: 1 MB in float32, which fits in
 
 
 class Int8Rows(NamedTuple):
-    """Rows of a quantized weight, and their scales: a destination of `copy_`."""
+    """Rows of a quantized weight and their scales; `copy_` quantizes a tensor into both."""
 
     weight: Tensor
     scales: Tensor
@@ -47,7 +47,7 @@ def make_weights_int8(model: nn.Module) -> None:
 
 
 def destinations(model: nn.Module) -> dict[str, Tensor | Int8Rows]:
-    """Return the destination of each tensor of a state dict, by its name, in a quantized model."""
+    """Map the name of each state dict tensor to its destination in a quantized model."""
     found: dict[str, Tensor | Int8Rows] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, Linear):

@@ -86,8 +86,8 @@ class Sampler:
     def scores(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """Return float32 scores (batch, vocab_size). The chosen token is the argmax of its row.
 
-        The largest score of a row is finite exactly if the largest logit of the row is finite and
-        no logit is NaN. A row without a finite largest score has no token to choose.
+        The largest score of a row is finite if and only if the largest logit of the row is finite
+        and no logit is NaN. A row without a finite largest score has no token to choose.
         """
         if self.temperature == 0:
             return self._penalize(logits, seen)
@@ -126,7 +126,7 @@ class Sampler:
         if self.top_p < 1:
             ordered, order = logits.sort(dim=-1, descending=True)
             probabilities = ordered.softmax(dim=-1)
-            # Drop a token if the more likely ones already reach top_p. The first is never dropped.
+            # Drop a token if the more likely tokens already reach top_p. The first token is kept.
             dropped = probabilities.cumsum(dim=-1) - probabilities >= max(self.top_p, _TINY)
             logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
         if self.min_p > 0:
@@ -176,7 +176,7 @@ class NextTokens:
             self._copied.record()
 
     def finish_read(self) -> list[int | None]:
-        """Wait for the last `begin_read` and return its tokens; None for a row without a choice."""
+        """Wait for the last `begin_read` and return its tokens; None for a row with no token."""
         if self._copied is not None:
             self._copied.synchronize()
         token_ids, scores = (part.tolist() for part in _ids_and_scores(self._host))

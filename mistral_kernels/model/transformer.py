@@ -81,7 +81,7 @@ class MistralForCausalLM(CausalLM):
         self._tie_weights()
 
     def part_of(self, name: str, shape: tuple[int, ...]) -> checkpoint.Part:
-        """Return the part of the checkpoint's tensor `name` that this model holds: the whole."""
+        """Return the part of the checkpoint tensor `name` that this model holds: all of it."""
         return checkpoint.whole(name, shape)
 
     @classmethod
@@ -96,7 +96,7 @@ class MistralForCausalLM(CausalLM):
     ) -> MistralForCausalLM:
         """Load a raw or Hugging Face checkpoint.
 
-        The peak memory is the size of the model and of one tensor. On the CPU, safetensors weights
+        The peak memory is the size of the model plus one tensor. On the CPU, safetensors weights
         that are page-aligned and in the dtype and order of the model are memory-mapped: the system
         reads them at first use. `convert` and `save_pretrained` write such files. A mapped file may
         be renamed, replaced or removed, but must not be written to.
@@ -107,7 +107,8 @@ class MistralForCausalLM(CausalLM):
             device: device of the weights.
             quantize: "int8": hold the projections and the head in 8 bits, which makes decode steps
                 on the CPU nearly twice as fast (see `ops.linear_int8`). Embedding, norms and
-                activations keep `dtype`. Such a model cannot be trained or saved. None: no.
+                activations keep `dtype`. A quantized model cannot be trained or saved. None: do not
+                quantize.
             **overrides: configuration fields to replace, such as `sliding_window=1024`; see
                 `MistralConfig.with_replaced`.
 

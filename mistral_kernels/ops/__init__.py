@@ -36,9 +36,9 @@ Hugging Face checkpoints. `inverse` selects the inverse rotation.
     (torch.Size([2, 50, 4, 16]), torch.Size([2, 50, 2, 16]))
 
 Attention. The window is a pair of inclusive distances to the left and to the right of a query; -1
-means no bound. A causal window of W keys, the query's own key included, is W - 1 and 0.
-`softmax_scale` is head_dim^-0.5 if None. A softcap of 0.0 means no softcap. A packed batch is
-(tokens, heads, head_dim) with `cu_seqlens`, as in flash-attn.
+means no bound. A causal window of W keys, including the query's own key, has `window_left` W - 1
+and `window_right` 0. `softmax_scale` is head_dim^-0.5 if None. A softcap of 0.0 means no softcap. A
+packed batch is (tokens, heads, head_dim) with `cu_seqlens`, as in flash-attn.
 
     >>> def attend(q, k, v, window):
     ...     out, _ = ops.attention_forward(

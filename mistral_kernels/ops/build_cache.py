@@ -32,12 +32,14 @@ _ABANDONED = 3600.0  # seconds after which a build folder of another digest is r
 def folder_of(digest: str) -> Path:
     """Return the path of the folder for the library with this digest. It need not exist.
 
-    The folder is in `$TORCH_EXTENSIONS_DIR/mistral_kernels`; without that variable, in the cache of
-    PyTorch's extensions. Symbolic links in the path are resolved. Therefore `check_private` can
-    refuse every link: another user may have created it after this call.
+    The folder is in `$TORCH_EXTENSIONS_DIR/mistral_kernels`. If the variable is not set, the folder
+    is in the cache of PyTorch's extensions. Symbolic links in the path are resolved. If
+    `check_private` finds a link in the path, the link is newer than this call, and another user may
+    have created it.
 
     Raises:
-        BuildError: the path is relative; the current folder may belong to another user.
+        BuildError: the path is relative. It would depend on the current folder, which may belong to
+            another user.
     """
     root = os.environ.get(ROOT_VARIABLE)
     root = root or torch._appdirs.user_cache_dir("torch_extensions")
@@ -71,11 +73,11 @@ def verify_checksum(library: Path) -> str:
 def check_private(folder: Path) -> None:
     """Raise BuildError if a user other than root and this user could put a library into `folder`.
 
-    Another user could do that by owning `folder` or a folder above it, or by write access to
-    `folder` or to a folder above it without the sticky bit.
+    A user can do that if the user owns `folder` or one of its parents, or has write access to
+    `folder` or to a parent without the sticky bit.
     """
     for path in (folder, *folder.parents):
-        status = path.lstat()  # `folder_of` resolved all links: any link here is new
+        status = path.lstat()  # `folder_of` has resolved all links: a link here is new
         if not stat.S_ISDIR(status.st_mode):
             raise BuildError(f"{path} must be a folder; {_REMEDY}")
         is_root = path == path.parent  # in a container, any user may own the root folder
@@ -90,7 +92,7 @@ def check_private(folder: Path) -> None:
 
 
 def _is_own_group(gid: int) -> bool:
-    """Return whether the group is the private group that Linux distributions create per user."""
+    """Return whether the group is this user's private group, which Linux distributions create."""
     import grp
     import pwd
 
@@ -104,7 +106,7 @@ def _is_own_group(gid: int) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the build lock of `folder`. The folder is created, with mode 700, if it is absent.
+    """Hold the build lock of `folder`. Create the folder, with mode 700, if it is absent.
 
     If another process holds the lock, print a line on stderr and wait. Files of killed builds are
     removed.
@@ -149,7 +151,8 @@ def _lock(descriptor: int, folder: Path) -> None:
 def _remove_abandoned(folder: Path) -> None:
     """Remove the files of killed builds in `folder`, which is locked.
 
-    In the folders beside it, which are not locked, only old build folders are removed.
+    The folders of other libraries are not locked. There, remove only build folders that are older
+    than one hour.
     """
     for unfinished in folder.parent.glob(f"*/{UNFINISHED}*"):
         with suppress(OSError):

@@ -33,14 +33,15 @@ def check_cache(
     `check_cache_indices` checks the values of the index tensors.
 
     Args:
-        k_cache: (rows, capacity, num_kv_heads, head_dim), or (pages, page_size, ...).
+        k_cache: (rows, capacity, num_kv_heads, head_dim), or (pages, page_size, num_kv_heads,
+            head_dim) with a block table.
         v_cache: like k_cache.
         lengths: (batch,) int32, tokens per sequence.
         rows: (batch,) int32, each sequence's row of the cache; None: its index in the batch.
         block_table: (batch, pages) int32, each sequence's pages; None: the cache is not paged.
 
     Raises:
-        ValueError: a shape does not fit.
+        ValueError: a shape does not fit, or both `rows` and `block_table` are given.
         TypeError: a dtype does not fit.
     """
     check_float("k_cache", k_cache)
@@ -91,7 +92,7 @@ def check_one_sequence_per_row(k_cache: Tensor, lengths: Tensor) -> None:
 
 
 def check_cu_seqlens_values(cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
-    """Raise ValueError unless the offsets fit `total` tokens and sequences up to `max_seqlen`.
+    """Raise ValueError unless cu_seqlens splits `total` tokens into sequences up to `max_seqlen`.
 
     Values on a GPU are not read.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 _FEW = 64  # for fewer values, `tolist` is faster than `aminmax`
 INT32_MAX = torch.iinfo(torch.int32).max
-FLOAT32 = torch.finfo(torch.float32)  # the dtype of the kernels' scalar arguments
+FLOAT32 = torch.finfo(torch.float32)  # limits of the kernels' scalar arguments
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _ALL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -76,7 +76,7 @@ def check_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
 def is_number(value: Any) -> bool:
     """Return whether `value` is a real number and not a bool.
 
-    It may be a number of Python or NumPy, a 0-d tensor, or a symbolic number of `torch.compile`.
+    Numbers of Python and NumPy, 0-d tensors, and symbolic numbers of `torch.compile` are accepted.
     """
     if isinstance(value, (int, float)):
         return not isinstance(value, bool)
@@ -105,7 +105,7 @@ def check_softcap(softcap: float) -> None:
 def check_device(like_name: str, like: Tensor, **others: Tensor | None) -> None:
     """Raise ValueError unless the `others` are on the device of `like`.
 
-    Functions that call several operators use it, because an operator checks only its own tensors.
+    Call this function before calling several operators: each operator checks only its own tensors.
     """
     for name, x in others.items():
         if x is not None and x.device != like.device:
@@ -142,7 +142,7 @@ def check_range(name: str, x: Tensor | None, highest: int) -> None:
 def can_read(x: Tensor) -> bool:
     """Return whether the values of `x` can be read without synchronizing with a device.
 
-    It is False on a GPU, where reading waits for the device.
+    The result is False on a GPU, where reading waits for the device.
     """
     return x.is_cpu and has_memory(x)
 
@@ -155,8 +155,8 @@ def is_plain(x: Tensor) -> bool:
 def has_memory(x: Tensor) -> bool:
     """Return whether `x` has a data pointer.
 
-    It is False while tracing or compiling, for subclasses such as fake tensors, for meta tensors,
-    and for the batched tensors of `vmap`.
+    The result is False while a function is compiled or exported, and for tensor subclasses (such as
+    fake tensors), meta tensors and the tensors that a `torch.func` transform wraps.
     """
     if torch.compiler.is_compiling() or not is_plain(x) or x.is_meta:
         return False

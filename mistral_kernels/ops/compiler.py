@@ -1,9 +1,9 @@
-"""Compile csrc: the sources, the flags, and the commands that build one library.
+"""Compile the sources in csrc into one library per device type.
 
 CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS have the same meaning as in
-torch.utils.cpp_extension. That module is not used: its lock remains after a killed build and blocks
-all later builds, and it cannot compile CUDA with a CPU build of PyTorch, which `setup.py` does.
-This module imports no other module of the package, because `setup.py` loads it alone.
+torch.utils.cpp_extension. That module is not used, for two reasons. Its lock remains after a killed
+build and blocks all later builds. It cannot compile CUDA if PyTorch is a CPU build, but `setup.py`
+needs to. This module imports no other module of the package, because `setup.py` loads it alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SOURCES = INSTALLED if INSTALLED.is_dir() else _PACKAGE.parent / "csrc"
 _FLAGS = [
     "-O3",
     "-std=c++17",
-    # The binary runs with torch 2.10 and later. Newer parts of the ABI do not compile.
+    # The binary runs with torch 2.10 and later: code that uses newer parts of the ABI is rejected.
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
 _HOST_FLAGS = [
@@ -66,7 +66,7 @@ class BuildError(RuntimeError):
 
 
 class NotBuiltError(BuildError):
-    """No build was started: no compiler, no GPU, or MISTRAL_KERNELS_BUILD=never."""
+    """No build was started: no suitable compiler, no GPU, or MISTRAL_KERNELS_BUILD=never."""
 
 
 def build_setting() -> str:
@@ -94,8 +94,8 @@ def checksum_file(library: Path) -> Path:
 def build(device_type: str, library: Path, architectures: str = "") -> None:
     """Compile and link `library`, and write its checksum beside it.
 
-    The library is written atomically and before its checksum, each with fsync. An interrupt kills
-    the compilers and removes their files.
+    The library is written first, then its checksum, each atomically and with fsync. An interrupt
+    kills the compilers and removes their files.
 
     Args:
         device_type: "cpu" or "cuda".
@@ -103,7 +103,7 @@ def build(device_type: str, library: Path, architectures: str = "") -> None:
         architectures: the GPU architectures to build for, in the format of TORCH_CUDA_ARCH_LIST.
 
     Raises:
-        NotBuiltError: there is no compiler.
+        NotBuiltError: there is no compiler, or nvcc has another major version than PyTorch's CUDA.
         BuildError: the compiler failed, or an environment variable is malformed.
         OSError: `library` cannot be written.
     """
@@ -152,14 +152,14 @@ def _run(commands: Sequence[list[str]], jobs: int) -> None:
     """Run commands in the folder of the sources, at most `jobs` at a time, until one fails.
 
     The commands are started in another thread, because an interrupt is raised in the main thread
-    only. Otherwise an interrupt between the start of a process and its registration in `running`
-    would leave the process running.
+    only. In the main thread, an interrupt between the start of a process and its registration in
+    `running` would leave the process running.
     """
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         try:
             future = pool.submit(_run_until, stop, commands, jobs)
-            while wait([future], timeout=0.1).not_done:  # a signal may not interrupt a longer wait
+            while wait([future], timeout=0.1).not_done:  # a signal might not interrupt a long wait
                 pass
             future.result()
         finally:
@@ -213,7 +213,7 @@ def _jobs() -> int:
 
 
 def nvcc() -> str | None:
-    """Return the path of nvcc, or None. Search where torch.utils.cpp_extension does."""
+    """Return the path of nvcc, or None. Search the same folders as torch.utils.cpp_extension."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     folder = os.path.join(home, "bin") if home else None
     return shutil.which("nvcc", path=folder) or (
@@ -236,7 +236,7 @@ def _compiler(device_type: str) -> list[str]:
     if compiler is None:
         raise NotBuiltError("no nvcc: neither on PATH nor in CUDA_HOME; install the CUDA toolkit")
     _check_cuda_version(compiler)
-    return [compiler, *(f"-ccbin={word}" for word in cxx[-1:])]  # the first word may be ccache
+    return [compiler, *(f"-ccbin={word}" for word in cxx[-1:])]  # the word before may be ccache
 
 
 def _compilations(device_type: str, architectures: str) -> list[list[str]]:
@@ -282,8 +282,8 @@ def _sources(folder: str, pattern: str = "*.cpp") -> list[str]:
 def _link_flags(device_type: str) -> list[str]:
     flags = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu"]
     if device_type == "cuda":
-        # Link to the same CUDA runtime as PyTorch. No symbol of libtorch is used; --no-as-needed
-        # keeps it, because it loads libtorch_cuda.
+        # Link to the same CUDA runtime as PyTorch. --no-as-needed keeps libtorch, although none of
+        # its symbols is used, because libtorch loads libtorch_cuda.
         flags = ["--cudart=shared", "-Xlinker=--no-as-needed", *flags]
     return flags
 
@@ -300,7 +300,7 @@ def _gencode(architectures: str) -> list[str]:
 
 def _check_cuda_version(compiler: str) -> None:
     """Raise NotBuiltError unless nvcc has the CUDA major version of this PyTorch."""
-    if torch.version.cuda is None:  # `setup.py` builds for another PyTorch
+    if torch.version.cuda is None:  # `setup.py` uses a CPU build to compile for a CUDA build
         return
     done = subprocess.run([compiler, "--version"], capture_output=True, text=True)
     release = re.search(r"release (\d+)\.", done.stdout)

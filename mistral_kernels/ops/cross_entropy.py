@@ -7,10 +7,10 @@
 e is the label smoothing. The result is the mean or the sum over tokens, in nats.
 
 When a model of 7B parameters is trained, its logits (tokens x vocabulary) are larger than any other
-tensor. Here the logits exist for one chunk of tokens at a time. The gradients of the chunk are
-computed in the forward pass too, as soon as its logits exist (as in arXiv:2410.10989). PyTorch
-computes the matrix products. Between them one kernel, Triton's or csrc's, replaces the logits by
-their gradient in place: it reads each row of logits twice and writes it once.
+tensor. Here the logits exist for one chunk of tokens at a time. The gradients of the chunk are also
+computed in the forward pass, as soon as its logits exist (as in arXiv:2410.10989). PyTorch computes
+the matrix products. One kernel (Triton or csrc) overwrites the logits with their gradient: it reads
+each row of logits twice and writes the row once.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 # Elements of the logits of one chunk: 32 MiB of float32 on a CPU. Chunks are larger on a GPU
 # because the products of every chunk read the whole weight.
 _CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 25}
-# Elements of one block of a chunk's dweight, where dweight is accumulated in float32. On a CPU a
-# block stays in the cache until it is added.
+# If dweight is accumulated in float32, the dweight of a chunk is computed in blocks of this number
+# of elements. On a CPU a block stays in the cache until it is added.
 _PRODUCT_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
@@ -129,7 +129,7 @@ def _softmax_triton(
         _softmax_kernel[(len(logits),)](
             *(logits, targets, scale, losses, logits.stride(0)),
             *(ignore_index, label_smoothing, z_loss, softcap),
-            VOCAB=logits.shape[1],  # constexpr: lanes are then masked in vectors of 16 bytes
+            VOCAB=logits.shape[1],  # constexpr, so that masked accesses are vectors of 16 bytes
             SOFTCAP=softcap > 0,
             NEEDS_GRADIENT=needs_gradient,
             **config,
@@ -154,7 +154,7 @@ def _softmax_torch(
     if softcap:
         capped = torch.tanh(z / softcap)
         z, cap_slope = softcap * capped, 1 - capped.square_()
-    # Keep the sums relative to the maximum, as the kernel does.
+    # Keep log_sum relative to the maximum, as the kernel does.
     z_max = z.amax(1, keepdim=True)
     z = z.sub_(z_max)
     # Take 16 rows at a time: logsumexp copies its input.
@@ -352,7 +352,7 @@ _forward_op = Operator(
 
 
 def _scaled(gradients: tuple[Tensor | None, ...], dloss: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients times dloss, in place unless they may be needed again."""
+    """Multiply the gradients by dloss, in place unless autograd may need the gradients again."""
     if (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
@@ -418,9 +418,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Compute the cross entropy, in nats, of the logits hidden @ weight^T.
 
-    The logits of all tokens never exist at once (method of arXiv:2410.10989), so that memory does
-    not grow with num_tokens * vocab_size. Differentiable once in hidden and weight; the forward
-    pass computes the gradients that are needed.
+    The logits of all tokens never exist at once (arXiv:2410.10989). Memory therefore does not grow
+    with num_tokens * vocab_size. The function is differentiable once in hidden and weight. The
+    forward pass computes the gradients that are needed.
 
     Args:
         hidden: (num_tokens, hidden_size), float16, bfloat16, float32 or, on the torch backend,
@@ -428,8 +428,8 @@ def linear_cross_entropy(
         weight: (vocab_size, hidden_size), dtype of hidden. A weight without `requires_grad` saves
             one of three matrix products.
         targets: (num_tokens,) int64, each in [0, vocab_size) or equal to `ignore_index`.
-        ignore_index: target of the tokens that count neither in the sum nor in the mean.
-        reduction: "mean" or "sum", over the tokens that count.
+        ignore_index: tokens with this target are excluded from the sum and from the mean.
+        reduction: "mean" or "sum" over the tokens that are not excluded.
         label_smoothing: e in [0, 1]: the target class has probability 1 - e + e / vocab_size, and
             each other class e / vocab_size (arXiv:1512.00567).
         z_loss: >= 0; adds z_loss * logsumexp^2 to the loss of each token (arXiv:2204.02311).

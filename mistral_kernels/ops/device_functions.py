@@ -32,7 +32,7 @@ def view(x: Tensor, packed: bool) -> View:
 def tanh(x):
     """Return the hyperbolic tangent in float32.
 
-    Near 0, where 1 - 2 / (exp(2x) + 1) cancels, a polynomial with a relative error of 4e-8.
+    Near 0, 1 - 2 / (exp(2x) + 1) cancels: use a polynomial with a relative error of 4e-8 there.
     """
     square = x * x
     near = x + x * square * (

@@ -1,8 +1,8 @@
 """Select the backend for a tensor; query and set the device that Triton kernels run on.
 
-``triton`` is the backend for GPU tensors and ``torch`` the backend for CPU tensors. The environment
-variable ``MISTRAL_KERNELS_BACKEND=auto|triton|torch`` overrides the selection. There is no silent
-fallback: if the selected backend cannot run, an error names the remedy.
+``triton`` is the backend for GPU tensors, ``torch`` is the backend for all other tensors. The
+environment variable ``MISTRAL_KERNELS_BACKEND=auto|triton|torch`` overrides the selection. The
+other backend is never used silently: if the selected backend cannot run, an error names the remedy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NO_GUARD = contextlib.nullcontext()
 
 
 class Backend(NamedTuple):
-    """A backend, ``"triton"`` or ``"torch"``, and the reason of the selection as text."""
+    """A backend, ``"triton"`` or ``"torch"``, and the reason why it was selected, as text."""
 
     name: str
     reason: str
@@ -120,7 +120,7 @@ def _interpreting() -> bool:
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Return a context manager that makes the device of ``x`` current, as Triton launches require.
 
-    It does nothing for CPU tensors, and if the device is current already.
+    The context manager does nothing for CPU tensors, and if the device is current already.
     """
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
@@ -156,8 +156,9 @@ def _query(driver: Any, index: int) -> DeviceProperties:
 def with_workspace(x: torch.Tensor, launch: Callable[[], None]) -> None:
     """Run ``launch``, which launches kernels that need workspace, on the device of ``x``.
 
-    Tensor descriptors that are created on the device need workspace, for example. Triton requests
-    it from an allocator, which is set for this launch only; the caller's allocator is kept.
+    Tensor descriptors that a kernel creates need workspace, for example. Triton requests the
+    workspace from an allocator. The allocator set here is used for this launch only; the caller's
+    allocator is kept.
     """
     import triton
 

@@ -1,11 +1,13 @@
 """Find, build and load the compiled operators of csrc: one library per device type.
 
-A library is loaded from the installed package, where `setup.py` puts the libraries that it built;
-otherwise from the cache of PyTorch's extensions; otherwise it is compiled into that cache. The
-libraries are optional: without one, PyTorch or Triton runs instead, and `status` returns why.
+A library is loaded from the installed package, if `setup.py` has built it there. Otherwise it is
+loaded from the cache of PyTorch's extensions. If it is not there either, it is compiled into that
+cache. The libraries are optional: without one, PyTorch or Triton runs instead, and `status` returns
+the reason.
 
 - MISTRAL_KERNELS_BUILD=never: do not compile.
-- MISTRAL_KERNELS_BUILD=always: raise an error if a library can neither be found nor built.
+- MISTRAL_KERNELS_BUILD=always: raise an error if a library that this machine supports can neither
+  be found nor built.
 - MISTRAL_KERNELS_CPU: the instruction set of the CPU kernels; by default the best one.
 """
 
@@ -56,7 +58,8 @@ def load(device_type: str) -> bool:
     Raises:
         ValueError: MISTRAL_KERNELS_BUILD is not auto, never or always, or MISTRAL_KERNELS_CPU is
             not an instruction set of this processor.
-        RuntimeError: there is no library and MISTRAL_KERNELS_BUILD=always.
+        RuntimeError: MISTRAL_KERNELS_BUILD=always, csrc supports `device_type` on this machine, and
+            the library can neither be found nor built.
     """
     library = _libraries.get(device_type)
     if library is None:
@@ -68,13 +71,13 @@ def load(device_type: str) -> bool:
 
 
 def supports(x: torch.Tensor) -> bool:
-    """Load csrc's library for the CPU if it supports `x`; return whether it does."""
+    """Return whether csrc's CPU library supports `x` and can be loaded. Load it if it does."""
     supported = x.is_cpu and x.dtype != torch.float64 and dispatch.uses_csrc("cpu")
     return supported and load("cpu")
 
 
 def apply_backend_setting() -> None:
-    """Enable or disable the kernels of the loaded libraries, as MISTRAL_KERNELS_BACKEND demands."""
+    """Enable or disable the kernels of the loaded libraries, as MISTRAL_KERNELS_BACKEND sets."""
     for device_type, library in _libraries.items():
         if library.is_loaded:
             _enable_if_chosen(device_type)
@@ -129,7 +132,7 @@ def _from_cache(device_type: str, setting: str, failures: list[Exception]) -> _L
             build_cache.check_private(folder)
             is_valid = bool(build_cache.verify_checksum(cached))
             return _open(device_type, cached)
-        if is_valid:  # compiling again would produce the same library, at every start
+        if is_valid:  # compiling again, at every start, would give the same library
             raise BuildError(f"{failures.pop()}; remove {folder} to compile it again")
     if setting == "never":
         raise NotBuiltError(f"not compiled, since {BUILD_VARIABLE}=never")

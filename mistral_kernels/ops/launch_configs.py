@@ -39,7 +39,8 @@ def next_power_of_2(n: int) -> int:
 def rms_norm_forward(hidden: int) -> LaunchConfig:
     """Return the parameters of RMSNorm's forward.
 
-    A program holds whole rows in registers, 16 elements per thread. Short rows share a program.
+    A program holds whole rows in registers, 16 elements per thread up to 8192 columns. Short rows
+    share a program.
     """
     block_cols = next_power_of_2(hidden)
     block_rows = max(1, 2048 // block_cols)
@@ -51,9 +52,9 @@ def rms_norm_forward(hidden: int) -> LaunchConfig:
 def rms_norm_backward(hidden: int, element_bytes: int, device: DeviceProperties) -> LaunchConfig:
     """Return the parameters of RMSNorm's backward.
 
-    They are those of the forward, with further rows prefetched into shared memory while they fit.
-    Wide rows are divided into chunks, and each program owns one chunk, because the float32 state of
-    more columns does not fit in registers.
+    The tile is that of the forward. Further rows are prefetched into shared memory if they fit.
+    Wide rows are divided into chunks, because the float32 state of more columns does not fit in
+    registers. Each program processes one chunk.
 
     Args:
         hidden: columns per row.
@@ -64,12 +65,12 @@ def rms_norm_backward(hidden: int, element_bytes: int, device: DeviceProperties)
     chunks = cdiv(hidden, widest)
     forward = rms_norm_forward(min(hidden, widest))
     stage_bytes = forward["BLOCK_ROWS"] * forward["BLOCK_COLS"] * element_bytes
-    # A program also reads dy, h and weight of the other chunks. There are at least two inputs, so
-    # these are at most 1.5 times the bytes of its own chunk.
+    # A program also reads dy, h and weight of the other chunks. Per chunk, these have at most 1.5
+    # times the bytes of the program's own chunk, which has at least two inputs.
     stage_bytes += (chunks - 1) * stage_bytes * 3 // 2
     num_stages = max(1, min(3, device.shared_memory // stage_bytes))
-    # More warps, so fewer elements per thread, where registers run out: long float32 rows, and all
-    # rows on AMD.
+    # Use more warps (fewer elements per thread) where registers run out: for long float32 rows, and
+    # for all rows on AMD.
     spills = device.platform == "hip" or (element_bytes >= 8 and forward["BLOCK_ROWS"] == 1)
     num_warps = min(16, forward["num_warps"] * (2 if spills else 1))
     return launch_config(
@@ -81,8 +82,8 @@ def rms_norm_partial_sums(rows: int, device: DeviceProperties) -> int:
     """Return the number of programs of RMSNorm's backward; each writes partial sums of dweight.
 
     With 32 rows per program, the float32 partial sums are under 5 % of the memory traffic in
-    bfloat16. With fewer rows, half of the multiprocessors saturate the memory bandwidth, because
-    each has several rows in flight.
+    bfloat16. For few rows, half of the multiprocessors saturate the memory bandwidth, because each
+    multiprocessor has several rows in flight.
     """
     return min(4 * device.multiprocessors, max(device.multiprocessors // 2, cdiv(rows, 32)))
 
@@ -123,8 +124,8 @@ def rotary(half: int) -> LaunchConfig:
 def rolling_cache_update(head_dim: int, max_seqlen: int) -> LaunchConfig:
     """Return the parameters of the rolling cache's update.
 
-    They are those of `rotary` for several tokens per sequence. A single token per sequence is
-    latency bound, so more programs process 4 heads each. Fused multiply-adds are disabled, so that
+    For several tokens per sequence, use the parameters of `rotary`. One token per sequence is
+    latency bound: use more programs, with 4 heads each. Fused multiply-adds are disabled, so that
     results are bit-identical on every backend.
     """
     block_i = max(1, next_power_of_2(head_dim) // 2)

@@ -12,12 +12,12 @@ The first launch imports Triton, binds ``tl`` in the kernel's module, and rebind
 in that module to the result of ``triton.jit``. Later launches have no overhead. Device functions
 are decorated in the same way; other modules import them by name.
 
-Triton specializes a kernel on the alignment of parameters named ``*_ptr`` and ``*_stride*``. All
-other numbers (rows, lengths) may change at every step and are not specialized. ``lse_stride`` is
-not specialized either: the distance between the log-sum-exps of two heads is a length. Triton
-specializes every element of a tuple and ignores ``do_not_specialize`` for it. Tuples must therefore
-hold pointers, strides and floating-point numbers only, never lengths. None, alone or in a tuple, is
-a constexpr.
+Triton specializes a kernel on the alignment of parameters named ``*_ptr`` and ``*_stride*``. For
+all other numbers (rows, lengths), ``jit`` disables specialization, because they may change at every
+step. Specialization of ``lse_stride`` is disabled too: the distance between the log-sum-exps of two
+heads is a length. Triton specializes every element of a tuple and ignores ``do_not_specialize`` for
+it. Tuples must therefore hold pointers, strides and floating-point numbers only, never lengths. An
+argument or tuple element of None is a constexpr.
 """
 
 from __future__ import annotations

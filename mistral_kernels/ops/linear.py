@@ -4,9 +4,9 @@ Decoding is memory bound: each weight is multiplied by one row per sequence. csr
 weight once for all rows, and sums each product in the same order for any number of rows. A row's
 result therefore has the same bits alone and in any batch of up to `KERNEL_ROWS` rows.
 
-The kernel computes no gradients. PyTorch computes the calls that need gradients and, without csrc's
-library, all calls. PyTorch multiplies few float32 rows on a single thread. `_linear_torch` uses all
-threads: it splits W into blocks of rows and computes one product per block.
+The kernel computes no gradients. PyTorch computes the calls that need gradients, and all calls if
+csrc's library is absent. PyTorch multiplies few float32 rows on a single thread. `_linear_torch`
+uses all threads: it splits W into blocks of rows and computes one product per block.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from torch import Tensor
 from mistral_kernels.ops.checks import check_same_dtype, is_plain
 from mistral_kernels.ops.operator import Operator, needs_gradient
 
-# Largest number of rows of x for the kernel. With 64 rows on Zen 4 (AVX-512 BF16) it is as fast as
-# PyTorch in bfloat16, and faster in float32 and float16. PyTorch may do better on other processors.
+# Largest number of rows of x for the kernel. With 64 rows on Zen 4 (AVX-512 BF16), the kernel is as
+# fast as PyTorch in bfloat16, and faster in float32 and float16. On other processors PyTorch may be
+# faster.
 KERNEL_ROWS = 32
-# Largest numbers of rows of x for which blocks are faster, measured on two Zen 4 cores. The second
-# is for a weight with more outputs than inputs.
+# Largest numbers of rows of x for which `_linear_torch` uses blocks, measured on two Zen 4 cores.
+# The second number is for a weight with more outputs than inputs.
 _FEW_ROWS, _FEW_ROWS_WIDE = 32, 512
 
 
@@ -72,7 +73,8 @@ _linear_op = Operator(
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply x by the transpose of weight, like `torch.nn.functional.linear` without a bias.
 
-    Differentiable. Dtypes and devices are those of `torch.nn.functional.linear`.
+    The function is differentiable. It accepts the dtypes and devices of
+    `torch.nn.functional.linear`.
 
     Args:
         x: (rows, in_features).

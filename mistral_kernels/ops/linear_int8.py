@@ -3,15 +3,15 @@
 With few rows of x, a product takes the time of reading the weight. An int8 weight has half the
 bytes of a bfloat16 weight and takes half the time. There is one scale per output ("channel"), and
 quantization is symmetric: the largest magnitude of a row becomes 127, as in LLM.int8()
-(arXiv:2208.07339) and torchao's int8 weight-only quantization. With one scale per group of 128
-inputs, a product of 8 rows would take 1.15 times as long (measured with AVX-512 BF16), longer than
-with a bfloat16 weight.
+(arXiv:2208.07339) and torchao's int8 weight-only quantization. One scale per group of 128 inputs is
+not offered: a product of 8 rows would take 1.15 times as long (measured with AVX-512 BF16), which
+is longer than with a bfloat16 weight.
 
 All dtypes of x represent int8 exactly. csrc's kernel multiplies in the same order as the kernel of
-`ops.linear`, and scales the float32 sums. A row's result therefore has the same bits in any batch
+`ops.linear`, then scales the float32 sums. A row's result therefore has the same bits in any batch
 of up to `_KERNEL_ROWS` rows. PyTorch multiplies larger batches: it converts one block of the weight
-at a time to x's dtype. Without csrc's library PyTorch computes all products, which is slower than
-with an unquantized weight.
+at a time to the dtype of x. If csrc's library is absent, PyTorch computes all products, which is
+slower than with an unquantized weight.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from mistral_kernels.ops.checks import check_dtype, check_shape
 from mistral_kernels.ops.linear import check_shapes
 from mistral_kernels.ops.operator import Operator
 
-# Largest number of rows of x for the kernel. On Zen 4 (AVX-512 BF16) it is faster than PyTorch up
-# to 256 rows, but PyTorch may do better on other processors.
+# Largest number of rows of x for the kernel. On Zen 4 (AVX-512 BF16), the kernel is faster than
+# PyTorch up to 256 rows. On other processors PyTorch may be faster.
 _KERNEL_ROWS = 128
 _BLOCK = 1 << 20  # elements of the weight that are converted at a time; they fit in a cache
 
@@ -50,7 +50,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
             f"{tuple(weight.shape)} {weight.dtype}"
         )
     weight = weight.detach().float()
-    # Clamp: the scale of a zero row is a divisor, too.
+    # Clamp: a row of zeros would have a scale of 0, and the weight is divided by the scale.
     scales = weight.abs().amax(dim=1).div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
     return weight.div(scales[:, None]).round_().to(torch.int8), scales
 

@@ -4,11 +4,11 @@ A declaration consists of the schema, the fake implementation, the argument chec
 implementations. This module registers them with PyTorch's dispatcher. It is the only module that
 selects an implementation:
 
-    operator                    the kernel in csrc, once csrc's library is loaded
-        first call              loads csrc's library if it has the operator, and calls again
-        otherwise               `triton` or `torch`, selected by `dispatch.uses_triton`
-    operator_python             `triton` or `torch`; csrc calls it for arguments that its kernel
-                                does not support
+    <name>          If csrc's library is loaded, its kernel. Before that, the first call loads the
+                    library, if csrc has this operator, and calls the operator again. In all other
+                    cases `triton` or `torch`, selected by `dispatch.uses_triton`.
+    <name>_python   `triton` or `torch`. csrc calls it for arguments that its kernel does not
+                    support.
 
 The derivative of an operator is a subclass of `Function`. `torch.func.vmap` calls an operator once
 per example.
@@ -28,14 +28,14 @@ from mistral_kernels.ops import dispatch, extension
 from mistral_kernels.ops.checks import check_float, check_triton_dtype
 
 NAMESPACE = "mistral_kernels"
-_failure = threading.local()  # `error`: the last exception of an implementation called by csrc
+_failure = threading.local()  # `error`: the last exception of an implementation that csrc called
 
 
-R = TypeVar("R")  # what an operator returns
+R = TypeVar("R")  # type of an operator's result
 
 
 class Operator(Generic[R]):
-    """An operator. Calling it calls `torch.ops.mistral_kernels.<name>`.
+    """An operator. A call of the object calls `torch.ops.mistral_kernels.<name>`.
 
     Args:
         name: the name of the operator.
@@ -46,8 +46,8 @@ class Operator(Generic[R]):
             of the results.
         check: called with the arguments before any implementation. It raises an exception for
             shapes, dtypes and numbers that do not fit. `Operator` itself checks that required
-            tensors are given, that all tensors are dense and on one device, and that the first
-            tensor has a floating-point dtype of the backend.
+            tensors are given, that all tensors are dense and on one device, and that the backend
+            supports the dtype of the first tensor.
         torch: the implementation in PyTorch, for any device and dtype.
         triton: the implementation in Triton, for float16, bfloat16 and float32. If it is None,
             `torch` is used instead.
@@ -82,8 +82,8 @@ class Operator(Generic[R]):
         self._register(f"{NAMESPACE}::{name}")
 
     def _register(self, qualified: str) -> None:
-        # Registered for every device. csrc's library, once loaded, registers its own kernels, which
-        # have precedence for their device type.
+        # Register an implementation for every device. When csrc's library is loaded, it registers
+        # its own kernels, which have precedence for their device type.
         torch.library.impl(qualified, "default", self._load_and_run if self._csrc else self._run)
         if "cuda" not in self._csrc:
             torch.library.impl(qualified, "cuda", self._run)
@@ -115,7 +115,7 @@ class Operator(Generic[R]):
                 raise failure from None
             finally:
                 del failure  # breaks the reference cycle of this frame and the traceback
-        # Without the new version, autograd would not detect that a saved tensor has changed.
+        # Increment the version, so that autograd detects that a saved tensor has changed.
         for i in self._written:
             if not args[i].is_inference():
                 torch.autograd.graph.increment_version(args[i])
@@ -164,8 +164,8 @@ class Operator(Generic[R]):
     def _check_arguments(self, args: tuple[Any, ...]) -> tuple[str, Tensor]:
         """Check all arguments; return the name of the first tensor and the tensor.
 
-        The dispatcher does not check these conditions: it passes on None for a tensor, and if any
-        tensor is a meta tensor, it calls the fake implementation.
+        The dispatcher does not check these conditions: it accepts None for a tensor, and it calls
+        the fake implementation if any tensor is a meta tensor.
         """
         for i, name in self._required:
             if args[i] is None:
@@ -189,7 +189,7 @@ def reload_backend_setting() -> None:
 
 
 def python_error() -> str:
-    """Return the message of the last exception that a Python implementation raised into csrc."""
+    """Return the message of the last exception of a Python implementation that csrc called."""
     return _describe(_failure.error)
 
 
@@ -221,11 +221,11 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def call(cls, *args: Any) -> Any:
-        """Return what `apply` returns, with less overhead: 20 us less per call."""
+        """Return what `apply` returns, with 20 us less overhead per call."""
         if torch.compiler.is_compiling():
             if in_transform():
                 # torch.compile would run `forward` without its derivative, and the gradient would
-                # be 0. With fullgraph=False this error makes it run the transform eagerly.
+                # be 0. With fullgraph=False, torch.compile then runs the transform eagerly.
                 raise NotImplementedError(
                     f"{cls.public_name} inside a torch.func transform cannot be compiled; "
                     "transform the compiled function instead"
@@ -248,8 +248,8 @@ def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Return whether a call with these tensors must go through a `Function`.
 
-    It is always True inside a transform of `torch.func`, because the `requires_grad` of its outer
-    levels cannot be read.
+    The result is always True inside a transform of `torch.func`, because the `requires_grad` of
+    outer levels cannot be read.
     """
     if in_transform():
         return True

@@ -6,7 +6,7 @@ dtype of their inputs, but at least in float32. They are not fast: attention bui
 matrix, and the rolling cache is updated one token at a time.
 
 Notation: `b` sequences, `s` tokens, `h` query heads, `g` key/value heads, `d` head_dim. `t` is the
-number of tokens of a packed batch, which `cu_seqlens` (b + 1 offsets from 0) cuts into sequences.
+number of tokens of a packed batch, which `cu_seqlens` (b + 1 offsets from 0) splits into sequences.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def rms_norm(
     own code. With `residual`, return (norm(x + residual), x + residual).
     """
     h = x if residual is None else x + residual
-    # In float32 within `eager_arithmetic` too, as in the RMSNorm of eager models.
+    # Use float32 within `eager_arithmetic` too, as the RMSNorm of eager models does.
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     normalized = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = normalized.to(x.dtype) * weight
@@ -134,9 +134,9 @@ def attention(
     """Compute softmax(scale * q k^T + bias) v over the visible keys, and the log-sum-exp.
 
     q (b, sq, h, d), k and v (b, sk, g, d): query head i reads kv head i // (h / g). `softcap` c
-    replaces a score s by c * tanh(s / c). `alibi_slopes` (h,) or (b, h) subtract
-    slope * |distance| (arXiv:2108.12409). Return out (b, sq, h, d) and lse (b, h, sq). A query that
-    sees no key has output 0, a log-sum-exp of -inf and zero gradients.
+    replaces a score s by c * tanh(s / c). `alibi_slopes`, (h,) or (b, h), subtract
+    slope * |distance| from the scores (arXiv:2108.12409). Return out (b, sq, h, d) and lse
+    (b, h, sq). A query that sees no key has output 0, a log-sum-exp of -inf and zero gradients.
     """
     seqlen_q, seqlen_k, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -150,7 +150,7 @@ def attention(
         distance = (rows - torch.arange(seqlen_k, device=q.device)).abs()
         scores = scores - alibi_slopes.to(scores).reshape(-1, q.shape[2], 1, 1) * distance
     mask = visible(seqlen_q, seqlen_k, causal, window_size, q.device)
-    # The lowest finite value instead of -inf: the gradients of a row without keys are not NaN.
+    # Use the lowest finite value, not -inf, so that a row without keys has no NaN gradients.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1).masked_fill(~mask, 0.0)
     out = torch.einsum("bhqk,bkhd->bqhd", weights, values).to(q.dtype)
@@ -228,10 +228,10 @@ def linear_cross_entropy(
     """Compute the cross entropy, in nats, of the logits hidden @ weight^T.
 
     hidden (t, hidden_size), weight (vocab_size, hidden_size), targets (t,) int64. Tokens with the
-    target `ignore_index` count neither in the sum nor in the mean. `softcap` c replaces a logit z
-    by c * tanh(z / c). `label_smoothing` e gives every class the probability e / vocab_size and the
-    target 1 - e more (arXiv:1512.00567). `z_loss` adds z_loss * logsumexp^2 to each token's loss
-    (arXiv:2204.02311).
+    target `ignore_index` are excluded from the sum and from the mean. `softcap` c replaces a logit
+    z by c * tanh(z / c). `label_smoothing` e gives every class the probability e / vocab_size, and
+    adds 1 - e to the probability of the target (arXiv:1512.00567). `z_loss` adds
+    z_loss * logsumexp^2 to each token's loss (arXiv:2204.02311).
     """
     logits = _wide(hidden) @ _wide(weight).mT
     if softcap:

@@ -371,7 +371,7 @@ class RMSNormFunction(Function):
         """Return the gradients of x, weight and residual."""
         needs_dx, needs_dweight, needs_dresidual, _ = ctx.needs_input_grad
         if not ctx.has_residual:
-            dh = None  # torch.compile passes a gradient of the absent h, too
+            dh = None  # torch.compile passes a gradient for the absent h, too
         dx = dweight = None
         if dy is not None:
             mask = needs_dx or needs_dresidual, needs_dweight
@@ -394,10 +394,10 @@ def rms_norm(
         h = x + residual, or x without a residual
         y = weight * h / sqrt(mean(h^2) + eps)
 
-    The residual addition and the norm are one pass over memory. The mean is float32 (float64 for
+    The residual addition and the norm take one pass over memory. The mean is float32 (float64 for
     float64 inputs). h / RMS is rounded to the dtype of ``x`` before the product with ``weight``, as
-    in Mistral's own code. Differentiable once in ``x``, ``weight`` and ``residual``, through both
-    outputs.
+    in Mistral's own code. The function is differentiable once in ``x``, ``weight`` and
+    ``residual``, through both outputs.
 
     Args:
         x: (..., hidden), float16, bfloat16, float32 or, on the torch backend, float64. Any strides;

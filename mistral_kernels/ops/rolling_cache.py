@@ -77,7 +77,7 @@ def _update_kernel(
     INTERLEAVED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of new tokens. If `tables` has cos, sin and their strides, rotate q and k."""
+    """Write a tile of new tokens. Rotate q and k by `tables` (cos, sin, strides), unless None."""
     tile, sequence = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     start = tl.load(cu_seqlens_ptr + sequence)
     count = tl.load(cu_seqlens_ptr + sequence + 1) - start
@@ -92,7 +92,7 @@ def _update_kernel(
             tables[0], tables[1], position, exists, tables[2], tables[3], HEAD_DIM // 2, BLOCK_I
         )
 
-    # Each program has a block of heads of q, of k or of v.
+    # Each program processes one block of heads of q, k or v.
     block = tl.program_id(1)
     head = tl.arange(0, BLOCK_H)[None, :, None]
     if tables is not None:
@@ -196,7 +196,7 @@ def _slots_of_tokens(
     rows: Tensor | None,
     block_table: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the indices of the tokens that are kept, and the row (or page) and slot of each."""
+    """Return the indices of the tokens that are kept, and each token's row (or page) and slot."""
     capacity = capacity_of(k_cache, block_table)
     sequence, index, position = token_positions(lengths, cu_seqlens, total)
     kept = (index >= cu_seqlens.diff()[sequence] - capacity).nonzero().squeeze(1)
@@ -241,7 +241,7 @@ def _update_torch(
 def _append_(
     cache: Tensor, new: Tensor, lengths: Tensor, cu_seqlens: Tensor, rows: Tensor | None
 ) -> None:
-    """Write the tokens as at most two slices per sequence: on the CPU much faster than indexing."""
+    """Write the tokens as at most two slices per sequence: much faster on a CPU than indexing."""
     capacity = cache.shape[1]
     seen, offsets = lengths.tolist(), cu_seqlens.tolist()
     for sequence, row in enumerate(range(len(seen)) if rows is None else rows.tolist()):
@@ -403,10 +403,10 @@ def rolling_cache_update_(
 ) -> Tensor | None:
     """Append new tokens to the rolling cache of each sequence, in place.
 
-    The token at position p of its sequence is written to slot p % capacity; the first new token of
+    The token at position p of its sequence is written to slot p % capacity. The first new token of
     a sequence has position `lengths`. If q, cos and sin are given, q and k are rotated first, in
-    the same launch. Differentiable in k, v, q and the previous contents of the caches. A call that
-    raises leaves the caches unchanged.
+    the same launch. The function is differentiable in k, v, q and the previous contents of the
+    caches. The errors listed below are raised before the caches are written to.
 
     Args:
         k_cache: (batch, capacity, num_kv_heads, head_dim), float16, bfloat16, float32 or, on the
@@ -417,9 +417,8 @@ def rolling_cache_update_(
         v: like k.
         lengths: (batch,) int32, number of tokens of each sequence before this call. It is not
             updated.
-        cu_seqlens: (batch + 1,) int32, offset of each sequence's first token in k and v, and
-            total_tokens.
-        max_seqlen: largest number of new tokens of any sequence.
+        cu_seqlens: (batch + 1,) int32: 0, then the end of each sequence in k and v.
+        max_seqlen: upper bound of the number of new tokens per sequence.
         q: (total_tokens, num_heads, head_dim), packed like k, dtype of k.
         cos: (num_positions, head_dim / 2) float32, cosines from `rotary_tables`. num_positions must
             exceed the position of every new token.

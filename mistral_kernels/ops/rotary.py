@@ -133,7 +133,7 @@ class Rotation(NamedTuple):
     inverse: bool
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the tables and positions as the kernels read them: float32, unit stride."""
+        """Return the tables as float32 with unit stride, and the positions as contiguous."""
         cos, sin = (with_unit_stride(table.float()) for table in (self.cos, self.sin))
         return cos, sin, self.positions.contiguous()
 
@@ -308,9 +308,9 @@ class RotaryFunction(Function):
 class RotaryInPlaceFunction(torch.autograd.Function):
     """Autograd history of `apply_rotary_` for one tensor; `forward` does not rotate.
 
-    `apply_rotary_` rotates after this function has run. PyTorch therefore raises for a tensor that
-    must not be overwritten while the tensor still has its values. q and k are separate calls, with
-    one launch each in backward, because an in-place Function may return only one view.
+    `apply_rotary_` calls this function first and rotates afterwards. If `x` must not be
+    overwritten, PyTorch raises during this call, and `x` keeps its values. q and k need separate
+    calls, with one launch each in backward, because an in-place Function may return only one view.
     """
 
     @staticmethod
@@ -389,8 +389,8 @@ def apply_rotary(
 
         (a, b) -> (a cos - b sin, b cos + a sin)    for each pair of channels (a, b)
 
-    q and k are not modified. Differentiable, to any order. Forward and backward launch one kernel
-    for both.
+    q and k are not modified. The function is differentiable to any order. The forward pass rotates
+    q and k in one launch, and so does the backward pass.
 
     Args:
         q: (..., num_heads, head_dim), float16, bfloat16, float32 or, on the torch backend, float64.
@@ -434,9 +434,9 @@ def apply_rotary_(
 ) -> tuple[Tensor, Tensor]:
     """Rotate q and k in place, with the same bits as `apply_rotary`.
 
-    Differentiable if PyTorch allows q and k to be overwritten. It does not allow it for a leaf that
-    requires gradients, or for an output of `split` or `chunk` with history (use slices instead):
-    PyTorch then raises RuntimeError, and q and k keep their values.
+    The function is differentiable if PyTorch allows q and k to be overwritten. PyTorch does not
+    allow this for a leaf that requires gradients, or for an output of `split` or `chunk` with
+    history (use slices instead). It then raises RuntimeError, and q and k keep their values.
 
     Args:
         q: as for `apply_rotary`, with evenly spaced tokens and contiguous channels. Parts of a
@@ -470,8 +470,8 @@ def apply_rotary_(
     if needs_gradient(q, k):
         check_rotary(q, k, cos, sin, positions)
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform():
-            # Here PyTorch does not support in-place Functions or, in a compiled graph before 2.13,
-            # drops their history. Rotate q and k separately: vmap may batch only one of them.
+            # Here PyTorch does not support in-place Functions or, in graphs compiled by versions
+            # before 2.13, drops their history. Rotate q and k separately: vmap may batch only one.
             angles = cos, sin, positions, interleaved, False
             return q.copy_(rotated(q, None, *angles)[0]), k.copy_(rotated(None, k, *angles)[1])
         q, k = (

@@ -60,7 +60,10 @@ def check_tables(cos: Tensor, sin: Tensor, head_dim: int) -> int:
 
 
 def check_in_place_memory(q: Tensor, k: Tensor) -> None:
-    """Raise ValueError unless strides describe q and k for in-place kernels, without overlap."""
+    """Raise ValueError unless in-place kernels can address q and k, and q and k do not overlap.
+
+    Tensors without memory (see `has_memory`) are not checked.
+    """
     if not (has_memory(q) and has_memory(k)):
         return
     q_stride, q_row, q_end = _memory_extent("q", q)
@@ -73,7 +76,7 @@ def check_in_place_memory(q: Tensor, k: Tensor) -> None:
 
 
 def _memory_extent(name: str, x: Tensor) -> tuple[int, int, int]:
-    """Return the stride between tokens and the span of one token and of all, in elements."""
+    """Return, in elements, the stride between tokens, the span of a token and of all tokens."""
     if x.numel() == 0:
         return 0, 0, 0
     rows = flatten_tokens(x)

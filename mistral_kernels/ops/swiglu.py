@@ -2,13 +2,13 @@
 
     y = silu(gate) * up,    silu(g) = g * s,    s = 1 / (1 + exp(-g))
 
-Backward saves gate and up only:
+The forward pass saves only gate and up. The backward pass computes
 
     dgate = dy * up * s * (1 + g * (1 - s)),    dup = dy * silu(g)
 
 gate, up and y have the shape (..., intermediate). Alternatively, gate and up are the halves of one
-tensor, the output of a fused projection; their gradients are then the halves of one tensor too.
-Arithmetic is fp32. Each element is read and written once.
+tensor, the output of a fused projection; their gradients are then the halves of one tensor too. The
+kernels compute in fp32 and read and write each element once.
 """
 
 from __future__ import annotations
@@ -273,7 +273,9 @@ class SwiGLUFunction(Function):
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """Compute silu(gate) * up, Mistral's gated activation (arXiv:2002.05202).
 
-    Arithmetic is float32 (float64 for float64 inputs). Differentiable once in both arguments.
+    Arithmetic is float32 (float64 for float64 inputs). The torch backend without csrc also rounds
+    intermediate results to the dtype of `gate`. The function is differentiable once in both
+    arguments.
 
     Args:
         gate: (..., intermediate), float16, bfloat16, float32 or, on the torch backend, float64. Any

@@ -15,15 +15,15 @@ from mistral_kernels.tokenizer import MistralTokenizer
 class Conversation:
     """Chat that keeps its rolling cache between messages.
 
-    Each message renders the whole conversation with the vendor's chat template. Only the tokens
+    For each message, the model's chat template renders the whole conversation. Only the tokens
     after the longest prefix that is already in the cache are computed. The prefix may be shorter
     than the cache: templates may move the system prompt, and an answer may be tokenized differently
     from the tokens that were sampled. The tokens after the prefix are then dropped from the cache.
-    If its ring has already overwritten keys that are needed again, a new cache is filled instead.
+    If a ring has already overwritten keys that are needed again, a new cache is filled instead.
 
     Attributes:
         messages: the conversation, in the format that `apply_chat_template` takes.
-        max_length: number of tokens that a cache without a sliding window has room for.
+        max_length: maximum number of tokens of the conversation, unless the cache is `endless`.
     """
 
     def __init__(
@@ -39,8 +39,8 @@ class Conversation:
             model: the model that answers.
             tokenizer: its tokenizer, which must have a chat template.
             system: the system message; None: none.
-            max_length: largest number of tokens of the conversation if a layer has no sliding
-                window; None: the model's `max_position_embeddings`, at most 32768.
+            max_length: maximum number of tokens of the conversation, unless the cache is `endless`;
+                None: the model's `max_position_embeddings`, at most 32768.
         """
         self.model, self.tokenizer = model, tokenizer
         self.messages = [{"role": "system", "content": system}] if system else []
@@ -69,7 +69,7 @@ class Conversation:
 
         Raises:
             ValueError: the message is empty, the template renders no tokens, or the conversation
-                with the message is longer than `max_length` and a layer has no window.
+                with the message is longer than `max_length` and the cache is not `endless`.
         """
         if not message.strip():
             raise ValueError("message must not be empty")

@@ -24,8 +24,8 @@ class TextDelta:
 
     Attributes:
         index: index of the prompt that the text continues.
-        text: the new characters. They may be none: an incomplete character, and the possible start
-            of a stop string, are held back until a later piece.
+        text: the new characters, or "": an incomplete character, and the possible start of a stop
+            string, are held back until a later piece.
         token_id: the generated token.
         finish_reason: None, except in the last piece of a text: "eos", "stop" or "length".
     """
@@ -58,7 +58,7 @@ class Completion:
 
 
 class _StopText:
-    """Filter that passes a text on, piece by piece, up to the first stop string.
+    """Filter that passes a text, piece by piece, up to the first stop string.
 
     The stop string that begins first in the text ends it, regardless of how the text is cut into
     pieces. With the stop strings "bc" and "abcd", the text "abc" is therefore held back: the next
@@ -138,7 +138,7 @@ def stream_generate(
         model: the model.
         tokenizer: its tokenizer.
         prompts: one string, or a list whose elements are strings or lists of token ids. A string
-            gets a BOS token if the tokenizer adds it. Lengths may differ; nothing is padded.
+            gets a BOS token if the tokenizer adds it. Lengths may differ; no padding is added.
         max_tokens: maximum number of new tokens per text.
         sampler: choice of each token; None: greedy.
         stop: one or several strings. A text ends before the stop string that begins first in it.
@@ -146,7 +146,7 @@ def stream_generate(
         cache: cache of earlier texts that the prompts continue; see `MistralForCausalLM.stream`.
         context: token ids of those earlier texts, for the repetition penalty.
         prefill_chunk: maximum number of tokens per prompt in one forward pass; None: the largest
-            sliding window, but between 512 and 4096.
+            sliding window, clamped to [512, 4096].
         standalone: the texts are answers, not continuations: remove the space that the tokenizer
             puts before the first word.
 
@@ -212,7 +212,7 @@ def generate(
         **options: options of `stream_generate`, such as `max_tokens` and `sampler`.
 
     Raises:
-        TypeError, ValueError: as `stream_generate` does.
+        TypeError, ValueError: see `stream_generate`.
     """
     prompts = _checked_prompts(prompts)
     completions = [Completion(finish_reason="length") for _ in prompts]

@@ -60,7 +60,7 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
 
     def push(self, token_id: int | torch.Tensor) -> str:
-        """Return the text that is complete with this token: "" in the middle of a character.
+        """Add a token and return the text that is complete with it; "" inside a character.
 
         Args:
             token_id: The next token id, an integer or a tensor of one element.
@@ -193,8 +193,8 @@ class MistralTokenizer(ABC):
 
         If the folder has a tokenizer_config.json or a chat template: whether there is a template.
         Otherwise the vocabulary and the name of the file decide, but base and Instruct models may
-        share a file. The plain `tokenizer.model` of Mistral-7B v0.1 and v0.2 counts as that of a
-        base model, the one of v0.3 as that of an Instruct model.
+        share a file. The value is False for the plain `tokenizer.model` of Mistral-7B v0.1 and
+        v0.2, and True for that of v0.3.
         """
         if self._files.has_config or self._files.templates:
             return bool(self._files.templates)
@@ -225,7 +225,7 @@ class MistralTokenizer(ABC):
                 which accepts token lists of unequal lengths.
             add_special_tokens: Whether to add BOS and EOS to each text, as defined by the files.
             padding: True or "longest" pads each text on the left with `pad_token_id` to the length
-                of the longest text; `attention_mask` is 0 there. False or "do_not_pad": no padding.
+                of the longest text; the mask of padding is 0. False or "do_not_pad": no padding.
             return_tensors: "pt" returns int64 tensors `(batch, seqlen)`. None returns a list of
                 ids for one text, and a list of lists for several.
 
@@ -338,8 +338,8 @@ class MistralTokenizer(ABC):
                 the text.
 
         Returns:
-            The text. Bytes that are not valid UTF-8 become U+FFFD, in the same number as in the
-            library of the tokenizer.
+            The text. Bytes that are not valid UTF-8 become U+FFFD, as many as in the library of the
+            tokenizer.
 
         Raises:
             TokenizerError: An id is not an integer or is negative.
@@ -371,8 +371,8 @@ class MistralTokenizer(ABC):
         """Return a decoder for tokens that arrive one by one.
 
         Args:
-            prompt_ids: Tokens before the first one. Their text is not returned, but it matters: a
-                space before the first word is kept only after a prompt.
+            prompt_ids: Tokens before the first pushed token. Their text is not returned, but it
+                affects the result: a space before the first word is kept only after a prompt.
             skip_special_tokens: Whether to omit special tokens from the text.
 
         Example:
@@ -413,9 +413,9 @@ class MistralTokenizer(ABC):
                 for a template in a folder.
             tokenize: Whether to return token ids. False returns the text, which is meant for
                 reading only: `encode` of it may return other ids.
-            add_generation_prompt: Whether to end where the answer of the assistant begins, which
-                Mistral's own templates always do. With these templates, False has one effect: the
-                last message may be an answer of the assistant, as in training data.
+            add_generation_prompt: Whether to end where the answer of the assistant begins.
+                Mistral's own templates always end there. With these templates, False has one
+                effect: the last message may be an answer of the assistant, as in training data.
             return_tensors: "pt" returns an int64 tensor `(1, n)`; None returns a list.
             return_dict: Whether to return a `TokenizerOutput` with `input_ids` and
                 `attention_mask`.
@@ -505,7 +505,7 @@ def one_line(error: BaseException) -> str:
 class library_errors:
     """Context manager that converts the errors of a library to TokenizerError.
 
-    It is used for every token that is decoded: a class takes half the time of a generator.
+    A stream of `HuggingFace` enters it once per token: a class takes half the time of a generator.
 
     Args:
         what: Description of the failure, put before the message of the library.

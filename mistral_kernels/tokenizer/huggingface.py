@@ -106,7 +106,7 @@ class HuggingFace(MistralTokenizer):
         model.add_special_tokens([AddedToken(**asdict(token)) for token in special])
 
     def _find_prefix_and_suffix(self, vocab: dict[str, int]) -> tuple[list[int], list[int]]:
-        """Return the ids that the post-processor puts before a text, and those after it."""
+        """Return the ids that the post-processor puts before a text, and the ids after it."""
         bare: list[int] = []
         for text in itertools.chain("a", itertools.islice(vocab, 100)):
             bare = self._model.encode(text, add_special_tokens=False).ids
@@ -224,8 +224,8 @@ def _stages(decoder: Any) -> Iterator[Any]:
 class _WindowDecoder(StreamDecoder):
     """Decode new tokens together with the tokens before them, with the decoder of the library.
 
-    Some decoders treat the first or the last token of a text differently. Between the two, the text
-    of a token depends only on its neighbors. New tokens are held until the next boundary.
+    Some decoders treat the first or the last token of a text differently. The text of any other
+    token depends only on the neighbors of the token. New tokens are held until the next boundary.
     """
 
     def __init__(self, tokenizer: HuggingFace, skip_special_tokens: bool) -> None:
@@ -233,8 +233,8 @@ class _WindowDecoder(StreamDecoder):
         self._skip = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held: list[int] = []
-        # The last groups of tokens between boundaries, enough groups to have a nonempty text; and
-        # this text.
+        # The last groups of tokens between two boundaries: enough groups for a nonempty text.
+        # `_known` is this text.
         self._window: list[list[int]] = []
         self._known = ""
 

@@ -70,7 +70,7 @@ class SentencePiece(Vendor):
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})").split
         # With "legacy", sentencepiece puts a space before each text between added tokens. Otherwise
-        # it puts one only before text at the beginning of the input.
+        # it puts a space only before a text at the beginning of the input.
         self._inner_model = model
         if self._added and not files.legacy:
             self._inner_model = _load(path, contents + _NO_DUMMY_PREFIX)
@@ -96,7 +96,7 @@ class SentencePiece(Vendor):
         return added
 
     def _find_chat_version(self) -> str | None:
-        """Return "jinja", the version in the name of the file, or that of its control tokens.
+        """Return "jinja", the version in the file name, or the version of the control tokens.
 
         Version 1 has no control tokens except <s> and </s>.
         """
@@ -155,7 +155,7 @@ class SentencePiece(Vendor):
                 return bytes.fromhex(text[3:5])  # "<0xE2>"
             if at_start:
                 # encode() puts a space before the first word; decode() removes only this space. If
-                # the token, repeated, decodes to "", the text has not begun yet.
+                # decode() returns "" for two copies of the token, the text has not begun yet.
                 at_start = not decode([token_id, token_id])
                 return decode([token_id])
             if model.IsUnknown(token_id):

@@ -58,7 +58,7 @@ def sharded_model(
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     fully_shard(model, **options)
-    # The loss needs the whole weight of the head, gathered only inside a forward of the root.
+    # The loss needs the whole weight of the head. FSDP gathers it only in a forward of the root.
     model.packed_loss = MethodType(packed_loss, model)  # type: ignore[assignment]
     register_fsdp_forward_method(model, "packed_loss")
 
@@ -84,7 +84,7 @@ def sharded_model(
 def _row_ranges(model: MistralForCausalLM) -> dict[str, tuple[str, int, int]]:
     """Return the parameter, the first row in it, and the number of rows of each state dict tensor.
 
-    A parameter may hold several tensors. Tied weights have the first of their names.
+    A parameter may hold several tensors. Tied weights are listed under the first of their names.
     """
     names = {weight: name for name, weight in model.named_parameters()}
     ranges = {}

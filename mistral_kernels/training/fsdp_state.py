@@ -4,12 +4,12 @@
                             .metadata           the file and offset of each part of each tensor
                             run.pt              the rest of the state
 
-`run.pt` is written last: a folder without it is an incomplete save. After that, the previous
-folder is removed. Any number of ranks can resume from the state.
+`run.pt` is written last: a folder without it is an incomplete save. Then the previous folder is
+removed. Any number of ranks can resume from the state.
 
 torch.distributed.checkpoint (DCP) reads shares with `weights_only=True`, but it does not verify
-checksums, and it unpickles `.metadata` without restrictions. `_Reader` and `_read_metadata` add
-both checks.
+checksums, and it unpickles `.metadata` without restrictions. `_Reader` verifies the checksums, and
+`_read_metadata` restricts the unpickling.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class FolderSaving:
         self.world.from_main(lambda: self._commit(folder, rest, saved))
 
     def load(self, state: Mapping[str, Any], check: Check) -> dict[str, Any] | None:
-        """Return the saved state, with its tensors copied to those of `state`; None: no state."""
+        """Return the saved state and copy its tensors to those of `state`; None: no saved state."""
         found = self.world.from_main(lambda: self._find(state.keys() - {"tensors"}, check))
         if found is None:
             return None

@@ -34,8 +34,8 @@ def damaged_state_error(path: Path, reason: str) -> CheckpointError:
 class Saving(Protocol):
     """Storage of a run's state: `FileSaving`, or `fsdp_state.FolderSaving` for several ranks.
 
-    The attribute `identity` of both holds the values that two runs must have in common for one to
-    resume from the state of the other.
+    The attribute `identity` of both describes the run. A run can resume from a saved state only if
+    it has the same identity as the run that saved the state.
     """
 
     @property
@@ -77,7 +77,7 @@ class FileSaving:
     identity: Mapping[str, Any]
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write the state to a new file and rename that to `path`."""
+        """Write the state to a new file and rename the file to `path`."""
         fresh = self._incomplete
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ class FileSaving:
             raise CheckpointError(f"cannot save to {self.path}: {reason}") from error
 
     def load(self, state: Mapping[str, Any], check: Check) -> dict[str, Any] | None:
-        """Return the saved state, with its tensors copied to those of `state`; None: no state."""
+        """Return the saved state and copy its tensors to those of `state`; None: no saved state."""
         if self.path.is_dir():
             raise CheckpointError(
                 f"{self.path} is the state of a run under torchrun; resume with torchrun "

@@ -1,6 +1,6 @@
 """Read untrusted files: only regular files of bounded size, and JSON that matches a schema.
 
-`create_anew` creates a file in a folder with untrusted files.
+`create_anew` creates a file in a folder that may contain untrusted files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ JSON_LIMIT = 64 << 20
 
 
 class CheckpointError(OneLineError):
-    """A checkpoint cannot be read or written. The message names the file and the remedy."""
+    """Error in a checkpoint that is read or written. The message has the remedy if there is one."""
 
 
 def expand_user(path: str | Path) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 # The schema of a JSON value is one of:
 # - a type, or None for null;
 # - a list with one schema, that of every item;
-# - a dict from keys to schemas. Keys may be absent. The key `...` has the schema of all other keys,
-#   which are ignored without it;
+# - a dict from keys to schemas. Keys may be absent. The key `...` holds the schema of all other
+#   keys; without `...`, other keys are ignored;
 # - a tuple of alternative schemas.
 Schema = type | None | list[Any] | dict[Any, Any] | tuple[Any, ...]
 
@@ -36,7 +36,7 @@ def escaped(text: str) -> str:
 
 
 def find_mismatch(value: Any, schema: Schema, name: str = "") -> str | None:
-    """Return a description of the first mismatch of a JSON value and a schema; None without one.
+    """Return a description of the first mismatch of a JSON value and a schema, or None.
 
     Integers must fit in 64 bits, and numbers must be finite. `float` accepts integers; `int` does
     not accept a bool.

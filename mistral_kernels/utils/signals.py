@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 @contextmanager
 def unwinding_when_terminated() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP raise SystemExit in the block, and end the process after it."""
+    """Make SIGTERM and SIGHUP raise SystemExit in the block; end the process after the block."""
     received: list[int] = []
 
     def unwind(number: int, frame: Any) -> NoReturn:

@@ -78,8 +78,8 @@ INLINE void fetch_ahead(Block<T> block, Block<T> next, int key, int64_t begin, i
   block.fetch(key + kFetchAhead, begin, size);
 }
 
-// Calls body(block, next) for each block of an item. `next` is the block that is read after it: for
-// the last block, `after`.
+// Calls body(block, next) for each block of an item. `next` is the block to prefetch: the following
+// block of the item, or `after` for the last block.
 template <typename T, typename Body>
 INLINE void for_each_block(const Decode& d, const Item& item, const void* cache,
                            const int64_t* strides, Block<T> after, Body body) {

@@ -30,8 +30,8 @@ INLINE Vec swap_pairs(Vec x) {
   return (Vec)(pairs << 32 | pairs >> 32);
 }
 
-// Rotates channels [first, first + count) of every head. Half-split, their partners are `half`
-// channels further on; interleaved, `half` is 0.
+// Rotates channels [first, first + count) of every head. Half-split pairs: the partner of channel i
+// is channel i + `half`. Interleaved pairs: `half` is 0, and partners are adjacent.
 template <typename T>
 void rotate_block(const TokenHeads<T>& t, int64_t first, int count, int64_t half,
                   const Angles& angles) {

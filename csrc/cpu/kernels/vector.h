@@ -6,8 +6,8 @@
 // Therefore everything here has internal linkage, and kernels use only types of the standard
 // library.
 //
-// The compiler does not contract a * b + c: a product is rounded before it is added, except in
-// fma(), where the instruction set has it.
+// The compiler does not contract a * b + c. Only fma() uses fused multiply-adds, if the instruction
+// set has them.
 #pragma once
 
 #include "../../dtype.h"

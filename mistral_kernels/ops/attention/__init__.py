@@ -57,7 +57,7 @@ def attention(
         s = softmax_scale * q k^T,   then softcap * tanh(s / softcap),   then minus ALiBi's bias
 
     Only tiles of the score matrix are stored (arXiv:2307.08691). Time is proportional to the number
-    of visible (query, key) pairs, memory to the size of the output.
+    of visible (query, key) pairs. Memory is proportional to the size of the output.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), or packed (total_q, num_heads, head_dim) with
@@ -67,10 +67,12 @@ def attention(
         k: (batch, seqlen_k, num_kv_heads, head_dim), or packed (total_k, num_kv_heads, head_dim),
             of q's dtype. num_heads must be a multiple of num_kv_heads.
         v: values, of the shape and dtype of k.
-        causal: whether keys after the query's position are masked.
+        causal: whether keys after the query's position are masked. The last query has the position
+            of the last key.
         sliding_window: number of visible keys per query, including its own position; None for no
             window.
-        window_size: the window as inclusive distances (left, right) instead; -1 for no bound.
+        window_size: the window as inclusive distances (left, right), instead of `sliding_window`;
+            -1 for no bound.
         softmax_scale: positive factor of the products q k^T; head_dim^-0.5 if None.
         softcap: bound of the absolute scores; 0 for no softcap.
         alibi_slopes: (num_heads,) or (batch, num_heads). ALiBi's bias, slope * |distance| in
@@ -168,7 +170,7 @@ def rolling_cache_attention(
 
     With k and v, the ring must not hold the new tokens yet: call `rolling_cache_update_` after this
     function. If k and v are None, the ring must hold the new tokens already: call
-    `rolling_cache_update_` first. None is allowed only for one new token per sequence.
+    `rolling_cache_update_` first. k and v may be None only if every sequence has one new token.
     `RollingCache.attend` calls both functions in the right order.
 
     Args:
@@ -186,9 +188,10 @@ def rolling_cache_attention(
             window. The ring holds at most `capacity` of them.
         softmax_scale: positive factor of the products q k^T; head_dim^-0.5 if None.
         counters: at least 4 * batch * num_kv_heads zeros, int32, on q's device. Programs that share
-            the keys of a sequence count here how many of them have finished, then reset the
-            counter to 0. Calls that may run at the same time need different counters. None
-            allocates and clears counters for this call, which costs one more launch.
+            the keys of a sequence count in this tensor how many of them have finished. The last
+            program resets its counter to 0. Calls that may run at the same time need different
+            counters. If None, counters are allocated and cleared for this call, which costs one
+            more launch.
 
     Returns:
         (total_tokens, num_heads, head_dim), of q's dtype.

@@ -1,8 +1,9 @@
 """Operators of attention: `attention_forward`, `attention_backward` and `cached_attention`.
 
-`attention_forward` and its derivative take rectangular batches, (batch, seqlen, heads, head_dim),
-and packed ones, (tokens, heads, head_dim). `cached_attention` also attends to keys in rings, flat
-caches and pages. Each operator has one implementation per backend, with the schema's signature.
+`attention_forward` and its derivative accept rectangular batches, (batch, seqlen, heads, head_dim),
+and packed batches, (tokens, heads, head_dim). `cached_attention` also attends to keys in rings,
+flat caches and pages. Each operator has one implementation per backend, with the signature of the
+schema.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from mistral_kernels.ops.operator import Function, Operator, absent, needs_gradi
 
 
 def _no_check(*args: Any) -> None:
-    """Do nothing: implementations and fakes check, since they unflatten the spec anyway."""
+    """Check nothing: implementations and fakes check the arguments after unflattening the spec."""
 
 
 def _checked_spec(q: Tensor, k: Tensor, v: Tensor, flat: Sequence[Any]) -> AttentionSpec:
@@ -173,8 +174,8 @@ def attend_differentiably(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """Call `attention_forward` and record it for autograd."""
-    # Triton's backward pass needs the log-sum-exp. A compiled graph returns it on every backend:
-    # Inductor's cache looks graphs up by their contents, which must not depend on the backend.
+    # Triton's backward pass needs the log-sum-exp. A compiled graph returns it on every backend,
+    # because Inductor may reuse a cached graph with another backend.
     return_lse = return_lse or torch.compiler.is_compiling() or uses_triton(q)
     return AttentionFunction.call(q, k, v, *spec.flatten(), return_lse)  # type: ignore[no-any-return]
 
@@ -245,8 +246,9 @@ def attend_cached(
 ) -> tuple[Tensor, Tensor]:
     """Return the output of attention of new tokens over a cache, and its log-sum-exp.
 
-    The queries are the last of the `spec.cache.lengths + new` tokens of each sequence. With k and
-    v, the cache holds the `lengths` keys before the new ones; without, it holds all keys.
+    A sequence consists of `spec.cache.lengths` tokens, then the new tokens. The queries are the
+    last tokens of the sequence. If k and v are given, the cache holds the keys before the new
+    tokens. If k and v are None, the cache holds all keys.
 
     Args:
         q: (batch, seqlen_q, num_heads, head_dim), or packed as in `spec.sequences`.
@@ -254,8 +256,8 @@ def attend_cached(
         v: the new tokens' values, like k.
         spec: layout, window and scoring, with a cache.
         return_lse: whether the log-sum-exp is computed; otherwise the second result is `absent`.
-        num_splits: number of programs that share a sequence's keys; 0 chooses by the number of
-            keys.
+        num_splits: number of programs that share a sequence's keys; 0 derives the number from the
+            number of keys.
         counters: see `rolling_cache_attention`.
     """
     cache = spec.cache

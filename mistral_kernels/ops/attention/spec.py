@@ -1,7 +1,8 @@
-"""Description of one attention call except q, k and v: `AttentionSpec`.
+"""Arguments of one attention call, except q, k and v: `AttentionSpec`.
 
-Public functions make an `AttentionSpec`. Operators take numbers and tensors only: `flatten` lists
-the fields in the order of the schemas below, and `unflatten` restores the spec inside the operator.
+Public functions create an `AttentionSpec`. Operators accept numbers and tensors only: `flatten`
+lists the fields in the order of the schemas below, and `unflatten` restores the spec inside the
+operator.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ class Sequences(NamedTuple):
 
     Attributes:
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32: 0, then the end of each packed sequence.
-            cu_seqlens_q is None for a rectangular batch; cu_seqlens_k of None is cu_seqlens_q.
+            cu_seqlens_q is None for a rectangular batch. If only cu_seqlens_k is None, cu_seqlens_q
+            is used for k and v too.
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths of the sequences.
-        covers_q, covers_k: whether every token of q, or of k, belongs to a sequence. False if that
+        covers_q, covers_k: whether every token of q, or of k, belongs to a sequence. False if this
             was not checked.
     """
 
@@ -81,7 +83,7 @@ class CacheView(NamedTuple):
 
 
 class AttentionSpec(NamedTuple):
-    """Layout, window and scoring of one call. A tuple, since each call makes three of them.
+    """Layout, window and scoring of one call. It is a tuple for speed: each call creates three.
 
     Attributes:
         sequences: layout of q, k and v; with a cache, of q and of the new tokens' k and v.
@@ -89,7 +91,7 @@ class AttentionSpec(NamedTuple):
         softmax_scale: factor of the products q k^T; head_dim^-0.5 if None.
         softcap: scores s become softcap * tanh(s / softcap); 0 for no softcap.
         alibi_slopes: (num_heads,) or (batch, num_heads).
-        cache: cache of the keys before the new tokens; without k and v, of all keys.
+        cache: cache of the keys before the new tokens, or of all keys if k and v are None.
     """
 
     sequences: Sequences

@@ -1,11 +1,11 @@
 """Launch parameters of the attention kernels: a rule and a table of exceptions, without autotuning.
 
 A program keeps the accumulators of its rows in registers and loops over blocks. In the forward, dq
-and decode kernels rows are queries and blocks are keys; in the dk/dv kernel rows are keys and
+and decode kernels, rows are queries and blocks are keys. In the dk/dv kernel, rows are keys and
 blocks are queries. The rule divides the number of elements that fit on a family of GPUs by the head
-dimension. A float32 product consists of three tf32 products: it takes four times the registers, and
-its operands twice the shared memory. The backward kernels hold two products per pair of tiles at
-once, so their tiles are half as large.
+dimension. A float32 product consists of three tf32 products: it needs four times the registers, and
+its operands need twice the shared memory. The backward kernels hold two products per pair of tiles
+at the same time, so their tiles are half as large.
 
 On Turing, Triton uses no matrix instructions: products are multiply-adds, and tiles are small.
 """
@@ -28,7 +28,7 @@ from mistral_kernels.ops.launch_configs import LaunchConfig, launch_config
 
 
 class Tile(NamedTuple):
-    """Tile of BLOCK_M queries (times heads of a group) by BLOCK_N keys, and how it is launched."""
+    """Tile of BLOCK_M queries (times query heads) by BLOCK_N keys, and its launch parameters."""
 
     m: int
     n: int
@@ -40,7 +40,7 @@ class Tile(NamedTuple):
 class _Family(NamedTuple):
     """Tile sizes of a family of GPUs, before division by the head dimension."""
 
-    accumulators: int  # elements of the rows of a forward program
+    accumulators: int  # accumulator elements of a forward program
     block: int  # elements of a block of keys in the forward kernel
     cached: int  # bytes of a block of cached keys in the decode kernel
     stages: int
@@ -59,8 +59,9 @@ _Exceptions = dict[str, dict[tuple[int, int], Tile]]
 
 # Keys: kernel, architecture, (bytes per element, padded head_dim). An architecture inherits entries
 # from the architectures before it. Entries with descriptors apply only to tensors that descriptors
-# can read. Tiles marked "measured" were the fastest on an H200. The others were chosen from machine
-# code: the rule's tile spills in the main loop, or needs more instructions besides matrix products.
+# can read. Tiles marked "measured" were the fastest on an H200. The other tiles were chosen from
+# machine code, where the rule's tile spills in the main loop, or needs more instructions besides
+# matrix products.
 _AMD_FORWARD: _Exceptions = {
     "cdna": {
         (2, 64): Tile(128, 64, 4, 1),
@@ -87,8 +88,8 @@ EXCEPTIONS: dict[str, _Exceptions] = {
         "sm_120": {(2, 64): Tile(128, 32, 4, 3)},
         **_AMD_FORWARD,
     },
-    # This kernel uses no descriptors, and more registers for addresses than the forward kernel. The
-    # sm_80 tile at (2, 128) was also the fastest on an H200.
+    # This kernel uses no descriptors, and needs more registers for addresses than the forward
+    # kernel. The sm_80 tile at (2, 128) was also the fastest on an H200.
     "attention_chunk": {
         "sm_75": {(4, 64): Tile(32, 16, 4, 1)},
         "sm_80": {
@@ -182,7 +183,7 @@ def _rule(kernel: str, family: str, element_bytes: int, head_dim: int) -> Tile:
 
 
 def _lineage(device: DeviceProperties, exceptions: _Exceptions) -> list[str]:
-    """Return the device's family, then the architectures with exceptions, up to the device's."""
+    """Return the device's family, then all architectures with exceptions up to the device's own."""
     if device.platform == "hip":
         generation = str(device.arch)[:-2]  # gfx942, gfx1100, gfx1201
         return {"gfx9": ["cdna"], "gfx12": ["rdna", "rdna4"]}.get(generation, ["rdna"])
@@ -198,7 +199,7 @@ def architecture(device: DeviceProperties) -> str:
 
 
 def has_descriptors(device: DeviceProperties) -> bool:
-    """Return whether kernels should use the device's tensor memory accelerator, if it has one."""
+    """Return whether kernels should use a tensor memory accelerator, and the device has one."""
     return device.platform == "cuda" and 90 <= int(device.arch) < 120
 
 
@@ -240,7 +241,7 @@ def configs(
 
 @functools.cache
 def delta_config(block_d: int) -> LaunchConfig:
-    """Return the meta-parameters of the delta kernel: about 8 elements per thread and input."""
+    """Return the meta-parameters of the delta kernel: 4096 elements of each input per program."""
     return launch_config(BLOCK_M=max(16, 4096 // block_d), BLOCK_D=block_d, num_warps=4)
 
 

@@ -1,9 +1,9 @@
 """Blocked attention on the torch backend: blocks of queries over the keys inside their windows.
 
 Each block of rows reads one slice of keys, so time and memory are proportional to the window. The
-scores and the mask of a whole sequence are never allocated. A block is computed by PyTorch's
-`scaled_dot_product_attention`. Calls with a softcap or a log-sum-exp, which that function does not
-offer, compute the scores and their softmax explicitly.
+scores and the mask of a whole sequence are never allocated. PyTorch's
+`scaled_dot_product_attention` computes a block. Calls that it does not support (with a softcap or a
+log-sum-exp) compute the scores and their softmax explicitly.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from mistral_kernels.ops.operator import absent
 
 # Rows per block. More rows compute more masked scores; fewer rows need more calls.
 _BLOCK_ROWS = 64
-# PyTorch's own causal mask is faster than blocks for at least _TRIANGLE_ROWS rows, for one block,
-# and for so few products (rows^2 * heads * head_dim) that making the blocks takes longer.
+# PyTorch's own causal mask is faster than blocks in three cases: at least _TRIANGLE_ROWS rows, one
+# block, and so few products (rows^2 * batch * heads * head_dim) that making blocks takes longer.
 _TRIANGLE_ROWS = 2048
 _TRIANGLE_WORK = 1 << 25
 
@@ -38,7 +38,7 @@ _TRIANGLE_WORK = 1 << 25
 class _Block:
     """Block of queries `rows` and the slice of keys that they see.
 
-    `first_distance` is the first key's position minus the first query's.
+    `first_distance` is the position of the first key minus the position of the first query.
     """
 
     rows: slice
@@ -84,11 +84,11 @@ def blocked_backward(
 ) -> list[Tensor | None]:
     """Return the gradients of q, k and v from recomputed probabilities; None if not `needed`.
 
-    k and v may be a part of the keys of which `out` and `lse` are the result, as in ring attention.
-    The gradients are then those through this part. An empty `lse` means that `out` is the result of
-    these keys alone.
+    k and v may be a part of the keys and values from which `out` and `lse` were computed, as in
+    ring attention. The gradients are then the contributions of this part. If `lse` is empty, `out`
+    was computed from these keys alone.
     """
-    # Many rows of many blocks are added to the gradient of a key: sum in float32 or float64.
+    # A key's gradient is a sum over many rows of many blocks: accumulate in float32 or float64.
     grads = [
         torch.zeros(x.shape, dtype=accumulator_dtype(x.dtype), device=x.device) if need else None
         for x, need in zip((q, k, v), needed, strict=True)
@@ -132,9 +132,10 @@ def _backward(
 
         p = exp(s - lse),   dp = dout v^T,   ds = p * (dp - rowsum(dout * out))
 
-    p is computed as softmax(s) times the share that these keys have in the sum of the weights of
-    all keys, which is 1 without other keys. exp(s - lse) itself is not accurate for large scores:
-    the rounding error of s becomes a relative error, and the weights would not sum to 1.
+    p is computed as softmax(s) times a share: the sum of the weights of these keys, divided by the
+    sum of the weights of all keys. The share is 1 if there are no other keys. exp(s - lse) would be
+    inaccurate for large scores: the rounding error of s becomes a relative error, and the weights
+    do not sum to 1.
     """
     dq, dk, dv = grads
     biases = _BlockBiases(q, k, spec)
@@ -153,8 +154,8 @@ def _backward(
         if dq is None and dk is None:
             continue
         dp = douts @ values.mT
-        # Without other keys, rowsum(dp * p) equals rowsum(dout * out), and avoids the rounding of
-        # `out`.
+        # If there are no other keys, rowsum(dp * p) equals rowsum(dout * out), without the rounding
+        # error of `out`.
         terms = (
             douts * _heads_to_rows(out[:, block.rows].to(dtype), groups) if lse.numel() else dp * p
         )
@@ -216,7 +217,7 @@ def _blocks(q: Tensor, k: Tensor, spec: AttentionSpec, needs_formula: bool) -> l
     start = rows.start
     size = triangle_rows(seqlen_q, seqlen_k, window)
     plain = spec.is_plain and not needs_formula
-    plain &= q.is_cpu or q.dtype.itemsize == 2  # on a GPU, only flash supports GQA
+    plain &= q.is_cpu or q.dtype.itemsize == 2  # on a GPU, only the flash kernel supports GQA
     few_products = size**2 * batch * num_heads * head_dim <= _TRIANGLE_WORK
     if plain and size and (size <= _BLOCK_ROWS or few_products or size >= _TRIANGLE_ROWS):
         blocks.append(_Block(slice(0, size), slice(0, size), 0, triangle=True))
@@ -233,9 +234,9 @@ def _blocks(q: Tensor, k: Tensor, spec: AttentionSpec, needs_formula: bool) -> l
 class _BlockBiases:
     """Additive masks of blocks, for the rows that `_heads_to_rows` makes.
 
-    Blocks with the same number of rows and the same distance of the last key share one mask. It is
-    made for the block with most keys, which `_blocks` returns first; later blocks use its right
-    end.
+    Blocks with the same number of rows and the same distance of the last key share one mask. The
+    mask is made for the block with the most keys, which `_blocks` returns first. Later blocks use
+    the last columns of the mask.
     """
 
     def __init__(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> None:
@@ -249,7 +250,7 @@ class _BlockBiases:
         self.bias: Tensor | None = None
 
     def for_block(self, block: _Block) -> Tensor | None:
-        """Return (n * rows, keys), or (1 or b, g, n * rows, keys) with ALiBi; None for no mask."""
+        """Return the mask (n * rows, keys), or (1 or b, g, n * rows, keys) with ALiBi, or None."""
         rows, keys = block.shape
         key = (rows, block.first_distance + keys)
         if key != self.key or keys > self.width:

@@ -26,9 +26,9 @@ def cached_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the log-sum-exp, which is `absent` unless `return_lse`.
 
-    Arguments are those of `ops.attend_cached`. `attend` computes attention of one sequence,
-    (1, seqlen, heads, head_dim), over its keys. Except in decode steps, `lengths` is copied to the
-    host.
+    The arguments are those of `ops.attend_cached`. `attend` computes attention of one sequence,
+    (1, seqlen, heads, head_dim), over the keys of the sequence. Except in decode steps, `lengths`
+    is copied to the host.
     """
     cache, cu_seqlens = spec.cache, spec.sequences.cu_seqlens_q
     assert cache is not None
@@ -133,7 +133,7 @@ def _decode(q: Tensor, spec: AttentionSpec) -> Tensor:
     if ragged or narrow:
         slots = torch.arange(k_cache.shape[1], device=q.device)
         mask = slots < counts[:, None]
-        age = (totals[:, None] - 1 - slots) % capacity  # distance of the slot's token to the last
+        age = (totals[:, None] - 1 - slots) % capacity  # tokens after the slot's token
         if cache.leftpad is not None:
             mask &= totals[:, None] - 1 - age >= cache.leftpad[:, None]
         if narrow:
@@ -147,6 +147,6 @@ def _decode(q: Tensor, spec: AttentionSpec) -> Tensor:
         attn_mask=bias,
         scale=spec.scale(head_dim),
     )
-    if bias is not None and not q.is_cpu:  # PyTorch's GPU kernels average fully masked rows
+    if bias is not None and not q.is_cpu:  # for a fully masked row PyTorch averages all values
         out = out.masked_fill(~bias.any(-1, keepdim=True), 0.0)
     return out.reshape(q.shape).contiguous()  # some of PyTorch's kernels keep q's strides

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 
-# Distance that kernels use for "no bound": longer than any sequence, and still an int32 after a
-# position is added.
+# Distance that kernels use for "no bound". It is longer than any sequence, and an int32 can still
+# hold its sum with a position.
 UNBOUNDED = 1 << 30
 
 
@@ -52,8 +52,8 @@ def resolve_window(
     (W - 1, 0) for every value of `causal`. A distance of None is no bound, as in flash-attn 4.
 
     Raises:
-        ValueError: a distance is less than -1, `sliding_window` is not positive, or both kinds of
-            window are given.
+        ValueError: a distance is less than -1, `sliding_window` is not positive, both kinds of
+            window are given, or `window_size` does not have two elements.
         TypeError: a distance or `sliding_window` is not an integer.
     """
     if sliding_window is not None:
@@ -90,8 +90,8 @@ def _as_int(name: str, value: Any, expected: str) -> int:
 def key_range(position, length, left, right):
     """Return the range [begin, end) of `length` keys that the query at a position sees.
 
-    With left and right swapped, and a key's position among the queries, the result is the range of
-    queries that see the key.
+    To get the range of queries that see a key, swap left and right, and pass the key's position
+    among the queries.
     """
     return max(position - left, 0), min(position + right + 1, length)
 
@@ -127,9 +127,9 @@ def triangle_rows(seqlen_q: int, seqlen_k: int, window: Window) -> int:
 def distances(
     num_rows: int, num_keys: int, first_distance: int, device: torch.device | None = None
 ) -> Tensor:
-    """Return the position of each key minus that of each query, (num_rows, num_keys).
+    """Return key position minus query position of each pair, (num_rows, num_keys).
 
-    `first_distance` is the distance of the first pair.
+    `first_distance` is the distance of the first query and the first key.
     """
     keys = torch.arange(first_distance, first_distance + num_keys, device=device)
     return keys - torch.arange(num_rows, device=device)[:, None]
@@ -181,9 +181,10 @@ def hide(s, position, key, length, left, right, LEFT: tl.constexpr, RIGHT: tl.co
 
 
 def is_narrow(left: int, right: int, positions: int, block: int) -> bool:
-    """Return whether a block of `block` keys can cross left and right edges of a tile's windows.
+    """Return whether a block of `block` keys can cross both a left and a right edge of a tile.
 
-    The tile has queries at `positions` consecutive positions. The end of the keys is not an edge
-    here: callers must exclude keys past the end from left-edge blocks, or mask them.
+    The edges are those of the windows of the tile's queries, which have `positions` consecutive
+    positions. The end of the keys is not an edge here: callers must exclude keys past the end from
+    left-edge blocks, or mask them.
     """
     return left + right + 2 < positions + block

@@ -7,9 +7,8 @@ With p = exp(scale * q k^T - lse) and dp = do v^T for a pair of tiles (arXiv:230
     dv = p^T do,   dk = scale * ds^T q,   dq = scale * ds k
 
 There are three kernels: one for delta, one for dk and dv with a program per tile of keys, and one
-for dq with a program per tile of queries. Each sum is computed by one program in a fixed order,
-without atomics, so gradients are bitwise reproducible. Gradients that are not needed are not
-computed.
+for dq with a program per tile of queries. One program computes each sum in a fixed order, without
+atomics, so gradients are bitwise reproducible. Only the gradients that are needed are computed.
 """
 
 from __future__ import annotations
@@ -91,10 +90,10 @@ def _dkdv_kernel(
 ):  # fmt: skip
     """Compute dk and dv of one tile of keys in a loop over the queries that see it.
 
-    The loop visits the query heads of the group one after the other, so dk and dv are accumulated
-    in registers. Scores are transposed, [keys, queries]: p and ds are then left operands of the
-    next products and stay in registers. A key's position is its index among the queries; for this
-    reason the left and right distances of the window are swapped.
+    The loop visits the query heads of the group one after the other, so that dk and dv are
+    accumulated in registers. Scores are transposed, [keys, queries]: p and ds are then left
+    operands of the next products and stay in registers. The position of a key is its index among
+    the queries. The left and right distances of the window are therefore swapped.
     """
     VARLEN: tl.constexpr = cu_seqlens[0] is not None
     tile, kv_head, batch = program_indices(tiles, num_kv_heads)
@@ -121,7 +120,7 @@ def _dkdv_kernel(
     if SAME_STRIDES:
         dout_stride = q_stride
     num_heads = num_kv_heads * GROUP
-    head = (kv_head * GROUP).to(tl.int64)  # the first of the group
+    head = (kv_head * GROUP).to(tl.int64)  # the first head of the group
     q_ptr = sequence_pointer(q, batch, start_q, VARLEN) + head * q.head_stride
     dout_ptr = sequence_pointer(dout, batch, start_q, VARLEN) + head * dout.head_stride
     lse2_ptr = statistics_pointer(lse2_ptr, batch, start_q, num_heads, lse_stride, VARLEN)
@@ -167,7 +166,7 @@ def _dkdv_kernel(
                         PART != 1, OFFSETS,
                     )  # fmt: skip
                 query = first + tl.arange(0, BLOCK_M)
-                if PART != 1:  # an lse of +inf past the end makes p 0, without another mask
+                if PART != 1:  # past the end, an lse of +inf makes p 0 without another mask
                     lse2 = tl.load(lse2_head + query, mask=query < seqlen_q, other=float("inf"))
                     delta = tl.load(delta_head + query, mask=query < seqlen_q, other=0.0)
                 else:
@@ -228,7 +227,7 @@ def _dq_kernel(
     VARLEN: tl.constexpr = cu_seqlens[0] is not None
     SOURCE: tl.constexpr = "descriptors" if DESCRIPTORS else "dense"
     tile, kv_head, batch = program_indices(tiles, num_kv_heads)
-    tile = tiles - 1 - tile  # start the tiles with most keys first
+    tile = tiles - 1 - tile  # start the tiles with the most keys first
     start_q, seqlen_q = sequence_bounds(cu_seqlens[0], batch, seqlen_q)
     start_k, seqlen_k = sequence_bounds(cu_seqlens[1], batch, seqlen_k)
     if tile * BLOCK_M >= seqlen_q * GROUP:

@@ -53,7 +53,7 @@ def _forward_kernel(
     VARLEN: tl.constexpr = cu_seqlens[0] is not None
     SOURCE: tl.constexpr = "descriptors" if DESCRIPTORS else "dense"
     tile, kv_head, batch = program_indices(tiles, num_kv_heads)
-    tile = tiles - 1 - tile  # start the tiles with most keys first
+    tile = tiles - 1 - tile  # start the tiles with the most keys first
     start_q, seqlen_q = sequence_bounds(cu_seqlens[0], batch, seqlen_q)
     start_k, seqlen_k = sequence_bounds(cu_seqlens[1], batch, seqlen_k)
     if tile * BLOCK_M >= seqlen_q * GROUP:

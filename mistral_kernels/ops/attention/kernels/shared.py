@@ -1,9 +1,9 @@
-"""Device functions that attention's kernels share: rows of a tile, key blocks, scores, softmax.
+"""Device functions that attention kernels share: rows of a tile, key blocks, scores, softmax.
 
 Each program computes a tile of rows. A row of a query tile is a pair of a query and one of the
-`GROUP` query heads that share a kv head; the head varies fastest. A key block is thus loaded once
-for all heads of the group. A tile spans `GROUP` times fewer positions, so fewer of its blocks cross
-an edge of the window.
+`GROUP` query heads that share a kv head; the head varies fastest. A key block is therefore loaded
+once for all heads of the group. A tile spans `GROUP` times fewer positions, so fewer of its blocks
+cross an edge of the window.
 
 Kernels take tensors as a `View` (see `ops/device_functions.py`). Key blocks come from one of four
 sources, the constexpr `SOURCE`:
@@ -41,7 +41,7 @@ class Scales(NamedTuple):
 
 
 def softmax_scales(softmax_scale: float, softcap: float) -> Scales:
-    """Return the factors for `softmax_scale` and `softcap`; a softcap of 0 is none."""
+    """Return the factors for `softmax_scale` and `softcap`; a softcap of 0 means no softcap."""
     if softcap:
         return Scales(softmax_scale, softmax_scale / softcap, softcap * math.log2(math.e))
     return Scales(softmax_scale, None, softmax_scale * math.log2(math.e))
@@ -76,7 +76,7 @@ def sequence_pointer(x, batch, start, VARLEN: tl.constexpr):
 
 @jit
 def statistics_pointer(ptr, batch, start, num_heads, head_stride, VARLEN: tl.constexpr):
-    """Return a pointer to a sequence's start in (batch, heads, tokens) or (heads, total)."""
+    """Return a pointer to a sequence in statistics (batch, heads, tokens) or (heads, total)."""
     if VARLEN:
         return ptr + start
     return ptr + batch.to(tl.int64) * num_heads * head_stride
@@ -237,8 +237,8 @@ def load_keys(
     """Load the keys (or values) [first, first + BLOCK_N) as [BLOCK_N, BLOCK_D].
 
     `keys` is a descriptor, (pointer, stride), or (pointer, strides, ring) for a cache. Keys beyond
-    `length` are 0 for a descriptor, and for pointers with `MASK`. Without `MASK`, all keys must
-    exist.
+    `length` are 0 for a descriptor, and for pointers with `MASK`. For pointers without `MASK`, all
+    keys must exist.
     """
     if SOURCE == "descriptors":
         block = keys.load([first, 0])
@@ -329,8 +329,8 @@ def softmax_over_keys(
                 row_max = new_max
                 p = p.to(q.dtype)  # convert before waiting for v, to halve the registers of p
                 if SOURCE == "descriptors":
-                    # Start the next block's product after this block's exponentials, which overlap
-                    # with the last block's product p v that is still in flight.
+                    # Start the product of the next block after this block's exponentials. The
+                    # exponentials then overlap with the previous product p v, still in flight.
                     k_block = k.load([first + BLOCK_N, 0])
                     ahead = tl.dot(q, k_block.T, input_precision=PRECISION)
                 acc = acc * rescale[:, None]
