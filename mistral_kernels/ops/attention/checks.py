@@ -62,7 +62,7 @@ def check_heads(q_name: str, q: Tensor, k_name: str, k: Tensor) -> None:
     if not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{q_name}'s head_dim must be in [1, {MAX_HEAD_DIM}], got {head_dim}")
     if kv_head_dim != head_dim:
-        raise ValueError(f"{k_name} must have q's head_dim {head_dim}, got {kv_head_dim}")
+        raise ValueError(f"{k_name} must have {q_name}'s head_dim {head_dim}, got {kv_head_dim}")
     if not heads or not kv_heads or heads % kv_heads:
         raise ValueError(
             f"{q_name}'s number of heads must be a positive multiple of {k_name}'s, "
