@@ -80,6 +80,14 @@ def _git(*arguments: str) -> list[str]:
     ).stdout.splitlines()
 
 
+def _all_files() -> Iterator[Path]:
+    """Yield the files that git tracks, or all files of a folder without git."""
+    try:
+        yield from map(Path, _git("ls-files"))
+    except (OSError, subprocess.CalledProcessError):
+        yield from (path for path in Path().rglob("*") if ".git" not in path.parts)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the findings and return the exit code."""
     parser = argparse.ArgumentParser(prog="python .ci/prose.py", description=__doc__)
@@ -93,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     elif args.commits:
         found = map(subject_finding, _git("log", "--no-merges", "--format=%s", args.commits))
     else:
-        files = args.files or map(Path, _git("ls-files"))
+        files = args.files or _all_files()
         found = (
             finding
             for path in files

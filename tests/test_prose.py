@@ -11,9 +11,9 @@ import pytest
 CHECK = Path(__file__).parents[1] / ".ci" / "prose.py"
 
 
-def check(*arguments: str | Path) -> tuple[int, str]:
+def check(*arguments: str | Path, folder: Path | None = None) -> tuple[int, str]:
     command = [sys.executable, str(CHECK), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.stderr == ""
     return done.returncode, done.stdout
 
@@ -43,3 +43,8 @@ def test_subjects(tmp_path: Path) -> None:
     assert check("--message", message) == (0, "")
     message.write_text("s" * 73)
     assert check("--message", message)[0] == 1
+
+
+def test_all_files_of_a_folder_without_git(tmp_path: Path) -> None:
+    (tmp_path / "page.py").write_text("turned = 1")
+    assert check(folder=tmp_path)[0] == 1
