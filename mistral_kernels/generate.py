@@ -46,7 +46,7 @@ from mistral_kernels.text.chat import Conversation
 from mistral_kernels.text.stats import GenerationStats
 from mistral_kernels.text.streaming import Completion, TextDelta, generate, stream_generate
 from mistral_kernels.tokenizer import MistralTokenizer
-from mistral_kernels.tokenizer.base import check_text
+from mistral_kernels.tokenizer.arguments import check_text
 from mistral_kernels.utils.files import digest
 from mistral_kernels.utils.ranges import COUNT, SEED
 

@@ -252,7 +252,8 @@ def _attend_as_cache(
 ) -> Tensor:
     """Compute attention with the operator for caches, which does not copy the keys.
 
-    The last query of row i is aligned to key `held[i]` - 1; the first `leftpad[i]` keys are hidden.
+    Row i of the batch has the keys [`leftpad[i]`, `held[i]`). The last query of the row is aligned
+    to the last key.
     """
     spec = AttentionSpec(
         Sequences(None, None, q.shape[1], 0),

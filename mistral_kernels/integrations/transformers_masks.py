@@ -197,9 +197,9 @@ _AND_MASK = masking_utils.and_masks(masking_utils.causal_mask_function).__code__
 
 
 def _is_causal_while_tracing(mask_function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    """Return whether a pattern is causal, with or without a window, without reading its closure.
+    """Return whether a mask function is causal, with or without a sliding window.
 
-    A trace cannot read closures.
+    `_parse_pattern` reads the closure of the function, which is not possible in a trace.
     """
     if mask_function is masking_utils.causal_mask_function:
         return True

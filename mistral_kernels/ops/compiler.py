@@ -48,8 +48,8 @@ _HOST_FLAGS = [
     "-fvisibility=hidden",  # both libraries define the same symbols and are loaded globally
 ]
 
-# The sources in cpu/kernels are compiled once per set. csrc/cpu/instruction_sets.cpp checks that
-# the processor supports the features of these flags.
+# The sources in csrc/cpu/kernels are compiled once per instruction set.
+# csrc/cpu/instruction_sets.cpp checks that the processor supports the features of these flags.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 INSTRUCTION_SETS: dict[str, list[str]] = {"plain": []}

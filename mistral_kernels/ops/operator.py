@@ -126,7 +126,7 @@ class Operator(Generic[R]):
         device_type = tensors[0].device.type if tensors else ""
         if (
             device_type in self._csrc
-            # For other tensors the dispatcher would call this function again.
+            # For other devices and layouts, the dispatcher would call this function again.
             and all(x.device.type == device_type and _is_dense(x) for x in tensors)
             and dispatch.uses_csrc(device_type)
             and extension.load(device_type)

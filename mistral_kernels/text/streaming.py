@@ -11,7 +11,7 @@ from mistral_kernels.model.generation import token_ids_of
 from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.tokenizer import MistralTokenizer
-from mistral_kernels.tokenizer.base import check_text
+from mistral_kernels.tokenizer.arguments import check_text
 from mistral_kernels.utils.ranges import Range
 
 DEFAULT_MAX_TOKENS = 256

@@ -1,10 +1,7 @@
 """Convert text to token ids and back: one interface to three file formats and their libraries."""
 
-from mistral_kernels.tokenizer.base import (
-    MistralTokenizer,
-    StreamDecoder,
-    TokenizerError,
-    TokenizerOutput,
-)
+from mistral_kernels.tokenizer.base import MistralTokenizer, TokenizerOutput
+from mistral_kernels.tokenizer.errors import TokenizerError
+from mistral_kernels.tokenizer.stream import StreamDecoder
 
 __all__ = ["MistralTokenizer", "StreamDecoder", "TokenizerError", "TokenizerOutput"]

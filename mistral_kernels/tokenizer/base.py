@@ -5,26 +5,31 @@ The formats are sentencepiece models, tekken.json and tokenizer.json.
 
 from __future__ import annotations
 
-import codecs
-import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mistral_kernels.tokenizer.arguments import (
+    TokenIds,
+    check_choice,
+    check_id,
+    check_ids,
+    check_text,
+    type_name,
+)
+from mistral_kernels.tokenizer.errors import (
+    TokenizerError,
+    one_line,
+)
+from mistral_kernels.tokenizer.stream import StreamDecoder
+
 if TYPE_CHECKING:
     from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles
 
-# Arrays and integers of NumPy are accepted as well.
-TokenIds = int | Iterable[int] | torch.Tensor
-
 _PADDING = {True: True, "longest": True, False: False, "do_not_pad": False}
-
-
-class TokenizerError(ValueError):
-    """Error in a tokenizer file, a text, a token id or a conversation; its message is one line."""
 
 
 class TokenizerOutput(dict[str, Any]):
@@ -41,48 +46,6 @@ class TokenizerOutput(dict[str, Any]):
         return TokenizerOutput(
             {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.items()}
         )
-
-
-class StreamDecoder:
-    """Decode token ids as they arrive, in constant time per token.
-
-    Join the texts that `push` returns and the text of a final `flush`: the result is the text that
-    `decode` returns for all ids, without the text of the prompt if there is one. `push` returns
-    only text that no later token can change. Therefore it never returns part of a character.
-    """
-
-    def __init__(
-        self, tokenizer: MistralTokenizer, piece: Callable[[int], bytes | str], errors: str
-    ) -> None:
-        # `piece` returns the bytes of a token, or its text as a str. Before a str, an incomplete
-        # character is flushed.
-        self._tokenizer, self._piece = tokenizer, piece
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
-
-    def push(self, token_id: int | torch.Tensor) -> str:
-        """Add a token and return the text that is complete with it; "" inside a character.
-
-        Args:
-            token_id: The next token id, an integer or a tensor of one element.
-        """
-        ids = _check_ids(token_id)
-        if len(ids) != 1:
-            raise TokenizerError(f"token_id must be one token id, got {len(ids)}")
-        return self._advance(ids[0]) if ids[0] in self._tokenizer._known_ids else ""
-
-    def _feed_prompt(self, prompt_ids: list[int]) -> None:
-        """Decode the prompt and discard its text."""
-        for token_id in prompt_ids:
-            self._advance(token_id)
-
-    def _advance(self, token_id: int) -> str:
-        """Return the text that is complete with this token; the id must have a token."""
-        piece = self._piece(token_id)
-        return self._utf8.decode(piece) if isinstance(piece, bytes) else self.flush() + piece
-
-    def flush(self) -> str:
-        """Return the text that is still held: U+FFFD for an incomplete character, else ""."""
-        return self._utf8.decode(b"", final=True)
 
 
 class MistralTokenizer(ABC):
@@ -184,7 +147,7 @@ class MistralTokenizer(ABC):
                 f"{name} of a tokenizer cannot be set; only pad_token_id can be set"
             )
         if name == "pad_token_id" and value is not None:
-            value = _check_id(value)
+            value = check_id(value)
         super().__setattr__(name, value)
 
     @property
@@ -247,9 +210,9 @@ class MistralTokenizer(ABC):
             tensor([[0, 0, 1, 1, 1],
                     [1, 1, 1, 1, 1]])
         """
-        _check_choice("return_tensors", return_tensors, (None, "pt"))
-        _check_choice("padding", padding, tuple(_PADDING))
-        _check_choice("add_special_tokens", add_special_tokens, (True, False))
+        check_choice("return_tensors", return_tensors, (None, "pt"))
+        check_choice("padding", padding, tuple(_PADDING))
+        check_choice("add_special_tokens", add_special_tokens, (True, False))
         texts: list[Any] = list(text) if isinstance(text, (list, tuple)) else [text]
         special = None if add_special_tokens else False
         rows = [self.encode(t, bos=special, eos=special) for t in texts]
@@ -317,7 +280,7 @@ class MistralTokenizer(ABC):
         self, name: str, choice: bool | None, token_id: int | None, default: list[int]
     ) -> list[int]:
         """Return the ids to put on one side of a text: those of `default` if `choice` is None."""
-        _check_choice(name, choice, (None, True, False))
+        check_choice(name, choice, (None, True, False))
         if choice is None:
             return default
         if not choice:
@@ -352,8 +315,8 @@ class MistralTokenizer(ABC):
             >>> tokenizer.decode([1, 592, 368, 261, 1905], skip_special_tokens=True)
             'It is a truth'
         """
-        _check_choice("skip_special_tokens", skip_special_tokens, (True, False))
-        known = [i for i in _check_ids(ids) if i in self._known_ids]
+        check_choice("skip_special_tokens", skip_special_tokens, (True, False))
+        known = [i for i in check_ids(ids) if i in self._known_ids]
         return self._decode(known, skip_special_tokens)
 
     def batch_decode(
@@ -362,7 +325,9 @@ class MistralTokenizer(ABC):
         """Return the text of each row of a tensor `(batch, n)` or of each item of a list."""
         rows = sequences.tolist() if hasattr(sequences, "tolist") else sequences
         if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
-            raise TokenizerError(f"sequences must be lists of token ids, got {_type(sequences)}")
+            raise TokenizerError(
+                f"sequences must be lists of token ids, got {type_name(sequences)}"
+            )
         return [self.decode(ids, skip_special_tokens) for ids in rows]
 
     def stream(
@@ -382,9 +347,9 @@ class MistralTokenizer(ABC):
             >>> [stream.push(token_id) for token_id in [261, 1905]] + [stream.flush()]
             [' a', ' truth', '']
         """
-        _check_choice("skip_special_tokens", skip_special_tokens, (True, False))
+        check_choice("skip_special_tokens", skip_special_tokens, (True, False))
         stream = self._stream(skip_special_tokens)
-        stream._feed_prompt([i for i in _check_ids(prompt_ids) if i in self._known_ids])
+        stream._feed_prompt([i for i in check_ids(prompt_ids) if i in self._known_ids])
         return stream
 
     def apply_chat_template(
@@ -429,14 +394,14 @@ class MistralTokenizer(ABC):
         """
         expected = 'messages must be a list of {"role": ..., "content": ...}'
         if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
-            raise TokenizerError(f"{expected}, got {_type(messages)}")
+            raise TokenizerError(f"{expected}, got {type_name(messages)}")
         messages = list(messages)
         for message in messages:
             if not isinstance(message, Mapping):
-                raise TokenizerError(f"{expected}, got {_type(message)} in it")
+                raise TokenizerError(f"{expected}, got {type_name(message)} in it")
             if isinstance(message.get("content"), str):
                 check_text("messages: content", message["content"])
-        _check_choice("return_tensors", return_tensors, (None, "pt"))
+        check_choice("return_tensors", return_tensors, (None, "pt"))
         ids, text = self._chat(
             [{key: value for key, value in m.items() if value is not None} for m in messages],
             add_generation_prompt=add_generation_prompt,
@@ -451,81 +416,3 @@ class MistralTokenizer(ABC):
             return rows
         mask = torch.ones_like(rows) if return_tensors else [1] * len(ids)
         return TokenizerOutput(input_ids=rows, attention_mask=mask)
-
-
-def _check_ids(ids: Any) -> list[int]:
-    """Return token ids as a list of int; raise TokenizerError if one is not an integer >= 0."""
-    ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
-        ids = [ids]
-    return [_check_id(token_id) for token_id in ids]
-
-
-def _check_id(value: Any) -> int:
-    """Return one token id as an int; raise TokenizerError if it is not an integer >= 0."""
-    token_id = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
-        hint = "; batch_decode takes a batch" if isinstance(token_id, list) else ""
-        raise TokenizerError(f"token ids must be integers, got {_type(value)}{hint}")
-    index = operator.index(token_id)
-    if index < 0:
-        raise TokenizerError(f"token ids must be at least 0, got {index}")
-    return index
-
-
-def _type(value: Any) -> str:
-    return type(value).__name__
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if not isinstance(value, (bool, str, type(None))) or value not in choices:
-        offered = " or ".join(f'"{c}"' if isinstance(c, str) else str(c) for c in choices)
-        raise TokenizerError(f"{name} must be {offered}, got {value!r}")
-
-
-def check_text(name: str, text: str) -> None:
-    """Raise TokenizerError unless `text` is a str that can be encoded as UTF-8."""
-    if not isinstance(text, str):
-        raise TokenizerError(f"{name} must be a str, got {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TokenizerError(
-            f"{name} has a lone surrogate, {text[error.start]!r}, at index {error.start}"
-        ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an error in one line of about 500 characters at most."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    # Some messages of the libraries contain a whole vocabulary.
-    return text if len(text) <= 500 else text[:500] + " ..."
-
-
-class library_errors:
-    """Context manager that converts the errors of a library to TokenizerError.
-
-    A stream of `HuggingFace` enters it once per token: a class takes half the time of a generator.
-
-    Args:
-        what: Description of the failure, put before the message of the library.
-    """
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        # A panic of Rust code raises an exception of pyo3 that does not derive from Exception.
-        is_foreign = isinstance(error, Exception) and not isinstance(error, TokenizerError)
-        if error and (is_foreign or kind.__name__ == "PanicException"):
-            raise TokenizerError(f"{self.what}: {one_line(error)}") from error
-
-
-def missing_package(purpose: str, path: Path, package: str, extra: str) -> TokenizerError:
-    """Return the error for a missing package, with the command that installs it."""
-    return TokenizerError(
-        f'{purpose} {path} needs {package}: pip install "mistral_kernels[{extra}]"'
-    )

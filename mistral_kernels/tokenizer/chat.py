@@ -6,12 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistral_kernels.tokenizer.base import (
-    TokenizerError,
-    check_text,
-    library_errors,
-    missing_package,
-)
+from mistral_kernels.tokenizer.arguments import check_text
+from mistral_kernels.tokenizer.errors import TokenizerError, library_errors, missing_package
 
 if TYPE_CHECKING:
     from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles

@@ -16,14 +16,10 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistral_kernels.tokenizer.base import (
-    MistralTokenizer,
-    StreamDecoder,
-    TokenizerError,
-    library_errors,
-    missing_package,
-)
+from mistral_kernels.tokenizer.base import MistralTokenizer
 from mistral_kernels.tokenizer.chat import render_template
+from mistral_kernels.tokenizer.errors import TokenizerError, library_errors, missing_package
+from mistral_kernels.tokenizer.stream import StreamDecoder
 
 if TYPE_CHECKING:
     from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles
@@ -229,7 +225,7 @@ class _WindowDecoder(StreamDecoder):
     """
 
     def __init__(self, tokenizer: HuggingFace, skip_special_tokens: bool) -> None:
-        self._tokenizer: HuggingFace = tokenizer
+        self._tokenizer, self._known_ids = tokenizer, tokenizer._known_ids
         self._skip = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held: list[int] = []

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mistral_kernels import checkpoint
 from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles, read_tokenizer_files
-from mistral_kernels.tokenizer.base import MistralTokenizer, TokenizerError
+from mistral_kernels.tokenizer.base import MistralTokenizer
+from mistral_kernels.tokenizer.errors import TokenizerError
 from mistral_kernels.tokenizer.huggingface import HuggingFace
 from mistral_kernels.tokenizer.sentencepiece import FILE_NAME, SentencePiece
 from mistral_kernels.tokenizer.tekken import Tekken

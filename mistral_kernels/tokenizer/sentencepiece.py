@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistral_kernels.tokenizer.base import StreamDecoder, TokenizerError, library_errors
 from mistral_kernels.tokenizer.chat import render_template
+from mistral_kernels.tokenizer.errors import TokenizerError, library_errors
+from mistral_kernels.tokenizer.stream import StreamDecoder
 from mistral_kernels.tokenizer.vendor import Vendor
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class SentencePiece(Vendor):
                 return decode([token_id])
             return text.replace("\u2581", " ")
 
-        return StreamDecoder(self, piece, _REPLACE_EACH_BYTE)
+        return StreamDecoder(self._known_ids, piece, _REPLACE_EACH_BYTE)
 
     def _chat(self, messages: list[dict[str, Any]], **options: Any) -> tuple[list[int], str]:
         if self.chat_version != "jinja":

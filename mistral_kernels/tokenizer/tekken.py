@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistral_kernels.tokenizer.base import StreamDecoder, library_errors, missing_package
+from mistral_kernels.tokenizer.errors import library_errors, missing_package
+from mistral_kernels.tokenizer.stream import StreamDecoder
 from mistral_kernels.tokenizer.vendor import Vendor
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Tekken(Vendor):
                 return "" if skip_special_tokens else text_of(token_id)
             return bytes_of(token_id)
 
-        return StreamDecoder(self, piece, "replace")
+        return StreamDecoder(self._known_ids, piece, "replace")
 
     def _instruct_tokenizer(self) -> Any:
         return self._instruct

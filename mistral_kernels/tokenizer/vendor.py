@@ -5,12 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-from mistral_kernels.tokenizer.base import (
-    MistralTokenizer,
-    TokenizerError,
-    library_errors,
-    missing_package,
-)
+from mistral_kernels.tokenizer.base import MistralTokenizer
+from mistral_kernels.tokenizer.errors import TokenizerError, library_errors, missing_package
 
 
 class Vendor(MistralTokenizer):

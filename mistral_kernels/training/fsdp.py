@@ -41,7 +41,7 @@ def sharded_model(
         config: configuration of the model.
         tensors: function that yields the weights, with the signature of `Checkpoint.tensors`.
         dtype: dtype of the computation; the weights are rounded to it.
-        world: this rank.
+        world: rank and device of this process, and the number of ranks.
     """
     with torch.device("meta"):
         model = MistralForCausalLM(config)

@@ -191,7 +191,7 @@ class Backend(Protocol):
         """Add the gradients of the batch's mean loss to those of `parameters`; return the loss."""
 
     def update_weights(self) -> None:
-        """Round `parameters` to the weights of the model."""
+        """Set the weights of the model to `parameters`, rounded to the dtype of the weights."""
 
     def held_out_loss(self, corpus: Corpus, tokens: Tensor) -> float:
         """Return the mean loss per token of `tokens` as one sequence."""
@@ -222,7 +222,7 @@ class SingleProcess:
         return loss.item()
 
     def update_weights(self) -> None:
-        """Round `parameters` to the weights of the model."""
+        """Set the weights of the model to `parameters`, rounded to the dtype of the weights."""
         with torch.no_grad():
             torch._foreach_copy_(self.weights, list(self.parameters.values()))
 

@@ -164,7 +164,7 @@ def choose_tile(
 
 
 def _rule(kernel: str, family: str, element_bytes: int, head_dim: int) -> Tile:
-    """Return the tile that the rule in the module's docstring gives."""
+    """Compute a tile from `_FAMILIES[family]`; the module's docstring describes the rule."""
     limits = _FAMILIES[family]
     if kernel == "attention_decode":  # memory bound: few rows, many bytes in flight
         n = max(16, limits.cached // (head_dim * element_bytes))

@@ -257,7 +257,7 @@ def _dq_kernel(
     )
 
     dq_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    # Parts: blocks that cross left edges, blocks that cross no edge, blocks that cross right edges.
+    # Parts: key blocks that cross left edges of windows, no edge, and right edges of windows.
     for PART in tl.static_range(3):
         if PART == 2 or (not NARROW and (PART == 1 or LEFT_EDGE)):
             begin, end = ranges[PART]
