@@ -140,7 +140,7 @@ def _dkdv_kernel(
 
     dk_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    # Parts: blocks that cross left edges, blocks that cross no edge, blocks that cross right edges.
+    # Parts: query blocks that cross left edges of windows, no edge, and right edges.
     for PART in tl.static_range(3):
         if PART == 2 or (not NARROW and (PART == 1 or RIGHT_EDGE)):
             # One loop for all heads, so that the pipeline is filled only once.
