@@ -259,7 +259,8 @@ def _generate(args: argparse.Namespace, world: World) -> None:
         check_text("--stop", text)
     if args.chat and args.num_samples > 1:
         raise ValueError(
-            f"--num-samples must be 1 with --chat, got {args.num_samples}; leave out one of them"
+            f"--num-samples must be 1 with --chat, got {args.num_samples}; leave out --num-samples "
+            "or --chat"
         )
     if args.system is not None and not args.chat:
         raise ValueError("--system requires --chat")
@@ -342,7 +343,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         )
     if args.prompt_file is not None:
         if args.chat:
-            raise ValueError("--prompt-file must not be given with --chat; leave out one of them")
+            raise ValueError(
+                "--prompt-file must not be given with --chat; leave out --prompt-file or --chat"
+            )
         lines = read_input(args.prompt_file, _PROMPT_LIMIT).split("\n")
         prompts = [line for line in lines if line.strip()]
         if not prompts:

@@ -468,7 +468,7 @@ def test_values_out_of_range_raise_value_error(
             model.generate(bad)
     with pytest.raises(ValueError, match=r"input_ids must be \(batch, seqlen\), got \(4,\)"):
         model.generate(ids[0])
-    with pytest.raises(ValueError, match="attention_mask must be None for a list"):
+    with pytest.raises(ValueError, match="attention_mask must be None if input_ids is a list"):
         model.generate(ids.tolist(), torch.ones(1, 4))
     for prompts in ([""], [[]], ["a", ""]):
         with pytest.raises(ValueError, match=r"prompts\[[01]\] must not be empty"):

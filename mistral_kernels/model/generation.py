@@ -318,7 +318,11 @@ def _unpadded(
 ) -> list[list[int]]:
     if not isinstance(input_ids, Tensor):
         if attention_mask is not None:
-            raise ValueError("attention_mask must be None for a list, which needs no padding")
+            got = type(attention_mask).__name__
+            raise ValueError(
+                "attention_mask must be None if input_ids is a list of token ids, which needs no "
+                f"padding, got {got}"
+            )
         if isinstance(input_ids, (str, bytes)):
             got = type(input_ids).__name__
             raise TypeError(f"input_ids must be token ids, got {got}; encode it with the tokenizer")

@@ -66,7 +66,9 @@ def verify_checksum(library: Path) -> str:
         raise BuildError(f"{library} cannot be loaded: {error}") from None
     digest = hashlib.sha256(contents).hexdigest()
     if digest != expected:
-        raise BuildError(f"{library} cannot be loaded: its checksum is not {expected[:64]!r}")
+        raise BuildError(
+            f"{library} cannot be loaded: its SHA-256 must be {expected[:64]!r}, got {digest!r}"
+        )
     return digest
 
 

@@ -56,8 +56,8 @@ class HuggingFace(MistralTokenizer):
             for part in ("normalizer", "decoder"):
                 if (growth := _growth(contents.get(part))) > _MAX_GROWTH:
                     raise TokenizerError(
-                        f"{path}: {part} must make a text at most {_MAX_GROWTH} times longer, got "
-                        f"stages that can make it {growth:.3g} times longer"
+                        f"{path}: {part} must lengthen a text at most {_MAX_GROWTH} times, "
+                        f"got up to {growth:.3g} times"
                     )
             self._model: Any = tokenizers.Tokenizer.from_str(json.dumps(contents))
             # Some training scripts leave truncation enabled in the file. It would shorten prompts

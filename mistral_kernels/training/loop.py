@@ -298,7 +298,8 @@ class Run:
         curve, last = state["curve"], step == recipe.steps and step % recipe.eval_every > 0
         points = step // recipe.eval_every + last
         if type(curve) is not list or len(curve) != points:
-            raise ValueError(f"curve must be a list of {points} points, one per evaluation")
+            got = f"{len(curve)} points" if type(curve) is list else type(curve).__name__
+            raise ValueError(f"curve must be a list of {points} points, got {got}")
         check_structure("curve", curve, [(0, 0.0, 0.0)] * points)
         evaluated = [recipe.eval_every * (i + 1) for i in range(points - last)] + last * [step]
         if [point[0] for point in curve] != evaluated:

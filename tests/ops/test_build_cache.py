@@ -264,7 +264,7 @@ def test_damaged_library_with_build_never(tmp_path: Path, cxx: str) -> None:
     loaded, status, error = finish(start(tmp_path, CXX=cxx, MISTRAL_KERNELS_BUILD="never"))
     assert not loaded
     assert error == ""
-    assert f"{library} cannot be loaded: its checksum is not " in status
+    assert f"{library} cannot be loaded: its SHA-256 must be " in status
     assert status.endswith("; not compiled, since MISTRAL_KERNELS_BUILD=never")
 
 
@@ -407,6 +407,6 @@ def test_foreign_library_fails_the_checksum(tmp_path: Path) -> None:
     compiling = ["cc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "x.c")]
     subprocess.run(compiling, check=True)
     checksum_file(library).write_text(64 * "0")
-    with pytest.raises(BuildError, match=f"^{library} cannot be loaded: its checksum is not '000"):
+    with pytest.raises(BuildError, match=f"^{library} cannot be loaded: its SHA-256 must be '000"):
         build_cache.verify_checksum(library)
     assert not extension._is_built_meanwhile(library)

@@ -138,7 +138,7 @@ def test_few_rows_and_many(dtype, kernel_rows, monkeypatch):
         assert torch.equal(linear_int8(x[i : i + 1], weight, scales), few[i : i + 1])
 
 
-def test_calls_that_pytorch_computes(kernel_rows):
+def test_non_contiguous_inputs_are_computed_by_pytorch(kernel_rows):
     weight, scales = make_weight(20, 16)
     x = torch.randn(3, 16)
     for transposed in ((x, weight.T.contiguous().T), (x.T.contiguous().T, weight)):

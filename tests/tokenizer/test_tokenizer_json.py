@@ -280,8 +280,8 @@ def test_stages_that_lengthen_a_text_too_much_are_refused(
     write(tmp_path, tokenizer=saved)
     refused(
         tmp_path,
-        f"tokenizer.json: {part} must make a text at most 10000 times longer, got stages that can "
-        f"make it {growth:.3g} times longer",
+        f"tokenizer.json: {part} must lengthen a text at most 10000 times, got up to "
+        f"{growth:.3g} times",
     )
 
 
