@@ -41,6 +41,7 @@ GLOSSARY = [
     (r"(?<!\.)tells?", "print, return, report", ""),
     (r"ask(s|ed|ing)?", "check, require, request", ""),
     (r"but for", "except", ""),
+    (r'"""(of|as|by|what|who|where|there|whose|both)', "begin with a verb or a noun", ""),
     (
         r"\w*colours?|\w*coloured|behaviou?rs?(?<!ior)(?<!iors)|neighbours?|favou?r(?<!or)"
         r"|\w*(normal|initial|quant|serial|optim|synchron|special|token|vector|material|general"

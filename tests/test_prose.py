@@ -20,7 +20,13 @@ def check(*arguments: str | Path, folder: Path | None = None) -> tuple[int, str]
 
 @pytest.mark.parametrize(
     "line",
-    ["q = is_turned(x)", "# the cache knows its length", '"""A door to it."""', "colour = 1"],
+    [
+        "q = is_turned(x)",
+        "# the cache knows its length",
+        '"""A door to it."""',
+        "colour = 1",
+        '"""Of the last dimension."""',
+    ],
 )
 def test_wrong_words_are_found(line: str, tmp_path: Path) -> None:
     page = tmp_path / "page.py"

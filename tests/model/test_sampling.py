@@ -65,7 +65,7 @@ def test_probabilities_equal_transformers(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_number_of_kept_ties_equals_transformers(settings: dict[str, Any]) -> None:
-    """Of equally likely tokens, top-p keeps as many as transformers; top-k keeps all."""
+    """Top-p keeps as many equally likely tokens as transformers; top-k keeps all of them."""
     logits = torch.randint(-3, 4, (40, 97)) / 2.0 + 0.1 * torch.arange(40)[:, None]
     actual, expected = Sampler(**settings).probabilities(logits), oracle(logits, **settings)
     if "top_p" in settings:

@@ -96,7 +96,7 @@ def test_ignore_index(ignore_index, backend, device):
 
 @pytest.mark.parametrize("num_tokens", [0, 4])
 def test_no_counted_tokens(num_tokens, backend, device):
-    """As in PyTorch, the sum is 0, the mean is NaN, and the gradients of both are 0."""
+    """The sum is 0, the mean is NaN, and the gradients of both are 0, as in PyTorch."""
     inputs = make_inputs(num_tokens, 16, 50, torch.float32, device)
     targets = torch.full((num_tokens,), -100, device=device)
     for reduction, expected in (("sum", 0.0), ("mean", math.nan)):

@@ -44,7 +44,7 @@ def test_same_bits(case, dtype, rotary, operators):
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize("rotary", [None, "interleaved"])
 def test_bits_do_not_depend_on_the_number_of_threads(rotary, threads, operators):
-    """There are enough tokens for all threads, and the shares of threads end within sequences."""
+    """All threads have tokens, and the shares of threads end within sequences."""
     torch.set_num_threads(threads)
     arguments = make_arguments(
         torch.bfloat16,

@@ -110,7 +110,7 @@ def test_stream_work_is_constant_per_token(open_tokenizer: Any, monkeypatch: Any
 def test_stream_of_a_model_that_removes_extra_spaces(
     tmp_path: Path, extra_whitespace: bool
 ) -> None:
-    """By default sentencepiece removes *all* leading spaces, not only the one that it adds."""
+    """Sentencepiece removes *all* leading spaces by default, not only the one that it adds."""
     import sentencepiece
 
     corpus = tmp_path / "corpus.txt"
