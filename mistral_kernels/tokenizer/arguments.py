@@ -27,16 +27,11 @@ def check_id(value: Any) -> int:
     token_id = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(token_id, bool) or not hasattr(token_id, "__index__"):
         hint = "; batch_decode takes a batch" if isinstance(token_id, list) else ""
-        raise TokenizerError(f"token ids must be integers, got {type_name(value)}{hint}")
+        raise TokenizerError(f"token ids must be integers, got {type(value).__name__}{hint}")
     index = operator.index(token_id)
     if index < 0:
         raise TokenizerError(f"token ids must be at least 0, got {index}")
     return index
-
-
-def type_name(value: Any) -> str:
-    """Return the name of the type of a value, for error messages."""
-    return type(value).__name__
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -18,7 +18,6 @@ from mistral_kernels.tokenizer.arguments import (
     check_id,
     check_ids,
     check_text,
-    type_name,
 )
 from mistral_kernels.tokenizer.errors import (
     TokenizerError,
@@ -326,7 +325,7 @@ class MistralTokenizer(ABC):
         rows = sequences.tolist() if hasattr(sequences, "tolist") else sequences
         if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
             raise TokenizerError(
-                f"sequences must be lists of token ids, got {type_name(sequences)}"
+                f"sequences must be lists of token ids, got {type(sequences).__name__}"
             )
         return [self.decode(ids, skip_special_tokens) for ids in rows]
 
@@ -394,11 +393,11 @@ class MistralTokenizer(ABC):
         """
         expected = 'messages must be a list of {"role": ..., "content": ...}'
         if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
-            raise TokenizerError(f"{expected}, got {type_name(messages)}")
+            raise TokenizerError(f"{expected}, got {type(messages).__name__}")
         messages = list(messages)
         for message in messages:
             if not isinstance(message, Mapping):
-                raise TokenizerError(f"{expected}, got {type_name(message)} in it")
+                raise TokenizerError(f"{expected}, got {type(message).__name__} in it")
             if isinstance(message.get("content"), str):
                 check_text("messages: content", message["content"])
         check_choice("return_tensors", return_tensors, (None, "pt"))
