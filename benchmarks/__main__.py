@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.conftest import SECONDS, SESSIONS, operator_names
+from benchmarks.conftest import OPTIONS, operator_names
 from benchmarks.registry import PROVIDERS, SHAPES
 from benchmarks.results import Results
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         str(args.results),
     ]
     options += ["--command", shlex.join(["python", "-m", "benchmarks", *given])]
-    for name in ("op", "providers", "shapes", "dtype", "seconds", "sessions", "device"):
+    for name in OPTIONS:
         if (value := getattr(args, name)) is not None:
             options += [f"--{name}", str(value)]
     if args.k:
@@ -71,23 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--op", metavar="A,B", help="operators (default: all)")
-    add("--providers", metavar="A,B", help="providers (default: all that run)")
-    add("--shapes", choices=SHAPES, help="default: gpu where there is one, else cpu")
+    for name, settings in OPTIONS.items():
+        add(f"--{name}", **settings)
     add("-k", metavar="EXPRESSION", help="only cases whose names match, as pytest's -k: 'not B8'")
-    add(
-        "--dtype",
-        choices=("bfloat16", "float32"),
-        help="default: bfloat16, except for products on a CPU without instructions for it",
-    )
-    add("--device", choices=("cpu", "cuda", "meta"), help="meta: run every case, time nothing")
-    add("--seconds", type=float, help=f"time per case, all sessions together (default: {SECONDS})")
-    add(
-        "--sessions",
-        type=int,
-        help="number of times that all cases are measured, spread over the"
-        f" run (default: {SESSIONS}, on a GPU 1)",
-    )
     add(
         "--results",
         type=Path,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,33 @@ from benchmarks.sessions import MAX_ROUNDS, Measurement, measure
 
 SECONDS = 1.5  # for all rounds of one case
 SESSIONS = 5
+# Options of `python -m benchmarks` and of pytest, as arguments of `add_argument`.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "op": {"metavar": "A,B", "help": "operators (default: all)"},
+    "providers": {"metavar": "A,B", "help": "providers (default: all that run)"},
+    "shapes": {"choices": list(SHAPES), "help": "default: gpu where there is one, else cpu"},
+    "dtype": {
+        "choices": ["bfloat16", "float32"],
+        "help": "default: bfloat16, except for products on a CPU without instructions for it",
+    },
+    "device": {"choices": ["cpu", "cuda", "meta"], "help": "meta: run every case, time nothing"},
+    "seconds": {
+        "type": float,
+        "help": f"time per case, all sessions together (default: {SECONDS})",
+    },
+    "sessions": {
+        "type": int,
+        "help": "number of times that all cases are measured, spread over the run "
+        f"(default: {SESSIONS}, on a GPU 1)",
+    },
+}
 Measurements = dict[tuple[str, Case], Measurement]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.getgroup("mistral_kernels").addoption
-    add("--op", help="operators, separated by commas")
-    add("--providers", help="providers, separated by commas")
-    add("--shapes", choices=SHAPES)
-    add("--dtype", choices=("bfloat16", "float32"))
-    add("--seconds", type=float, default=SECONDS)
-    add("--sessions", type=int)
-    add("--device", choices=("cpu", "cuda", "meta"), help="meta: run every case, time nothing")
+    for name, settings in OPTIONS.items():
+        add(f"--{name}", **settings)
     add("--results", type=Path, help="write the rows to this JSON file")
     add("--command", default="python -m pytest benchmarks", help="command noted in the results")
 
@@ -48,6 +64,9 @@ def pytest_configure(config: pytest.Config) -> None:
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     options.benchmark_quiet = True  # the table of `report` replaces that of pytest-benchmark
+    config.benchmark_rows = []  # type: ignore[attr-defined]
+    if options.seconds is None:
+        options.seconds = SECONDS
     if options.shapes is None:
         options.shapes = "cpu" if chosen == "cpu" else "gpu"
     if options.sessions is None:
@@ -152,8 +171,7 @@ def speed(
             pytest.skip(f"{provider}: {reason}")
         if measurement is None or provider not in measurement.times:
             pytest.skip("interrupted before it was timed")
-        row = row_of(measurement, provider)
-        config.benchmark_rows = [*getattr(config, "benchmark_rows", []), row]
+        config.benchmark_rows.append(row_of(measurement, provider))
         benchmark.group = f"{operator.name} {case}"
         times = measurement.all_times(provider)
         benchmark.pedantic(CLOCK.advance, (iter(times),), rounds=len(times))
@@ -163,15 +181,16 @@ def speed(
 
 def row_of(measurement: Measurement, provider: str) -> Row:
     """Return the result of one provider."""
-    operator, case, device = measurement.operator, measurement.case, measurement.device
+    operator, case = measurement.operator, measurement.case
     times, bound = measurement.all_times(provider), operator.bound_of(case)
     work = operator.flops(case) if bound == "FLOP" else operator.bytes_of(provider, case)
     ratios = measurement.over_ours(provider)
     of_peak = None
     if measurement.peak in measurement.times:
-        _, peak_work = timing.peak(measurement.peak, device, case.dtype)
         pairs = zip(times, measurement.all_times(measurement.peak), strict=True)
-        of_peak = statistics.median(work / own * peak / peak_work for own, peak in pairs)
+        of_peak = statistics.median(
+            work / own * peak / measurement.peak_work for own, peak in pairs
+        )
     return Row(
         op=operator.name,
         sizes=dict(case.sizes),
@@ -200,15 +219,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     config: Any = session.config
     if getattr(config, "benchmark_interrupted", False):
         session.exitstatus = pytest.ExitCode.INTERRUPTED
-    rows = getattr(config, "benchmark_rows", None)
-    if rows:
+    if config.benchmark_rows:
         device = config.benchmark_device
         config.benchmark_results = Results(
             machine=results.machine_name(device),
             environment=results.environment(device),
-            date=results.today(),
+            date=date.today().isoformat(),
             command=config.option.command,
-            rows=rows,
+            rows=config.benchmark_rows,
         )
         if config.option.results:
             config.benchmark_results.save(config.option.results)

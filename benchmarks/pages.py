@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.plots import by_provider, group_by
 from benchmarks.registry import OURS, PROVIDERS
-from benchmarks.results import FOLDER, Results, Row
+from benchmarks.results import FOLDER, PACKAGES, Results, Row
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
@@ -60,7 +60,7 @@ def ratio(row: Row) -> str:
 def describe(row: Row) -> str:
     """Return a case in words."""
     sizes = row.sizes
-    tokens = sizes.get("tokens", sizes.get("S"))
+    tokens = row.length
     window = f"window {sizes['W']}" if sizes.get("W") else "no window"
     batch = f", batch {sizes['B']}" if sizes.get("B", 1) > 1 else ""
     text = {
@@ -107,14 +107,14 @@ def machine_page(name: str) -> str:
     versions = ", ".join(
         f"{package} {version}"
         for package, version in results.environment.items()
-        if package in ("torch", "triton", "transformers", "liger-kernel", "llama-cpp-python")
+        if package in PACKAGES
     )
-    lines = [f"{results.machine}; {versions}; {results.date}; `{results.command}`."]
+    source = f"{results.machine}; {versions}; {results.date}; `{results.command}`."
     if results.transcribed:
-        lines[0] += f" Transcribed from {results.transcribed}."
+        source += f" Transcribed from {results.transcribed}."
     models = [row for row in results.rows if row.op in ("generation", "training_step")]
     others = [row for row in results.rows if row.op not in ("generation", "training_step")]
-    parts = ["\n".join(lines)]
+    parts = [source]
     if results.environment.get("device") == "cuda":
         attention = [row for row in others if row.op == "attention"]
         others = [row for row in others if row.op != "attention"]

@@ -6,6 +6,7 @@ color. Ours is drawn thickest and last. Every plot names its machine, torch vers
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -44,8 +45,8 @@ def draw_all(results: Results, folder: Path, prefix: str = "") -> list[Path]:
         "attention": attention_times,
         "attention-tflops": attention_rates,
         "decode": decode_times,
-        "decode-position": decode_positions,
-        "prompt": prompt_rates,
+        "decode-position": functools.partial(token_rates, direction="decode"),
+        "prompt": functools.partial(token_rates, direction="prefill"),
         "memory": memory,
         "of-peak": shares_of_peak,
     }
@@ -64,7 +65,7 @@ def draw_all(results: Results, folder: Path, prefix: str = "") -> list[Path]:
 def attention_times(results: Results) -> Any:
     """Plot milliseconds against the length, per direction and window."""
     groups = long_enough(
-        results.select(op="attention", B=1), "S", lambda row: (row.direction, row.sizes["W"])
+        results.select(op="attention", B=1), lambda row: (row.direction, row.sizes["W"])
     )
 
     def title(key: Any) -> str:
@@ -72,14 +73,14 @@ def attention_times(results: Results) -> Any:
         return f"{direction}, {f'window {window}' if window else 'no window'}"
 
     return line_figure(
-        results, "Attention", groups, title, "S", lambda row: row.seconds * 1e3, "milliseconds"
+        results, "Attention", groups, title, lambda row: row.seconds * 1e3, "milliseconds"
     )
 
 
 def attention_rates(results: Results) -> Any:
     """Plot TFLOP/s per shape and direction, of a GPU."""
-    rows = results.select(op="attention", direction="forward") if on_gpu(results) else []
-    rows += results.select(op="attention", direction="backward") if on_gpu(results) else []
+    rows = results.select(op="attention") if on_gpu(results) else []
+    rows.sort(key=lambda row: row.direction, reverse=True)  # forward first
     return bar_figure(
         results,
         "Attention: TFLOP/s of visible pairs (higher is better)",
@@ -109,37 +110,22 @@ def decode_times(results: Results) -> Any:
     )
 
 
-def decode_positions(results: Results) -> Any:
-    """Plot tokens per second against the position in the text."""
+def token_rates(results: Results, direction: str) -> Any:
+    """Plot tokens per second of prompts, or of decode steps, against the tokens in the text."""
+
+    def rate(row: Row) -> float:
+        tokens = row.sizes["tokens"] if direction == "prefill" else 1
+        return float(row.sizes["B"] * tokens / row.seconds)
+
     return line_figure(
         results,
-        "Decoding",
+        "Prompts" if direction == "prefill" else "Decoding",
         long_enough(
-            results.select(op="generation", direction="decode"),
-            "tokens",
+            results.select(op="generation", direction=direction),
             lambda row: (row.sizes["model"], row.sizes["B"]),
         ),
         lambda key: f"{key[0]} parameters, batch {key[1]}",
-        "tokens",
-        lambda row: row.sizes["B"] / row.seconds,
-        "tokens per second",
-        log=False,
-    )
-
-
-def prompt_rates(results: Results) -> Any:
-    """Plot tokens per second of prompts against their length."""
-    return line_figure(
-        results,
-        "Prompts",
-        long_enough(
-            results.select(op="generation", direction="prefill"),
-            "tokens",
-            lambda row: row.sizes["model"],
-        ),
-        lambda key: f"{key} parameters",
-        "tokens",
-        lambda row: row.sizes["tokens"] / row.seconds,
+        rate,
         "tokens per second",
         log=False,
     )
@@ -147,21 +133,15 @@ def prompt_rates(results: Results) -> Any:
 
 def memory(results: Results) -> Any:
     """Plot the peak memory of a training step, and of a prompt, against the length."""
-    rows = [row for row in results.rows if row.peak_memory]
-    groups = [
-        *long_enough([x for x in rows if x.op == "training_step"], "S", lambda row: row.op),
-        *long_enough([x for x in rows if x.direction == "prefill"], "tokens", lambda row: row.op),
-    ]
-    if not groups:
-        return None
-    figure, grid = figure_of(len(groups))
-    for axes, (op, group) in zip(grid, groups, strict=True):
-        size = "S" if op == "training_step" else "tokens"
-        lines(axes, group, size, lambda row: (row.peak_memory or 0) / 1e6)
-        what = "training step" if op == "training_step" else "prompt"
-        axes.set_title(f"{what}, {group[0].sizes['model']} parameters, {group[0].dtype}")
-        axes.set_ylabel("MB (logarithmic)")
-    return finish(figure, grid, "Peak memory beyond the model", results)
+    rows = [row for row in results.rows if row.peak_memory and row.direction in ("step", "prefill")]
+    return line_figure(
+        results,
+        "Peak memory beyond the model",
+        long_enough(rows, lambda row: (row.direction, row.sizes["model"])),
+        lambda key: f"{'training step' if key[0] == 'step' else 'prompt'}, {key[1]} parameters",
+        lambda row: (row.peak_memory or 0) / 1e6,
+        "MB",
+    )
 
 
 def shares_of_peak(results: Results) -> Any:
@@ -193,10 +173,10 @@ def group_by(rows: Iterable[Row], key: Callable[[Row], Any]) -> Groups:
     return list(groups.items())
 
 
-def long_enough(rows: Iterable[Row], size: str, key: Callable[[Row], Any]) -> Groups:
+def long_enough(rows: Iterable[Row], key: Callable[[Row], Any]) -> Groups:
     """Return the groups that have enough lengths for lines."""
     groups = group_by(rows, key)
-    return [(k, own) for k, own in groups if len({row.sizes[size] for row in own}) >= MIN_POINTS]
+    return [(k, own) for k, own in groups if len({row.length for row in own}) >= MIN_POINTS]
 
 
 def by_provider(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -211,7 +191,6 @@ def line_figure(
     title: str,
     groups: Groups,
     panel_title: Callable[[Any], str],
-    x: str,
     y: Callable[[Row], float],
     y_label: str,
     log: bool = True,
@@ -221,20 +200,18 @@ def line_figure(
         return None
     figure, grid = figure_of(len(groups))
     for axes, (key, group) in zip(grid, groups, strict=True):
-        lines(axes, group, x, y, log)
+        lines(axes, group, y, log)
         axes.set_title(panel_title(key))
         axes.set_ylabel(f"{y_label} (logarithmic)" if log else y_label)
     return finish(figure, grid, f"{title}, {described(groups)}", results)
 
 
-def lines(
-    axes: Axes, rows: Iterable[Row], x: str, y: Callable[[Row], float], log: bool = True
-) -> None:
-    """Draw the y of each provider over the size named x."""
+def lines(axes: Axes, rows: Iterable[Row], y: Callable[[Row], float], log: bool = True) -> None:
+    """Draw the y of each provider over the number of tokens."""
     rows = list(rows)
     for name, own in by_provider(rows).items():
         axes.plot(
-            *zip(*sorted((row.sizes[x], y(row)) for row in own), strict=True),
+            *zip(*sorted((row.length, y(row)) for row in own), strict=True),
             color=PROVIDERS[name].color,
             marker=MARKERS[name],
             linewidth=2.4 if name == OURS.name else 1.2,
@@ -248,7 +225,7 @@ def lines(
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     else:
         axes.set_ylim(bottom=0)
-    ticks = sorted({row.sizes[x] for row in rows})
+    ticks = sorted({row.length for row in rows})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -9,7 +9,6 @@ import json
 import platform
 import subprocess
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,11 @@ class Row:
     @property
     def key(self) -> tuple[Any, ...]:
         return self.op, tuple(self.sizes.items()), self.dtype, self.direction, self.provider
+
+    @property
+    def length(self) -> int | None:
+        """Return the number of tokens, where the case has one."""
+        return self.sizes.get("tokens", self.sizes.get("S"))
 
     @property
     def rate(self) -> float:
@@ -160,10 +164,6 @@ def machine_name(device: torch.device) -> str:
 def has_bf16_products() -> bool:
     """Return whether this CPU multiplies bfloat16 by its own instructions."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def today() -> str:
-    return date.today().isoformat()
 
 
 def _cpu_name() -> str:

@@ -33,6 +33,7 @@ class Measurement:
         self.times: dict[str, list[list[float]]] = {}  # seconds, session by session
         self._calls: dict[str, Prepared] = {}
         self._round_seconds = 0.0
+        self.peak_work = 0.0  # FLOPs or bytes of one call of the peak
         for provider in providers:
             if reason := operator.unfit(provider, case, device):
                 self.refused[provider] = reason
@@ -42,7 +43,7 @@ class Measurement:
             except Exception as error:
                 self._refuse(provider, error)
         if self._calls and device.type != "meta":
-            self._calls[self.peak], _ = timing.peak(self.peak, device, case.dtype)
+            self._calls[self.peak], self.peak_work = timing.peak(self.peak, device, case.dtype)
 
     @property
     def peak(self) -> str:
