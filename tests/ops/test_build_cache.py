@@ -305,7 +305,7 @@ def test_one_process_builds_while_others_wait(tmp_path: Path, cxx: str) -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_build_after_a_killed_build(tmp_path: Path, cxx: str) -> None:
-    """The killed build ends, or goes on while the next one waits; then the next one succeeds."""
+    """The killed build ends, or continues while the next one waits; then the next one succeeds."""
     wrapper = fake_compiler(
         tmp_path,
         f"if [ ! -e {tmp_path}/begun ]; then touch {tmp_path}/begun; exec sleep 3; fi",
