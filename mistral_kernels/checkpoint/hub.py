@@ -134,7 +134,8 @@ def _local_folder(path_or_hub_id: str | Path) -> Path | None:
         return _TINY
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise CheckpointError(
-            f"no such folder: {name!r}; a hub id must have the form 'owner/model'"
+            f"no such folder: {name!r}; a hub id must have the form 'owner/model', such as "
+            "'mistralai/Mistral-7B-v0.3'"
         )
     return None
 
