@@ -180,13 +180,14 @@ def _download(
             return folder
         patterns = _choose_files(repo_id, formats, [each.rfilename for each in info.siblings or ()])
         try:
-            return Path(
-                fetch(
-                    allow_patterns=patterns + TOKENIZER_PATTERNS,
-                    force_download=force_download,
-                    tqdm_class=delayed_progress(),
+            with delayed_progress() as tqdm_class:
+                return Path(
+                    fetch(
+                        allow_patterns=patterns + TOKENIZER_PATTERNS,
+                        force_download=force_download,
+                        tqdm_class=tqdm_class,
+                    )
                 )
-            )
         except Exception as error:
             raise CheckpointError(why_failed(repo_id, revision, error, _INCOMPLETE)) from None
 

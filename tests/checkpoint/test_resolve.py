@@ -282,11 +282,15 @@ def test_progress_appears_on_terminals_after_a_delay() -> None:
         (Terminal(), {"delay": 0.001}, True),
         (io.StringIO(), {"delay": 0.001}, False),
     ):
-        with delayed_progress()(total=10, file=file, mininterval=0, **options) as bar:
+        with delayed_progress() as bars:
+            bar = bars(total=10, file=file, mininterval=0, **options)
             if options:
                 time.sleep(0.002)
             bar.set_description("Fetching")
             bar.update(10)
+        shown = file.getvalue()
+        bar.close()
+        assert file.getvalue() == shown, "it is closed"
         assert ("Fetching: 100%" in file.getvalue()) == shows
         assert shows or file.getvalue() == ""
 
