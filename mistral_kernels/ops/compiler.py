@@ -138,9 +138,10 @@ def build(
     ninja = _ninja()
     jobs = _jobs()
     library = library.absolute()
-    target = " ".join((device_type, *instruction_sets))
+    sets = f" ({', '.join(instruction_sets)})" if instruction_sets else ""
     print(
-        f"mistral_kernels: compiling the operators for {target}, once, into {library.parent}",
+        f"mistral_kernels: compiling the {device_type} operators{sets}, once, into "
+        f"{library.parent}",
         file=sys.stderr,
     )
     folder = library.parent / f"{UNFINISHED}{device_type}"
@@ -161,7 +162,7 @@ def build(
         rules += [f"build {unit.object}: run {unit.source}", f"  line = {line}"]
     rules += [f"build {_LINKED}: run {' '.join(commands)}", f"  line = {_ninja_value(link)}"]
     _write(folder / "build.ninja", "\n".join(rules) + "\n")
-    _run([ninja, "-j", str(jobs)], folder, locks)
+    _run([ninja, "-j", str(jobs)], len(units) + 1, folder, locks)
     _publish(folder / _LINKED, library)
     shutil.rmtree(folder)
 
@@ -195,7 +196,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _run(command: Sequence[str], folder: Path, locks: Sequence[int]) -> None:
+def _run(command: Sequence[str], steps: int, folder: Path, locks: Sequence[int]) -> None:
     """Run ninja. On a terminal, print how many steps are done.
 
     If this function is interrupted, ninja ends the compilers and removes their incomplete objects.
@@ -212,7 +213,7 @@ def _run(command: Sequence[str], folder: Path, locks: Sequence[int]) -> None:
             pass_fds=locks,
         )
         try:
-            _await(process, output)
+            _await(process, steps, output)
         finally:
             process.terminate()
             process.wait()
@@ -223,7 +224,7 @@ def _run(command: Sequence[str], folder: Path, locks: Sequence[int]) -> None:
         raise BuildError(f"the compiler failed with code {process.returncode}\n{details}")
 
 
-def _await(process: subprocess.Popen[bytes], output: IO[bytes]) -> None:
+def _await(process: subprocess.Popen[bytes], steps: int, output: IO[bytes]) -> None:
     started, width = time.monotonic(), 0
     while True:
         try:
@@ -231,10 +232,11 @@ def _await(process: subprocess.Popen[bytes], output: IO[bytes]) -> None:
             break
         except subprocess.TimeoutExpired:
             if sys.stderr.isatty():
-                steps = re.findall(r"^\[(\d+)/(\d+)\]", _read(output), re.M)
-                done, total = steps[-1] if steps else (0, "")
-                line = f"{done} of {total} steps" if steps else "first step"
-                line = f"mistral_kernels: {line}, {time.monotonic() - started:.0f} s"
+                # After an interruption, ninja counts only the remaining steps.
+                counts = re.findall(r"^\[(\d+)/(\d+)\]", _read(output), re.M)
+                done = steps - int(counts[-1][1]) + int(counts[-1][0]) if counts else 0
+                seconds = time.monotonic() - started
+                line = f"mistral_kernels: compiled {done} of {steps} files, {seconds:.0f} s"
                 print(f"\r{line:{width}}", end="", file=sys.stderr, flush=True)
                 width = len(line)
     if width:

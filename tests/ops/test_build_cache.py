@@ -224,7 +224,7 @@ def test_four_processes_compile_once(tmp_path: Path) -> None:
     cxx = counting_compiler(tmp_path)
     processes = [start(tmp_path / "cache", CXX=cxx) for _ in range(4)]
     errors = [finish(process)[2] for process in processes]
-    assert sum("compiling the operators" in error for error in errors) == 1
+    assert sum("compiling the cpu operators" in error for error in errors) == 1
     assert len((tmp_path / "compiled").read_text().split()) == number_of_units()
 
 
@@ -279,7 +279,7 @@ def test_library_is_built_once(tmp_path: Path, cxx: str) -> None:
     assert status == f"loaded from {library}"
     best = compiler.supported_instruction_sets()[0]
     assert error.splitlines() == [
-        f"mistral_kernels: compiling the operators for cpu {best}, once, into {library.parent}"
+        f"mistral_kernels: compiling the cpu operators ({best}), once, into {library.parent}"
     ]
     names = {path.name for path in library.parent.iterdir()}
     assert names == {library.name, checksum_file(library).name, ".lock"}
@@ -296,8 +296,8 @@ def test_one_process_builds_while_others_wait(tmp_path: Path, cxx: str) -> None:
     (library,) = libraries(tmp_path)
     assert [result[:2] for result in results] == 3 * [(True, f"loaded from {library}")]
     lines = [line for *_, error in results for line in error.splitlines()]
-    assert sum("compiling the operators" in line for line in lines) == 1
-    assert {line for line in lines if "compiling the operators" not in line} <= {
+    assert sum("compiling the cpu operators" in line for line in lines) == 1
+    assert {line for line in lines if "compiling the cpu operators" not in line} <= {
         f"mistral_kernels: waiting for a process that compiles {library.parent}"
     }
 
