@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def prefill(
     prompts: Sequence[Sequence[int]],
     cache: RollingCache,
     chunk_size: int | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Append each prompt to its sequence of the cache, and return the logits after each prompt.
 
@@ -39,6 +40,7 @@ def prefill(
         cache: the cache, which may hold earlier tokens.
         chunk_size: maximum number of tokens per prompt in one forward pass; None: the largest
             sliding window, clamped to [512, 4096]. It affects memory, not the result.
+        progress: function that is called with the number of new tokens after each forward pass.
 
     Returns:
         (batch, vocab_size), in the model's dtype.
@@ -64,6 +66,8 @@ def prefill(
         hidden = model.model(ids, packing, cache)
         ended = [i for i, p in enumerate(prompts) if start < len(p) <= start + chunk_size]
         last[ended] = hidden[packing.last_tokens[ended]]
+        if progress is not None:
+            progress(len(ids))
     logits: Tensor = model.lm_head(last)
     return logits
 
@@ -98,6 +102,7 @@ def stream(
     cache: RollingCache | None = None,
     context: Sequence[Sequence[int]] | None = None,
     chunk_size: int | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Iterator[list[int | None]]:
     """Generate texts, and yield the new tokens of each step.
 
@@ -115,6 +120,7 @@ def stream(
             others, the cache also holds tokens that were not yielded.
         context: token ids of those earlier texts, for the repetition penalty only.
         chunk_size: maximum number of tokens per prompt in one forward pass; see `prefill`.
+        progress: function that is called during the prefill; see `prefill`.
 
     Yields:
         A list with one token id per prompt; None for a text that has ended.
@@ -138,7 +144,7 @@ def stream(
         seen = _seen(model, prompts, context or [()] * batch)
     newest = NextTokens(sampler, batch, model.device, seen)
     engine = engine_for(model, cache, newest)
-    newest.choose(prefill(model, prompts, cache, chunk_size))
+    newest.choose(prefill(model, prompts, cache, chunk_size, progress))
     ended = [False] * batch
     for remaining in reversed(range(max_new_tokens)):
         newest.begin_read()
