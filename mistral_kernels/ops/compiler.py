@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -284,12 +285,12 @@ def _compiler(device_type: str) -> list[str]:
 
 def _ninja() -> str:
     """Return the path of ninja: that of the Python package, or one on PATH."""
-    try:
-        from ninja import BIN_DIR
-    except ImportError:
-        BIN_DIR = None
-    found = (shutil.which("ninja", path=BIN_DIR) if BIN_DIR else None) or shutil.which("ninja")
-    if found is None:
+    folders = os.environ.get("PATH", os.defpath)
+    with suppress(ImportError):
+        import ninja
+
+        folders = f"{ninja.BIN_DIR}{os.pathsep}{folders}"
+    if (found := shutil.which("ninja", path=folders)) is None:
         raise NotBuiltError("no ninja: run `pip install ninja`")
     return os.path.abspath(found)
 
