@@ -19,8 +19,8 @@ from torch import Tensor
 from mistral_kernels import MistralForCausalLM
 from mistral_kernels.checkpoint import resolve
 from mistral_kernels.cli.command import DTYPES
-from mistral_kernels.train import HELD_OUT
-from mistral_kernels.training.loop import Corpus
+from mistral_kernels.training.corpus import Corpus
+from mistral_kernels.training.on_texts import HELD_OUT
 
 TOKENS = 32  # per pass
 

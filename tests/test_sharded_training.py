@@ -28,11 +28,12 @@ import torch.distributed.checkpoint as dcp
 from support.ranks import free_ports
 from support.small_checkpoints import SMALL
 
-from mistral_kernels import MistralForCausalLM, train
+from mistral_kernels import MistralForCausalLM
 from mistral_kernels.checkpoint import open_checkpoint
 from mistral_kernels.distributed.process_group import World
 from mistral_kernels.train import main
 from mistral_kernels.training import fsdp as sharded_training
+from mistral_kernels.training.corpus import read_texts, train_tokenizer
 from mistral_kernels.training.fsdp import local_sequences
 from mistral_kernels.training.loop import Run
 
@@ -165,7 +166,7 @@ def starts(
     torch.manual_seed(pytestconfig.option.seed)  # module fixtures run before a test sets its seed
     folder = tmp_path_factory.mktemp("starts")
     tokenizer = folder / "tokenizer.model"
-    train.train_tokenizer(train.read_text([text]), CONFIG.vocab_size, tokenizer)
+    train_tokenizer(read_texts([text])[0], CONFIG.vocab_size, tokenizer)
     for name, config, format in (("hf", TIED, "hf"), ("raw", CONFIG, "raw")):
         MistralForCausalLM(config).save_pretrained(folder / name, format, [tokenizer])
     return {name: folder / name for name in ("hf", "raw")}
@@ -186,6 +187,10 @@ def curve_of(folder: Path) -> list[tuple[int, float, float]]:
     return [tuple(point.values()) for point in points]
 
 
+def log_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.double() for name, tensor in open_checkpoint(folder).tensors()}
 
@@ -196,6 +201,10 @@ def assert_same_run(out: Path, reference: Path, noise: float = 1e-5) -> None:
     assert [step for step, *_ in curve] == [step for step, *_ in expected]
     for (step, *losses), (_, *wanted) in zip(curve, expected, strict=True):
         assert losses == pytest.approx(wanted, rel=noise), step
+    logs = log_of(out), log_of(reference)
+    for record, wanted in zip(*logs, strict=True):
+        wanted["tokens_per_second"] = record["tokens_per_second"]  # which varies
+        assert record == pytest.approx(wanted, rel=20 * noise)
     theirs = weights_of(reference)
     for name, weight in weights_of(out).items():
         assert (weight - theirs[name]).norm() < 20 * noise * theirs[name].norm(), name
@@ -228,7 +237,7 @@ def test_ranks_train_like_one_process(
     assert main(command(text, starts[start], alone, *options)) == 0
     ended = ranks(size, command(text, starts[start], out, *options))
     assert [code for code, _ in ended] == [0] * size, ended
-    assert ended[0][1].count("\n") == 1 + len(curve_of(out)), "rank 0 must log each evaluation"
+    assert ended[0][1].count("\n") == 5 + len(curve_of(out)), "rank 0 must log each evaluation"
     assert {stderr for _, stderr in ended[1:]} == {""}, "only rank 0 may write to stderr"
     assert curve_of(out)[-1][1] < curve_of(out)[0][1] - 0.5, "the loss must fall"
     assert_same_run(out, alone, noise)
@@ -572,6 +581,7 @@ def test_interrupted_while_saving(
     """After Ctrl-C or a full disk during a save, the previous state stays; one line is written."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     shutil.copytree(interrupted, partial)
+    shutil.copy(interrupted.with_name("out.log.jsonl"), tmp_path)
     saved = command(text, starts["hf"], out, "--save-every", "2")
     owner, function, times = FAILURES[name]
     real, calls = getattr(owner, function), 0
@@ -662,5 +672,5 @@ def test_torchrun(text: Path, starts: dict[str, Path], whole: Path, tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "", done.stderr
-    assert done.stderr.count("held-out") == 8, done.stderr
+    assert done.stderr.count("  held-out ") == 8, done.stderr
     assert_same_run(tmp_path / "out", whole)

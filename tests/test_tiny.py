@@ -14,8 +14,9 @@ from mistral_kernels import MistralForCausalLM, MistralTokenizer
 from mistral_kernels.checkpoint import resolve
 from mistral_kernels.generate import generate
 from mistral_kernels.model.sampling import Sampler
-from mistral_kernels.train import HELD_OUT
-from mistral_kernels.training.loop import Corpus, held_out_loss
+from mistral_kernels.training.corpus import Corpus
+from mistral_kernels.training.loop import held_out_loss
+from mistral_kernels.training.on_texts import HELD_OUT
 
 FOLDER = resolve("tiny")
 PROMPTS = ["She was", "It is a truth universally", "Mr. Darcy", "The next morning"]

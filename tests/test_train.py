@@ -19,12 +19,16 @@ import pytest
 import torch
 from support.small_checkpoints import SMALL
 
-from mistral_kernels import MistralForCausalLM, MistralTokenizer, train
+from mistral_kernels import MistralForCausalLM, MistralTokenizer
 from mistral_kernels.checkpoint import CheckpointError, open_checkpoint, resolve
 from mistral_kernels.distributed.process_group import World
 from mistral_kernels.train import main
+from mistral_kernels.training import corpus, on_texts
 from mistral_kernels.training import loop as training
-from mistral_kernels.training.loop import Corpus, Recipe, held_out_loss, packed_loss
+from mistral_kernels.training.corpus import Corpus, read_texts, train_tokenizer
+from mistral_kernels.training.loop import held_out_loss, packed_loss
+from mistral_kernels.training.metrics import StepMetrics
+from mistral_kernels.training.recipe import Recipe
 from mistral_kernels.training.state import FileSaving
 
 QUICK = ("--steps", "6", "--batch-size", "2", "--seqlen", "24", "--eval-every", "3")
@@ -48,7 +52,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create a small random checkpoint with a tokenizer for the text."""
     tokenizer = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    train.train_tokenizer(train.read_text([text]), CONFIG.vocab_size, tokenizer)
+    train_tokenizer(read_texts([text])[0], CONFIG.vocab_size, tokenizer)
     folder = tokenizer.parent / "start"
     MistralForCausalLM(CONFIG).save_pretrained(folder, extra_files=[tokenizer])
     return folder
@@ -71,7 +75,10 @@ def command(text: Path, start: Path, out: Path, *options: str) -> list[str]:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Return the contents of each file, without the speeds in log.jsonl, which vary."""
+    speed = rb'"tokens_per_second": [^,}]+'
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return files | {"log.jsonl": re.sub(speed, b"", files["log.jsonl"])}
 
 
 def test_a_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,9 +87,22 @@ def test_a_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main([*arguments, "--output", str(out)]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.count("\n") == 3
+    parameters = sum(p.numel() for p in MistralForCausalLM(on_texts.TINY).parameters())
+    first, second, third, *evaluations, wrote, following = captured.err.splitlines()
+    assert first == f"paragraphs: separated by blank lines in {text}"
+    assert re.fullmatch(
+        rf"{parameters:,} parameters, [\d,]+ tokens to train on, .+ held out", second
+    )
+    assert third == f"log of each step: {out}.log.jsonl, at the end {out}/log.jsonl"
+    assert [line.split()[:2] for line in evaluations] == [["step", "3"], ["step", "6"]]
 
     report = json.loads((out / "training.json").read_text())
+    loss, bits = report["held_out_loss"], report["held_out_bits_per_byte"]
+    assert wrote == (
+        f"wrote {out}: held-out loss {loss:.4f} nats per token, {bits:.4f} bits per byte"
+    )
+    command = f'python -m mistral_kernels.generate "Once upon a time" --model {out}'
+    assert following == f"next: {command}"
     assert report["texts"] == ["words.txt"]
     assert report["recipe"]["steps"] == 6
     assert [point["step"] for point in report["curve"]] == [3, 6]
@@ -127,10 +147,15 @@ ENOUGH = "\n\n".join(f"paragraph {i} of a text that is too short" for i in range
 BAD: dict[str, tuple[bytes | None, tuple[str, ...], str]] = {
     "missing file": (None, (), "No such file or directory"),
     "not UTF-8": (b"caf\xe9\n\nmore", (), "text.txt must be UTF-8"),
-    "empty": (b"", (), "half of the text's 1 characters, got 32000"),
+    "empty": (b"\n \n", (), "text.txt must have words, got none\n"),
+    "a few characters": (
+        b"words",
+        (),
+        "error: the text must have at least 10 characters, got 6; give more text\n",
+    ),
     "shorter than what is held out": (
         b"word " * 99,
-        (),
+        ("--held-out-chars", "32000"),
         "error: --held-out-chars must be at least 1 and less than half of the text's 495 "
         "characters, got 32000; hold out less, or give more text\n",
     ),
@@ -139,8 +164,18 @@ BAD: dict[str, tuple[bytes | None, tuple[str, ...], str]] = {
         ("--held-out-chars", "0"),
         f"held-out-chars must be {COUNTS}, got 0;",
     ),
-    "one paragraph": (b"word " * 99, ("--held-out-chars", "9"), "are all in one paragraph"),
-    "too short a text": (ENOUGH.encode(), ("--held-out-chars", "99"), "too short to train a vocab"),
+    "no space": (
+        b"word" * 99,
+        ("--held-out-chars", "9"),
+        "error: the last 9 characters of the text must have a line end or a space, to begin the "
+        "held-out text, got neither; hold out more (--held-out-chars)\n",
+    ),
+    "too short a text": (
+        ENOUGH.encode(),
+        (),
+        "error: the text is too short to train a vocabulary of 2048 tokens; give more text, or "
+        "train a checkpoint further (--from tiny: the bundled model): ",
+    ),
     "no steps": (ENOUGH.encode(), ("--steps", "0"), f"error: --steps must be {COUNTS}, got 0;"),
     "no batch": (
         ENOUGH.encode(),
@@ -171,7 +206,7 @@ BAD: dict[str, tuple[bytes | None, tuple[str, ...], str]] = {
     "another dtype": (
         ENOUGH.encode(),
         ("--dtype", "fp16"),
-        "error: dtype must be bf16 or fp32, got 'fp16'\n",
+        "error: argument --dtype: invalid choice: 'fp16' (choose from ",
     ),
     "saved too often": (
         ENOUGH.encode(),
@@ -268,10 +303,10 @@ def test_byte_order_marks_and_line_ends(
     plain, other = text.read_text(), tmp_path / "other.txt"
     for end in ("\r\n", "\r"):
         other.write_bytes(b"\xef\xbb\xbf" + plain.replace("\n", end).encode())
-        assert train.read_text([other]) == train.read_text([text])
-    monkeypatch.setattr(train, "_PIPE_LIMIT", 1000)
+        assert read_texts([other])[0] == read_texts([text])[0]
+    monkeypatch.setattr(corpus, "_PIPE_LIMIT", 1000)
     with pytest.raises(ValueError, match="/dev/zero must have at most 1000 bytes, got more"):
-        train.read_text([text, Path("/dev/zero")])
+        read_texts([text, Path("/dev/zero")])
 
 
 @pytest.mark.parametrize("save_every", ["0", "1"])
@@ -293,7 +328,13 @@ def test_a_loss_that_is_not_finite(
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(rf"error: {message} \(--learning-rate\)", error), error
     assert not out.exists()
-    assert save_every == "1" or not list(tmp_path.iterdir())
+    log = tmp_path / "out.log.jsonl"
+    if save_every == "0":
+        assert list(tmp_path.iterdir()) == [log]
+    *finite, last = [json.loads(line) for line in log.read_text().splitlines()]
+    assert f"at step {last['step']}:" in error
+    assert last["held_out_loss" if "held-out" in error else "loss"] is None
+    assert all(math.isfinite(value) for record in finite for value in record.values())
 
 
 @pytest.mark.parametrize("evaluates", [False, True])
@@ -305,12 +346,12 @@ def test_the_last_finite_state_is_kept(
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     real = training.Run.advance
 
-    def advance(run: training.Run, *args: Any) -> float:
-        loss = real(run, *args)
+    def advance(run: training.Run, *args: Any) -> StepMetrics:
+        metrics = real(run, *args)
         if run.step == 3:
             for weight in (*run.parameters, *run.backend.weights):
                 weight.detach().fill_(math.nan)
-        return loss
+        return metrics
 
     options = ("--save-every", "1", "--eval-every", "3" if evaluates else "9")
     with monkeypatch.context() as patch:
@@ -369,7 +410,7 @@ def test_all_tokenizer_files_are_copied(text: Path, start: Path, tmp_path: Path)
         (given / name).write_bytes(data)
     assert main(command(text, given, tmp_path / "out")) == 0
     own = {"config.json", "generation_config.json", "model.safetensors"}
-    own |= {"held_out.txt", "training.json"}
+    own |= {"held_out.txt", "training.json", "log.jsonl", "curve.png"}
     made = files_of(tmp_path / "out")
     assert made.keys() == own | {"tokenizer.model", *beside}
     assert {name: made[name] for name in beside} == beside
@@ -418,7 +459,11 @@ def test_an_interrupted_run_resumes_exactly(
         else:
             assert "no state was saved from which to resume; use --save-every\n" in stderr
         assert not out.exists()
-        assert {path.name for path in tmp_path.iterdir()} <= {"whole", "out.partial"}
+        assert {path.name for path in tmp_path.iterdir()} <= {
+            "whole",
+            "out.partial",
+            "out.log.jsonl",
+        }
     monkeypatch.setattr(training, "packed_loss", real)
     if code:
         assert main(saved) == 0
@@ -461,7 +506,8 @@ def test_interrupted_while_saving(
         assert f"error: cannot save to {partial}: [Errno 28] No space left on device\n" in stderr
     else:
         assert code == 130
-    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out.partial"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"whole", "out.partial", "out.log.jsonl"}
     assert torch.load(partial, weights_only=True)["step"] == 4
     assert main(saved) == 0
     assert f"resuming from step 4, saved in {partial}\n" in capsys.readouterr().err
@@ -615,7 +661,7 @@ def test_an_edited_state_raises(
     state = torch.load(partial, weights_only=True)
     identity = state["identity"]
     recipe = Recipe(**{option.name: identity[option.name] for option in dataclasses.fields(Recipe)})
-    run = train._start(start, recipe, World(0, 1, torch.device("cpu")))
+    run = on_texts._start(start, recipe, World(0, 1, torch.device("cpu")))
     saving = FileSaving(partial, 2, identity)
     untouched = {name: tensor.clone() for name, tensor in run.state["tensors"].items()}
     named = rf"{partial} is (not a complete state of a run \(.+\)|.+ another run \(.+\))"
@@ -669,7 +715,7 @@ def test_other_files_at_the_path_of_a_new_state(
         error = f"error: cannot save to {tmp_path / 'out.partial'}: [Errno 21] Is a directory"
         assert code == 2
         assert error in capsys.readouterr().err
-        assert left == {taken.name}
+        assert left == {taken.name, "out.log.jsonl"}
     else:
         assert code == 0
         assert left == {"out", *([taken.name] if kind == "folder" else [])}

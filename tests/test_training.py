@@ -16,17 +16,12 @@ from support.backends import SetBackend
 from support.small_checkpoints import SMALL, varied_model
 from torch import Tensor
 
-from mistral_kernels import MistralForCausalLM, MistralTokenizer, train
-from mistral_kernels.train import TINY
+from mistral_kernels import MistralForCausalLM, MistralTokenizer
 from mistral_kernels.training import loop as training
-from mistral_kernels.training.loop import (
-    Corpus,
-    Recipe,
-    Run,
-    SingleProcess,
-    held_out_loss,
-    packed_loss,
-)
+from mistral_kernels.training.corpus import Corpus, read_texts, train_tokenizer
+from mistral_kernels.training.loop import Run, SingleProcess, held_out_loss, packed_loss
+from mistral_kernels.training.on_texts import TINY
+from mistral_kernels.training.recipe import Recipe
 
 VOCAB = 300
 CONFIG = dataclasses.replace(SMALL, vocab_size=VOCAB, tie_word_embeddings=True)
@@ -62,13 +57,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small_corpus(tmp_path: Path, text: str) -> Corpus:
     """Create a corpus with a vocabulary that is small enough for the text."""
-    train.train_tokenizer(text, VOCAB, tmp_path / "tokenizer.model")
+    train_tokenizer(text, VOCAB, tmp_path / "tokenizer.model")
     return Corpus(text, tmp_path / "tokenizer.model")
 
 
 @pytest.fixture(scope="module")
 def corpus(text: Path) -> Corpus:
-    return small_corpus(text.parent, train.read_text([text]))
+    return small_corpus(text.parent, read_texts([text])[0])
 
 
 def gradients(model: MistralForCausalLM, loss: Tensor) -> dict[str, Tensor]:
@@ -166,9 +161,7 @@ def test_seqlen_longer_than_the_text(tmp_path: Path) -> None:
 
 def test_packed_batches_are_whole_paragraphs(text: Path, corpus: Corpus) -> None:
     recipe = Recipe(batch_size=5, seqlen=40, pack=True)
-    paragraphs = [
-        tuple(corpus.encode(line).tolist()) for line in train.read_text([text]).split("\n")
-    ]
+    paragraphs = [tuple(corpus.encode(line).tolist()) for line in read_texts([text])[0].split("\n")]
     stretches = {p[i : i + 40] for p in paragraphs for i in range(0, len(p), 40)}
     assert any(len(p) > 40 for p in paragraphs)
     assert any(len(p) < 20 for p in paragraphs)
@@ -203,7 +196,9 @@ def test_accumulated_batches_equal_one_large_batch(
     monkeypatch.setattr(
         torch.nn.utils,
         "clip_grad_norm_",
-        lambda masters, _: seen.append([master.grad.clone() for master in masters]),
+        lambda masters, _: (
+            seen.append([master.grad.clone() for master in masters]) or torch.ones(())
+        ),
     )
     model = varied_model(CONFIG)
     losses = []
@@ -234,7 +229,9 @@ def test_accumulation_is_in_float32(corpus: Corpus, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         torch.nn.utils,
         "clip_grad_norm_",
-        lambda masters, _: seen.append([master.grad.clone() for master in masters]),
+        lambda masters, _: (
+            seen.append([master.grad.clone() for master in masters]) or torch.ones(())
+        ),
     )
     run = Run(SingleProcess(model), Recipe(accumulate=64))
     run.advance(corpus, itertools.repeat(batch))

@@ -22,7 +22,8 @@ from mistral_kernels.checkpoint.stored import check_cast
 from mistral_kernels.distributed.process_group import World
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.transformer import MistralForCausalLM
-from mistral_kernels.training.loop import Corpus, packed_loss
+from mistral_kernels.training.corpus import Corpus
+from mistral_kernels.training.loop import packed_loss
 
 PartOf = Callable[[str, tuple[int, ...]], Part]
 
@@ -126,6 +127,11 @@ class Sharded:
         loss = self._packed_loss(corpus, own) * part
         (loss * self.world.size).backward()  # FSDP averages the gradients over the ranks
         return self._sum(loss)
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """Scale the gradients down to an L2 norm of `max_norm`; return their norm before."""
+        norm: Any = torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_norm)
+        return norm.full_tensor().item()  # type: ignore[no-any-return]
 
     def update_weights(self) -> None:
         """Do nothing: FSDP rounds `parameters` when it gathers them."""

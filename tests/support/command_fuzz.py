@@ -202,7 +202,7 @@ def interrupt_training(step: int) -> Callable[..., Any]:
     """Wrap `Run.advance`: raise KeyboardInterrupt at `step`."""
     advance = Run.advance
 
-    def run(self: Run, *args: Any) -> float:
+    def run(self: Run, *args: Any) -> Any:
         if self.step >= step:
             raise KeyboardInterrupt
         return advance(self, *args)

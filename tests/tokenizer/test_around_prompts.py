@@ -17,7 +17,7 @@ from support.tokenizer_cases import write
 from mistral_kernels import MistralTokenizer, convert
 from mistral_kernels.checkpoint import resolve, save_hf
 from mistral_kernels.generate import generate, main
-from mistral_kernels.training.loop import Corpus
+from mistral_kernels.training.corpus import Corpus
 
 PROMPTS = ["It is a truth", "Her"]
 
