@@ -240,7 +240,7 @@ BAD: dict[str, tuple[bytes | None, tuple[str, ...], str]] = {
     "from nowhere": (
         ENOUGH.encode(),
         ("--held-out-chars", "99", "--from", "nowhere"),
-        "error: no such folder: 'nowhere'; a hub id must have the form 'owner/model'\n",
+        "error: no such folder: 'nowhere'; a hub id must have the form 'owner/model', such as ",
     ),
 }
 
