@@ -355,7 +355,7 @@ def test_repetition_penalty_equals_its_formula(model: MistralForCausalLM, penalt
     prompt = random_ids(6)
     text = list(prompt)
     for _ in range(25):
-        logits = model(torch.tensor([text]))[0, -1].detach().double()
+        logits = model(torch.tensor([text])).logits[0, -1].detach().double()
         for token in set(text):
             logits[token] = (
                 logits[token] / penalty if logits[token] > 0 else logits[token] * penalty

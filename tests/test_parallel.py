@@ -119,7 +119,7 @@ def test_int8(size: int, checkpoints: Path, ranks: dict[int, list[dict[str, Any]
     ids = torch.tensor(PROMPTS[1:2])
     with torch.inference_mode():
         exact, single = (
-            MistralForCausalLM.from_pretrained(checkpoints / "hf", quantize=quantize)(ids)
+            MistralForCausalLM.from_pretrained(checkpoints / "hf", quantize=quantize)(ids).logits
             for quantize in (None, "int8")
         )
     for actual in (each["int8"] for each in ranks[size]):
