@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from mistral_kernels.checkpoint.stored import check_cast
 from mistral_kernels.model import generation, pretrained_arguments
 from mistral_kernels.model.config import check_fields
 from mistral_kernels.model.decoder import CausalLM
+from mistral_kernels.model.generate import generate
+from mistral_kernels.model.generation_config import GenerationConfig
 from mistral_kernels.model.layers import FusedLinear, Linear
 from mistral_kernels.model.memory import zeros
 from mistral_kernels.model.quantization import destinations as quantized_destinations
@@ -41,6 +44,8 @@ class MistralForCausalLM(CausalLM):
         config: the architecture.
         model: the decoder without the head.
         lm_head: the head.
+        generation_config: settings of `generate`, a `GenerationConfig`, which may be changed or
+            replaced, also by transformers' class.
 
     Example:
         >>> import torch
@@ -64,10 +69,15 @@ class MistralForCausalLM(CausalLM):
         torch.Size([64, 32])
     """
 
-    generate = generation.generate
+    generate = generate
     stream = generation.stream
     prefill = generation.prefill
     decode = generation.decode
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """Settings of `generate`, which may be changed or replaced."""
+        return GenerationConfig.from_model_config(self.config)
 
     def _allocate(self, dtype: torch.dtype, device: torch.device | str) -> None:
         """Allocate every parameter. `to_empty` would import modules, which takes one second."""
@@ -195,6 +205,9 @@ class MistralForCausalLM(CausalLM):
                 del tensor  # unmap its pages before the next tensor is read
         if quantize and model.config.tie_word_embeddings:
             destinations["lm_head.weight"].copy_(model.model.embed_tokens.weight)
+        model.generation_config = GenerationConfig.from_model_config(
+            model.config, stored.generation
+        )
         return model.eval()
 
     def save_pretrained(
