@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -73,10 +74,10 @@ def check_position_ids(position_ids: Any, input_ids: Tensor, kept: Tensor | None
     for row, row_starts in enumerate(starts):
         found = row_starts if kept is None else row_starts[kept[row]]
         if len(found) and (found != found[0]).any():
+            got = reprlib.repr(position_ids[row % len(position_ids)].tolist())
             raise NotImplementedError(
-                "position_ids must count up by one from column to column, got "
-                f"{position_ids[row % len(position_ids)].tolist()[:8]}...; leave out position_ids, "
-                f"or {TRANSFORMERS}"
+                f"position_ids must count up by one from column to column, got {got}; leave out "
+                f"position_ids, or {TRANSFORMERS}"
             )
 
 
