@@ -29,9 +29,12 @@ from mistral_kernels.ops.rotary import apply_rotary, apply_rotary_, rotary_table
 from mistral_kernels.ops.swiglu import swiglu
 from mistral_kernels.tokenizer import MistralTokenizer
 
+AutoTokenizer = MistralTokenizer  # name in transformers
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoTokenizer",
     "MistralConfig",
     "MistralForCausalLM",
     "MistralTokenizer",
