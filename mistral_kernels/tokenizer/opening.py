@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from mistral_kernels import checkpoint
+from mistral_kernels.checkpoint.hub import resolve_tokenizer
 from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from mistral_kernels.tokenizer.base import MistralTokenizer
 from mistral_kernels.tokenizer.errors import TokenizerError
@@ -21,8 +22,12 @@ _TEKKEN = {"config": {"default_num_special_tokens": int}}
 _TOKENIZER_JSON = {"added_tokens": ([{"id": int, "content": str}], None)}
 
 
-def open_tokenizer(name: str | Path) -> MistralTokenizer:
+def open_tokenizer(name: str | Path, **hub_options: Any) -> MistralTokenizer:
     """Open the tokenizer of a file, a folder, `"tiny"` or a hub id.
+
+    Args:
+        name: The path or the name.
+        **hub_options: Keyword arguments of `checkpoint.resolve`, for a hub id.
 
     Raises:
         TokenizerError: There is no tokenizer, or it is invalid.
@@ -31,7 +36,7 @@ def open_tokenizer(name: str | Path) -> MistralTokenizer:
     """
     path = Path(os.path.expanduser(name))
     if not path.exists():
-        path = checkpoint.resolve(name)
+        path = resolve_tokenizer(name, **hub_options)
     if path.is_dir():
         return _open_folder(path)
     if path.suffix == ".json" and "tekken" not in path.name:

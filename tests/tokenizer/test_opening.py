@@ -88,10 +88,10 @@ def test_paths_without_tokenizer_are_refused(tmp_path: Path) -> None:
 
 
 def test_hub_ids_are_resolved(monkeypatch: Any) -> None:
-    from mistral_kernels import checkpoint
+    from mistral_kernels.tokenizer import opening
 
     resolved = {"owner/model": DATA / SENTENCEPIECE["v3"]}
-    monkeypatch.setattr(checkpoint, "resolve", resolved.__getitem__)
+    monkeypatch.setattr(opening, "resolve_tokenizer", resolved.__getitem__)
     assert MistralTokenizer.from_pretrained("owner/model").chat_version == "v3"
 
 
