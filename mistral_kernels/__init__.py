@@ -29,11 +29,15 @@ from mistral_kernels.ops.rotary import apply_rotary, apply_rotary_, rotary_table
 from mistral_kernels.ops.swiglu import swiglu
 from mistral_kernels.tokenizer import MistralTokenizer
 
-AutoModelForCausalLM = MistralForCausalLM  # so that only the import of a model card changes
+# The names in transformers, so that only the import of a model card changes.
+AutoModelForCausalLM = MistralForCausalLM
+AutoTokenizer = MistralTokenizer
+
 __version__ = "0.1.0"
 
 __all__ = [
     "AutoModelForCausalLM",
+    "AutoTokenizer",
     "MistralConfig",
     "MistralForCausalLM",
     "MistralTokenizer",

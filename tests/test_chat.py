@@ -55,7 +55,7 @@ def test_answers_equal_those_without_a_cache(
     history = [{"role": "system", "content": system}] if system else []
     for message in MESSAGES:
         history.append({"role": "user", "content": message})
-        whole = tokenizer.apply_chat_template(history)
+        whole = tokenizer.apply_chat_template(history, return_dict=False)
         (expected,) = generate(model, tokenizer, [whole], max_tokens=15, standalone=True)
         answer, computed = send(conversation, message, max_tokens=15)
         assert answer == expected.text
@@ -69,7 +69,7 @@ def test_tokens_in_the_cache_are_not_computed_again(tokenizer: MistralTokenizer)
     conversation = Conversation(make_model(None), tokenizer)
     _, first = send(conversation, MESSAGES[0], max_tokens=1)
     prompt = conversation.prompt_for(MESSAGES[1])
-    whole = tokenizer.apply_chat_template(conversation.messages)
+    whole = tokenizer.apply_chat_template(conversation.messages, return_dict=False)
     assert prompt == whole[first:], "all tokens of the first message and answer are kept"
 
 
@@ -82,7 +82,7 @@ def test_answers_are_tokenized_as_they_were_generated(tokenizer: MistralTokenize
     conversation.model.stream = lambda *a, **k: ([token] for token in deltas)  # type: ignore
     assert "".join(d.text for d in conversation.reply(prompt)) == "I am fine, and you?"
     again = conversation.tokenizer.apply_chat_template(
-        [*conversation.messages, {"role": "user", "content": "Well"}]
+        [*conversation.messages, {"role": "user", "content": "Well"}], return_dict=False
     )
     assert again[: len(prompt) + len(answer) + 1] == [*prompt, *answer, 2]
 
@@ -144,7 +144,7 @@ def test_an_incomplete_answer_is_kept(tokenizer: MistralTokenizer) -> None:
     reply.close()
     assert conversation.messages[-1] == {"role": "assistant", "content": text}
     whole = tokenizer.apply_chat_template(
-        [*conversation.messages, {"role": "user", "content": "More"}]
+        [*conversation.messages, {"role": "user", "content": "More"}], return_dict=False
     )
     (expected,) = generate(model, tokenizer, [whole], max_tokens=10, standalone=True)
     assert send(conversation, "More", max_tokens=10)[0] == expected.text
@@ -180,7 +180,7 @@ def test_a_template_that_renders_no_tokens_raises_an_error(
     """The error names the template, and the message is not kept."""
     conversation = Conversation(make_model(7), tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(MistralTokenizer, "apply_chat_template", lambda *_: [])
+        patch.setattr(MistralTokenizer, "apply_chat_template", lambda *_, **__: [])
         with pytest.raises(ValueError, match=f"the chat template in {DATA} must render a prompt"):
             conversation.prompt_for("Hello")
     assert conversation.messages == []

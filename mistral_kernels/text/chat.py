@@ -74,7 +74,9 @@ class Conversation:
         if not message.strip():
             raise ValueError("message must not be empty")
         self.messages.append({"role": "user", "content": message})
-        ids = list(self.tokenizer.apply_chat_template(self.messages))
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            self.messages, add_generation_prompt=True, return_dict=False
+        )
         if not ids:
             self.messages.pop()
             folder = self.tokenizer.path.parent

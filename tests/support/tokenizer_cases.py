@@ -137,6 +137,10 @@ def refused(path: Path, message: str) -> None:
     assert actual.removeprefix(f"{folder}").lstrip("/: ").startswith(message), actual
 
 
+def chat_ids(tokenizer: MistralTokenizer, messages: Any, **options: Any) -> Any:
+    return tokenizer.apply_chat_template(messages, return_dict=False, **options)
+
+
 def streamed(tokenizer: MistralTokenizer, ids: list[int], skip: bool = True) -> str:
     stream = tokenizer.stream(skip_special_tokens=skip)
     return "".join([*map(stream.push, ids), stream.flush()])
