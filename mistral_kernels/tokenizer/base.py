@@ -48,12 +48,13 @@ _OPEN_UNSUPPORTED = {
 }
 _DECODE_UNSUPPORTED = {
     "spaces_between_special_tokens": Unsupported(_BOOL),  # only the slow tokenizer reads it
+    "clean_up_tokenization_space": Unsupported(_BOOL),  # many model cards leave out the last "s"
     "use_source_tokenizer": Unsupported((None, False)),
 }
 
 
 class MistralTokenizer(ChatEncoder):
-    """Tokenizer of a Mistral model; open one with `from_pretrained`. `AutoTokenizer` is an alias.
+    """Tokenizer of a Mistral model; open one with `from_pretrained`.
 
     The tokenizer is stored in a sentencepiece model, a tekken.json or a tokenizer.json. Methods and
     attributes are those of transformers.
@@ -98,6 +99,8 @@ class MistralTokenizer(ChatEncoder):
         [[1, 592, 368], [1, 592, 0]]
     """
 
+    _prefers_json = False
+
     @abstractmethod
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
 
@@ -107,8 +110,9 @@ class MistralTokenizer(ChatEncoder):
     def _set_legacy(self, legacy: bool) -> None:
         """Set whether a space precedes the text after an added token of a sentencepiece model."""
 
-    @staticmethod
+    @classmethod
     def from_pretrained(
+        cls,
         pretrained_model_name_or_path: str | Path,
         *,
         revision: str | None = None,
@@ -126,7 +130,7 @@ class MistralTokenizer(ChatEncoder):
         exception: if its files define tokens that Mistral's own file lacks, or a chat template that
         is not Mistral's, tokenizer.json is opened. If there is no tokenizer.json, the tokens of
         tokenizer_config.json or added_tokens.json are added to the sentencepiece model, as in
-        transformers.
+        transformers. `AutoTokenizer` opens tokenizer.json first.
 
         Args:
             pretrained_model_name_or_path: A tokenizer file, a folder, `"tiny"` (the bundled model)
@@ -153,8 +157,8 @@ class MistralTokenizer(ChatEncoder):
             NotImplementedError: An argument of transformers is not supported.
 
         Example:
-            >>> from mistral_kernels import AutoTokenizer
-            >>> tokenizer = AutoTokenizer.from_pretrained("tiny", add_eos_token=True)
+            >>> from mistral_kernels import MistralTokenizer
+            >>> tokenizer = MistralTokenizer.from_pretrained("tiny", add_eos_token=True)
             >>> tokenizer.path.name
             'tokenizer.model'
             >>> tokenizer.encode("It is a truth")
@@ -170,6 +174,7 @@ class MistralTokenizer(ChatEncoder):
         try:
             tokenizer = open_tokenizer(
                 pretrained_model_name_or_path,
+                prefer_json=cls._prefers_json,
                 revision=revision,
                 cache_dir=cache_dir,
                 token=token,
