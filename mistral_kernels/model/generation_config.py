@@ -219,8 +219,8 @@ def resolve(
         NotImplementedError: a setting that is not offered has an effect.
     """
     settings: dict[str, Any] = dict(_DEFAULTS)
-    settings |= _settings_of("model.generation_config", defaults)
-    settings |= _settings_of("generation_config", generation_config)
+    settings |= settings_of("model.generation_config", defaults)
+    settings |= settings_of("generation_config", generation_config)
     # Configurations may have further entries of their own. Unknown arguments are errors.
     settings = {name: value for name, value in settings.items() if name in _KNOWN}
     settings |= arguments
@@ -237,7 +237,16 @@ def resolve(
     return resolved
 
 
-def _settings_of(name: str, config: Any) -> dict[str, Any]:
+def settings_of(name: str, config: Any) -> dict[str, Any]:
+    """Return the settings of a configuration that are set.
+
+    Args:
+        name: name of the configuration, for messages.
+        config: ours, transformers' or a dict; None: no settings.
+
+    Raises:
+        TypeError: `config` has another type.
+    """
     if config is None:
         return {}
     # The objects of transformers 4 also hold the values that are not set, as their defaults.
