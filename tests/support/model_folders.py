@@ -107,8 +107,9 @@ FAMILIES = {
 
 def make_folder(folder: Path, family: Family) -> Path:
     """Write weights in float32, their configuration and the tokenizer; return the folder."""
-    folder.mkdir()
-    vocab_size = write_tokenizer(folder, family)
+    files = folder.with_name("tokenizer")
+    files.mkdir()
+    vocab_size = write_tokenizer(files, family)
     config = MistralConfig(
         vocab_size=vocab_size,
         hidden_size=SMALL.hidden_size,
@@ -125,7 +126,7 @@ def make_folder(folder: Path, family: Family) -> Path:
         model = varied_model(config)
     with torch.no_grad():  # no token of a single byte: such texts are not valid UTF-8
         model.lm_head.weight[: {"v1": 259, "v3": 1027}.get(family.vocabulary or "", 3)] = 0.0
-    model.save_pretrained(folder, extra_files=sorted(folder.iterdir()))
+    model.save_pretrained(folder, extra_files=sorted(files.iterdir()))
     return folder
 
 
