@@ -294,7 +294,9 @@ def group() -> Iterator[None]:
 
 
 def test_one_rank_alone(checkpoints: Path, group: None) -> None:
-    model = ParallelMistralForCausalLM.from_pretrained(checkpoints / "hf", sliding_window=5)
+    model = ParallelMistralForCausalLM.from_pretrained(
+        checkpoints / "hf", sliding_window=5, device_map="cpu", revision="main"
+    )
     plain = MistralForCausalLM.from_pretrained(checkpoints / "hf", sliding_window=5)
     for key in ("forward", "prefill"):
         torch.testing.assert_close(results_of(model)[key], results_of(plain)[key])
