@@ -20,7 +20,7 @@ from mistral_kernels.utils.schema import Schema
 
 TEMPLATE_LIMIT = 1 << 20  # bytes; the longest templates in use have about 20 KB
 ADDED_ID_LIMIT = 1 << 31
-NO_MAX_LENGTH = 10**30  # as in transformers
+NO_MAX_LENGTH = int(1e30)  # as in transformers
 
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _ADDED: Schema = {"content": str, **dict.fromkeys(_FLAGS, bool)}
@@ -86,7 +86,7 @@ class TokenizerFiles:
         has_config: Whether tokenizer_config.json exists.
         padding_side: Side on which texts are padded; "left" if the files have no value.
         truncation_side: Side on which texts are truncated; "right" if the files have no value.
-        model_max_length: Maximum number of tokens; 10**30 if the files have no value.
+        model_max_length: Maximum number of tokens; int(1e30) if the files have no value.
     """
 
     names: dict[str, str | None]
@@ -171,7 +171,7 @@ def _side(path: Path, config: dict[str, Any], name: str, default: str) -> str:
 
 
 def _model_max_length(path: Path, value: Any) -> int:
-    """Return the maximum number of tokens; transformers writes 10**30 if there is none."""
+    """Return the maximum number of tokens; transformers writes int(1e30) if there is none."""
     if value is None:
         return NO_MAX_LENGTH
     # Not in the schema, whose integers must fit in 64 bits.

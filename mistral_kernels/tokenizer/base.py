@@ -74,7 +74,7 @@ class MistralTokenizer(ChatEncoder):
             "left", which generation requires. (transformers pads tokenizer.json without this value
             on the right.) May be set.
         truncation_side: Side on which texts are truncated, "right" by default. May be set.
-        model_max_length: Default of `max_length`; 10**30 if the files define none. May be set.
+        model_max_length: Default of `max_length`; int(1e30) if the files define none. May be set.
         chat_template: Template in the folder; None if there is none. May be set, except if
             mistral-common renders the template.
         all_special_ids: Ids that `skip_special_tokens` skips.

@@ -21,7 +21,6 @@ from mistral_kernels.tokenizer.output import (
 from mistral_kernels.tokenizer.special_tokens import Vocabulary
 from mistral_kernels.utils.unsupported import Unsupported, check_unsupported
 
-_OFFSETS = "transformers' own tokenizer returns it"
 # Arguments of transformers' calls that are accepted only at values without effect.
 UNSUPPORTED = {
     "text_pair": Unsupported(remedy="join the two texts, or call the tokenizer twice"),
@@ -39,7 +38,9 @@ UNSUPPORTED = {
     "return_special_tokens_mask": Unsupported(
         (False, None), "compare the token ids with all_special_ids"
     ),
-    "return_offsets_mapping": Unsupported((False, None), _OFFSETS),
+    "return_offsets_mapping": Unsupported(
+        (False, None), "the tokenizer of transformers returns offsets"
+    ),
     "sanitize_control_tokens": Unsupported((False, None), "remove the tokens from the text"),
     "tokenizer_kwargs": Unsupported((None, {}), "pass the arguments themselves"),
     "verbose": Unsupported((True, False, None)),
@@ -201,7 +202,7 @@ class Encoder(Vocabulary):
                 `return_attention_mask`; see `__call__`.
 
         Returns:
-            A dict of the padded items.
+            A dict of the padded items: `(batch, seqlen)`, or `(seqlen,)` for one dict.
 
         Raises:
             TokenizerError: `encoded_inputs` or an option is invalid.
@@ -224,8 +225,12 @@ class Encoder(Vocabulary):
         if not is_batch:
             columns = {key: [value] for key, value in columns.items()}
         rows = [check_ids(row) for row in columns.pop("input_ids")]
-        masks = columns.pop("attention_mask", None)
-        return self._collate(rows, batch, is_batch, masks, columns)
+        if (masks := columns.pop("attention_mask", None)) is not None:
+            batch = batch._replace(return_attention_mask=True)
+        output = self._collate(rows, batch, is_batch, masks, columns)
+        if not is_batch and batch.return_tensors is not None:
+            return TokenizerOutput({name: value[0] for name, value in output.items()})
+        return output
 
     def _options(self, **options: Any) -> BatchOptions:
         """Check the options of a call; raise an error for those that are not supported."""

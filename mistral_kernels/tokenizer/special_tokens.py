@@ -171,7 +171,7 @@ class Vocabulary(ABC):
 
     @property
     def model_max_length(self) -> int:
-        """Default of `max_length`; 10**30 if the files define none."""
+        """Default of `max_length`; int(1e30) if the files define none."""
         return self._model_max_length
 
     @model_max_length.setter
