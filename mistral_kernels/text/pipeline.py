@@ -128,6 +128,9 @@ class TextGenerationPipeline:
             For one prompt, a list of `num_return_sequences` dicts. "generated_text" is the string
             with its continuation, or the chat with the answer as its last message. For a list of
             prompts, a list of such lists. For another iterable, an iterator of such lists.
+            As in transformers 5, the new tokens are decoded alone, so a vocabulary of sentencepiece
+            drops the space before the first new word. `decode` of the token ids that
+            `return_tensors=True` returns keeps it.
 
         Raises:
             TypeError: a prompt has another type, or an option is not known.
@@ -313,8 +316,8 @@ def pipeline(
     Example:
         >>> from mistral_kernels import pipeline
         >>> pipe = pipeline("text-generation", model="tiny", device="cpu")
-        >>> pipe("He was not at all", do_sample=False, max_new_tokens=4)
-        [{'generated_text': 'He was not at all in the way to'}]
+        >>> pipe("He was not at all", do_sample=False, max_new_tokens=4, return_full_text=False)
+        [{'generated_text': 'in the way to'}]
     """
     if task != "text-generation":
         raise NotImplementedError(
@@ -331,6 +334,11 @@ def pipeline(
         if isinstance(model, MistralForCausalLM):
             raise ValueError("tokenizer must be given with a model object, got None")
         tokenizer = model
+    if not isinstance(tokenizer, (str, Path, MistralTokenizer)):
+        raise TypeError(
+            "tokenizer must be a folder, a hub id or a MistralTokenizer, got "
+            f"{type(tokenizer).__name__}; open it with AutoTokenizer of this package"
+        )
     if device == -1:
         device = "cpu"
     given = {"dtype": dtype, "torch_dtype": torch_dtype, "device": device, "device_map": device_map}

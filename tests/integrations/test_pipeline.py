@@ -209,6 +209,12 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         "image_processor must be None, got 'x'; leave it out: text generation needs only a "
         "tokenizer",
     ),
+    (
+        {"tokenizer": 3},
+        TypeError,
+        "tokenizer must be a folder, a hub id or a MistralTokenizer, got int; open it with "
+        "AutoTokenizer of this package",
+    ),
     ({"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
 ]
 
