@@ -167,7 +167,6 @@ class MistralTokenizer(ChatEncoder):
         from mistral_kernels.checkpoint import CheckpointError
         from mistral_kernels.tokenizer.opening import open_tokenizer
 
-        known = {name: value for name, value in settings.items() if name in SETTABLE}
         rest = {name: value for name, value in settings.items() if name not in SETTABLE}
         check_unsupported("from_pretrained", rest, _OPEN_UNSUPPORTED)
         check_choice("legacy", legacy, (None, True, False))
@@ -184,9 +183,9 @@ class MistralTokenizer(ChatEncoder):
         except (CheckpointError, OSError) as error:
             raise TokenizerError(one_line(error)) from error
         tokenizer.__dict__["name_or_path"] = str(pretrained_model_name_or_path)
-        for name, value in known.items():
-            if value is not None:
-                setattr(tokenizer, name, value)
+        for name in SETTABLE:  # the tokens before the flags that use them
+            if settings.get(name) is not None:
+                setattr(tokenizer, name, settings[name])
         if legacy is not None:
             tokenizer._set_legacy(legacy)
             tokenizer._changes["legacy"] = legacy

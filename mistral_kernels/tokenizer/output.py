@@ -115,7 +115,7 @@ def batch_options(
         warnings.warn(
             'max_length is ignored with padding=True and without truncation; padding="max_length" '
             "pads to max_length",
-            stacklevel=3,
+            stacklevel=4,
         )
     length = model_max_length if max_length is None else max_length
     bounded = max_length is not None or model_max_length <= _LARGE
