@@ -19,6 +19,7 @@ from mistral_kernels.flash_attn import (
 )
 from mistral_kernels.model.cache import RollingCache
 from mistral_kernels.model.config import MistralConfig
+from mistral_kernels.model.generation_config import GenerationConfig
 from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ops.attention import attention, rolling_cache_attention
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoModelForCausalLM",
     "AutoTokenizer",
+    "GenerationConfig",
     "MistralConfig",
     "MistralForCausalLM",
     "MistralTokenizer",

@@ -202,6 +202,7 @@ OPERATORS = {
 CLASSES = {
     "AutoModelForCausalLM",
     "AutoTokenizer",
+    "GenerationConfig",
     "MistralConfig",
     "MistralForCausalLM",
     "MistralTokenizer",

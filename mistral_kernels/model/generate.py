@@ -17,6 +17,7 @@ from mistral_kernels.model.processing import (
     ProcessingSampler,
     StoppingCriterion,
     Texts,
+    checked,
     eos_forbidden,
     stop_strings_criterion,
     time_limit,
@@ -86,8 +87,8 @@ def generate(
     precedence. As in transformers, `do_sample=True` without further settings samples from the 50
     most likely tokens.
 
-    With a logits processor, `min_new_tokens`, `output_scores` or `output_logits`, the host waits
-    for each step.
+    With a logits processor, a stopping criterion, `min_new_tokens`, `output_scores` or
+    `output_logits`, a GPU waits for the host after each step.
 
     Args:
         model: the model; the object itself when this function is called as a method.
@@ -106,7 +107,7 @@ def generate(
         stopping_criteria: functions, such as transformers' `StoppingCriteria`, that are called
             after each step with the token ids and the scores of all steps (None without
             `output_scores`), and that return whether each text ends, a bool or (batch,). Without
-            EOS tokens, texts go on until all have ended, as in transformers.
+            EOS tokens, texts continue until all have ended, as in transformers.
         streamer: object such as transformers' `TextStreamer`, whose `put` receives the prompts,
             (batch, seqlen), then the tokens of each step, (batch,), int64 on the CPU, and whose
             `end` is called after the last step.
@@ -139,13 +140,7 @@ def generate(
     settings = resolve(model.generation_config, generation_config, kwargs)
     eos_token_ids = _eos_token_ids(model, settings.eos_token_id)
     sampler = _sampler(settings, generator)
-    if input_ids is not None and inputs is not None:
-        raise ValueError("inputs must be None if input_ids is given; give one of them")
-    input_ids = input_ids if inputs is None else inputs
-    if input_ids is None:
-        if settings.bos_token_id is None:
-            raise ValueError("input_ids must be given for a model without a BOS token, got None")
-        input_ids = torch.tensor([[settings.bos_token_id]], device=model.device)
+    input_ids = _given(model, settings, input_ids, inputs)
     if attention_mask is None and isinstance(input_ids, Tensor):
         attention_mask = _padding_mask(input_ids, settings.pad_token_id, eos_token_ids)
     prompts = _unpadded(input_ids, attention_mask)
@@ -161,13 +156,11 @@ def generate(
     max_new_tokens = _max_new_tokens(settings, width, model.config.max_position_embeddings)
 
     criteria = _functions("stopping_criteria", stopping_criteria)
-    if settings.max_time is not None:
-        criteria.insert(0, time_limit(_SECONDS.check("max_time", settings.max_time)))
-    if strings := _stop_strings(settings.stop_strings):
-        if tokenizer is None:
-            raise ValueError("tokenizer must be given with stop_strings, got None")
-        criteria.insert(0, stop_strings_criterion(strings, tokenizer))
-    processors = _functions("logits_processor", logits_processor)
+    criteria += _own_criteria(settings, tokenizer)
+    processors = [
+        checked(f"logits_processor[{i}]", processor)
+        for i, processor in enumerate(_functions("logits_processor", logits_processor))
+    ]
     shortest = _shortest(settings, width)
     if shortest > width and eos_token_ids:
         processors.insert(0, eos_forbidden(eos_token_ids, shortest))
@@ -197,7 +190,7 @@ def generate(
         if watched:
             newest = texts.append(tokens)
             if streamer is not None:
-                streamer.put(newest.cpu())
+                streamer.put(newest)
     if streamer is not None:
         streamer.end()
 
@@ -213,6 +206,28 @@ def generate(
         return sequences
     scores, logits = (None if x is None else tuple(x) for x in (texts.scores, texts.logits))
     return GenerateOutput(sequences, scores, logits)
+
+
+def _given(model: CausalLM, settings: GenerationConfig, input_ids: Any, inputs: Any) -> Any:
+    """Return the prompts of the call: one of both arguments, or the BOS token."""
+    if input_ids is not None and inputs is not None:
+        raise ValueError("inputs must be None if input_ids is given; give one of them")
+    if input_ids is None and inputs is None:
+        if settings.bos_token_id is None:
+            raise ValueError("input_ids must be given for a model without a BOS token, got None")
+        return torch.tensor([[settings.bos_token_id]], device=model.device)
+    return input_ids if inputs is None else inputs
+
+
+def _own_criteria(settings: GenerationConfig, tokenizer: Any) -> list[StoppingCriterion]:
+    criteria = []
+    if strings := _stop_strings(settings.stop_strings):
+        if tokenizer is None:
+            raise ValueError("tokenizer must be given with stop_strings, got None")
+        criteria.append(stop_strings_criterion(strings, tokenizer))
+    if settings.max_time is not None:
+        criteria.append(time_limit(_SECONDS.check("max_time", settings.max_time)))
+    return criteria
 
 
 def _sampler(settings: GenerationConfig, generator: torch.Generator | None) -> Sampler:

@@ -18,8 +18,9 @@ class GenerationConfig:
 
     Attributes:
         max_new_tokens: maximum number of new tokens per text, >= 0.
-        max_length: maximum number of tokens of prompt and text, if `max_new_tokens` is not set. If
-            neither is set, a text has up to 20 new tokens, within `max_position_embeddings`.
+        max_length: maximum number of tokens of the padded prompt and the text, if `max_new_tokens`
+            is not set. If neither is set, a text has up to 20 new tokens, within the model's
+            `max_position_embeddings`.
         min_new_tokens: number of new tokens before which no text ends at an EOS token.
         min_length: the same, counted with the prompt, if `min_new_tokens` is not set.
         max_time: seconds after which all texts end.
@@ -52,8 +53,9 @@ class GenerationConfig:
         >>> model.generation_config
         GenerationConfig(bos_token_id=1, eos_token_id=2)
         >>> model.generation_config.pad_token_id = model.generation_config.eos_token_id
-        >>> model.generate([[1, 592]], max_new_tokens=3)
-        [[1, 592, 373, 341, 261]]
+        >>> model.generation_config.max_new_tokens = 3
+        >>> model.generate([[1, 592]])
+        [[1, 592, 307, 261, 573]]
     """
 
     max_new_tokens: int | None = None
@@ -95,8 +97,8 @@ class GenerationConfig:
         """
         settings = {n: v for n, v in (contents or {}).items() if n in _KNOWN - IGNORED}
         eos = config.eos_token_id
-        settings["eos_token_id"] = list(eos) if isinstance(eos, tuple) else eos
         settings["bos_token_id"] = config.bos_token_id
+        settings["eos_token_id"] = list(eos) if isinstance(eos, tuple) else eos
         return cls(**settings)
 
     def __repr__(self) -> str:

@@ -24,7 +24,7 @@ class Texts:
     """Prompts and generated tokens of a batch, padded as in transformers.
 
     Attributes:
-        ids: (batch, length) int64, on the model's device.
+        width: number of tokens per prompt, with padding.
         ended: for each text, whether it has ended.
         scores: scores of each step, (batch, vocab_size) float32; None: not kept.
         logits: logits of each step, (batch, vocab_size) float32; None: not kept.
@@ -37,7 +37,8 @@ class Texts:
         pad_token_id: int,
         criteria: Sequence[StoppingCriterion],
     ) -> None:
-        self.ids, self.width = prompts, prompts.shape[1]
+        self._ids, self.width = prompts, prompts.shape[1]
+        self._columns: list[Tensor] = []  # not yet in `_ids`
         self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
         self.criteria = criteria
         self.ended = [False] * len(prompts)
@@ -45,17 +46,26 @@ class Texts:
         self.logits: list[Tensor] | None = None
         self._stopped = self.ended
 
+    @property
+    def ids(self) -> Tensor:
+        """Tokens of all texts, (batch, length) int64, on the model's device."""
+        if self._columns:  # a copy to a GPU waits for the GPU: copy only if the ids are read
+            with torch.inference_mode(False):  # users may keep the tensor
+                newest = torch.stack(self._columns, dim=1).to(self._ids.device)
+                self._ids = torch.cat((self._ids, newest), dim=1)
+            self._columns = []
+        return self._ids
+
     def append(self, tokens: Sequence[int | None]) -> Tensor:
-        """Append the tokens of a step, and return them, (batch,) int64; padding for None."""
+        """Append the tokens of a step; return them, (batch,) int64 on the CPU; None: padding."""
         padded = [self.pad_token_id if token is None else token for token in tokens]
-        newest = torch.tensor(padded, device=self.ids.device)
-        self.ids = torch.cat((self.ids, newest[:, None]), dim=1)
-        return newest
+        self._columns.append(torch.tensor(padded))
+        return self._columns[-1]
 
     def stopping(self, tokens: Sequence[int | None]) -> list[bool]:
         """Return which texts have ended after these tokens; see `stream`.
 
-        As in transformers, without EOS tokens a text goes on until a criterion has ended all texts.
+        As in transformers, without EOS tokens a text continues until criteria have ended all texts.
         """
         stopped = [token in self.eos_token_ids for token in tokens]
         kept = None if self.scores is None else tuple(self.scores)
@@ -97,15 +107,14 @@ class ProcessingSampler(Sampler):
         """See `Sampler.scores`. A text that has ended gets the padding token.
 
         Raises:
-            TypeError: a processor does not return a tensor.
-            ValueError: a processor returns another shape, or leaves no token to choose.
+            ValueError: the processors leave no token to choose.
         """
         texts, logits = self.texts, logits.float()
         _keep(texts.logits, logits)
         # A copy: the processors may change it in place.
         scores = self._penalize(logits.clone(), seen)
-        for i, processor in enumerate(self.processors):
-            scores = _checked(f"logits_processor[{i}]", processor(texts.ids, scores), logits.shape)
+        for processor in self.processors:
+            scores = processor(texts.ids, scores)
         # A processor may force a token with an infinite score. NaN and infinite logits are errors.
         scores = scores.to(logits).clamp(max=_HUGE)
         finite = logits.amax(dim=-1, keepdim=True).isfinite()
@@ -136,14 +145,23 @@ def _keep(kept: list[Tensor] | None, values: Tensor) -> None:
             kept.append(values.clone())
 
 
-def _checked(name: str, scores: Any, shape: Sequence[int]) -> Tensor:
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"{name} must return a tensor, got {type(scores).__name__}")
-    if scores.shape != shape:
-        raise ValueError(
-            f"{name} must return scores of shape {tuple(shape)}, got {tuple(scores.shape)}"
-        )
-    return scores
+def checked(name: str, processor: LogitsProcessor) -> LogitsProcessor:
+    """Return a processor that checks the result of a user's processor, whose name is `name`.
+
+    It raises a TypeError if the result is not a tensor, and a ValueError for another shape.
+    """
+
+    def process(ids: Tensor, scores: Tensor) -> Tensor:
+        shape, result = scores.shape, processor(ids, scores)
+        if not isinstance(result, Tensor):
+            raise TypeError(f"{name} must return a tensor, got {type(result).__name__}")
+        if result.shape != shape:
+            raise ValueError(
+                f"{name} must return scores of shape {tuple(shape)}, got {tuple(result.shape)}"
+            )
+        return result
+
+    return process
 
 
 def eos_forbidden(eos_token_ids: Sequence[int], shortest: int) -> LogitsProcessor:
