@@ -69,10 +69,10 @@ class GenerateOutput:
 
 def generate(
     model: CausalLM,
-    input_ids: Tensor | Sequence[Sequence[int]] | None = None,
+    input_ids: Tensor | Sequence[Sequence[int]] | Mapping[str, Any] | None = None,
     attention_mask: Tensor | None = None,
     *,
-    inputs: Tensor | Sequence[Sequence[int]] | None = None,
+    inputs: Tensor | Sequence[Sequence[int]] | Mapping[str, Any] | None = None,
     generation_config: Any = None,
     logits_processor: Sequence[LogitsProcessor] | None = None,
     stopping_criteria: Sequence[StoppingCriterion] | None = None,
@@ -93,7 +93,8 @@ def generate(
     Args:
         model: the model; the object itself when this function is called as a method.
         input_ids: (batch, seqlen) int64 or int32, or a list of prompts. The prompts of a list may
-            have different lengths and need no padding. None: the BOS token.
+            have different lengths and need no padding. Also the output of a tokenizer, a dict of
+            `input_ids` and `attention_mask`. None: the BOS token.
         attention_mask: (batch, seqlen); 0 for padding tokens, on the left or right. Only if
             `input_ids` is a tensor. None: tokens equal to `pad_token_id` are padding, if it is set
             and does not end a text; otherwise there is no padding.
@@ -141,6 +142,12 @@ def generate(
     eos_token_ids = _eos_token_ids(model, settings.eos_token_id)
     sampler = _sampler(settings, generator)
     input_ids = _given(model, settings, input_ids, inputs)
+    if isinstance(input_ids, Mapping):  # apply_chat_template returned a tensor in transformers 4
+        if "input_ids" not in input_ids:
+            raise ValueError(f"input_ids must be a key of the given dict, got {list(input_ids)}")
+        if attention_mask is None and isinstance(input_ids["input_ids"], Tensor):
+            attention_mask = input_ids.get("attention_mask")
+        input_ids = input_ids["input_ids"]
     if attention_mask is None and isinstance(input_ids, Tensor):
         attention_mask = _padding_mask(input_ids, settings.pad_token_id, eos_token_ids)
     prompts = _unpadded(input_ids, attention_mask)
@@ -334,11 +341,9 @@ def _unpadded(
                 "attention_mask must be None if input_ids is a list of token ids, which needs no "
                 f"padding, got {got}"
             )
-        if isinstance(input_ids, (str, bytes, Mapping)):
+        if isinstance(input_ids, (str, bytes)):
             got = type(input_ids).__name__
-            mapping = isinstance(input_ids, Mapping)
-            remedy = "give it as **inputs" if mapping else "encode it with the tokenizer"
-            raise TypeError(f"input_ids must be token ids, got {got}; {remedy}")
+            raise TypeError(f"input_ids must be token ids, got {got}; encode it with the tokenizer")
         return [token_ids_of(f"input_ids[{i}]", prompt) for i, prompt in enumerate(input_ids)]
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")

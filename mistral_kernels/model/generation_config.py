@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from mistral_kernels import checkpoint
 from mistral_kernels.model.config import MistralConfig
+from mistral_kernels.model.pretrained_arguments import HUB_ARGUMENTS
+from mistral_kernels.utils.files import CheckpointError, is_taken, read_json
 from mistral_kernels.utils.unsupported import TRANSFORMERS, Unsupported, check_unsupported
 
 
@@ -84,6 +88,36 @@ class GenerationConfig:
             if name not in _KNOWN:
                 raise TypeError(f"GenerationConfig() got an unexpected argument {name!r}")
             setattr(self, name, value)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name: str | Path, **settings: Any
+    ) -> GenerationConfig:
+        """Read the generation_config.json of a checkpoint.
+
+        Args:
+            pretrained_model_name: a folder, a hub id or "tiny", as for the model. The checkpoint of
+                a hub id is downloaded if it is not in the cache.
+            **settings: settings that replace those of the file; also `revision`, `cache_dir`,
+                `token`, `local_files_only` and `force_download`.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or its generation_config.json is missing
+                or damaged.
+            TypeError: a name is not a setting.
+
+        Example:
+            >>> from mistral_kernels import GenerationConfig
+            >>> GenerationConfig.from_pretrained("tiny", max_new_tokens=9)
+            GenerationConfig(bos_token_id=1, eos_token_id=2, max_new_tokens=9)
+        """
+        hub = {name: settings.pop(name) for name in HUB_ARGUMENTS if name in settings}
+        file = checkpoint.resolve(pretrained_model_name, **hub) / "generation_config.json"
+        if not is_taken(file):
+            raise CheckpointError(f"no such file: {file}; make a GenerationConfig(...) instead")
+        contents = read_json(file)
+        known = {n: v for n, v in contents.items() if n in _KNOWN - IGNORED and v is not None}
+        return cls(**{**known, **settings})
 
     @classmethod
     def from_model_config(

@@ -10,8 +10,10 @@ import torch
 from support.generating import CONFIG, DETAILS, NEW, VOCAB, WIDTH, batch, penalize_last
 from support.small_checkpoints import varied_model
 
-from mistral_kernels import MistralForCausalLM, MistralTokenizer
+from mistral_kernels import MistralForCausalLM
+from mistral_kernels.checkpoint import CheckpointError
 from mistral_kernels.model.generation_config import IGNORED, UNSUPPORTED, GenerationConfig
+from mistral_kernels.tokenizer import TokenizerOutput
 
 
 @pytest.fixture
@@ -297,9 +299,30 @@ def test_a_prompt_that_fills_the_positions_needs_max_new_tokens(model: MistralFo
         model.generate([[5] * full])
 
 
-def test_the_output_of_a_tokenizer_must_be_unpacked(model: MistralForCausalLM) -> None:
-    inputs: Any = MistralTokenizer.from_pretrained("tiny")(["a"], return_tensors="pt")
+def test_the_output_of_a_tokenizer_is_a_prompt(model: MistralForCausalLM) -> None:
+    """The mask is used. Model cards for transformers 4 pass what apply_chat_template returns."""
+    ids = torch.tensor([[9, 9, 5], [6, 7, 8]])
+    inputs: Any = TokenizerOutput(input_ids=ids, attention_mask=torch.tensor([[0, 0, 1], [1] * 3]))
+    expected = model.generate(**inputs, max_new_tokens=4)
+    assert torch.equal(model.generate(inputs, max_new_tokens=4), expected)  # type: ignore[arg-type]
+    assert torch.equal(model.generate(inputs=inputs, max_new_tokens=4), expected)  # type: ignore
+    lists = TokenizerOutput(input_ids=[[5], [6, 7, 8]], attention_mask=[[1], [1, 1, 1]])
+    new = [row[-4:] for row in expected.tolist()]  # type: ignore[union-attr]
+    assert [row[-4:] for row in model.generate(lists, max_new_tokens=4)] == new
     with pytest.raises(
-        TypeError, match=r"^input_ids must be token ids, got TokenizerOutput; give it as \*\*inputs"
+        ValueError, match=r"^input_ids must be a key of the given dict, got \['a'\]"
     ):
-        model.generate(inputs)
+        model.generate({"a": 1})
+
+
+def test_from_pretrained_reads_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"top_k": 7, "eos_token_id": [2, 9], "transformers_version": "5.0", "own": 1}')
+    read = GenerationConfig.from_pretrained(tmp_path, top_k=5, local_files_only=True)
+    assert read.to_dict() == {"top_k": 5, "eos_token_id": [2, 9]}
+    with pytest.raises(TypeError, match=r"got an unexpected argument 'topk'"):
+        GenerationConfig.from_pretrained(tmp_path, topk=5)
+    file.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        GenerationConfig.from_pretrained(tmp_path)
+    assert str(caught.value) == f"no such file: {file}; make a GenerationConfig(...) instead"
