@@ -51,7 +51,7 @@ messages = [
     {"role": "user", "content": "Do you have mayonnaise recipes?"}
 ]
 
-encodeds = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)
+encodeds = tokenizer.apply_chat_template(messages, return_tensors="pt")
 
 model_inputs = encodeds.to(device)
 model.to(device)
