@@ -388,9 +388,11 @@ def test_damaged_files_are_one_line(run: Command, tmp_path: Path) -> None:
     check_error(run("x", "--model", folder), "tokenizer.model: not a sentencepiece model")
     shutil.rmtree(folder)
     folder.mkdir()
-    check_error(run("x", "--model", folder), f"{folder} has no configuration: expected config.json")
+    check_error(run("x", "--model", folder), f"{folder} is empty: a checkpoint has config.json")
     (folder / "x.gguf").write_bytes(b"GGUF")
-    check_error(run("x", "--model", folder / "x.gguf"), "GGUF is not supported; give a folder with")
+    check_error(
+        run("x", "--model", folder / "x.gguf"), "holds GGUF weights, which are not supported"
+    )
 
 
 def test_bad_stdin_is_one_line(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:

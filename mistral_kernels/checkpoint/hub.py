@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mistral_kernels.checkpoint.foreign import find_foreign
+from mistral_kernels.checkpoint.hub_download import download
 from mistral_kernels.checkpoint.hub_errors import why_failed
-from mistral_kernels.checkpoint.hub_progress import delayed_progress
 from mistral_kernels.utils.files import CheckpointError, expand_user
 
 _TINY = Path(__file__).parent.parent / "tiny"
@@ -134,7 +134,8 @@ def _local_folder(path_or_hub_id: str | Path) -> Path | None:
         return _TINY
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise CheckpointError(
-            f"no such folder: {name!r}; a hub id must have the form 'owner/model'"
+            f"no such folder: {name!r}; a hub id must have the form 'owner/model', such as "
+            "'mistralai/Mistral-7B-v0.3'"
         )
     return None
 
@@ -179,13 +180,8 @@ def _download(
             return folder
         patterns = _choose_files(repo_id, formats, [each.rfilename for each in info.siblings or ()])
         try:
-            return Path(
-                fetch(
-                    allow_patterns=patterns + TOKENIZER_PATTERNS,
-                    force_download=force_download,
-                    tqdm_class=delayed_progress(),
-                )
-            )
+            patterns = patterns + TOKENIZER_PATTERNS
+            return Path(download(fetch, allow_patterns=patterns, force_download=force_download))
         except Exception as error:
             raise CheckpointError(why_failed(repo_id, revision, error, _INCOMPLETE)) from None
 

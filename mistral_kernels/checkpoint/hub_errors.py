@@ -1,4 +1,4 @@
-"""Describe the errors of huggingface_hub: one line that says what to do."""
+"""Describe the errors of huggingface_hub: one line with the remedy."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from support.local_hub import Refusal, serving
 
 from mistral_kernels.checkpoint import CheckpointError, resolve
 from mistral_kernels.checkpoint.hub import resolve_tokenizer
-from mistral_kernels.checkpoint.hub_progress import delayed_progress
+from mistral_kernels.checkpoint.hub_download import download
 
 tqdm = pytest.importorskip("huggingface_hub.utils").tqdm
 
@@ -271,24 +272,57 @@ def test_the_hub_s_answers_are_explained(tmp_path: Path) -> None:
     ]
 
 
-def test_progress_appears_on_terminals_after_a_delay() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    options: dict[str, Any]
-    for file, options, shows in (
+
+@pytest.mark.parametrize(
+    ("file", "options", "shows"),
+    [
         (Terminal(), {}, False),
         (Terminal(), {"delay": 0.001}, True),
         (io.StringIO(), {"delay": 0.001}, False),
-    ):
-        with delayed_progress()(total=10, file=file, mininterval=0, **options) as bar:
-            if options:
-                time.sleep(0.002)
-            bar.set_description("Fetching")
-            bar.update(10)
-        assert ("Fetching: 100%" in file.getvalue()) == shows
-        assert shows or file.getvalue() == ""
+    ],
+)
+def test_progress_appears_on_terminals_after_a_delay(
+    file: io.StringIO, options: dict[str, Any], shows: bool
+) -> None:
+    bars = []
+
+    def fetch(tqdm_class: Any) -> str:
+        bars.append(tqdm_class(total=10, file=file, mininterval=0, **options))
+        time.sleep(0.002)
+        bars[0].set_description("Fetching")
+        bars[0].update(10)
+        return "folder"
+
+    assert download(fetch) == "folder"
+    shown = file.getvalue()
+    assert ("Fetching: 100%" in shown) == shows
+    assert shows or shown == ""
+    bars[0].close()
+    assert file.getvalue() == shown, "it is closed"
+
+
+def test_an_interrupt_ends_a_download() -> None:
+    ended = []
+
+    def fetch(tqdm_class: Any) -> str:
+        bar = tqdm_class(total=10)
+        signal.raise_signal(signal.SIGINT)
+        for _ in range(100_000):
+            time.sleep(0.001)
+            try:
+                bar.update(0)
+            except InterruptedError:
+                ended.append(True)
+                raise
+        return "the whole model"
+
+    with pytest.raises(KeyboardInterrupt):
+        download(fetch)
+    assert ended == [True]
 
 
 def test_retries_are_not_logged(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:

@@ -83,7 +83,9 @@ def test_paths_without_tokenizer_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "vocab.txt", "vocab.txt: not a tokenizer's file name; expected tekken.json")
     for name in ("tokenizer.model", "tekken.json", "tokenizer.json"):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\n")
-        refused(tmp_path, f"{name}: a Git LFS pointer, not the file; run `git lfs pull` there")
+        refused(
+            tmp_path, f"{name} is a Git LFS pointer, not the file; run `git lfs pull` in its folder"
+        )
         (tmp_path / name).unlink()
 
 
