@@ -331,9 +331,8 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).view(len(rows), width)
 
 
-def _unpadded(
-    input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None
-) -> list[list[int]]:
+def _unpadded(input_ids: Any, attention_mask: Tensor | None) -> list[list[int]]:
+    """Return the token ids of each prompt; `input_ids` is a tensor or a list of lists."""
     if not isinstance(input_ids, Tensor):
         if attention_mask is not None:
             got = type(attention_mask).__name__
