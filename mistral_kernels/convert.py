@@ -13,14 +13,15 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
 from mistral_kernels.checkpoint import Checkpoint, open_checkpoint, resolve, save_hf, save_raw
 from mistral_kernels.checkpoint.tokenizer_files import find_tokenizer_files
+from mistral_kernels.checkpoint.writing import check_target
 from mistral_kernels.cli.command import DTYPES, Parser, enter, run
+from mistral_kernels.utils.files import expand_user
 from mistral_kernels.utils.ranges import COUNT
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -46,7 +47,9 @@ def _run(argv: Sequence[str] | None) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     """Convert the checkpoint and print notes to stderr."""
-    checkpoint, target = open_checkpoint(resolve(args.source)), Path(args.target)
+    target = expand_user(args.target)
+    check_target(target)  # before a download
+    checkpoint = open_checkpoint(resolve(args.source))
     config = checkpoint.config
     for note in config.notes:
         _print_note(note)
@@ -87,7 +90,9 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _with_progress(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the checkpoint, with a progress bar if stderr is a terminal."""
-    with tqdm(total=checkpoint.num_bytes, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(
+        desc="convert", total=checkpoint.num_bytes, unit="B", unit_scale=True, disable=None, delay=2
+    ) as bar:
         for name, tensor in checkpoint.tensors():
             yield name, tensor
             del tensor  # a mapped tensor keeps its pages in memory until it is released

@@ -1,4 +1,4 @@
-"""Common parts of the commands: exit codes, one-line errors, standard streams, input files."""
+"""Common parts of the commands: dispatch, exit codes, one-line errors, streams, input files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import contextlib
 import io
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+import mistral_kernels
+from mistral_kernels import __main__ as dispatcher
 from mistral_kernels.cli import startup
 from mistral_kernels.cli.command import Parser, read_input, run, user_path, write_out
 from mistral_kernels.utils.errors import one_line, reason_of
@@ -126,6 +131,119 @@ def test_option_values_are_parsed() -> None:
     parser = Parser(prog="x")
     parser.add_argument("--stop", action="append")
     assert parser.parse_args(["--stop=--", "--stop", "-"]).stop == ["--", "-"]
+
+
+# Choice of the command
+
+UNKNOWN = "error: command must be one of generate, chat, convert, train, report, build, got "
+HELP = "; see python -m mistral_kernels --help\n"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Replace the modules of the commands; return the list of their names and arguments."""
+    calls: list[Any] = []
+
+    def import_module(name: str) -> Any:
+        def main(argv: list[str]) -> int:
+            calls.append((name.removeprefix("mistral_kernels."), argv))
+            return 7
+
+        return types.SimpleNamespace(main=main)
+
+    monkeypatch.setattr(dispatcher.importlib, "import_module", import_module)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("argv", "module", "arguments"),
+    [
+        ([], "cli.report", []),
+        (["--check"], "cli.report", ["--check"]),
+        (["report", "--check"], "cli.report", ["--check"]),
+        (["build"], "cli.build", []),
+        (["generate"], "generate", []),
+        (["generate", "It is", "--help"], "generate", ["It is", "--help"]),
+        (["chat", "--model", "x"], "generate", ["--chat", "--model", "x"]),
+        (["convert", "a", "b"], "convert", ["a", "b"]),
+        (["train", "--version"], "train", ["--version"]),
+    ],
+)
+def test_commands_are_passed_their_arguments(
+    argv: list[str], module: str, arguments: list[str], calls: list[Any]
+) -> None:
+    assert dispatcher.main(argv) == 7
+    assert calls == [(module, arguments)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["genrate", "x"], f"{UNKNOWN}'genrate'; did you mean generate?{HELP}"),
+        (["Train"], f"{UNKNOWN}'Train'; did you mean train?{HELP}"),
+        (["It is a\ntruth"], f"{UNKNOWN}'It is a\\ntruth'; did you mean generate?{HELP}"),
+        (["xyz"], f"{UNKNOWN}'xyz'{HELP}"),
+        ([""], f"{UNKNOWN}''{HELP}"),
+        (["--chek"], f"error: unrecognized arguments: --chek{HELP}"),
+        (["--version", "build"], f"error: unrecognized arguments: build{HELP}"),
+    ],
+)
+def test_unknown_commands_are_one_line(
+    argv: list[str], message: str, calls: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        dispatcher.main(argv)
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", message)
+    assert calls == []
+
+
+def test_help_lists_each_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        dispatcher.main(["--help"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("generate", "chat", "convert", "train", "report", "build"):
+        assert sum(line.startswith(f"  {name} ") for line in lines) == 1
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """Write the script that pip installs."""
+    config = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    entry = re.search(r'\[project\.scripts\]\n([\w-]+) = "([\w.]+):(\w+)"\n', config)
+    assert entry is not None
+    path = tmp_path / entry[1]
+    path.write_text(f"import sys\nfrom {entry[2]} import {entry[3]}\nsys.exit({entry[3]}())\n")
+    return path
+
+
+def test_the_script_and_the_module_are_the_same_command(script: Path) -> None:
+    for command in ([str(script)], ["-m", "mistral_kernels"]):
+        done = subprocess.run(
+            [sys.executable, *command, "--version"], capture_output=True, text=True, check=True
+        )
+        assert done.stdout == f"mistral_kernels {mistral_kernels.__version__}\n"
+        assert done.stderr == ""
+
+
+def test_ctrl_c_during_the_imports_of_the_script_prints_one_word(script: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", str(script), "generate", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.endswith(" mistral_kernels.cli.startup\n"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    times, _, rest = err.rpartition("\ninterrupted\n")  # the last line may be incomplete
+    assert (process.returncode, out, rest) == (130, "", "")
+    assert all(line.startswith("import time: ") for line in times.splitlines()), times
 
 
 # Streams
@@ -242,9 +360,11 @@ IMPORT_STARTUP = (
 )
 
 
+@pytest.mark.parametrize("argv", ["['-m', 'x']", "['/bin/mistral-kernels', 'x']"])
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)])
-def test_no_file_gets_the_descriptor_of_a_closed_stream(closed: tuple[int, ...]) -> None:
+def test_no_file_gets_the_descriptor_of_a_closed_stream(closed: tuple[int, ...], argv: str) -> None:
     code = IMPORT_STARTUP.format(folder=str(Path(startup.__file__).parent))
+    code = code.replace("['-m', 'x']", argv)
     code += "file = os.open('/', os.O_RDONLY); print('x', file=sys.stderr); os._exit(file)"
     redirections = " ".join(f"{number}>&-" for number in closed)
     shell = f'exec "$0" -c "$1" {redirections}'
@@ -258,6 +378,8 @@ def test_no_file_gets_the_descriptor_of_a_closed_stream(closed: tuple[int, ...])
     ("ours", "other"),
     [
         ("['-m', 'x']", "['x.py', 'x']"),
+        ("['-m', 'x']", "['x.py', 'mistral-kernels']"),
+        ("['-m', 'x']", "[]"),
         ("'mistral_kernels'", "'mistral_kernelsx'"),
         ("'-m', 'x'", "'-m'"),
     ],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +143,35 @@ def test_target_that_is_not_empty_is_refused(
     (target / "note").touch()
     check_failure([str(raw)], "out is not empty", capsys, target)
     assert names(target) == {"note"}
+
+
+def test_the_target_is_checked_before_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(convert, "resolve", None)
+    (tmp_path / "out").touch()
+    check_failure(["owner/model"], "out is a file; name a new folder", capsys, tmp_path / "out")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_shown_on_terminals_only(
+    is_terminal: bool,
+    raw: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Bar(convert.tqdm):  # type: ignore[misc, name-defined]
+        def __init__(self, **options: Any) -> None:
+            assert options.pop("delay") == 2
+            super().__init__(**options)
+
+    monkeypatch.setattr(convert, "tqdm", Bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    assert convert.main([str(raw), str(tmp_path / "hf")]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("\rconvert: 100%" in err) == is_terminal
 
 
 def test_interrupt_exits_with_130_and_leaves_no_files(

@@ -1,18 +1,16 @@
-"""`python -m mistral_kernels`: the report of packages, devices and backends."""
+"""`python -m mistral_kernels report`: the report of packages, devices and backends."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from support.backends import SetBackend
 
 import mistral_kernels
-from mistral_kernels import __main__ as doctor
+from mistral_kernels.cli import build
+from mistral_kernels.cli import report as doctor
 from mistral_kernels.ops import extension, reference
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
 
@@ -52,15 +50,15 @@ def test_report_names_a_forced_instruction_set(
     operators = torch.ops.mistral_kernels
     if not extension.load("cpu"):
         pytest.skip(extension.status("cpu"))
-    usual = os.environ.get(extension.CPU_VARIABLE, operators.instruction_sets().split()[0])
+    best = operators.instruction_sets().split()[0]
     try:
-        for setting, words in (("plain", "kernels for plain"), ("fast", "processor, got 'fast'")):
+        for setting, words in (("all", f"kernels for {best}"), ("fast", "processor, got 'fast'")):
             monkeypatch.setattr(extension, "_libraries", {})
             monkeypatch.setenv(extension.CPU_VARIABLE, setting)
             assert doctor.main([]) == 0
             assert words in capsys.readouterr().out
     finally:
-        operators.use_instruction_set(usual)
+        operators.use_instruction_set(best)
 
 
 def test_missing_packages_are_reported_with_a_remedy(
@@ -102,12 +100,33 @@ def test_check_finds_a_wrong_operator(
     assert all(line.startswith("swiglu ") for line in flagged)
 
 
-def test_the_module_runs_as_a_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "mistral_kernels"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("mistral_kernels ")
-    assert done.stderr == ""
+@pytest.mark.parametrize(
+    ("loaded", "code", "error"),
+    [
+        (("cpu", "cuda"), 0, ""),
+        (("cpu",), 0, ""),
+        (("cuda",), 2, "error: the library for cpu cannot be built: no compiler\n"),
+    ],
+)
+def test_build_prints_the_state_of_each_library(
+    loaded: tuple[str, ...],
+    code: int,
+    error: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Only a missing library of the CPU is an error."""
+    calls = []
+
+    def status(device: str) -> str:
+        assert device in calls, "`load` compiles"
+        return f"loaded from {device}.so" if device in loaded else "not loaded: no compiler"
+
+    monkeypatch.setattr(extension, "load", lambda device: calls.append(device) or device in loaded)
+    monkeypatch.setattr(extension, "status", status)
+    assert build.main([]) == code
+    lines = "".join(f"csrc {device}: {status(device)}\n" for device in ("cpu", "cuda"))
+    assert capsys.readouterr() == (lines, error)
 
 
 def test_help_describes_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -311,7 +311,7 @@ def check_error(result: Result, *parts: str) -> None:
         (["x", "--device", "cuda:99"], "GPUs that PyTorch finds, got 'cuda:99'; use"),
         (["x", "--system", "be brief"], "--system requires --chat"),
         (["x", "--chat", "--num-samples", "2"], "--num-samples must be 1 with --chat, got 2"),
-        (["x", "--chat"], "--chat requires a chat template, which model 'tiny' does not have"),
+        (["x", "--chat"], "--chat requires an instruct model, and the bundled model is a base"),
         (["x", "--model", "/no/such/folder"], "no such folder: '/no/such/folder'"),
         (["x", "--model", "tine"], "no such folder: 'tine'"),
         (["x", "--model", __file__], "is a file; give the folder that holds the checkpoint"),
@@ -388,9 +388,11 @@ def test_damaged_files_are_one_line(run: Command, tmp_path: Path) -> None:
     check_error(run("x", "--model", folder), "tokenizer.model: not a sentencepiece model")
     shutil.rmtree(folder)
     folder.mkdir()
-    check_error(run("x", "--model", folder), f"{folder} has no configuration: expected config.json")
+    check_error(run("x", "--model", folder), f"{folder} is empty: a checkpoint has config.json")
     (folder / "x.gguf").write_bytes(b"GGUF")
-    check_error(run("x", "--model", folder / "x.gguf"), "GGUF is not supported; give a folder with")
+    check_error(
+        run("x", "--model", folder / "x.gguf"), "holds GGUF weights, which are not supported"
+    )
 
 
 def test_bad_stdin_is_one_line(run: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,13 +37,13 @@ LAYERS = (
     ("model", "tokenizer"),
     ("cli", "flash_attn", "integrations", "text"),
     ("distributed",),
-    ("training",),
+    ("training", "cli.chat"),
     ("convert", "generate", "train"),
 )
 # Modules that import no other module of this package: cli.startup runs before the others, setup.py
 # loads ops.compiler alone, and ops.reference defines the results of the others.
 ALONE = {"cli.startup", "ops.compiler", "ops.reference"}
-ENTRY_POINTS = {"", "__main__"}  # may import any layer; no module may import them
+ENTRY_POINTS = {"", "__main__", "cli.report"}  # may import any layer; no module may import them
 
 
 def python(*arguments: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from mistral_kernels.checkpoint import hf, raw
+from mistral_kernels.checkpoint.foreign import find_foreign
 from mistral_kernels.checkpoint.hf import save_hf
 from mistral_kernels.checkpoint.hub import resolve
 from mistral_kernels.checkpoint.raw import save_raw
@@ -76,18 +77,39 @@ def check_folder(folder: Path) -> Literal["raw", "hf"]:
     """
     if not folder.is_dir():
         what = "not a folder" if folder.exists() else "no such folder"
-        raise CheckpointError(f"{what}: {str(folder)!r}")
+        raise CheckpointError(f"{what}: {str(folder)!r}; give the folder of a checkpoint")
     has_hf, has_raw = (is_taken(folder / each.CONFIG_FILE) for each in (hf, raw))
     if has_hf and hf.find_hf_weights(folder):
         return "hf"
     if has_raw and raw.find_raw_weights(folder):
         return "raw"
-    hint = "; GGUF is not supported" if any(folder.glob("*.gguf")) else ""
-    if not (has_hf or has_raw):
-        raise CheckpointError(
-            f"{folder} has no configuration: expected config.json (Hugging Face) or params.json "
-            f"(Mistral){hint}"
+    raise CheckpointError(_why_no_checkpoint(folder, has_hf, has_raw))
+
+
+def _why_no_checkpoint(folder: Path, has_hf: bool, has_raw: bool) -> str:
+    """Return what a folder lacks, and what to do, for the message of an error."""
+    names = sorted(path.name for path in folder.iterdir())
+    if what := find_foreign(names):
+        return f"{folder} holds {what}"
+    if has_hf or has_raw:
+        config = hf.CONFIG_FILE if has_hf else raw.CONFIG_FILE
+        weights = (
+            "model*.safetensors or pytorch_model*.bin"
+            if has_hf
+            else "consolidated*.safetensors or consolidated.00.pth"
         )
-    config = hf.CONFIG_FILE if has_hf else raw.CONFIG_FILE
-    weights = "model*.safetensors" if has_hf else "consolidated*.safetensors or consolidated.00.pth"
-    raise CheckpointError(f"{folder} has {config} but no weights: expected {weights}{hint}")
+        return f"{folder} has {config} but no weights: expected {weights}; download them"
+    nested = [
+        path.parent
+        for pattern in ("*", "snapshots/*")  # steps of a training; the cache of huggingface_hub
+        for config in (hf.CONFIG_FILE, raw.CONFIG_FILE)
+        for path in folder.glob(f"{pattern}/{config}")
+    ]
+    if nested:
+        last = max(nested, key=lambda path: (len(path.name), path))  # checkpoint-1000 of a training
+        return f"{folder} holds checkpoints in subfolders; give one of them, such as {last}"
+    return (
+        f"{folder} {'has no configuration' if names else 'is empty'}: a checkpoint has config.json "
+        "and model*.safetensors (Hugging Face), or params.json and consolidated*.safetensors "
+        "(Mistral)"
+    )

@@ -21,10 +21,11 @@ from mistral_kernels.checkpoint.stored import (
     FLOAT_TYPES,
     HEADER_LIMIT,
     StoredTensor,
+    check_content,
     contiguous_strides,
     count_elements,
 )
-from mistral_kernels.utils.files import CheckpointError, check_regular
+from mistral_kernels.utils.files import CheckpointError
 
 # Largest size of a pickle in bytes. A tensor takes about 140 bytes.
 _PICKLE_LIMIT = 1 << 20
@@ -87,7 +88,7 @@ def list_pickled(file: Path) -> list[StoredTensor]:
         CheckpointError: The file is incomplete or damaged, a record is compressed or not
             little-endian, or the pickle is not a dict of plain tensors.
     """
-    check_regular(file)
+    check_content(file)
     try:
         with _BoundedFile(file) as opened:
             if opened.read(4) != _ZIP:

@@ -45,6 +45,11 @@ _FOREIGN_NAMES = {
     "quantized weights": r"qscale_|(weight|input|k|v)_scale|qweight|qzeros|\.SCB$|absmax|quant_map",
     "LoRA adapters": r"lora_",
 }
+# What to do, for some of these features.
+_FOREIGN_REMEDIES = {
+    "quantized weights": "; give the original, unquantized checkpoint",
+    "LoRA adapters": "; merge them into the weights first, with merge_and_unload() of PEFT",
+}
 _NO_HEAD = "; this is a base model without an output head: save the model that has one"
 
 # Part of a tensor to read: a slice of its rows, and optionally a slice of its columns.
@@ -335,7 +340,7 @@ def match_tensors(
         name = next(name for name in names if names[name] == absent[0])
         raise CheckpointError(
             f"{where}: no tensor {name!r} ({len(absent)} of {len(needed)} tensors are missing)"
-            + (_NO_HEAD if absent == [HEAD] else "")
+            + (_NO_HEAD if absent == [HEAD] else "; download or save the checkpoint again")
         )
     return config, matched
 
@@ -350,6 +355,7 @@ def _unexpected_message(stored: StoredTensor, missing: str | None) -> str:
             return (
                 f"{stored.file}: the checkpoint has {what} (tensor {stored.name!r}); "
                 "only dense, unquantized Mistral decoders are supported"
+                + _FOREIGN_REMEDIES.get(what, "")
             )
     hint = f", such as {missing!r}" if missing else ""
     return (
@@ -375,6 +381,7 @@ def _check_kind(stored: StoredTensor) -> None:
         raise CheckpointError(
             f"{stored.file}: the checkpoint has quantized weights ({tensor} is stored as "
             f"{stored.kind}); only {', '.join(FLOAT_TYPES)} are supported"
+            + _FOREIGN_REMEDIES["quantized weights"]
         )
     raise CheckpointError(
         f"{stored.file}: {tensor} must be stored as {', '.join(FLOAT_TYPES)}, got {stored.kind}"

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mistral_kernels.utils.files import CheckpointError, check_regular
+from mistral_kernels.utils.files import CheckpointError, check_regular, read_bytes
 
 # Dtypes of unquantized weights, by their names in safetensors.
 FLOAT_TYPES = {
@@ -77,6 +77,14 @@ class StoredTensor:
         return data.view(self.dtype).as_strided(self.shape, strides).contiguous()
 
 
+def check_content(file: Path) -> None:
+    """Raise CheckpointError unless `file` is a regular file, and not a pointer of Git LFS."""
+    if check_regular(file) < 1000 and read_bytes(file).startswith(b"version https://git-lfs."):
+        raise CheckpointError(
+            f"{file} is a Git LFS pointer, not the file; run `git lfs pull` in its folder"
+        )
+
+
 def check_cast(name: str, tensor: Tensor, cast: Tensor) -> None:
     """Raise CheckpointError if `cast`, a cast of `tensor`, is infinite where `tensor` is finite.
 
@@ -126,7 +134,7 @@ def list_safetensors(file: Path) -> list[StoredTensor]:
         CheckpointError: The file is not valid. The safetensors library checks that the header is
             well-formed, and that the tensors fill the file without gaps or overlaps.
     """
-    check_regular(file)
+    check_content(file)
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > HEADER_LIMIT:

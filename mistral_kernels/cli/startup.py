@@ -1,7 +1,8 @@
 """Preparation of a command's process, before the imports that take seconds.
 
-`python -m mistral_kernels.generate` imports the package and PyTorch before it runs the command. The
-package imports this module first, because it prevents three faults during those imports:
+`python -m mistral_kernels.generate` and the script `mistral-kernels` import the package and PyTorch
+before they run a command. The package imports this module first, because it prevents three faults
+during those imports:
 
 - Ctrl-C prints a traceback.
 - A file that an import opens gets the file descriptor of a closed standard stream.
@@ -18,6 +19,8 @@ import re
 import signal
 import sys
 from types import FrameType, TracebackType
+
+SCRIPT = "mistral-kernels"  # installed by pip; see pyproject.toml
 
 # Exit codes.
 BAD_INPUT = 2
@@ -63,8 +66,10 @@ def end_on_failed_import(
 
 
 def is_starting_command() -> bool:
-    """Return whether Python imports this package in order to run one of its modules with `-m`."""
+    """Return whether Python imports this package to run a module of it, or its script."""
     arguments = getattr(sys, "argv", [])
+    if arguments and os.path.basename(arguments[0]) == SCRIPT:
+        return True
     if arguments[:1] != ["-m"]:  # argv[0] is "-m" while Python locates the module
         return False
     module = sys.orig_argv[-len(arguments)]  # the command's own arguments follow the module

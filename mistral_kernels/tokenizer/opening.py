@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from mistral_kernels import checkpoint
+from mistral_kernels.checkpoint.hub import resolve_tokenizer
+from mistral_kernels.checkpoint.stored import check_content
 from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from mistral_kernels.tokenizer.base import MistralTokenizer
 from mistral_kernels.tokenizer.errors import TokenizerError
@@ -13,7 +15,7 @@ from mistral_kernels.tokenizer.huggingface import HuggingFace
 from mistral_kernels.tokenizer.sentencepiece import FILE_NAME, SentencePiece
 from mistral_kernels.tokenizer.tekken import Tekken
 from mistral_kernels.tokenizer.vendor import Vendor
-from mistral_kernels.utils.files import check_regular, read_bytes, read_json
+from mistral_kernels.utils.files import read_bytes, read_json
 
 _FILE_NAMES = "tekken.json, tokenizer.model, tokenizer.model.v* or tokenizer.json"
 # Schemas of the values that this package reads. The libraries check the rest.
@@ -21,8 +23,12 @@ _TEKKEN = {"config": {"default_num_special_tokens": int}}
 _TOKENIZER_JSON = {"added_tokens": ([{"id": int, "content": str}], None)}
 
 
-def open_tokenizer(name: str | Path) -> MistralTokenizer:
+def open_tokenizer(name: str | Path, **hub_options: Any) -> MistralTokenizer:
     """Open the tokenizer of a file, a folder, `"tiny"` or a hub id.
+
+    Args:
+        name: The path or the name.
+        **hub_options: Keyword arguments of `checkpoint.resolve`, for a hub id.
 
     Raises:
         TokenizerError: There is no tokenizer, or it is invalid.
@@ -31,7 +37,7 @@ def open_tokenizer(name: str | Path) -> MistralTokenizer:
     """
     path = Path(os.path.expanduser(name))
     if not path.exists():
-        path = checkpoint.resolve(name)
+        path = resolve_tokenizer(name, **hub_options)
     if path.is_dir():
         return _open_folder(path)
     if path.suffix == ".json" and "tekken" not in path.name:
@@ -54,7 +60,10 @@ def _open_folder(folder: Path) -> MistralTokenizer:
     files = read_tokenizer_files(folder)
     if not os.path.lexists(vendor):
         if not os.path.lexists(fast):
-            raise TokenizerError(f"{folder}: no tokenizer found; looked for {_FILE_NAMES}")
+            raise TokenizerError(
+                f"{folder}: no tokenizer found; looked for {_FILE_NAMES}; copy the one of the "
+                "original model into the folder"
+            )
         return _open_huggingface(fast, files)
     tokenizer = _open_vendor(vendor, files)
     if not os.path.lexists(fast):
@@ -72,20 +81,16 @@ def _open_folder(folder: Path) -> MistralTokenizer:
 
 def _open_vendor(path: Path, files: TokenizerFiles) -> Vendor:
     if path.suffix == ".json":
-        _check_file(path)
+        check_content(path)
         return Tekken(path, read_json(path, _TEKKEN), files)
     if not FILE_NAME.search(path.name):
-        raise TokenizerError(f"{path}: not a tokenizer's file name; expected {_FILE_NAMES}")
-    _check_file(path)
+        raise TokenizerError(
+            f"{path}: not a tokenizer's file name; expected {_FILE_NAMES}, or their folder"
+        )
+    check_content(path)
     return SentencePiece(path, read_bytes(path), files)
 
 
 def _open_huggingface(path: Path, files: TokenizerFiles) -> HuggingFace:
-    _check_file(path)
+    check_content(path)
     return HuggingFace(path, read_json(path, _TOKENIZER_JSON), files)
-
-
-def _check_file(path: Path) -> None:
-    """Raise CheckpointError unless `path` is a regular file, TokenizerError for an LFS pointer."""
-    if check_regular(path) < 1000 and read_bytes(path).startswith(b"version https://git-lfs."):
-        raise TokenizerError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` there")

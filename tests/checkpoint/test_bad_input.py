@@ -41,9 +41,10 @@ def test_folders_with_missing_files_are_refused(make: Make, tmp_path: Path) -> N
     folder, _ = make("hf")
     check_refused(folder / "config.json", "not a folder: '.*config.json'")
     (tmp_path / "empty").mkdir()
-    check_refused(
-        tmp_path / "empty", r"has no configuration: expected config.json .* or params.json"
-    )
+    needed = r"config.json and model\*.safetensors \(Hugging Face\), or params.json and consolid"
+    check_refused(tmp_path / "empty", f"is empty: a checkpoint has {needed}")
+    (tmp_path / "empty" / "README.md").touch()
+    check_refused(tmp_path / "empty", f"has no configuration: a checkpoint has {needed}")
     (folder / "model.safetensors").unlink()
     check_refused(folder, "has config.json but no weights: expected model")
     raw, _ = make("raw")
@@ -187,7 +188,9 @@ def test_tensors_of_quantized_dtypes_are_refused(make: Make, dtype: torch.dtype)
     name = "model.layers.0.mlp.up_proj.weight"
     save_file(state | {name: torch.zeros(72, 40).to(dtype)}, folder / "model.safetensors")
     check_refused(
-        folder, rf"the checkpoint has quantized weights \(tensor '{name}' is stored as \w+\)"
+        folder,
+        rf"the checkpoint has quantized weights \(tensor '{name}' is stored as \w+\); .*; give the "
+        "original, unquantized checkpoint$",
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import json
 import os
+import re
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -176,8 +178,6 @@ def test_bad_safetensors_headers_are_refused(make: Make) -> None:
     empty = b'{"lm_head.weight":{"dtype":"F32","shape":[0,40],"data_offsets":[0,0]}}'
     write_safetensors(file, empty, b"")
     check_refused(folder, "tensor 'lm_head.weight' must have shape (61, 40), got (0, 40)")
-    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\n")
-    check_refused(folder, "is not a valid safetensors file (a header of")
 
 
 def test_last_of_two_header_entries_is_used(make: Make) -> None:
@@ -269,22 +269,69 @@ def test_huge_sizes_are_refused(make: Make) -> None:
 def test_gguf_is_refused(tmp_path: Path, make: Make) -> None:
     file = tmp_path / "mistral-7b.Q4_0.gguf"
     file.write_bytes(b"GGUF\3\0\0\0")
-    message = (
-        f"^{file}: GGUF is not supported; give a folder with config.json and model.safetensors "
-        r"\(Hugging Face\), or params.json and consolidated.safetensors \(Mistral\)$"
+    what = (
+        "holds GGUF weights, which are not supported; give the folder or hub id of the original "
+        "model, with *.safetensors files"
     )
-    with pytest.raises(CheckpointError, match=message):
-        resolve(file)
-    check_refused(tmp_path, "or params.json (Mistral); GGUF is not supported")
+    for path in (file, tmp_path / "none.GGUF"):
+        with pytest.raises(CheckpointError, match=re.escape(f"{path} {what}")):
+            resolve(path)
+    check_refused(tmp_path, f"{tmp_path} {what}")
     folder, _ = make("hf")
     (folder / "model.safetensors").rename(folder / "model.gguf")
-    check_refused(folder, "expected model*.safetensors; GGUF is not supported")
+    check_refused(folder, f"{folder} {what}")
+
+
+def test_folders_of_other_kinds_are_named(make: Make, tmp_path: Path) -> None:
+    kinds = {
+        "adapter_config.json": "holds a PEFT adapter without its base model; merge the two first, "
+        "with merge_and_unload() and save_pretrained() of PEFT",
+        "model_index.json": "holds a diffusers pipeline; give a checkpoint of a Mistral language ",
+        "model.onnx": "holds weights of ONNX, TensorFlow or Flax, which are not supported; give ",
+        "__0_0.distcp": "holds a sharded training state; give the folder that the training wrote",
+    }
+    for name, message in kinds.items():
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).touch()
+        check_refused(folder, f"{folder} {message}")
+        with pytest.raises(CheckpointError, match=re.escape(str(folder / name))):
+            resolve(folder / name)
+    folder, _ = make("hf")
+    (folder / "adapter_config.json").touch()
+    open_checkpoint(folder)  # the checkpoint beside the adapter
+
+
+@pytest.mark.parametrize(
+    "names", [("checkpoint-500", "checkpoint-1000"), ("snapshots/a", "snapshots/b")]
+)
+def test_checkpoints_in_subfolders_are_named(
+    names: tuple[str, ...], make: Make, tmp_path: Path
+) -> None:
+    folder, _ = make("hf")
+    for name in names:
+        shutil.copytree(folder, tmp_path / "run" / name)
+    last = tmp_path / "run" / names[-1]
+    message = f"holds checkpoints in subfolders; give one of them, such as {last}"
+    check_refused(tmp_path / "run", message)
+
+
+def test_pointers_of_git_lfs_are_named(make: Make, tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\nsize 14483464192\n"
+    hf, _ = make("hf")
+    raw, _ = make("raw")
+    (raw / "consolidated.safetensors").unlink()
+    for file in (hf / "model.safetensors", raw / "consolidated.00.pth"):
+        file.write_text(pointer)
+        message = f"{file} is a Git LFS pointer, not the file; run `git lfs pull` in its folder"
+        check_refused(file.parent, message)
 
 
 def test_check_folder_returns_the_format(make: Make, tmp_path: Path) -> None:
     assert [check_folder(make(format)[0]) for format in ("hf", "raw")] == ["hf", "raw"]
-    with pytest.raises(CheckpointError, match=r"has no configuration: expected config.json"):
-        check_folder(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="is empty: a checkpoint has"):
+        check_folder(tmp_path / "empty")
 
 
 def test_home_folder_of_unknown_user_is_refused() -> None:

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from mistral_kernels import __main__ as doctor
 from mistral_kernels import convert, generate, train
+from mistral_kernels.cli import report
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.training.loop import Run
 from mistral_kernels.utils.ranges import Range
@@ -36,7 +36,7 @@ SECONDS = 20  # limit of one call
 MEMORY = 2 << 30  # limit of the process, in bytes
 STEPS = 4  # of generation or training before the interrupt
 
-COMMANDS = {"generate": generate, "convert": convert, "train": train, "report": doctor}
+COMMANDS = {"generate": generate, "convert": convert, "train": train, "report": report}
 NUMBERS = [
     *("0", "1", "2", "3", "7", "0.5", "1e-3", "-1", "-0", "1e308", "-1e308", "1e-320", "1e999"),
     *("nan", "inf", "-inf", "", " ", "x", "0x10", "1_000", "1.5", "٣", "²", "+5", "--", "none"),

@@ -83,15 +83,17 @@ def test_paths_without_tokenizer_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "vocab.txt", "vocab.txt: not a tokenizer's file name; expected tekken.json")
     for name in ("tokenizer.model", "tekken.json", "tokenizer.json"):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\n")
-        refused(tmp_path, f"{name}: a Git LFS pointer, not the file; run `git lfs pull` there")
+        refused(
+            tmp_path, f"{name} is a Git LFS pointer, not the file; run `git lfs pull` in its folder"
+        )
         (tmp_path / name).unlink()
 
 
 def test_hub_ids_are_resolved(monkeypatch: Any) -> None:
-    from mistral_kernels import checkpoint
+    from mistral_kernels.tokenizer import opening
 
     resolved = {"owner/model": DATA / SENTENCEPIECE["v3"]}
-    monkeypatch.setattr(checkpoint, "resolve", resolved.__getitem__)
+    monkeypatch.setattr(opening, "resolve_tokenizer", resolved.__getitem__)
     assert MistralTokenizer.from_pretrained("owner/model").chat_version == "v3"
 
 
