@@ -1,8 +1,9 @@
 """Compile csrc into the wheel if possible; pyproject.toml describes the package.
 
-If PyTorch is installed in the build environment, as with `pip install --no-build-isolation .`, the
-wheel gets a CPU library if there is a C++ compiler, and a CUDA library if there is nvcc. The wheel
-always contains the sources; a missing library is built from them at the first use.
+If PyTorch and ninja are installed in the build environment, as with
+`pip install --no-build-isolation .`, the wheel gets a CPU library for all instruction sets if there
+is a C++ compiler, and a CUDA library if there is nvcc. The wheel always contains the sources; a
+missing library is built from them at the first use.
 MISTRAL_KERNELS_BUILD=never builds no library. With MISTRAL_KERNELS_BUILD=always, a library that
 cannot be built is an error.
 """
@@ -57,7 +58,12 @@ def build_libraries(folder: Path) -> None:
         nvcc = compiler.nvcc() if device_type == "cuda" else None
         try:
             library = folder / compiler.library_name(device_type)
-            compiler.build(device_type, library, cuda_architectures(nvcc) if nvcc else "")
+            compiler.build(
+                device_type,
+                library,
+                instruction_sets=list(compiler.INSTRUCTION_SETS) if device_type == "cpu" else (),
+                architectures=cuda_architectures(nvcc) if nvcc else "",
+            )
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             needed = device_type == "cpu" or compiler.torch.version.cuda is not None
             if setting == "always" and needed:

@@ -8,10 +8,9 @@ statistics go to standard error. Under torchrun, the ranks share the model's wor
 from __future__ import annotations
 
 import argparse
-import codecs
-import json
 import os
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,21 +22,28 @@ import torch
 
 from mistral_kernels.checkpoint import check_folder, resolve
 from mistral_kernels.checkpoint.tokenizer_files import find_tokenizer_files
+from mistral_kernels.cli.chat import Chat
 from mistral_kernels.cli.command import (
     DTYPES,
-    Parser,
     check_backend,
     device_of,
     enter,
     read_input,
     read_stdin,
     run,
-    user_path,
     write_out,
 )
+from mistral_kernels.cli.generate_options import (
+    CHAT_TOKENS,
+    COMMAND,
+    INSTRUCT_EXAMPLE,
+    TEXT_TOKENS,
+)
+from mistral_kernels.cli.generate_options import generate_parser as _parser
+from mistral_kernels.cli.output import with_progress, write_record
 from mistral_kernels.distributed.process_group import World, check_same, joined, launched
 from mistral_kernels.distributed.tensor_parallel import ParallelMistralForCausalLM
-from mistral_kernels.model.sampling import RANGES, Sampler
+from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ops import extension
 from mistral_kernels.ops.dispatch import BACKEND_VARIABLE
@@ -48,157 +54,10 @@ from mistral_kernels.text.streaming import Completion, TextDelta, generate, stre
 from mistral_kernels.tokenizer import MistralTokenizer
 from mistral_kernels.tokenizer.arguments import check_text
 from mistral_kernels.utils.files import digest
-from mistral_kernels.utils.ranges import COUNT, SEED
 
 __all__ = ["Completion", "TextDelta", "generate", "main", "stream_generate"]
 
-# Limits of prompts: bytes of a pipe or characters of stdin, and characters of a line of a chat.
-_PROMPT_LIMIT, _MESSAGE_LIMIT = 1 << 26, 1 << 20
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m mistral_kernels.generate",
-        description="Continue a text, or chat with an instruct model. The generated text goes to "
-        "stdout, everything else to stderr. Under torchrun, the ranks share the model's work.",
-    )
-    parser.add_argument("prompt", nargs="?", help="text to continue; '-' or none: read stdin")
-    parser.add_argument(
-        "-p", "--prompt", dest="prompt_option", metavar="TEXT", help="same as the argument prompt"
-    )
-    parser.add_argument(
-        "--prompt-file",
-        type=user_path,
-        metavar="PATH",
-        help="file with one prompt per line; the prompts are generated as one batch",
-    )
-    parser.add_argument(
-        "--model",
-        default="tiny",
-        help="folder of a raw or Hugging Face checkpoint, or a Hugging Face hub id; "
-        "default: tiny, the bundled model",
-    )
-    chat = parser.add_argument_group("chat")
-    chat.add_argument(
-        "--chat",
-        "--instruct",
-        action="store_true",
-        help="chat, with the chat template of the model; the prompt is the first message, and each "
-        "line of stdin is another",
-    )
-    chat.add_argument("--system", metavar="TEXT", help="system prompt; default: none")
-    chat.add_argument(
-        "--context",
-        type=COUNT,
-        metavar="N",
-        help="maximum number of tokens of the conversation, for a model without a sliding window; "
-        "default: the model's own maximum, at most 32768",
-    )
-    length = parser.add_argument_group("length")
-    length.add_argument(
-        "-m",
-        "--max-tokens",
-        "--max_tokens",
-        type=COUNT,
-        default=256,
-        help="largest number of new tokens per text; default: 256",
-    )
-    length.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end the text before this string; may be repeated; default: none",
-    )
-    length.add_argument(
-        "--ignore-eos", action="store_true", help="continue after an end-of-text token"
-    )
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument(
-        "--temperature",
-        "--temp",
-        type=RANGES["temperature"],
-        default=0.7,
-        help="divisor of the logits; 0: choose the most likely token; default: 0.7",
-    )
-    sampling.add_argument(
-        "--top-k",
-        type=RANGES["top_k"],
-        default=0,
-        help="number of most likely tokens to sample from; default: 0, all tokens",
-    )
-    sampling.add_argument(
-        "--top-p",
-        type=RANGES["top_p"],
-        default=1.0,
-        help="sample from the smallest set of most likely tokens with at least this total "
-        "probability; default: 1, all tokens",
-    )
-    sampling.add_argument(
-        "--min-p",
-        type=RANGES["min_p"],
-        default=0.0,
-        help="sample from the tokens with at least this fraction of the largest probability; "
-        "default: 0, all tokens",
-    )
-    sampling.add_argument(
-        "--repetition-penalty",
-        type=RANGES["repetition_penalty"],
-        default=1.0,
-        help="divide positive logits of tokens already in the text by this factor, and multiply "
-        "negative ones; default: 1, no penalty",
-    )
-    sampling.add_argument(
-        "--seed",
-        type=SEED,
-        help="seed of the random numbers; default: random, printed with the statistics",
-    )
-    sampling.add_argument(
-        "--num-samples", type=COUNT, default=1, help="number of texts per prompt; default: 1"
-    )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--dtype",
-        choices=["auto", *DTYPES],
-        default="auto",
-        help="data type of the weights; default: auto, as stored",
-    )
-    machine.add_argument(
-        "--quantize",
-        choices=["int8"],
-        help="quantize the weights to 8 bits, for faster decoding on the CPU; default: no",
-    )
-    machine.add_argument(
-        "--device",
-        default="auto",
-        help="cpu, cuda, cuda:1, ...; default: auto, a GPU if there is one",
-    )
-    machine.add_argument(
-        "--backend",
-        choices=["auto", "triton", "torch"],
-        help=f"backend of the operators; default: {BACKEND_VARIABLE}, or else auto",
-    )
-    machine.add_argument(
-        "--prefill-chunk",
-        type=COUNT,
-        metavar="N",
-        help="prompt tokens per pass; changes memory, not the text; default: the largest sliding "
-        "window, between 512 and 4096",
-    )
-    machine.add_argument(
-        "--window",
-        type=_window,
-        metavar="N|none",
-        help="sliding window in tokens; 'none' removes the window; default: the model's",
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--json", action="store_true", help="print one JSON object per text, on one line"
-    )
-    output.add_argument(
-        "--quiet", action="store_true", help="print no prompt, notes or statistics on stderr"
-    )
-    return parser
+_PROMPT_LIMIT = 1 << 26  # bytes of a pipe or characters of stdin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -208,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> None:
     args = _parser().parse_args(argv)
+    if args.max_tokens is None:
+        args.max_tokens = CHAT_TOKENS if args.chat else TEXT_TOKENS
     if args.backend:
         os.environ[BACKEND_VARIABLE] = args.backend
         reload_backend_setting()
@@ -278,9 +139,11 @@ def _generate(args: argparse.Namespace, world: World) -> None:
         overrides["sliding_window"] = None if args.window == "none" else args.window
     tokenizer = MistralTokenizer.from_pretrained(path)
     if args.chat and tokenizer.chat_version is None:
+        which = "the bundled model is" if args.model == "tiny" else f"{args.model!r} seems to be"
         raise ValueError(
-            f"--chat requires a chat template, which model {args.model!r} does not have; leave out "
-            "--chat to continue a text, or give an instruct model with --model"
+            f"--chat requires an instruct model, and {which} a base model without a chat template; "
+            f"use an instruct model, such as --model {INSTRUCT_EXAMPLE}, or leave out --chat to "
+            "continue a text"
         )
     if world.size > 1:
         files = sorted({tokenizer.path, *find_tokenizer_files(path)})
@@ -294,6 +157,10 @@ def _generate(args: argparse.Namespace, world: World) -> None:
         quantize=args.quantize,
         **overrides,
     )
+    if args.chat:  # the first use of a template imports its library, and may find an error
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        messages = [*system, {"role": "user", "content": "Hello"}]
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     extension.load(device.type)  # here, so that compilation does not count as prompt time
     stats.load_seconds = time.perf_counter() - started
     options = {
@@ -303,17 +170,28 @@ def _generate(args: argparse.Namespace, world: World) -> None:
         "ignore_eos": args.ignore_eos,
         "prefill_chunk": args.prefill_chunk,
     }
-    reports = not args.quiet
+    reports, notes = not args.quiet, list[str]()
     try:
         if args.chat:
-            _chat(args, world, model, tokenizer, prompts, options, stats)
+            conversation = Conversation(model, tokenizer, args.system, args.context)
+            stats.cache_bytes = conversation.cache_bytes
+            Chat(
+                conversation,
+                world,
+                options,
+                stats,
+                model_name=args.model,
+                as_json=args.json,
+                quiet=args.quiet,
+            ).run(prompts)
         else:
             if tokenizer.has_chat_template and not args.quiet:
                 print(
-                    "note: this is an instruct model; --chat applies its chat template",
+                    "note: this is an instruct model; --chat applies its chat template: "
+                    f"{COMMAND} --chat --model {shlex.quote(args.model)}",
                     file=sys.stderr,
                 )
-            _complete(args, model, tokenizer, prompts, options, stats)
+            notes = _complete(args, model, tokenizer, prompts, options, stats)
     except (KeyboardInterrupt, SystemExit):  # SIGTERM raises SystemExit
         reports = reports and stats.first_tokens > 0
         raise
@@ -322,17 +200,7 @@ def _generate(args: argparse.Namespace, world: World) -> None:
         raise
     finally:
         if reports:
-            print("", *stats.lines(model), f"seed      {seed}", sep="\n", file=sys.stderr)
-
-
-def _window(text: str) -> int | str:
-    if text.lower() == "none":
-        return "none"
-    try:
-        count: int = COUNT(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}; 'none' removes the window") from None
-    return count
+            print("", *notes, *stats.lines(model), f"seed      {seed}", sep="\n", file=sys.stderr)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -364,13 +232,6 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return [prompt]
 
 
-def _write_record(prompt: str, completion: Completion) -> None:
-    """Write a line of JSON to stdout, in ASCII unless stdout is UTF-8."""
-    utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
-    record = {"prompt": prompt, **asdict(completion)}
-    write_out(json.dumps(record, ensure_ascii=not utf8) + "\n")
-
-
 def _complete(
     args: argparse.Namespace,
     model: MistralForCausalLM,
@@ -378,7 +239,8 @@ def _complete(
     prompts: list[str],
     options: dict[str, Any],
     stats: GenerationStats,
-) -> None:
+) -> list[str]:
+    """Generate and write one text per prompt and sample; return notes for stderr."""
     encoded = [tokenizer.encode(prompt, eos=False) for prompt in prompts]
     batch = len(prompts) * args.num_samples
     # Allocate the cache first: it raises an error if memory does not suffice for the batch.
@@ -396,15 +258,21 @@ def _complete(
             zip(prompts, completions, strict=True), start=1
         ):
             if args.json:
-                _write_record(prompt, completion)
+                write_record({"prompt": prompt, **asdict(completion)})
             elif not live:
                 if not args.quiet:
                     print(f"[{number}/{batch}] {prompt}", file=sys.stderr, flush=True)
                 write_out(completion.text + "\n")
 
-    deltas = stream_generate(model, tokenizer, ids, cache=cache, **options)
+    tokens = sum(map(len, ids))
+    deltas = with_progress(
+        lambda progress: stream_generate(
+            model, tokenizer, ids, cache=cache, progress=progress, **options
+        ),
+        tokens,
+    )
     try:
-        for delta in stats.time(deltas, sum(map(len, ids))):
+        for delta in stats.time(deltas, tokens):
             if live and not args.quiet and not completions[0].token_ids:
                 print(prompts[0], end="", file=sys.stderr, flush=True)
             completions[delta.index].add(delta)
@@ -419,54 +287,9 @@ def _complete(
             print(file=sys.stderr)  # end the line of the prompt
         raise
     finish()
-
-
-def _chat(
-    args: argparse.Namespace,
-    world: World,
-    model: MistralForCausalLM,
-    tokenizer: MistralTokenizer,
-    messages: list[str],
-    options: dict[str, Any],
-    stats: GenerationStats,
-) -> None:
-    conversation = Conversation(model, tokenizer, args.system, args.context)
-    stats.cache_bytes = conversation.cache_bytes
-    while True:
-        if not messages:
-            if not args.quiet:
-                print("> ", end="", file=sys.stderr, flush=True)
-            try:
-                line = world.from_main(lambda: read_stdin(sys.stdin.readline, _MESSAGE_LIMIT))
-            finally:
-                if not (args.quiet or sys.stdin.isatty()):
-                    print(file=sys.stderr)  # end the line of "> "; a terminal echoes the newline
-            if not line:
-                return
-            if not line.strip():
-                continue
-            messages.append(line)
-        message = messages.pop(0).strip()
-        prompt = conversation.prompt_for(message)
-        completion = Completion()
-        try:
-            for delta in stats.time(conversation.reply(prompt, **options), len(prompt)):
-                completion.add(delta)
-                if not args.json:
-                    write_out(delta.text)
-        except KeyboardInterrupt:
-            if world.size > 1 or not sys.stdin.isatty():
-                raise  # at a terminal, Ctrl-C during an answer ends only the answer
-        if args.json:
-            _write_record(message, completion)
-        else:
-            write_out("\n")
-        if conversation.full:
-            print(
-                f"note: the conversation fills its context of {conversation.max_length} tokens; "
-                "restart with a larger --context",
-                file=sys.stderr,
-            )
+    stopped = sum(completion.finish_reason == "length" for completion in completions)
+    which = f"{stopped} of {batch} texts " if batch > 1 else ""
+    return [f"note: {which}stopped at --max-tokens {args.max_tokens}"] if stopped else []
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import ClassVar
 
+# Before the package reads it: some tests need the kernels for each instruction set.
+os.environ.setdefault("MISTRAL_KERNELS_CPU", "all")
+
 import ptxrun
 import pytest
 import torch

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +16,8 @@ import pytest
 import torch
 from support.small_checkpoints import SMALL, varied_model
 
-from mistral_kernels import MistralForCausalLM, MistralTokenizer
+from mistral_kernels import MistralForCausalLM, MistralTokenizer, RollingCache
+from mistral_kernels.checkpoint import resolve
 from mistral_kernels.generate import generate, main
 from mistral_kernels.text.chat import Conversation
 
@@ -96,12 +99,158 @@ def test_cache_memory_is_constant_with_a_window(tokenizer: MistralTokenizer) -> 
 
 
 def test_without_a_window_max_length_bounds_the_conversation(tokenizer: MistralTokenizer) -> None:
+    """A message that is longer alone is an error, and the conversation is unchanged."""
     conversation = Conversation(make_model(None), tokenizer, max_length=30)
-    send(conversation, "Hi", max_tokens=5)
-    with pytest.raises(
-        ValueError, match=r"must have at most 30 tokens \(--context, max_length\), got"
+    answer, _ = send(conversation, "Hi", max_tokens=5)
+    before = list(conversation.messages)
+    message = (
+        r"^the message with the chat template must have at most 30 tokens "
+        r"\(--context, max_length\), got \d+; shorten it, or increase the context$"
+    )
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            conversation.prompt_for("word " * 40)
+        assert conversation.messages == before
+    assert "".join(d.text for d in conversation.reply(conversation.regenerate(), max_tokens=5)) == (
+        answer
+    )
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_the_oldest_turns_are_dropped(tokenizer: MistralTokenizer, system: str | None) -> None:
+    """The newest messages and the system message stay, and answers equal those without a cache."""
+    model, context, room = make_model(None), random.randint(30, 50), random.randint(1, 15)
+    conversation = Conversation(model, tokenizer, system, context)
+    history = [{"role": "system", "content": system}] if system else []
+    first, dropped = len(history), 0
+    for number in range(8):
+        message = " ".join(random.choices(["word", "and", "or"], k=random.randint(1, 8)))
+        history.append({"role": "user", "content": message})
+        whole = tokenizer.apply_chat_template(history, return_dict=False)
+        expected_dropped = 0
+        while len(whole) + room - 1 > context and len(history) > first + 1:
+            del history[first : first + 2]
+            expected_dropped += 1
+            whole = tokenizer.apply_chat_template(history, return_dict=False)
+        prompt = conversation.prompt_for(message, room)
+        assert conversation.dropped == expected_dropped
+        assert conversation.messages == history
+        tokens = min(number + 1, context - len(whole) + 1)
+        (expected,) = generate(model, tokenizer, [whole], max_tokens=tokens, standalone=True)
+        answer = "".join(d.text for d in conversation.reply(prompt, max_tokens=number + 1))
+        assert answer == expected.text
+        history.append({"role": "assistant", "content": answer})
+        dropped += expected_dropped
+    assert dropped > 0
+
+
+@pytest.mark.parametrize("window", [None, 9, 512])
+def test_the_last_answer_is_generated_again(
+    tokenizer: MistralTokenizer, window: int | None
+) -> None:
+    """An empty or interrupted second answer leaves the first one."""
+    conversation = Conversation(make_model(window), tokenizer)
+    send(conversation, MESSAGES[0], max_tokens=6)
+    answer, _ = send(conversation, MESSAGES[1], max_tokens=8)
+    before = list(conversation.messages)
+    again = "".join(d.text for d in conversation.reply(conversation.regenerate(), max_tokens=8))
+    assert (again, conversation.messages) == (answer, before)
+    shorter = "".join(d.text for d in conversation.reply(conversation.regenerate(), max_tokens=3))
+    assert answer.startswith(shorter)
+    assert conversation.messages == [*before[:-1], {"role": "assistant", "content": shorter}]
+    kept = list(conversation.messages)
+    assert list(conversation.reply(conversation.regenerate(), max_tokens=0)) == []
+    assert conversation.messages == kept
+    conversation.regenerate()  # and no reply, as after an interrupt
+    answer, _ = send(conversation, MESSAGES[2], max_tokens=4)
+    assert conversation.messages[:-2] == kept
+    whole = tokenizer.apply_chat_template(conversation.messages[:-1], return_dict=False)
+    (expected,) = generate(conversation.model, tokenizer, [whole], max_tokens=4, standalone=True)
+    assert answer == expected.text
+
+
+def test_there_must_be_an_answer_to_generate_again(tokenizer: MistralTokenizer) -> None:
+    conversation = Conversation(make_model(7), tokenizer, "Be brief.")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^the conversation has no answer to generate again;"):
+            conversation.regenerate()
+        conversation.prompt_for("Hello")  # without an answer
+    assert conversation.messages[1:] == [{"role": "user", "content": "Hello"}]
+
+
+def test_the_system_message_can_be_replaced(tokenizer: MistralTokenizer) -> None:
+    model = make_model(None)
+    conversation = Conversation(model, tokenizer)
+    assert conversation.system is None
+    send(conversation, MESSAGES[0], max_tokens=4)
+    for system in ("Be brief.", "Be verbose.", None, ""):
+        turns = [m for m in conversation.messages if m["role"] != "system"]
+        conversation.system = system
+        assert conversation.system == (system or None)
+        assert [m for m in conversation.messages if m["role"] != "system"] == turns
+        history = [{"role": "system", "content": system}] if system else []
+        whole = tokenizer.apply_chat_template(
+            [*history, *turns, {"role": "user", "content": "More"}], return_dict=False
+        )
+        (expected,) = generate(model, tokenizer, [whole], max_tokens=5, standalone=True)
+        assert send(conversation, "More", max_tokens=5)[0] == expected.text
+
+
+def test_messages_can_be_cleared_and_dropped(tokenizer: MistralTokenizer) -> None:
+    conversation = Conversation(make_model(7), tokenizer, "Be brief.")
+    assert (conversation.clear(), conversation.drop()) == (0, 0)
+    for message in MESSAGES[:3]:
+        send(conversation, message, max_tokens=2)
+    turns = conversation.messages[1:]
+    assert conversation.drop(0) == conversation.drop(-1) == 0
+    assert conversation.drop() == 1
+    assert conversation.messages[1:] == turns[2:]
+    assert conversation.drop(5) == 2
+    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
+    send(conversation, MESSAGES[0], max_tokens=2)
+    assert conversation.clear() == 2
+    assert send(conversation, "Hello", max_tokens=4) == send(
+        Conversation(conversation.model, tokenizer, "Be brief."), "Hello", max_tokens=4
+    )
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_an_interrupt_leaves_a_consistent_conversation(
+    tokenizer: MistralTokenizer, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interrupt comes from any of the methods that a message calls."""
+    model = make_model(window)
+    conversation = Conversation(model, tokenizer)
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    interrupted = set()
+    for owner, name in (
+        (MistralTokenizer, "apply_chat_template"),
+        (RollingCache, "reset"),
+        (RollingCache, "drop"),
+        (RollingCache, "packing"),
+        (RollingCache, "advance"),
+        (type(model.model.layers[1]), "forward"),
+        (Conversation, "_settle"),
     ):
-        send(conversation, "word " * 40, max_tokens=5)
+        send(conversation, "Hello", max_tokens=2)
+        conversation.drop()  # the cache has tokens that are not in the conversation any more
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupt)
+            try:
+                send(conversation, "And then?", max_tokens=3)
+            except KeyboardInterrupt:
+                interrupted.add(name)
+        history = list(conversation.messages)
+        if history and history[-1]["role"] == "user":
+            history.pop()
+        history.append({"role": "user", "content": "Why?"})
+        whole = tokenizer.apply_chat_template(history, return_dict=False)
+        (expected,) = generate(model, tokenizer, [whole], max_tokens=5, standalone=True)
+        assert send(conversation, "Why?", max_tokens=5)[0] == expected.text, name
+    assert interrupted >= {"apply_chat_template", "drop", "packing", "forward", "_settle"}
 
 
 @pytest.mark.parametrize("window", [None, 512])
@@ -122,11 +271,9 @@ def test_an_answer_ends_when_the_context_is_full(
     assert conversation.full
     assert conversation._cache.host_lengths == [context]
     assert conversation.messages[-1] == {"role": "assistant", "content": expected.text}
-    before = list(conversation.messages)
-    message = rf"must have at most {context} tokens .+, got \d+; increase it"
-    with pytest.raises(ValueError, match=message):
-        conversation.prompt_for("And then?")
-    assert conversation.messages == before
+    conversation.prompt_for("And then?")
+    assert conversation.dropped == 1
+    assert conversation.messages == [{"role": "user", "content": "And then?"}]
 
 
 def test_an_answer_that_fits_is_complete(tokenizer: MistralTokenizer) -> None:
@@ -218,7 +365,10 @@ def test_chat_command_prints_the_answers(
     system = ("--system", "Be brief.")
     code, out, err = run(MESSAGES[0], *system, stdin=lines)
     assert (code, out) == (0, "".join(answer + "\n" for answer in answers))
-    assert err.startswith("> ")
+    for message in MESSAGES[:3]:
+        line = rf"^> {re.escape(message)}\n9 tokens, [\d,.]+ tokens/s; stopped at --max-tokens 9$"
+        assert re.search(line, err, re.MULTILINE), err
+    assert "\x1b" not in err
     assert "generate  27 tokens" in err
     code, out, err = run(*system, "--quiet", "--json", stdin=MESSAGES[0] + "\n" + lines)
     records = [json.loads(line) for line in out.split("\n")[:-1]]
@@ -228,23 +378,28 @@ def test_chat_command_prints_the_answers(
     assert run("--quiet") == (0, "", "")
 
 
-def test_a_full_context_prints_a_note(
+def test_a_full_context_drops_the_oldest_messages(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The answer ends with a note that names the remedy, and the next message is an error."""
+    """Notes have the reasons. A message that is too long alone is an error."""
     options = ["--model", str(folder), "--chat", "--window", "none", "--context", "25"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("And then?\n"))
-    assert main(["Hello there!", *options, "--json", "--quiet", "--device", "cpu"]) == 2
+    options += ["--json", "--device", "cpu"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("And then?\n" + "word " * 40 + "\nMore\n"))
+    assert main(["Hello there!", *options]) == 2
     out, err = capsys.readouterr()
-    (record,) = map(json.loads, out.splitlines())
-    assert record["finish_reason"] == "length"
-    assert record["text"]
-    note, error = err.splitlines()
-    assert note == (
-        "note: the conversation fills its context of 25 tokens; restart with a larger --context"
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [record["prompt"] for record in records] == ["Hello there!", "And then?"]
+    assert all(record["finish_reason"] == "length" and record["text"] for record in records)
+    full = "the context of 25 tokens (--context) is full, the next message drops the oldest ones\n"
+    assert err.count(full) == 2
+    dropped = "dropped the oldest message and its answer, to fit in the context of 25 tokens\n"
+    assert err.count(dropped) == 1
+    assert err.splitlines()[-1].startswith(
+        "error: the message with the chat template must have at most 25 tokens (--context, max_"
     )
-    assert error.startswith("error: the conversation with this message must have at most 25 ")
-    assert "--context" in error
+    monkeypatch.setattr(sys, "stdin", io.StringIO("And then?\n"))
+    assert main(["Hello there!", *options, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_note_recommends_chat_for_an_instruct_model(
@@ -252,8 +407,8 @@ def test_a_note_recommends_chat_for_an_instruct_model(
 ) -> None:
     assert main(["hello", "--model", str(folder), "-m", "2"]) == 0
     assert (
-        "note: this is an instruct model; --chat applies its chat template\n"
-        in capsys.readouterr().err
+        "note: this is an instruct model; --chat applies its chat template: "
+        f"python -m mistral_kernels.generate --chat --model {folder}\n" in capsys.readouterr().err
     )
 
 
@@ -262,6 +417,7 @@ def test_chat_with_a_base_model_is_an_error(capsys: pytest.CaptureFixture[str]) 
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert (
-        "--chat requires a chat template, which model 'tiny' does not have; leave out --chat" in err
-    )
+    assert "--chat requires an instruct model, and the bundled model is a base model" in err
+    assert "; use an instruct model, such as --model mistralai/" in err
+    assert "site-packages" not in err
+    assert str(resolve("tiny")) not in err

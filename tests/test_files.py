@@ -15,6 +15,7 @@ from mistral_kernels.utils.files import (
     is_taken,
     read_json,
     read_text,
+    write_atomically,
 )
 
 
@@ -154,3 +155,30 @@ def test_contents_that_do_not_match_the_schema(tmp_path, contents, message):
     with pytest.raises(CheckpointError) as caught:
         read_json(file, SCHEMA)
     assert str(caught.value) == f"{file}: {message}"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch, links):
+    """An existing file is kept or replaced as a whole, also on file systems without hard links."""
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    file = tmp_path / "file"
+    write_atomically(file, b"one")
+    with pytest.raises(FileExistsError, match=rf"^\[Errno 17\] File exists: '{file}'$"):
+        write_atomically(file, b"two")
+    assert file.read_bytes() == b"one"
+    write_atomically(file, b"three", mode=0o600, replace=True)
+    assert (file.read_bytes(), file.stat().st_mode & 0o777) == (b"three", 0o600)
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(FileExistsError):
+        write_atomically(tmp_path / "link", b"four")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(PermissionError, match=rf": '{file}'$"):
+            write_atomically(file, b"five", replace=True)
+    assert file.read_bytes() == b"three"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}

@@ -311,7 +311,7 @@ def check_error(result: Result, *parts: str) -> None:
         (["x", "--device", "cuda:99"], "GPUs that PyTorch finds, got 'cuda:99'; use"),
         (["x", "--system", "be brief"], "--system requires --chat"),
         (["x", "--chat", "--num-samples", "2"], "--num-samples must be 1 with --chat, got 2"),
-        (["x", "--chat"], "--chat requires a chat template, which model 'tiny' does not have"),
+        (["x", "--chat"], "--chat requires an instruct model, and the bundled model is a base"),
         (["x", "--model", "/no/such/folder"], "no such folder: '/no/such/folder'"),
         (["x", "--model", "tine"], "no such folder: 'tine'"),
         (["x", "--model", __file__], "is a file; give the folder that holds the checkpoint"),

@@ -37,7 +37,7 @@ LAYERS = (
     ("model", "tokenizer"),
     ("cli", "flash_attn", "integrations", "text"),
     ("distributed",),
-    ("training",),
+    ("training", "cli.chat"),
     ("convert", "generate", "train"),
 )
 # Modules that import no other module of this package: cli.startup runs before the others, setup.py

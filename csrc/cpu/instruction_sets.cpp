@@ -23,6 +23,16 @@ int best_index() {
 #endif
 }
 
+bool is_compiled(const std::string& name) {
+#if defined(ONLY_INSTRUCTION_SET)
+#define TEXT(x) #x
+#define TEXT_OF(macro) TEXT(macro)  // a second level, so that the macro is expanded
+  return name == TEXT_OF(ONLY_INSTRUCTION_SET);
+#else
+  return true;
+#endif
+}
+
 }  // namespace
 
 int chosen = best_index();
@@ -30,14 +40,14 @@ int chosen = best_index();
 std::string instruction_sets() {
   std::string names;
   for (int i = best_index(); i >= 0; --i) {
-    names += (names.empty() ? "" : " ") + std::string(kNames[i]);
+    if (is_compiled(kNames[i])) names += (names.empty() ? "" : " ") + std::string(kNames[i]);
   }
   return names;
 }
 
 void use_instruction_set(std::string name) {
   for (int i = best_index(); i >= 0; --i) {
-    if (name == kNames[i]) {
+    if (name == kNames[i] && is_compiled(name)) {
       chosen = i;
       return;
     }

@@ -18,8 +18,12 @@ extern int chosen;  // index of the selected set; see KERNEL
 }  // namespace kernels
 
 // A kernel's header declares it with FOR_EACH_INSTRUCTION_SET(declaration). KERNEL(name) is the
-// kernel for the selected instruction set.
-#if defined(__x86_64__)
+// kernel for the selected instruction set. In a library for one set, the compiler option
+// ONLY_INSTRUCTION_SET is its name.
+#if defined(ONLY_INSTRUCTION_SET)
+#define FOR_EACH_INSTRUCTION_SET(...) namespace ONLY_INSTRUCTION_SET { __VA_ARGS__; }
+#define KERNEL(name) kernels::ONLY_INSTRUCTION_SET::name
+#else
 #define FOR_EACH_INSTRUCTION_SET(...)  \
   namespace plain { __VA_ARGS__; }     \
   namespace avx2 { __VA_ARGS__; }      \
@@ -30,7 +34,4 @@ extern int chosen;  // index of the selected set; see KERNEL
    : kernels::chosen == 2 ? kernels::avx512::name       \
    : kernels::chosen == 1 ? kernels::avx2::name         \
                           : kernels::plain::name)
-#else
-#define FOR_EACH_INSTRUCTION_SET(...) namespace plain { __VA_ARGS__; }
-#define KERNEL(name) kernels::plain::name
 #endif

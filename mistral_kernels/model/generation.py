@@ -28,6 +28,7 @@ def prefill(
     prompts: Sequence[Sequence[int]],
     cache: RollingCache,
     chunk_size: int | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Append each prompt to its sequence of the cache, and return the logits after each prompt.
 
@@ -37,6 +38,7 @@ def prefill(
         cache: the cache, which may hold earlier tokens.
         chunk_size: maximum number of tokens per prompt in one forward pass; None: the largest
             sliding window, clamped to [512, 4096]. It affects memory, not the result.
+        progress: function that is called with the number of new tokens after each forward pass.
 
     Returns:
         (batch, vocab_size), in the model's dtype.
@@ -62,6 +64,8 @@ def prefill(
         hidden = model.model(ids, packing, cache)
         ended = [i for i, p in enumerate(prompts) if start < len(p) <= start + chunk_size]
         last[ended] = hidden[packing.last_tokens[ended]]
+        if progress is not None:
+            progress(len(ids))
     logits: Tensor = model.lm_head(last)
     return logits
 
@@ -96,6 +100,7 @@ def stream(
     cache: RollingCache | None = None,
     context: Sequence[Sequence[int]] | None = None,
     chunk_size: int | None = None,
+    progress: Callable[[int], object] | None = None,
     stopping: Callable[[list[int | None]], Sequence[bool]] | None = None,
 ) -> Iterator[list[int | None]]:
     """Generate texts, and yield the new tokens of each step.
@@ -114,6 +119,7 @@ def stream(
             others, the cache also holds tokens that were not yielded.
         context: token ids of those earlier texts, for the repetition penalty only.
         chunk_size: maximum number of tokens per prompt in one forward pass; see `prefill`.
+        progress: function that is called during the prefill; see `prefill`.
         stopping: function that is called with the tokens of each step after they are yielded, and
             that returns for each text whether it ends there; None: no such function.
 
@@ -154,7 +160,7 @@ def stream(
     # A step that a CUDA graph cannot contain as a whole chooses its tokens after the graph.
     recordable = sampler.recordable
     engine = engine_for(model, cache, newest if recordable else None)
-    newest.choose(prefill(model, prompts, cache, chunk_size))
+    newest.choose(prefill(model, prompts, cache, chunk_size, progress))
     ended = [False] * batch
     for remaining in reversed(range(max_new_tokens)):
         newest.begin_read()

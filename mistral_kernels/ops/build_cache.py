@@ -26,7 +26,7 @@ from mistral_kernels.utils.files import read_bytes
 ROOT_VARIABLE = "TORCH_EXTENSIONS_DIR"
 _REMEDY = f"set {ROOT_VARIABLE} to a folder that only you can write to"
 _LARGEST_LIBRARY = 1 << 30  # bytes
-_ABANDONED = 3600.0  # seconds after which a build folder of another digest is removed
+_ABANDONED = 3600.0  # seconds after which the objects of another library are removed
 
 
 def folder_of(digest: str) -> Path:
@@ -107,11 +107,14 @@ def _is_own_group(gid: int) -> bool:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[int]:
     """Hold the build lock of `folder`. Create the folder, with mode 700, if it is absent.
 
-    If another process holds the lock, print a line on stderr and wait. Files of killed builds are
-    removed.
+    If another process holds the lock, print a line on stderr and wait. Old objects of interrupted
+    builds of other libraries are removed.
+
+    Yields:
+        The file descriptor of the lock. A child process that inherits it keeps the lock.
 
     Raises:
         BuildError: other users may write to the folder, or its file system has no locks.
@@ -123,7 +126,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         _lock(descriptor, folder)
         _remove_abandoned(folder)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -151,14 +154,12 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove the files of killed builds in `folder`, which is locked.
+    """Remove the objects of interrupted builds in the folders of other libraries.
 
-    The folders of other libraries are not locked. There, remove only build folders that are older
-    than one hour.
+    Those folders are not locked. Remove only objects that are older than one hour.
     """
     for unfinished in folder.parent.glob(f"*/{UNFINISHED}*"):
         with suppress(OSError):
-            if unfinished.parent == folder or (
-                time.time() - unfinished.lstat().st_mtime > _ABANDONED
-            ):
+            age = time.time() - unfinished.lstat().st_mtime
+            if unfinished.parent != folder and age > _ABANDONED:
                 shutil.rmtree(unfinished)

@@ -1,9 +1,12 @@
-"""Compile the sources in csrc into one library per device type.
+"""Compile the sources in csrc into one library per device type, with ninja.
 
 CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS have the same meaning as in
 torch.utils.cpp_extension. That module is not used, for two reasons. Its lock remains after a killed
 build and blocks all later builds. It cannot compile CUDA if PyTorch is a CPU build, but `setup.py`
 needs to. This module imports no other module of the package, because `setup.py` loads it alone.
+
+PyTorch's headers take longer to compile than most of the sources that include them. Therefore the
+compiler reads many sources as one unit, a generated file that includes them.
 """
 
 from __future__ import annotations
@@ -14,30 +17,25 @@ import platform
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import torch
 
 BUILD_VARIABLE = "MISTRAL_KERNELS_BUILD"
 DEVICE_TYPES = ("cpu", "cuda")
-UNFINISHED = ".building-"  # prefix of the temporary folder of a build
+UNFINISHED = ".building-"  # prefix of the folder that holds the objects of an unfinished build
 
 _PACKAGE = Path(__file__).parent.parent
 INSTALLED = _PACKAGE / "csrc"  # sources and libraries of an installed package
 SOURCES = INSTALLED if INSTALLED.is_dir() else _PACKAGE.parent / "csrc"
 
 _FLAGS = [
-    "-O3",
     "-std=c++17",
     # The binary runs with torch 2.10 and later: code that uses newer parts of the ABI is rejected.
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
@@ -48,17 +46,23 @@ _HOST_FLAGS = [
     "-fvisibility=hidden",  # both libraries define the same symbols and are loaded globally
 ]
 
-# The sources in csrc/cpu/kernels are compiled once per instruction set.
-# csrc/cpu/instruction_sets.cpp checks that the processor supports the features of these flags.
-_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+# The operators check arguments and call kernels: -O3 would take longer and gain nothing.
+_OPERATOR_FLAGS, _KERNEL_FLAGS = ["-O1"], ["-O3"]
+
+# The sources in csrc/cpu/kernels are compiled once per instruction set, which is named by the
+# features that it requires, as /proc/cpuinfo spells them. csrc/cpu/instruction_sets.cpp checks the
+# same features.
+_AVX2 = ["avx2", "fma", "f16c"]
+_AVX512 = [*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl"]
 INSTRUCTION_SETS: dict[str, list[str]] = {"plain": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {
         "avx2": _AVX2,
         "avx512": _AVX512,
-        "avx512_bf16": [*_AVX512, "-mavx512bf16"],
+        "avx512_bf16": [*_AVX512, "avx512_bf16"],
     }
+_LINKED = "library.so"  # the library before it is complete
+_UNITS_PER_SET = 2  # so that two compilers work at once
 
 
 class BuildError(RuntimeError):
@@ -91,42 +95,86 @@ def checksum_file(library: Path) -> Path:
     return library.with_name(f"{library.name}.sha256")
 
 
-def build(device_type: str, library: Path, architectures: str = "") -> None:
+def supported_instruction_sets() -> list[str]:
+    """Return the names of the instruction sets that this processor supports, best first."""
+    features: set[str] = set()
+    if len(INSTRUCTION_SETS) > 1:
+        with open("/proc/cpuinfo") as file:
+            line = next((line for line in file if line.startswith("flags")), "")
+        features.update(line.split())
+    return [name for name, needed in INSTRUCTION_SETS.items() if features.issuperset(needed)][::-1]
+
+
+def build(
+    device_type: str,
+    library: Path,
+    *,
+    instruction_sets: Sequence[str] = (),
+    architectures: str = "",
+    locks: Sequence[int] = (),
+) -> None:
     """Compile and link `library`, and write its checksum beside it.
 
-    The library is written first, then its checksum, each atomically and with fsync. An interrupt
-    kills the compilers and removes their files.
+    The library is written first, then its checksum, each atomically and with fsync. The objects are
+    in a folder beside it, which is removed at the end. After an interrupted build, the next build
+    uses the objects that are complete. Hence nothing else may build the same library at the same
+    time, and the objects of other sources must not be in that folder.
 
     Args:
         device_type: "cpu" or "cuda".
         library: the path of the library.
+        instruction_sets: keys of `INSTRUCTION_SETS` to compile the CPU kernels for.
         architectures: the GPU architectures to build for, in the format of TORCH_CUDA_ARCH_LIST.
+        locks: file descriptors of locks. ninja and the compilers inherit them, so that the locks
+            are held while they run, even if this process is killed.
 
     Raises:
-        NotBuiltError: there is no compiler, or nvcc has another major version than PyTorch's CUDA.
+        NotBuiltError: there is no compiler or no ninja, or nvcc has another major version than
+            PyTorch's CUDA.
         BuildError: the compiler failed, or an environment variable is malformed.
         OSError: `library` cannot be written.
     """
     compiler = _compiler(device_type)
+    ninja = _ninja()
     jobs = _jobs()
-    compilations = _compilations(device_type, architectures)
     library = library.absolute()
-    library.parent.mkdir(parents=True, exist_ok=True)
+    sets = f" ({', '.join(instruction_sets)})" if instruction_sets else ""
     print(
-        f"mistral_kernels: compiling the {device_type} operators once, in about one minute, "
-        f"into {library.parent}",
+        f"mistral_kernels: compiling the {device_type} operators{sets}, once, into "
+        f"{library.parent}",
         file=sys.stderr,
     )
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=UNFINISHED) as folder:
-        objects = [os.path.join(folder, f"{i}.o") for i in range(len(compilations))]
-        commands = [
-            [*compiler, "-c", *x, "-o", path] for x, path in zip(compilations, objects, strict=True)
-        ]
-        unfinished = Path(folder, library.name)
-        _run(commands, jobs)
-        link = [*compiler, "-shared", *objects, *_link_flags(device_type), "-o", str(unfinished)]
-        _run([link], jobs)
-        _publish(unfinished, library)
+    folder = library.parent / f"{UNFINISHED}{device_type}"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)  # the age of an abandoned build
+    units = _units(device_type, instruction_sets, architectures)
+    for unit in units:
+        contents = "".join(f'#include "{source}"\n' for source in unit.sources)
+        _write(folder / unit.source, contents)
+    commands = {
+        unit.object: [*compiler, "-c", *unit.options, unit.source, "-o", unit.object]
+        for unit in units
+    }
+    link = [*compiler, "-shared", *commands, *_link_flags(device_type), "-o", _LINKED]
+    rules = ["rule run", "  command = $line", "  description = $out"]
+    for unit in units:
+        line = _ninja_value(commands[unit.object])
+        rules += [f"build {unit.object}: run {unit.source}", f"  line = {line}"]
+    rules += [f"build {_LINKED}: run {' '.join(commands)}", f"  line = {_ninja_value(link)}"]
+    _write(folder / "build.ninja", "\n".join(rules) + "\n")
+    _run([ninja, "-j", str(jobs)], len(units) + 1, folder, locks)
+    _publish(folder / _LINKED, library)
+    shutil.rmtree(folder)
+
+
+def _ninja_value(command: Sequence[str]) -> str:
+    return shlex.join(command).replace("$", "$$")
+
+
+def _write(path: Path, contents: str) -> None:
+    """Write a file unless it has these contents; ninja compiles files again that are newer."""
+    if not path.exists() or path.read_text() != contents:
+        path.write_text(contents)
 
 
 def _publish(unfinished: Path, library: Path) -> None:
@@ -148,60 +196,55 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _run(commands: Sequence[list[str]], jobs: int) -> None:
-    """Run commands in the folder of the sources, at most `jobs` at a time, until one fails.
+def _run(command: Sequence[str], steps: int, folder: Path, locks: Sequence[int]) -> None:
+    """Run ninja. On a terminal, print how many steps are done.
 
-    The commands are started in another thread, because an interrupt is raised in the main thread
-    only. In the main thread, an interrupt between the start of a process and its registration in
-    `running` would leave the process running.
+    If this function is interrupted, ninja ends the compilers and removes their incomplete objects.
     """
-    stop = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "NINJA_STATUS": "[%f/%t] "},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C interrupts this process, which ends ninja
+            pass_fds=locks,
+        )
         try:
-            future = pool.submit(_run_until, stop, commands, jobs)
-            while wait([future], timeout=0.1).not_done:  # a signal might not interrupt a long wait
-                pass
-            future.result()
+            _await(process, steps, output)
         finally:
-            stop.set()
-
-
-def _run_until(stop: threading.Event, commands: Sequence[list[str]], jobs: int) -> None:
-    waiting = list(reversed(commands))
-    running: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
-    try:
-        while (waiting or running) and not stop.is_set():
-            while waiting and len(running) < jobs:
-                running.append(_start(waiting.pop()))
-            finished = [item for item in running if item[0].poll() is not None]
-            for process, output in finished:
-                running.remove((process, output))
-                with output:
-                    output.seek(0)
-                    text = output.read().decode(errors="replace")
-                if process.returncode:
-                    name = str(process.args[0])  # type: ignore[index]
-                    raise BuildError(f"{name} exited with code {process.returncode}\n{text}")
-            if not finished:
-                time.sleep(0.02)
-    finally:
-        for process, output in running:
-            with output, suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # includes its children
+            process.terminate()
             process.wait()
+        text = _read(output)
+    if process.returncode:
+        known = ("[", "ninja: build stopped")
+        details = "\n".join(x for x in text.splitlines() if not x.startswith(known))
+        raise BuildError(f"the compiler failed with code {process.returncode}\n{details}")
 
 
-def _start(command: list[str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-    output = tempfile.TemporaryFile()  # noqa: SIM115, read when the compiler has ended
-    process = subprocess.Popen(
-        command,
-        cwd=SOURCES,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    return process, output
+def _await(process: subprocess.Popen[bytes], steps: int, output: IO[bytes]) -> None:
+    started, width = time.monotonic(), 0
+    while True:
+        try:
+            process.wait(timeout=0.2)
+            break
+        except subprocess.TimeoutExpired:
+            if sys.stderr.isatty():
+                # After an interruption, ninja counts only the remaining steps.
+                counts = re.findall(r"^\[(\d+)/(\d+)\]", _read(output), re.M)
+                done = steps - int(counts[-1][1]) + int(counts[-1][0]) if counts else 0
+                seconds = time.monotonic() - started
+                line = f"mistral_kernels: compiled {done} of {steps} files, {seconds:.0f} s"
+                print(f"\r{line:{width}}", end="", file=sys.stderr, flush=True)
+                width = len(line)
+    if width:
+        print(f"\r{'':{width}}\r", end="", file=sys.stderr, flush=True)
+
+
+def _read(output: IO[bytes]) -> str:
+    return os.pread(output.fileno(), 1 << 24, 0).decode(errors="replace")
 
 
 def _jobs() -> int:
@@ -239,37 +282,89 @@ def _compiler(device_type: str) -> list[str]:
     return [compiler, *(f"-ccbin={word}" for word in cxx[-1:])]  # the word before may be ccache
 
 
-def _compilations(device_type: str, architectures: str) -> list[list[str]]:
-    """Return the compiler arguments of each object, relative to the folder of the sources."""
+def _ninja() -> str:
+    """Return the path of ninja: that of the Python package, or one on PATH."""
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        BIN_DIR = None
+    found = (shutil.which("ninja", path=BIN_DIR) if BIN_DIR else None) or shutil.which("ninja")
+    if found is None:
+        raise NotBuiltError("no ninja: run `pip install ninja`")
+    return os.path.abspath(found)
+
+
+class _Unit(NamedTuple):
+    """Sources that are compiled as one file.
+
+    Attributes:
+        source: name of the file that includes the sources.
+        options: options of the compiler.
+        sources: the sources, relative to csrc.
+    """
+
+    source: str
+    options: list[str]
+    sources: list[str]
+
+    @property
+    def object(self) -> str:
+        """Name of the compiled file."""
+        return f"{self.source}.o"
+
+
+def _units(
+    device_type: str, instruction_sets: Sequence[str] = (), architectures: str = ""
+) -> list[_Unit]:
     flags = [
         *_FLAGS,
         "-DKERNELS_NAMESPACE=mistral_kernels",
         f"-DKERNELS_DEVICE={device_type.upper()}",
+        f"-I{SOURCES}",
         "-isystem",
         str(Path(torch.__file__).parent / "include"),
     ]
     if device_type == "cuda":
         flags += ["-DKERNELS_FOR_CUDA", f"-Xcompiler={','.join(_HOST_FLAGS)}"]
         flags += _gencode(architectures)
-        threads = f"--threads={_jobs()}"
-        kernels = [[*flags, threads, source] for source in _sources("cuda", "*.cu")]
-        return [*([*flags, source] for source in _sources(".")), *kernels]
+        kernels = [*flags, *_KERNEL_FLAGS, f"--threads={_jobs()}"]
+        return [
+            _Unit("kernels.cu", kernels, _sources("cuda", "*.cu")),
+            _Unit("operators.cpp", [*flags, *_OPERATOR_FLAGS], _sources(".")),
+        ]
     flags += _HOST_FLAGS
-    kernels = [
-        [*flags, *options, f"-DINSTRUCTION_SET={name}", source]
-        for name, options in INSTRUCTION_SETS.items()
-        for source in _sources("cpu/kernels")
-    ]
-    return [*([*flags, source] for source in (*_sources("."), *_sources("cpu"))), *kernels]
+    if len(instruction_sets) == 1:
+        flags.append(f"-DONLY_INSTRUCTION_SET={instruction_sets[0]}")
+    units = []
+    for name in instruction_sets:
+        options = [f"-m{feature.replace('_', '')}" for feature in INSTRUCTION_SETS[name]]
+        options += [*flags, *_KERNEL_FLAGS, f"-DINSTRUCTION_SET={name}"]
+        for i, sources in enumerate(_divided(_sources("cpu/kernels"), _UNITS_PER_SET)):
+            units.append(_Unit(f"{name}_{i}.cpp", options, sources))
+    operators = _sources(".") + _sources("cpu")
+    return [*units, _Unit("operators.cpp", [*flags, *_OPERATOR_FLAGS], operators)]
 
 
-def fingerprint(device_type: str, architectures: str) -> str:
+def _divided(sources: Sequence[str], parts: int) -> list[list[str]]:
+    """Divide sources into `parts` lists of about the same number of bytes."""
+    lists: list[list[str]] = [[] for _ in range(parts)]
+    sizes = [0] * parts
+    for size, source in sorted(((SOURCES / x).stat().st_size, x) for x in sources)[::-1]:
+        smallest = sizes.index(min(sizes))
+        lists[smallest].append(source)
+        sizes[smallest] += size
+    return lists
+
+
+def fingerprint(device_type: str, instruction_sets: Sequence[str], architectures: str) -> str:
     """Return a hash, 16 hexadecimal digits, of the sources, the flags and the compiler settings."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.rglob("*")):
         if source.suffix in (".h", ".cpp", ".cu"):
             digest.update(source.read_bytes())
-    compiler = (_FLAGS, _HOST_FLAGS, INSTRUCTION_SETS, os.environ.get("CXX"), platform.machine())
+    flags = (_FLAGS, _HOST_FLAGS, _OPERATOR_FLAGS, _KERNEL_FLAGS, _UNITS_PER_SET)
+    sets = [(name, INSTRUCTION_SETS[name]) for name in instruction_sets]
+    compiler = (flags, sets, os.environ.get("CXX"), platform.machine())
     cuda = (cuda_major(), architectures) if device_type == "cuda" else None
     digest.update(repr((compiler, cuda)).encode())
     return digest.hexdigest()[:16]

@@ -8,7 +8,9 @@ the reason.
 - MISTRAL_KERNELS_BUILD=never: do not compile.
 - MISTRAL_KERNELS_BUILD=always: raise an error if a library that this machine supports can neither
   be found nor built.
-- MISTRAL_KERNELS_CPU: the instruction set of the CPU kernels; by default the best one.
+- MISTRAL_KERNELS_CPU: the instruction set of the CPU kernels; by default the best one that the
+  processor supports. A library is compiled for this set only. With "all", it is compiled for every
+  set, and the best one runs.
 """
 
 from __future__ import annotations
@@ -29,15 +31,18 @@ from mistral_kernels.ops.compiler import (
     BUILD_VARIABLE,
     DEVICE_TYPES,
     INSTALLED,
+    INSTRUCTION_SETS,
     BuildError,
     NotBuiltError,
     build,
     build_setting,
     fingerprint,
     library_name,
+    supported_instruction_sets,
 )
 
 CPU_VARIABLE = "MISTRAL_KERNELS_CPU"
+BUILD_COMMAND = "python -m mistral_kernels build"
 
 
 class _Library(NamedTuple):
@@ -52,8 +57,8 @@ _lock = threading.Lock()
 def load(device_type: str) -> bool:
     """Load csrc's library for `device_type`; return whether there is one.
 
-    The first call may compile the library; it prints a line on stderr then. The result is cached
-    for the process.
+    The first call may compile the library, which takes seconds; it prints a line on stderr then.
+    The result is cached for the process.
 
     Raises:
         ValueError: MISTRAL_KERNELS_BUILD is not auto, never or always, or MISTRAL_KERNELS_CPU is
@@ -65,7 +70,7 @@ def load(device_type: str) -> bool:
     if library is None:
         with _lock:
             if device_type not in _libraries:
-                _libraries[device_type] = _find(device_type)
+                _libraries[device_type] = _find(device_type, compiles=True)
             library = _libraries[device_type]
     return library.is_loaded
 
@@ -88,15 +93,21 @@ def _enable_if_chosen(device_type: str) -> None:
 
 
 def status(device_type: str) -> str:
-    """Return one line: the path that the library was loaded from, or why there is no library."""
+    """Return one line: the path that the library was loaded from, or why there is no library.
+
+    A library that exists is loaded; none is compiled.
+    """
     try:
-        load(device_type)
+        with _lock:
+            library = _libraries.get(device_type) or _find(device_type, compiles=False)
+            if library.is_loaded:
+                _libraries[device_type] = library
     except (RuntimeError, ValueError) as error:
         return f"not loaded: {_one_line(error)}"
-    return _libraries[device_type].status
+    return library.status
 
 
-def _find(device_type: str) -> _Library:
+def _find(device_type: str, compiles: bool) -> _Library:
     setting = build_setting()
     installed = INSTALLED / library_name(device_type)
     reason = _why_unavailable(device_type)
@@ -110,21 +121,23 @@ def _find(device_type: str) -> _Library:
             with _collecting(failures):
                 build_cache.verify_checksum(installed)
                 return _open(device_type, installed)
-        return _from_cache(device_type, setting, failures)
+        return _from_cache(device_type, setting, compiles, failures)
     except (BuildError, OSError) as error:
         failures.append(error)
-    if setting == "always":
+    if setting == "always" and compiles:
         reasons = "\n".join(map(str, failures))
         raise RuntimeError(f"no library for {device_type}, and {BUILD_VARIABLE}=always: {reasons}")
-    if not isinstance(failures[-1], NotBuiltError):
+    if compiles and not isinstance(failures[-1], NotBuiltError):
         remedy = f"{BUILD_VARIABLE}=never stops further attempts"
         print(f"mistral_kernels: {_one_line(failures[-1])}; {remedy}", file=sys.stderr)
     return _Library(False, f"not loaded: {'; '.join(map(_one_line, failures))}")
 
 
-def _from_cache(device_type: str, setting: str, failures: list[Exception]) -> _Library:
-    architectures = _architectures(device_type)
-    folder = build_cache.folder_of(fingerprint(device_type, architectures))
+def _from_cache(
+    device_type: str, setting: str, compiles: bool, failures: list[Exception]
+) -> _Library:
+    sets, architectures = _instruction_sets(device_type), _architectures(device_type)
+    folder = build_cache.folder_of(fingerprint(device_type, sets, architectures))
     cached = folder / library_name(device_type)
     if os.path.lexists(cached):
         is_valid = False
@@ -136,9 +149,17 @@ def _from_cache(device_type: str, setting: str, failures: list[Exception]) -> _L
             raise BuildError(f"{failures.pop()}; remove {folder} to compile it again")
     if setting == "never":
         raise NotBuiltError(f"not compiled, since {BUILD_VARIABLE}=never")
-    with build_cache.locked(folder):
+    if not compiles:
+        raise NotBuiltError(f"not compiled yet; the first use or `{BUILD_COMMAND}` compiles it")
+    with build_cache.locked(folder) as lock:
         if not _is_built_meanwhile(cached):
-            build(device_type, cached, architectures)
+            build(
+                device_type,
+                cached,
+                instruction_sets=sets,
+                architectures=architectures,
+                locks=[lock],
+            )
     return _open(device_type, cached)
 
 
@@ -177,13 +198,29 @@ def _open(device_type: str, library: Path) -> _Library:
 
 def _choose_instruction_set() -> str:
     operators = torch.ops.mistral_kernels
-    supported = operators.instruction_sets().split()
-    setting = os.environ.get(CPU_VARIABLE, supported[0])
+    compiled = operators.instruction_sets().split()
+    chosen = [name for name in _instruction_sets("cpu") if name in compiled]
+    if not chosen:
+        names = ", ".join(compiled) or "none of this processor's instruction sets"
+        raise BuildError(f"the library has kernels for {names}, not for {_instruction_sets('cpu')}")
+    operators.use_instruction_set(chosen[0])
+    return chosen[0]
+
+
+def _instruction_sets(device_type: str) -> list[str]:
+    """Return the instruction sets to compile for, the one to use first."""
+    if device_type != "cpu":
+        return []
+    supported = supported_instruction_sets()
+    setting = os.environ.get(CPU_VARIABLE)
+    if setting is None:
+        return supported[:1]
+    if setting == "all":
+        return [*supported, *(name for name in INSTRUCTION_SETS if name not in supported)]
     if setting not in supported:
-        names = " or ".join(map(repr, supported))
+        names = " or ".join(map(repr, ("all", *supported)))
         raise ValueError(f"{CPU_VARIABLE} must be {names} on this processor, got {setting!r}")
-    operators.use_instruction_set(setting)
-    return setting  # type: ignore[no-any-return]
+    return [setting]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,9 @@ class GenerationStats:
     decode_seconds: float = 0.0
     cache_bytes: int = 0
 
-    def time(self, deltas: Iterator[TextDelta], prompt_tokens: int) -> Iterator[TextDelta]:
+    def time(
+        self, deltas: Iterator[TextDelta], prompt_tokens: int
+    ) -> Generator[TextDelta, None, None]:
         """Yield `deltas` unchanged and measure their time.
 
         The time until the first token counts as prefill, the time after it as decoding.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +131,7 @@ def stream_generate(
     context: Sequence[Sequence[int]] | None = None,
     prefill_chunk: int | None = None,
     standalone: bool = False,
+    progress: Callable[[int], object] | None = None,
 ) -> Iterator[TextDelta]:
     """Generate one text per prompt, and yield one piece of text per generated token.
 
@@ -149,6 +150,8 @@ def stream_generate(
             sliding window, clamped to [512, 4096].
         standalone: the texts are answers, not continuations: remove the space that the tokenizer
             puts before the first word.
+        progress: function that is called with the number of new prompt tokens after each forward
+            pass of the prefill.
 
     Yields:
         The pieces, interleaved in the order of the decode steps.
@@ -180,6 +183,7 @@ def stream_generate(
         cache=cache,
         context=context,
         chunk_size=prefill_chunk,
+        progress=progress,
     )
     for step in steps:
         for index, token in enumerate(step):

@@ -1,6 +1,7 @@
 """Read untrusted files: only regular files of bounded size, and JSON that matches a schema.
 
-`create_anew` creates a file in a folder that may contain untrusted files.
+`create_anew` creates a file in a folder that may contain untrusted files. `write_atomically` writes
+a file that is never incomplete.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -82,6 +84,51 @@ def create_anew(path: Path) -> IO[bytes]:
         os.unlink(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return open(os.open(path, flags, 0o666), "wb")
+
+
+def write_atomically(
+    path: Path, contents: bytes, *, mode: int = 0o666, replace: bool = False
+) -> None:
+    """Write a file that appears under its name only when it is complete and on the disk.
+
+    Args:
+        path: the file.
+        contents: its contents.
+        mode: its permissions, before the umask.
+        replace: replace an existing file.
+
+    Raises:
+        FileExistsError: `path` exists, and `replace` is false.
+        OSError: the file cannot be written.
+    """
+    partial = path.with_name(f".partial-{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        with open(os.open(partial, flags, mode), "wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            os.replace(partial, path)
+        else:
+            _rename_anew(partial, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(partial)
+
+
+def _rename_anew(source: Path, target: Path) -> None:
+    """Rename a file; raise FileExistsError if `target` exists, which os.rename would replace."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if is_taken(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        os.rename(source, target)
 
 
 def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:

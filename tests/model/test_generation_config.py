@@ -14,6 +14,7 @@ from mistral_kernels import MistralForCausalLM
 from mistral_kernels.checkpoint import CheckpointError
 from mistral_kernels.model.generation_config import IGNORED, UNSUPPORTED, GenerationConfig
 from mistral_kernels.tokenizer import TokenizerOutput
+from mistral_kernels.utils.unsupported import TRANSFORMERS
 
 
 @pytest.fixture
@@ -92,24 +93,24 @@ def test_a_model_takes_its_tokens_from_its_configuration(model: MistralForCausal
 
 # Arguments that are not offered, and bad input
 
-REMEDY = (
-    'load the model with transformers and attn_implementation="mistral_kernels" '
-    "(mistral_kernels.integrations.transformers)"
-)
 REFUSED: list[tuple[str, Any, str]] = [
-    ("num_beams", 4, f"num_beams must be None or 1, got 4; {REMEDY}"),
-    ("penalty_alpha", 0.6, f"penalty_alpha must be None or 0.0 or 0, got 0.6; {REMEDY}"),
-    ("prompt_lookup_num_tokens", 3, f"prompt_lookup_num_tokens must be None, got 3; {REMEDY}"),
-    ("constraints", [1], f"constraints must be None, got [1]; {REMEDY}"),
+    ("num_beams", 4, f"num_beams must be None or 1, got 4; {TRANSFORMERS}"),
+    ("penalty_alpha", 0.6, f"penalty_alpha must be None or 0.0 or 0, got 0.6; {TRANSFORMERS}"),
+    (
+        "prompt_lookup_num_tokens",
+        3,
+        f"prompt_lookup_num_tokens must be None, got 3; {TRANSFORMERS}",
+    ),
+    ("constraints", [1], f"constraints must be None, got [1]; {TRANSFORMERS}"),
     (
         "assistant_model",
         torch.nn.Linear(2, 2).requires_grad_(False),
-        f"assistant_model must be None, got Linear(in_features=2, out_features=2, bias=True); {REMEDY}",  # noqa: E501
+        f"assistant_model must be None, got Linear(in_features=2, out_features=2, bias=True); {TRANSFORMERS}",  # noqa: E501
     ),
     (
         "assistant_model",
         torch.nn.Sequential(torch.nn.Identity()),
-        f"assistant_model must be None, got Sequential; {REMEDY}",
+        f"assistant_model must be None, got Sequential; {TRANSFORMERS}",
     ),
     (
         "no_repeat_ngram_size",
@@ -129,7 +130,11 @@ REFUSED: list[tuple[str, Any, str]] = [
         "encoder_repetition_penalty must be None or 1.0 or 1, got 1.5; "
         "pass logits_processor=[transformers.EncoderRepetitionPenaltyLogitsProcessor(...)]",
     ),
-    ("output_attentions", True, f"output_attentions must be None or False, got True; {REMEDY}"),
+    (
+        "output_attentions",
+        True,
+        f"output_attentions must be None or False, got True; {TRANSFORMERS}",
+    ),
     (
         "past_key_values",
         (),
@@ -138,7 +143,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     (
         "inputs_embeds",
         torch.zeros(1, 4, 8),
-        f"inputs_embeds must be None, got Tensor; give input_ids, or {REMEDY}",
+        f"inputs_embeds must be None, got Tensor; give input_ids, or {TRANSFORMERS}",
     ),
     (
         "token_type_ids",
@@ -149,7 +154,7 @@ REFUSED: list[tuple[str, Any, str]] = [
         "cache_implementation",
         "quantized",
         "cache_implementation must be None or 'dynamic' or 'static' or 'offloaded' or "
-        f"'offloaded_static' or 'hybrid' or 'sliding_window', got 'quantized'; {REMEDY}",
+        f"'offloaded_static' or 'hybrid' or 'sliding_window', got 'quantized'; {TRANSFORMERS}",
     ),
 ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 
 import pytest
@@ -23,7 +22,7 @@ def fill_fresh_memory(byte: int) -> None:
 
 
 @pytest.fixture(params=compiler.INSTRUCTION_SETS)
-def operators(request, monkeypatch):
+def operators(request):
     """Return the operators, running csrc's kernels for one instruction set."""
     if not extension.load("cpu"):
         pytest.skip(extension.status("cpu"))
@@ -31,14 +30,11 @@ def operators(request, monkeypatch):
     best, *others = library.instruction_sets().split()
     if request.param not in (best, *others):
         pytest.skip(f"this processor has no {request.param}")
-    usual = os.environ.get(extension.CPU_VARIABLE, best)
-    monkeypatch.setenv(extension.CPU_VARIABLE, request.param)
-    monkeypatch.setattr(extension, "_libraries", {})
-    assert extension.status("cpu").endswith(f", kernels for {request.param}")
+    library.use_instruction_set(request.param)
     fill_fresh_memory(0x80)
     yield library
     fill_fresh_memory(0)
-    library.use_instruction_set(usual)
+    library.use_instruction_set(best)
     torch.set_num_threads(1)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from support.builds import caching_compiler, fake_compiler, finish, libraries, needs_compiler, start
 
-from mistral_kernels.ops import build_cache, extension
+from mistral_kernels.ops import build_cache, compiler, extension
 from mistral_kernels.ops.compiler import BuildError, checksum_file
 
 
@@ -141,15 +141,15 @@ def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         pass
 
 
-def test_files_of_killed_builds_are_removed(tmp_path: Path) -> None:
-    """In other folders, which are not locked, only old files are removed."""
-    for folder, age in (("here", 0), ("old", 7200), ("new", 0)):
+def test_old_objects_of_other_libraries_are_removed(tmp_path: Path) -> None:
+    """The objects in the locked folder are kept; the next build uses them."""
+    for folder, age in (("here", 7200), ("old", 7200), ("new", 0)):
         made = tmp_path / folder / ".building-x"
         made.mkdir(parents=True)
-        (made / "0.o").write_bytes(b"object")
+        (made / "x.o").write_bytes(b"object")
         os.utime(made, (time.time() - age,) * 2)
     with build_cache.locked(tmp_path / "here"):
-        assert unfinished(tmp_path) == ["new"]
+        assert sorted(unfinished(tmp_path)) == ["here", "new"]
 
 
 @pytest.mark.parametrize(
@@ -169,24 +169,101 @@ def test_malformed_variables(variables: dict[str, str], reason: str, tmp_path: P
     assert error == f"mistral_kernels: {reason}; {remedy}\n"
 
 
+def counting_compiler(folder: Path, first: str = ":") -> str:
+    """Write a compiler that makes empty objects, and a library without operators.
+
+    It appends the name of each object to the file "compiled". `first` is a shell command that runs
+    once, before all others.
+    """
+    (folder / "x.c").write_text("int x;")
+    return fake_compiler(
+        folder,
+        f"if mkdir {folder}/begun 2>/dev/null; then echo $$ >{folder}/pid; {first}; fi",
+        "for out; do :; done  # the last argument",
+        '[ "$1" = -c ] || exec cc -shared -fPIC -o "$out" ' + f"{folder}/x.c",
+        f'touch "$out"; echo "$out" >>{folder}/compiled',
+    )
+
+
+def complete_objects(cache: Path) -> set[str]:
+    """Return the names of the objects that ninja has recorded as complete."""
+    logs = (path.read_text() for path in cache.rglob(".ninja_log"))
+    return {word for log in logs for word in log.split() if word.endswith(".o")}
+
+
+def number_of_units() -> int:
+    return len(compiler._units("cpu", compiler.supported_instruction_sets()[:1]))
+
+
 @needs_compiler
-def test_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
-    """Ctrl-C ends the compilers at once and removes their files."""
-    compiler = fake_compiler(tmp_path, f"echo $$ >>{tmp_path}/begun", "sleep 100")
-    process = start(tmp_path / "cache", CXX=compiler, MAX_JOBS="2")
-    await_file(tmp_path / "begun", process)
-    process.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_build_keeps_complete_objects(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C ends the compilers at once. If Python is killed, they finish their work."""
+    cxx = counting_compiler(tmp_path, "sleep 5")
+    cache = tmp_path / "cache"
+    process = start(cache, CXX=cxx, MAX_JOBS="2")
+    await_condition(lambda: complete_objects(cache), process)  # made by the second compiler
+    process.send_signal(number)
     _, error = process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGINT
-    assert "KeyboardInterrupt" in error
-    assert unfinished(tmp_path) == []
-    for pid in (tmp_path / "begun").read_text().split():
-        assert not Path("/proc", pid).exists()
+    assert process.returncode == -number
+    if number == signal.SIGINT:
+        assert "KeyboardInterrupt" in error
+        assert not Path("/proc", (tmp_path / "pid").read_text().strip()).exists()
+        assert libraries(cache) == []
+    complete = complete_objects(cache)
+    _, status, _ = finish(start(cache, CXX=cxx))
+    assert "it does not define the operators" in status
+    compiled = (tmp_path / "compiled").read_text().split()
+    assert len(set(compiled)) == number_of_units()
+    assert [compiled.count(name) for name in complete] == [1] * len(complete)
+    assert unfinished(cache) == []
 
 
-def await_file(path: Path, process: subprocess.Popen[str]) -> None:
+@needs_compiler
+def test_four_processes_compile_once(tmp_path: Path) -> None:
+    cxx = counting_compiler(tmp_path)
+    processes = [start(tmp_path / "cache", CXX=cxx) for _ in range(4)]
+    errors = [finish(process)[2] for process in processes]
+    assert sum("compiling the cpu operators" in error for error in errors) == 1
+    assert len((tmp_path / "compiled").read_text().split()) == number_of_units()
+
+
+@needs_compiler
+def test_status_does_not_compile(tmp_path: Path) -> None:
+    code = 'from mistral_kernels.ops import extension; print(extension.status("cpu"))'
+    out, error = start(tmp_path, code).communicate(timeout=60)
+    assert out == (
+        "not loaded: not compiled yet; the first use or `python -m mistral_kernels build` compiles "
+        "it\n"
+    )
+    assert error == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_compiler
+def test_without_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(compiler.NotBuiltError, match=r"^no ninja: run `pip install ninja`$"):
+        compiler._ninja()
+    (tmp_path / "ninja").write_text("")
+    (tmp_path / "ninja").chmod(0o755)
+    assert compiler._ninja() == str(tmp_path / "ninja")
+
+
+def test_paths_are_quoted_for_ninja_and_the_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "$a b'c"
+    folder.mkdir()
+    monkeypatch.setenv("CXX", f"'{counting_compiler(tmp_path)}' '-I$x y'")
+    compiler.build("cpu", folder / "$l b.so", instruction_sets=["plain"])
+    assert {path.name for path in folder.iterdir()} == {"$l b.so", "$l b.so.sha256"}
+
+
+def await_condition(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
-    while not path.exists():
+    while not condition():
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
@@ -200,9 +277,9 @@ def test_library_is_built_once(tmp_path: Path, cxx: str) -> None:
     (library,) = libraries(tmp_path)
     assert loaded
     assert status == f"loaded from {library}"
+    best = compiler.supported_instruction_sets()[0]
     assert error.splitlines() == [
-        f"mistral_kernels: compiling the cpu operators once, in about one minute, "
-        f"into {library.parent}"
+        f"mistral_kernels: compiling the cpu operators ({best}), once, into {library.parent}"
     ]
     names = {path.name for path in library.parent.iterdir()}
     assert names == {library.name, checksum_file(library).name, ".lock"}
@@ -220,7 +297,7 @@ def test_one_process_builds_while_others_wait(tmp_path: Path, cxx: str) -> None:
     assert [result[:2] for result in results] == 3 * [(True, f"loaded from {library}")]
     lines = [line for *_, error in results for line in error.splitlines()]
     assert sum("compiling the cpu operators" in line for line in lines) == 1
-    assert {line for line in lines if "compiling the cpu" not in line} <= {
+    assert {line for line in lines if "compiling the cpu operators" not in line} <= {
         f"mistral_kernels: waiting for a process that compiles {library.parent}"
     }
 
@@ -228,15 +305,15 @@ def test_one_process_builds_while_others_wait(tmp_path: Path, cxx: str) -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_build_after_a_killed_build(tmp_path: Path, cxx: str) -> None:
-    """The lock and the files of the killed build do not prevent the next build."""
+    """The killed build ends, or continues while the next one waits; then the next one succeeds."""
     wrapper = fake_compiler(
         tmp_path,
-        f"if [ ! -e {tmp_path}/begun ]; then touch {tmp_path}/begun; exec sleep 100; fi",
+        f"if [ ! -e {tmp_path}/begun ]; then touch {tmp_path}/begun; exec sleep 3; fi",
         f'exec {cxx} "$@"',
     )
     cache = tmp_path / "cache"
     killed = start(cache, CXX=wrapper, MAX_JOBS="1")
-    await_file(tmp_path / "begun", killed)
+    await_condition((tmp_path / "begun").exists, killed)
     killed.kill()
     killed.wait()
     assert libraries(cache) == []

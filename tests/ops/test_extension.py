@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from support.builds import fake_compiler, finish, libraries, start
+from support.builds import fake_compiler, finish, libraries, needs_compiler, start
 from support.helpers import FLOATS
 from support.rolling_cache_cases import (
     CASES,
@@ -182,3 +184,33 @@ def test_installed_library_has_precedence(tmp_path, monkeypatch):
 )
 def test_gencode_flags(listed, codes):
     assert compiler._gencode(listed) == [f"-gencode=arch=compute_{code}" for code in codes]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_wheel_holds_the_library_for_every_instruction_set(tmp_path):
+    """It runs without a compiler and without a writable cache."""
+    root, source, target = Path(__file__).parents[2], tmp_path / "source", tmp_path / "installed"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so*")
+    for name in ("mistral_kernels", "csrc"):
+        shutil.copytree(root / name, source / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    options = ["--no-deps", "--no-index"]
+    subprocess.run(
+        [*pip, "wheel", "--no-build-isolation", *options, "-w", str(tmp_path), str(source)],
+        env={**os.environ, "MISTRAL_KERNELS_BUILD": "always", "TORCH_CUDA_ARCH_LIST": "9.0"},
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.search(r"-py3-none-(linux|macosx)_\w+\.whl$", wheel.name)
+    subprocess.run([*pip, "install", *options, "--target", str(target), str(wheel)], check=True)
+    library = target / "mistral_kernels" / "csrc" / compiler.library_name("cpu")
+    supported = compiler.supported_instruction_sets()
+    for setting in ({}, *({extension.CPU_VARIABLE: name} for name in supported)):
+        environment = {**setting, "PYTHONPATH": str(target), "PATH": ""}
+        loaded, status, error = finish(start(tmp_path / "no cache", **environment))
+        assert loaded
+        assert status == f"loaded from {library}"
+        assert error == ""

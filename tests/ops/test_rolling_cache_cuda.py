@@ -65,12 +65,12 @@ class CudaUpdate:
         )
         source, library = folder / "capture.cpp", folder / "rolling_cache_capture.so"
         source.write_text(CAPTURE)
-        commands = compiler._compilations("cpu", "")
-        (operators,) = (x for x in commands if x[-1] == "rolling_cache.cpp")
-        operators[operators.index("-DKERNELS_NAMESPACE=mistral_kernels")] = (
+        options = compiler._units("cpu", ["plain"])[-1].options
+        options[options.index("-DKERNELS_NAMESPACE=mistral_kernels")] = (
             f"-DKERNELS_NAMESPACE={CAPTURED}"
         )
-        command = [*compiler._compiler("cpu"), "-shared", "-I.", *operators, str(source)]
+        command = [*compiler._compiler("cpu"), "-shared", *options]
+        command += ["rolling_cache.cpp", str(source)]
         command += [*compiler._link_flags("cpu"), "-o", str(library)]
         subprocess.run(command, cwd=compiler.SOURCES, check=True)
         for operator in (rolling_cache.update_op, rolling_cache._rotary_update_op):
@@ -217,5 +217,6 @@ def test_library_compiles_for_every_architecture(tmp_path):
         pytest.skip("nvcc is not installed")
     numbers = [str(target.arch) for target in TARGETS.values() if target.backend == "cuda"]
     library = tmp_path / compiler.library_name("cuda")
-    compiler.build("cuda", library, ";".join(f"{n[:-1]}.{n[-1]}" for n in numbers))
+    architectures = ";".join(f"{n[:-1]}.{n[-1]}" for n in numbers)
+    compiler.build("cuda", library, architectures=architectures)
     assert b"rolling_cache_update" in library.read_bytes()

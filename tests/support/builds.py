@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mistral_kernels.ops.compiler import BUILD_VARIABLE
+from mistral_kernels.ops.extension import CPU_VARIABLE
 
 needs_compiler = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
@@ -24,9 +25,10 @@ print(extension.load("cpu"), extension.status("cpu"), sep="\\n")
 
 def start(cache: Path, code: str = STATUS, **environment: str) -> subprocess.Popen[str]:
     settings = {"TORCH_EXTENSIONS_DIR": str(cache), BUILD_VARIABLE: "auto", **environment}
+    inherited = {name: value for name, value in os.environ.items() if name != CPU_VARIABLE}
     return subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**os.environ, **settings},
+        env={**inherited, **settings},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -23,7 +23,6 @@ constexpr int kVecs = 2;
 constexpr int kCols = kVecs * kLanes;
 constexpr int kBlockRows = 8 * kRows;  // or the number of query heads per kv head, if larger
 constexpr int kMaxHeadDim = 256;
-constexpr float kInfinity = __builtin_inff();
 
 static_assert(kKeyBlock % kCols == 0, "kKeyBlock must be a multiple of kCols");
 

@@ -7,8 +7,8 @@
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
-constexpr int kBlock = 512;  // logits per block; as float32 they fit in L1
-constexpr float kLargest = 3.4028235e38f, kInfinity = __builtin_inff();
+constexpr int kLogits = 512;  // logits per block; as float32 they fit in L1
+constexpr float kLargest = 3.4028235e38f;
 
 // Sums over a row of logits. Its log-sum-exp is max + log(exps). The two terms are kept apart,
 // because adding a large `max` would round away log(exps).
@@ -25,9 +25,9 @@ template <typename T>
 Sums sums(const Softmax& s, const T* logits) {
   float row_max = -kLargest;
   Vec exps = {}, total = {};  // summed per block first, which reduces the rounding error
-  for (int64_t begin = 0; begin < s.vocab; begin += kBlock) {
-    const int count = s.vocab - begin < kBlock ? static_cast<int>(s.vocab - begin) : kBlock;
-    float block[kBlock];
+  for (int64_t begin = 0; begin < s.vocab; begin += kLogits) {
+    const int count = s.vocab - begin < kLogits ? static_cast<int>(s.vocab - begin) : kLogits;
+    float block[kLogits];
     Vec block_max = splat(-kInfinity), block_exps = {}, block_total = {};
     for_each_vector(count, [&](int64_t i, int lanes) {
       Vec z = capped(load(logits + begin + i, lanes), s.softcap);

@@ -9,9 +9,9 @@ namespace kernels::INSTRUCTION_SET {
 namespace {
 
 // Tile sizes, chosen so that accumulators and factors stay in registers.
-constexpr int kHeads = 4, kKeys = kRegisters == 32 ? 4 : 2, kVecs = kRegisters == 32 ? 4 : 2;
-constexpr int kBlock = 64;       // keys per block, at most
-constexpr int kFetchAhead = 12;  // keys
+constexpr int kHeads = 4, kKeys = kRegisters == 32 ? 4 : 2, kValueVecs = kKeys;
+constexpr int kKeysOfBlock = 64;  // at most
+constexpr int kKeysAhead = 12;    // distance of the second prefetch
 
 // The result of a split for one query head. Weights are exp(score - max); `total` is their sum.
 struct Partial {
@@ -62,7 +62,7 @@ INLINE Block<T> block_at(const Decode& d, const Item& item, const void* cache,
   const int64_t slot = position % d.capacity, in_page = slot % d.page_size;
   int64_t count = d.page_size - in_page;
   if (count > item.span.end - position) count = item.span.end - position;
-  if (count > kBlock) count = kBlock;
+  if (count > kKeysOfBlock) count = kKeysOfBlock;
   int64_t outer = d.rows ? d.rows[item.sequence] : item.sequence;
   if (d.block_table) outer = d.block_table[item.sequence * d.max_pages + slot / d.page_size];
   const T* data = static_cast<const T*>(cache) + outer * strides[0] + in_page * strides[1] +
@@ -71,11 +71,11 @@ INLINE Block<T> block_at(const Decode& d, const Item& item, const void* cache,
 }
 
 // While `key` of `block` is processed, prefetches the same key of the next block, and once more the
-// key kFetchAhead keys ahead, because the processor may have dropped its earlier prefetch.
+// key kKeysAhead keys ahead, because the processor may have dropped its earlier prefetch.
 template <typename T>
 INLINE void fetch_ahead(Block<T> block, Block<T> next, int key, int64_t begin, int64_t size) {
   next.fetch(key, begin, size);
-  block.fetch(key + kFetchAhead, begin, size);
+  block.fetch(key + kKeysAhead, begin, size);
 }
 
 // Calls body(block, next) for each block of an item. `next` is the block to prefetch: the following
@@ -107,7 +107,7 @@ INLINE void score_keys(const Decode& d, Rows<T> keys, Rows<T> queries, float* sc
 
 // Replaces the scores of a head by its softmax weights, without the division by their sum.
 INLINE void softmax_weights(float* scores, int count, float scale, Partial* result) {
-  Vec largest = splat(-__builtin_inff()), total = {};
+  Vec largest = splat(-kInfinity), total = {};
   for (int i = count; i % kLanes; ++i) scores[i] = largest[0];
   for (int i = 0; i < count; i += kLanes) largest = max(largest, load(scores + i) * scale);
   result->max = max(largest);
@@ -182,11 +182,12 @@ void attend(const Decode& d, const Item& item, int64_t head, Block<T> after) {
     __builtin_memset(sums + i * sums_stride, 0, d.head_dim * sizeof(float));
   }
   for_each_block<T>(d, item, d.v_cache, d.v_strides, after, [&](Block<T> block, Block<T> next) {
-    constexpr int kSize = kVecs * kLanes;
+    constexpr int kSize = kValueVecs * kLanes;
     const float* weights = scores + block.first;
     int64_t begin = 0;
     for (; begin + kSize <= d.head_dim; begin += kSize) {
-      add_values<kTileHeads, kVecs>(block, next, begin, kSize, weights, sums + begin, sums_stride);
+      add_values<kTileHeads, kValueVecs>(block, next, begin, kSize, weights, sums + begin,
+                                         sums_stride);
     }
     for (; begin < d.head_dim; begin += kLanes) {
       const int64_t left = d.head_dim - begin;
@@ -218,7 +219,7 @@ void combine_items(const Decode& d, int64_t begin, int64_t end) {
     const int64_t head = item % d.num_heads, sequence = item / d.num_heads;
     const Span span = visible(d, sequence);
     const int64_t splits = (span.end - span.begin + kSplit - 1) / kSplit;
-    float largest = -__builtin_inff(), total = 0;
+    float largest = -kInfinity, total = 0;
     for (int64_t split = 0; split < splits; ++split) {
       const float other = partial(d, sequence, split, head)->max;
       largest = other > largest ? other : largest;

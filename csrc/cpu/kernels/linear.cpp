@@ -9,7 +9,7 @@ namespace {
 
 // Rows of x per tile, chosen so that the accumulators and the loaded values of x and the weight
 // (`Factor`) stay in registers.
-constexpr int kRows = kRegisters == 32 ? 4 : 2;
+constexpr int kRowsPerTile = kRegisters == 32 ? 4 : 2;
 
 // Computes kLanes outputs for a single row of x, one output after the other. The weight is read
 // sequentially, where the hardware prefetcher is faster than software prefetches. (For int8
@@ -113,11 +113,12 @@ void rows(const Linear& l, char* scratch, int64_t row, int64_t count, int64_t ou
 // Computes kOuts outputs for all rows of x, in tiles of nearly equal numbers of rows.
 template <int kOuts, typename T, typename W>
 void outputs(const Linear& l, char* scratch, int64_t out) {
-  const int64_t tiles = (l.rows + kRows - 1) / kRows, base = l.rows / tiles, more = l.rows % tiles;
+  const int64_t tiles = (l.rows + kRowsPerTile - 1) / kRowsPerTile;
+  const int64_t base = l.rows / tiles, more = l.rows % tiles;
   if (tiles == 1) scratch = nullptr;
   for (int64_t i = 0, row = 0; i < tiles; ++i) {
     const int64_t count = base + (i < more);
-    rows<kOuts, kRows, T, W>(l, scratch, row, count, out);
+    rows<kOuts, kRowsPerTile, T, W>(l, scratch, row, count, out);
     row += count;
   }
 }

@@ -7,8 +7,8 @@
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
-constexpr int kBlock = 256;      // channels per block; all heads share the angles of a block
-constexpr int kFetchAhead = 16;  // heads
+constexpr int kChannels = 256;   // channels per block; all heads share the angles of a block
+constexpr int kHeadsAhead = 16;  // distance of the prefetches
 
 // The heads of one token and their output. `out` may be `x`. Strides are in elements.
 template <typename T>
@@ -21,7 +21,7 @@ struct TokenHeads {
 // The angles of one token for a block of channels. Half-split: the cosine and sine of each pair.
 // Interleaved: for each channel, the factors of the channel itself and of its partner in the pair.
 struct Angles {
-  float cos[kBlock], sin[kBlock];
+  float cos[kChannels], sin[kChannels];
 };
 
 INLINE Vec swap_pairs(Vec x) {
@@ -38,8 +38,8 @@ void rotate_block(const TokenHeads<T>& t, int64_t first, int count, int64_t half
   for (int64_t head = 0; head < t.heads; ++head) {
     const T* x = t.x + head * t.x_stride + first;
     T* out = t.out + head * t.out_stride + first;
-    const T* next = x + kFetchAhead * t.x_stride;
-    T* next_out = out + kFetchAhead * t.out_stride;
+    const T* next = x + kHeadsAhead * t.x_stride;
+    T* next_out = out + kHeadsAhead * t.out_stride;
     for_each_vector(count, [&](int64_t i, int lanes) {
       __builtin_prefetch(next + i, 0, 2);
       __builtin_prefetch(next_out + i, 1, 2);
@@ -62,8 +62,8 @@ template <typename T>
 void rotate_token(const TokenHeads<T>& q, const TokenHeads<T>& k, const float* cos,
                   const float* sin, int64_t head_dim, bool interleaved, float sign) {
   const int64_t half = interleaved ? 0 : head_dim / 2, size = head_dim - half;
-  for (int64_t first = 0; first < size; first += kBlock) {
-    const int count = size - first < kBlock ? static_cast<int>(size - first) : kBlock;
+  for (int64_t first = 0; first < size; first += kChannels) {
+    const int count = size - first < kChannels ? static_cast<int>(size - first) : kChannels;
     Angles angles = {};
     for (int i = 0; i < count; ++i) {
       const int64_t pair = half ? first + i : (first + i) / 2;

@@ -6,6 +6,8 @@
 // Therefore everything here has internal linkage, and kernels use only types of the standard
 // library.
 //
+// ops/compiler.py compiles several kernels as one file, so their names must differ.
+//
 // The compiler does not contract a * b + c. Only fma() uses fused multiply-adds, if the instruction
 // set has them.
 #pragma once
@@ -24,6 +26,8 @@ namespace kernels::INSTRUCTION_SET {
 namespace {
 
 #define INLINE __attribute__((always_inline)) inline
+
+constexpr float kInfinity = __builtin_inff();
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
