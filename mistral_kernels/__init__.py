@@ -19,6 +19,7 @@ from mistral_kernels.flash_attn import (
 )
 from mistral_kernels.model.cache import RollingCache
 from mistral_kernels.model.config import MistralConfig
+from mistral_kernels.model.generation_config import GenerationConfig
 from mistral_kernels.model.sampling import Sampler
 from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ops.attention import attention, rolling_cache_attention
@@ -27,11 +28,17 @@ from mistral_kernels.ops.rms_norm import rms_norm
 from mistral_kernels.ops.rolling_cache import rolling_cache_update_
 from mistral_kernels.ops.rotary import apply_rotary, apply_rotary_, rotary_tables
 from mistral_kernels.ops.swiglu import swiglu
-from mistral_kernels.tokenizer import MistralTokenizer
+from mistral_kernels.text.pipeline import pipeline
+from mistral_kernels.tokenizer import AutoTokenizer, MistralTokenizer
+
+AutoModelForCausalLM = MistralForCausalLM  # so that only the import of a model card changes
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "GenerationConfig",
     "MistralConfig",
     "MistralForCausalLM",
     "MistralTokenizer",
@@ -48,6 +55,7 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "linear_cross_entropy",
+    "pipeline",
     "rms_norm",
     "rolling_cache_attention",
     "rolling_cache_update_",

@@ -159,7 +159,8 @@ def _generate(args: argparse.Namespace, world: World) -> None:
     )
     if args.chat:  # the first use of a template imports its library, and may find an error
         system = [{"role": "system", "content": args.system}] if args.system else []
-        tokenizer.apply_chat_template([*system, {"role": "user", "content": "Hello"}])
+        messages = [*system, {"role": "user", "content": "Hello"}]
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     extension.load(device.type)  # here, so that compilation does not count as prompt time
     stats.load_seconds = time.perf_counter() - started
     options = {

@@ -58,7 +58,7 @@ def test_answers_equal_those_without_a_cache(
     history = [{"role": "system", "content": system}] if system else []
     for message in MESSAGES:
         history.append({"role": "user", "content": message})
-        whole = tokenizer.apply_chat_template(history)
+        whole = tokenizer.apply_chat_template(history, return_dict=False)
         (expected,) = generate(model, tokenizer, [whole], max_tokens=15, standalone=True)
         answer, computed = send(conversation, message, max_tokens=15)
         assert answer == expected.text
@@ -72,7 +72,7 @@ def test_tokens_in_the_cache_are_not_computed_again(tokenizer: MistralTokenizer)
     conversation = Conversation(make_model(None), tokenizer)
     _, first = send(conversation, MESSAGES[0], max_tokens=1)
     prompt = conversation.prompt_for(MESSAGES[1])
-    whole = tokenizer.apply_chat_template(conversation.messages)
+    whole = tokenizer.apply_chat_template(conversation.messages, return_dict=False)
     assert prompt == whole[first:], "all tokens of the first message and answer are kept"
 
 
@@ -85,7 +85,7 @@ def test_answers_are_tokenized_as_they_were_generated(tokenizer: MistralTokenize
     conversation.model.stream = lambda *a, **k: ([token] for token in deltas)  # type: ignore
     assert "".join(d.text for d in conversation.reply(prompt)) == "I am fine, and you?"
     again = conversation.tokenizer.apply_chat_template(
-        [*conversation.messages, {"role": "user", "content": "Well"}]
+        [*conversation.messages, {"role": "user", "content": "Well"}], return_dict=False
     )
     assert again[: len(prompt) + len(answer) + 1] == [*prompt, *answer, 2]
 
@@ -126,12 +126,12 @@ def test_the_oldest_turns_are_dropped(tokenizer: MistralTokenizer, system: str |
     for number in range(8):
         message = " ".join(random.choices(["word", "and", "or"], k=random.randint(1, 8)))
         history.append({"role": "user", "content": message})
-        whole = tokenizer.apply_chat_template(history)
+        whole = tokenizer.apply_chat_template(history, return_dict=False)
         expected_dropped = 0
         while len(whole) + room - 1 > context and len(history) > first + 1:
             del history[first : first + 2]
             expected_dropped += 1
-            whole = tokenizer.apply_chat_template(history)
+            whole = tokenizer.apply_chat_template(history, return_dict=False)
         prompt = conversation.prompt_for(message, room)
         assert conversation.dropped == expected_dropped
         assert conversation.messages == history
@@ -164,7 +164,7 @@ def test_the_last_answer_is_generated_again(
     conversation.regenerate()  # and no reply, as after an interrupt
     answer, _ = send(conversation, MESSAGES[2], max_tokens=4)
     assert conversation.messages[:-2] == kept
-    whole = tokenizer.apply_chat_template(conversation.messages[:-1])
+    whole = tokenizer.apply_chat_template(conversation.messages[:-1], return_dict=False)
     (expected,) = generate(conversation.model, tokenizer, [whole], max_tokens=4, standalone=True)
     assert answer == expected.text
 
@@ -190,7 +190,7 @@ def test_the_system_message_can_be_replaced(tokenizer: MistralTokenizer) -> None
         assert [m for m in conversation.messages if m["role"] != "system"] == turns
         history = [{"role": "system", "content": system}] if system else []
         whole = tokenizer.apply_chat_template(
-            [*history, *turns, {"role": "user", "content": "More"}]
+            [*history, *turns, {"role": "user", "content": "More"}], return_dict=False
         )
         (expected,) = generate(model, tokenizer, [whole], max_tokens=5, standalone=True)
         assert send(conversation, "More", max_tokens=5)[0] == expected.text
@@ -247,7 +247,7 @@ def test_an_interrupt_leaves_a_consistent_conversation(
         if history and history[-1]["role"] == "user":
             history.pop()
         history.append({"role": "user", "content": "Why?"})
-        whole = tokenizer.apply_chat_template(history)
+        whole = tokenizer.apply_chat_template(history, return_dict=False)
         (expected,) = generate(model, tokenizer, [whole], max_tokens=5, standalone=True)
         assert send(conversation, "Why?", max_tokens=5)[0] == expected.text, name
     assert interrupted >= {"apply_chat_template", "drop", "packing", "forward", "_settle"}
@@ -291,7 +291,7 @@ def test_an_incomplete_answer_is_kept(tokenizer: MistralTokenizer) -> None:
     reply.close()
     assert conversation.messages[-1] == {"role": "assistant", "content": text}
     whole = tokenizer.apply_chat_template(
-        [*conversation.messages, {"role": "user", "content": "More"}]
+        [*conversation.messages, {"role": "user", "content": "More"}], return_dict=False
     )
     (expected,) = generate(model, tokenizer, [whole], max_tokens=10, standalone=True)
     assert send(conversation, "More", max_tokens=10)[0] == expected.text
@@ -327,7 +327,7 @@ def test_a_template_that_renders_no_tokens_raises_an_error(
     """The error names the template, and the message is not kept."""
     conversation = Conversation(make_model(7), tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(MistralTokenizer, "apply_chat_template", lambda *_: [])
+        patch.setattr(MistralTokenizer, "apply_chat_template", lambda *_, **__: [])
         with pytest.raises(ValueError, match=f"the chat template in {DATA} must render a prompt"):
             conversation.prompt_for("Hello")
     assert conversation.messages == []

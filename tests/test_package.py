@@ -182,6 +182,11 @@ OPERATORS = {
         "hidden, weight, targets, ignore_index=-100, reduction='mean', label_smoothing=0.0, "
         "z_loss=0.0, softcap=0.0"
     ),
+    "pipeline": (
+        "task='text-generation', model=None, *, tokenizer=None, dtype=None, torch_dtype=None, "
+        "device=None, device_map=None, trust_remote_code=None, use_fast=None, model_kwargs=None, "
+        "**options"
+    ),
     "rms_norm": "x, weight, eps=1e-05, residual=None",
     "rolling_cache_attention": (
         "q, k, v, k_cache, v_cache, lengths, cu_seqlens, max_seqlen, *, sliding_window, "
@@ -194,7 +199,16 @@ OPERATORS = {
     "rotary_tables": "num_positions, head_dim, theta, device='cpu'",
     "swiglu": "gate, up=None",
 }
-CLASSES = {"MistralConfig", "MistralForCausalLM", "MistralTokenizer", "RollingCache", "Sampler"}
+CLASSES = {
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "GenerationConfig",
+    "MistralConfig",
+    "MistralForCausalLM",
+    "MistralTokenizer",
+    "RollingCache",
+    "Sampler",
+}
 
 
 def test_public_signatures_are_unchanged():

@@ -67,7 +67,7 @@ def test_logits_equal_those_of_the_dequantized_weights(
     ids = torch.randint(SMALL.vocab_size, (3, 20))
     results = []
     for model in models:
-        whole = model(ids)
+        whole = model(ids).logits
         with torch.inference_mode():
             cache = model.new_cache(3, 20)
             steps = [model.prefill(ids[:, :9].tolist(), cache)]
@@ -101,12 +101,12 @@ def test_casting_changes_neither_int8_weights_nor_scales() -> None:
     model = MistralForCausalLM.from_pretrained("tiny", quantize="int8")
     assert model.dtype == model.new_cache(1, 4).keys[0].dtype == torch.bfloat16
     ids = torch.randint(2048, (1, 40))
-    before = model(ids)
+    before = model(ids).logits
     assert before.dtype == torch.bfloat16
     model.to(torch.float32)
     assert model.dtype == torch.float32
-    assert model(ids).dtype == torch.float32
-    assert torch.equal(model.to(torch.bfloat16)(ids), before)
+    assert model(ids).logits.dtype == torch.float32
+    assert torch.equal(model.to(torch.bfloat16)(ids).logits, before)
 
 
 def test_unsupported_uses_raise_an_error(tmp_path: Path) -> None:
@@ -131,13 +131,14 @@ def test_unsupported_uses_raise_an_error(tmp_path: Path) -> None:
 
 def test_without_csrc_pytorch_runs_with_a_warning(monkeypatch: Any, caplog: Any) -> None:
     ids = torch.randint(2048, (1, 40))
-    expected = MistralForCausalLM.from_pretrained("tiny", quantize="int8", dtype=torch.float32)(ids)
+    options = {"quantize": "int8", "dtype": torch.float32}
+    expected = MistralForCausalLM.from_pretrained("tiny", **options)(ids).logits
     assert not caplog.records or not extension.load("cpu")
     monkeypatch.setattr(extension, "load", lambda device_type: None)
     with caplog.at_level("WARNING"):
-        model = MistralForCausalLM.from_pretrained("tiny", quantize="int8", dtype=torch.float32)
+        model = MistralForCausalLM.from_pretrained("tiny", **options)
     assert "slower than unquantized weights" in caplog.text
-    torch.testing.assert_close(model(ids), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_generate_command_quantizes(capsys: Any) -> None:

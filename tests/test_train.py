@@ -128,7 +128,7 @@ def test_a_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     else:
         assert loss == recorded
     ids = [1, *corpus.tokens.tolist()]
-    logits = model(torch.tensor([ids[:-1]]))[0].float()
+    logits = model(torch.tensor([ids[:-1]])).logits[0].float()
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:])).item()
     assert loss == pytest.approx(expected, rel=1e-3)
     bits = recorded * len(corpus.tokens) / math.log(2) / len(held_out.encode())

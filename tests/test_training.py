@@ -342,7 +342,7 @@ def test_training_equals_a_plain_adamw_loop(corpus: Corpus) -> None:
     )
 
     def loss_of(targets: Tensor) -> Tensor:
-        logits = theirs(corpus.with_bos(targets)).flatten(0, 1)
+        logits = theirs(corpus.with_bos(targets)).logits.flatten(0, 1)
         return torch.nn.functional.cross_entropy(logits, targets.flatten())
 
     for step, mean, held_out_mean in curve:

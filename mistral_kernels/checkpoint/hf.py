@@ -48,10 +48,11 @@ def open_hf(folder: Path) -> Checkpoint:
     config_file = folder / CONFIG_FILE
     config = read_config(config_file, MistralConfig.from_hf)
     generation_file = folder / "generation_config.json"
+    generation = {}
     if is_taken(generation_file):
         # As in transformers, these tokens override those of config.json when text is generated.
-        tokens = read_json(generation_file, _TOKENS_SCHEMA, CONFIG_LIMIT)
-        tokens = {key: tokens[key] for key in _TOKENS_SCHEMA if tokens.get(key) is not None}
+        generation = read_json(generation_file, _TOKENS_SCHEMA, CONFIG_LIMIT)
+        tokens = {key: generation[key] for key in _TOKENS_SCHEMA if generation.get(key) is not None}
         with name_file_in_errors(generation_file):
             config = replace(config, **tokens)
     untied = replace(config, tie_word_embeddings=False)
@@ -59,7 +60,7 @@ def open_hf(folder: Path) -> Checkpoint:
     # MistralModel, the base model of transformers, saves its tensors without this prefix.
     names |= {name.removeprefix("model."): name for name in names}
     config, stored = match_tensors(find_hf_weights(folder), names, config)
-    return Checkpoint(folder, "hf", config, stored)
+    return Checkpoint(folder, "hf", config, stored, generation)
 
 
 def save_hf(

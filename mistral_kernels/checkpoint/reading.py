@@ -7,7 +7,7 @@ import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from mmap import mmap
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +84,7 @@ class Checkpoint:
         config: Configuration of the model.
         stored: File, offset, shape and dtype of each tensor by its HF name, in the order in which
             the files hold them.
+        generation: Contents of generation_config.json; empty without this file.
 
     Example:
         >>> from mistral_kernels.checkpoint import open_checkpoint, resolve
@@ -100,6 +101,7 @@ class Checkpoint:
     format: Literal["raw", "hf"]
     config: MistralConfig
     stored: Mapping[str, StoredTensor]
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:

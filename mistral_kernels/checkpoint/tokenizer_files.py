@@ -20,6 +20,7 @@ from mistral_kernels.utils.schema import Schema
 
 TEMPLATE_LIMIT = 1 << 20  # bytes; the longest templates in use have about 20 KB
 ADDED_ID_LIMIT = 1 << 31
+NO_MAX_LENGTH = int(1e30)  # as in transformers
 
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _ADDED: Schema = {"content": str, **dict.fromkeys(_FLAGS, bool)}
@@ -41,6 +42,8 @@ _CONFIG: dict[Any, Schema] = {
     "add_bos_token": (bool, None),
     "add_eos_token": (bool, None),
     "legacy": (bool, None),
+    "padding_side": (str, None),
+    "truncation_side": (str, None),
     "chat_template": (str, None, [{"name": str, "template": str}], {...: str}),
 }
 
@@ -81,6 +84,9 @@ class TokenizerFiles:
         legacy: Whether a space is put before the text after an added token.
         templates: Chat templates by name; a single template has the name "default".
         has_config: Whether tokenizer_config.json exists.
+        padding_side: Side on which texts are padded; "left" if the files have no value.
+        truncation_side: Side on which texts are truncated; "right" if the files have no value.
+        model_max_length: Maximum number of tokens; int(1e30) if the files have no value.
     """
 
     names: dict[str, str | None]
@@ -91,6 +97,9 @@ class TokenizerFiles:
     legacy: bool
     templates: dict[str, str]
     has_config: bool
+    padding_side: str
+    truncation_side: str
+    model_max_length: int
 
     @property
     def has_vendor_template(self) -> bool:
@@ -147,7 +156,29 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
         legacy=config.get("legacy") is not False,
         templates=_read_templates(folder, config.get("chat_template")),
         has_config=os.path.lexists(path),
+        padding_side=_side(path, config, "padding_side", "left"),
+        truncation_side=_side(path, config, "truncation_side", "right"),
+        model_max_length=_model_max_length(path, config.get("model_max_length")),
     )
+
+
+def _side(path: Path, config: dict[str, Any], name: str, default: str) -> str:
+    side: str = config.get(name) or default
+    if side not in ("left", "right"):
+        got = reprlib.repr(side)
+        raise CheckpointError(f'{path}: {name} must be "left" or "right", got {got}')
+    return side
+
+
+def _model_max_length(path: Path, value: Any) -> int:
+    """Return the maximum number of tokens; transformers writes int(1e30) if there is none."""
+    if value is None:
+        return NO_MAX_LENGTH
+    # Not in the schema, whose integers must fit in 64 bits.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 1:
+        got = reprlib.repr(value)
+        raise CheckpointError(f"{path}: model_max_length must be at least 1, got {got}")
+    return int(min(value, NO_MAX_LENGTH))
 
 
 def _read_optional(path: Path, schema: dict[Any, Schema]) -> dict[str, Any]:

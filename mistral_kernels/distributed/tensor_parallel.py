@@ -28,6 +28,7 @@ from mistral_kernels.distributed.process_group import check_same
 from mistral_kernels.model.cache import RollingCache
 from mistral_kernels.model.config import ConfigError, MistralConfig
 from mistral_kernels.model.layers import Linear
+from mistral_kernels.model.pretrained_arguments import HUB_ARGUMENTS
 from mistral_kernels.model.transformer import MistralForCausalLM
 
 
@@ -126,10 +127,11 @@ class ParallelMistralForCausalLM(MistralForCausalLM):
         Raises `ValueError` if the ranks have different checkpoints or options, and `ConfigError` if
         the model cannot be divided among the ranks.
         """
-        folder = checkpoint.resolve(path)
+        hub = {name: options.pop(name) for name in HUB_ARGUMENTS if name in options}
+        folder = checkpoint.resolve(path, **hub)
         check_same("the checkpoint", _fingerprint(checkpoint.open_checkpoint(folder)))
         for name, value in options.items():
-            if name != "device":
+            if name not in ("device", "device_map"):
                 check_same(name, value)
         model = super().from_pretrained(folder, **options)
         assert isinstance(model, cls)

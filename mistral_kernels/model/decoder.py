@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from mistral_kernels.model.cache import Packing, RollingCache, cache_layout
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.layers import DecoderLayer, Linear, RMSNorm
+from mistral_kernels.model.outputs import CausalLMOutput
+from mistral_kernels.model.padding import (
+    check_input_ids,
+    check_position_ids,
+    kept_tokens,
+    unpadded_packing,
+)
+from mistral_kernels.ops.checks import can_read
 from mistral_kernels.ops.rotary import rotary_tables
+from mistral_kernels.utils.ranges import Range
+from mistral_kernels.utils.unsupported import TRANSFORMERS, Unsupported, check_unsupported
+
+_IGNORED = -100  # the label of a token without loss
+_KEPT_LOGITS = Range(int, 0)
+_CACHE = Unsupported(remedy="call generate, or prefill and decode with the model's new_cache")
+_UNSUPPORTED = {
+    "past_key_values": _CACHE,
+    "cache": _CACHE,  # the name of past_key_values from transformers 5.24 on
+    "cache_position": _CACHE,
+    "inputs_embeds": Unsupported(remedy=f"give input_ids, or {TRANSFORMERS}"),
+    "use_cache": Unsupported((None, False, True)),
+    "output_attentions": Unsupported((None, False)),
+    "output_hidden_states": Unsupported((None, False)),
+}
 
 
 class MistralModel(nn.Module):
@@ -141,26 +167,127 @@ class CausalLM(nn.Module):
         """Device of the weights."""
         return self.lm_head.weight.device
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Return the logits after each token, without a cache.
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> CausalLMOutput | tuple[Tensor, ...]:
+        """Return the logits after each token and, with labels, the loss. No cache is used.
+
+        Padding tokens are not computed. Their logits are zeros, whereas those of transformers are
+        meaningless numbers. A mask with zeros and `position_ids` are read on the host.
 
         Args:
             input_ids: (batch, seqlen) int64 or int32.
+            attention_mask: (batch, seqlen); 0 for padding tokens, 1 for others; None: no padding.
+                Padding may be before, after and, within the sliding window, between tokens.
+            position_ids: (batch, seqlen) or (1, seqlen), which must count up by one from column to
+                column, except in padding; None: the same.
+            labels: (batch, seqlen) int64 or int32, usually `input_ids`: the target of each token is
+                the label of the next column. -100: the label is ignored, as are targets of padding
+                tokens; None: no loss.
+            logits_to_keep: number of last columns whose logits are computed; 0: all.
+            num_items_in_batch: divisor of the sum of the losses; None: the number of targets.
+            return_dict: False: return a tuple.
+            **others: `num_logits_to_keep`, the earlier name of `logits_to_keep`, and arguments of
+                transformers at values without effect, such as `use_cache`.
 
         Returns:
-            (batch, seqlen, vocab_size), in the model's dtype.
+            `logits`, (batch, seqlen, vocab_size), in the model's dtype; with labels also `loss`, a
+            float32 scalar, computed from the logits in float32.
 
         Raises:
-            ValueError: `input_ids` has another number of dimensions or is empty.
+            TypeError: an argument is unknown, not a tensor or not of integers.
+            ValueError: a shape or a value does not fit, or `input_ids` is empty.
+            NotImplementedError: an argument that is not offered has an effect, `position_ids` skip
+                or repeat positions, or padding between tokens meets a sliding window.
+
+        Example:
+            >>> import torch
+            >>> from mistral_kernels import MistralForCausalLM, MistralTokenizer
+            >>> model = MistralForCausalLM.from_pretrained("tiny")
+            >>> tokenizer = MistralTokenizer.from_pretrained("tiny")
+            >>> inputs = tokenizer(["It is a truth", "She"], return_tensors="pt", padding=True)
+            >>> labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
+            >>> out = model(**inputs, labels=labels)
+            >>> out.loss.shape, out.logits.shape == (*inputs.input_ids.shape, 2048)
+            (torch.Size([]), True)
         """
-        if input_ids.ndim != 2 or input_ids.numel() == 0:
-            raise ValueError(
-                f"input_ids must be (batch, seqlen) and not empty, got {tuple(input_ids.shape)}"
-            )
+        if others:
+            logits_to_keep = others.pop("num_logits_to_keep", logits_to_keep)
+            check_unsupported("forward", others, _UNSUPPORTED)
+        logits_to_keep = _KEPT_LOGITS.check("logits_to_keep", logits_to_keep)
+        if labels is not None and logits_to_keep:
+            raise ValueError(f"logits_to_keep must be 0 with labels, got {logits_to_keep}")
+        check_input_ids(input_ids)
+        assert input_ids is not None
+        kept = None if attention_mask is None else kept_tokens(attention_mask, input_ids)
+        if position_ids is not None:
+            check_position_ids(position_ids, input_ids, kept)
+        hidden = self._hidden_states(input_ids, None if kept is None or kept.all() else kept)
+        if logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits: Tensor = self.lm_head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+        out = CausalLMOutput(logits=logits)
+        if labels is not None:
+            loss = self._next_token_loss(logits, labels, kept, num_items_in_batch)
+            out = CausalLMOutput(loss=loss, logits=logits)
+        return out.to_tuple() if return_dict is False else out
+
+    def _hidden_states(self, input_ids: Tensor, kept: Tensor | None) -> Tensor:
+        """Return (batch, seqlen, hidden_size), zeros where `kept`, (batch, seqlen), is False."""
         batch, seqlen = input_ids.shape
-        packing = Packing.of([seqlen] * batch, [0] * batch, input_ids.device)
-        logits: Tensor = self.lm_head(self.model(input_ids.flatten(), packing))
-        return logits.view(batch, seqlen, -1)
+        if kept is None:
+            packing = Packing.of([seqlen] * batch, [0] * batch, input_ids.device)
+            hidden: Tensor = self.model(input_ids.flatten(), packing)
+            return hidden.view(batch, seqlen, -1)
+        packing, index = unpadded_packing(kept, self.config.layer_windows, input_ids.device)
+        hidden = self.model(input_ids.flatten()[index], packing)
+        padded = hidden.new_zeros(batch * seqlen, hidden.shape[-1]).index_copy(0, index, hidden)
+        return padded.view(batch, seqlen, -1)
+
+    def _next_token_loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        kept: Tensor | None,
+        num_items_in_batch: int | Tensor | None,
+    ) -> Tensor:
+        """Return the cross entropy of each column's logits and the next column's label."""
+        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"labels must be an int64 or int32 tensor, got {got}")
+        if labels.shape != logits.shape[:2]:
+            raise ValueError(
+                f"labels must be {tuple(logits.shape[:2])} like input_ids, got "
+                f"{tuple(labels.shape)}"
+            )
+        size = logits.shape[-1]
+        if can_read(labels):
+            stray = labels[((labels < 0) | (labels >= size)) & (labels != _IGNORED)]
+            if len(stray):
+                raise ValueError(f"labels must be in [0, {size}) or {_IGNORED}, got {stray[0]}")
+        targets = F.pad(labels[:, 1:].long(), (0, 1), value=_IGNORED)
+        if kept is not None:
+            targets = targets.masked_fill(~kept.to(targets.device), _IGNORED)
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1),
+            targets.flatten(),
+            ignore_index=_IGNORED,
+            reduction="mean" if num_items_in_batch is None else "sum",
+        )
+        if num_items_in_batch is None:
+            return loss
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch
 
     def new_cache(self, batch: int, max_length: int) -> RollingCache:
         """Return an empty cache with the model's dtype and device; see `RollingCache`."""

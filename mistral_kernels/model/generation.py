@@ -1,7 +1,6 @@
 """Token generation: prefill the prompts, then decode one token per sequence in each step.
 
-`generate` calls `stream`, which calls `Engine.step`. The public functions are also the methods of
-`MistralForCausalLM`.
+`stream` calls `Engine.step`. The public functions are also the methods of `MistralForCausalLM`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from mistral_kernels.utils.ranges import Range
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 512, 4096
 
 _NEW_TOKENS, _CHUNK = Range(int, 0), Range(int, 1)
-_PADDING = Range(int, -(2**31), 2**31 - 1)  # the range of int32 `input_ids`
 
 
 def prefill(
@@ -103,6 +101,7 @@ def stream(
     context: Sequence[Sequence[int]] | None = None,
     chunk_size: int | None = None,
     progress: Callable[[int], object] | None = None,
+    stopping: Callable[[list[int | None]], Sequence[bool]] | None = None,
 ) -> Iterator[list[int | None]]:
     """Generate texts, and yield the new tokens of each step.
 
@@ -121,6 +120,8 @@ def stream(
         context: token ids of those earlier texts, for the repetition penalty only.
         chunk_size: maximum number of tokens per prompt in one forward pass; see `prefill`.
         progress: function that is called during the prefill; see `prefill`.
+        stopping: function that is called with the tokens of each step after they are yielded, and
+            that returns for each text whether it ends there; None: no such function.
 
     Yields:
         A list with one token id per prompt; None for a text that has ended.
@@ -128,6 +129,19 @@ def stream(
     Raises:
         TypeError: a token id is not an integer.
         ValueError: a prompt is empty, an argument is out of range, or logits are not finite.
+
+    Example:
+        >>> from mistral_kernels import MistralForCausalLM, MistralTokenizer
+        >>> model = MistralForCausalLM.from_pretrained("tiny")
+        >>> tokenizer = MistralTokenizer.from_pretrained("tiny")
+        >>> prompt = tokenizer.encode("He was not at all")
+        >>> text = tokenizer.stream(prompt)  # holds back incomplete characters
+        >>> for (token,) in model.stream([prompt], max_new_tokens=4):
+        ...     print(repr(text.push(token)))
+        ' in'
+        ' the'
+        ' way'
+        ' to'
     """
     max_new_tokens = _NEW_TOKENS.check("max_new_tokens", max_new_tokens)
     prompts = [token_ids_of(f"prompts[{i}]", prompt) for i, prompt in enumerate(prompts)]
@@ -143,13 +157,15 @@ def stream(
     if sampler.repetition_penalty != 1.0:
         seen = _seen(model, prompts, context or [()] * batch)
     newest = NextTokens(sampler, batch, model.device, seen)
-    engine = engine_for(model, cache, newest)
+    # A step that a CUDA graph cannot contain as a whole chooses its tokens after the graph.
+    recordable = sampler.recordable
+    engine = engine_for(model, cache, newest if recordable else None)
     newest.choose(prefill(model, prompts, cache, chunk_size, progress))
     ended = [False] * batch
     for remaining in reversed(range(max_new_tokens)):
         newest.begin_read()
         # Queue the next step before the host waits for this step's tokens.
-        ahead = engine.asynchronous and remaining > 0
+        ahead = engine.asynchronous and recordable and remaining > 0
         if ahead:
             engine.step(newest.token_ids)
         unfinished = False
@@ -167,6 +183,8 @@ def stream(
             ended = [
                 done or token in eos_token_ids for token, done in zip(tokens, ended, strict=True)
             ]
+            if stopping is not None:
+                ended = [a or b for a, b in zip(ended, stopping(tokens), strict=True)]
             unfinished = remaining > 0 and not all(ended)
         finally:
             if ahead and not unfinished:
@@ -174,100 +192,9 @@ def stream(
         if not unfinished:
             return
         if not ahead:
-            engine.step(newest.token_ids)
-
-
-def generate(
-    model: CausalLM,
-    input_ids: Tensor | Sequence[Sequence[int]],
-    attention_mask: Tensor | None = None,
-    *,
-    max_new_tokens: int = 20,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    eos_token_id: int | Sequence[int] | str | None = "config",
-    pad_token_id: int | None = None,
-    generator: torch.Generator | None = None,
-    prefill_chunk_size: int | None = None,
-) -> Tensor | list[list[int]]:
-    """Return the prompts followed by the generated tokens, as transformers' `generate` does.
-
-    Args:
-        model: the model; the object itself when this function is called as a method.
-        input_ids: (batch, seqlen) int64 or int32, or a list of prompts. The prompts of a list may
-            have different lengths and need no padding.
-        attention_mask: (batch, seqlen); 0 for padding tokens, on the left or right. Only if
-            `input_ids` is a tensor; None: no padding.
-        max_new_tokens: maximum number of new tokens per text.
-        do_sample: sample each token with `temperature`, `top_k`, `top_p` and `min_p`. Otherwise
-            choose the most likely token.
-        temperature: divisor of the logits, above 0; see `Sampler`.
-        top_k: number of most likely tokens to sample from; 0: all.
-        top_p: probability of the smallest set of most likely tokens to sample from; 1: all.
-        min_p: smallest probability of a token, as a fraction of the largest; 0: all tokens.
-        repetition_penalty: factor against tokens that are already in the text, with and without
-            `do_sample`; 1: none.
-        eos_token_id: token or tokens that end a text; "config": the model's own; None: none.
-        pad_token_id: token after the end of a text in the returned tensor; None: the first token
-            of `eos_token_id`, or 0 if there is none.
-        generator: source of random numbers; None: PyTorch's default.
-        prefill_chunk_size: maximum number of tokens per prompt in one forward pass; None: the
-            largest sliding window, clamped to [512, 4096]. It affects memory, not the result.
-
-    Returns:
-        (batch, seqlen + new tokens) for a tensor, and a list of lists of token ids for a list.
-
-    Raises:
-        TypeError: an argument is not an integer or a number as required, or `input_ids` has another
-            dtype.
-        ValueError: an argument is out of range, a prompt is empty, or logits are not finite.
-
-    Example:
-        >>> from mistral_kernels import MistralForCausalLM, MistralTokenizer
-        >>> model = MistralForCausalLM.from_pretrained("tiny")
-        >>> tokenizer = MistralTokenizer.from_pretrained("tiny")
-        >>> prompt = tokenizer.encode("He was not at all")  # a list of token ids
-        >>> (text,) = model.generate([prompt], max_new_tokens=4)
-        >>> tokenizer.decode(text[len(prompt) :])
-        'in the way to'
-    """
-    eos_token_ids = _eos_token_ids(model, eos_token_id)
-    if pad_token_id is not None:
-        pad_token_id = _PADDING.check("pad_token_id", pad_token_id)
-    sampler = Sampler(
-        temperature if do_sample else 0.0,
-        top_k,
-        top_p,
-        min_p,
-        repetition_penalty,
-        generator,
-    )
-    if do_sample and temperature == 0:
-        raise ValueError("temperature must be > 0 with do_sample=True, got 0; set do_sample=False")
-    prompts = _unpadded(input_ids, attention_mask)
-    new: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        sampler=sampler,
-        eos_token_ids=eos_token_ids,
-        chunk_size=prefill_chunk_size,
-    ):
-        for text, token in zip(new, tokens, strict=True):
-            if token is not None:
-                text.append(token)
-    if not isinstance(input_ids, Tensor):
-        return [list(prompt) + text for prompt, text in zip(prompts, new, strict=True)]
-    pad = pad_token_id if pad_token_id is not None else next(iter(eos_token_ids), 0)
-    longest = max(map(len, new))
-    rows = [text + [pad] * (longest - len(text)) for text in new]
-    added = torch.tensor(rows, dtype=input_ids.dtype, device=input_ids.device)
-    return torch.cat((input_ids, added.view(len(rows), longest)), dim=1)
+            logits = engine.step(newest.token_ids)
+            if not recordable:
+                newest.choose(logits)
 
 
 def _check_vocabulary(model: CausalLM, prompts: Sequence[Sequence[int]]) -> None:
@@ -291,17 +218,6 @@ def _seen(model: CausalLM, *texts: Sequence[Sequence[int]]) -> Tensor:
     return seen
 
 
-def _eos_token_ids(model: CausalLM, eos_token_id: int | Sequence[int] | str | None) -> list[int]:
-    if isinstance(eos_token_id, str):
-        if eos_token_id != "config":
-            raise ValueError(f"eos_token_id must be 'config', ids or None, got {eos_token_id!r}")
-        return list(model.config.eos_token_ids)
-    if eos_token_id is None:
-        return []
-    ids = eos_token_id.tolist() if hasattr(eos_token_id, "tolist") else eos_token_id
-    return token_ids_of("eos_token_id", ids if isinstance(ids, Iterable) else [ids])
-
-
 def token_ids_of(name: str, ids: Any) -> list[int]:
     """Convert a list, a tensor or an array of token ids, (n,), to a list of ints.
 
@@ -317,34 +233,3 @@ def token_ids_of(name: str, ids: Any) -> list[int]:
         if isinstance(token, bool) or not isinstance(token, int):
             raise TypeError(f"{name}[{i}] must be a token id, an int, got {type(token).__name__}")
     return plain
-
-
-def _unpadded(
-    input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None
-) -> list[list[int]]:
-    if not isinstance(input_ids, Tensor):
-        if attention_mask is not None:
-            got = type(attention_mask).__name__
-            raise ValueError(
-                "attention_mask must be None if input_ids is a list of token ids, which needs no "
-                f"padding, got {got}"
-            )
-        if isinstance(input_ids, (str, bytes)):
-            got = type(input_ids).__name__
-            raise TypeError(f"input_ids must be token ids, got {got}; encode it with the tokenizer")
-        return [token_ids_of(f"input_ids[{i}]", prompt) for i, prompt in enumerate(input_ids)]
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be (batch, seqlen), got {tuple(input_ids.shape)}")
-    if attention_mask is None:
-        return input_ids.tolist()
-    if not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must be {tuple(input_ids.shape)} like input_ids, "
-            f"got {tuple(attention_mask.shape)}"
-        )
-    kept = attention_mask.bool()
-    return [row[keep].tolist() for row, keep in zip(input_ids, kept, strict=True)]

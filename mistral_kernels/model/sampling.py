@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -63,6 +64,9 @@ class Sampler:
     repetition_penalty: float = 1.0
     generator: torch.Generator | None = None
 
+    # Whether `scores` only runs operators on tensors, so that a CUDA graph can contain it.
+    recordable: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         for name, allowed in RANGES.items():
             setattr(self, name, allowed.check(name, getattr(self, name)))
@@ -91,7 +95,9 @@ class Sampler:
         """
         if self.temperature == 0:
             return self._penalize(logits, seen)
-        probabilities = self.probabilities(logits, seen)
+        return self._draw(self.probabilities(logits, seen))
+
+    def _draw(self, probabilities: Tensor) -> Tensor:
         # The argmax of p / e, with e ~ Exponential(1), is a sample from p. torch.multinomial does
         # the same, but also checks p, which synchronizes with the host.
         exponential = torch.empty_like(probabilities).exponential_(generator=self.generator)
@@ -102,11 +108,13 @@ class Sampler:
 
         The temperature must be above 0. For `seen`, see `__call__`.
         """
-        logits = self._penalize(logits, seen)
+        return self._warp(self._penalize(logits, seen)).softmax(dim=-1)
+
+    def _warp(self, logits: Tensor) -> Tensor:
         # Subtract the largest logit, so that the division by a tiny temperature does not overflow.
         logits = logits - logits.amax(dim=-1, keepdim=True)
         temperature = min(max(self.temperature, _TINY), _HUGE)
-        return self._truncate(logits / temperature).softmax(dim=-1)
+        return self._truncate(logits / temperature)
 
     def _penalize(self, logits: Tensor, seen: Tensor | None) -> Tensor:
         logits = logits.float()

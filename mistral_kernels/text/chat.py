@@ -215,7 +215,9 @@ class Conversation:
         return ids
 
     def _render(self, messages: list[dict[str, str]]) -> list[int]:
-        ids = list(self.tokenizer.apply_chat_template(messages))
+        ids: list[int] = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
         if not ids:
             folder = self.tokenizer.path.parent
             raise ValueError(f"the chat template in {folder} must render a prompt, got no tokens")

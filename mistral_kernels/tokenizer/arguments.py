@@ -41,6 +41,12 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise TokenizerError(f"{name} must be {offered}, got {value!r}")
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise TokenizerError unless the value is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise TokenizerError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
 def check_text(name: str, text: str) -> None:
     """Raise TokenizerError unless `text` is a str that can be encoded as UTF-8."""
     if not isinstance(text, str):

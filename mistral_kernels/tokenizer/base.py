@@ -5,60 +5,78 @@ The formats are sentencepiece models, tekken.json and tokenizer.json.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from mistral_kernels.tokenizer.arguments import (
     TokenIds,
     check_choice,
-    check_id,
     check_ids,
-    check_text,
 )
-from mistral_kernels.tokenizer.errors import (
-    TokenizerError,
-    one_line,
-)
+from mistral_kernels.tokenizer.conversation import ChatEncoder
+from mistral_kernels.tokenizer.errors import TokenizerError, one_line
+from mistral_kernels.tokenizer.output import TokenizerOutput
+from mistral_kernels.tokenizer.special_tokens import SETTABLE
 from mistral_kernels.tokenizer.stream import StreamDecoder
+from mistral_kernels.utils.unsupported import Unsupported, check_unsupported
 
-if TYPE_CHECKING:
-    from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles
+_BOOL = (True, False, None)
+_OMIT = "omit it"
+_OPEN_UNSUPPORTED = {
+    # The fast and the slow tokenizer of transformers return the same ids, and no code in the folder
+    # is run.
+    "use_fast": Unsupported(_BOOL),
+    "trust_remote_code": Unsupported(_BOOL),
+    "clean_up_tokenization_spaces": Unsupported(_BOOL),
+    "verbose": Unsupported(_BOOL),
+    "mistral_format": Unsupported(_BOOL),
+    "device_map": Unsupported((None, "auto", "cpu", "cuda"), _OMIT),
+    "config": Unsupported(remedy=_OMIT),
+    "tokenizer_type": Unsupported(remedy=_OMIT),
+    "subfolder": Unsupported((None, ""), "name the folder of the tokenizer"),
+    "proxies": Unsupported(remedy="set the environment variable HTTPS_PROXY"),
+    "use_auth_token": Unsupported((None, False), "use token"),
+    "resume_download": Unsupported(_BOOL),
+    "from_slow": Unsupported((None, False), _OMIT),
+    "add_prefix_space": Unsupported(remedy="change tokenizer.json"),
+    "fix_mistral_regex": Unsupported((None, False), "change the pre_tokenizer of tokenizer.json"),
+    "split_special_tokens": Unsupported((None, False), "encode the text in parts"),
+    "additional_special_tokens": Unsupported((None, []), "add the tokens to the files"),
+    "extra_special_tokens": Unsupported((None, []), "add the tokens to the files"),
+}
+_DECODE_UNSUPPORTED = {
+    "spaces_between_special_tokens": Unsupported(_BOOL),  # only the slow tokenizer reads it
+    "clean_up_tokenization_space": Unsupported(_BOOL),  # many model cards leave out the last "s"
+    "use_source_tokenizer": Unsupported((None, False)),
+}
 
-_PADDING = {True: True, "longest": True, False: False, "do_not_pad": False}
 
-
-class TokenizerOutput(dict[str, Any]):
-    """Dict of `input_ids` and `attention_mask`, whose items are also attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def to(self, device: torch.device | str | int) -> TokenizerOutput:
-        """Return a copy whose tensors are on `device`."""
-        return TokenizerOutput(
-            {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.items()}
-        )
-
-
-class MistralTokenizer(ABC):
+class MistralTokenizer(ChatEncoder):
     """Tokenizer of a Mistral model; open one with `from_pretrained`.
 
-    The tokenizer is stored in a sentencepiece model, a tekken.json or a tokenizer.json.
+    The tokenizer is stored in a sentencepiece model, a tekken.json or a tokenizer.json. Methods and
+    attributes are those of transformers.
 
     Attributes:
         path: File of the tokenizer.
+        name_or_path: Name that `from_pretrained` was called with.
+        is_fast: Whether the tokenizer is a tokenizer.json.
         vocab_size: Largest token id plus one, including special and added tokens; equal to `len`.
-        bos_token_id: Token at the beginning of a text; None if the files define none.
-        eos_token_id: Token at the end of a text; None if the files define none.
-        pad_token_id: Token for padding: the one in the files, else `eos_token_id`. This attribute
-            may be set; all others are read-only.
+        bos_token: Token at the beginning of a text; None if the files define none.
+        eos_token: Token at the end of a text; None if the files define none.
+        pad_token: Token for padding: the one in the files, else `eos_token`.
+        unk_token, sep_token, cls_token, mask_token: Further named tokens, or None. Each named token
+            also has an id, for example `bos_token_id`. Tokens and ids may be set to tokens of the
+            vocabulary. `add_bos_token` and `add_eos_token` may be set as well.
+        padding_side: Side on which texts are padded: `padding_side` of tokenizer_config.json, else
+            "left", which generation requires. (transformers pads tokenizer.json without this value
+            on the right.) May be set.
+        truncation_side: Side on which texts are truncated, "right" by default. May be set.
+        model_max_length: Default of `max_length`; int(1e30) if the files define none. May be set.
+        chat_template: Template in the folder; None if there is none. May be set, except if
+            mistral-common renders the template.
         all_special_ids: Ids that `skip_special_tokens` skips.
         chat_version: Kind of the chat template. "v1", "v2", "v3", "v7", ... are Mistral's own
             templates, rendered by mistral-common. "jinja" is a template in the folder, rendered by
@@ -67,30 +85,21 @@ class MistralTokenizer(ABC):
     Example:
         >>> from mistral_kernels import MistralTokenizer
         >>> tokenizer = MistralTokenizer.from_pretrained("tiny")
-        >>> len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
-        (2048, 1, 2)
+        >>> len(tokenizer), tokenizer.bos_token, tokenizer.eos_token_id
+        (2048, '<s>', 2)
         >>> ids = tokenizer.encode("It is a truth")
         >>> ids
         [1, 592, 368, 261, 1905]
         >>> tokenizer.decode(ids, skip_special_tokens=True)
         'It is a truth'
+        >>> tokenizer.convert_ids_to_tokens(ids)
+        ['<s>', '\u2581It', '\u2581is', '\u2581a', '\u2581truth']
+        >>> tokenizer.pad_token = tokenizer.unk_token
+        >>> tokenizer(["It is", "It"], padding=True, padding_side="right").input_ids
+        [[1, 592, 368], [1, 592, 0]]
     """
 
-    path: Path
-    vocab_size: int
-    bos_token_id: int | None
-    eos_token_id: int | None
-    pad_token_id: int | None
-    all_special_ids: frozenset[int]
-    chat_version: str | None
-    # Ids put before and after a text by default, and the ids that have a token.
-    _prefix_ids: list[int]
-    _suffix_ids: list[int]
-    _known_ids: Container[int]
-    _files: TokenizerFiles
-
-    @abstractmethod
-    def _encode(self, text: str) -> list[int]: ...
+    _prefers_json = False
 
     @abstractmethod
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
@@ -98,11 +107,22 @@ class MistralTokenizer(ABC):
     @abstractmethod
     def _stream(self, skip_special_tokens: bool) -> StreamDecoder: ...
 
-    @abstractmethod
-    def _chat(self, messages: list[dict[str, Any]], **options: Any) -> tuple[list[int], str]: ...
+    def _set_legacy(self, legacy: bool) -> None:
+        """Set whether a space precedes the text after an added token of a sentencepiece model."""
 
-    @staticmethod
-    def from_pretrained(path: str | Path) -> MistralTokenizer:
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        legacy: bool | None = None,
+        **settings: Any,
+    ) -> MistralTokenizer:
         """Open the tokenizer in a file or a folder, or of a hub model.
 
         If a folder holds several tokenizers, the first of these is opened: tekken.json, the
@@ -110,58 +130,88 @@ class MistralTokenizer(ABC):
         exception: if its files define tokens that Mistral's own file lacks, or a chat template that
         is not Mistral's, tokenizer.json is opened. If there is no tokenizer.json, the tokens of
         tokenizer_config.json or added_tokens.json are added to the sentencepiece model, as in
-        transformers.
+        transformers. `AutoTokenizer` opens tokenizer.json first.
 
         Args:
-            path: A tokenizer file, a folder, `"tiny"` (the bundled model) or a hub id; see
-                `mistral_kernels.checkpoint.resolve`.
+            pretrained_model_name_or_path: A tokenizer file, a folder, `"tiny"` (the bundled model)
+                or a hub id; see `mistral_kernels.checkpoint.resolve`.
+            revision: Branch, tag or commit of the hub model; None: its main branch.
+            cache_dir: Folder of downloaded files; None: the default of huggingface_hub.
+            token: Access token of the hub; None: that of `hf auth login`.
+            local_files_only: Whether to use only files that were downloaded before.
+            force_download: Whether to download files again.
+            legacy: Whether a space precedes the text after an added token of a sentencepiece
+                model; None: as in the files, else True.
+            settings: Initial values of the attributes that may be set, such as `padding_side`,
+                `model_max_length`, `add_eos_token` or `pad_token`; None: as in the files. Other
+                arguments of transformers are accepted at values without effect, such as
+                `use_fast=False` and `trust_remote_code=True`.
 
         Returns:
             The opened tokenizer.
 
         Raises:
             TokenizerError: The path does not exist, the folder holds no tokenizer, a file is
-                damaged, too large or not a regular file, or a package is missing.
+                damaged, too large or not a regular file, a package is missing, or a setting is
+                invalid.
+            NotImplementedError: An argument of transformers is not supported.
 
         Example:
             >>> from mistral_kernels import MistralTokenizer
-            >>> tokenizer = MistralTokenizer.from_pretrained("tiny")
+            >>> tokenizer = MistralTokenizer.from_pretrained("tiny", add_eos_token=True)
             >>> tokenizer.path.name
             'tokenizer.model'
-            >>> tokenizer.encode("It is a truth", bos=False)
-            [592, 368, 261, 1905]
+            >>> tokenizer.encode("It is a truth")
+            [1, 592, 368, 261, 1905, 2]
         """
         from mistral_kernels.checkpoint import CheckpointError
         from mistral_kernels.tokenizer.opening import open_tokenizer
 
+        rest = {name: value for name, value in settings.items() if name not in SETTABLE}
+        check_unsupported("from_pretrained", rest, _OPEN_UNSUPPORTED)
+        check_choice("legacy", legacy, (None, True, False))
         try:
-            return open_tokenizer(path)
+            tokenizer = open_tokenizer(
+                pretrained_model_name_or_path,
+                prefer_json=cls._prefers_json,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
         except (CheckpointError, OSError) as error:
             raise TokenizerError(one_line(error)) from error
+        tokenizer.__dict__["name_or_path"] = str(pretrained_model_name_or_path)
+        for name in SETTABLE:  # the tokens before the flags that use them
+            if settings.get(name) is not None:
+                setattr(tokenizer, name, settings[name])
+        if legacy is not None:
+            tokenizer._set_legacy(legacy)
+            tokenizer._changes["legacy"] = legacy
+        return tokenizer
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        is_new = name in MistralTokenizer.__annotations__ and name not in self.__dict__
-        if not (is_new or name == "pad_token_id" or name.startswith("_")):
-            raise AttributeError(
-                f"{name} of a tokenizer cannot be set; only pad_token_id can be set"
-            )
-        if name == "pad_token_id" and value is not None:
-            value = check_id(value)
-        super().__setattr__(name, value)
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> tuple[str, ...]:
+        """Write the files of the tokenizer to a folder, which may hold a model already.
 
-    @property
-    def has_chat_template(self) -> bool:
-        """True if the files appear to be those of an Instruct model.
+        Attributes that were set are written to tokenizer_config.json. Other files are copied. If
+        writing fails, the folder is unchanged.
 
-        If the folder has a tokenizer_config.json or a chat template: whether there is a template.
-        Otherwise the vocabulary and the name of the file decide, but base and Instruct models may
-        share a file. The value is False for the plain `tokenizer.model` of Mistral-7B v0.1 and
-        v0.2, and True for that of v0.3.
+        Args:
+            save_directory: The folder; created if it does not exist.
+            options: Accepted as in transformers at values without effect, such as
+                `push_to_hub=False`.
+
+        Returns:
+            The paths of the files.
+
+        Raises:
+            TokenizerError: The folder holds another tokenizer, or a file cannot be read or written.
+            NotImplementedError: An option is not supported.
         """
-        if self._files.has_config or self._files.templates:
-            return bool(self._files.templates)
-        bare_v1 = self.chat_version == "v1" and self.path.name == "tokenizer.model"
-        return self.chat_version is not None and not bare_v1
+        from mistral_kernels.tokenizer.saving import save_tokenizer
+
+        return save_tokenizer(self, Path(save_directory), options)
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -172,132 +222,24 @@ class MistralTokenizer(ABC):
             f"chat_version={self.chat_version!r})"
         )
 
-    def __call__(
+    def decode(
         self,
-        text: str | Sequence[str],
-        *,
-        add_special_tokens: bool = True,
-        padding: bool | str = False,
-        return_tensors: str | None = None,
-    ) -> TokenizerOutput:
-        """Return the `input_ids` and the `attention_mask` of one text or of several texts.
-
-        Args:
-            text: One text or a list of texts. Padding is not required for `generate` of the model,
-                which accepts token lists of unequal lengths.
-            add_special_tokens: Whether to add BOS and EOS to each text, as defined by the files.
-            padding: True or "longest" pads each text on the left with `pad_token_id` to the length
-                of the longest text; the mask of padding is 0. False or "do_not_pad": no padding.
-            return_tensors: "pt" returns int64 tensors `(batch, seqlen)`. None returns a list of
-                ids for one text, and a list of lists for several.
-
-        Returns:
-            A dict of `input_ids` and `attention_mask`, which are also attributes.
-
-        Raises:
-            TokenizerError: A text or an option is invalid, or texts of unequal lengths are to be
-                returned as a tensor without padding.
-
-        Example:
-            >>> from mistral_kernels import MistralTokenizer
-            >>> tokenizer = MistralTokenizer.from_pretrained("tiny")
-            >>> inputs = tokenizer(["It is", "It is a truth"], padding=True, return_tensors="pt")
-            >>> inputs.input_ids
-            tensor([[   2,    2,    1,  592,  368],
-                    [   1,  592,  368,  261, 1905]])
-            >>> inputs.attention_mask
-            tensor([[0, 0, 1, 1, 1],
-                    [1, 1, 1, 1, 1]])
-        """
-        check_choice("return_tensors", return_tensors, (None, "pt"))
-        check_choice("padding", padding, tuple(_PADDING))
-        check_choice("add_special_tokens", add_special_tokens, (True, False))
-        texts: list[Any] = list(text) if isinstance(text, (list, tuple)) else [text]
-        special = None if add_special_tokens else False
-        rows = [self.encode(t, bos=special, eos=special) for t in texts]
-        masks = [[1] * len(row) for row in rows]
-        if _PADDING[padding] and rows:
-            if self.pad_token_id is None:
-                raise TokenizerError(
-                    f"padding must be False: {self.path} has neither a padding token nor EOS; "
-                    "set pad_token_id"
-                )
-            gaps = [max(map(len, rows)) - len(row) for row in rows]
-            rows = [[self.pad_token_id] * n + row for n, row in zip(gaps, rows, strict=True)]
-            masks = [[0] * n + mask for n, mask in zip(gaps, masks, strict=True)]
-        if return_tensors is None:
-            one = isinstance(text, str)
-            return TokenizerOutput(
-                input_ids=rows[0] if one else rows, attention_mask=masks[0] if one else masks
-            )
-        if len({len(row) for row in rows}) != 1:
-            raise TokenizerError(
-                f'return_tensors="pt" requires texts of equal length, got {len(rows)} texts of '
-                f"{sorted(map(len, rows))} tokens: pass padding=True, or omit return_tensors and "
-                "pass the lists to the model"
-            )
-        return TokenizerOutput(
-            input_ids=torch.tensor(rows, dtype=torch.int64),
-            attention_mask=torch.tensor(masks, dtype=torch.int64),
-        )
-
-    def encode(self, text: str, *, bos: bool | None = None, eos: bool | None = None) -> list[int]:
-        """Return the token ids of a text.
-
-        Args:
-            text: Text to encode. The name of a special token in it, such as "</s>", is plain text
-                for Mistral's own files. It becomes the token if the tokenizer is a tokenizer.json
-                or has added tokens, as in transformers.
-            bos: Whether to put BOS before the text. None uses the default of the files: the
-                post-processor of tokenizer.json, else `add_bos_token` of tokenizer_config.json,
-                else True.
-            eos: Whether to put EOS after the text. None uses the default of the files: the
-                post-processor of tokenizer.json, else `add_eos_token` of tokenizer_config.json,
-                else False.
-
-        Returns:
-            The token ids.
-
-        Raises:
-            TokenizerError: `text` is not a str or has a lone surrogate, or the tokenizer has no
-                token for `bos=True` or `eos=True`.
-
-        Example:
-            >>> from mistral_kernels import MistralTokenizer
-            >>> tokenizer = MistralTokenizer.from_pretrained("tiny")
-            >>> tokenizer.encode("It is a truth")
-            [1, 592, 368, 261, 1905]
-            >>> tokenizer.encode("It is a truth", bos=False, eos=True)
-            [592, 368, 261, 1905, 2]
-        """
-        check_text("text", text)
-        prefix = self._special_ids("bos", bos, self.bos_token_id, self._prefix_ids)
-        suffix = self._special_ids("eos", eos, self.eos_token_id, self._suffix_ids)
-        return prefix + self._encode(text) + suffix
-
-    def _special_ids(
-        self, name: str, choice: bool | None, token_id: int | None, default: list[int]
-    ) -> list[int]:
-        """Return the ids to put on one side of a text: those of `default` if `choice` is None."""
-        check_choice(name, choice, (None, True, False))
-        if choice is None:
-            return default
-        if not choice:
-            return []
-        if token_id is None:
-            raise TokenizerError(
-                f"{name} must be None or False, got True: {self.path} has no {name.upper()} token"
-            )
-        return [token_id]
-
-    def decode(self, ids: TokenIds, skip_special_tokens: bool = False) -> str:
+        token_ids: TokenIds,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **options: Any,
+    ) -> str:
         """Return the text of token ids.
 
         Args:
-            ids: A list of token ids, an integer tensor `(n,)` or one id. An id without a token has
-                no text, as in transformers: the vocabulary of a model may be padded.
+            token_ids: A list of token ids, an integer tensor `(n,)`, one id, or the output of a
+                call with one text. An id without a token has no text, as in transformers: the
+                vocabulary of a model may be padded.
             skip_special_tokens: Whether to omit special tokens. Otherwise their names are part of
                 the text.
+            clean_up_tokenization_spaces: Accepted without effect, as in transformers 5 for BPE, the
+                algorithm of Mistral's vocabularies.
+            options: Accepted as in transformers at values without effect.
 
         Returns:
             The text. Bytes that are not valid UTF-8 become U+FFFD, as many as in the library of the
@@ -315,19 +257,39 @@ class MistralTokenizer(ABC):
             'It is a truth'
         """
         check_choice("skip_special_tokens", skip_special_tokens, (True, False))
+        check_choice("clean_up_tokenization_spaces", clean_up_tokenization_spaces, _BOOL)
+        check_unsupported("decode", options, _DECODE_UNSUPPORTED)
+        ids = token_ids["input_ids"] if isinstance(token_ids, TokenizerOutput) else token_ids
         known = [i for i in check_ids(ids) if i in self._known_ids]
         return self._decode(known, skip_special_tokens)
 
     def batch_decode(
-        self, sequences: Iterable[TokenIds], skip_special_tokens: bool = False
+        self,
+        sequences: Iterable[TokenIds],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **options: Any,
     ) -> list[str]:
-        """Return the text of each row of a tensor `(batch, n)` or of each item of a list."""
+        """Return the text of each row of a tensor `(batch, n)` or of each item of a list.
+
+        Args:
+            sequences: The rows. For the other arguments, see `decode`.
+            skip_special_tokens: Whether to omit special tokens.
+            clean_up_tokenization_spaces: Accepted without effect.
+            options: Accepted as in transformers at values without effect.
+        """
         rows = sequences.tolist() if hasattr(sequences, "tolist") else sequences
         if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
             raise TokenizerError(
                 f"sequences must be lists of token ids, got {type(sequences).__name__}"
             )
-        return [self.decode(ids, skip_special_tokens) for ids in rows]
+        options["clean_up_tokenization_spaces"] = clean_up_tokenization_spaces
+        return [self.decode(ids, skip_special_tokens, **options) for ids in rows]
+
+    def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
+        """Return the text of tokens."""
+        ids: list[int] = self.convert_tokens_to_ids(list(tokens))
+        return self.decode(ids)
 
     def stream(
         self, prompt_ids: TokenIds = (), *, skip_special_tokens: bool = True
@@ -350,68 +312,3 @@ class MistralTokenizer(ABC):
         stream = self._stream(skip_special_tokens)
         stream._feed_prompt([i for i in check_ids(prompt_ids) if i in self._known_ids])
         return stream
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Any] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        chat_template: str | None = None,
-        tokenize: bool = True,
-        add_generation_prompt: bool = True,
-        return_tensors: str | None = None,
-        return_dict: bool = False,
-    ) -> Any:
-        """Render a conversation with the chat template of the model.
-
-        A template in a folder is code. The sandbox of jinja denies it access to files and the
-        network, but does not limit its time and memory.
-
-        Args:
-            messages: The conversation, `[{"role": "user", "content": "..."}, ...]`. A key whose
-                value is None counts as absent.
-            tools: Functions that the model may call, as JSON schemas.
-            documents: Documents that the model may quote; only for a template in a folder.
-            chat_template: A template, or the name of one of several templates in the folder; only
-                for a template in a folder.
-            tokenize: Whether to return token ids. False returns the text, which is meant for
-                reading only: `encode` of it may return other ids.
-            add_generation_prompt: Whether to end where the answer of the assistant begins.
-                Mistral's own templates always end there. With these templates, False has one
-                effect: the last message may be an answer of the assistant, as in training data.
-            return_tensors: "pt" returns an int64 tensor `(1, n)`; None returns a list.
-            return_dict: Whether to return a `TokenizerOutput` with `input_ids` and
-                `attention_mask`.
-
-        Returns:
-            The token ids, a `TokenizerOutput` or the text.
-
-        Raises:
-            TokenizerError: There is no template, a role is unknown or out of order, or the template
-                raises another error.
-        """
-        expected = 'messages must be a list of {"role": ..., "content": ...}'
-        if isinstance(messages, (str, Mapping)) or not isinstance(messages, Iterable):
-            raise TokenizerError(f"{expected}, got {type(messages).__name__}")
-        messages = list(messages)
-        for message in messages:
-            if not isinstance(message, Mapping):
-                raise TokenizerError(f"{expected}, got {type(message).__name__} in it")
-            if isinstance(message.get("content"), str):
-                check_text("messages: content", message["content"])
-        check_choice("return_tensors", return_tensors, (None, "pt"))
-        ids, text = self._chat(
-            [{key: value for key, value in m.items() if value is not None} for m in messages],
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-            documents=documents,
-            chat_template=chat_template,
-        )
-        if not tokenize:
-            return text
-        rows: Any = torch.tensor([ids]) if return_tensors else ids
-        if not return_dict:
-            return rows
-        mask = torch.ones_like(rows) if return_tensors else [1] * len(ids)
-        return TokenizerOutput(input_ids=rows, attention_mask=mask)

@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mistral_kernels.tokenizer.arguments import check_text
 from mistral_kernels.tokenizer.errors import TokenizerError, library_errors, missing_package
 
-if TYPE_CHECKING:
-    from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles
-
 
 def render_template(
     path: Path,
-    files: TokenizerFiles,
+    templates: Mapping[str, str],
     names: Mapping[str, str],
     messages: list[dict[str, Any]],
     *,
     chat_template: str | None,
+    template_kwargs: Mapping[str, Any],
     **options: Any,
 ) -> str:
     """Return the text of a conversation.
 
     Args:
         path: File of the tokenizer.
-        files: Contents of the files that accompany it, including the templates.
+        templates: Templates by name.
         names: Named tokens, which templates use as variables.
         messages: The conversation.
-        chat_template: A template, or the name of one in `files`. None chooses as transformers does.
-        options: `tools`, `documents` and `add_generation_prompt`.
+        chat_template: A template, or the name of one of `templates`. None chooses as transformers
+            does.
+        template_kwargs: Further variables. They replace named tokens of the same name.
+        options: `tools`, `documents`, `add_generation_prompt` and `continue_final_message`.
 
     Raises:
         TokenizerError: There is no template, or the template raises an error.
@@ -40,9 +40,9 @@ def render_template(
     except ImportError as error:
         raise missing_package("the chat template of", path, "transformers", "hf") from error
     if not messages:
-        raise TokenizerError("messages must hold at least one message, got none")
-    template = _choose_template(path.parent, files.templates, chat_template, options["tools"])
-    variables: dict[str, Any] = {"chat_template": template, **options, **names}
+        raise TokenizerError("conversation must hold at least one message, got none")
+    template = choose_template(path.parent, templates, chat_template, options["tools"])
+    variables = {**names, **template_kwargs, "chat_template": template, **options}
     with library_errors("messages"):  # a template may raise any exception
         texts: Any = render_jinja_template(conversations=[messages], **variables)[0]
     text: str = texts[0]
@@ -50,7 +50,7 @@ def render_template(
     return text
 
 
-def _choose_template(
+def choose_template(
     folder: Path, templates: Mapping[str, str], requested: str | None, tools: Any
 ) -> str:
     """Return the requested template, else "tool_use" if there are tools, else "default"."""
@@ -60,7 +60,7 @@ def _choose_template(
     if not templates:
         raise TokenizerError(
             f"{folder}: no chat template, neither chat_template.jinja nor in "
-            "tokenizer_config.json; is it a base model?"
+            "tokenizer_config.json; is it a base model? Set chat_template"
         )
     name = "tool_use" if tools is not None and "tool_use" in templates else "default"
     if name not in templates:

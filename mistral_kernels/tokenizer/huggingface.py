@@ -10,7 +10,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from enum import Enum, auto
 from pathlib import Path
@@ -20,6 +20,7 @@ from mistral_kernels.tokenizer.base import MistralTokenizer
 from mistral_kernels.tokenizer.chat import render_template
 from mistral_kernels.tokenizer.errors import TokenizerError, library_errors, missing_package
 from mistral_kernels.tokenizer.stream import StreamDecoder
+from mistral_kernels.utils.files import read_json
 
 if TYPE_CHECKING:
     from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles
@@ -45,12 +46,15 @@ class HuggingFace(MistralTokenizer):
         TokenizerError: The file is invalid or a package is missing.
     """
 
+    is_fast = True
+
     def __init__(self, path: Path, contents: dict[str, Any], files: TokenizerFiles) -> None:
         try:
             import tokenizers
         except ImportError as error:
             raise missing_package("reading", path, "tokenizers", "hf") from error
-        self.path, self._files = path, files
+        self.path = path
+        self._init_settings(files)
         with library_errors(f"{path}: not a tokenizer.json"):
             _check_merges(contents.get("model"))
             for part in ("normalizer", "decoder"):
@@ -77,10 +81,9 @@ class HuggingFace(MistralTokenizer):
         special = {token.content for token in added.values() if token.special}
         self.all_special_ids = frozenset(i for i in added if model.id_to_token(i) in special)
         self._names = files.names_with_defaults(vocab)
-        self.bos_token_id, self.eos_token_id, pad = (
-            vocab.get(self._names.get(f"{name}_token", "")) for name in ("bos", "eos", "pad")
+        self._init_special(
+            **{name.removesuffix("_token"): vocab.get(x) for name, x in self._names.items()}
         )
-        self.pad_token_id = self.eos_token_id if pad is None else pad
         self.chat_version = "jinja" if files.templates else None
 
     def _add_tokens(self) -> None:
@@ -118,6 +121,47 @@ class HuggingFace(MistralTokenizer):
             )
         return prefix, suffix
 
+    @property
+    def _file_name(self) -> str:
+        return "tokenizer.json"
+
+    def _changed_vocabulary(self) -> dict[str, bytes]:
+        if not self._changes.keys() & {"add_bos_token", "add_eos_token"}:
+            return {}
+        from tokenizers.processors import TemplateProcessing
+
+        ids = self._prefix_ids + self._suffix_ids
+        tokens = [self._model.id_to_token(i) for i in ids]
+        count = len(self._prefix_ids)
+        processor = TemplateProcessing(
+            single=[*tokens[:count], "$A", *tokens[count:]],
+            special_tokens=[*dict(zip(tokens, ids, strict=True)).items()],
+        )
+        contents = read_json(self.path) | {"post_processor": json.loads(processor.__getstate__())}
+        return {self._file_name: json.dumps(contents, ensure_ascii=False).encode()}
+
+    def _id_to_token(self, token_id: int) -> str | None:
+        token: str | None = self._model.id_to_token(token_id)
+        return token
+
+    def _make_vocab(self) -> dict[str, int]:
+        vocab: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
+        return vocab
+
+    def _check_template_settable(self) -> None:
+        pass  # transformers renders any template
+
+    def _token_to_id(self, token: str) -> int | None:
+        token_id: int | None = self._model.token_to_id(token)
+        return token_id
+
+    def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
+        """Return the text of tokens."""
+        decoder = self._model.decoder
+        with library_errors(f"{self.path}: the tokens cannot be decoded"):
+            text: str = decoder.decode(list(tokens)) if decoder else " ".join(tokens)
+        return text
+
     def _encode(self, text: str) -> list[int]:
         with library_errors(f"{self.path}: the text cannot be encoded"):
             ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
@@ -134,7 +178,7 @@ class HuggingFace(MistralTokenizer):
         return _WindowDecoder(self, skip_special_tokens)
 
     def _chat(self, messages: list[dict[str, Any]], **options: Any) -> tuple[list[int], str]:
-        text = render_template(self.path, self._files, self._names, messages, **options)
+        text = render_template(self.path, self._templates, self._names, messages, **options)
         return self._encode(text), text
 
 

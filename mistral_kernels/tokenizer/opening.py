@@ -23,11 +23,14 @@ _TEKKEN = {"config": {"default_num_special_tokens": int}}
 _TOKENIZER_JSON = {"added_tokens": ([{"id": int, "content": str}], None)}
 
 
-def open_tokenizer(name: str | Path, **hub_options: Any) -> MistralTokenizer:
+def open_tokenizer(
+    name: str | Path, *, prefer_json: bool = False, **hub_options: Any
+) -> MistralTokenizer:
     """Open the tokenizer of a file, a folder, `"tiny"` or a hub id.
 
     Args:
         name: The path or the name.
+        prefer_json: Whether a tokenizer.json comes before the other files of a folder.
         **hub_options: Keyword arguments of `checkpoint.resolve`, for a hub id.
 
     Raises:
@@ -39,13 +42,13 @@ def open_tokenizer(name: str | Path, **hub_options: Any) -> MistralTokenizer:
     if not path.exists():
         path = resolve_tokenizer(name, **hub_options)
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, prefer_json)
     if path.suffix == ".json" and "tekken" not in path.name:
         return _open_huggingface(path, read_tokenizer_files(path.parent))
     return _open_vendor(path, read_tokenizer_files(path.parent))
 
 
-def _open_folder(folder: Path) -> MistralTokenizer:
+def _open_folder(folder: Path, prefer_json: bool) -> MistralTokenizer:
     """Open the tokenizer in a folder; see `MistralTokenizer.from_pretrained` for the order."""
 
     def version(path: Path) -> tuple[int, str]:
@@ -58,6 +61,8 @@ def _open_folder(folder: Path) -> MistralTokenizer:
     if not os.path.lexists(vendor) and models:
         vendor = max(models, key=version)
     files = read_tokenizer_files(folder)
+    if prefer_json and os.path.lexists(fast):
+        return _open_huggingface(fast, files)
     if not os.path.lexists(vendor):
         if not os.path.lexists(fast):
             raise TokenizerError(

@@ -13,6 +13,7 @@ from mistral_kernels.tokenizer.chat import render_template
 from mistral_kernels.tokenizer.errors import TokenizerError, library_errors
 from mistral_kernels.tokenizer.stream import StreamDecoder
 from mistral_kernels.tokenizer.vendor import Vendor
+from mistral_kernels.utils.files import read_bytes
 
 if TYPE_CHECKING:
     from mistral_kernels.checkpoint.tokenizer_files import AddedToken, TokenizerFiles
@@ -41,7 +42,8 @@ class SentencePiece(Vendor):
     """
 
     def __init__(self, path: Path, contents: bytes, files: TokenizerFiles) -> None:
-        self.path, self._files = path, files
+        self.path = path
+        self._init_settings(files)
         self._model = model = _load(path, contents)
         with library_errors(f"{path}: not a sentencepiece model"):  # a piece may be invalid UTF-8
             ids = list(range(model.vocab_size()))
@@ -59,10 +61,9 @@ class SentencePiece(Vendor):
                 return (vocab | self._ids).get(self._names.get(name, ""))
             return None if own < 0 else own  # -1: the model does not define this token
 
-        self.bos_token_id = find("bos_token", model.bos_id())
-        self.eos_token_id = find("eos_token", model.eos_id())
-        pad = find("pad_token", model.pad_id())
-        self.pad_token_id = self.eos_token_id if pad is None else pad
+        own = {name: getattr(model, f"{name}_id")() for name in ("bos", "eos", "unk", "pad")}
+        own |= dict.fromkeys(("sep", "cls", "mask"), -1)
+        self._init_special(**{name: find(f"{name}_token", i) for name, i in own.items()})
         special = (token_id for token_id, token in self._added.items() if token.special)
         self.all_special_ids = frozenset(filter(model.IsControl, ids)).union(special)
         self.chat_version = self._find_chat_version()
@@ -70,11 +71,15 @@ class SentencePiece(Vendor):
 
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})").split
+        self._set_legacy(files.legacy, contents)
+
+    def _set_legacy(self, legacy: bool, contents: bytes | None = None) -> None:
         # With "legacy", sentencepiece puts a space before each text between added tokens. Otherwise
         # it puts a space only before a text at the beginning of the input.
-        self._inner_model = model
-        if self._added and not files.legacy:
-            self._inner_model = _load(path, contents + _NO_DUMMY_PREFIX)
+        self._inner_model = self._model
+        if self._added and not legacy:
+            contents = read_bytes(self.path) if contents is None else contents
+            self._inner_model = _load(self.path, contents + _NO_DUMMY_PREFIX)
 
     def _find_added(self, vocab: dict[str, int]) -> dict[int, AddedToken]:
         """Return the tokens to match in a text, by id; none for Mistral's own tokenizer."""
@@ -111,6 +116,17 @@ class SentencePiece(Vendor):
             if token in names:
                 return version
         return "v1" if self._vendor_size == 32000 else None  # other sizes are not Mistral's
+
+    def _id_to_token(self, token_id: int) -> str | None:
+        added = self._added.get(token_id)
+        return added.content if added else self._pieces[token_id]
+
+    def _make_vocab(self) -> dict[str, int]:
+        return {piece: i for i, piece in enumerate(self._pieces)} | self._ids
+
+    def _check_template_settable(self) -> None:
+        if self.chat_version != "jinja":
+            super()._check_template_settable()
 
     def _encode(self, text: str) -> list[int]:
         encode: Callable[[str], list[int]] = self._model.encode
@@ -168,7 +184,7 @@ class SentencePiece(Vendor):
     def _chat(self, messages: list[dict[str, Any]], **options: Any) -> tuple[list[int], str]:
         if self.chat_version != "jinja":
             return super()._chat(messages, **options)
-        text = render_template(self.path, self._files, self._names, messages, **options)
+        text = render_template(self.path, self._templates, self._names, messages, **options)
         return self._encode(text), text
 
     def _instruct_tokenizer(self) -> Any:

@@ -34,21 +34,49 @@ class Tekken(Vendor):
             from mistral_common.tokens.tokenizers.mistral import MistralTokenizer as Common
         except ImportError as error:
             raise missing_package("reading", path, "mistral-common", "chat") from error
-        self.path, self._files = path, files
+        self.path = path
+        self._init_settings(files)
         with library_errors(f"{path}: not a tekken file"):
             if not 0 <= contents["config"]["default_num_special_tokens"] <= _MAX_SPECIAL_TOKENS:
                 raise ValueError(f"more than {_MAX_SPECIAL_TOKENS} special tokens")
             self._instruct: Any = Common.from_file(path).instruct_tokenizer
             self._tekken: Any = self._instruct.tokenizer
             tekken = self._tekken
-            self.bos_token_id, self.eos_token_id = tekken.bos_id, tekken.eos_id
-            self.pad_token_id = tekken.pad_id if tekken.is_special("<pad>") else tekken.eos_id
+            special = {"bos": tekken.bos_id, "eos": tekken.eos_id, "unk": tekken.unk_id}
+            special |= {"pad": tekken.pad_id} if tekken.is_special("<pad>") else {}
             self.all_special_ids = frozenset(tekken.special_ids)
         self._policies = SpecialTokenPolicy.KEEP, SpecialTokenPolicy.IGNORE
         self.vocab_size = self._vendor_size = tekken.n_words
         self._known_ids = range(self.vocab_size)
         self.chat_version = tekken.version.value
+        self._names = {f"{name}_token": tekken.id_to_piece(i) for name, i in special.items()}
+        own = {tekken.id_to_piece(i): i for i in self.all_special_ids}
+        for name, token in files.names.items():
+            token_id = own.get(token or "")
+            token_id = self._token_to_id(token) if token and token_id is None else token_id
+            if token and token_id is not None:
+                self._names[name] = token
+                special[name.removesuffix("_token")] = token_id
+        self._init_special(**special)
         self._apply_flags()
+
+    @property
+    def _file_name(self) -> str:
+        return "tekken.json"
+
+    def _id_to_token(self, token_id: int) -> str | None:
+        token: str = self._tekken.id_to_piece(token_id)
+        return token
+
+    def _make_vocab(self) -> dict[str, int]:
+        vocab: dict[str, int] = {}
+        for token_id in range(self.vocab_size):
+            token = self._tekken.id_to_piece(token_id)
+            is_special = token_id in self.all_special_ids
+            # The text of a part of a character is that of U+FFFD.
+            if is_special or self._tekken.id_to_byte_piece(token_id) == token.encode():
+                vocab[token] = token_id
+        return vocab
 
     def _encode(self, text: str) -> list[int]:
         with library_errors(f"{self.path}: the text cannot be encoded"):

@@ -8,6 +8,8 @@ from typing import Any
 from mistral_kernels.tokenizer.base import MistralTokenizer
 from mistral_kernels.tokenizer.errors import TokenizerError, library_errors, missing_package
 
+_CHAT_OPTIONS = {"tools", "add_generation_prompt", "continue_final_message", "template_kwargs"}
+
 
 class Vendor(MistralTokenizer):
     """Base class of tokenizers in Mistral's own files: sentencepiece models and tekken.json.
@@ -27,9 +29,15 @@ class Vendor(MistralTokenizer):
         self._prefix_ids = [bos] if self._files.add_bos and bos is not None else []
         self._suffix_ids = [eos] if self._files.add_eos and eos is not None else []
 
+    def _check_template_settable(self) -> None:
+        raise TokenizerError(
+            f"chat_template cannot be set: mistral-common renders the template of {self.path}; a "
+            "template in the folder requires a tokenizer.json"
+        )
+
     def _chat(self, messages: list[dict[str, Any]], **options: Any) -> tuple[list[int], str]:
-        for name in ("documents", "chat_template"):
-            if options[name] is not None:
+        for name, value in {**options["template_kwargs"], **options}.items():
+            if value is not None and name not in _CHAT_OPTIONS:
                 raise TokenizerError(f"{name} must be None for Mistral's own chat template")
         try:
             from mistral_common.protocol.instruct.normalize import get_normalizer
@@ -42,7 +50,16 @@ class Vendor(MistralTokenizer):
             ) from error
         instruct = self._instruct_tokenizer()
         version = instruct.tokenizer.version
-        ends = bool(messages) and messages[-1].get("role") == "assistant"
+        last = messages[-1] if messages else {}
+        if options["continue_final_message"]:
+            if last.get("role") != "assistant":
+                raise TokenizerError(
+                    "continue_final_message must be False unless the last message has the role "
+                    f"'assistant', got {last.get('role')!r}"
+                )
+            last = last | {"prefix": True}
+            messages = [*messages[:-1], last]
+        ends = last.get("role") == "assistant" and not last.get("prefix")
         finished = ends and not options["add_generation_prompt"]
         mode = ValidationMode.finetuning if finished else ValidationMode.test
         with library_errors("messages"):

@@ -14,6 +14,7 @@ TRANSFORMERS = (
     'load the model with transformers and attn_implementation="mistral_kernels" '
     "(mistral_kernels.integrations.transformers)"
 )
+_LONGEST_VALUE = 100  # characters of a value in a message
 
 
 class Unsupported(NamedTuple):
@@ -48,6 +49,7 @@ def check_unsupported(
         accepted = table[name].without_effect
         if not any(value is x or (type(value) is type(x) and value == x) for x in accepted):
             expected = " or ".join(map(repr, accepted))
-            raise NotImplementedError(
-                f"{name} must be {expected}, got {value!r}; {table[name].remedy}"
-            )
+            got = repr(value)
+            if "\n" in got or len(got) > _LONGEST_VALUE:  # such as a module or a tensor
+                got = type(value).__name__
+            raise NotImplementedError(f"{name} must be {expected}, got {got}; {table[name].remedy}")

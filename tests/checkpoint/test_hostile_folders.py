@@ -359,12 +359,10 @@ def test_from_pretrained_replaces_only_fields_without_weights(
         )
         with pytest.raises(ConfigError, match=message):
             MistralForCausalLM.from_pretrained(folder, quantize=quantize, **{name: value})
-    for name in ("head", "torch_dtype", "device_map"):
-        options = "dtype, device and quantize, and the fields sliding_window, rope_theta, "
+    for name in ("head", "torch_types"):
+        options = (
+            "dtype, device, device_map and quantize, and the fields sliding_window, rope_theta, "
+        )
         message = f"^unexpected keyword '{name}'; options are {options}"
         with pytest.raises(TypeError, match=message):
             MistralForCausalLM.from_pretrained(folder, **{name: 1})
-    for dtype in ("x", "float32", 1):
-        message = f"^dtype must be a torch.dtype or None, got {dtype!r}$"
-        with pytest.raises(TypeError, match=message):
-            MistralForCausalLM.from_pretrained(folder, dtype=dtype)

@@ -3,59 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from support.helpers import assert_same_text
+from support.transformers_pair import HEADS, VOCAB, make_pair, relative_error
 
-from mistral_kernels import MistralConfig, MistralForCausalLM
-
-transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is absent")
-
-VOCAB = 331
-# (query heads, kv heads, head_dim, hidden_size); heads * head_dim is not always hidden_size.
-HEADS = {
-    "8/2x64": (8, 2, 64, 128),
-    "8/8x64": (8, 8, 64, 512),
-    "4/1x128": (4, 1, 128, 96),
-}
-
-
-def make_pair(
-    heads: str = "8/2x64", dtype: torch.dtype = torch.float32, **options: Any
-) -> tuple[MistralForCausalLM, Any]:
-    query_heads, kv_heads, head_dim, hidden_size = HEADS[heads]
-    config = MistralConfig(
-        vocab_size=VOCAB,
-        hidden_size=hidden_size,
-        intermediate_size=173,
-        num_hidden_layers=2,
-        num_attention_heads=query_heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        **options,
-    )
-    ours = MistralForCausalLM(config)
-    with torch.no_grad():
-        for weight in ours.parameters():
-            # Large weights, so that attention is far from uniform; norm weights differ from 1.
-            weight.copy_(torch.randn_like(weight) * (0.1 if weight.ndim == 2 else 0.3) + 0.02)
-    return ours.to(dtype).eval(), transformers_model(ours, dtype)
-
-
-def transformers_model(ours: MistralForCausalLM, dtype: torch.dtype) -> Any:
-    fields = ours.config.to_hf("float32")
-    config = transformers.MistralConfig(**fields, attn_implementation="eager")
-    theirs = transformers.MistralForCausalLM(config)
-    missing = theirs.load_state_dict(ours.state_dict())
-    assert not missing.missing_keys
-    assert not missing.unexpected_keys
-    return theirs.to(dtype).eval()
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+from mistral_kernels import MistralForCausalLM
 
 
 @pytest.mark.parametrize("seqlen", [1, 63, 64, 65, 300])
@@ -67,10 +21,10 @@ def test_logits_equal_transformers(heads: str, window: int | None, seqlen: int) 
     ours, theirs = make_pair(heads, sliding_window=window, tie_word_embeddings=tied)
     ids = torch.randint(VOCAB, (2, seqlen))
     exact = theirs(ids).logits
-    assert relative_error(ours(ids), exact) < 1e-4
+    assert relative_error(ours(ids).logits, exact) < 1e-4
 
     narrow, narrow_theirs = ours.to(torch.bfloat16), theirs.to(torch.bfloat16)
-    error, allowed = (relative_error(f, exact) for f in (narrow(ids), narrow_theirs(ids).logits))
+    error, allowed = (relative_error(f(ids).logits, exact) for f in (narrow, narrow_theirs))
     assert error <= 2 * allowed
 
 
@@ -101,7 +55,7 @@ def test_decode_steps_equal_the_full_forward_pass(window: int | None) -> None:
     ours = MistralForCausalLM(config).eval()
     ours.load_state_dict(weights)
     ids = torch.randint(VOCAB, (2, 4 * (window or 16) + 9))
-    expected = ours(ids)
+    expected = ours(ids).logits
     cache = ours.new_cache(2, ids.shape[1])
     for position in range(ids.shape[1]):
         logits = ours.decode(ids[:, position], cache)
@@ -135,9 +89,9 @@ def test_gradients_equal_transformers() -> None:
     ours, theirs = make_pair(sliding_window=7)
     ids = torch.randint(VOCAB, (2, 33))
     cotangent = torch.randn(2, 33, VOCAB)
-    for model, logits in ((ours, ours(ids)), (theirs, theirs(ids).logits)):
+    for model in (ours, theirs):
         model.zero_grad()
-        logits.backward(cotangent)
+        model(ids).logits.backward(cotangent)
     theirs_grads = {name: p.grad for name, p in theirs.named_parameters()}
     q, k, v = ours.model.layers[0].self_attn.qkv_proj.weight.grad.split([512, 128, 128])
     for name, grad in (("q", q), ("k", k), ("v", v)):
@@ -167,7 +121,7 @@ def test_rotary_tables_stay_float32_in_bfloat16_models() -> None:
     assert "rotary" not in " ".join(ours.state_dict())
     ids = torch.randint(VOCAB, (1, 200))
     with torch.inference_mode():
-        near = ours(ids)
+        near = ours(ids).logits
         cache = ours.new_cache(1, 64)
         # Rotary scores depend only on distances, so the start position does not change the logits.
         # The empty rings count as 64 earlier tokens, which are outside the window at the end.

@@ -259,7 +259,7 @@ def test_use_sliding_window_is_ignored_as_in_transformers(model_type: str, off: 
     ours.load_state_dict(theirs.state_dict())
     ids = torch.randint(50, (1, 23))
     with torch.no_grad():
-        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
     notes = [note for note in ours.config.notes if note.startswith("sliding_window")]
     rule = "transformers ignores use_sliding_window = false for model_type"
     assert notes == ([f"sliding_window = 5: {rule} '{model_type}'"] if off is False else [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,39 @@ def write(folder: Path, vocabulary: str | None = None, **files: Any) -> Path:
     return folder
 
 
+MARKERS = ["<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{{ who | default('assistant') }}\n{% endif %}"
+)
+TOKENIZERS = ["byte_fallback", "byte_level", "chatml", "bos_and_eos", "tekken", "sentencepiece"]
+
+
+def make_folder(folder: Path, case: str) -> Path:
+    """Write a small tokenizer with the files that accompany it on the hub."""
+    if case == "sentencepiece":
+        write(folder, config={"model_type": "mistral"})
+        shutil.copy(DATA / SENTENCEPIECE["v3"], folder / "tokenizer.model.v3")
+        return folder
+    if case == "tekken":
+        return write(folder, config={"model_type": "mistral"}, tekken=make_tekken())
+    folder.mkdir(exist_ok=True)
+    train_json(folder / "tokenizer.json", byte_level=case == "byte_level")
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "padding_side": random.choice(["left", "right"]),
+        "model_max_length": random.choice([7, int(1e30)]),
+        "chat_template": CHATML,
+    }
+    if case == "chatml":
+        config |= {"eos_token": MARKERS[1], "extra_special_tokens": MARKERS}
+        config |= {"truncation_side": "left", "padding_side": "left"}
+    return write(folder, tokenizer_config=config)
+
+
 def refused(path: Path, message: str) -> None:
     """Check that opening fails with one line: the path of the folder or file, and `message`."""
     with pytest.raises(TokenizerError) as caught:
@@ -135,6 +169,10 @@ def refused(path: Path, message: str) -> None:
     assert actual.startswith(f"{folder}")
     assert "\n" not in actual
     assert actual.removeprefix(f"{folder}").lstrip("/: ").startswith(message), actual
+
+
+def chat_ids(tokenizer: MistralTokenizer, messages: Any, **options: Any) -> Any:
+    return tokenizer.apply_chat_template(messages, return_dict=False, **options)
 
 
 def streamed(tokenizer: MistralTokenizer, ids: list[int], skip: bool = True) -> str:

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tokenizer_cases import DATA, SENTENCEPIECE, USER, make_tekken, refused, streamed, write
+from support.tokenizer_cases import (
+    DATA,
+    SENTENCEPIECE,
+    USER,
+    chat_ids,
+    make_tekken,
+    refused,
+    streamed,
+    write,
+)
 
 from mistral_kernels.tokenizer import MistralTokenizer
 
@@ -144,15 +153,16 @@ def test_conversations_use_added_tokens(tmp_path: Path) -> None:
     assert tokenizer.chat_version == "jinja"
     assert tokenizer.has_chat_template
     message = USER | {"content": "Hi there"}
-    assert tokenizer.apply_chat_template([message], tokenize=False) == RENDERED
-    assert tokenizer.apply_chat_template([message]) == RENDERED_IDS
+    prompt = {"add_generation_prompt": True}
+    assert tokenizer.apply_chat_template([message], tokenize=False, **prompt) == RENDERED
+    assert chat_ids(tokenizer, [message], add_generation_prompt=True) == RENDERED_IDS
     # Without added tokens, START and END in the template are plain text, as in training.
     (folder / "added_tokens.json").unlink()
     write(folder, tokenizer_config={"chat_template": CHATML})
     plain = MistralTokenizer.from_pretrained(folder)
     assert plain.chat_version == "jinja"
     assert len(plain) == 32000
-    assert plain.decode(plain.apply_chat_template([message])) == RENDERED
+    assert plain.decode(chat_ids(plain, [message], add_generation_prompt=True)) == RENDERED
 
 
 @pytest.mark.parametrize(

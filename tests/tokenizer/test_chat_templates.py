@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tokenizer_cases import ANSWER, SYSTEM, USER, transformers, write
+from support.tokenizer_cases import ANSWER, SYSTEM, USER, chat_ids, transformers, write
 
 from mistral_kernels.tokenizer import MistralTokenizer, TokenizerError
 
@@ -73,11 +73,11 @@ def test_none_values_in_messages_are_absent(folder: Path) -> None:
 
 def test_rendered_names_of_special_tokens_are_encoded_as_tokens(folder: Path) -> None:
     tokenizer = open_with(folder, "{{ bos_token }}{{ messages[0].content }}{{ sep_token }}")
-    ids = tokenizer.apply_chat_template([USER])
+    ids = chat_ids(tokenizer, [USER])
     middle = tokenizer.encode("Hi", bos=False)
     assert ids == [1, *middle, *tokenizer.encode("<sep>", bos=False)]
     assert len(ids) > len(middle) + 1
-    out = tokenizer.apply_chat_template([USER], return_dict=True)
+    out = tokenizer.apply_chat_template([USER])
     assert out == {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
 
@@ -130,7 +130,7 @@ def test_template_errors_are_one_line(folder: Path) -> None:
         assert "\n" not in str(caught.value)
     tokenizer = open_with(folder, "{{ messages }}")
     for wrong, message in (
-        ({"messages": []}, "messages must hold at least one message, got none"),
+        ({"conversation": []}, "conversation must hold at least one message, got none"),
         (
             {"tools": ["f"]},
             "messages: Tools should either be a JSON schema",
@@ -140,7 +140,7 @@ def test_template_errors_are_one_line(folder: Path) -> None:
         ({"chat_template": "\ud800"}, "chat_template has a lone surrogate"),
     ):
         with pytest.raises(TokenizerError, match=f"^{message}"):
-            tokenizer.apply_chat_template(**({"messages": [USER]} | wrong))
+            tokenizer.apply_chat_template(**({"conversation": [USER]} | wrong))
 
 
 def test_folder_without_template_requires_one_as_argument(json_folder: Path) -> None:

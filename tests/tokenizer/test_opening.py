@@ -92,9 +92,24 @@ def test_paths_without_tokenizer_are_refused(tmp_path: Path) -> None:
 def test_hub_ids_are_resolved(monkeypatch: Any) -> None:
     from mistral_kernels.tokenizer import opening
 
-    resolved = {"owner/model": DATA / SENTENCEPIECE["v3"]}
-    monkeypatch.setattr(opening, "resolve_tokenizer", resolved.__getitem__)
-    assert MistralTokenizer.from_pretrained("owner/model").chat_version == "v3"
+    calls = []
+
+    def resolve(name: str, **options: Any) -> Path:
+        calls.append((name, options))
+        return DATA / SENTENCEPIECE["v3"]
+
+    monkeypatch.setattr(opening, "resolve_tokenizer", resolve)
+    options = {
+        "revision": "refs/pr/1",
+        "cache_dir": "cache",
+        "token": False,
+        "local_files_only": True,
+        "force_download": True,
+    }
+    tokenizer = MistralTokenizer.from_pretrained("owner/model", **options)
+    assert tokenizer.chat_version == "v3"
+    assert tokenizer.name_or_path == "owner/model"
+    assert calls == [("owner/model", options)]
 
 
 MAIN = ["tokenizer.model", "tekken.json", "tokenizer.json"]

@@ -24,6 +24,7 @@ from support.tokenizer_cases import (
     USER,
     VENDOR,
     any_text,
+    chat_ids,
     quick,
     refused,
     write,
@@ -160,12 +161,12 @@ def test_chat_equals_mistral_common(open_tokenizer: Any, name: str, messages: li
     version = open_vendor(name).version.value
     assert tokenizer.has_chat_template
     assert tokenizer.chat_version == version
-    assert tokenizer.apply_chat_template(messages) == expected
+    assert chat_ids(tokenizer, messages) == expected
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text == tokenizer.decode(expected)
-    tensor = tokenizer.apply_chat_template(messages, return_tensors="pt")
+    tensor = chat_ids(tokenizer, messages, return_tensors="pt")
     assert tensor.tolist() == [expected]
-    both = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+    both = tokenizer.apply_chat_template(messages, return_tensors="pt")
     assert torch.equal(both.input_ids, tensor)
     assert both.attention_mask.all()
 
@@ -173,15 +174,15 @@ def test_chat_equals_mistral_common(open_tokenizer: Any, name: str, messages: li
 @pytest.mark.parametrize("name", [SENTENCEPIECE["v3"], SENTENCEPIECE["v7"], TEKKEN])
 def test_chat_with_a_partial_answer(open_tokenizer: Any, name: str) -> None:
     messages = [USER, {**ANSWER, "prefix": True}]
-    assert open_tokenizer(name).apply_chat_template(messages) == vendor_chat(name, messages)
+    assert chat_ids(open_tokenizer(name), messages) == vendor_chat(name, messages)
 
 
 def test_chat_that_ends_with_an_answer(open_tokenizer: Any) -> None:
     tokenizer = open_tokenizer(SENTENCEPIECE["v3"])
-    ids = tokenizer.apply_chat_template([USER, ANSWER], add_generation_prompt=False)
-    head = tokenizer.apply_chat_template([USER])
+    ids = chat_ids(tokenizer, [USER, ANSWER])
+    head = chat_ids(tokenizer, [USER])
     assert ids == head + tokenizer.encode(ANSWER["content"], bos=False, eos=True)
-    assert tokenizer.apply_chat_template([USER], add_generation_prompt=False) == head
+    assert chat_ids(tokenizer, [USER], add_generation_prompt=True) == head
 
 
 @pytest.mark.parametrize("version", SENTENCEPIECE)
@@ -194,21 +195,21 @@ def test_chat_version_of_a_plain_tokenizer_model(
     assert plain.chat_version == version
     assert plain.has_chat_template == (version != "v1")
     named = open_tokenizer(SENTENCEPIECE[version])
-    assert plain.apply_chat_template(CHATS[3]) == named.apply_chat_template(CHATS[3])
+    assert chat_ids(plain, CHATS[3]) == chat_ids(named, CHATS[3])
 
 
 @pytest.mark.parametrize(
     ("messages", "error"),
     [
         ([], "Conversation must have at least one message"),
-        ("Hi", 'messages must be a list of {"role": ..., "content": ...}, got str$'),
-        (USER, "messages must be a list of .*, got dict$"),
-        (None, "messages must be a list of .*, got NoneType$"),
-        (["Hi"], "messages must be a list of .*, got str in it$"),
+        ("Hi", 'conversation must be a list of {"role": ..., "content": ...}, got str$'),
+        (USER, "conversation must be a list of .*, got dict$"),
+        (None, "conversation must be a list of .*, got NoneType$"),
+        (["Hi"], "conversation must be a list of .*, got str in it$"),
         ([{"role": "bot", "content": "Hi"}], "messages.0 Input tag 'bot' found using 'role'"),
         ([{"content": "Hi"}], "messages.0 Unable to extract tag using discriminator 'role'"),
         ([{"role": "user"}], "messages.0.user.content Field required"),
-        ([{"role": "user", "content": "\udcff"}], "messages: content has a lone surrogate"),
+        ([{"role": "user", "content": "\udcff"}], "conversation: content has a lone surrogate"),
         ([ANSWER], "Conversation must start with a user message or system message"),
         ([USER, ANSWER], "Expected last role User or Tool"),
     ],
@@ -218,7 +219,9 @@ def test_bad_conversations_are_refused(
     open_tokenizer: Any, version: str, messages: Any, error: str
 ) -> None:
     with pytest.raises(TokenizerError, match=error) as caught:
-        open_tokenizer(SENTENCEPIECE[version]).apply_chat_template(messages)
+        open_tokenizer(SENTENCEPIECE[version]).apply_chat_template(
+            messages, add_generation_prompt=True
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -257,8 +260,8 @@ def test_vendor_templates_accept_tools_but_no_documents_or_template(open_tokeniz
     tokenizer = open_tokenizer(name)
     request: Any = ChatCompletionRequest.model_validate({"messages": [USER], "tools": [tool]})
     expected = open_vendor(name).encode_chat_completion(request).tokens
-    assert tokenizer.apply_chat_template([USER], tools=[tool]) == expected
-    assert expected != tokenizer.apply_chat_template([USER])
+    assert chat_ids(tokenizer, [USER], tools=[tool]) == expected
+    assert expected != chat_ids(tokenizer, [USER])
     for option in ("documents", "chat_template"):
         with pytest.raises(TokenizerError, match=f"^{option} must be None for Mistral's own chat"):
             tokenizer.apply_chat_template([USER], **{option: "x"})
@@ -270,9 +273,9 @@ def test_message_without_content(open_tokenizer: Any) -> None:
     answer = {"role": "assistant", "tool_calls": [call]}
     result = {"role": "tool", "content": "2", "tool_call_id": "123456789"}
     tokenizer = open_tokenizer(SENTENCEPIECE["v3"])
-    ids = tokenizer.apply_chat_template([USER, answer, result])
-    assert tokenizer.apply_chat_template([USER, answer | {"content": None}, result]) == ids
-    assert tokenizer.apply_chat_template(m for m in [USER, answer, result]) == ids
+    ids = chat_ids(tokenizer, [USER, answer, result])
+    assert chat_ids(tokenizer, [USER, answer | {"content": None}, result]) == ids
+    assert chat_ids(tokenizer, (m for m in [USER, answer, result])) == ids
 
 
 def test_tekken_with_too_many_special_tokens_is_refused(tmp_path: Path) -> None:
