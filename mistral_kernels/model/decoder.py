@@ -182,32 +182,37 @@ class CausalLM(nn.Module):
         """Return the logits after each token and, with labels, the loss. No cache is used.
 
         Padding tokens are not computed. Their logits are zeros, whereas those of transformers are
-        meaningless numbers. A mask with zeros and `position_ids` are read on the host.
+        meaningless numbers. `attention_mask` and `position_ids` are copied to the host.
 
         Args:
             input_ids: (batch, seqlen) int64 or int32.
-            attention_mask: (batch, seqlen); 0 for padding tokens, 1 for others; None: no padding.
-                Padding may be before, after and, within the sliding window, between tokens.
-            position_ids: (batch, seqlen) or (1, seqlen), which must count up by one from column to
-                column, except in padding; None: the same.
+            attention_mask: (batch, seqlen) of any dtype; 0 for padding tokens, 1 for others; None:
+                no padding. Padding may be before or after the tokens of a row. It may be between
+                them if the row spans no more columns than the sliding window.
+            position_ids: (batch, seqlen) or (1, seqlen) integers that count up by one from column
+                to column, except in padding. They do not change the result; None: no check.
             labels: (batch, seqlen) int64 or int32, usually `input_ids`: the target of each token is
                 the label of the next column. -100: the label is ignored, as are targets of padding
                 tokens; None: no loss.
-            logits_to_keep: number of last columns whose logits are computed; 0: all.
-            num_items_in_batch: divisor of the sum of the losses; None: the number of targets.
+            logits_to_keep: number of last columns whose logits are computed; 0: all columns. Must
+                be 0 with `labels`.
+            num_items_in_batch: divisor of the sum of the losses; None: the number of targets that
+                are not ignored.
             return_dict: False: return a tuple.
             **others: `num_logits_to_keep`, the earlier name of `logits_to_keep`, and arguments of
                 transformers at values without effect, such as `use_cache`.
 
         Returns:
-            `logits`, (batch, seqlen, vocab_size), in the model's dtype; with labels also `loss`, a
-            float32 scalar, computed from the logits in float32.
+            `logits`, (batch, seqlen or `logits_to_keep`, vocab_size), in the model's dtype; with
+            labels also `loss`, a float32 scalar in nats, computed from the logits in float32.
 
         Raises:
-            TypeError: an argument is unknown, not a tensor or not of integers.
-            ValueError: a shape or a value does not fit, or `input_ids` is empty.
+            TypeError: an argument is unknown, or has a wrong type or dtype.
+            ValueError: a shape differs from that of `input_ids`, a value is out of range, or
+                `input_ids` is empty.
             NotImplementedError: an argument that is not offered has an effect, `position_ids` skip
-                or repeat positions, or padding between tokens meets a sliding window.
+                or repeat positions, or a row with padding between its tokens spans more columns
+                than the sliding window.
 
         Example:
             >>> import torch
@@ -242,7 +247,13 @@ class CausalLM(nn.Module):
         return out.to_tuple() if return_dict is False else out
 
     def _hidden_states(self, input_ids: Tensor, kept: Tensor | None) -> Tensor:
-        """Return (batch, seqlen, hidden_size), zeros where `kept`, (batch, seqlen), is False."""
+        """Return the hidden states of a padded batch, (batch, seqlen, hidden_size).
+
+        Args:
+            input_ids: (batch, seqlen).
+            kept: (batch, seqlen) booleans on the CPU; False for padding, whose hidden states are
+                zeros; None: no padding.
+        """
         batch, seqlen = input_ids.shape
         if kept is None:
             packing = Packing.of([seqlen] * batch, [0] * batch, input_ids.device)
@@ -260,7 +271,10 @@ class CausalLM(nn.Module):
         kept: Tensor | None,
         num_items_in_batch: int | Tensor | None,
     ) -> Tensor:
-        """Return the cross entropy of each column's logits and the next column's label."""
+        """Return the cross entropy between each column's logits and the next column's label.
+
+        The losses are added up and divided by `num_items_in_batch`; see `forward`.
+        """
         if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
             got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"labels must be an int64 or int32 tensor, got {got}")

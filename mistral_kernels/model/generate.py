@@ -1,4 +1,4 @@
-"""`generate`: transformers' function for token generation, with transformers' arguments."""
+"""`generate`: token generation with the arguments and the rules of transformers' `generate`."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ class Streamer(Protocol):
         """Receive the prompts, (batch, seqlen), and then each step's tokens, (batch,)."""
 
     def end(self) -> None:
-        """Receive the end of the generation. It is not called after an error."""
+        """Finish the output after the last step. `end` is not called after an error."""
 
 
 @dataclass
 class GenerateOutput:
     """Result of `generate` with `return_dict_in_generate=True`.
 
-    The values that are not None can also be indexed by name or, in their order, by number.
+    A value can also be read by its name, or by its index among the values that are not None.
 
     Attributes:
         sequences: the return value of `generate` without `return_dict_in_generate`.
-        scores: for each new token, the scores (batch, vocab_size) in float32 from which it was
-            chosen: logits after penalty, processors, temperature and truncation. Only with
-            `output_scores=True`.
-        logits: for each new token, the logits (batch, vocab_size) in float32. Only with
-            `output_logits=True`.
+        scores: one tensor per step, (batch, vocab_size) float32: the scores from which the new
+            tokens were chosen, which are the logits after repetition penalty, processors,
+            temperature and truncation. Only with `output_scores=True`.
+        logits: one tensor per step, (batch, vocab_size) float32: the logits of the model. Only
+            with `output_logits=True`.
     """
 
     sequences: Tensor | list[list[int]]
@@ -87,17 +87,18 @@ def generate(
     precedence. As in transformers, `do_sample=True` without further settings samples from the 50
     most likely tokens.
 
-    With a logits processor, a stopping criterion, `min_new_tokens`, `output_scores` or
-    `output_logits`, a GPU waits for the host after each step.
+    A GPU waits for the host after each step if there is a logits processor, a stopping criterion,
+    `stop_strings`, `max_time`, `min_new_tokens`, `min_length`, `output_scores` or `output_logits`.
 
     Args:
         model: the model; the object itself when this function is called as a method.
         input_ids: (batch, seqlen) int64 or int32, or a list of prompts. The prompts of a list may
-            have different lengths and need no padding. Also the output of a tokenizer, a dict of
-            `input_ids` and `attention_mask`. None: the BOS token.
+            have different lengths and must not be padded. Also the output of a tokenizer, a dict of
+            `input_ids` and `attention_mask`, whose mask is read only if `input_ids` is a tensor.
+            None: the BOS token.
         attention_mask: (batch, seqlen); 0 for padding tokens, on the left or right. Only if
             `input_ids` is a tensor. None: tokens equal to `pad_token_id` are padding, if it is set
-            and does not end a text; otherwise there is no padding.
+            and is not an EOS token; otherwise there is no padding.
         inputs: another name of `input_ids`.
         generation_config: settings of this call: a `GenerationConfig`, that of transformers, or a
             dict.
@@ -115,7 +116,7 @@ def generate(
         tokenizer: the tokenizer, which `stop_strings` needs.
         generator: source of random numbers; None: PyTorch's default.
         **kwargs: settings by the names of `GenerationConfig`, such as `max_new_tokens`,
-            `do_sample`, `temperature` and `eos_token_id`. None switches a setting off.
+            `do_sample`, `temperature` and `eos_token_id`. None disables a setting.
 
     Returns:
         (batch, seqlen + new tokens) for a tensor, and a list of lists of token ids for a list. With
@@ -142,7 +143,8 @@ def generate(
     eos_token_ids = _eos_token_ids(model, settings.eos_token_id)
     sampler = _sampler(settings, generator)
     input_ids = _given(model, settings, input_ids, inputs)
-    if isinstance(input_ids, Mapping):  # apply_chat_template returned a tensor in transformers 4
+    # Code for transformers 4 passes the result of apply_chat_template, which is a dict since 5.
+    if isinstance(input_ids, Mapping):
         if "input_ids" not in input_ids:
             raise ValueError(f"input_ids must be a key of the given dict, got {list(input_ids)}")
         if attention_mask is None and isinstance(input_ids["input_ids"], Tensor):
@@ -216,7 +218,7 @@ def generate(
 
 
 def _given(model: CausalLM, settings: GenerationConfig, input_ids: Any, inputs: Any) -> Any:
-    """Return the prompts of the call: one of both arguments, or the BOS token."""
+    """Return the argument that is given; if neither is, the BOS token as the only prompt."""
     if input_ids is not None and inputs is not None:
         raise ValueError("inputs must be None if input_ids is given; give one of them")
     if input_ids is None and inputs is None:
@@ -238,7 +240,7 @@ def _own_criteria(settings: GenerationConfig, tokenizer: Any) -> list[StoppingCr
 
 
 def _sampler(settings: GenerationConfig, generator: torch.Generator | None) -> Sampler:
-    """Check the settings that do not depend on the prompts, and return the choice of a token."""
+    """Check the settings that do not depend on the prompts, and return the sampler."""
     if settings.pad_token_id is not None:
         settings.pad_token_id = _PADDING.check("pad_token_id", settings.pad_token_id)
     copies = _COUNT.check("num_return_sequences", settings.num_return_sequences)
@@ -278,7 +280,7 @@ def _max_new_tokens(settings: GenerationConfig, width: int, max_positions: int) 
 
 
 def _shortest(settings: GenerationConfig, width: int) -> int:
-    """Return the number of tokens, with the prompt, before which no text ends."""
+    """Return the number of tokens, with the padded prompt, below which EOS is forbidden."""
     if settings.min_new_tokens is not None:
         return width + int(_LENGTH.check("min_new_tokens", settings.min_new_tokens))
     return int(_LENGTH.check("min_length", settings.min_length or 0))
@@ -325,7 +327,7 @@ def _padding_mask(
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """Return the prompts as a tensor, (batch, length of the longest) int64."""
+    """Return the prompts as a tensor, (batch, length of the longest prompt) int64."""
     width = max(map(len, prompts), default=0)
     rows = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     return torch.tensor(rows, dtype=torch.int64).view(len(rows), width)

@@ -157,7 +157,7 @@ def stream(
     if sampler.repetition_penalty != 1.0:
         seen = _seen(model, prompts, context or [()] * batch)
     newest = NextTokens(sampler, batch, model.device, seen)
-    # A step that a CUDA graph cannot contain as a whole chooses its tokens after the graph.
+    # A CUDA graph contains the choice of the tokens only if it can contain the sampler.
     recordable = sampler.recordable
     engine = engine_for(model, cache, newest if recordable else None)
     newest.choose(prefill(model, prompts, cache, chunk_size, progress))

@@ -16,32 +16,36 @@ from mistral_kernels.utils.unsupported import TRANSFORMERS, Unsupported, check_u
 class GenerationConfig:
     """Settings of `MistralForCausalLM.generate`; None: not set.
 
-    A model has one in `model.generation_config`, with the values of the checkpoint's
-    generation_config.json. Other names of transformers' settings are accepted as well; `generate`
-    raises an error if it does not offer them and their values have an effect.
+    `model.generation_config` holds the settings in the checkpoint's generation_config.json. The
+    names of transformers' other settings are accepted as well, but `generate` raises an error if
+    such a setting has an effect.
 
     Attributes:
         max_new_tokens: maximum number of new tokens per text, >= 0.
-        max_length: maximum number of tokens of the padded prompt and the text, if `max_new_tokens`
+        max_length: maximum number of tokens, counted with the padded prompt, if `max_new_tokens`
             is not set. If neither is set, a text has up to 20 new tokens, within the model's
             `max_position_embeddings`.
-        min_new_tokens: number of new tokens before which no text ends at an EOS token.
-        min_length: the same, counted with the prompt, if `min_new_tokens` is not set.
-        max_time: seconds after which all texts end.
+        min_new_tokens: number of new tokens before which EOS tokens are forbidden.
+        min_length: the same, counted with the padded prompt, if `min_new_tokens` is not set.
+        max_time: time in seconds after which all texts end.
         stop_strings: a string, or a list of strings. A text ends with the token that completes one
-            of them. The string is part of the text.
+            of the strings. The string is part of the text.
         do_sample: sample each token with the settings below. If it is not True, the most likely
             token is chosen, and `temperature`, `top_k`, `top_p` and `min_p` have no effect.
         temperature: divisor of the logits, above 0.
         top_k: number of most likely tokens to sample from; 0: all; not set: 50.
-        top_p: probability of the smallest set of most likely tokens to sample from, in (0, 1].
-        min_p: smallest probability of a token, as a fraction of the largest, in [0, 1].
-        repetition_penalty: factor against tokens that are already in the prompt or in the text,
-            with and without `do_sample`. Padding is not counted.
-        num_return_sequences: number of texts per prompt. They follow one another in the result.
+        top_p: sample from the smallest set of most likely tokens whose total probability is at
+            least top_p, in (0, 1].
+        min_p: sample from the tokens whose probability is at least min_p times the largest, in
+            [0, 1].
+        repetition_penalty: divide positive logits of tokens that are already in the prompt or the
+            text by this factor, and multiply negative ones, in [1e-6, 1e6]. It is applied with and
+            without `do_sample`. Padding is not counted.
+        num_return_sequences: number of texts per prompt. The texts of a prompt are consecutive rows
+            of the result. More than 1 requires `do_sample`.
         eos_token_id: token or tokens that end a text.
         pad_token_id: token after the end of a text in a tensor; not set: the first EOS token, or 0.
-        bos_token_id: the prompt of a call without one.
+        bos_token_id: token that is the prompt of a call without a prompt.
         return_dict_in_generate: return a `GenerateOutput`.
         output_scores: add the scores of each step to the `GenerateOutput`.
         output_logits: add the logits of each step to the `GenerateOutput`.
@@ -93,13 +97,14 @@ class GenerationConfig:
     def from_pretrained(
         cls, pretrained_model_name: str | Path, **settings: Any
     ) -> GenerationConfig:
-        """Read the generation_config.json of a checkpoint.
+        """Return the settings in the generation_config.json of a checkpoint.
 
         Args:
-            pretrained_model_name: a folder, a hub id or "tiny", as for the model. The checkpoint of
-                a hub id is downloaded if it is not in the cache.
+            pretrained_model_name: a folder, a Hugging Face hub id, or "tiny" for the bundled model.
+                The checkpoint of a hub id is downloaded if it is not in the cache.
             **settings: settings that replace those of the file; also `revision`, `cache_dir`,
-                `token`, `local_files_only` and `force_download`.
+                `token`, `local_files_only` and `force_download`; see
+                `MistralForCausalLM.from_pretrained`.
 
         Raises:
             CheckpointError: there is no such checkpoint, or its generation_config.json is missing
@@ -152,7 +157,7 @@ _FLAG = Unsupported((None, False))
 _CACHE = Unsupported(remedy="call stream with cache=model.new_cache(...)")
 _NAMES = ("dynamic", "static", "offloaded", "offloaded_static", "hybrid", "sliding_window")
 
-# Arguments that change the result, and that `generate` does not offer.
+# Arguments that `generate` does not offer. Their other values would change the result.
 UNSUPPORTED = {
     "num_beams": Unsupported((None, 1)),
     "penalty_alpha": Unsupported((None, 0.0, 0)),
@@ -202,7 +207,7 @@ UNSUPPORTED = {
     "cache": _CACHE,
     "inputs_embeds": Unsupported(remedy=f"give input_ids, or {TRANSFORMERS}"),
     "position_ids": Unsupported(remedy="give attention_mask, from which the positions follow"),
-    "token_type_ids": Unsupported(remedy="leave it out; Mistral has no token types"),
+    "token_type_ids": Unsupported(remedy="leave it out: Mistral has no token types"),
 }
 
 # Arguments without effect on the result here: settings of strategies that are refused above, of the
@@ -224,9 +229,8 @@ _GREEDY_ONLY = frozenset(("penalty_alpha",))
 _SETTINGS = frozenset(GenerationConfig.__annotations__)
 _KNOWN = _SETTINGS | UNSUPPORTED.keys() | IGNORED
 
-# Values of settings that are not set anywhere, and of arguments that are None.
-_DEFAULTS = {"top_k": 50}
-_OFF = {
+_DEFAULTS = {"top_k": 50}  # values of settings that are not set anywhere
+_OFF = {  # values of settings that are None after that
     "do_sample": False,
     "temperature": 1.0,
     "top_k": 0,
@@ -240,18 +244,21 @@ _OFF = {
 def resolve(
     defaults: Any, generation_config: Any, arguments: Mapping[str, Any]
 ) -> GenerationConfig:
-    """Return the settings of one call: those of the arguments, the configuration and the model.
+    """Return the settings of one call from its arguments, its configuration and the model's.
 
     As in transformers, a value that is not set in `generation_config` is that of `defaults`, and an
     argument replaces both, even if it is None.
 
     Args:
-        defaults: the model's `generation_config`: ours, transformers' or a dict.
-        generation_config: that of the call; None: none.
-        arguments: keyword arguments of `generate`.
+        defaults: the model's `generation_config`: a `GenerationConfig` of this package or of
+            transformers, or a dict.
+        generation_config: the argument `generation_config` of the call, of the same types; None:
+            not given.
+        arguments: the other keyword arguments of `generate`.
 
     Raises:
-        TypeError: an argument is not known, or a configuration has another type.
+        TypeError: an argument is unknown, `do_sample` is not a bool, or a configuration has another
+            type.
         NotImplementedError: a setting that is not offered has an effect.
     """
     settings: dict[str, Any] = dict(_DEFAULTS)
@@ -278,14 +285,15 @@ def settings_of(name: str, config: Any) -> dict[str, Any]:
 
     Args:
         name: name of the configuration, for messages.
-        config: ours, transformers' or a dict; None: no settings.
+        config: a `GenerationConfig` of this package or of transformers, or a dict; None: no
+            settings.
 
     Raises:
         TypeError: `config` has another type.
     """
     if config is None:
         return {}
-    # The objects of transformers 4 also hold the values that are not set, as their defaults.
+    # In transformers 4, `to_dict` also returns the defaults of settings that are not set.
     to_dict = getattr(config, "to_diff_dict", None) or getattr(config, "to_dict", None)
     if not isinstance(config, Mapping) and to_dict is None:
         raise TypeError(f"{name} must be a GenerationConfig or a dict, got {type(config).__name__}")

@@ -1,4 +1,4 @@
-"""`CausalLMOutput`: what the forward pass of a language model returns."""
+"""`CausalLMOutput`: result of the forward pass of a language model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.utils._pytree import register_pytree_node
 class CausalLMOutput(dict[str, Tensor]):
     """Logits and, if labels were given, the loss: by attribute, by key or by index.
 
-    It has the interface of transformers' `CausalLMOutputWithPast`: a dict without the entries that
-    are None, whose values can also be indexed and sliced like a tuple. It is a pytree.
+    The interface is that of transformers' `CausalLMOutputWithPast`: a dict without the entries that
+    are None, whose values can also be indexed and sliced like those of a tuple. It is a pytree.
 
     Attributes:
-        loss: float32 scalar; None: no labels were given.
-        logits: (batch, seqlen, vocab_size).
+        loss: float32 scalar, in nats; None: no labels were given.
+        logits: (batch, seqlen, vocab_size), in the model's dtype.
         hidden_states: always None.
         attentions: always None.
 
@@ -34,7 +34,7 @@ class CausalLMOutput(dict[str, Tensor]):
 
     @property
     def loss(self) -> Tensor | None:
-        """Mean cross entropy in nats per target; None: no labels were given."""
+        """Cross entropy in nats, as `forward` defines it; None: no labels were given."""
         return self.get("loss")
 
     @property
@@ -45,7 +45,10 @@ class CausalLMOutput(dict[str, Tensor]):
 
     @property
     def past_key_values(self) -> None:
-        """Raise an AttributeError: a loop that passed it on would lose the earlier tokens."""
+        """Raise an AttributeError.
+
+        A decoding loop that passed None to the next step would lose the earlier tokens.
+        """
         raise AttributeError(
             "past_key_values must not be read, because forward keeps no cache; call generate, or "
             "prefill and decode with the model's new_cache"
@@ -60,7 +63,7 @@ class CausalLMOutput(dict[str, Tensor]):
         return tuple(self.values())
 
 
-# FSDP finds the tensors of an output by flattening it.
+# FSDP finds the tensors of a module's output only if the output is a pytree.
 register_pytree_node(
     CausalLMOutput,
     lambda output: (list(output.values()), list(output)),

@@ -61,6 +61,11 @@ def check_position_ids(position_ids: Any, input_ids: Tensor, kept: Tensor | None
         input_ids: (batch, seqlen).
         kept: (batch, seqlen) booleans on the CPU, False for padding, whose positions are not
             checked; None: no padding.
+
+    Raises:
+        TypeError: `position_ids` is not a tensor.
+        ValueError: `position_ids` has another shape.
+        NotImplementedError: the positions of a row skip or repeat a number.
     """
     if not isinstance(position_ids, Tensor):
         raise TypeError(f"position_ids must be a tensor, got {type(position_ids).__name__}")
@@ -97,13 +102,14 @@ def unpadded_packing(
         The packing, and (total_tokens,) int64.
 
     Raises:
-        NotImplementedError: a row has padding between its tokens, and a window ends before the
-            row's first token. In a packed sequence, the window would count only tokens.
+        NotImplementedError: a row has padding between its tokens, and spans more columns than a
+            window. In a packed sequence, the window would count the tokens instead of the columns.
     """
     kept_rows = kept[kept.any(1)]
     rows, columns = kept_rows.nonzero(as_tuple=True)
     seqlens = kept_rows.sum(1)
-    # argmax returns the first of equal values: the first and the last token of each row.
+    # argmax returns the index of the first of equal values: in a row, that of the first token; in a
+    # flipped row, that of the last.
     first = kept_rows.int().argmax(1)
     spans = kept.shape[1] - kept_rows.flip(1).int().argmax(1) - first
     packing = Packing.of(seqlens.tolist(), [0] * len(seqlens), device)
@@ -112,8 +118,8 @@ def unpadded_packing(
         window = min((w for w in layer_windows if w is not None), default=longest)
         if window < longest:
             raise NotImplementedError(
-                "attention_mask must have no zeros between the tokens of a row of more than "
-                f"{window} columns, the sliding window, got a row of {longest}; pad before or "
+                "attention_mask must have no zeros between the tokens of a row that spans more "
+                f"columns than the sliding window, {window}, got {longest} columns; pad before or "
                 f"after the tokens, or {TRANSFORMERS}"
             )
         positions = (columns - first[rows]).to(device)

@@ -1,4 +1,4 @@
-"""Arguments of transformers' `from_pretrained` and `save_pretrained`, and their values here."""
+"""Arguments of transformers' `from_pretrained` and `save_pretrained`: accepted values, parsers."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ _SEVERAL = (
 _OFFLOADED = "leave it out: the whole model is on one device"
 _ONE_FOLDER = "leave it out, and give the folder that holds the files"
 
+# Arguments of `from_pretrained` that are accepted only at values without effect.
 LOADING = {
     "attn_implementation": Unsupported(
         (
@@ -57,7 +58,7 @@ LOADING = {
     "offload_buffers": _FLAG,
     "resume_download": _FLAG,
     "weights_only": Unsupported((None, True), "leave it out: pickles are read as plain tensors"),
-    "use_auth_token": Unsupported((None, True), "give the token as token"),
+    "use_auth_token": Unsupported((None, True), "pass it as token"),
     "load_in_4bit": Unsupported((None, False), _QUANTIZED),
     "load_in_8bit": Unsupported((None, False), _QUANTIZED),
     "quantization_config": Unsupported(remedy=_QUANTIZED),
@@ -72,8 +73,8 @@ LOADING = {
     "config": Unsupported(
         remedy="give the fields to replace as keywords, such as sliding_window=1024"
     ),
-    "pad_token_id": Unsupported(remedy="give it to generate"),
-    "state_dict": Unsupported(remedy="call load_state_dict"),
+    "pad_token_id": Unsupported(remedy="pass it to generate"),
+    "state_dict": Unsupported(remedy="call load_state_dict of the loaded model"),
     "ignore_mismatched_sizes": Unsupported((None, False)),
     "output_loading_info": Unsupported((None, False)),
     "adapter_kwargs": Unsupported(),
@@ -85,6 +86,7 @@ LOADING = {
 }
 
 _UPLOAD = "upload the folder with huggingface_hub.upload_folder"
+# The same for `save_pretrained` and, in CHECKPOINTING, for `gradient_checkpointing_enable`.
 SAVING = {
     "safe_serialization": Unsupported(
         (None, True), "leave it out, or write model.state_dict() with torch.save"
@@ -99,7 +101,14 @@ CHECKPOINTING = {"use_reentrant": _FLAG}
 
 
 def parse_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype | None:
-    """Return the dtype that two arguments name; None: that of the checkpoint.
+    """Return the dtype that one of two arguments of the same meaning names.
+
+    Args:
+        dtype: a torch.dtype, its name or "auto"; None: not given.
+        torch_dtype: the earlier name of `dtype`.
+
+    Returns:
+        The dtype; None: that of the checkpoint.
 
     Raises:
         TypeError: an argument is neither a dtype nor a string nor None.
@@ -122,7 +131,11 @@ def _parse_dtype(name: str, value: Any) -> torch.dtype | None:
 
 
 def parse_device(device: Any, device_map: Any) -> torch.device:
-    """Return the device that two arguments name: the CPU by default.
+    """Return the device that one of two arguments of the same meaning names; by default the CPU.
+
+    Args:
+        device: a torch.device, a string or the index of a GPU; None: not given.
+        device_map: the same, {"": device} or "auto"; None: not given.
 
     Raises:
         TypeError: an argument has a wrong type.
@@ -175,7 +188,10 @@ def _agreed(parse: Callable[[str, Any], Any], **arguments: Any) -> Any:
 
 
 def parse_shard_size(size: int | str) -> int:
-    """Return a number of bytes that may be written as "5GB" (10^9 bytes) or "5GiB" (2^30).
+    """Return a number of bytes.
+
+    Args:
+        size: the number, or a string such as "5GB" (5 * 10^9 bytes) or "5GiB" (5 * 2^30 bytes).
 
     Raises:
         ValueError: `size` is neither a positive integer nor such a string.

@@ -23,6 +23,12 @@ StoppingCriterion = Callable[[Tensor, Any], Any]
 class Texts:
     """Prompts and generated tokens of a batch, padded as in transformers.
 
+    Args:
+        prompts: padded prompts, (batch, width) int64, on the model's device.
+        eos_token_ids: tokens that end a text.
+        pad_token_id: token after the end of a text.
+        criteria: functions that end texts.
+
     Attributes:
         width: number of tokens per prompt, with padding.
         ended: for each text, whether it has ended.
@@ -57,7 +63,7 @@ class Texts:
         return self._ids
 
     def append(self, tokens: Sequence[int | None]) -> Tensor:
-        """Append the tokens of a step; return them, (batch,) int64 on the CPU; None: padding."""
+        """Append the tokens of a step, None as padding; return them, (batch,) int64 on the CPU."""
         padded = [self.pad_token_id if token is None else token for token in tokens]
         self._columns.append(torch.tensor(padded))
         return self._columns[-1]
@@ -66,6 +72,9 @@ class Texts:
         """Return which texts have ended after these tokens; see `stream`.
 
         As in transformers, without EOS tokens a text continues until criteria have ended all texts.
+
+        Raises:
+            TypeError: a criterion returns neither a bool nor one value per text.
         """
         stopped = [token in self.eos_token_ids for token in tokens]
         kept = None if self.scores is None else tuple(self.scores)
@@ -88,13 +97,13 @@ class Texts:
 
 @dataclass
 class ProcessingSampler(Sampler):
-    """Sampler that processes the scores with functions of the user, and keeps them.
+    """Sampler that calls logits processors, and keeps the scores and logits of each step.
 
-    The functions run on the host between two steps. They are called after the repetition penalty
-    and before the temperature, as in transformers.
+    The host calls the processors between two steps: after the repetition penalty and before the
+    temperature, as in transformers.
 
     Attributes:
-        texts: the texts so far.
+        texts: the texts so far. The scores and logits are appended to its lists.
         processors: functions that replace the scores.
     """
 
@@ -104,7 +113,9 @@ class ProcessingSampler(Sampler):
     processors: Sequence[LogitsProcessor] = field(kw_only=True)
 
     def scores(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
-        """See `Sampler.scores`. A text that has ended gets the padding token.
+        """Return the processed scores as `Sampler.scores` does.
+
+        A text that has ended gets the padding token.
 
         Raises:
             ValueError: the processors leave no token to choose.
@@ -146,9 +157,14 @@ def _keep(kept: list[Tensor] | None, values: Tensor) -> None:
 
 
 def checked(name: str, processor: LogitsProcessor) -> LogitsProcessor:
-    """Return a processor that checks the result of a user's processor, whose name is `name`.
+    """Return a processor that calls `processor` and checks the result.
 
-    It raises a TypeError if the result is not a tensor, and a ValueError for another shape.
+    The returned processor raises a TypeError if the result is not a tensor, and a ValueError if the
+    result has another shape than the scores.
+
+    Args:
+        name: name of the processor in messages.
+        processor: processor of the user.
     """
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
@@ -165,7 +181,10 @@ def checked(name: str, processor: LogitsProcessor) -> LogitsProcessor:
 
 
 def eos_forbidden(eos_token_ids: Sequence[int], shortest: int) -> LogitsProcessor:
-    """Return a processor that forbids EOS tokens in texts of fewer than `shortest` tokens."""
+    """Return a processor that forbids EOS tokens in texts of fewer than `shortest` tokens.
+
+    The tokens of the padded prompt are counted.
+    """
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
         if ids.shape[1] >= shortest:
@@ -177,7 +196,7 @@ def eos_forbidden(eos_token_ids: Sequence[int], shortest: int) -> LogitsProcesso
 
 
 def time_limit(seconds: float) -> StoppingCriterion:
-    """Return a criterion that ends all texts after a time in seconds."""
+    """Return a criterion that ends all texts `seconds` after this call."""
     end = time.monotonic() + seconds
     return lambda ids, scores: time.monotonic() > end
 
@@ -191,8 +210,8 @@ def stop_strings_criterion(strings: Sequence[str], tokenizer: Any) -> StoppingCr
         strings: the stop strings, none of them empty.
         tokenizer: object whose `decode` returns the text of a list of token ids.
     """
-    # A token has at least one byte. The tokens before are context: tokenizers remove the space
-    # before the first word of a text.
+    # A token has at least one byte, so a string of n bytes has at most n tokens. The other 8 tokens
+    # are context: tokenizers remove the space before the first word of a text.
     num_tokens = max(len(each.encode()) for each in strings) + 8
 
     def is_complete(ids: list[int]) -> bool:

@@ -44,8 +44,8 @@ class MistralForCausalLM(CausalLM):
         config: the architecture.
         model: the decoder without the head.
         lm_head: the head.
-        generation_config: settings of `generate`, a `GenerationConfig`, which may be changed or
-            replaced, also by transformers' class.
+        generation_config: settings of `generate`, a `GenerationConfig`. It may be changed, or
+            replaced by another one, also of transformers.
 
     Example:
         >>> import torch
@@ -123,8 +123,8 @@ class MistralForCausalLM(CausalLM):
                 default of transformers 5 (that of transformers 4 is float32).
             torch_dtype: the earlier name of `dtype`.
             device: device of the weights; an integer is the index of a GPU; None: the CPU.
-            device_map: the same, or {"": device}; "auto": the GPU if there is one, else the CPU. A
-                model is not divided among several devices.
+            device_map: a device, as for `device`, or {"": device}; "auto": the GPU if there is one,
+                else the CPU. A model is not divided among several devices.
             quantize: "int8": hold the projections and the head in 8 bits, which makes decode steps
                 on the CPU nearly twice as fast (see `ops.linear_int8`). Embedding, norms and
                 activations keep `dtype`. A quantized model cannot be trained or saved. None: do not
@@ -236,7 +236,8 @@ class MistralForCausalLM(CausalLM):
 
         Raises:
             TypeError: an argument is unknown.
-            ValueError: `format` is neither "hf" nor "raw", or `max_shard_size` is not a size.
+            ValueError: `format` is neither "hf" nor "raw", or `max_shard_size` is not a size or is
+                given with `format="raw"`.
             NotImplementedError: the model is quantized, or an argument of transformers that is not
                 offered has an effect.
         """
@@ -292,10 +293,11 @@ class MistralForCausalLM(CausalLM):
         """Save only the input of each layer in training, and recompute the layer in backward.
 
         Args:
-            gradient_checkpointing_kwargs: may have the key "use_reentrant", which has no effect.
+            gradient_checkpointing_kwargs: dict that may have the key "use_reentrant", which has no
+                effect.
 
         Raises:
-            TypeError: there is another key.
+            TypeError: the dict has another key.
         """
         flag = pretrained_arguments.CHECKPOINTING
         check_unsupported(

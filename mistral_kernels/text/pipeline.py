@@ -1,4 +1,4 @@
-"""`pipeline`: texts from strings and chats in one call, as in transformers."""
+"""`pipeline`: continue strings and answer chats in one call, as in transformers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mistral_kernels.tokenizer import AutoTokenizer, MistralTokenizer
 from mistral_kernels.utils.ranges import Range
 from mistral_kernels.utils.unsupported import Unsupported, check_unsupported
 
-# Settings of `generate` that neither the caller nor the model's generation_config sets. The values
-# are those of transformers.
+# Settings of `generate` that are used if neither the caller nor the model's generation_config sets
+# them. The values are those of transformers.
 _DEFAULTS = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
 
 _BATCH = Range(int, 1)
@@ -111,30 +111,34 @@ class TextGenerationPipeline:
             **options: the options of `generate`, and those of transformers' pipeline:
 
                 - return_full_text: False returns only the new text, also for a chat.
-                - return_tensors: True returns the token ids of prompt and text instead.
+                - return_tensors: True returns the token ids of prompt and text, under the key
+                  "generated_token_ids", instead of the text.
                 - batch_size: number of prompts that are generated together, 1 by default. It does
                   not affect greedy texts.
-                - prefix: text before each string that is not returned.
+                - prefix: text that is put before each string, and is not returned. It has no
+                  effect on chats.
                 - stop_sequence: a string, or a list of strings, that ends a text.
                 - continue_final_message: continue the last message of a chat instead of adding a
                   message; None: if it is a message of the assistant.
                 - tools, documents: see `apply_chat_template`.
-                - add_special_tokens, truncation, padding, max_length, tokenizer_encode_kwargs:
-                  options of the tokenizer. `max_length` is also an option of `generate`.
+                - add_special_tokens, truncation, max_length, tokenizer_encode_kwargs: options of
+                  the tokenizer. `max_length` is also an option of `generate`.
                 - skip_special_tokens, clean_up_tokenization_spaces: see `decode`.
                   `skip_special_tokens` is True by default.
+                - num_workers, padding, return_text: without effect.
 
         Returns:
             For one prompt, a list of `num_return_sequences` dicts. "generated_text" is the string
             with its continuation, or the chat with the answer as its last message. For a list of
             prompts, a list of such lists. For another iterable, an iterator of such lists.
-            As in transformers 5, the new tokens are decoded alone, so a vocabulary of sentencepiece
-            drops the space before the first new word. `decode` of the token ids that
-            `return_tensors=True` returns keeps it.
+            As in transformers 5, the new tokens are decoded without the prompt. A sentencepiece
+            vocabulary therefore drops the space before the first new word. To keep the space, pass
+            `return_tensors=True` and `decode` the token ids.
 
         Raises:
-            TypeError: a prompt has another type, or an option is not known.
-            ValueError: an option is out of range, or there is no prompt.
+            TypeError: a prompt has another type, or an option is unknown.
+            ValueError: an option is out of range, there is no prompt, or a message of a chat lacks
+                its role or content.
             NotImplementedError: an option is not offered.
         """
         parsed, settings = self._parse(options)
@@ -175,7 +179,7 @@ class TextGenerationPipeline:
     def _generate(
         self, prompts: Sequence[Any], options: _Options, settings: dict[str, Any]
     ) -> list[list[dict[str, Any]]]:
-        """Return the records of each prompt."""
+        """Return a list of records per prompt; see `_record`."""
         rows = [self._encode(prompt, options, settings) for prompt in prompts]
         texts: Any = self.model.generate(rows, **settings, **self._defaults(settings))
         each = len(texts) // len(rows)
@@ -188,7 +192,7 @@ class TextGenerationPipeline:
         ]
 
     def _defaults(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the settings that neither the caller nor the model's generation_config sets."""
+        """Return the default settings that neither the caller nor generation_config sets."""
         known = {
             **settings_of("model.generation_config", self.model.generation_config),
             **settings_of("generation_config", settings.get("generation_config")),
@@ -209,7 +213,7 @@ class TextGenerationPipeline:
             "max_length": settings.get("max_length"),
         }
         if not isinstance(prompt, str):
-            del given["add_special_tokens"]  # the template decides
+            del given["add_special_tokens"]  # the chat template contains the special tokens
         given = {name: value for name, value in given.items() if value is not None}
         given |= options.tokenizer_encode_kwargs or {}
         if isinstance(prompt, str):
@@ -231,7 +235,14 @@ class TextGenerationPipeline:
     def _record(
         self, prompt: Any, ids: list[int], length: int, options: _Options
     ) -> dict[str, Any]:
-        """Return the result of one text: `ids` are those of a prompt of `length` and the text."""
+        """Return the dict of results of one text.
+
+        Args:
+            prompt: the string or the chat.
+            ids: token ids of the prompt and the text.
+            length: number of tokens of the prompt.
+            options: the options of the call.
+        """
         if options.return_tensors:
             return {"generated_token_ids": ids}
         new = self.tokenizer.decode(
@@ -283,7 +294,7 @@ def pipeline(
     model_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> TextGenerationPipeline:
-    """Load a model and its tokenizer into one function, as transformers' `pipeline` does.
+    """Load a model and its tokenizer as one function, as transformers' `pipeline` does.
 
     Texts are sampled at a temperature of 0.7 and have up to 256 new tokens, unless `options` or the
     model's generation_config.json set other values.

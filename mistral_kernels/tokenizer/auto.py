@@ -1,4 +1,4 @@
-"""`AutoTokenizer`: tokenizers that return what those of transformers return."""
+"""`AutoTokenizer`: tokenizer with the results of transformers' `AutoTokenizer`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from mistral_kernels.tokenizer.base import MistralTokenizer
 class AutoTokenizer(MistralTokenizer):
     """Tokenizer of a Mistral model as in transformers; open one with `from_pretrained`.
 
-    If a folder holds a tokenizer.json, it is opened, also beside Mistral's own files. There are
-    three differences from the `MistralTokenizer` of Mistral's own files: the name of a special
-    token in a text becomes the token, the chat template is that in the folder, and `decode` puts
-    spaces where transformers puts them. A text from an untrusted source can therefore contain
-    special tokens.
+    If a folder holds a tokenizer.json, that file is opened, even if the folder also holds Mistral's
+    own files. A tokenizer.json differs from Mistral's own files in three points:
+
+    - The name of a special token in a text becomes the token. A text from an untrusted source can
+      therefore contain special tokens.
+    - The chat template is the one in the folder.
+    - `decode` puts spaces where transformers puts them.
 
     Example:
         >>> from mistral_kernels import AutoTokenizer

@@ -23,10 +23,10 @@ from mistral_kernels.tokenizer.stream import StreamDecoder
 from mistral_kernels.utils.unsupported import Unsupported, check_unsupported
 
 _BOOL = (True, False, None)
-_OMIT = "omit it"
+_OMIT = "leave it out"
 _OPEN_UNSUPPORTED = {
-    # The fast and the slow tokenizer of transformers return the same ids, and no code in the folder
-    # is run.
+    # These flags have no effect: the fast and the slow tokenizer of transformers return the same
+    # ids, and no code in the folder is run.
     "use_fast": Unsupported(_BOOL),
     "trust_remote_code": Unsupported(_BOOL),
     "clean_up_tokenization_spaces": Unsupported(_BOOL),
@@ -35,16 +35,16 @@ _OPEN_UNSUPPORTED = {
     "device_map": Unsupported((None, "auto", "cpu", "cuda"), _OMIT),
     "config": Unsupported(remedy=_OMIT),
     "tokenizer_type": Unsupported(remedy=_OMIT),
-    "subfolder": Unsupported((None, ""), "name the folder of the tokenizer"),
+    "subfolder": Unsupported((None, ""), "pass the folder that holds the files"),
     "proxies": Unsupported(remedy="set the environment variable HTTPS_PROXY"),
-    "use_auth_token": Unsupported((None, False), "use token"),
+    "use_auth_token": Unsupported((None, False), "pass it as token"),
     "resume_download": Unsupported(_BOOL),
     "from_slow": Unsupported((None, False), _OMIT),
     "add_prefix_space": Unsupported(remedy="change tokenizer.json"),
     "fix_mistral_regex": Unsupported((None, False), "change the pre_tokenizer of tokenizer.json"),
     "split_special_tokens": Unsupported((None, False), "encode the text in parts"),
-    "additional_special_tokens": Unsupported((None, []), "add the tokens to the files"),
-    "extra_special_tokens": Unsupported((None, []), "add the tokens to the files"),
+    "additional_special_tokens": Unsupported((None, []), "add the tokens to tokenizer.json"),
+    "extra_special_tokens": Unsupported((None, []), "add the tokens to tokenizer.json"),
 }
 _DECODE_UNSUPPORTED = {
     "spaces_between_special_tokens": Unsupported(_BOOL),  # only the slow tokenizer reads it
@@ -233,8 +233,8 @@ class MistralTokenizer(ChatEncoder):
 
         Args:
             token_ids: A list of token ids, an integer tensor `(n,)`, one id, or the output of a
-                call with one text. An id without a token has no text, as in transformers: the
-                vocabulary of a model may be padded.
+                call with one text. The vocabulary of a model may be larger than that of the
+                tokenizer. An id without a token therefore has no text, as in transformers.
             skip_special_tokens: Whether to omit special tokens. Otherwise their names are part of
                 the text.
             clean_up_tokenization_spaces: Accepted without effect, as in transformers 5 for BPE, the
@@ -277,6 +277,10 @@ class MistralTokenizer(ChatEncoder):
             skip_special_tokens: Whether to omit special tokens.
             clean_up_tokenization_spaces: Accepted without effect.
             options: Accepted as in transformers at values without effect.
+
+        Raises:
+            TokenizerError: `sequences` is not a list of rows, or an id is not an integer or is
+                negative.
         """
         rows = sequences.tolist() if hasattr(sequences, "tolist") else sequences
         if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):

@@ -22,7 +22,7 @@ _UNSUPPORTED = {
 
 
 class ChatEncoder(Encoder):
-    """Encode conversations; `MistralTokenizer` documents the attributes."""
+    """Encoder of conversations; `MistralTokenizer` documents the attributes."""
 
     chat_version: str | None
 
@@ -156,7 +156,7 @@ class ChatEncoder(Encoder):
 
 
 def _list(name: str, items: Any) -> list[Any]:
-    """Return `items` as a list; raise TokenizerError unless they are an iterable of messages."""
+    """Return `items` as a list; raise TokenizerError if they cannot be messages."""
     if isinstance(items, (str, Mapping)) or not isinstance(items, Iterable):
         raise TokenizerError(
             f'{name} must be a list of {{"role": ..., "content": ...}}, got {type(items).__name__}'

@@ -31,7 +31,7 @@ UNSUPPORTED = {
     "split_special_tokens": Unsupported(
         (False, None), "encode the text around the special tokens in parts"
     ),
-    "return_token_type_ids": Unsupported((False, None), "a Mistral model has no token types"),
+    "return_token_type_ids": Unsupported((False, None), "leave it out: Mistral has no token types"),
     "return_overflowing_tokens": Unsupported(
         (False, None), "omit truncation and split the token ids"
     ),
@@ -39,7 +39,7 @@ UNSUPPORTED = {
         (False, None), "compare the token ids with all_special_ids"
     ),
     "return_offsets_mapping": Unsupported(
-        (False, None), "the tokenizer of transformers returns offsets"
+        (False, None), "call the tokenizer of transformers, which returns offsets"
     ),
     "sanitize_control_tokens": Unsupported((False, None), "remove the tokens from the text"),
     "tokenizer_kwargs": Unsupported((None, {}), "pass the arguments themselves"),
@@ -48,7 +48,7 @@ UNSUPPORTED = {
 
 
 class Encoder(Vocabulary):
-    """Encode texts one by one or in batches; `MistralTokenizer` documents the attributes."""
+    """Encoder of texts and batches of texts; `MistralTokenizer` documents the attributes."""
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]:
@@ -68,8 +68,8 @@ class Encoder(Vocabulary):
         """Return the `input_ids` and the `attention_mask` of one text or of several texts.
 
         Args:
-            text: One text or a list of texts. Padding is not required for `generate` of the model,
-                which accepts token lists of unequal lengths.
+            text: One text or a list of texts. The model's `generate` accepts lists of token ids of
+                unequal lengths, which must not be padded, and padded tensors.
             text_pair: Must be None.
             add_special_tokens: Whether to add BOS and EOS to each text, as defined by the files.
             padding: True or "longest" pads each text to the length of the longest text, and
@@ -78,8 +78,8 @@ class Encoder(Vocabulary):
             truncation: True, "longest_first" or "only_first" shortens each text to `max_length`
                 tokens. BOS and EOS count, and are kept. None truncates only if `max_length` is
                 given without padding. False or "do_not_truncate": no truncation.
-            max_length: Number of tokens; None: `model_max_length`, and without it neither
-                truncation nor padding to a maximum.
+            max_length: Number of tokens; None: `model_max_length`. If that is larger than 10^20,
+                texts are neither truncated nor padded to a maximum.
             options: Further arguments of transformers:
 
                 - padding_side: "left" or "right"; None: the attribute `padding_side`.
@@ -87,7 +87,8 @@ class Encoder(Vocabulary):
                 - return_tensors: "pt" returns int64 tensors `(batch, seqlen)`, and "np" arrays.
                   None returns a list of ids for one text, and a list of lists for several.
                 - return_attention_mask: False omits the `attention_mask`.
-                - return_length: True adds `length`, the number of tokens of each text.
+                - return_length: True adds `length`, the number of tokens of each text, with
+                  padding.
 
                 Others are accepted only at values without effect.
 
@@ -95,8 +96,8 @@ class Encoder(Vocabulary):
             A dict of `input_ids` and `attention_mask`, which are also attributes.
 
         Raises:
-            TokenizerError: A text or an option is invalid, or texts of unequal lengths are to be
-                returned as a tensor without padding.
+            TokenizerError: A text or an option is invalid, or `return_tensors` is given for texts
+                of unequal lengths without padding.
             NotImplementedError: An option is not supported.
 
         Example:
@@ -176,7 +177,7 @@ class Encoder(Vocabulary):
     def tokenize(
         self, text: str, pair: None = None, add_special_tokens: bool = False, **options: Any
     ) -> list[str]:
-        """Return the tokens of a text; for the arguments, see `encode`."""
+        """Return the tokens of a text as strings; for the arguments, see `encode`."""
         ids = self.encode(text, pair, add_special_tokens, **options)
         tokens: list[str] = self.convert_ids_to_tokens(ids)
         return tokens

@@ -30,7 +30,7 @@ def open_tokenizer(
 
     Args:
         name: The path or the name.
-        prefer_json: Whether a tokenizer.json comes before the other files of a folder.
+        prefer_json: Whether to open a tokenizer.json if a folder also holds other tokenizers.
         **hub_options: Keyword arguments of `checkpoint.resolve`, for a hub id.
 
     Raises:
@@ -66,8 +66,8 @@ def _open_folder(folder: Path, prefer_json: bool) -> MistralTokenizer:
     if not os.path.lexists(vendor):
         if not os.path.lexists(fast):
             raise TokenizerError(
-                f"{folder}: no tokenizer found; looked for {_FILE_NAMES}; copy the one of the "
-                "original model into the folder"
+                f"{folder}: no tokenizer found; looked for {_FILE_NAMES}; copy the file of "
+                "the original model into the folder"
             )
         return _open_huggingface(fast, files)
     tokenizer = _open_vendor(vendor, files)

@@ -30,7 +30,7 @@ class TokenizerOutput(dict[str, Any]):
     def shape(self) -> torch.Size:
         """Shape of `input_ids`.
 
-        `apply_chat_template` returned the tensor itself in transformers 4, so code reads its shape.
+        In transformers 4, `apply_chat_template` returns a tensor. Code for it reads the shape.
         """
         shape: torch.Size = self.input_ids.shape
         return shape
@@ -91,7 +91,7 @@ def batch_options(
         padding: See `MistralTokenizer.__call__`, also for the other arguments.
         truncation: Whether to truncate. None truncates only if `max_length` alone is given.
         max_length: Number of tokens.
-        pad_to_multiple_of: Factor of the padded length.
+        pad_to_multiple_of: The padded length is rounded up to a multiple of this number.
         padding_side: "left" or "right".
         return_tensors: "pt", "np" or None.
         return_attention_mask: None means True.
@@ -190,7 +190,7 @@ def as_tensors(columns: Mapping[str, Sequence[Any]], kind: str | None) -> Tokeni
     """Return the columns of a batch as tensors ("pt"), as arrays ("np") or as they are (None).
 
     Raises:
-        TokenizerError: The rows of a column have unequal lengths.
+        TokenizerError: The rows of a column have unequal lengths, or are not numbers.
     """
     if kind is None:
         return TokenizerOutput(columns)
@@ -204,7 +204,8 @@ def as_tensors(columns: Mapping[str, Sequence[Any]], kind: str | None) -> Tokeni
     out = TokenizerOutput()
     for name, column in columns.items():
         try:
-            # A column of a caller may hold floats; an empty row must be int64 as well.
+            # Other columns, such as labels, may hold floats. input_ids must be int64 even if all
+            # rows are empty, for which torch.tensor returns float32.
             tensor = torch.tensor(column, dtype=torch.int64 if name == "input_ids" else None)
         except (ValueError, TypeError, RuntimeError):
             raise TokenizerError(

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 _CONFIG, _NAMES = "tokenizer_config.json", "special_tokens_map.json"
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _UNSUPPORTED = {
-    "legacy_format": Unsupported((None, False), "omit it: the files keep their format"),
+    "legacy_format": Unsupported((None, False), "leave it out: the files keep their format"),
     "filename_prefix": Unsupported(remedy="rename the files"),
     "push_to_hub": Unsupported((None, False), "upload the folder with huggingface_hub"),
-    "save_jinja_files": Unsupported((None, True), "omit it"),
+    "save_jinja_files": Unsupported((None, True), "leave it out"),
     "safe_serialization": Unsupported((True, False, None)),  # an option of saving models
 }
 
@@ -59,7 +59,8 @@ def _contents(tokenizer: MistralTokenizer) -> dict[str, bytes]:
     paths = {tokenizer._file_name: tokenizer.path}
     is_file = Path(os.path.expanduser(tokenizer.name_or_path)).is_file()
     for path in find_tokenizer_files(source):
-        # If the tokenizer was opened by the name of its file, another one in the folder is omitted.
+        # A tokenizer that was opened by the name of its file is saved without other tokenizers of
+        # the folder.
         if not is_file or path.name in (_CONFIG, _NAMES, "added_tokens.json", _TEMPLATE):
             paths.setdefault(path.name, path)
     for path in sorted((source / _TEMPLATES).glob("*.jinja")):

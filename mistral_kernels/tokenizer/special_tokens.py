@@ -87,9 +87,9 @@ class Vocabulary(ABC):
     _suffix_ids: list[int]
     _known_ids: Container[int]
     _files: TokenizerFiles
-    # Contents of the named tokens that the files define, for chat templates, and the ids of all
-    # named tokens by name without "_token".
+    # Named tokens that are defined, for example {"bos_token": "<s>"}: variables of chat templates.
     _names: dict[str, str]
+    # Ids of all named tokens, for example {"bos": 1, "cls": None}.
     _special: dict[str, int | None]
     # Settings that differ from the files, with the keys of tokenizer_config.json.
     _changes: dict[str, Any]
@@ -112,11 +112,11 @@ class Vocabulary(ABC):
 
     @property
     def _file_name(self) -> str:
-        """Name of the file of the tokenizer in a folder that holds only this tokenizer."""
+        """Name under which `save_pretrained` writes the file of the tokenizer."""
         return self.path.name
 
     def _changed_vocabulary(self) -> dict[str, bytes]:
-        """Return the contents of the file by its name if attributes that were set change it."""
+        """Return the new contents of the tokenizer's file, by name, if set attributes change it."""
         return {}
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -128,7 +128,7 @@ class Vocabulary(ABC):
         super().__setattr__(name, value)
 
     def _init_settings(self, files: TokenizerFiles) -> None:
-        """Set the attributes whose values are in the files; `_names` must have been set."""
+        """Set the attributes whose values are in the files; `path` must have been set."""
         self._files, self._changes = files, {}
         self._padding_side, self._truncation_side = files.padding_side, files.truncation_side
         self._model_max_length = files.model_max_length
@@ -136,7 +136,7 @@ class Vocabulary(ABC):
         self.name_or_path = str(self.path)
 
     def _init_special(self, **ids: int | None) -> None:
-        """Set the ids of the named tokens; padding falls back to EOS."""
+        """Set the ids of the named tokens; without an id of PAD, that of EOS is used."""
         self._special = {name: ids.get(name) for name in _NAMES}
         if self._special["pad"] is None:
             self._special["pad"] = self._special["eos"]
@@ -215,8 +215,8 @@ class Vocabulary(ABC):
     def get_vocab(self) -> dict[str, int]:
         """Return the id of each token, including special and added tokens.
 
-        Several tokens of a tekken.json may have the same text: incomplete characters. These are
-        omitted.
+        Tokens of a tekken.json that are incomplete characters are omitted, because several of them
+        have the same text.
         """
         return dict(self._vocab)
 
@@ -230,7 +230,10 @@ class Vocabulary(ABC):
         return self._vocab.get(token)
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
-        """Return the id of a token, or the ids of several; a token without id becomes `unk`."""
+        """Return the id of a token, or the ids of several.
+
+        A token that is not in the vocabulary has the id of `unk_token`; None if there is none.
+        """
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         token_id = self._token_to_id(tokens)
@@ -283,7 +286,7 @@ class Vocabulary(ABC):
         return 0
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        """Return 0 if all tokens are in the vocabulary.
+        """Check that tokens are in the vocabulary; return 0, the number of new tokens.
 
         Args:
             new_tokens: One token or several.

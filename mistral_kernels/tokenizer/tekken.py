@@ -73,7 +73,7 @@ class Tekken(Vendor):
         for token_id in range(self.vocab_size):
             token = self._tekken.id_to_piece(token_id)
             is_special = token_id in self.all_special_ids
-            # The text of a part of a character is that of U+FFFD.
+            # A token that is a part of a character has the text U+FFFD.
             if is_special or self._tekken.id_to_byte_piece(token_id) == token.encode():
                 vocab[token] = token_id
         return vocab

@@ -1,4 +1,4 @@
-"""Snippets of model cards run with only the import changed, and give the text of transformers."""
+"""Snippets of model cards, with only the import changed, print the text of transformers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OFFERED = {
 
 
 def local(snippet: str, folder_of: Callable[[str], Path], settings: dict[str, Any]) -> str:
-    """Replace the hub ids by folders and the GPU by the CPU.
+    """Replace the hub ids by folders and the GPU by the CPU; write each generation_config.json.
 
     Args:
         snippet: the code.
@@ -75,10 +75,10 @@ def with_import_changed(snippet: str) -> str:
 
 
 def for_transformers(code: str) -> str:
-    """Change what transformers 5 refuses, or for which it needs flash-attn."""
+    """Replace the arguments that transformers 5 refuses, or that require flash-attn."""
     code = code.replace('"flash_attention_2"', '"sdpa"')
     code = re.sub(r" *load_in_[48]bit=False,\n", "", code)
-    # Cards for transformers 4 give this result to generate, which then must be a tensor.
+    # Cards for transformers 4 pass this result to generate, where transformers 5 requires a tensor.
     tensor = '(messages, return_tensors="pt")'
     return code.replace(tensor, f"{tensor[:-1]}, return_dict=False)")
 
@@ -93,7 +93,7 @@ def printed(code: str, name: str) -> str:
 
 @contextmanager
 def smallest_gap() -> Iterator[list[float]]:
-    """Record the smallest difference between the two largest logits, relative to the largest."""
+    """Record the smallest relative difference of the two largest logits per forward pass."""
     gaps: list[float] = []
 
     def record(module: torch.nn.Module, _: Any, output: Any) -> None:
@@ -121,6 +121,6 @@ def test_greedy_text_is_that_of_transformers(name: str, folder_of: Callable[[str
 
 @pytest.mark.parametrize("name", SNIPPETS)
 def test_snippet_runs_as_written(name: str, folder_of: Callable[[str], Path]) -> None:
-    """Sampling and 16-bit weights included."""
+    """Run with the sampling and the dtype that the snippet requests."""
     code = with_import_changed(local(SNIPPETS[name], folder_of, {"max_new_tokens": 40}))
     assert printed(code, f"<{name}>").strip()

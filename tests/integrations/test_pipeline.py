@@ -21,7 +21,7 @@ USER, ASSISTANT = {"role": "user", "content": TEXT}, {"role": "assistant", "cont
 SYSTEM = {"role": "system", "content": "Be brief."}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 9}
-# Inputs, options.
+# Inputs and options of the calls whose results are compared.
 CALLS: list[tuple[Any, dict[str, Any]]] = [
     (TEXT, {}),
     (TEXT, {"return_full_text": False}),
@@ -73,8 +73,8 @@ def test_greedy_results_equal_transformers(pipes: tuple[Any, Any], i: int) -> No
     assert ours(inputs, **options) == theirs(inputs, **options)
 
 
-def test_options_of_the_pipeline_are_those_of_every_call(folder_of: Callable[[str], Path]) -> None:
-    """A call replaces them. A generation_config replaces those of `generate`."""
+def test_options_of_the_pipeline_apply_to_every_call(folder_of: Callable[[str], Path]) -> None:
+    """The options of a call replace them. A generation_config replaces those of `generate`."""
     folder = str(folder_of(INSTRUCT))
     config = transformers.GenerationConfig(max_new_tokens=3, do_sample=False)
     options = GREEDY | {"return_full_text": False, "repetition_penalty": 1.2}
@@ -132,7 +132,7 @@ def test_samples_continue_their_prompts(pipes: tuple[Any, Any]) -> None:
         assert len({record["generated_text"] for record in records}) > 1
 
 
-def test_iterables_are_read_as_they_are_consumed(pipes: tuple[Any, Any]) -> None:
+def test_an_iterable_is_read_one_batch_at_a_time(pipes: tuple[Any, Any]) -> None:
     pipe, _ = pipes
     read: list[str] = []
 
@@ -166,7 +166,7 @@ def test_streamer_of_transformers_receives_prompt_and_text(
     assert record["generated_text"].startswith(TEXT)
 
 
-def test_model_and_tokenizer_objects(pipes: tuple[Any, Any]) -> None:
+def test_model_and_tokenizer_objects_are_used_as_they_are(pipes: tuple[Any, Any]) -> None:
     pipe, _ = pipes
     again = mistral_kernels.pipeline(model=pipe.model, tokenizer=pipe.tokenizer, device=-1)
     assert isinstance(again, TextGenerationPipeline)
@@ -178,7 +178,7 @@ def test_model_and_tokenizer_objects(pipes: tuple[Any, Any]) -> None:
     assert path(TEXT, **GREEDY) == pipe(TEXT, **GREEDY)
 
 
-def test_arguments_of_loading(folder_of: Callable[[str], Path]) -> None:
+def test_arguments_of_loading_set_dtype_and_device(folder_of: Callable[[str], Path]) -> None:
     folder = folder_of(INSTRUCT)
     for arguments in (
         {"torch_dtype": torch.bfloat16, "device_map": "cpu", "trust_remote_code": True},
@@ -220,7 +220,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD)
-def test_bad_arguments_of_pipeline(
+def test_bad_arguments_raise_one_line(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error) as caught:
@@ -259,7 +259,7 @@ BAD_CALLS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("inputs", "options", "error", "message"), BAD_CALLS)
-def test_bad_calls(
+def test_bad_calls_raise_one_line(
     pipes: tuple[Any, Any],
     inputs: Any,
     options: dict[str, Any],

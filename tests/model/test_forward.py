@@ -34,7 +34,10 @@ def padded(side: str) -> torch.Tensor:
 
 
 def labels_of(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return labels without targets of padding tokens, of which transformers computes the loss."""
+    """Return labels that are -100 where a token or the one before it is padding.
+
+    transformers computes the loss of such targets. A fifth of the other labels is -100 as well.
+    """
     before = torch.nn.functional.pad(mask[:, :-1], (1, 0))
     labels = ids.masked_fill((mask & before) == 0, -100)
     return labels.masked_fill(torch.rand(ids.shape) < 0.2, -100)
@@ -75,7 +78,7 @@ def test_the_output_is_a_dict_that_is_indexed_like_a_tuple() -> None:
         ):
             assert type(made) is type(out)
             assert torch.equal(made.logits, out.logits)
-        # FSDP looks for the tensors of an output among its leaves.
+        # FSDP finds the tensors of an output among its leaves.
         assert all(x is y for x, y in zip(tree_leaves(out), values, strict=True))
     with pytest.raises(KeyError, match=r"^'loss'$"):
         ours(ids)["loss"]
@@ -108,7 +111,7 @@ def test_padded_batches_equal_transformers(window: int | None, side: str) -> Non
 
 @pytest.mark.parametrize("window", [None, SEQLEN, 300])
 def test_padding_between_tokens_equals_transformers(window: int | None) -> None:
-    """The tokens keep their positions, and an empty row has no logits."""
+    """The tokens keep their positions, and the logits of a row without tokens are zeros."""
     ours, theirs = make_pair(sliding_window=window)
     ids, mask = random_ids(), torch.randint(2, (BATCH, SEQLEN))
     mask[0, [3, 4, 5, 11, 20]] = torch.tensor([1, 0, 0, 1, 1])
@@ -119,7 +122,7 @@ def test_padding_between_tokens_equals_transformers(window: int | None) -> None:
     assert not logits[~kept].any()
 
 
-def test_padding_between_tokens_is_refused_if_a_window_ends_there() -> None:
+def test_padding_between_tokens_of_a_row_wider_than_the_window_is_refused() -> None:
     ours, _ = make_pair(sliding_window=(None, 7))
     ids, mask = random_ids(2, 10), torch.ones(2, 10)
     mask[0, 8:], mask[1, 2:4] = 0, 0
@@ -127,8 +130,9 @@ def test_padding_between_tokens_is_refused_if_a_window_ends_there() -> None:
     assert torch.isfinite(ours(ids, mask).logits).all()  # row 1 has 7 columns with tokens
     mask[1, 7] = 1
     message = (
-        "attention_mask must have no zeros between the tokens of a row of more than 7 columns, the "
-        f"sliding window, got a row of 8; pad before or after the tokens, or {TRANSFORMERS}"
+        "attention_mask must have no zeros between the tokens of a row that spans more columns "
+        "than the sliding window, 7, got 8 columns; pad before or after the tokens, or "
+        f"{TRANSFORMERS}"
     )
     with pytest.raises(NotImplementedError) as error:
         ours(ids, mask)
@@ -138,7 +142,7 @@ def test_padding_between_tokens_is_refused_if_a_window_ends_there() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 2), (3, 1), (2, 65)])
 def test_the_loss_is_that_of_transformers(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Also with a given divisor, without any target, and with int32 labels."""
+    """The cases include a given divisor, no target, and int32 labels."""
     ours, theirs = make_pair(sliding_window=7, dtype=dtype)
     ids = random_ids(*shape)
     labels = ids.masked_fill(torch.rand(shape) < 0.3, -100)
@@ -153,7 +157,7 @@ def test_the_loss_is_that_of_transformers(shape: tuple[int, int], dtype: torch.d
 
 
 def test_targets_of_padding_tokens_are_ignored() -> None:
-    """Labels need -100 in no padding column, except the first one after the tokens of a row."""
+    """Labels need -100 only in the first padding column after the tokens of a row."""
     ours, _ = make_pair()
     ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.int64)
     mask[0, :4] = 0
@@ -197,7 +201,7 @@ def test_positions_that_count_up_by_one_change_nothing() -> None:
         ours(ids, position_ids=columns.tolist())
 
 
-def test_logits_to_keep() -> None:
+def test_logits_to_keep_selects_the_last_columns() -> None:
     ours, theirs = make_pair(sliding_window=7)
     ids, mask = random_ids(), padded("random")
     whole = ours(ids, mask).logits
@@ -335,8 +339,7 @@ def test_forward_compiles_into_one_graph_and_with_padding_into_several() -> None
     assert relative_error(out.loss, expected.loss) < 1e-4
 
 
-def test_gradient_checkpointing() -> None:
-    """Hidden states between the layers are recomputed, and gradients are the same."""
+def test_gradient_checkpointing_recomputes_layers_and_keeps_the_gradients() -> None:
     ours, _ = make_pair(sliding_window=7)
     ids, mask = random_ids(), padded("right")
     expected = gradients(ours, ours(ids, mask, labels=ids))

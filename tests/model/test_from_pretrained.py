@@ -44,7 +44,9 @@ def folder(tmp_path: Path) -> Path:
         (torch.half, torch.float16),
     ],
 )
-def test_dtypes(folder: Path, name: str, value: Any, expected: torch.dtype) -> None:
+def test_weights_have_the_given_dtype(
+    folder: Path, name: str, value: Any, expected: torch.dtype
+) -> None:
     """None and "auto" are the stored dtype."""
     model = AutoModelForCausalLM.from_pretrained(folder, **{name: value})
     assert type(model) is MistralForCausalLM
@@ -55,7 +57,7 @@ def test_dtypes(folder: Path, name: str, value: Any, expected: torch.dtype) -> N
 
 @pytest.mark.parametrize("name", ["device", "device_map"])
 @pytest.mark.parametrize("value", [None, "cpu", torch.device("cpu"), "meta", torch.device("meta")])
-def test_devices(folder: Path, name: str, value: Any) -> None:
+def test_weights_are_on_the_given_device(folder: Path, name: str, value: Any) -> None:
     """The default is the CPU."""
     expected = torch.device(value or "cpu")
     assert MistralForCausalLM.from_pretrained(folder, **{name: value}).device == expected
@@ -185,7 +187,7 @@ def test_arguments_without_effect_are_accepted(folder: Path) -> None:
         (
             {"pad_token_id": 2},
             NotImplementedError,
-            "pad_token_id must be None, got 2; give it to generate",
+            "pad_token_id must be None, got 2; pass it to generate",
         ),
         (
             {"key_mapping": {"a": "b"}},

@@ -46,7 +46,7 @@ def change_in_place(ids: Tensor, scores: Tensor) -> Tensor:
     return scores
 
 
-# Settings for which greedy texts are compared. EOS: tokens in the middle of two of the texts.
+# `with_eos` replaces EOS by two tokens, each from the middle of one of the texts.
 EOS: Any = object()
 BASE = {"max_new_tokens": NEW, "eos_token_id": EOS}
 
@@ -181,7 +181,7 @@ def test_lists_are_processed_as_if_padded_on_the_left(model: MistralForCausalLM)
 
 
 def test_padding_is_recognized_by_its_token(model: MistralForCausalLM, theirs: Any) -> None:
-    """Only if it does not also end a text, as in transformers."""
+    """A pad token that is also an EOS token is not recognized, as in transformers."""
     prompts = batch()
     ids, options = prompts["input_ids"], {"max_new_tokens": 6, **DETAILS}
     for pad, eos in ((PAD, 2), (PAD, PAD), (None, PAD)):
@@ -259,7 +259,7 @@ def test_a_processor_may_force_a_token(model: MistralForCausalLM) -> None:
         assert out == [[5, 6, 9, 9, 9]]
 
 
-def test_num_return_sequences(model: MistralForCausalLM) -> None:
+def test_num_return_sequences_samples_several_texts_per_prompt(model: MistralForCausalLM) -> None:
     prompts = batch()
     options: dict[str, Any] = {"do_sample": True, "eos_token_id": None, "max_new_tokens": 9}
     options["temperature"] = 9.0  # no two texts are equal
@@ -287,7 +287,7 @@ def test_max_time_ends_all_texts(model: MistralForCausalLM) -> None:
 
 @pytest.mark.parametrize("byte_level", [False, True])
 def test_stop_strings_equal_transformers(byte_level: bool, tmp_path: Path) -> None:
-    """The token that completes a stop string is the last one. Our tokenizer and theirs agree."""
+    """The token that completes a stop string is the last one, with either tokenizer."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("tokenizers")
     train_json(tmp_path / "tokenizer.json", byte_level)
@@ -295,7 +295,7 @@ def test_stop_strings_equal_transformers(byte_level: bool, tmp_path: Path) -> No
     fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     model = varied_model(replace(CONFIG, vocab_size=len(fast)))
     theirs = transformers_model(model)
-    # Tokens of bytes that are not whole characters, and added tokens, are matched in another way.
+    # transformers matches incomplete characters and added tokens in another way.
     added = set(fast.get_added_vocab().values())
     whole = [
         i
@@ -330,7 +330,7 @@ def test_stop_strings_equal_transformers(byte_level: bool, tmp_path: Path) -> No
     assert stopped
 
 
-def test_stop_strings_of_a_whole_text() -> None:
+def test_a_text_ends_with_the_token_that_completes_a_stop_string() -> None:
     model, tokenizer = (
         kind.from_pretrained("tiny") for kind in (MistralForCausalLM, MistralTokenizer)
     )
@@ -404,7 +404,7 @@ def test_streamers_are_not_ended_by_an_error(model: MistralForCausalLM) -> None:
     assert "end" not in recorder.calls
 
 
-def test_text_streamers_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_streamers_of_transformers_get_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     transformers = pytest.importorskip("transformers")
     model, tokenizer = (
         kind.from_pretrained("tiny") for kind in (MistralForCausalLM, MistralTokenizer)

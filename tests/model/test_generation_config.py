@@ -49,7 +49,7 @@ def test_settings_of_the_folder_are_the_defaults(tmp_path: Path) -> None:
     assert {int(x.isfinite().sum()) for x in out.scores} == {7}
     top = out.logits[0][0].index_fill(0, torch.tensor([2, 9]), -torch.inf).topk(7)
     torch.testing.assert_close(out.scores[0][0, top.indices], top.values / 0.3)
-    # Arguments replace them, also by None. The file of a saved model holds only the tokens.
+    # Arguments replace the settings, also by None. A saved model's file holds only BOS and EOS.
     out = model.generate([[5]], max_new_tokens=3, top_k=None, eos_token_id=None, **DETAILS)
     assert {int(x.isfinite().sum()) for x in out.scores} == {VOCAB}
     model.save_pretrained(tmp_path / "again")
@@ -148,7 +148,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     (
         "token_type_ids",
         [[0]],
-        "token_type_ids must be None, got [[0]]; leave it out; Mistral has no token types",
+        "token_type_ids must be None, got [[0]]; leave it out: Mistral has no token types",
     ),
     (
         "cache_implementation",
@@ -191,7 +191,7 @@ def test_values_without_effect_pass(model: MistralForCausalLM) -> None:
 
 
 def test_every_argument_of_transformers_is_known() -> None:
-    """The processors that messages name exist."""
+    """The processors that messages name exist in transformers."""
     transformers = pytest.importorskip("transformers")
     known = set(GenerationConfig.__annotations__) | UNSUPPORTED.keys() | IGNORED
     assert not set(vars(transformers.GenerationConfig())) - known

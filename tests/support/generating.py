@@ -19,6 +19,7 @@ DETAILS = {"return_dict_in_generate": True, "output_scores": True, "output_logit
 
 
 def transformers_model(model: MistralForCausalLM) -> Any:
+    """Return transformers' model with the weights of `model`."""
     transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is absent")
     config = transformers.MistralConfig(
         **model.config.to_hf("float32"), attn_implementation="eager"
@@ -38,7 +39,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def penalize_last(ids: Tensor, scores: Tensor) -> Tensor:
-    """Lower the scores of every fifth token, beginning at a token that depends on the text."""
+    """Lower the scores of every fifth token, from a token that depends on the last token on."""
     scores = scores.clone()
     for row, last in enumerate(ids[:, -1].tolist()):
         scores[row, last % 5 :: 5] -= 4.0
@@ -46,7 +47,7 @@ def penalize_last(ids: Tensor, scores: Tensor) -> Tensor:
 
 
 def theirs_generate(theirs: Any, **options: Any) -> Any:
-    """Call transformers' `generate`, which needs its own kinds of lists."""
+    """Call transformers' `generate`, which requires its own list types for functions."""
     import transformers
 
     for name, kind in (("logits_processor", "Logits"), ("stopping_criteria", "Stopping")):

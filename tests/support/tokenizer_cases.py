@@ -136,7 +136,7 @@ TOKENIZERS = ["byte_fallback", "byte_level", "chatml", "bos_and_eos", "tekken", 
 
 
 def make_folder(folder: Path, case: str) -> Path:
-    """Write a small tokenizer with the files that accompany it on the hub."""
+    """Write a tokenizer of `TOKENIZERS` with the files that accompany it on the hub."""
     if case == "sentencepiece":
         write(folder, config={"model_type": "mistral"})
         shutil.copy(DATA / SENTENCEPIECE["v3"], folder / "tokenizer.model.v3")

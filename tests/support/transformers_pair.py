@@ -23,6 +23,7 @@ HEADS = {
 def make_pair(
     heads: str = "8/2x64", dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[MistralForCausalLM, Any]:
+    """Return a model of this package and one of transformers with the same random weights."""
     query_heads, kv_heads, head_dim, hidden_size = HEADS[heads]
     config = MistralConfig(
         vocab_size=VOCAB,

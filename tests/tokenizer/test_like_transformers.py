@@ -61,7 +61,7 @@ def plain(output: Any) -> Any:
 
 
 def same(call: Any, ours: Any, theirs: Any) -> bool:
-    """Compare one call of both tokenizers; return whether it succeeded."""
+    """Compare one call of both tokenizers; return whether both succeeded, else both must raise."""
     try:
         expected = call(theirs)
     except Exception:
@@ -345,7 +345,7 @@ def test_max_length_without_truncation_warns() -> None:
     assert caught[0].filename == __file__
 
 
-def test_legacy_is_an_argument(tmp_path: Path) -> None:
+def test_the_argument_legacy_replaces_that_of_the_files(tmp_path: Path) -> None:
     config = {"eos_token": MARKERS[1], "legacy": False}
     folder = write(tmp_path, "v1", added_tokens={MARKERS[1]: 32000}, tokenizer_config=config)
     without = AutoTokenizer.from_pretrained(folder)

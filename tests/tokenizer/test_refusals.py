@@ -79,12 +79,13 @@ REFUSED: list[tuple[Any, str]] = [
     ),
     (
         lambda t: t("a", return_token_type_ids=True),
-        "return_token_type_ids must be False or None, got True; a Mistral model has no token types",
+        "return_token_type_ids must be False or None, got True; leave it out: Mistral has no "
+        "token types",
     ),
     (
         lambda t: t("a", return_offsets_mapping=True),
-        "return_offsets_mapping must be False or None, got True; the tokenizer of transformers "
-        "returns offsets",
+        "return_offsets_mapping must be False or None, got True; call the tokenizer of "
+        "transformers, which returns offsets",
     ),
     (lambda t: t("a", paddding=True), "tokenizer() got an unexpected argument 'paddding'"),
     (
@@ -146,7 +147,7 @@ REFUSED: list[tuple[Any, str]] = [
     ),
     (
         lambda t: AutoTokenizer.from_pretrained("tiny", subfolder="x"),
-        "subfolder must be None or '', got 'x'; name the folder of the tokenizer",
+        "subfolder must be None or '', got 'x'; pass the folder that holds the files",
     ),
     (
         lambda t: AutoTokenizer.from_pretrained("tiny", legacy="no"),
@@ -160,7 +161,7 @@ REFUSED: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSED, ids=[message[:40] for _, message in REFUSED])
-def test_what_is_not_supported_is_refused(call: Any, message: str) -> None:
+def test_unsupported_arguments_and_values_raise_one_line(call: Any, message: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained("tiny")
     with pytest.raises((TokenizerError, NotImplementedError, TypeError)) as caught:
         call(tokenizer)
