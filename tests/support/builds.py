@@ -23,11 +23,14 @@ print(extension.load("cpu"), extension.status("cpu"), sep="\\n")
 """
 
 
-def start(cache: Path, code: str = STATUS, **environment: str) -> subprocess.Popen[str]:
+def start(
+    cache: Path, code: str = STATUS, cwd: Path | None = None, **environment: str
+) -> subprocess.Popen[str]:
     settings = {"TORCH_EXTENSIONS_DIR": str(cache), BUILD_VARIABLE: "auto", **environment}
     inherited = {name: value for name, value in os.environ.items() if name != CPU_VARIABLE}
     return subprocess.Popen(
         [sys.executable, "-c", code],
+        cwd=cwd,
         env={**inherited, **settings},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
