@@ -146,7 +146,7 @@ REFUSED: list[tuple[Any, str]] = [
     ),
     (
         lambda t: AutoTokenizer.from_pretrained("tiny", subfolder="x"),
-        "subfolder must be None or '', got 'x'; name the folder of the tokenizer",
+        "subfolder must be None or '', got 'x'; give the folder that holds the files",
     ),
     (
         lambda t: AutoTokenizer.from_pretrained("tiny", legacy="no"),
