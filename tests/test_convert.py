@@ -17,7 +17,7 @@ from mistral_kernels.checkpoint import open_checkpoint, save_hf, save_raw, writi
 
 TOKENIZER = (
     *("tokenizer.model.v3", "tekken.json", "tokenizer_config.json", "added_tokens.json"),
-    *("special_tokens_map.json", "chat_template.jinja"),
+    *("special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/rag.jinja"),
 )
 
 
@@ -26,6 +26,7 @@ def raw(tmp_path: Path) -> Path:
     """Write a raw checkpoint to a folder that also holds a tokenizer and another file."""
     folder = tmp_path / "in" / "raw"
     save_raw(random_state(SMALL).items(), SMALL, folder, dtype=torch.bfloat16)
+    (folder / "additional_chat_templates").mkdir()
     for name in TOKENIZER:
         (folder / name).write_text(name)
     (folder / "README.md").write_text("not copied")
@@ -36,21 +37,25 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
 def test_conversion_to_hf_and_back_is_exact(
     raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hf, back = tmp_path / "hf", tmp_path / "back"
     assert convert.main([str(raw), str(hf)]) == 0
     expected = {"model.safetensors", "config.json", "generation_config.json", *TOKENIZER}
-    assert names(hf) == expected
+    assert files(hf) == expected
     assert (hf / "tekken.json").read_text() == "tekken.json"
     captured = capsys.readouterr()
     assert captured.out == ""
     size = sum(tensor.numel() for tensor in random_state(SMALL).values())
     assert f"raw -> hf: {size:,} parameters, bfloat16: {hf}\n" in captured.err
     assert convert.main([str(hf), str(back)]) == 0
-    assert names(back) == names(raw) - {"README.md"}
-    for name in names(back):
+    assert files(back) == files(raw) - {"README.md"}
+    for name in files(back):
         assert (back / name).read_bytes() == (raw / name).read_bytes(), name
 
 

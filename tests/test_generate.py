@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -458,16 +459,28 @@ def test_values_out_of_range_raise_value_error(
         ({"do_sample": True, "temperature": -1.0}, "temperature must be >= 0, got -1.0"),
         ({"top_p": 1.5}, "top_p must be in"),
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask must be \(1, 4\) like input_ids"),
-        ({"attention_mask": torch.zeros(1, 4)}, "every prompt must have at least one token"),
+        (
+            {"attention_mask": torch.zeros(1, 4)},
+            "attention_mask must be 1 for at least one token, got only zeros",
+        ),
+        (
+            {"attention_mask": torch.tensor([[0.0, 0.0, -1e9, -1e9]])},
+            "attention_mask must be 0 for padding and 1 for tokens, got -1000000000.0",
+        ),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             model.generate(ids, **options)
-    for bad in ([], [[]], [[4], []], torch.empty(1, 0, dtype=torch.int64)):
+    for bad in ([], [[]], [[4], []]):
         with pytest.raises(ValueError, match="every prompt must have at least one token"):
             model.generate(bad)
-    with pytest.raises(ValueError, match=r"input_ids must be \(batch, seqlen\), got \(4,\)"):
-        model.generate(ids[0])
+    for tensor in (ids[0], ids[:, :0]):
+        shape = re.escape(str(tuple(tensor.shape)))
+        message = rf"input_ids must be \(batch, seqlen\) and not empty, got {shape}"
+        with pytest.raises(ValueError, match=message):
+            model.generate(tensor)
+    with pytest.raises(ValueError, match="every prompt must have at least one token"):
+        model.generate(ids.repeat(2, 1), torch.tensor([[1] * 4, [0] * 4]))
     with pytest.raises(ValueError, match="attention_mask must be None if input_ids is a list"):
         model.generate(ids.tolist(), torch.ones(1, 4))
     for prompts in ([""], [[]], ["a", ""]):

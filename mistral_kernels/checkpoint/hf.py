@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from mistral_kernels.checkpoint.writing import (
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.utils.files import is_taken, read_json
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 _TOKENS_SCHEMA = {"bos_token_id": (int, None), "eos_token_id": (int, None, [int])}
 
 
@@ -43,17 +44,21 @@ def find_hf_weights(folder: Path) -> list[Path]:
     )
 
 
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """Return the contents of a folder's generation_config.json. Only BOS and EOS are checked."""
+    return read_json(folder / GENERATION_FILE, _TOKENS_SCHEMA, CONFIG_LIMIT)
+
+
 def open_hf(folder: Path) -> Checkpoint:
     """Open an HF folder; see `open_checkpoint`."""
     config_file = folder / CONFIG_FILE
     config = read_config(config_file, MistralConfig.from_hf)
-    generation_file = folder / "generation_config.json"
     generation = {}
-    if is_taken(generation_file):
+    if is_taken(folder / GENERATION_FILE):
         # As in transformers, these tokens override those of config.json when text is generated.
-        generation = read_json(generation_file, _TOKENS_SCHEMA, CONFIG_LIMIT)
+        generation = read_generation_config(folder)
         tokens = {key: generation[key] for key in _TOKENS_SCHEMA if generation.get(key) is not None}
-        with name_file_in_errors(generation_file):
+        with name_file_in_errors(folder / GENERATION_FILE):
             config = replace(config, **tokens)
     untied = replace(config, tie_word_embeddings=False)
     names = {name: name for name in hf_names(untied).values()}
@@ -123,7 +128,7 @@ def save_hf(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(folder / "model.safetensors.index.json", index)
         tokens = {key: contents[key] for key in ("bos_token_id", "eos_token_id")}
-        write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
+        write_json(folder / GENERATION_FILE, {"_from_model_config": True, **tokens})
         write_json(folder / CONFIG_FILE, contents)
 
 

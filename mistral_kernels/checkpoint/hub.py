@@ -16,14 +16,15 @@ from mistral_kernels.checkpoint.hub_errors import why_failed
 from mistral_kernels.utils.files import CheckpointError, expand_user
 
 _TINY = Path(__file__).parent.parent / "tiny"
-# Files of a tokenizer. They are downloaded with the weights, and copied to the folder of converted
-# or trained weights.
+# Paths of a tokenizer's files. They are downloaded with the weights, and copied to the folder of
+# converted or trained weights.
 TOKENIZER_PATTERNS = [
     "tokenizer*",
     "tekken.json",
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.*",
+    "additional_chat_templates/*.jinja",
 ]
 # Pairs of a pattern of file names, one of which a hub model must have, and the files to download
 # in addition to those of the tokenizer.

@@ -18,13 +18,15 @@ from mistral_kernels.utils.files import (
 )
 from mistral_kernels.utils.schema import Schema
 
+TEMPLATES = "additional_chat_templates"  # subfolder, one file per template
 TEMPLATE_LIMIT = 1 << 20  # bytes; the longest templates in use have about 20 KB
 ADDED_ID_LIMIT = 1 << 31
 NO_MAX_LENGTH = int(1e30)  # as in transformers
 
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 _ADDED: Schema = {"content": str, **dict.fromkeys(_FLAGS, bool)}
-_NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_NAMES = [f"{name}_token" for name in NAMED_TOKENS]
 _DEFAULT_NAMES = {
     "bos_token": "<s>",
     "eos_token": "</s>",
@@ -131,6 +133,11 @@ def find_tokenizer_files(folder: Path) -> list[Path]:
     for path in files:
         check_regular(path)
     return files
+
+
+def path_in_folder(file: Path) -> str:
+    """Return the path of a tokenizer file relative to the folder of its tokenizer."""
+    return f"{TEMPLATES}/{file.name}" if file.parent.name == TEMPLATES else file.name
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles:
@@ -258,7 +265,7 @@ def _added_tokens(
 
 def _read_templates(folder: Path, configured: Any) -> dict[str, str]:
     """Return the chat templates by name; template files are preferred to tokenizer_config.json."""
-    files = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
+    files = {path.stem: path for path in (folder / TEMPLATES).glob("*.jinja")}
     if os.path.lexists(folder / "chat_template.jinja"):
         files["default"] = folder / "chat_template.jinja"
     if files:

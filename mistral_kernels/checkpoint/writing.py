@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.checkpoint.stored import ALIGNMENT, FLOAT_TYPES, check_cast
+from mistral_kernels.checkpoint.tokenizer_files import path_in_folder
 from mistral_kernels.utils.files import CheckpointError, check_regular, expand_user, is_taken
 from mistral_kernels.utils.signals import unwinding_when_terminated
 
@@ -179,7 +180,7 @@ def new_folder(
     Args:
         target: Folder to create. It must not exist, or must be empty.
         needed_bytes: Free disk space to require before anything is written.
-        extra_files: Files to copy into the folder.
+        extra_files: Files to copy into the folder; those of `TEMPLATES` into that subfolder.
 
     Yields:
         The temporary folder.
@@ -202,7 +203,9 @@ def new_folder(
             partial, lock = _make_partial(target)
             try:
                 for extra in extra_files:
-                    _copy(extra, partial / extra.name)
+                    copy = partial / path_in_folder(extra)
+                    copy.parent.mkdir(exist_ok=True)
+                    _copy(extra, copy)
                 yield partial
                 sync_folder(partial)
                 check_target(target)

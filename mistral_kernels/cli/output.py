@@ -39,8 +39,7 @@ def with_progress(
         delay=2,
         leave=False,
         dynamic_ncols=True,
-        file=sys.stderr,
-        disable=not sys.stderr.isatty(),
+        disable=None,
     ) as bar:
         for item in stream(bar.update):
             bar.close()

@@ -7,6 +7,7 @@ import reprlib
 from typing import Any
 
 from mistral_kernels.utils.schema import OneLineError, find_mismatch
+from mistral_kernels.utils.unsupported import TRANSFORMERS
 
 # Keys: names in `MistralConfig` and config.json. Values: names in params.json.
 RAW_NAMES = {
@@ -248,7 +249,7 @@ def _parse_rope(config: dict[str, Any]) -> dict[str, Any]:
         rope = {"rope_type": rope.get("type", "default")} | rope
         if rope["rope_type"] != "default":
             shown = reprlib.repr(rope["rope_type"])
-            raise ConfigError(f"rope_type must be 'default', got {shown}")
+            raise ConfigError(f"rope_type must be 'default', got {shown}; {TRANSFORMERS}")
         sections.append(rope)
     if sections[1:] and sections[0] != sections[1]:
         # transformers 4 reads only rope_scaling; transformers 5 does so too if a file has both.

@@ -22,7 +22,7 @@ from mistral_kernels.model.padding import (
 from mistral_kernels.ops.checks import can_read
 from mistral_kernels.ops.rotary import rotary_tables
 from mistral_kernels.utils.ranges import Range
-from mistral_kernels.utils.unsupported import TRANSFORMERS, Unsupported, check_unsupported
+from mistral_kernels.utils.unsupported import ANY_FLAG, TRANSFORMERS, Unsupported, check_unsupported
 
 _IGNORED = -100  # the label of a token without loss
 _KEPT_LOGITS = Range(int, 0)
@@ -32,7 +32,7 @@ _UNSUPPORTED = {
     "cache": _CACHE,  # the name of past_key_values from transformers 5.24 on
     "cache_position": _CACHE,
     "inputs_embeds": Unsupported(remedy=f"give input_ids, or {TRANSFORMERS}"),
-    "use_cache": Unsupported((None, False, True)),
+    "use_cache": ANY_FLAG,
     "output_attentions": Unsupported((None, False)),
     "output_hidden_states": Unsupported((None, False)),
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from mistral_kernels.model.decoder import CausalLM
 from mistral_kernels.model.generation import stream, token_ids_of
 from mistral_kernels.model.generation_config import GenerationConfig, resolve
+from mistral_kernels.model.padding import check_input_ids, kept_tokens
 from mistral_kernels.model.processing import (
     LogitsProcessor,
     ProcessingSampler,
@@ -147,9 +148,10 @@ def generate(
     if isinstance(input_ids, Mapping):
         if "input_ids" not in input_ids:
             raise ValueError(f"input_ids must be a key of the given dict, got {list(input_ids)}")
-        if attention_mask is None and isinstance(input_ids["input_ids"], Tensor):
-            attention_mask = input_ids.get("attention_mask")
-        input_ids = input_ids["input_ids"]
+        mask, input_ids = input_ids.get("attention_mask"), input_ids["input_ids"]
+        # A list needs no mask of ones. Zeros are padding, and an error in a list.
+        if attention_mask is None and (isinstance(input_ids, Tensor) or _has_zeros(mask)):
+            attention_mask = mask
     if attention_mask is None and isinstance(input_ids, Tensor):
         attention_mask = _padding_mask(input_ids, settings.pad_token_id, eos_token_ids)
     prompts = _unpadded(input_ids, attention_mask)
@@ -215,6 +217,11 @@ def generate(
         return sequences
     scores, logits = (None if x is None else tuple(x) for x in (texts.scores, texts.logits))
     return GenerateOutput(sequences, scores, logits)
+
+
+def _has_zeros(mask: Any) -> bool:
+    rows = () if mask is None else mask
+    return any(isinstance(row, Iterable) and 0 in row for row in rows)
 
 
 def _given(model: CausalLM, settings: GenerationConfig, input_ids: Any, inputs: Any) -> Any:
@@ -346,18 +353,8 @@ def _unpadded(input_ids: Any, attention_mask: Tensor | None) -> list[list[int]]:
             got = type(input_ids).__name__
             raise TypeError(f"input_ids must be token ids, got {got}; encode it with the tokenizer")
         return [token_ids_of(f"input_ids[{i}]", prompt) for i, prompt in enumerate(input_ids)]
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be (batch, seqlen), got {tuple(input_ids.shape)}")
+    check_input_ids(input_ids)
     if attention_mask is None:
         return input_ids.tolist()
-    if not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must be {tuple(input_ids.shape)} like input_ids, "
-            f"got {tuple(attention_mask.shape)}"
-        )
-    kept = attention_mask.bool()
-    return [row[keep].tolist() for row, keep in zip(input_ids, kept, strict=True)]
+    rows = zip(input_ids.cpu(), kept_tokens(attention_mask, input_ids), strict=True)
+    return [row[kept].tolist() for row, kept in rows]

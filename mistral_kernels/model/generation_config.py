@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mistral_kernels import checkpoint
+from mistral_kernels.checkpoint.hf import GENERATION_FILE, read_generation_config
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.pretrained_arguments import HUB_ARGUMENTS
-from mistral_kernels.utils.files import CheckpointError, is_taken, read_json
+from mistral_kernels.utils.files import CheckpointError, is_taken
 from mistral_kernels.utils.unsupported import TRANSFORMERS, Unsupported, check_unsupported
 
 
@@ -117,10 +118,12 @@ class GenerationConfig:
             GenerationConfig(bos_token_id=1, eos_token_id=2, max_new_tokens=9)
         """
         hub = {name: settings.pop(name) for name in HUB_ARGUMENTS if name in settings}
-        file = checkpoint.resolve(pretrained_model_name, **hub) / "generation_config.json"
-        if not is_taken(file):
-            raise CheckpointError(f"no such file: {file}; make a GenerationConfig(...) instead")
-        contents = read_json(file)
+        folder = checkpoint.resolve(pretrained_model_name, **hub)
+        if not is_taken(folder / GENERATION_FILE):
+            raise CheckpointError(
+                f"no such file: {folder / GENERATION_FILE}; make a GenerationConfig(...) instead"
+            )
+        contents = read_generation_config(folder)
         known = {n: v for n, v in contents.items() if n in _KNOWN - IGNORED and v is not None}
         return cls(**{**known, **settings})
 

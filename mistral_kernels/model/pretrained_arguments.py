@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mistral_kernels.utils.unsupported import TRANSFORMERS, Unsupported
+from mistral_kernels.utils.unsupported import ANY_FLAG, OPENING, TRANSFORMERS, Unsupported
 
 # Names of the arguments of `from_pretrained` that concern the download.
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -22,18 +22,16 @@ _DTYPES = {
     "float64": torch.float64,
     "double": torch.float64,
 }
-_ANY = (None, False, True)
-_FLAG = Unsupported(_ANY)
 _QUANTIZED = f'pass quantize="int8" for int8 weights on the CPU, or {TRANSFORMERS}'
 _SEVERAL = (
     "to divide a model among devices, run torchrun -m mistral_kernels.generate, which uses tensor "
     "parallelism"
 )
 _OFFLOADED = "leave it out: the whole model is on one device"
-_ONE_FOLDER = "leave it out, and give the folder that holds the files"
 
 # Arguments of `from_pretrained` that are accepted only at values without effect.
 LOADING = {
+    **OPENING,
     "attn_implementation": Unsupported(
         (
             None,
@@ -47,18 +45,15 @@ LOADING = {
         ),
         "leave it out: the kernels of mistral_kernels are always used",
     ),
-    # Arguments whose values select nothing here: no code of a checkpoint is run, weights are always
-    # loaded one tensor at a time, and the forward pass has no cache.
-    "trust_remote_code": _FLAG,
-    "low_cpu_mem_usage": _FLAG,
-    "use_safetensors": _FLAG,
-    "use_cache": _FLAG,
-    "use_flash_attention_2": _FLAG,
-    "offload_state_dict": _FLAG,
-    "offload_buffers": _FLAG,
-    "resume_download": _FLAG,
+    # Arguments whose values select nothing here: weights are always loaded one tensor at a time,
+    # and the forward pass has no cache.
+    "low_cpu_mem_usage": ANY_FLAG,
+    "use_safetensors": ANY_FLAG,
+    "use_cache": ANY_FLAG,
+    "use_flash_attention_2": ANY_FLAG,
+    "offload_state_dict": ANY_FLAG,
+    "offload_buffers": ANY_FLAG,
     "weights_only": Unsupported((None, True), "leave it out: pickles are read as plain tensors"),
-    "use_auth_token": Unsupported((None, True), "pass it as token"),
     "load_in_4bit": Unsupported((None, False), _QUANTIZED),
     "load_in_8bit": Unsupported((None, False), _QUANTIZED),
     "quantization_config": Unsupported(remedy=_QUANTIZED),
@@ -67,8 +62,7 @@ LOADING = {
     "device_mesh": Unsupported(remedy=_SEVERAL),
     "max_memory": Unsupported(remedy=f"{_OFFLOADED}; {_SEVERAL}"),
     "offload_folder": Unsupported(remedy=_OFFLOADED),
-    "subfolder": Unsupported((None, ""), _ONE_FOLDER),
-    "variant": Unsupported(remedy=_ONE_FOLDER),
+    "variant": Unsupported(remedy="leave it out, and give the folder that holds the files"),
     "gguf_file": Unsupported(remedy="give a folder with safetensors files"),
     "config": Unsupported(
         remedy="give the fields to replace as keywords, such as sliding_window=1024"
@@ -82,7 +76,6 @@ LOADING = {
     "use_kernels": Unsupported((None, False), "leave it out: the kernels are always used"),
     "from_tf": Unsupported((None, False)),
     "from_flax": Unsupported((None, False)),
-    "proxies": Unsupported(remedy="set the environment variable HTTPS_PROXY"),
 }
 
 _UPLOAD = "upload the folder with huggingface_hub.upload_folder"
@@ -95,9 +88,9 @@ SAVING = {
     "variant": Unsupported(),
     "push_to_hub": Unsupported((None, False), _UPLOAD),
     "token": Unsupported(remedy=_UPLOAD),
-    "save_peft_format": _FLAG,
+    "save_peft_format": ANY_FLAG,
 }
-CHECKPOINTING = {"use_reentrant": _FLAG}
+CHECKPOINTING = {"use_reentrant": ANY_FLAG}
 
 
 def parse_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype | None:

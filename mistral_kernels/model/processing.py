@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from mistral_kernels.model.sampling import _HUGE, Sampler
+from mistral_kernels.model.sampling import HUGE, Sampler
 
 # Receives token ids, (batch, length) int64, and scores, (batch, vocab_size) float32; returns scores
 # of the same shape.
@@ -127,7 +127,7 @@ class ProcessingSampler(Sampler):
         for processor in self.processors:
             scores = processor(texts.ids, scores)
         # A processor may force a token with an infinite score. NaN and infinite logits are errors.
-        scores = scores.to(logits).clamp(max=_HUGE)
+        scores = scores.to(logits).clamp(max=HUGE)
         finite = logits.amax(dim=-1, keepdim=True).isfinite()
         ended = torch.tensor(texts.ended, device=logits.device)
         lost = finite[:, 0] & ~scores.amax(dim=-1).isfinite() & ~ended

@@ -19,7 +19,7 @@ RANGES = {
     # These bounds are far outside the useful range. They keep the product with a logit finite.
     "repetition_penalty": Range(float, 1e-6, 10**6),
 }
-_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Sampler:
     def _warp(self, logits: Tensor) -> Tensor:
         # Subtract the largest logit, so that the division by a tiny temperature does not overflow.
         logits = logits - logits.amax(dim=-1, keepdim=True)
-        temperature = min(max(self.temperature, _TINY), _HUGE)
+        temperature = min(max(self.temperature, _TINY), HUGE)
         return self._truncate(logits / temperature)
 
     def _penalize(self, logits: Tensor, seen: Tensor | None) -> Tensor:

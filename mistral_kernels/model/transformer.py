@@ -194,7 +194,9 @@ class MistralForCausalLM(CausalLM):
         model._allocate(in_memory or stored.dtype, target)
         mapped = _map(stored, model) if target.type == "cpu" else set()
         destinations = quantized_destinations(model) if quantize else model.state_dict()
-        with tqdm(total=stored.num_bytes, unit="B", unit_scale=True, delay=2) as progress:
+        with tqdm(
+            total=stored.num_bytes, unit="B", unit_scale=True, delay=2, disable=None
+        ) as progress:
             for name, tensor in stored.tensors(model.part_of):
                 if name not in mapped:
                     destination = destinations[name]

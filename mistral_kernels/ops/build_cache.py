@@ -150,7 +150,9 @@ def _lock(descriptor: int, folder: Path) -> None:
             print(f"mistral_kernels: waiting for a process that compiles {folder}", file=sys.stderr)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
-        raise BuildError(f"{folder} cannot be locked ({error.strerror}); {_REMEDY}") from None
+        raise BuildError(
+            f"{folder} cannot be locked ({error.strerror}); {_REMEDY}, on another file system"
+        ) from None
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -280,16 +280,17 @@ def _compiler(device_type: str) -> list[str]:
     if compiler is None:
         raise NotBuiltError("no nvcc: neither on PATH nor in CUDA_HOME; install the CUDA toolkit")
     _check_cuda_version(compiler)
-    return [compiler, *(f"-ccbin={word}" for word in cxx[-1:])]  # the word before may be ccache
+    names = [word for word in cxx if not word.startswith("-")]
+    return [compiler, *(f"-ccbin={name}" for name in names[-1:])]  # the name before may be ccache
 
 
 def _ninja() -> str:
     """Return the path of ninja: that of the Python package, or one on PATH."""
     folders = os.environ.get("PATH", os.defpath)
     with suppress(ImportError):
-        import ninja
+        from ninja import BIN_DIR  # an ImportError also if `ninja` is only a folder on sys.path
 
-        folders = f"{ninja.BIN_DIR}{os.pathsep}{folders}"
+        folders = f"{BIN_DIR}{os.pathsep}{folders}"
     if (found := shutil.which("ninja", path=folders)) is None:
         raise NotBuiltError("no ninja: run `pip install ninja`")
     return os.path.abspath(found)

@@ -20,25 +20,23 @@ from mistral_kernels.tokenizer.errors import TokenizerError, one_line
 from mistral_kernels.tokenizer.output import TokenizerOutput
 from mistral_kernels.tokenizer.special_tokens import SETTABLE
 from mistral_kernels.tokenizer.stream import StreamDecoder
-from mistral_kernels.utils.unsupported import Unsupported, check_unsupported
+from mistral_kernels.utils.unsupported import (
+    ANY_FLAG,
+    OPENING,
+    Unsupported,
+    check_unsupported,
+)
 
-_BOOL = (True, False, None)
 _OMIT = "leave it out"
 _OPEN_UNSUPPORTED = {
-    # These flags have no effect: the fast and the slow tokenizer of transformers return the same
-    # ids, and no code in the folder is run.
-    "use_fast": Unsupported(_BOOL),
-    "trust_remote_code": Unsupported(_BOOL),
-    "clean_up_tokenization_spaces": Unsupported(_BOOL),
-    "verbose": Unsupported(_BOOL),
-    "mistral_format": Unsupported(_BOOL),
+    **OPENING,
+    "use_fast": ANY_FLAG,  # the fast and the slow tokenizer of transformers return the same ids
+    "clean_up_tokenization_spaces": ANY_FLAG,
+    "verbose": ANY_FLAG,
+    "mistral_format": ANY_FLAG,
     "device_map": Unsupported((None, "auto", "cpu", "cuda"), _OMIT),
     "config": Unsupported(remedy=_OMIT),
     "tokenizer_type": Unsupported(remedy=_OMIT),
-    "subfolder": Unsupported((None, ""), "pass the folder that holds the files"),
-    "proxies": Unsupported(remedy="set the environment variable HTTPS_PROXY"),
-    "use_auth_token": Unsupported((None, False), "pass it as token"),
-    "resume_download": Unsupported(_BOOL),
     "from_slow": Unsupported((None, False), _OMIT),
     "add_prefix_space": Unsupported(remedy="change tokenizer.json"),
     "fix_mistral_regex": Unsupported((None, False), "change the pre_tokenizer of tokenizer.json"),
@@ -47,8 +45,8 @@ _OPEN_UNSUPPORTED = {
     "extra_special_tokens": Unsupported((None, []), "add the tokens to tokenizer.json"),
 }
 _DECODE_UNSUPPORTED = {
-    "spaces_between_special_tokens": Unsupported(_BOOL),  # only the slow tokenizer reads it
-    "clean_up_tokenization_space": Unsupported(_BOOL),  # many model cards leave out the last "s"
+    "spaces_between_special_tokens": ANY_FLAG,  # only the slow tokenizer reads it
+    "clean_up_tokenization_space": ANY_FLAG,  # many model cards leave out the last "s"
     "use_source_tokenizer": Unsupported((None, False)),
 }
 
@@ -257,7 +255,9 @@ class MistralTokenizer(ChatEncoder):
             'It is a truth'
         """
         check_choice("skip_special_tokens", skip_special_tokens, (True, False))
-        check_choice("clean_up_tokenization_spaces", clean_up_tokenization_spaces, _BOOL)
+        check_choice(
+            "clean_up_tokenization_spaces", clean_up_tokenization_spaces, (True, False, None)
+        )
         check_unsupported("decode", options, _DECODE_UNSUPPORTED)
         ids = token_ids["input_ids"] if isinstance(token_ids, TokenizerOutput) else token_ids
         known = [i for i in check_ids(ids) if i in self._known_ids]

@@ -19,7 +19,7 @@ from mistral_kernels.tokenizer.output import (
     truncate,
 )
 from mistral_kernels.tokenizer.special_tokens import Vocabulary
-from mistral_kernels.utils.unsupported import Unsupported, check_unsupported
+from mistral_kernels.utils.unsupported import ANY_FLAG, Unsupported, check_unsupported
 
 # Arguments of transformers' calls that are accepted only at values without effect.
 UNSUPPORTED = {
@@ -43,7 +43,7 @@ UNSUPPORTED = {
     ),
     "sanitize_control_tokens": Unsupported((False, None), "remove the tokens from the text"),
     "tokenizer_kwargs": Unsupported((None, {}), "pass the arguments themselves"),
-    "verbose": Unsupported((True, False, None)),
+    "verbose": ANY_FLAG,
 }
 
 

@@ -13,6 +13,8 @@ class TokenizerError(ValueError):
 def one_line(error: BaseException) -> str:
     """Return the message of an error in one line of about 500 characters at most."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):  # its message is only the key
+        text = f"no key {text}"
     # Some messages of the libraries contain a whole vocabulary.
     return text if len(text) <= 500 else text[:500] + " ..."
 

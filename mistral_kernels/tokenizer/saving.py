@@ -11,23 +11,27 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mistral_kernels.checkpoint.tokenizer_files import find_tokenizer_files
+from mistral_kernels.checkpoint.tokenizer_files import (
+    TEMPLATES,
+    find_tokenizer_files,
+    path_in_folder,
+)
 from mistral_kernels.tokenizer.errors import TokenizerError, one_line
 from mistral_kernels.utils.files import CheckpointError, create_anew, read_bytes, read_json
 from mistral_kernels.utils.signals import unwinding_when_terminated
-from mistral_kernels.utils.unsupported import Unsupported, check_unsupported
+from mistral_kernels.utils.unsupported import ANY_FLAG, Unsupported, check_unsupported
 
 if TYPE_CHECKING:
     from mistral_kernels.tokenizer.base import MistralTokenizer
 
 _CONFIG, _NAMES = "tokenizer_config.json", "special_tokens_map.json"
-_TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+_TEMPLATE = "chat_template.jinja"
 _UNSUPPORTED = {
     "legacy_format": Unsupported((None, False), "leave it out: the files keep their format"),
     "filename_prefix": Unsupported(remedy="rename the files"),
     "push_to_hub": Unsupported((None, False), "upload the folder with huggingface_hub"),
     "save_jinja_files": Unsupported((None, True), "leave it out"),
-    "safe_serialization": Unsupported((True, False, None)),  # an option of saving models
+    "safe_serialization": ANY_FLAG,  # an option of saving models
 }
 
 
@@ -40,8 +44,7 @@ def save_tokenizer(
     try:
         contents = _contents(tokenizer)
         others = [*find_tokenizer_files(folder), *folder.glob("*.model*")]
-        others += folder.glob(f"{_TEMPLATES}/*.jinja")
-        rest = {path.relative_to(folder).as_posix() for path in others} - contents.keys()
+        rest = set(map(path_in_folder, others)) - contents.keys()
         if rest:
             raise TokenizerError(
                 f"{folder} must not hold files of another tokenizer, got {min(rest)}; name another "
@@ -61,10 +64,9 @@ def _contents(tokenizer: MistralTokenizer) -> dict[str, bytes]:
     for path in find_tokenizer_files(source):
         # A tokenizer that was opened by the name of its file is saved without other tokenizers of
         # the folder.
-        if not is_file or path.name in (_CONFIG, _NAMES, "added_tokens.json", _TEMPLATE):
-            paths.setdefault(path.name, path)
-    for path in sorted((source / _TEMPLATES).glob("*.jinja")):
-        paths[f"{_TEMPLATES}/{path.name}"] = path
+        shared = path.name in (_CONFIG, _NAMES, "added_tokens.json") or path.suffix == ".jinja"
+        if shared or not is_file:
+            paths.setdefault(path_in_folder(path), path)
     contents = {name: read_bytes(path) for name, path in paths.items()}
     if not changes:
         return contents
@@ -75,7 +77,7 @@ def _contents(tokenizer: MistralTokenizer) -> dict[str, bytes]:
         for name in [name for name in contents if name.endswith(".jinja")]:
             del contents[name]
         for name, text in tokenizer._templates.items():
-            path_name = _TEMPLATE if name == "default" else f"{_TEMPLATES}/{name}.jinja"
+            path_name = _TEMPLATE if name == "default" else f"{TEMPLATES}/{name}.jinja"
             contents[path_name] = text.encode()
     contents[_CONFIG] = _json(config)
     if _NAMES in paths:  # it may override tokenizer_config.json

@@ -6,8 +6,9 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mistral_kernels.checkpoint.tokenizer_files import NAMED_TOKENS, TokenizerFiles
 from mistral_kernels.tokenizer.arguments import (
     TokenIds,
     check_choice,
@@ -18,10 +19,6 @@ from mistral_kernels.tokenizer.arguments import (
 from mistral_kernels.tokenizer.errors import TokenizerError
 from mistral_kernels.tokenizer.output import SIDES
 
-if TYPE_CHECKING:
-    from mistral_kernels.checkpoint.tokenizer_files import TokenizerFiles
-
-_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _WAY_OUT = (
     "tokens cannot be added; choose a token of get_vocab(), such as eos_token, or add the token "
     "with transformers, resize the model's embeddings there and save both"
@@ -137,7 +134,7 @@ class Vocabulary(ABC):
 
     def _init_special(self, **ids: int | None) -> None:
         """Set the ids of the named tokens; without an id of PAD, that of EOS is used."""
-        self._special = {name: ids.get(name) for name in _NAMES}
+        self._special = {name: ids.get(name) for name in NAMED_TOKENS}
         if self._special["pad"] is None:
             self._special["pad"] = self._special["eos"]
 
@@ -273,12 +270,12 @@ class Vocabulary(ABC):
             TokenizerError: A token is not in the vocabulary. Tokens cannot be added.
         """
         for name, token in special_tokens_dict.items():
-            if name.removesuffix("_token") in _NAMES and name.endswith("_token"):
+            if name.removesuffix("_token") in NAMED_TOKENS and name.endswith("_token"):
                 setattr(self, name, token)
             elif name in ("additional_special_tokens", "extra_special_tokens"):
                 self.add_tokens(token)
             else:
-                expected = ", ".join(f"{each}_token" for each in _NAMES)
+                expected = ", ".join(f"{each}_token" for each in NAMED_TOKENS)
                 raise TokenizerError(
                     f"special_tokens_dict must have the keys {expected} or "
                     f"extra_special_tokens, got {name!r}"
@@ -306,7 +303,7 @@ class Vocabulary(ABC):
 
 
 SETTABLE = (
-    *(f"{name}_token{suffix}" for name in _NAMES for suffix in ("", "_id")),
+    *(f"{name}_token{suffix}" for name in NAMED_TOKENS for suffix in ("", "_id")),
     "padding_side",
     "truncation_side",
     "model_max_length",

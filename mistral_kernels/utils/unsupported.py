@@ -29,6 +29,18 @@ class Unsupported(NamedTuple):
     remedy: str = TRANSFORMERS
 
 
+ANY_FLAG = Unsupported((None, False, True))
+
+# Arguments of `from_pretrained` of models and tokenizers. No code of a checkpoint is run.
+OPENING = {
+    "trust_remote_code": ANY_FLAG,
+    "resume_download": ANY_FLAG,
+    "use_auth_token": Unsupported((None, True), "give the token as token"),
+    "subfolder": Unsupported((None, ""), "give the folder that holds the files"),
+    "proxies": Unsupported(remedy="set the environment variable HTTPS_PROXY"),
+}
+
+
 def check_unsupported(
     function: str, arguments: Mapping[str, Any], table: Mapping[str, Unsupported]
 ) -> None:

@@ -142,6 +142,9 @@ def test_a_tokenizer_is_downloaded_without_weights(hub: Hub) -> None:
     assert resolve_tokenizer("owner/model", revision="v1") == hub.folder
     assert downloaded(hub) == {"tokenizer.model"}
     assert hub.requests[-1]["revision"] == "v1"
+    hub.files = ["tokenizer.json", "additional_chat_templates/rag.jinja", "onnx/rag.jinja"]
+    resolve_tokenizer("owner/model")
+    assert downloaded(hub) == set(hub.files[:2])
     hub.files = ["config.json", *SHARDS]
     message = "'owner/model' has no tokenizer: expected tekken.json, tokenizer.model or tokenizer.j"
     with pytest.raises(CheckpointError, match=message):

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mistral_kernels.model.config import ConfigError, MistralConfig
+from mistral_kernels.utils.unsupported import TRANSFORMERS
 
 # The published params.json of 7B v0.1 and of Nemo. In Nemo, head_dim * n_heads != dim.
 RAW_7B = {
@@ -221,7 +222,10 @@ def test_unsupported_raw_sections_are_rejected(
             {"rope_scaling": {"type": "linear", "factor": 2}},
             "rope_type must be 'default', got 'linear'",
         ),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be 'default', got 'yarn'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            re.escape(f"rope_type must be 'default', got 'yarn'; {TRANSFORMERS}"),
+        ),
         (
             {"layer_types": ["full_attention"]},
             "layer_types must have one entry per layer, 32, got 1",

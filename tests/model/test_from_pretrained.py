@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from support.small_checkpoints import SMALL, varied_model
+from tqdm import tqdm
 
 from mistral_kernels import AutoModelForCausalLM, MistralForCausalLM, checkpoint
+from mistral_kernels.model import transformer
 from mistral_kernels.model.pretrained_arguments import LOADING, SAVING, parse_device
 from mistral_kernels.utils.unsupported import TRANSFORMERS
 
@@ -27,6 +29,17 @@ def folder(tmp_path: Path) -> Path:
     """Return a checkpoint in float32."""
     varied_model(SMALL).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+def test_no_progress_bar_is_written_to_a_pipe(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def at_once(**options: Any) -> Any:
+        return tqdm(**{**options, "delay": 0})
+
+    monkeypatch.setattr(transformer, "tqdm", at_once)
+    MistralForCausalLM.from_pretrained(folder)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])

@@ -314,6 +314,9 @@ def test_the_output_of_a_tokenizer_is_a_prompt(model: MistralForCausalLM) -> Non
     lists = TokenizerOutput(input_ids=[[5], [6, 7, 8]], attention_mask=[[1], [1, 1, 1]])
     new = [row[-4:] for row in expected.tolist()]  # type: ignore[union-attr]
     assert [row[-4:] for row in model.generate(lists, max_new_tokens=4)] == new
+    lists["input_ids"][0], lists["attention_mask"][0] = [9, 9, 5], [0, 0, 1]
+    with pytest.raises(ValueError, match=r"^attention_mask must be None if input_ids is a"):
+        model.generate(lists)
     with pytest.raises(
         ValueError, match=r"^input_ids must be a key of the given dict, got \['a'\]"
     ):
@@ -327,6 +330,9 @@ def test_from_pretrained_reads_the_file(tmp_path: Path) -> None:
     assert read.to_dict() == {"top_k": 5, "eos_token_id": [2, 9]}
     with pytest.raises(TypeError, match=r"got an unexpected argument 'topk'"):
         GenerationConfig.from_pretrained(tmp_path, topk=5)
+    file.write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(CheckpointError, match=r"eos_token_id must be an integer or .*, got '</s>'"):
+        GenerationConfig.from_pretrained(tmp_path)
     file.unlink()
     with pytest.raises(CheckpointError) as caught:
         GenerationConfig.from_pretrained(tmp_path)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from support.builds import caching_compiler, fake_compiler, finish, libraries, needs_compiler, start
@@ -135,8 +136,12 @@ def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
+    message = (
+        rf"^{tmp_path} cannot be locked \(No locks available\); set TORCH_EXTENSIONS_DIR to a "
+        "folder that only you can write to, on another file system$"
+    )
     with (
-        pytest.raises(BuildError, match=f"^{tmp_path} cannot be locked .No locks available.; set "),
+        pytest.raises(BuildError, match=message),
         build_cache.locked(tmp_path),
     ):
         pass
@@ -249,6 +254,9 @@ def test_without_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         compiler._ninja()
     (tmp_path / "ninja").write_text("")
     (tmp_path / "ninja").chmod(0o755)
+    assert compiler._ninja() == str(tmp_path / "ninja")
+    # A folder named ninja on sys.path is a namespace package.
+    monkeypatch.setitem(sys.modules, "ninja", ModuleType("ninja"))
     assert compiler._ninja() == str(tmp_path / "ninja")
 
 

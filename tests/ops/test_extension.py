@@ -186,6 +186,17 @@ def test_gencode_flags(listed, codes):
     assert compiler._gencode(listed) == [f"-gencode=arch=compute_{code}" for code in codes]
 
 
+@pytest.mark.parametrize(
+    ("cxx", "options"),
+    [("", []), ("g++", ["-ccbin=g++"]), ("ccache '/a b/g++' -m64", ["-ccbin=/a b/g++"])],
+)
+def test_nvcc_gets_the_host_compiler_without_its_options(cxx, options, monkeypatch):
+    monkeypatch.setattr(compiler, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(compiler, "_check_cuda_version", lambda _: None)
+    monkeypatch.setenv("CXX", cxx)
+    assert compiler._compiler("cuda") == ["nvcc", *options]
+
+
 @needs_compiler
 @pytest.mark.slow
 def test_wheel_holds_the_library_for_every_instruction_set(tmp_path):

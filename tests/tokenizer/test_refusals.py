@@ -147,7 +147,7 @@ REFUSED: list[tuple[Any, str]] = [
     ),
     (
         lambda t: AutoTokenizer.from_pretrained("tiny", subfolder="x"),
-        "subfolder must be None or '', got 'x'; pass the folder that holds the files",
+        "subfolder must be None or '', got 'x'; give the folder that holds the files",
     ),
     (
         lambda t: AutoTokenizer.from_pretrained("tiny", legacy="no"),

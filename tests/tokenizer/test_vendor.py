@@ -284,6 +284,11 @@ def test_tekken_with_too_many_special_tokens_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "tekken.json: not a tekken file: more than 1048576 special tokens")
 
 
+def test_a_key_that_a_tekken_lacks_is_named(tmp_path: Path) -> None:
+    write(tmp_path, tekken={"config": {}, "vocab": []})
+    refused(tmp_path, "tekken.json: not a tekken file: no key 'default_num_special_tokens'")
+
+
 def test_text_refused_by_the_library_raises_one_line(open_tokenizer: Any) -> None:
     with pytest.raises(TokenizerError, match="the text cannot be encoded: Regex error") as caught:
         open_tokenizer(TEKKEN).encode(" " * 1_000_000)
