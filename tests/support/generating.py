@@ -46,7 +46,7 @@ def penalize_last(ids: Tensor, scores: Tensor) -> Tensor:
 
 
 def theirs_generate(theirs: Any, **options: Any) -> Any:
-    """Call transformers' `generate`, which needs its own kinds of lists."""
+    """Call transformers' `generate`, which requires lists of transformers' own classes."""
     import transformers
 
     for name, kind in (("logits_processor", "Logits"), ("stopping_criteria", "Stopping")):
