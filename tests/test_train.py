@@ -230,7 +230,7 @@ BAD: dict[str, tuple[bytes | None, tuple[str, ...], str]] = {
         ENOUGH.encode(),
         ("--batch-size", "1000000", "--seqlen", "1000000"),
         "error: batch_size * seqlen must be at most 268435456 tokens, got 1000000 * 1000000; "
-        "accumulate more and smaller batches\n",
+        "use smaller batches, and accumulate more\n",
     ),
     "no such device": (
         ENOUGH.encode(),

@@ -74,7 +74,7 @@ _NAMES = frozenset(field.name for field in dataclasses.fields(_Options))
 
 
 class TextGenerationPipeline:
-    """Model and tokenizer that continue strings and answer chats; `pipeline` makes one.
+    """Model and tokenizer that continue strings and answer chats, as `pipeline` returns them.
 
     Attributes:
         task: "text-generation".
@@ -87,12 +87,12 @@ class TextGenerationPipeline:
     def __init__(
         self, model: MistralForCausalLM, tokenizer: MistralTokenizer, **options: Any
     ) -> None:
-        """Make a pipeline.
+        """Create a pipeline.
 
         Args:
             model: the model.
             tokenizer: its tokenizer.
-            **options: options of every call, which those of a call replace; see `__call__`.
+            **options: defaults of the options of `__call__`.
         """
         self.model, self.tokenizer, self._given = model, tokenizer, options
         self._parse({})
@@ -111,16 +111,18 @@ class TextGenerationPipeline:
             **options: the options of `generate`, and those of transformers' pipeline:
 
                 - return_full_text: False returns only the new text, also for a chat.
-                - return_tensors: True returns the token ids of prompt and text instead.
+                - return_tensors: True returns the token ids of prompt and text instead, as
+                  "generated_token_ids".
                 - batch_size: number of prompts that are generated together, 1 by default. It does
                   not affect greedy texts.
-                - prefix: text before each string that is not returned.
+                - prefix: text to put before each string prompt. It is not returned.
                 - stop_sequence: a string, or a list of strings, that ends a text.
                 - continue_final_message: continue the last message of a chat instead of adding a
                   message; None: if it is a message of the assistant.
                 - tools, documents: see `apply_chat_template`.
-                - add_special_tokens, truncation, padding, max_length, tokenizer_encode_kwargs:
-                  options of the tokenizer. `max_length` is also an option of `generate`.
+                - add_special_tokens, truncation, max_length, tokenizer_encode_kwargs: options of
+                  the tokenizer. `max_length` is also an option of `generate`.
+                - padding, num_workers, return_text: without effect.
                 - skip_special_tokens, clean_up_tokenization_spaces: see `decode`.
                   `skip_special_tokens` is True by default.
 
@@ -231,7 +233,7 @@ class TextGenerationPipeline:
     def _record(
         self, prompt: Any, ids: list[int], length: int, options: _Options
     ) -> dict[str, Any]:
-        """Return the result of one text: `ids` are those of a prompt of `length` and the text."""
+        """Return the result for one text. The first `length` of `ids` are those of the prompt."""
         if options.return_tensors:
             return {"generated_token_ids": ids}
         new = self.tokenizer.decode(
@@ -256,7 +258,7 @@ _EXPECTED = "text_inputs must be a string, a chat or a list of them"
 
 def _check_chat(prompt: Any) -> None:
     if not isinstance(prompt, Sequence) or not all(isinstance(m, Mapping) for m in prompt):
-        raise TypeError(f"{_EXPECTED}, got {type(prompt).__name__} in it")
+        raise TypeError(f"{_EXPECTED}, got {type(prompt).__name__} as an item")
     for message in prompt:
         if "role" not in message or "content" not in message:
             raise ValueError(f"a message must have a role and content, got {list(message)}")
