@@ -801,4 +801,4 @@ def test_checkpoints_with_a_missing_or_wrong_tokenizer(
         assert error.startswith(message)
         assert error.count("\n") == 1
     remedy = "use the tokenizer of the model"
-    assert error.endswith(f" from {foreign / 'tokenizer.model'}: {remedy}\n")
+    assert error.endswith(f" from {foreign / 'tokenizer.model'}; {remedy}\n")

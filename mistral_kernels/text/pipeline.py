@@ -122,7 +122,8 @@ class TextGenerationPipeline:
                 - tools, documents: see `apply_chat_template`.
                 - add_special_tokens, truncation, max_length, tokenizer_encode_kwargs: options of
                   the tokenizer. `max_length` is also an option of `generate`.
-                - padding, num_workers, return_text: without effect.
+                - padding, num_workers, return_text: without effect. `return_text` must not be given
+                  with `return_tensors`.
                 - skip_special_tokens, clean_up_tokenization_spaces: see `decode`.
                   `skip_special_tokens` is True by default.
 
