@@ -1,6 +1,6 @@
-"""The command `mistral-kernels`, also `python -m mistral_kernels`: starts the other commands.
+"""Command `mistral-kernels`, also `python -m mistral_kernels`, which runs the other commands.
 
-Without arguments it prints the report of `mistral_kernels.cli.report`.
+Without arguments, it runs the command `report`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mistral_kernels.cli.command import Parser, enter, run, write_out
 class _Command(NamedTuple):
     module: str
     summary: str
-    arguments: tuple[str, ...] = ()  # before those of the user
+    arguments: tuple[str, ...] = ()  # are put before the arguments of the user
 
 
 _COMMANDS = {
@@ -29,7 +29,7 @@ _COMMANDS = {
         "generate", "chat with an instruct model; the same as generate --chat", ("--chat",)
     ),
     "convert": _Command(
-        "convert", "convert a checkpoint between Mistral's and Hugging Face's format"
+        "convert", "convert a checkpoint between Mistral's and Hugging Face's formats"
     ),
     "train": _Command("train", "train a small model, or continue the training of a checkpoint"),
     "report": _Command(
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def console() -> None:
     """Run the command as a process; the entry point of `mistral-kernels`."""
-    # The module of the command is imported first: `enter` ends the handling of errors of imports.
+    # Import the command's module before `enter`, which removes the handlers that print an error or
+    # an interrupt of an import on one line.
     enter(_prepare(sys.argv[1:]))
 
 

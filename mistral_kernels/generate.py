@@ -157,7 +157,7 @@ def _generate(args: argparse.Namespace, world: World) -> None:
         quantize=args.quantize,
         **overrides,
     )
-    if args.chat:  # the first use of a template imports its library, and may find an error
+    if args.chat:  # before the first message: this imports the template's library, and may raise
         system = [{"role": "system", "content": args.system}] if args.system else []
         messages = [*system, {"role": "user", "content": "Hello"}]
         tokenizer.apply_chat_template(messages, add_generation_prompt=True)

@@ -39,7 +39,8 @@ OUTPUT/log.jsonl at the end. OUTPUT appears only when it is complete.
 
 With --evaluate, the text is cut into sequences of --seqlen tokens, each after
 BOS. A token sees the tokens before it in its sequence, as far as the model's
-sliding window reaches. Of the other options, --dtype and --device apply.
+sliding window reaches. --from, --seqlen, --dtype and --device are the only
+options that may be given with it.
 
 examples:
   python -m mistral_kernels.train book.txt --output model --save-every 50
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(_run, argv)
 
 
-# Defaults of these options with --evaluate.
+# Parts of the help: the defaults of these options with --evaluate.
 _WITH_EVALUATE = {
     "seqlen": "; with --evaluate: the model's maximum, at most 32768",
     "dtype": "; with --evaluate: as stored",
@@ -69,7 +70,7 @@ def _parser() -> Parser:
         "evaluate one.\nThe defaults are the recipe of the bundled model.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,  # so that options that --evaluate ignores are found
+        argument_default=argparse.SUPPRESS,  # only given options are in the result
     )
     parser.add_argument("text", nargs="+", type=user_path, help="UTF-8 file")
     parser.add_argument("--output", type=user_path, help="folder to create")
@@ -110,8 +111,8 @@ def _parser() -> Parser:
         "--held-out-chars",
         type=COUNT,
         metavar="N",
-        help="characters at the end of the text that are kept for evaluation; default: 32000, or "
-        "10 %% of a smaller text",
+        help="maximum number of characters at the end of the text that are kept for evaluation; "
+        "default: 32000, at most 10 %% of the text",
     )
     saving.add_argument(
         "--save-every",
@@ -124,7 +125,7 @@ def _parser() -> Parser:
         "--tensorboard",
         type=user_path,
         metavar="DIR",
-        help="folder for TensorBoard's event files, which need the package tensorboard; default: "
+        help="folder for TensorBoard's event files; requires the package tensorboard; default: "
         "none",
     )
     groups["machine"].add_argument(

@@ -77,7 +77,7 @@ def test_tokens_in_the_cache_are_not_computed_again(tokenizer: MistralTokenizer)
 
 
 def test_answers_are_tokenized_as_they_were_generated(tokenizer: MistralTokenizer) -> None:
-    """Thus answers stay in the cache: no space is added to their first word."""
+    """No space is added to the first word of an answer, so its tokens stay in the cache."""
     conversation = Conversation(make_model(None), tokenizer)
     prompt = conversation.prompt_for("Hello")
     answer = tokenizer.encode("I am fine, and you?", bos=False)

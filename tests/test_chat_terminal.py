@@ -60,8 +60,10 @@ def chat(folder: Path, *options: str) -> tuple[str, ...]:
     )
 
 
-def test_commands(folder: Path, tmp_path: Path, environment: dict[str, str]) -> None:
-    """Errors are one line, and the chat continues."""
+def test_each_command_works_and_errors_do_not_end_the_chat(
+    folder: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """Each error is one line."""
     options = ("--window", "none", "--context", "120", "-m", "7", "--ignore-eos")
     saved, listed = tmp_path / "saved.jsonl", tmp_path / "saved.json"
     with Terminal(*chat(folder, *options), **environment) as terminal:
@@ -121,8 +123,8 @@ def test_commands(folder: Path, tmp_path: Path, environment: dict[str, str]) -> 
     assert history.read_text(encoding="utf-8").startswith('"Hi é漢!"\n"/regen"\n')
 
 
-def test_ctrl_c_and_ctrl_d(folder: Path, environment: dict[str, str]) -> None:
-    """Ctrl-C ends an answer or clears the line, and Ctrl-D leaves."""
+def test_ctrl_c_ends_an_answer_and_ctrl_d_leaves(folder: Path, environment: dict[str, str]) -> None:
+    """At the prompt, Ctrl-C clears the line."""
     options = ("-m", "1000000", "--ignore-eos")
     with Terminal(*chat(folder, *options), **environment) as terminal:
         assert "context: endless" in terminal.expect(NEW_LINE).replace("\n", " ")

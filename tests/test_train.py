@@ -230,7 +230,7 @@ BAD: dict[str, tuple[bytes | None, tuple[str, ...], str]] = {
         ENOUGH.encode(),
         ("--batch-size", "1000000", "--seqlen", "1000000"),
         "error: batch_size * seqlen must be at most 268435456 tokens, got 1000000 * 1000000; "
-        "accumulate more and smaller batches\n",
+        "use smaller batches, and accumulate more\n",
     ),
     "no such device": (
         ENOUGH.encode(),
@@ -801,4 +801,4 @@ def test_checkpoints_with_a_missing_or_wrong_tokenizer(
         assert error.startswith(message)
         assert error.count("\n") == 1
     remedy = "use the tokenizer of the model"
-    assert error.endswith(f" from {foreign / 'tokenizer.model'}: {remedy}\n")
+    assert error.endswith(f" from {foreign / 'tokenizer.model'}; {remedy}\n")

@@ -18,7 +18,7 @@ extern int chosen;  // index of the selected set; see KERNEL
 }  // namespace kernels
 
 // A kernel's header declares it with FOR_EACH_INSTRUCTION_SET(declaration). KERNEL(name) is the
-// kernel for the selected instruction set. In a library for one set, the compiler option
+// kernel for the selected instruction set. In a library for one set, the macro
 // ONLY_INSTRUCTION_SET is its name.
 #if defined(ONLY_INSTRUCTION_SET)
 #define FOR_EACH_INSTRUCTION_SET(...) namespace ONLY_INSTRUCTION_SET { __VA_ARGS__; }

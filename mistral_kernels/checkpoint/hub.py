@@ -26,8 +26,8 @@ TOKENIZER_PATTERNS = [
     "chat_template.*",
     "additional_chat_templates/*.jinja",
 ]
-# Pairs of a pattern of file names, one of which a hub model must have, and the files to download
-# in addition to those of the tokenizer.
+# Formats of a hub model. A format is a pattern, which the name of at least one file must match, and
+# the files to download in addition to those of the tokenizer.
 _Formats = Sequence[tuple[str, list[str]]]
 _INCOMPLETE = "is incomplete in the cache"
 _TOKENIZERS: _Formats = ((r".*\.model(\.v\d+(m\d+)?)?|tekken\.json|tokenizer\.json", []),)

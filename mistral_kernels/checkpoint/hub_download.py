@@ -1,4 +1,4 @@
-"""Download with huggingface_hub: progress bars, and an end at once after an interrupt."""
+"""Download with huggingface_hub: delayed progress bars, and interrupts that take effect at once."""
 
 from __future__ import annotations
 

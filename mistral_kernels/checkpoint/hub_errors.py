@@ -20,7 +20,12 @@ def why_failed(repo_id: str, revision: str | None, error: Exception, cached: str
     Errors are recognized by the names of their classes. The classes of the HTTP library depend on
     the version of huggingface_hub.
 
-    `cached`: what the cache holds of the model.
+    Args:
+        repo_id: Hub id of the model.
+        revision: Requested branch, tag or commit; None: "main".
+        error: Error of huggingface_hub.
+        cached: Predicate for the message: what the cache holds of the model, such as "is not in
+            the cache".
     """
     kinds = {kind.__name__ for kind in type(error).__mro__}
     status = getattr(getattr(error, "response", None), "status_code", None)

@@ -27,7 +27,7 @@ _HELP = {
     "/clear": "begin a new conversation; the system message stays",
     "/regen": "generate the last answer again",
     "/system [TEXT]": 'show the system message, or replace it; "-" removes it',
-    "/save [FILE]": "write the conversation as JSON lines, or as a list to a FILE.json",
+    "/save [FILE]": "write the conversation: JSON lines, or a JSON list if FILE ends with .json",
     '"""': "begin or end a message of several lines; pasted lines are one message",
     " /...": 'message that begins with "/": put a space before it',
     "Ctrl-C": "end the answer, or clear the line",
@@ -46,7 +46,7 @@ class Chat:
 
     Args:
         conversation: the conversation.
-        world: the ranks.
+        world: rank and device of this process, and the number of ranks.
         options: options of `stream_generate`.
         stats: the statistics to update.
         model_name: name of the model in the banner.
@@ -73,7 +73,7 @@ class Chat:
         # Under torchrun, Ctrl-C reaches the ranks at different times, and ends all of them.
         self._survives_interrupts = self._at_terminal and world.size == 1
         self._interrupts = Interrupts()
-        # Tokens to keep free for an answer; at least half of the context holds the conversation.
+        # Number of tokens to keep free for an answer: at most half of the context.
         self._room = min(options["max_tokens"], max(conversation.max_length // 2, 1))
         self._saved: list[Path] = []
         self._ended = False
@@ -192,7 +192,7 @@ class Chat:
         self._note(self._summary(completion, before, interrupted))
 
     def _summary(self, completion: Completion, before: GenerationStats, interrupted: bool) -> str:
-        """Return the number of tokens, their rate, and the reason of an incomplete answer."""
+        """Return one line: the number of tokens, their rate, and why an answer is incomplete."""
         line = _count(len(completion.token_ids), "token")
         seconds = self.stats.decode_seconds - before.decode_seconds
         if seconds > 0:

@@ -65,14 +65,14 @@ def generate_parser() -> Parser:
         help="chat, with the chat template of the model; the prompt is the first message. At a "
         "terminal, /help lists the commands. From a pipe, each line is a message",
     )
-    chat.add_argument("--system", metavar="TEXT", help="system prompt; default: none")
+    chat.add_argument("--system", metavar="TEXT", help="system message; default: none")
     chat.add_argument(
         "--context",
         type=COUNT,
         metavar="N",
         help="maximum number of tokens of the conversation, for a model without a sliding window; "
-        "longer conversations drop their oldest messages; default: the model's own maximum, at "
-        "most 32768",
+        "the oldest messages of a longer conversation are dropped; default: the model's own "
+        "maximum, at most 32768",
     )
     length = parser.add_argument_group("length")
     length.add_argument(

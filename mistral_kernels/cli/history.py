@@ -12,10 +12,10 @@ from pathlib import Path
 from mistral_kernels.utils.errors import one_line
 from mistral_kernels.utils.files import read_text, write_atomically
 
-_ENTRIES = 1000  # messages that are kept
-_LONGEST = 4000  # characters of a message that is kept
-_FILE_LIMIT = 64 << 20
-# Errors of a home that is read-only for this user, which need no message.
+_ENTRIES = 1000  # maximum number of messages to keep
+_LONGEST = 4000  # maximum number of characters of a message to keep
+_FILE_LIMIT = 64 << 20  # bytes
+# Errors of a folder that this user may not write to. They need no note.
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -34,7 +34,7 @@ class History:
         self._path: Path | None = path if path.is_absolute() else None
 
     def load(self) -> list[str]:
-        """Return at most 1000 of the newest messages, the oldest first."""
+        """Return the newest messages, at most 1000, the oldest first."""
         if self._path is None:
             return []
         try:
@@ -50,7 +50,7 @@ class History:
             return []
         texts = []
         for line in lines[-_ENTRIES:]:
-            with suppress(ValueError):  # incomplete, or of another program
+            with suppress(ValueError):  # an incomplete line, or that of another program
                 texts.append(json.loads(line))
         return [text for text in texts if isinstance(text, str) and "\0" not in text]
 
@@ -70,7 +70,7 @@ class History:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        """Keep no history from now on."""
+        """Stop keeping a history. Print the reason, unless the folder is read-only."""
         self._path = None
         if not (isinstance(error, OSError) and error.errno in _READ_ONLY):
             print(f"note: no history: {one_line(str(error))}", file=sys.stderr, flush=True)

@@ -24,12 +24,13 @@ def write_record(record: dict[str, Any]) -> None:
 def with_progress(
     stream: Callable[[Callable[[int], object]], Iterator[T]], prompt_tokens: int
 ) -> Iterator[T]:
-    """Yield the items of a stream, and show the progress of its prefill on a terminal's stderr.
+    """Yield the items of a stream. Show the progress of its prefill if stderr is a terminal.
 
     The bar appears after two seconds, and disappears before the first item.
 
     Args:
-        stream: function that takes the argument `progress` of `prefill` and returns the stream.
+        stream: function that takes the argument `progress` of `stream_generate` and returns the
+            stream.
         prompt_tokens: number of tokens of all prompts.
     """
     with tqdm(

@@ -66,7 +66,7 @@ def end_on_failed_import(
 
 
 def is_starting_command() -> bool:
-    """Return whether Python imports this package to run a module of it, or its script."""
+    """Return whether Python imports this package to run one of its modules or `mistral-kernels`."""
     arguments = getattr(sys, "argv", [])
     if arguments and os.path.basename(arguments[0]) == SCRIPT:
         return True

@@ -22,7 +22,7 @@ DIM, BOLD = "\x1b[2m", "\x1b[1m"
 _RESET = "\x1b[0m"
 _QUOTES = '"""'  # first and last line of a message of several lines
 _MESSAGE_LIMIT = 1 << 20  # characters of one message
-# Lines of a paste arrive together; a person takes longer from one Enter to the next.
+# Maximum time between two lines of a paste. Two typed lines take longer.
 _PASTE_SECONDS = 0.05
 
 
@@ -47,10 +47,10 @@ def wrapped(text: str, indent: int = 0) -> str:
 
 
 class Interrupts:
-    """Ctrl-C that raises KeyboardInterrupt only in `allowed` blocks, once per block.
+    """Handler of Ctrl-C that raises KeyboardInterrupt only in `allowed` blocks, once per block.
 
-    A second Ctrl-C therefore cannot interrupt the `finally` blocks that the first one runs. Outside
-    a `with` statement of the object, and if a program has set its own handler, Ctrl-C is unchanged.
+    A second Ctrl-C therefore cannot interrupt the `finally` blocks that the first one runs. Enter
+    the object with `with` to install the handler. A handler that is not Python's default is kept.
     """
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class MessageReader:
 
     @contextmanager
     def without_echo(self) -> Iterator[None]:
-        """Do not echo keys in the block, if readline shows them in the next line that it reads."""
+        """Disable the terminal's echo in the block, if readline shows the keys in its next line."""
         if self._readline is None:
             yield
             return
@@ -167,11 +167,13 @@ class MessageReader:
                 return text
             text = f"{text}\n{line}"
             if len(text) > _MESSAGE_LIMIT:
-                raise ValueError(f"a message must have at most {_MESSAGE_LIMIT} characters")
+                raise ValueError(
+                    f"a message must have at most {_MESSAGE_LIMIT} characters, got {len(text)}"
+                )
         return text.rstrip().removesuffix(_QUOTES)
 
     def _lines(self, prompt: str) -> str | None:
-        """Return a line, or all lines of a paste, without the last newline; None at the end."""
+        """Return a line or a whole paste, without its last newline; None at the end of input."""
         if self._ended:
             return None
         text = self._line(prompt)
@@ -201,7 +203,7 @@ class MessageReader:
 
 
 def _import_readline() -> ModuleType | None:
-    """Import readline, which `input` then uses; None if Python was built without it."""
+    """Import and return readline, which `input` then uses; None if this Python has no readline."""
     try:
         import readline
     except ImportError:

@@ -50,8 +50,8 @@ _HOST_FLAGS = [
 # The operators check arguments and call kernels: -O3 would take longer and gain nothing.
 _OPERATOR_FLAGS, _KERNEL_FLAGS = ["-O1"], ["-O3"]
 
-# The sources in csrc/cpu/kernels are compiled once per instruction set, which is named by the
-# features that it requires, as /proc/cpuinfo spells them. csrc/cpu/instruction_sets.cpp checks the
+# The sources in csrc/cpu/kernels are compiled once per instruction set. An instruction set requires
+# a list of processor features, named as in /proc/cpuinfo. csrc/cpu/instruction_sets.cpp checks the
 # same features.
 _AVX2 = ["avx2", "fma", "f16c"]
 _AVX512 = [*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl"]
@@ -71,7 +71,7 @@ class BuildError(RuntimeError):
 
 
 class NotBuiltError(BuildError):
-    """No build was started: no suitable compiler, no GPU, or MISTRAL_KERNELS_BUILD=never."""
+    """No build was started, for example without a compiler or with MISTRAL_KERNELS_BUILD=never."""
 
 
 def build_setting() -> str:
@@ -147,7 +147,7 @@ def build(
     )
     folder = library.parent / f"{UNFINISHED}{device_type}"
     folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)  # the age of an abandoned build
+    os.utime(folder)  # `build_cache` removes abandoned folders by their age
     units = _units(device_type, instruction_sets, architectures)
     for unit in units:
         contents = "".join(f'#include "{source}"\n' for source in unit.sources)
@@ -173,7 +173,7 @@ def _ninja_value(command: Sequence[str]) -> str:
 
 
 def _write(path: Path, contents: str) -> None:
-    """Write a file unless it has these contents; ninja compiles files again that are newer."""
+    """Write a file unless it has these contents: ninja compiles a rewritten source again."""
     if not path.exists() or path.read_text() != contents:
         path.write_text(contents)
 
@@ -274,7 +274,9 @@ def _compiler(device_type: str) -> list[str]:
         name, *options = cxx or ["c++"]
         compiler = shutil.which(name)
         if compiler is None:
-            raise NotBuiltError(f"no compiler: {name} is not on PATH")
+            raise NotBuiltError(
+                f"no compiler: {name} is not on PATH; install a C++ compiler, or set CXX"
+            )
         return [os.path.abspath(compiler), *options]
     compiler = nvcc()
     if compiler is None:

@@ -208,7 +208,7 @@ def _choose_instruction_set() -> str:
 
 
 def _instruction_sets(device_type: str) -> list[str]:
-    """Return the instruction sets to compile for, the one to use first."""
+    """Return the instruction sets to compile for. The first one is the one to use."""
     if device_type != "cpu":
         return []
     supported = supported_instruction_sets()

@@ -16,8 +16,8 @@ class Conversation:
 
     For each message, the model's chat template renders the whole conversation. Only the tokens
     after the longest prefix that is already in the cache are computed. The prefix may be shorter
-    than the cache: templates may move the system prompt, and an answer may be tokenized differently
-    from the tokens that were sampled. The tokens after the prefix are then dropped from the cache.
+    than the cache: templates may move the system message, and the tokens of an answer may differ
+    from those that were sampled. The tokens after the prefix are then dropped from the cache.
     If a ring has already overwritten keys that are needed again, the whole cache is filled again.
 
     Any method may be interrupted: the next one begins with a consistent conversation.
@@ -25,7 +25,8 @@ class Conversation:
     Attributes:
         messages: the conversation, in the format that `apply_chat_template` takes.
         max_length: maximum number of tokens of the conversation, unless the cache is `endless`.
-        dropped: number of turns that the last `prompt_for` or `regenerate` removed.
+        dropped: number of turns, user messages with their answers, that the last `prompt_for` or
+            `regenerate` removed.
 
     Example:
         >>> from mistral_kernels import MistralForCausalLM, MistralTokenizer
@@ -134,8 +135,8 @@ class Conversation:
 
         Args:
             message: the message.
-            room: number of tokens of the answer for which turns are removed. A message that leaves
-                less room without any earlier turn is accepted.
+            room: number of tokens to keep free for the answer. A message that leaves fewer tokens
+                free, even without earlier turns, is accepted.
 
         Raises:
             ValueError: the message is empty, the template renders no tokens, or the message with
@@ -152,7 +153,8 @@ class Conversation:
     def regenerate(self, room: int = 1) -> list[int]:
         """Remove the last answer and return the tokens of its prompt that are not in the cache.
 
-        The next `reply` generates another answer. If that answer is empty, the removed one is kept.
+        The next `reply` generates another answer. If that answer is empty, the removed one is
+        restored.
 
         Args:
             room: see `prompt_for`.

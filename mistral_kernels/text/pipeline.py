@@ -74,7 +74,7 @@ _NAMES = frozenset(field.name for field in dataclasses.fields(_Options))
 
 
 class TextGenerationPipeline:
-    """Model and tokenizer that continue strings and answer chats; `pipeline` makes one.
+    """Model and tokenizer that continue strings and answer chats, as `pipeline` returns them.
 
     Attributes:
         task: "text-generation".
@@ -87,12 +87,12 @@ class TextGenerationPipeline:
     def __init__(
         self, model: MistralForCausalLM, tokenizer: MistralTokenizer, **options: Any
     ) -> None:
-        """Make a pipeline.
+        """Create a pipeline.
 
         Args:
             model: the model.
             tokenizer: its tokenizer.
-            **options: options of every call, which those of a call replace; see `__call__`.
+            **options: defaults of the options of `__call__`.
         """
         self.model, self.tokenizer, self._given = model, tokenizer, options
         self._parse({})
@@ -123,6 +123,8 @@ class TextGenerationPipeline:
                 - tools, documents: see `apply_chat_template`.
                 - add_special_tokens, truncation, max_length, tokenizer_encode_kwargs: options of
                   the tokenizer. `max_length` is also an option of `generate`.
+                - padding, num_workers, return_text: without effect. `return_text` must not be given
+                  with `return_tensors`.
                 - skip_special_tokens, clean_up_tokenization_spaces: see `decode`.
                   `skip_special_tokens` is True by default.
                 - num_workers, padding, return_text: without effect.
@@ -267,7 +269,7 @@ _EXPECTED = "text_inputs must be a string, a chat or a list of them"
 
 def _check_chat(prompt: Any) -> None:
     if not isinstance(prompt, Sequence) or not all(isinstance(m, Mapping) for m in prompt):
-        raise TypeError(f"{_EXPECTED}, got {type(prompt).__name__} in it")
+        raise TypeError(f"{_EXPECTED}, got {type(prompt).__name__} as an item")
     for message in prompt:
         if "role" not in message or "content" not in message:
             raise ValueError(f"a message must have a role and content, got {list(message)}")

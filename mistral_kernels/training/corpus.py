@@ -19,22 +19,23 @@ from mistral_kernels.utils.errors import one_line
 _PIPE_LIMIT = 1 << 29  # maximum bytes of a text that is not a regular file
 _HELD_OUT_CHARS = 32_000  # default number of held-out characters of a large text
 _GROUP = 50  # words per paragraph of a text that has neither lines nor sentences
-# A full stop, an exclamation or question mark, with closing quotes; then a space, which Chinese and
-# Japanese do not have.
+# End of a sentence: a full stop, an exclamation or question mark, closing quotes, and white space,
+# which is optional in Chinese and Japanese.
 _SENTENCE_END = re.compile(
     r"""[.!?]["'\u201d\u2019)\]]*\s+(?=\S)|[\u3002\uff01\uff1f][\u201d\u2019\u300d\u300f]*\s*(?=\S)"""
 )
 
 
 def read_texts(paths: Sequence[Path]) -> tuple[str, str]:
-    """Return the text of UTF-8 files with one paragraph per line, and how paragraphs were found.
+    """Return the paragraphs of UTF-8 files, one per line, and one line that names the rules.
 
     In a file with a blank line, blank lines separate the paragraphs. Without one, each line is a
     paragraph. In a file of a single line, each sentence is a paragraph, and without sentences,
     every 50 words.
 
     Raises:
-        ValueError: a file is empty or not UTF-8.
+        ValueError: a file is empty or not UTF-8, or a pipe has more than 2^29 bytes.
+        OSError: a file cannot be read.
     """
     found: dict[str, list[str]] = {}
     lines: list[str] = []
@@ -78,10 +79,11 @@ def split_held_out(text: str, size: int | None = None) -> tuple[str, str]:
 
     Args:
         text: text with one paragraph per line.
-        size: number of characters; None: 32,000, or 10 % of a smaller text.
+        size: number of characters; None: 32,000, at most 10 % of the text.
 
     Raises:
-        ValueError: the text is too short for `size`, or has no space in its last `size` characters.
+        ValueError: the text is too short for `size`, or its last `size` characters have neither a
+            line end nor a space.
     """
     if size is None:
         if len(text) < 10:
@@ -94,7 +96,7 @@ def split_held_out(text: str, size: int | None = None) -> tuple[str, str]:
             f"--held-out-chars must be at least 1 and less than half of the text's {len(text)} "
             f"characters, got {size}; hold out less, or give more text"
         )
-    before = len(text) - size - 1  # a line end here is the last one that may be the boundary
+    before = len(text) - size - 1  # a line end at this index gives a held-out text of `size`
     cut = text.index("\n", before) + 1
     if cut == len(text):
         within = _SENTENCE_END.search(text, before) or re.compile(" ").search(text, before)
@@ -108,7 +110,11 @@ def split_held_out(text: str, size: int | None = None) -> tuple[str, str]:
 
 
 def train_tokenizer(text: str, vocab_size: int, path: Path) -> None:
-    """Train a byte-fallback BPE model with Mistral's special tokens and write it to `path`."""
+    """Train a byte-fallback BPE model with Mistral's special tokens and write it to `path`.
+
+    Raises:
+        ValueError: the text is too short for a vocabulary of `vocab_size` tokens.
+    """
     import sentencepiece
 
     model = io.BytesIO()  # with a path instead, sentencepiece would record the path in the model
@@ -143,12 +149,17 @@ class Corpus:
     Each training sequence is BOS followed by tokens from the beginning of a paragraph, like a
     prompt.
 
+    Args:
+        text: text with one paragraph per line.
+        tokenizer_path: file or folder of the tokenizer.
+
     Attributes:
         tokens: (n,) int64, tokens of the text without BOS.
         starts: (paragraphs,) int64, index of each paragraph's first token in `tokens`.
 
-    Raises `TokenizerError` for an invalid `tokenizer_path`, and `ValueError` for a tokenizer
-    without BOS.
+    Raises:
+        TokenizerError: `tokenizer_path` is invalid.
+        ValueError: the tokenizer has no BOS token.
     """
 
     def __init__(self, text: str, tokenizer_path: Path) -> None:
@@ -180,12 +191,16 @@ class Corpus:
         return torch.cat((bos, targets[..., :-1]), dim=-1)
 
     def sample(self, batch_size: int, seqlen: int, generator: torch.Generator) -> Tensor:
-        """Return random targets, (batch_size, seqlen), each from the beginning of a paragraph."""
+        """Return random targets, (batch_size, seqlen), each from the beginning of a paragraph.
+
+        Raises:
+            ValueError: the text has fewer than `seqlen` tokens.
+        """
         starts = self.starts[self.starts <= len(self.tokens) - seqlen]
         if not len(starts):
             raise ValueError(
                 f"the text has {len(self.tokens)} tokens, too few for seqlen {seqlen}; use a "
-                "smaller one (--seqlen), or more text"
+                "smaller seqlen (--seqlen), or more text"
             )
         chosen = starts[torch.randint(len(starts), (batch_size,), generator=generator)]
         return self.tokens[chosen[:, None] + torch.arange(seqlen)]

@@ -12,8 +12,8 @@ from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 from mistral_kernels.training.corpus import Corpus
 
-_TOKENS = 2048  # per forward pass
-_LONGEST = 32768  # default limit of a sequence, because a cache without a window grows with it
+_TOKENS = 2048  # maximum number per forward pass
+_LONGEST = 32768  # limit of the default length: a cache without a window grows with the length
 
 
 def default_seqlen(model: MistralForCausalLM) -> int:
@@ -44,7 +44,7 @@ def text_loss(model: MistralForCausalLM, corpus: Corpus, seqlen: int) -> float:
         for first in range(0, len(sequences), rows):
             batch = sequences[first : first + rows]
             cache = model.new_cache(len(batch), len(batch[0]))
-            # Either one sequence, in pieces, or several sequences that are shorter than a piece.
+            # Either one sequence in pieces, or several sequences of one piece each.
             pieces = zip(*(targets.split(_TOKENS) for targets in batch), strict=True)
             inputs = zip(
                 *(corpus.with_bos(targets).split(_TOKENS) for targets in batch), strict=True

@@ -183,7 +183,7 @@ class Run:
         torch.Generator().set_state(state["generator"])
 
     def advance(self, corpus: Corpus, batches: Iterator[Sequence[Tensor]]) -> StepMetrics:
-        """Make one step and return its measurements. A loss that is not finite updates nothing."""
+        """Make one step and return its measurements. Update no weight if the loss is not finite."""
         recipe, started = self.recipe, time.perf_counter()
         rate = recipe.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:

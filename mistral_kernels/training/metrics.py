@@ -16,7 +16,7 @@ from mistral_kernels.checkpoint import CheckpointError
 from mistral_kernels.utils.errors import one_line
 from mistral_kernels.utils.files import check_regular, is_taken
 
-_BEGIN = b'{"step": '  # of each line of a log
+_BEGIN = b'{"step": '  # first bytes of each line of a log
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ class TensorBoard:
     Args:
         summary_writer: class from `summary_writer_class`.
         folder: folder of the event files.
-        step: number of completed steps. TensorBoard then hides earlier events of later steps.
+        step: number of completed steps. TensorBoard hides the events that an interrupted run has
+            written for later steps.
     """
 
     def __init__(self, summary_writer: Any, folder: Path, step: int) -> None:
@@ -192,7 +193,8 @@ def draw_curve(log: Path, image: Path) -> str | None:
         image: file to write.
 
     Returns:
-        None, or one line with the reason why there is no image. An image never fails a run.
+        None, or one line with the reason why there is no image. No error is raised, because the
+        trained model must still be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -214,7 +216,7 @@ def draw_curve(log: Path, image: Path) -> str | None:
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(image, dpi=120)
-    except Exception as error:  # whatever fails in drawing, the trained model must be written
+    except Exception as error:
         image.unlink(missing_ok=True)
         return one_line(f"no {image.name}: {error}")
     return None

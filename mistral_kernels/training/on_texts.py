@@ -89,13 +89,19 @@ def train_on_texts(
         texts: UTF-8 files.
         output: folder to create.
         held_out_chars: maximum number of characters at the end of the text that are kept for
-            evaluation; None: 32,000, or 10 % of a smaller text.
+            evaluation; None: 32,000, at most 10 % of the text.
         recipe: settings of the optimization.
         world: this rank; its device is used.
         source: folder or hub id of a checkpoint. Its model is trained further, with its tokenizer;
             None: train a new model.
         save_every: number of steps between two saves of the state; 0: never.
         tensorboard: folder for TensorBoard's event files; None: do not write them.
+
+    Raises:
+        ValueError: an argument or a text is invalid, or a loss is not finite.
+        CheckpointError: `source` or the saved state is invalid, `output` exists and is not an empty
+            folder, or a file cannot be written.
+        TokenizerError: the tokenizer of `source` is invalid.
     """
     output = output.expanduser().resolve()
     if output.is_symlink():
@@ -216,6 +222,11 @@ def evaluate_on_texts(
         device: device of the model.
         dtype: data type of the weights; None: as stored.
         seqlen: largest number of tokens per sequence; None: see `default_seqlen`.
+
+    Raises:
+        ValueError: a text is invalid, or the loss is not finite.
+        CheckpointError: `source` is invalid.
+        TokenizerError: the tokenizer of `source` is invalid.
     """
     text, paragraphs = read_texts(texts)
     folder = resolve(source)
@@ -288,5 +299,5 @@ def _check_vocabulary(config: MistralConfig, corpus: Corpus, *others: Tensor) ->
     if largest >= config.vocab_size:
         raise ValueError(
             f"tokens must be less than the model's vocab_size, {config.vocab_size}, got {largest} "
-            f"from {corpus.tokenizer.path}: use the tokenizer of the model"
+            f"from {corpus.tokenizer.path}; use the tokenizer of the model"
         )

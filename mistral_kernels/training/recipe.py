@@ -83,7 +83,7 @@ class Recipe:
         if self.batch_size * self.seqlen > _LARGEST_BATCH:
             raise ValueError(
                 f"batch_size * seqlen must be at most {_LARGEST_BATCH} tokens, got "
-                f"{self.batch_size} * {self.seqlen}; accumulate more and smaller batches"
+                f"{self.batch_size} * {self.seqlen}; use smaller batches, and accumulate more"
             )
 
     @property

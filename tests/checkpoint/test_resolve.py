@@ -229,7 +229,7 @@ def resolve_all(url: str, home: Path, names: list[Any], **environment: str) -> l
     return done.stdout.splitlines()
 
 
-def test_the_hub_s_answers_are_explained(tmp_path: Path) -> None:
+def test_errors_of_the_hub_are_one_line_with_the_remedy(tmp_path: Path) -> None:
     """A local server gives the answers of the hub to the real library."""
     repositories = {
         "o/good": {"config.json": b"{}", "model.safetensors": b"x", "README.md": b"x"},
@@ -305,7 +305,7 @@ def test_progress_appears_on_terminals_after_a_delay(
     assert ("Fetching: 100%" in shown) == shows
     assert shows or shown == ""
     bars[0].close()
-    assert file.getvalue() == shown, "it is closed"
+    assert file.getvalue() == shown, "the bar is closed"
 
 
 def test_an_interrupt_ends_a_download() -> None:

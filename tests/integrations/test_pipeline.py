@@ -237,8 +237,8 @@ INPUTS = "text_inputs must be a string, a chat or a list of them, got "
 BAD_CALLS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (3, {}, TypeError, f"{INPUTS}int"),
     (USER, {}, TypeError, f"{INPUTS}dict"),
-    ([TEXT, 3], {}, TypeError, f"{INPUTS}int in it"),
-    ([USER, TEXT], {}, TypeError, f"{INPUTS}list in it"),
+    ([TEXT, 3], {}, TypeError, f"{INPUTS}int as an item"),
+    ([USER, TEXT], {}, TypeError, f"{INPUTS}list as an item"),
     ([], {}, ValueError, "text_inputs must have at least one prompt, got none"),
     ([{"role": "user"}], {}, ValueError, "a message must have a role and content, got ['role']"),
     (TEXT, {"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),

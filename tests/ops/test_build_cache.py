@@ -247,7 +247,9 @@ def test_status_does_not_compile(tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_without_ninja(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_ninja_is_one_line_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "ninja", None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(compiler.NotBuiltError, match=r"^no ninja: run `pip install ninja`$"):

@@ -91,7 +91,9 @@ def test_library_uses_no_cpp_streams(operators):
 def test_missing_compiler(tmp_path):
     loaded, status, error = finish(start(tmp_path, PATH="", CXX=""))
     assert not loaded
-    assert status == "not loaded: no compiler: c++ is not on PATH"
+    assert status == (
+        "not loaded: no compiler: c++ is not on PATH; install a C++ compiler, or set CXX"
+    )
     assert error == ""
 
 
@@ -200,7 +202,7 @@ def test_nvcc_gets_the_host_compiler_without_its_options(cxx, options, monkeypat
 @needs_compiler
 @pytest.mark.slow
 def test_wheel_holds_the_library_for_every_instruction_set(tmp_path):
-    """It runs without a compiler and without a writable cache."""
+    """The library is loaded without a compiler and without a writable cache."""
     root, source, target = Path(__file__).parents[2], tmp_path / "source", tmp_path / "installed"
     ignored = shutil.ignore_patterns("__pycache__", "*.so*")
     for name in ("mistral_kernels", "csrc"):

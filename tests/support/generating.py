@@ -47,7 +47,7 @@ def penalize_last(ids: Tensor, scores: Tensor) -> Tensor:
 
 
 def theirs_generate(theirs: Any, **options: Any) -> Any:
-    """Call transformers' `generate`, which requires its own list types for functions."""
+    """Call transformers' `generate`, which requires lists of transformers' own classes."""
     import transformers
 
     for name, kind in (("logits_processor", "Logits"), ("stopping_criteria", "Stopping")):

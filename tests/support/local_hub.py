@@ -23,9 +23,10 @@ class Refusal:
 
 @contextmanager
 def serving(repositories: Mapping[str, Mapping[str, bytes] | Refusal]) -> Iterator[str]:
-    """Serve repositories, each the contents of its files or a refusal; yield the server's URL.
+    """Start a server of repositories and yield its URL.
 
-    Every repository has one revision, "main". Other repositories and revisions do not exist.
+    A repository maps the names of its files to their contents, or is a refusal of every request. It
+    has one revision, "main". Other repositories and revisions do not exist.
     """
 
     class Handler(BaseHTTPRequestHandler):

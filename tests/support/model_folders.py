@@ -1,6 +1,7 @@
 """Folders like those of the most used Mistral models, with small random weights.
 
-The vocabularies of Mistral-7B are those of mistral-common. That of Nemo is trained on three lines.
+The vocabularies of Mistral-7B are those of mistral-common. The vocabulary of Nemo is trained on
+three lines of text.
 """
 
 from __future__ import annotations
@@ -122,9 +123,9 @@ def make_folder(folder: Path, family: Family) -> Path:
         eos_token_id=vocab_size - len(family.added) if family.ends == "<|im_end|>" else 2,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # the texts must not depend on rounding, so they are always the same
+        torch.manual_seed(0)  # fixed: for other weights, rounding might change the texts
         model = varied_model(config)
-    with torch.no_grad():  # no token of a single byte: such texts are not valid UTF-8
+    with torch.no_grad():  # generate no single-byte tokens: the text might not be UTF-8
         model.lm_head.weight[: {"v1": 259, "v3": 1027}.get(family.vocabulary or "", 3)] = 0.0
     model.save_pretrained(folder, extra_files=sorted(files.iterdir()))
     return folder

@@ -34,7 +34,7 @@ LAYOUTS: dict[str, tuple[str, list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_paragraphs(name: str, tmp_path: Path) -> None:
+def test_each_layout_of_a_text_has_its_paragraphs(name: str, tmp_path: Path) -> None:
     contents, paragraphs, rule = LAYOUTS[name]
     path = tmp_path / "text.txt"
     path.write_text(contents, encoding="utf-8")
@@ -56,7 +56,7 @@ def test_each_file_has_its_own_rule(tmp_path: Path) -> None:
     )
 
 
-def test_default_size_of_the_held_out_text() -> None:
+def test_the_held_out_text_has_32000_characters_or_10_percent() -> None:
     """The size is 10 % of a small text, and at most 32,000 characters."""
     line = "x" * random.randint(1, 9) + "\n"
     for lines, largest in ((100, 10 * len(line)), (400_000 // len(line), 32_000)):
@@ -75,7 +75,7 @@ SPLITS: dict[str, tuple[str, int, str]] = {
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_the_beginning_of_the_held_out_text(name: str) -> None:
+def test_the_held_out_text_begins_with_a_whole_part(name: str) -> None:
     text, size, expected = SPLITS[name]
     training, held_out = split_held_out(text, size)
     assert held_out == expected

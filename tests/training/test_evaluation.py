@@ -42,10 +42,10 @@ def model_with(window: int | None) -> MistralForCausalLM:
 
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("pieces", [1, 7, 64, 10_000])
-def test_one_sequence_in_pieces(
+def test_the_loss_does_not_depend_on_the_size_of_the_pieces(
     pieces: int, window: int | None, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss of a sequence does not depend on the number of tokens per forward pass."""
+    """A piece is the tokens of one forward pass."""
     monkeypatch.setattr(evaluation, "_TOKENS", pieces)
     model, part = model_with(window), part_of(corpus, 200)
     expected = held_out_loss(model, corpus, part.tokens)
@@ -86,7 +86,7 @@ def test_memory_is_bounded(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> N
     assert passes == [2000, 2000, 2000, 1000]
 
 
-def test_units() -> None:
+def test_perplexity_and_bits_per_byte_equal_their_definitions() -> None:
     loss = random.uniform(1, 5)
     assert perplexity(loss) == pytest.approx(math.exp(loss))
     assert perplexity(1e4) == math.inf

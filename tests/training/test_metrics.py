@@ -40,8 +40,8 @@ def steps_of(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_bytes().splitlines()]
 
 
-def test_lines(tmp_path: Path) -> None:
-    """Each line can be read at once, and has the exact values."""
+def test_lines_are_readable_at_once(tmp_path: Path) -> None:
+    """Each line has the exact values. Lines are not lost if the file is removed."""
     path = tmp_path / "log"
     with LogFile(path, 0) as log:
         for step in (1, 2, 3):
@@ -50,7 +50,7 @@ def test_lines(tmp_path: Path) -> None:
             *_, line = path.read_text().splitlines()
             assert json.loads(line) == {"step": step, **metrics.scalars()}
         assert ("held_out_loss" in line) == (metrics.held_out_loss is not None)
-        path.unlink()  # the lines are not lost
+        path.unlink()
         log.copy_to(tmp_path / "copy")
     assert steps_of(tmp_path / "copy") == [1, 2, 3]
 
@@ -108,8 +108,8 @@ def test_another_file_is_not_changed(contents: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "link", "broken link", "folder", "below a file"])
-def test_paths_that_are_not_files(kind: str, tmp_path: Path) -> None:
-    """Do not block on a FIFO, and do not write through a link."""
+def test_paths_that_are_not_files_are_refused(kind: str, tmp_path: Path) -> None:
+    """Opening does not block on a FIFO, and does not write through a link."""
     path, mine = tmp_path / "log", tmp_path / "mine"
     mine.touch()
     if kind == "FIFO":
@@ -143,7 +143,7 @@ class SummaryWriter:
         return lambda *args: self.calls.append((name, *args))
 
 
-def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_gets_each_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -167,7 +167,7 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_tensorboard_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tensorboard_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     message = "--tensorboard requires the package tensorboard; pip install tensorboard"
     with pytest.raises(ValueError, match=f"^{message}$"):
@@ -175,8 +175,7 @@ def test_tensorboard_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 40])
-def test_curve(steps: int, tmp_path: Path) -> None:
-    """The image has both losses, at their steps."""
+def test_the_curve_has_both_losses_at_their_steps(steps: int, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     from matplotlib.axes import Axes
 
@@ -195,8 +194,10 @@ def test_curve(steps: int, tmp_path: Path) -> None:
     assert held_out == [(each.step, each.held_out_loss) for each in evaluated]
 
 
-def test_no_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line names the reason, and nothing is raised."""
+def test_a_curve_that_cannot_be_drawn_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line names the reason, and no error is raised."""
     image = tmp_path / "curve.png"
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1, "lo')

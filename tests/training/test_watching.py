@@ -1,4 +1,4 @@
-"""Command `train`: what a user sees of a run, and the evaluation of checkpoints."""
+"""Command `train`: log, curve, notes and errors of a run; `--evaluate`."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ def log_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log is readable after each step, and agrees with the recipe and the curve."""
+def test_the_log_is_readable_after_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The values of the log agree with the recipe and the curve."""
     out, seen, real = tmp_path / "out", [], loop.Run.advance
 
     def advance(run: loop.Run, *args: Any) -> Any:
@@ -64,8 +66,8 @@ def test_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_gradient_norm(tmp_path: Path) -> None:
-    """The norm of a step does not depend on clipping; it is that of the mean over batches."""
+def test_the_gradient_norm_does_not_depend_on_clipping(tmp_path: Path) -> None:
+    """With several batches per step, the norm is that of their mean gradient."""
     norms = {}
     for name, options in {
         "plain": ("--dtype", "fp32"),
@@ -78,8 +80,8 @@ def test_gradient_norm(tmp_path: Path) -> None:
     assert norms["accumulated"] == pytest.approx(norms["plain"], rel=1e-4)
 
 
-def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The error is one line that names the log. The lines before it stay."""
+def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line names the log. The earlier lines of the log stay."""
     log, limits = tmp_path / "out.log.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
     try:
@@ -95,7 +97,7 @@ def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [record["step"] for record in log_of(tmp_path / "out/log.jsonl")] == [1, 2, 3, 4, 5]
 
 
-def test_another_file_at_the_path_of_the_log(
+def test_another_file_at_the_path_of_the_log_is_not_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = tmp_path / "out.log.jsonl"
@@ -106,8 +108,10 @@ def test_another_file_at_the_path_of_the_log(
     assert log.read_text() == "mine\n"
 
 
-def test_closing_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The last line is a command that works, also for a path with spaces."""
+def test_the_last_line_is_a_command_that_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The path of the model is quoted if it has spaces."""
     out = tmp_path / "a model"
     assert main(command(out)) == 0
     *_, wrote, following = capsys.readouterr().err.splitlines()
@@ -117,7 +121,7 @@ def test_closing_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert words[-2:] == ["--model", str(out)]
 
 
-def test_without_matplotlib(
+def test_without_matplotlib_the_model_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -128,7 +132,7 @@ def test_without_matplotlib(
     assert not (tmp_path / "out/curve.png").exists()
 
 
-def test_tensorboard(
+def test_tensorboard_gets_each_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[tuple[Any, ...]] = []
@@ -163,7 +167,7 @@ def test_tensorboard(
 
 
 @pytest.mark.parametrize("joined", [" ", "\n"])
-def test_texts_without_blank_lines(
+def test_texts_without_blank_lines_can_be_trained_on(
     joined: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A text of a single line, and a text of lines, train with the default held-out text."""
@@ -190,10 +194,10 @@ def results_of(out: str) -> dict[str, float]:
     return {name: float(value.replace(",", "")) for name, value, *_ in lines}
 
 
-def test_evaluation_of_the_bundled_model(
+def test_evaluate_prints_the_recorded_loss_of_the_bundled_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command prints the recorded held-out loss, and writes nothing else."""
+    """The command writes no file."""
     monkeypatch.chdir(tmp_path)
     options = ("--from", "tiny", "--dtype", "fp32", "--device", "cpu")
     assert main([str(TEXT), "--evaluate", *options]) == 0
@@ -213,8 +217,10 @@ def test_evaluation_of_the_bundled_model(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_evaluation_in_short_sequences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A smaller context gives a larger loss; --dtype is that of the weights."""
+def test_shorter_sequences_have_a_larger_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--dtype changes the loss by rounding only."""
     text, losses = tmp_path / "text.txt", []
     text.write_text(TEXT.read_text()[:3000])
     for options in ((), ("--dtype", "fp32"), ("--seqlen", "200"), ("--seqlen", "20")):
@@ -242,7 +248,9 @@ BAD_EVALUATIONS = {
 
 
 @pytest.mark.parametrize("options", BAD_EVALUATIONS)
-def test_bad_evaluations(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_of_evaluate_are_one_line(
+    options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     try:
         code: Any = main([str(TEXT), *options])
     except SystemExit as exit:  # the parser's
@@ -254,7 +262,7 @@ def test_bad_evaluations(options: tuple[str, ...], capsys: pytest.CaptureFixture
     assert error.count("\n") == 1
 
 
-def test_evaluation_is_for_one_process(
+def test_evaluate_refuses_several_ranks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -267,8 +275,8 @@ def test_evaluation_is_for_one_process(
     )
 
 
-def test_help() -> None:
-    """Each option with a value has its default or its meaning when it is absent."""
+def test_help_has_every_default() -> None:
+    """The help of each option with a value names the default."""
     parser = _parser()
     assert "10 % of it at the last step" in parser.format_help()
     for action in parser._actions:

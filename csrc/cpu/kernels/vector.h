@@ -6,7 +6,8 @@
 // Therefore everything here has internal linkage, and kernels use only types of the standard
 // library.
 //
-// ops/compiler.py compiles several kernels as one file, so their names must differ.
+// ops/compiler.py compiles several kernel sources as one file. Names in their anonymous namespaces
+// must therefore differ.
 //
 // The compiler does not contract a * b + c. Only fma() uses fused multiply-adds, if the instruction
 // set has them.
