@@ -18,7 +18,7 @@ from mistral_kernels.model import generation, pretrained_arguments
 from mistral_kernels.model.config import check_fields
 from mistral_kernels.model.decoder import CausalLM
 from mistral_kernels.model.generate import generate
-from mistral_kernels.model.generation_config import GenerationConfig
+from mistral_kernels.model.generation_config import GenerationConfig, settings_of
 from mistral_kernels.model.layers import FusedLinear, Linear
 from mistral_kernels.model.memory import zeros
 from mistral_kernels.model.quantization import destinations as quantized_destinations
@@ -223,6 +223,8 @@ class MistralForCausalLM(CausalLM):
     ) -> None:
         """Write a checkpoint folder. The folder appears under its name only when it is complete.
 
+        Hugging Face's format includes the settings in `generation_config`.
+
         Args:
             directory: the folder to write.
             format: "hf" for Hugging Face's format, "raw" for Mistral's.
@@ -251,6 +253,8 @@ class MistralForCausalLM(CausalLM):
                     f"max_shard_size must be None with format='raw', got {max_shard_size!r}"
                 )
             options["max_shard_bytes"] = pretrained_arguments.parse_shard_size(max_shard_size)
+        if format == "hf":
+            options["generation"] = settings_of("model.generation_config", self.generation_config)
         if is_main_process:
             tensors = self.state_dict().items()
             save(
