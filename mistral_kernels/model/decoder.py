@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from mistral_kernels.model.cache import Packing, RollingCache, cache_layout
 from mistral_kernels.model.config import MistralConfig
-from mistral_kernels.model.layers import DecoderLayer, Linear, RMSNorm
+from mistral_kernels.model.layers import DecoderLayer, Linear, RMSNorm, is_autocast_enabled
 from mistral_kernels.model.outputs import CausalLMOutput
 from mistral_kernels.model.padding import (
     check_input_ids,
@@ -36,6 +37,17 @@ _UNSUPPORTED = {
     "output_attentions": Unsupported((None, False)),
     "output_hidden_states": Unsupported((None, False)),
 }
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context that disables autocast on a device.
+
+    A cache has the model's dtype, and a CUDA graph must not read weights that autocast has cast:
+    they are freed at the end of autocast.
+    """
+    if is_autocast_enabled(device):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 class MistralModel(nn.Module):

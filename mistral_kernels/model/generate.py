@@ -88,7 +88,8 @@ def generate(
     most likely tokens.
 
     With a logits processor, a stopping criterion, `min_new_tokens`, `output_scores` or
-    `output_logits`, a GPU waits for the host after each step.
+    `output_logits`, a GPU waits for the host after each step. Generation computes in the model's
+    dtype, also under `torch.autocast`.
 
     Args:
         model: the model; the object itself when this function is called as a method.

@@ -335,6 +335,21 @@ def test_forward_compiles_into_one_graph_and_with_padding_into_several() -> None
     assert relative_error(out.loss, expected.loss) < 1e-4
 
 
+def test_autocast_computes_in_its_dtype() -> None:
+    """The losses and gradients are those of float32 within the rounding of bf16."""
+    ours, theirs = make_pair(sliding_window=7)
+    ids, mask = random_ids(), padded("right")
+    expected = gradients(ours, ours(ids, mask, labels=ids))
+    for checkpointing in (False, True):
+        ours.model.checkpoint_activations = checkpointing
+        with torch.autocast("cpu", torch.bfloat16):
+            out = ours(ids, mask, labels=ids)
+            assert out.logits.dtype == theirs(ids, mask).logits.dtype == torch.bfloat16
+        for x, y in zip(gradients(ours, out), expected, strict=True):
+            assert x.dtype == torch.float32
+            assert relative_error(x, y) < 0.1
+
+
 def test_gradient_checkpointing() -> None:
     """Hidden states between the layers are recomputed, and gradients are the same."""
     ours, _ = make_pair(sliding_window=7)
