@@ -15,7 +15,7 @@ from support.graph_stand_in import GraphStandIn
 from support.helpers import assert_same_text
 from support.small_checkpoints import SMALL, varied_model
 
-from mistral_kernels import MistralForCausalLM, MistralTokenizer, Sampler
+from mistral_kernels import GenerationConfig, MistralForCausalLM, MistralTokenizer, Sampler
 from mistral_kernels.generate import Completion, generate, stream_generate
 from mistral_kernels.text.streaming import _StopText
 
@@ -458,7 +458,15 @@ def test_values_out_of_range_raise_value_error(
         ({"do_sample": True, "temperature": -1.0}, "temperature must be >= 0, got -1.0"),
         ({"top_p": 1.5}, "top_p must be in"),
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask must be \(1, 4\) like input_ids"),
-        ({"attention_mask": torch.zeros(1, 4)}, "every prompt must have at least one token"),
+        ({"attention_mask": torch.zeros(1, 4)}, "attention_mask must be 1 for at least one token"),
+        (
+            {"attention_mask": torch.full((1, 4), torch.nan)},
+            "attention_mask must be 0 for padding and 1 for tokens, got nan",
+        ),
+        (
+            {"attention_mask": torch.ones(1, 4, device="meta")},
+            "attention_mask must have values, got a tensor on meta",
+        ),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -468,6 +476,10 @@ def test_values_out_of_range_raise_value_error(
             model.generate(bad)
     with pytest.raises(ValueError, match=r"input_ids must be \(batch, seqlen\), got \(4,\)"):
         model.generate(ids[0])
+    with pytest.raises(ValueError, match="every prompt must have at least one token"):
+        model.generate(ids.expand(2, 4), torch.tensor([[0] * 4, [1] * 4]))
+    with pytest.raises(ValueError, match="input_ids must have values, got a tensor on meta"):
+        model.generate(ids.to("meta"))
     with pytest.raises(ValueError, match="attention_mask must be None if input_ids is a list"):
         model.generate(ids.tolist(), torch.ones(1, 4))
     for prompts in ([""], [[]], ["a", ""]):
@@ -531,6 +543,7 @@ TYPES: list[tuple[Any, dict[str, Any], str]] = [
     ("It is", {}, "input_ids must be token ids, got str; encode it with the tokenizer"),
     (["It is"], {}, r"input_ids\[0\] must be a list of token ids, got str; encode it with the to"),
     ([b"It"], {}, r"input_ids\[0\] must be a list of token ids, got bytes; encode it"),
+    (5, {}, "input_ids must be token ids, got int; encode it with the tokenizer"),
     ([5, 6], {}, r"input_ids\[0\] must be a list of token ids, got int"),
     ([[5, 6.0]], {}, r"input_ids\[0\]\[1\] must be a token id, an int, got float"),
     ([[5, True]], {}, r"input_ids\[0\]\[1\] must be a token id, an int, got bool"),
@@ -560,7 +573,19 @@ TYPES: list[tuple[Any, dict[str, Any], str]] = [
     ([[5]], {"eos_token_id": [2, "x"]}, r"eos_token_id\[1\] must be a token id, an int, got str"),
     ([[5]], {"eos_token_id": True}, r"eos_token_id\[0\] must be a token id, an int, got bool"),
     ([[5]], {"pad_token_id": 0.0}, "pad_token_id must be an integer in .*, got float"),
-    (torch.tensor([[5]]), {"attention_mask": [[1]]}, "attention_mask must be a tensor, got list"),
+    (torch.tensor([[5]]), {"attention_mask": [[1]]}, "attention_mask must be a tensor, got list$"),
+    (
+        torch.tensor([[5]]),
+        {"attention_mask": GenerationConfig()},
+        "attention_mask must be a tensor, got GenerationConfig; give generation_config by its name",
+    ),
+    ([[5]], {"streamer": print}, "streamer must be an object with put and end, got builtin_fun"),
+    ([[5]], {"generator": 7}, "generator must be a torch.Generator, got int"),
+    (
+        [[5]],
+        {"stop_strings": "x", "tokenizer": "tiny"},
+        "tokenizer must be an object with decode, got str",
+    ),
 ]
 
 

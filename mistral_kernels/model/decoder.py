@@ -240,6 +240,7 @@ class CausalLM(nn.Module):
             raise ValueError(f"logits_to_keep must be 0 with labels, got {logits_to_keep}")
         check_input_ids(input_ids)
         assert input_ids is not None
+        self._check_tokens(input_ids)
         kept = None if attention_mask is None else kept_tokens(attention_mask, input_ids)
         if position_ids is not None:
             check_position_ids(position_ids, input_ids, kept)
@@ -252,6 +253,23 @@ class CausalLM(nn.Module):
             loss = self._next_token_loss(logits, labels, kept, num_items_in_batch)
             out = CausalLMOutput(loss=loss, logits=logits)
         return out.to_tuple() if return_dict is False else out
+
+    def _check_tokens(self, input_ids: Tensor) -> None:
+        """Raise a ValueError for tokens on the CPU only, or outside the vocabulary."""
+        if input_ids.is_cpu and not self.lm_head.weight.is_cpu:
+            raise ValueError(
+                f"input_ids must be on {self.device} like the model, got {input_ids.device}; move "
+                "them with .to(model.device)"
+            )
+        # A caller may have replaced the embedding; tensor parallelism divides it.
+        size = max(self.config.vocab_size, len(self.model.embed_tokens.weight))
+        if can_read(input_ids):
+            stray = input_ids[(input_ids < 0) | (input_ids >= size)]
+            if len(stray):
+                raise ValueError(
+                    f"input_ids must be in [0, {size}), the model's vocabulary, got {stray[0]}; "
+                    "check that the tokenizer belongs to the model"
+                )
 
     def _hidden_states(self, input_ids: Tensor, kept: Tensor | None) -> Tensor:
         """Return (batch, seqlen, hidden_size), zeros where `kept`, (batch, seqlen), is False."""

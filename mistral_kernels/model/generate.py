@@ -12,6 +12,7 @@ from torch import Tensor
 from mistral_kernels.model.decoder import CausalLM
 from mistral_kernels.model.generation import stream, token_ids_of
 from mistral_kernels.model.generation_config import GenerationConfig, resolve
+from mistral_kernels.model.padding import kept_tokens
 from mistral_kernels.model.processing import (
     LogitsProcessor,
     ProcessingSampler,
@@ -139,6 +140,7 @@ def generate(
         >>> tokenizer.decode(text[len(prompt) :])
         'in the way'
     """
+    _check_objects(streamer, generator)
     settings = resolve(model.generation_config, generation_config, kwargs)
     eos_token_ids = _eos_token_ids(model, settings.eos_token_id)
     sampler = _sampler(settings, generator)
@@ -216,6 +218,15 @@ def generate(
     return GenerateOutput(sequences, scores, logits)
 
 
+def _check_objects(streamer: Any, generator: Any) -> None:
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        got = type(streamer).__name__
+        raise TypeError(f"streamer must be an object with put and end, got {got}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        got = type(generator).__name__
+        raise TypeError(f"generator must be a torch.Generator, got {got}")
+
+
 def _given(model: CausalLM, settings: GenerationConfig, input_ids: Any, inputs: Any) -> Any:
     """Return the prompts of the call: one of both arguments, or the BOS token."""
     if input_ids is not None and inputs is not None:
@@ -232,6 +243,9 @@ def _own_criteria(settings: GenerationConfig, tokenizer: Any) -> list[StoppingCr
     if strings := _stop_strings(settings.stop_strings):
         if tokenizer is None:
             raise ValueError("tokenizer must be given with stop_strings, got None")
+        if not hasattr(tokenizer, "decode"):
+            got = type(tokenizer).__name__
+            raise TypeError(f"tokenizer must be an object with decode, got {got}")
         criteria.append(stop_strings_criterion(strings, tokenizer))
     if settings.max_time is not None:
         criteria.append(time_limit(_SECONDS.check("max_time", settings.max_time)))
@@ -341,7 +355,7 @@ def _unpadded(input_ids: Any, attention_mask: Tensor | None) -> list[list[int]]:
                 "attention_mask must be None if input_ids is a list of token ids, which needs no "
                 f"padding, got {got}"
             )
-        if isinstance(input_ids, (str, bytes)):
+        if isinstance(input_ids, (str, bytes)) or not isinstance(input_ids, Iterable):
             got = type(input_ids).__name__
             raise TypeError(f"input_ids must be token ids, got {got}; encode it with the tokenizer")
         return [token_ids_of(f"input_ids[{i}]", prompt) for i, prompt in enumerate(input_ids)]
@@ -349,14 +363,9 @@ def _unpadded(input_ids: Any, attention_mask: Tensor | None) -> list[list[int]]:
         raise TypeError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids must be (batch, seqlen), got {tuple(input_ids.shape)}")
+    if input_ids.is_meta:
+        raise ValueError("input_ids must have values, got a tensor on meta")
     if attention_mask is None:
         return input_ids.tolist()
-    if not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must be {tuple(input_ids.shape)} like input_ids, "
-            f"got {tuple(attention_mask.shape)}"
-        )
-    kept = attention_mask.bool()
-    return [row[keep].tolist() for row, keep in zip(input_ids, kept, strict=True)]
+    kept = kept_tokens(attention_mask, input_ids)
+    return [row[keep].tolist() for row, keep in zip(input_ids.cpu(), kept, strict=True)]

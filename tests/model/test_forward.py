@@ -223,6 +223,12 @@ def test_logits_to_keep() -> None:
             ValueError,
             "input_ids must be (batch, seqlen) and not empty, got (3,)",
         ),
+        (
+            {"input_ids": torch.tensor([[VOCAB]])},
+            ValueError,
+            f"input_ids must be in [0, {VOCAB}), the model's vocabulary, got {VOCAB}; check that "
+            "the tokenizer belongs to the model",
+        ),
         ({"attention_mask": [[1] * 5]}, TypeError, "attention_mask must be a tensor, got list"),
         (
             {"attention_mask": torch.ones(1, 5)},
@@ -301,6 +307,14 @@ def test_bad_arguments_raise_one_line(given: Any, kind: type[Exception], message
     with pytest.raises(kind) as error:
         ours(**{"input_ids": random_ids(2, 5), **given})
     assert str(error.value) == message
+
+
+def test_tokens_on_the_cpu_are_refused_by_a_model_on_another_device() -> None:
+    model = make_pair()[0].to("meta")
+    message = "input_ids must be on meta like the model, got cpu; move them with .to(model.device)"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        model(random_ids())
+    assert model(random_ids().to("meta")).logits.is_meta
 
 
 def test_arguments_without_effect_are_accepted() -> None:
