@@ -291,20 +291,21 @@ class MistralForCausalLM(CausalLM):
         )
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **others: Any
     ) -> None:
         """Save only the input of each layer in training, and recompute the layer in backward.
 
         Args:
             gradient_checkpointing_kwargs: may have the key "use_reentrant", which has no effect.
+            **others: `every_n_layers=1` and `offload=False`, which the Trainer of transformers gives.
 
         Raises:
-            TypeError: there is another key.
+            TypeError: there is another argument or key.
+            NotImplementedError: `every_n_layers` or `offload` has another value.
         """
-        flag = pretrained_arguments.CHECKPOINTING
-        check_unsupported(
-            "gradient_checkpointing_enable", gradient_checkpointing_kwargs or {}, flag
-        )
+        given = {**(gradient_checkpointing_kwargs or {}), **others}
+        known = pretrained_arguments.CHECKPOINTING
+        check_unsupported("gradient_checkpointing_enable", given, known)
         self.model.checkpoint_activations = True
 
     def gradient_checkpointing_disable(self) -> None:

@@ -382,6 +382,10 @@ def test_gradient_checkpointing() -> None:
     message = r"^gradient_checkpointing_enable\(\) got an unexpected argument 'every'$"
     with pytest.raises(TypeError, match=message):
         ours.gradient_checkpointing_enable({"every": 2})
+    ours.gradient_checkpointing_enable(every_n_layers=1, offload=False)
+    message = r"^every_n_layers must be None or 1, got 2; leave it out: the input of every layer "
+    with pytest.raises(NotImplementedError, match=message):
+        ours.gradient_checkpointing_enable(every_n_layers=2)
 
 
 @pytest.mark.parametrize("tied", [False, True])
