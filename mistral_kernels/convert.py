@@ -81,6 +81,7 @@ def _convert(args: argparse.Namespace) -> None:
             dtype=dtype,
             extra_files=tokenizer_files,
             max_shard_bytes=args.max_shard_size,
+            generation=checkpoint.generation,
         )
     name = args.dtype or str(checkpoint.dtype).removeprefix("torch.")
     _print_note(

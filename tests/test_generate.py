@@ -16,7 +16,7 @@ from support.graph_stand_in import GraphStandIn
 from support.helpers import assert_same_text
 from support.small_checkpoints import SMALL, varied_model
 
-from mistral_kernels import MistralForCausalLM, MistralTokenizer, Sampler
+from mistral_kernels import GenerationConfig, MistralForCausalLM, MistralTokenizer, Sampler
 from mistral_kernels.generate import Completion, generate, stream_generate
 from mistral_kernels.text.streaming import _StopText
 
@@ -467,6 +467,14 @@ def test_values_out_of_range_raise_value_error(
             {"attention_mask": torch.tensor([[0.0, 0.0, -1e9, -1e9]])},
             "attention_mask must be 0 for padding and 1 for tokens, got -1000000000.0",
         ),
+        (
+            {"attention_mask": torch.full((1, 4), torch.nan)},
+            "attention_mask must be 0 for padding and 1 for tokens, got nan",
+        ),
+        (
+            {"attention_mask": torch.ones(1, 4, device="meta")},
+            "attention_mask must have values, got a tensor on meta",
+        ),
     ]
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -481,6 +489,8 @@ def test_values_out_of_range_raise_value_error(
             model.generate(tensor)
     with pytest.raises(ValueError, match="every prompt must have at least one token"):
         model.generate(ids.repeat(2, 1), torch.tensor([[1] * 4, [0] * 4]))
+    with pytest.raises(ValueError, match="input_ids must have values, got a tensor on meta"):
+        model.generate(ids.to("meta"))
     with pytest.raises(ValueError, match="attention_mask must be None if input_ids is a list"):
         model.generate(ids.tolist(), torch.ones(1, 4))
     for prompts in ([""], [[]], ["a", ""]):
@@ -544,6 +554,7 @@ TYPES: list[tuple[Any, dict[str, Any], str]] = [
     ("It is", {}, "input_ids must be token ids, got str; encode it with the tokenizer"),
     (["It is"], {}, r"input_ids\[0\] must be a list of token ids, got str; encode it with the to"),
     ([b"It"], {}, r"input_ids\[0\] must be a list of token ids, got bytes; encode it"),
+    (5, {}, "input_ids must be token ids, got int; encode it with the tokenizer"),
     ([5, 6], {}, r"input_ids\[0\] must be a list of token ids, got int"),
     ([[5, 6.0]], {}, r"input_ids\[0\]\[1\] must be a token id, an int, got float"),
     ([[5, True]], {}, r"input_ids\[0\]\[1\] must be a token id, an int, got bool"),
@@ -573,7 +584,19 @@ TYPES: list[tuple[Any, dict[str, Any], str]] = [
     ([[5]], {"eos_token_id": [2, "x"]}, r"eos_token_id\[1\] must be a token id, an int, got str"),
     ([[5]], {"eos_token_id": True}, r"eos_token_id\[0\] must be a token id, an int, got bool"),
     ([[5]], {"pad_token_id": 0.0}, "pad_token_id must be an integer in .*, got float"),
-    (torch.tensor([[5]]), {"attention_mask": [[1]]}, "attention_mask must be a tensor, got list"),
+    (torch.tensor([[5]]), {"attention_mask": [[1]]}, "attention_mask must be a tensor, got list$"),
+    (
+        torch.tensor([[5]]),
+        {"attention_mask": GenerationConfig()},
+        "attention_mask must be a tensor, got GenerationConfig; give generation_config by its name",
+    ),
+    ([[5]], {"streamer": print}, "streamer must be an object with put and end, got builtin_fun"),
+    ([[5]], {"generator": 7}, "generator must be a torch.Generator, got int"),
+    (
+        [[5]],
+        {"stop_strings": "x", "tokenizer": "tiny"},
+        "tokenizer must be an object with decode, got str",
+    ),
 ]
 
 

@@ -76,6 +76,7 @@ def save_hf(
     dtype: torch.dtype | Mapping[str, torch.dtype],
     extra_files: Iterable[Path] = (),
     max_shard_bytes: int = 5_000_000_000,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
@@ -92,6 +93,8 @@ def save_hf(
         extra_files: Files to copy into the folder, for example those of a tokenizer.
         max_shard_bytes: Maximum size of a weight file in bytes. A tensor is never split: a larger
             tensor has its own file.
+        generation: Contents of generation_config.json. Token ids that it lacks, and all of them if
+            it is None, are those of `config`.
 
     Raises:
         CheckpointError: `directory` is a file or is not empty, the disk is full, the names or
@@ -128,7 +131,10 @@ def save_hf(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(folder / "model.safetensors.index.json", index)
         tokens = {key: contents[key] for key in ("bos_token_id", "eos_token_id")}
-        write_json(folder / GENERATION_FILE, {"_from_model_config": True, **tokens})
+        settings = {**tokens, **(generation or {})}
+        if settings == tokens:
+            settings = {"_from_model_config": True, **tokens}
+        write_json(folder / GENERATION_FILE, settings)
         write_json(folder / CONFIG_FILE, contents)
 
 

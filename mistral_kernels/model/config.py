@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from typing import Any
 
 from mistral_kernels.model.config_formats import (
@@ -36,13 +36,16 @@ _REPLACEABLE = (
     "bos_token_id",
     "eos_token_id",
 )
+# Assignments in code for transformers that change nothing here: the forward pass has no cache.
+_WITHOUT_EFFECT = {"use_cache": (True, False), "pretraining_tp": (1,)}
 
 
 @dataclass(frozen=True)
 class MistralConfig:
     """Sizes and constants of a dense Mistral decoder; the defaults are those of Mistral 7B v0.1.
 
-    The fields have the names of Hugging Face's `config.json`.
+    The fields have the names of Hugging Face's `config.json`. They cannot be set: give them to
+    `from_pretrained`, or use `dataclasses.replace`. `config.use_cache = False` has no effect.
 
     Attributes:
         vocab_size: number of tokens in the vocabulary.
@@ -244,6 +247,20 @@ class MistralConfig:
                 "full_attention" if window is None else "sliding_attention" for window in windows
             ]
         return config
+
+
+def _set_attribute(config: MistralConfig, name: str, value: Any) -> None:
+    """Accept assignments without effect; raise a FrozenInstanceError for others."""
+    if isinstance(value, int) and value in _WITHOUT_EFFECT.get(name, ()):
+        return
+    remedy = f"set model.generation_config.{name}, if it is a setting of generate"
+    if name in MistralConfig.__annotations__ and not name.endswith("_token_id"):
+        replaceable = name in _REPLACEABLE
+        remedy = "give it to from_pretrained" if replaceable else "make another configuration"
+    raise FrozenInstanceError(f"config.{name} cannot be set, got {reprlib.repr(value)}; {remedy}")
+
+
+MistralConfig.__setattr__ = _set_attribute  # type: ignore[assignment,method-assign]
 
 
 def check_fields(changes: Iterable[str], options: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from mistral_kernels.model.cache import Packing, RollingCache, cache_layout
 from mistral_kernels.model.config import MistralConfig
-from mistral_kernels.model.layers import DecoderLayer, Linear, RMSNorm
+from mistral_kernels.model.layers import DecoderLayer, Linear, RMSNorm, is_autocast_enabled
 from mistral_kernels.model.outputs import CausalLMOutput
 from mistral_kernels.model.padding import (
     check_input_ids,
@@ -36,6 +37,17 @@ _UNSUPPORTED = {
     "output_attentions": Unsupported((None, False)),
     "output_hidden_states": Unsupported((None, False)),
 }
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context that disables autocast on a device.
+
+    A cache has the model's dtype, and a CUDA graph must not read weights that autocast has cast:
+    they are freed at the end of autocast.
+    """
+    if is_autocast_enabled(device):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 class MistralModel(nn.Module):
@@ -233,6 +245,7 @@ class CausalLM(nn.Module):
             raise ValueError(f"logits_to_keep must be 0 with labels, got {logits_to_keep}")
         check_input_ids(input_ids)
         assert input_ids is not None
+        self._check_tokens(input_ids)
         kept = None if attention_mask is None else kept_tokens(attention_mask, input_ids)
         if position_ids is not None:
             check_position_ids(position_ids, input_ids, kept)
@@ -245,6 +258,23 @@ class CausalLM(nn.Module):
             loss = self._next_token_loss(logits, labels, kept, num_items_in_batch)
             out = CausalLMOutput(loss=loss, logits=logits)
         return out.to_tuple() if return_dict is False else out
+
+    def _check_tokens(self, input_ids: Tensor) -> None:
+        """Raise a ValueError for tokens on the CPU only, or outside the vocabulary."""
+        if input_ids.is_cpu and not self.lm_head.weight.is_cpu:
+            raise ValueError(
+                f"input_ids must be on {self.device} like the model, got {input_ids.device}; move "
+                "them with .to(model.device)"
+            )
+        # A caller may have replaced the embedding; tensor parallelism divides it.
+        size = max(self.config.vocab_size, len(self.model.embed_tokens.weight))
+        if can_read(input_ids):
+            stray = input_ids[(input_ids < 0) | (input_ids >= size)]
+            if len(stray):
+                raise ValueError(
+                    f"input_ids must be in [0, {size}), the model's vocabulary, got {stray[0]}; "
+                    "check that the tokenizer belongs to the model"
+                )
 
     def _hidden_states(self, input_ids: Tensor, kept: Tensor | None) -> Tensor:
         """Return the hidden states of a padded batch, (batch, seqlen, hidden_size).

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from mistral_kernels.model.cache import RollingCache
-from mistral_kernels.model.decoder import CausalLM, MistralModel
+from mistral_kernels.model.decoder import CausalLM, MistralModel, without_autocast
 from mistral_kernels.model.layers import MLP, Attention, DecoderLayer, FusedLinear, Linear, RMSNorm
 from mistral_kernels.model.sampling import NextTokens
 from mistral_kernels.ops import extension
@@ -83,8 +83,9 @@ class ModuleEngine:
     def step(self, token_ids: Tensor) -> Tensor:
         """See `Engine.step`."""
         packing = self.cache.packing([1] * token_ids.shape[0])
-        hidden = self.model.model(token_ids, packing, self.cache)
-        logits: Tensor = self.model.lm_head(hidden)
+        with without_autocast(token_ids.device):
+            hidden = self.model.model(token_ids, packing, self.cache)
+            logits: Tensor = self.model.lm_head(hidden)
         if self.newest is not None:
             self.newest.choose(logits)
         return logits
@@ -245,13 +246,12 @@ def _can_use_csrc(model: CausalLM, cache: RollingCache) -> bool:
 
 
 def _is_observed() -> bool:
-    """Return whether PyTorch must dispatch each operator, as for traces, autocast and modes."""
+    """Return whether PyTorch must dispatch each operator, as for traces and modes."""
     return (
         torch.compiler.is_compiling()
         or in_transform()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.is_autocast_enabled("cpu")
     )
 
 

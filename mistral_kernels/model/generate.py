@@ -90,6 +90,7 @@ def generate(
 
     A GPU waits for the host after each step if there is a logits processor, a stopping criterion,
     `stop_strings`, `max_time`, `min_new_tokens`, `min_length`, `output_scores` or `output_logits`.
+    Generation computes in the model's dtype, also under `torch.autocast`.
 
     Args:
         model: the model; the object itself when this function is called as a method.
@@ -140,6 +141,7 @@ def generate(
         >>> tokenizer.decode(text[len(prompt) :])
         'in the way'
     """
+    _check_objects(streamer, generator)
     settings = resolve(model.generation_config, generation_config, kwargs)
     eos_token_ids = _eos_token_ids(model, settings.eos_token_id)
     sampler = _sampler(settings, generator)
@@ -224,6 +226,15 @@ def _has_zeros(mask: Any) -> bool:
     return any(isinstance(row, Iterable) and 0 in row for row in rows)
 
 
+def _check_objects(streamer: Any, generator: Any) -> None:
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        got = type(streamer).__name__
+        raise TypeError(f"streamer must be an object with put and end, got {got}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        got = type(generator).__name__
+        raise TypeError(f"generator must be a torch.Generator, got {got}")
+
+
 def _given(model: CausalLM, settings: GenerationConfig, input_ids: Any, inputs: Any) -> Any:
     """Return the argument that is given; if neither is, the BOS token as the only prompt."""
     if input_ids is not None and inputs is not None:
@@ -240,6 +251,9 @@ def _own_criteria(settings: GenerationConfig, tokenizer: Any) -> list[StoppingCr
     if strings := _stop_strings(settings.stop_strings):
         if tokenizer is None:
             raise ValueError("tokenizer must be given with stop_strings, got None")
+        if not hasattr(tokenizer, "decode"):
+            got = type(tokenizer).__name__
+            raise TypeError(f"tokenizer must be an object with decode, got {got}")
         criteria.append(stop_strings_criterion(strings, tokenizer))
     if settings.max_time is not None:
         criteria.append(time_limit(_SECONDS.check("max_time", settings.max_time)))
@@ -349,11 +363,13 @@ def _unpadded(input_ids: Any, attention_mask: Tensor | None) -> list[list[int]]:
                 "attention_mask must be None if input_ids is a list of token ids, which needs no "
                 f"padding, got {got}"
             )
-        if isinstance(input_ids, (str, bytes)):
+        if isinstance(input_ids, (str, bytes)) or not isinstance(input_ids, Iterable):
             got = type(input_ids).__name__
             raise TypeError(f"input_ids must be token ids, got {got}; encode it with the tokenizer")
         return [token_ids_of(f"input_ids[{i}]", prompt) for i, prompt in enumerate(input_ids)]
     check_input_ids(input_ids)
+    if input_ids.is_meta:
+        raise ValueError("input_ids must have values, got a tensor on meta")
     if attention_mask is None:
         return input_ids.tolist()
     rows = zip(input_ids.cpu(), kept_tokens(attention_mask, input_ids), strict=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mistral_kernels.model.cache import RollingCache
-from mistral_kernels.model.decoder import CausalLM
+from mistral_kernels.model.decoder import CausalLM, without_autocast
 from mistral_kernels.model.engine import engine_for
 from mistral_kernels.model.sampling import NextTokens, Sampler
 from mistral_kernels.utils.ranges import Range
@@ -61,12 +61,14 @@ def prefill(
         chunks = [prompt[start : start + chunk_size] for prompt in prompts]
         packing = cache.packing([len(chunk) for chunk in chunks])
         ids = torch.tensor([token for chunk in chunks for token in chunk], device=model.device)
-        hidden = model.model(ids, packing, cache)
+        with without_autocast(model.device):
+            hidden = model.model(ids, packing, cache)
         ended = [i for i, p in enumerate(prompts) if start < len(p) <= start + chunk_size]
         last[ended] = hidden[packing.last_tokens[ended]]
         if progress is not None:
             progress(len(ids))
-    logits: Tensor = model.lm_head(last)
+    with without_autocast(model.device):
+        logits: Tensor = model.lm_head(last)
     return logits
 
 

@@ -16,6 +16,12 @@ from mistral_kernels.ops.rotary import apply_rotary, apply_rotary_
 from mistral_kernels.ops.swiglu import swiglu
 
 
+def is_autocast_enabled(device: torch.device) -> bool:
+    """Return whether autocast is enabled for a device; some devices, such as meta, have none."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 class RMSNorm(nn.Module):
     """RMSNorm with a weight parameter, computed by `ops.rms_norm`."""
 
@@ -26,6 +32,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         """Return the norm of `x`; with a residual, the norm of `x + residual`, and this sum."""
+        if x.dtype != self.weight.dtype and is_autocast_enabled(x.device):
+            x = x.to(self.weight.dtype)  # autocast has cast `x`, but not the residual
         return rms_norm(x, self.weight, self.eps, residual)
 
 

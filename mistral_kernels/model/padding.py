@@ -31,10 +31,16 @@ def kept_tokens(attention_mask: Any, input_ids: Tensor) -> Tensor:
 
     Raises:
         TypeError: the mask is not a tensor.
-        ValueError: the mask has another shape than `input_ids`, other values than 0 and 1, or no 1.
+        ValueError: the mask is on the meta device, has another shape than `input_ids`, other values
+            than 0 and 1, or no 1.
     """
     if not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
+        got = type(attention_mask).__name__
+        # The second argument of transformers' generate.
+        remedy = "; give generation_config by its name" if got == "GenerationConfig" else ""
+        raise TypeError(f"attention_mask must be a tensor, got {got}{remedy}")
+    if attention_mask.is_meta:
+        raise ValueError("attention_mask must have values, got a tensor on meta")
     if attention_mask.shape != input_ids.shape:
         remedy = f"; {TRANSFORMERS}" if attention_mask.ndim > 2 else ""
         raise ValueError(

@@ -90,7 +90,11 @@ SAVING = {
     "token": Unsupported(remedy=_UPLOAD),
     "save_peft_format": ANY_FLAG,
 }
-CHECKPOINTING = {"use_reentrant": ANY_FLAG}
+CHECKPOINTING = {
+    "use_reentrant": ANY_FLAG,
+    "every_n_layers": Unsupported((None, 1), "leave it out: the input of every layer is saved"),
+    "offload": Unsupported((None, False), "leave it out: the inputs stay on the device"),
+}
 
 
 def parse_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype | None:

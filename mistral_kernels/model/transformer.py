@@ -18,7 +18,7 @@ from mistral_kernels.model import generation, pretrained_arguments
 from mistral_kernels.model.config import check_fields
 from mistral_kernels.model.decoder import CausalLM
 from mistral_kernels.model.generate import generate
-from mistral_kernels.model.generation_config import GenerationConfig
+from mistral_kernels.model.generation_config import GenerationConfig, settings_of
 from mistral_kernels.model.layers import FusedLinear, Linear
 from mistral_kernels.model.memory import zeros
 from mistral_kernels.model.quantization import destinations as quantized_destinations
@@ -225,6 +225,8 @@ class MistralForCausalLM(CausalLM):
     ) -> None:
         """Write a checkpoint folder. The folder appears under its name only when it is complete.
 
+        Hugging Face's format includes the settings in `generation_config`.
+
         Args:
             directory: the folder to write.
             format: "hf" for Hugging Face's format, "raw" for Mistral's.
@@ -254,6 +256,8 @@ class MistralForCausalLM(CausalLM):
                     f"max_shard_size must be None with format='raw', got {max_shard_size!r}"
                 )
             options["max_shard_bytes"] = pretrained_arguments.parse_shard_size(max_shard_size)
+        if format == "hf":
+            options["generation"] = settings_of("model.generation_config", self.generation_config)
         if is_main_process:
             tensors = self.state_dict().items()
             save(
@@ -290,21 +294,22 @@ class MistralForCausalLM(CausalLM):
         )
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **others: Any
     ) -> None:
         """Save only the input of each layer in training, and recompute the layer in backward.
 
         Args:
             gradient_checkpointing_kwargs: dict that may have the key "use_reentrant", which has no
                 effect.
+            **others: `every_n_layers=1` and `offload=False`, which transformers' Trainer passes.
 
         Raises:
-            TypeError: the dict has another key.
+            TypeError: there is another argument, or the dict has another key.
+            NotImplementedError: `every_n_layers` or `offload` has another value.
         """
-        flag = pretrained_arguments.CHECKPOINTING
-        check_unsupported(
-            "gradient_checkpointing_enable", gradient_checkpointing_kwargs or {}, flag
-        )
+        given = {**(gradient_checkpointing_kwargs or {}), **others}
+        known = pretrained_arguments.CHECKPOINTING
+        check_unsupported("gradient_checkpointing_enable", given, known)
         self.model.checkpoint_activations = True
 
     def gradient_checkpointing_disable(self) -> None:

@@ -127,7 +127,6 @@ class TextGenerationPipeline:
                   with `return_tensors`.
                 - skip_special_tokens, clean_up_tokenization_spaces: see `decode`.
                   `skip_special_tokens` is True by default.
-                - num_workers, padding, return_text: without effect.
 
         Returns:
             For one prompt, a list of `num_return_sequences` dicts. "generated_text" is the string

@@ -273,7 +273,8 @@ class MistralTokenizer(ChatEncoder):
         """Return the text of each row of a tensor `(batch, n)` or of each item of a list.
 
         Args:
-            sequences: The rows. For the other arguments, see `decode`.
+            sequences: The rows; a list of ids `(n,)` is one row. For the other arguments, see
+                `decode`.
             skip_special_tokens: Whether to omit special tokens.
             clean_up_tokenization_spaces: Accepted without effect.
             options: Accepted as in transformers at values without effect.
@@ -288,6 +289,9 @@ class MistralTokenizer(ChatEncoder):
                 f"sequences must be lists of token ids, got {type(sequences).__name__}"
             )
         options["clean_up_tokenization_spaces"] = clean_up_tokenization_spaces
+        rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+        if rows and not any(isinstance(row, Iterable) for row in rows):
+            rows = [rows]  # the ids of one text, as in transformers 5
         return [self.decode(ids, skip_special_tokens, **options) for ids in rows]
 
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:

@@ -342,6 +342,26 @@ def test_files_restore_the_configuration(config: MistralConfig) -> None:
         assert back.notes == ()
 
 
+def test_only_assignments_without_effect_are_accepted() -> None:
+    config = MistralConfig()
+    for name, accepted in (("use_cache", False), ("use_cache", True), ("pretraining_tp", 1)):
+        setattr(config, name, accepted)
+    assert config == MistralConfig()
+    assert config.__dict__ == MistralConfig().__dict__
+    generation = "; set model.generation_config.{}, if it is a setting of generate"
+    cases: dict[str, tuple[Any, str]] = {
+        "use_cache": (2, generation),
+        "pad_token_id": (2, generation),
+        "eos_token_id": (7, generation),
+        "sliding_window": (None, "; give it to from_pretrained"),
+        "hidden_size": (8, "; make another configuration"),
+    }
+    for name, (value, remedy) in cases.items():
+        message = f"config.{name} cannot be set, got {value}{remedy.format(name)}"
+        with pytest.raises(dataclasses.FrozenInstanceError, match=f"^{re.escape(message)}$"):
+            setattr(config, name, value)
+
+
 def test_notes_are_not_compared() -> None:
     assert dataclasses.replace(MistralConfig(), notes=("x",)) == MistralConfig()
 

@@ -320,3 +320,25 @@ def test_finish_read_returns_the_tokens_of_begin_read(model: MistralForCausalLM)
     assert newest.finish_read() == first
     held = [x for x in tree_leaves(vars(newest)) if isinstance(x, Tensor)]
     assert held == [newest._chosen, newest._host, newest.token_ids, newest._scores]
+
+
+@pytest.mark.parametrize("by_modules", [False, True])
+def test_generation_does_not_depend_on_autocast(
+    by_modules: bool, model: MistralForCausalLM
+) -> None:
+    if by_modules:
+        model.model.norm.register_forward_hook(lambda *_: None)
+    options: dict[str, Any] = {
+        "max_new_tokens": 5,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "eos_token_id": None,
+    }
+    prompts = [random_ids(9), random_ids(4)]
+    expected: Any = model.generate(prompts, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual: Any = model.generate(prompts, **options)
+        assert torch.is_autocast_enabled("cpu")
+    assert actual.sequences == expected.sequences
+    for a, b in zip(actual.logits, expected.logits, strict=True):
+        assert torch.equal(a, b)

@@ -227,6 +227,12 @@ def test_logits_to_keep_selects_the_last_columns() -> None:
             ValueError,
             "input_ids must be (batch, seqlen) and not empty, got (3,)",
         ),
+        (
+            {"input_ids": torch.tensor([[VOCAB]])},
+            ValueError,
+            f"input_ids must be in [0, {VOCAB}), the model's vocabulary, got {VOCAB}; check that "
+            "the tokenizer belongs to the model",
+        ),
         ({"attention_mask": [[1] * 5]}, TypeError, "attention_mask must be a tensor, got list"),
         (
             {"attention_mask": torch.ones(1, 5)},
@@ -307,6 +313,14 @@ def test_bad_arguments_raise_one_line(given: Any, kind: type[Exception], message
     assert str(error.value) == message
 
 
+def test_tokens_on_the_cpu_are_refused_by_a_model_on_another_device() -> None:
+    model = make_pair()[0].to("meta")
+    message = "input_ids must be on meta like the model, got cpu; move them with .to(model.device)"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        model(random_ids())
+    assert model(random_ids().to("meta")).logits.is_meta
+
+
 def test_arguments_without_effect_are_accepted() -> None:
     ours, _ = make_pair()
     ids = random_ids(1, 5)
@@ -339,6 +353,21 @@ def test_forward_compiles_into_one_graph_and_with_padding_into_several() -> None
     assert relative_error(out.loss, expected.loss) < 1e-4
 
 
+def test_autocast_computes_in_its_dtype() -> None:
+    """The losses and gradients are those of float32 within the rounding of bf16."""
+    ours, theirs = make_pair(sliding_window=7)
+    ids, mask = random_ids(), padded("right")
+    expected = gradients(ours, ours(ids, mask, labels=ids))
+    for checkpointing in (False, True):
+        ours.model.checkpoint_activations = checkpointing
+        with torch.autocast("cpu", torch.bfloat16):
+            out = ours(ids, mask, labels=ids)
+            assert out.logits.dtype == theirs(ids, mask).logits.dtype == torch.bfloat16
+        for x, y in zip(gradients(ours, out), expected, strict=True):
+            assert x.dtype == torch.float32
+            assert relative_error(x, y) < 0.1
+
+
 def test_gradient_checkpointing_recomputes_layers_and_keeps_the_gradients() -> None:
     ours, _ = make_pair(sliding_window=7)
     ids, mask = random_ids(), padded("right")
@@ -356,6 +385,10 @@ def test_gradient_checkpointing_recomputes_layers_and_keeps_the_gradients() -> N
     message = r"^gradient_checkpointing_enable\(\) got an unexpected argument 'every'$"
     with pytest.raises(TypeError, match=message):
         ours.gradient_checkpointing_enable({"every": 2})
+    ours.gradient_checkpointing_enable(every_n_layers=1, offload=False)
+    message = r"^every_n_layers must be None or 1, got 2; leave it out: the input of every layer "
+    with pytest.raises(NotImplementedError, match=message):
+        ours.gradient_checkpointing_enable(every_n_layers=2)
 
 
 @pytest.mark.parametrize("tied", [False, True])

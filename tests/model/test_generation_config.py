@@ -49,12 +49,23 @@ def test_settings_of_the_folder_are_the_defaults(tmp_path: Path) -> None:
     assert {int(x.isfinite().sum()) for x in out.scores} == {7}
     top = out.logits[0][0].index_fill(0, torch.tensor([2, 9]), -torch.inf).topk(7)
     torch.testing.assert_close(out.scores[0][0, top.indices], top.values / 0.3)
-    # Arguments replace the settings, also by None. A saved model's file holds only BOS and EOS.
+    # Arguments replace the settings, also by None. A saved model keeps the settings.
     out = model.generate([[5]], max_new_tokens=3, top_k=None, eos_token_id=None, **DETAILS)
     assert {int(x.isfinite().sum()) for x in out.scores} == {VOCAB}
+    model.generation_config.pad_token_id = 4
     model.save_pretrained(tmp_path / "again")
     again = MistralForCausalLM.from_pretrained(tmp_path / "again").generation_config
-    assert again.to_dict() == {"bos_token_id": 1, "eos_token_id": [2, 9]}
+    assert again.to_dict() == {**settings, "pad_token_id": 4}
+
+
+def test_a_saved_model_keeps_the_settings_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = varied_model(CONFIG)
+    settings = {"do_sample": True, "top_p": 0.8, "eos_token_id": [4, 5], "num_beams": 3}
+    model.generation_config = transformers.GenerationConfig(**settings)
+    model.save_pretrained(tmp_path / "model")
+    read = transformers.GenerationConfig.from_pretrained(tmp_path / "model").to_diff_dict()
+    assert {name: read[name] for name in settings} == settings
 
 
 def test_generation_config_may_be_ours_or_theirs_or_a_dict(model: MistralForCausalLM) -> None:

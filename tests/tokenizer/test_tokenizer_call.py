@@ -96,6 +96,8 @@ def test_token_ids_of_every_integer_type_are_accepted(open_tokenizer: Any, name:
         assert tokenizer.decode(form) == text
     for batch in ([ids, ids], np.array([ids, ids]), torch.tensor([ids, ids], dtype=torch.uint8)):
         assert tokenizer.batch_decode(batch) == [text, text]
+    for row in (ids, np.array(ids), torch.tensor(ids), [*torch.tensor(ids)]):
+        assert tokenizer.batch_decode(row) == [text]
     one = tokenizer.decode([100])
     for form in (100, np.int32(100), torch.tensor(100), torch.tensor([100], dtype=torch.uint8)):
         assert tokenizer.decode(form) == one
