@@ -11,12 +11,14 @@ import signal
 import stat
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.terminal import PASTE_END, PASTE_START, Terminal
 
 from mistral_kernels.checkpoint import resolve
+from mistral_kernels.cli import terminal
 from mistral_kernels.cli.history import History
 from mistral_kernels.cli.terminal import Interrupts, MessageReader, wrapped
 
@@ -84,7 +86,7 @@ def test_each_command_works_and_errors_do_not_end_the_chat(
         assert "error: no command /usr; /help lists the commands; to send a" in enter("/usr is?")
         assert "error: /clear takes no argument, got now" in enter("/clear now")
         assert "system message: none" in enter("/system")
-        assert "system message set" in enter("/system Be brief. ")
+        assert "system message set" in enter("/system\u00a0Be brief. ")
         assert "system message: Be brief." in enter("/system")
         long = enter(" ".join(["word"] * 200))
         assert re.search(r"error: the message .+ must have at most 120 tokens .+, got \d+;", long)
@@ -103,6 +105,7 @@ def test_each_command_works_and_errors_do_not_end_the_chat(
         assert f"error: {folder / 'config.json'} exists; give" in enter(
             f"/save {folder / 'config.json'}"
         )
+        assert "error: . exists; give another name" in enter("/save .")
         assert "error: [Errno 2] No such file or directory: " in enter(f"/save {tmp_path}/no/file")
         assert re.search(r"dropped the oldest .+ the context of 120 tokens", enter("word " * 60))
         assert re.search(r"cleared \d messages?", enter("/clear"))
@@ -257,6 +260,23 @@ def test_the_history_is_private_and_bounded(state: Path) -> None:
     assert state.read_text().count("\n") == 1000
     assert stat.S_IMODE(state.stat().st_mode) == 0o600
     assert [path.name for path in state.parent.iterdir()] == [state.name]
+
+
+def test_the_locale_may_lack_characters_of_the_history(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Messages with such characters are left out."""
+    added: list[bytes] = []
+    readline = SimpleNamespace(
+        set_auto_history=lambda _: None, add_history=lambda text: added.append(text.encode("ascii"))
+    )
+    monkeypatch.setattr(terminal, "_import_readline", lambda: readline)
+    for name in ("stdin", "stdout"):
+        monkeypatch.setattr(sys, name, SimpleNamespace(isatty=lambda: True))
+    for text in ("one", "é漢", "two"):
+        History().append(text)
+    MessageReader(quiet=False)
+    assert added == [b"one", b"two"]
 
 
 def test_a_history_that_cannot_be_kept_is_one_note(

@@ -324,6 +324,19 @@ def test_stdout_escapes_characters_that_its_encoding_lacks(
     assert written == ""
 
 
+def test_a_terminal_gets_no_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe gets the text unchanged."""
+    text, shown = "é\t\x1b]0;title\x07\r\n\x9b31m\x00\x7f\n", "\\x1b]0;title\\x07"
+    for at_terminal in (False, True):
+        sink = io.StringIO()
+        sink.isatty = lambda value=at_terminal: value  # type: ignore[method-assign]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", sink)
+            write_out(text)
+        expected = f"é\t{shown}\r\n\\x9b31m\\x00\\x7f\n" if at_terminal else text
+        assert sink.getvalue() == expected
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp037"])
 def test_stderr_escapes_characters_that_its_encoding_lacks(
     encoding: str, monkeypatch: pytest.MonkeyPatch

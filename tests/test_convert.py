@@ -156,6 +156,8 @@ def test_the_target_is_checked_before_a_download(
     monkeypatch.setattr(convert, "resolve", None)
     (tmp_path / "out").touch()
     check_failure(["owner/model"], "out is a file; name a new folder", capsys, tmp_path / "out")
+    long = tmp_path / ("é" * 120)  # its temporary name has more than 255 bytes
+    check_failure(["owner/model"], "é is too long; name another folder", capsys, long)
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

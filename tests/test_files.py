@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -176,6 +177,9 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch, links):
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(FileExistsError):
         write_atomically(tmp_path / "link", b"four")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileExistsError, match=r": '\.'$"):
+        write_atomically(Path("."), b"a path without a name")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refuse)
         with pytest.raises(PermissionError, match=rf": '{file}'$"):

@@ -274,6 +274,10 @@ def test_bad_output(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for out, message in ((full, "is not empty; name a new"), (file, "is a file; name a new")):
         assert main([str(text), "--output", str(out)]) == 2
         assert capsys.readouterr().err == f"error: {out} {message} folder\n"
+    long = tmp_path / ("x" * 240)  # its temporary name has more than 255 bytes
+    assert main([str(text), "--output", str(long)]) == 2
+    message = f"the name of {long} is too long; name another folder"
+    assert capsys.readouterr().err == f"error: {message}\n"
     assert (full / "keep").read_text() == "me"
     assert file.read_text() == "keep me"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -218,13 +219,17 @@ def new_folder(
         raise CheckpointError(f"cannot write {target}, nothing was kept: {error}") from error
 
 
+def _new_partial(target: Path) -> Path:
+    return target.parent / f".{target.name}.partial-{secrets.token_hex(8)}"
+
+
 def _make_partial(target: Path) -> tuple[Path, int]:
     """Create a folder beside `target`. Return the folder and a descriptor.
 
     The folder is locked while the descriptor is open.
     """
     while True:
-        partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(8)}")
+        partial = _new_partial(target)
         partial.mkdir()
         # Until the folder is locked, another process may remove it as abandoned. In that case, try
         # again.
@@ -271,7 +276,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Raise CheckpointError unless `target` does not exist or is an empty folder."""
+    """Raise CheckpointError unless `target` can be created or is an empty folder."""
     if target.is_dir():
         if any(target.iterdir()):
             raise CheckpointError(f"{target} is not empty; name a new folder")
@@ -280,6 +285,12 @@ def check_target(target: Path) -> None:
     elif is_taken(target):
         what = "file" if target.exists() else "broken symbolic link"
         raise CheckpointError(f"{target} is a {what}; name a new folder")
+    try:
+        os.lstat(_new_partial(target))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # now, not after hours of training
+            reason = f"the name of {target} is too long; name another folder"
+            raise CheckpointError(reason) from None
 
 
 def sync_folder(path: Path) -> None:

@@ -125,7 +125,7 @@ class Chat:
             print(f"> {entry.text}", file=sys.stderr, flush=True)
         try:
             if entry.is_command:
-                self._run_command(*entry.text.partition(" ")[::2])
+                self._run_command(*entry.text.split(maxsplit=1))
             elif entry.text:
                 self._answer(
                     entry.text, lambda: self.conversation.prompt_for(entry.text, self._room)
@@ -212,8 +212,7 @@ class Chat:
 
     # Commands
 
-    def _run_command(self, name: str, argument: str) -> None:
-        argument = argument.strip()
+    def _run_command(self, name: str, argument: str = "") -> None:
         if name in self._commands_with_argument:
             self._commands_with_argument[name](argument)
         elif name not in self._commands:

@@ -41,6 +41,7 @@ DTYPES = {
 BROKEN_PIPE = 141  # exit code: 128 + SIGPIPE, as shells report it
 
 _BLOCK = 1 << 20
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # except tabs and line ends
 
 T = TypeVar("T")
 
@@ -164,7 +165,13 @@ def normalize_text(text: str) -> str:
 
 
 def write_out(text: str) -> None:
-    """Write to stdout and flush. Escape characters that the encoding of stdout lacks."""
+    """Write to stdout and flush. Escape characters that the encoding of stdout lacks.
+
+    At a terminal, control characters of generated text are escaped too: they could change its
+    title, its colors or its keys.
+    """
+    if sys.stdout.isatty():
+        text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
     with _named_in_errors("standard output"):
         _write(sys.stdout, text)
 

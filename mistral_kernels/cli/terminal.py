@@ -118,7 +118,8 @@ class MessageReader:
         if self._readline is not None:
             self._readline.set_auto_history(False)
             for text in self._history.load():
-                self._readline.add_history(text)
+                with suppress(UnicodeError):  # not in the encoding of the locale
+                    self._readline.add_history(text)
 
     def read(self) -> Entry | None:
         """Return the next message or command; None at the end of the input.

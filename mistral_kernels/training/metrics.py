@@ -200,6 +200,8 @@ def draw_curve(log: Path, image: Path) -> str | None:
         from matplotlib.figure import Figure
     except ImportError:
         return f"no {image.name}: it requires the package matplotlib; pip install matplotlib"
+    except Exception as error:  # an invalid MPLBACKEND
+        return one_line(f"no {image.name}: {error}")
     try:
         with log.open(encoding="utf-8") as lines:
             points = [json.loads(line) for line in lines]

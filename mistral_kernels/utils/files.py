@@ -101,7 +101,7 @@ def write_atomically(
         FileExistsError: `path` exists, and `replace` is false.
         OSError: the file cannot be written.
     """
-    partial = path.with_name(f".partial-{secrets.token_hex(8)}")
+    partial = path.parent / f".partial-{secrets.token_hex(8)}"  # also if `path` is "." or "/"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
         with open(os.open(partial, flags, mode), "wb") as file:

@@ -208,4 +208,14 @@ def test_a_curve_that_cannot_be_drawn_is_one_line(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     missing = "no curve.png: it requires the package matplotlib; pip install matplotlib"
     assert draw_curve(log, image) == missing
+
+    class InvalidBackend:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "matplotlib":
+                raise ValueError("Key backend:\n'MPLBACKEND' is not valid")
+
+    monkeypatch.setattr(sys, "meta_path", [InvalidBackend(), *sys.meta_path])
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert draw_curve(log, image) == "no curve.png: Key backend: 'MPLBACKEND' is not valid"
     assert not image.exists()
