@@ -67,15 +67,19 @@ def _prepare(argv: Sequence[str]) -> Callable[[], int]:
 
 def _describe(argv: Sequence[str]) -> None:
     """Print the help or the version, or an error if `argv` has neither option."""
+    from mistral_kernels.cli.terminal import wrapped  # needs termios: Unix only
+
     parser = Parser(
         prog="python -m mistral_kernels",
         usage="%(prog)s [COMMAND] [OPTIONS]",
-        description="Kernels, checkpoints and text generation of Mistral models. The script "
-        "mistral-kernels is the same command.",
+        description=wrapped("Kernels, checkpoints and text generation of Mistral models."),
         epilog="\n".join(
             [
                 "commands:",
-                *(f"  {name:10}{command.summary}" for name, command in _COMMANDS.items()),
+                *(
+                    wrapped(f"  {name:10}{command.summary}", indent=12)
+                    for name, command in _COMMANDS.items()
+                ),
                 "",
                 "COMMAND --help describes the options of a command.",
             ]

@@ -134,7 +134,12 @@ def _parser() -> Parser:
     add("--input_dir", "--input-dir", metavar="SOURCE", help="the same as the first argument")
     add("--output_dir", "--output-dir", metavar="TARGET", help="the same as the second argument")
     add("--to", choices=("hf", "raw"), help="format to write (default: the other format)")
-    add("--dtype", choices=tuple(DTYPES), help="dtype to store (default: that of each tensor)")
+    add(
+        "--dtype",
+        choices=tuple(DTYPES),
+        metavar="DTYPE",
+        help=f"dtype to store: {', '.join(DTYPES)} (default: that of each tensor)",
+    )
     add(
         "--max-shard-size",
         type=_size,

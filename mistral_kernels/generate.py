@@ -25,6 +25,7 @@ from mistral_kernels.checkpoint.tokenizer_files import find_tokenizer_files
 from mistral_kernels.cli.chat import Chat
 from mistral_kernels.cli.command import (
     DTYPES,
+    as_started,
     check_backend,
     device_of,
     enter,
@@ -41,6 +42,7 @@ from mistral_kernels.cli.generate_options import (
 )
 from mistral_kernels.cli.generate_options import generate_parser as _parser
 from mistral_kernels.cli.output import with_progress, write_record
+from mistral_kernels.cli.terminal import wrapped
 from mistral_kernels.distributed.process_group import World, check_same, joined, launched
 from mistral_kernels.distributed.tensor_parallel import ParallelMistralForCausalLM
 from mistral_kernels.model.sampling import Sampler
@@ -188,7 +190,7 @@ def _generate(args: argparse.Namespace, world: World) -> None:
             if tokenizer.has_chat_template and not args.quiet:
                 print(
                     "note: this is an instruct model; --chat applies its chat template: "
-                    f"{COMMAND} --chat --model {shlex.quote(args.model)}",
+                    f"{as_started(COMMAND)} --chat --model {shlex.quote(args.model)}",
                     file=sys.stderr,
                 )
             notes = _complete(args, model, tokenizer, prompts, options, stats)
@@ -200,7 +202,10 @@ def _generate(args: argparse.Namespace, world: World) -> None:
         raise
     finally:
         if reports:
-            print("", *notes, *stats.lines(model), f"seed      {seed}", sep="\n", file=sys.stderr)
+            lines = [*notes, *stats.lines(model), f"seed      {seed}"]
+            if sys.stderr.isatty():
+                lines = [wrapped(line, indent=10) for line in lines]
+            print("", *lines, sep="\n", file=sys.stderr)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

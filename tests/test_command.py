@@ -133,6 +133,46 @@ def test_option_values_are_parsed() -> None:
     assert parser.parse_args(["--stop=--", "--stop", "-"]).stop == ["--", "-"]
 
 
+@pytest.mark.parametrize(
+    ("program", "commands"),
+    [
+        ("/venv/bin/mistral-kernels", ("mistral-kernels train", "mistral-kernels build")),
+        (
+            "/src/mistral_kernels/train.py",
+            ("python -m mistral_kernels.train", "python -m mistral_kernels build"),
+        ),
+    ],
+)
+def test_help_and_errors_name_the_command_that_the_user_has_typed(
+    program: str,
+    commands: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program])
+    parser = Parser("python -m mistral_kernels.train", "or: python -m mistral_kernels build")
+    text = parser.format_help()
+    assert text.startswith(f"usage: {commands[0]} [-h]\n")
+    assert text.endswith(f"\nor: {commands[1]}\n")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["x"])
+    assert (
+        capsys.readouterr().err == f"error: unrecognized arguments: x; see {commands[0]} --help\n"
+    )
+
+
+def test_the_list_of_commands_fits_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = random.randint(40, 120)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        dispatcher.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[1:])) < columns  # the first line is the usage
+    assert any(line.startswith("  build     compile ") for line in lines)
+
+
 # Choice of the command
 
 UNKNOWN = "error: command must be one of generate, chat, convert, train, report, build, got "

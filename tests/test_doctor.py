@@ -82,6 +82,7 @@ def test_check_prints_errors_of_all_operators(
     for name in (*names, "linear_cross_entropy"):
         for dtype in ("float32", "bfloat16", "float16"):
             assert re.search(rf"^{re.escape(name)} +{dtype}( +\d\.\d\de-\d\d){{4}}$", out, re.M)
+    assert out.endswith("\npassed: every error is at most twice eager's plus one rounding\n")
 
 
 def test_check_finds_a_wrong_operator(
@@ -95,7 +96,9 @@ def test_check_finds_a_wrong_operator(
     set_backend("auto" if torch.cuda.is_available() else "torch")
     monkeypatch.setattr(mistral_kernels, "swiglu", wrong)
     assert doctor.main(["--check"]) == 1
-    flagged = [line for line in capsys.readouterr().out.splitlines() if "more than twice" in line]
+    out = capsys.readouterr().out
+    assert out.endswith("\nfailed: the marked errors are too large; please report this output\n")
+    flagged = [line for line in out.splitlines() if "more than twice" in line]
     assert len(flagged) >= 1
     assert all(line.startswith("swiglu ") for line in flagged)
 

@@ -41,6 +41,16 @@ def test_a_note_names_the_limit_that_ended_a_text(
     assert "\nnote: 2 of 3 texts stopped at --max-tokens 30\n" in capsys.readouterr().err
 
 
+def test_the_statistics_name_the_reason_if_csrc_is_not_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = random.choice(["loaded from x.so", "not loaded: no compiler: c++ is not on PATH"])
+    monkeypatch.setattr("mistral_kernels.ops.extension.status", lambda device_type: status)
+    assert main(["She was", *GREEDY, "-m", "2"]) == 0
+    line = f"\ncsrc      {status}\n"
+    assert (line in capsys.readouterr().err) == status.startswith("not loaded")
+
+
 def test_help_has_examples_and_every_default() -> None:
     parser = generate_parser()
     text = parser.format_help()

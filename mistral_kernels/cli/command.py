@@ -23,6 +23,7 @@ import torch
 from mistral_kernels.cli.startup import (
     BAD_INPUT,
     INTERRUPTED,
+    SCRIPT,
     end_on_interrupt,
     open_closed_streams,
 )
@@ -46,8 +47,25 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # except tabs a
 T = TypeVar("T")
 
 
+def as_started(text: str) -> str:
+    """Return a text with its commands in the form that started this process.
+
+    `python -m mistral_kernels.NAME` becomes `mistral-kernels NAME` in a process of the script.
+    """
+    if os.path.basename(sys.argv[0]) != SCRIPT:
+        return text
+    text = text.replace("python -m mistral_kernels.", f"{SCRIPT} ")
+    return text.replace("python -m mistral_kernels", SCRIPT)
+
+
 class Parser(argparse.ArgumentParser):
-    """`ArgumentParser` that prints each error on one line."""
+    """`ArgumentParser` that prints each error on one line.
+
+    `as_started` is applied to the arguments `prog` and `epilog`.
+    """
+
+    def __init__(self, prog: str, epilog: str = "", **options: Any) -> None:
+        super().__init__(as_started(prog), epilog=as_started(epilog), **options)
 
     def error(self, message: str) -> NoReturn:
         """Print `message` on one line and exit with the code 2."""

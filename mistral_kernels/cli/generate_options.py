@@ -152,7 +152,8 @@ def generate_parser() -> Parser:
         "--dtype",
         choices=["auto", *DTYPES],
         default="auto",
-        help="data type of the weights; default: auto, as stored",
+        metavar="DTYPE",
+        help=f"data type of the weights: {', '.join(DTYPES)}; default: auto, as stored",
     )
     machine.add_argument(
         "--quantize",

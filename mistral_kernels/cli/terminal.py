@@ -43,7 +43,13 @@ def wrapped(text: str, indent: int = 0) -> str:
     """Return `text` wrapped at the width of the terminal; later lines are indented."""
     width = max(get_terminal_size().columns - 1, 20)
     spaces = " " * min(indent, width // 2)
-    return textwrap.fill(text, width, subsequent_indent=spaces, break_long_words=False)
+    return textwrap.fill(
+        text,
+        width,
+        subsequent_indent=spaces,
+        break_long_words=False,
+        break_on_hyphens=False,  # options and file names stay whole
+    )
 
 
 class Interrupts:

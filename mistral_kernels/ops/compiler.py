@@ -135,7 +135,7 @@ def build(
         BuildError: the compiler failed, or an environment variable is malformed.
         OSError: `library` cannot be written.
     """
-    compiler = _compiler(device_type)
+    compiler = compiler_command(device_type)
     ninja = _ninja()
     jobs = _jobs()
     library = library.absolute()
@@ -265,7 +265,8 @@ def nvcc() -> str | None:
     )
 
 
-def _compiler(device_type: str) -> list[str]:
+def compiler_command(device_type: str) -> list[str]:
+    """Return the command of the compiler. Raise NotBuiltError if there is none."""
     try:
         cxx = shlex.split(os.environ.get("CXX", ""))
     except ValueError as error:

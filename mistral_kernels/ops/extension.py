@@ -36,6 +36,7 @@ from mistral_kernels.ops.compiler import (
     NotBuiltError,
     build,
     build_setting,
+    compiler_command,
     fingerprint,
     library_name,
     supported_instruction_sets,
@@ -150,6 +151,7 @@ def _from_cache(
     if setting == "never":
         raise NotBuiltError(f"not compiled, since {BUILD_VARIABLE}=never")
     if not compiles:
+        compiler_command(device_type)  # raises an error if the first use cannot compile either
         raise NotBuiltError(f"not compiled yet; the first use or `{BUILD_COMMAND}` compiles it")
     with build_cache.locked(folder) as lock:
         if not _is_built_meanwhile(cached):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from mistral_kernels.model.transformer import MistralForCausalLM
+from mistral_kernels.ops import extension
 from mistral_kernels.ops.dispatch import choose_backend
 from mistral_kernels.text.streaming import TextDelta
 
@@ -84,6 +85,9 @@ class GenerationStats:
         yield f"memory    {peak / 1e6:,.0f} MB at the peak, cache {cache}{where}"
         backend = choose_backend(model.device)
         yield f"backend   {backend.name} on {model.device} ({backend.reason})"
+        csrc = extension.status(model.device.type)
+        if model.device.type == "cpu" and not csrc.startswith("loaded "):
+            yield f"csrc      {csrc}"  # the reason why decoding is slow
 
 
 def _peak_memory(device: torch.device) -> int:

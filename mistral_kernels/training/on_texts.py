@@ -21,7 +21,7 @@ from torch import Tensor
 from mistral_kernels.checkpoint import CheckpointError, open_checkpoint, resolve
 from mistral_kernels.checkpoint.tokenizer_files import find_tokenizer_files
 from mistral_kernels.checkpoint.writing import check_target
-from mistral_kernels.cli.command import write_out
+from mistral_kernels.cli.command import as_started, write_out
 from mistral_kernels.distributed.process_group import World, check_same
 from mistral_kernels.model.config import MistralConfig
 from mistral_kernels.model.transformer import MistralForCausalLM
@@ -200,7 +200,7 @@ def train_on_texts(
         saving.discard()
         print(
             f"wrote {output}: held-out loss {loss:.4f} nats per token, {bits:.4f} bits per byte",
-            'next: python -m mistral_kernels.generate "Once upon a time" --model '
+            as_started('next: python -m mistral_kernels.generate "Once upon a time" --model ')
             + shlex.quote(str(output)),
             sep="\n",
             file=log,

@@ -243,6 +243,8 @@ def test_status_does_not_compile(tmp_path: Path) -> None:
         "it\n"
     )
     assert error == ""
+    missing, _ = start(tmp_path, code, PATH="", CXX="").communicate(timeout=60)
+    assert missing == "not loaded: no compiler: c++ is not on PATH\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -169,7 +169,7 @@ def test_kernels_share_no_code(name, tmp_path):
     options = next(unit.options for unit in units if f"-DINSTRUCTION_SET={name}" in unit.options)
     for source in compiler._sources("cpu/kernels"):
         built = tmp_path / "kernel.o"
-        compiling = [*compiler._compiler("cpu"), "-c", *options, source, "-o", str(built)]
+        compiling = [*compiler.compiler_command("cpu"), "-c", *options, source, "-o", str(built)]
         subprocess.run(compiling, cwd=compiler.SOURCES, check=True)
         listed = subprocess.check_output(
             ["nm", "-C", "--defined-only", "--extern-only", str(built)], text=True

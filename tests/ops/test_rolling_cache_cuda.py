@@ -69,7 +69,7 @@ class CudaUpdate:
         options[options.index("-DKERNELS_NAMESPACE=mistral_kernels")] = (
             f"-DKERNELS_NAMESPACE={CAPTURED}"
         )
-        command = [*compiler._compiler("cpu"), "-shared", *options]
+        command = [*compiler.compiler_command("cpu"), "-shared", *options]
         command += ["rolling_cache.cpp", str(source)]
         command += [*compiler._link_flags("cpu"), "-o", str(library)]
         subprocess.run(command, cwd=compiler.SOURCES, check=True)
