@@ -157,11 +157,13 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_leaves(folder: Path, environment: dict
 def test_styles_can_be_disabled(
     folder: Path, environment: dict[str, str], style: dict[str, str]
 ) -> None:
-    with Terminal(*chat(folder, "-m", "3"), columns=40, **environment, **style) as terminal:
+    options = ("-m", "3", "--ignore-eos")
+    with Terminal(*chat(folder, *options), columns=40, **environment, **style) as terminal:
         banner = terminal.expect("> ")
         assert all(len(line) <= 40 for line in banner.splitlines() if "/" not in line)
         terminal.send("Hi\r")
         terminal.expect("tokens/s")
+        terminal.expect("> ")  # before the prompt, the terminal would not pass Ctrl-D to readline
         terminal.send("\x04")
         assert terminal.end() == 0
     escapes = set(re.findall(r"\x1b[^a-zA-Z]*[a-zA-Z]", terminal.output))
