@@ -297,7 +297,7 @@ class MistralForCausalLM(CausalLM):
 
         Args:
             gradient_checkpointing_kwargs: may have the key "use_reentrant", which has no effect.
-            **others: `every_n_layers=1` and `offload=False`, which the Trainer of transformers gives.
+            **others: `every_n_layers=1` and `offload=False`, as given by transformers' Trainer.
 
         Raises:
             TypeError: there is another argument or key.
