@@ -122,7 +122,7 @@ def test_the_oldest_turns_are_dropped(tokenizer: MistralTokenizer, system: str |
     model, context, room = make_model(None), random.randint(30, 50), random.randint(1, 15)
     conversation = Conversation(model, tokenizer, system, context)
     history = [{"role": "system", "content": system}] if system else []
-    first, dropped = len(history), 0
+    first, dropped, transcript = len(history), 0, list(history)
     for number in range(8):
         message = " ".join(random.choices(["word", "and", "or"], k=random.randint(1, 8)))
         history.append({"role": "user", "content": message})
@@ -141,6 +141,8 @@ def test_the_oldest_turns_are_dropped(tokenizer: MistralTokenizer, system: str |
         assert answer == expected.text
         history.append({"role": "assistant", "content": answer})
         dropped += expected_dropped
+        transcript += history[-2:]
+        assert conversation.transcript == transcript
     assert dropped > 0
 
 

@@ -248,7 +248,7 @@ class Chat:
             note(f"system message: {self.conversation.system or 'none'}")
 
     def _save(self, name: str) -> None:
-        messages = self.conversation.messages
+        messages = self.conversation.transcript
         if not messages:
             raise ValueError("the conversation has no messages to save")
         path = expand_user(name) if name else Path(time.strftime("chat-%Y%m%d-%H%M%S.jsonl"))

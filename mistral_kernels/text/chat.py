@@ -27,6 +27,8 @@ class Conversation:
         max_length: maximum number of tokens of the conversation, unless the cache is `endless`.
         dropped: number of turns, user messages with their answers, that the last `prompt_for` or
             `regenerate` removed.
+        transcript: all messages since the beginning or `clear`, including those that were removed
+            to fit in `max_length`.
 
     Example:
         >>> from mistral_kernels import MistralForCausalLM, MistralTokenizer
@@ -61,6 +63,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.system = system
         self.dropped = 0
+        self._removed: list[dict[str, str]] = []
         # A layer without a window allocates memory for the whole conversation at once.
         self.max_length = max_length or min(model.config.max_position_embeddings, 32768)
         self._cache = model.new_cache(1, self.max_length)
@@ -101,11 +104,18 @@ class Conversation:
     def _has_system(self) -> bool:
         return bool(self.messages) and self.messages[0]["role"] == "system"
 
+    @property
+    def transcript(self) -> list[dict[str, str]]:
+        """All messages; see the description of the class."""
+        start = int(self._has_system)
+        return [*self.messages[:start], *self._removed, *self.messages[start:]]
+
     def clear(self) -> int:
         """Remove all messages except the system message, and return their number."""
         start = int(self._has_system)
         count = len(self.messages) - start
         del self.messages[start:]
+        self._removed = []
         return count
 
     def drop(self, turns: int = 1) -> int:
@@ -174,10 +184,11 @@ class Conversation:
 
         If an exception is raised, `kept` becomes the conversation again.
         """
+        removed = list(self._removed)
         try:
             ids = self._render_within(room)
         except BaseException:
-            self.messages, self._replaced = kept, None
+            self.messages, self._removed, self._replaced = kept, removed, None
             raise
         common = 0
         # Always compute the last token: the answer is sampled from its logits.
@@ -211,9 +222,11 @@ class Conversation:
                 f"the message with the chat template must have at most {self.max_length} tokens "
                 f"(--context, max_length), got {len(alone)}; shorten it, or increase the context"
             )
+        before, start = list(self.messages), int(self._has_system)
         while len(ids) + room - 1 > self.max_length and self.drop():
             self.dropped += 1
             ids = self._render(self.messages)
+        self._removed += before[start : start + len(before) - len(self.messages)]
         return ids
 
     def _render(self, messages: list[dict[str, str]]) -> list[int]:
