@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.builds import await_end
 
 from mistral_kernels.cli.command import run
 from mistral_kernels.ops.compiler import BUILD_VARIABLE
@@ -82,8 +83,7 @@ def test_terminated_command_ends_its_compilers(tmp_path: Path) -> None:
     assert code == -signal.SIGTERM
     assert "Traceback" not in errors
     for pid in map(int, pids.read_text().split()):
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+        await_end(pid)
     assert list(cache.rglob("*.so")) == []
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,22 @@ def finish(process: subprocess.Popen[str]) -> tuple[bool, str, str]:
     status, kernels, _ = status.partition(", kernels for ")
     assert bool(kernels) == (loaded == "True")
     return loaded == "True", status, error
+
+
+def await_end(pid: int) -> None:
+    """Wait until a process has ended. A zombie counts as ended."""
+    deadline = time.monotonic() + 60
+    while is_running(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still running"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
 
 
 def fake_compiler(folder: Path, *commands: str) -> str:
