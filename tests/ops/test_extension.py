@@ -196,7 +196,7 @@ def test_nvcc_gets_the_host_compiler_without_its_options(cxx, options, monkeypat
     monkeypatch.setattr(compiler, "nvcc", lambda: "nvcc")
     monkeypatch.setattr(compiler, "_check_cuda_version", lambda _: None)
     monkeypatch.setenv("CXX", cxx)
-    assert compiler._compiler("cuda") == ["nvcc", *options]
+    assert compiler.compiler_command("cuda") == ["nvcc", *options]
 
 
 @needs_compiler
