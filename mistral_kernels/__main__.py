@@ -81,7 +81,7 @@ def _describe(argv: Sequence[str]) -> None:
                     for name, command in _COMMANDS.items()
                 ),
                 "",
-                "COMMAND --help describes the options of a command.",
+                wrapped("COMMAND --help describes the options of a command."),
             ]
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -139,12 +139,10 @@ def test_ctrl_c_ends_an_answer_and_ctrl_d_leaves(folder: Path, environment: dict
             assert re.search(rf"{RATE}; interrupted\x1b", terminal.expect(NEW_LINE))
         terminal.send("not sent")
         terminal.expect("not sent")
-        terminal.send("\x03")
-        assert "Ctrl-D or /exit leaves the chat" in terminal.expect(NEW_LINE)
+        assert "Ctrl-D or /exit leaves the chat" in terminal.interrupt(NEW_LINE)
         terminal.send('"""not\r')
         terminal.expect("\x1b[1m...\x1b[0m ")
-        terminal.send("\x03")
-        assert "Ctrl-D or /exit leaves the chat" in terminal.expect(NEW_LINE)
+        assert "Ctrl-D or /exit leaves the chat" in terminal.interrupt(NEW_LINE)
         terminal.send("\x1b[A\x1b[A")  # the message before /regen
         terminal.expect("Hello")
         terminal.send("\x15\x04")  # clear the line, leave

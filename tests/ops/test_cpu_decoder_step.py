@@ -246,14 +246,21 @@ def test_unsupported_models_run_module_by_module(options, monkeypatch):
     assert step.calls == 0
 
 
-def test_gradients_and_autocast_run_the_modules(monkeypatch):
+def test_gradients_run_the_modules(monkeypatch):
     step = Step(monkeypatch)
     step.model.requires_grad_(True)
     logits, *_ = step.run()
     assert logits.requires_grad
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert type(engine_for(step.model, step.cache)) is ModuleEngine
     assert step.calls == 0
+
+
+def test_autocast_does_not_change_a_step(operators, monkeypatch):
+    step = Step(monkeypatch)
+    with torch.no_grad():
+        logits, *_ = step.run()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(step.run()[0], logits)
+    assert step.calls == 2
 
 
 def test_strided_and_int32_tokens(operators, monkeypatch):

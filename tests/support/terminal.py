@@ -62,6 +62,19 @@ class Terminal:
         self._read = self.output.index(text, start) + len(text)
         return self.output[start : self._read]
 
+    def interrupt(self, text: str) -> str:
+        """Send Ctrl-C until `text` appears, and return the output up to its end.
+
+        Python's readline notices a Ctrl-C that arrives while it draws a key only at the next key.
+        """
+        deadline = time.monotonic() + SECONDS
+        while text not in self.output[self._read :]:
+            assert time.monotonic() < deadline, f"no {text!r} in {self.output[self._read :]!r}"
+            self.send("\x03")
+            while self._receive(time.monotonic() + 2):
+                pass
+        return self.expect(text)
+
     def end(self) -> int:
         """Wait for the end of the process, read the rest of its output, and return its code."""
         deadline = time.monotonic() + SECONDS
