@@ -22,7 +22,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peak_memory import peak_memory
@@ -246,6 +246,12 @@ def pickle_file(rng: Random, state: State, marker: str) -> bytes:
 
 class PythonUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
     """Reader of torch.save files without torch.load: zipfile, pickle and a short list of names."""
+
+    # The size of a frame is a hint for buffers. Like the package, ignore a damaged one.
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+        pickle.FRAME[0]: lambda unpickler: unpickler.read(8),
+    }
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self.archive, self.folder = archive, archive.namelist()[0].partition("/")[0]
