@@ -14,7 +14,7 @@ from functools import partial
 from typing import NamedTuple
 
 from mistral_kernels import __version__
-from mistral_kernels.cli.command import Parser, enter, run, write_out
+from mistral_kernels.cli.command import Parser, enter, run, wrapped, write_out
 
 
 class _Command(NamedTuple):
@@ -67,8 +67,6 @@ def _prepare(argv: Sequence[str]) -> Callable[[], int]:
 
 def _describe(argv: Sequence[str]) -> None:
     """Print the help or the version, or an error if `argv` has neither option."""
-    from mistral_kernels.cli.terminal import wrapped  # needs termios: Unix only
-
     parser = Parser(
         prog="python -m mistral_kernels",
         usage="%(prog)s [COMMAND] [OPTIONS]",

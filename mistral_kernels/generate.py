@@ -22,7 +22,6 @@ import torch
 
 from mistral_kernels.checkpoint import check_folder, resolve
 from mistral_kernels.checkpoint.tokenizer_files import find_tokenizer_files
-from mistral_kernels.cli.chat import Chat
 from mistral_kernels.cli.command import (
     DTYPES,
     as_started,
@@ -32,6 +31,7 @@ from mistral_kernels.cli.command import (
     read_input,
     read_stdin,
     run,
+    wrapped,
     write_out,
 )
 from mistral_kernels.cli.generate_options import (
@@ -42,7 +42,6 @@ from mistral_kernels.cli.generate_options import (
 )
 from mistral_kernels.cli.generate_options import generate_parser as _parser
 from mistral_kernels.cli.output import with_progress, write_record
-from mistral_kernels.cli.terminal import wrapped
 from mistral_kernels.distributed.process_group import World, check_same, joined, launched
 from mistral_kernels.distributed.tensor_parallel import ParallelMistralForCausalLM
 from mistral_kernels.model.sampling import Sampler
@@ -175,6 +174,8 @@ def _generate(args: argparse.Namespace, world: World) -> None:
     reports, notes = not args.quiet, list[str]()
     try:
         if args.chat:
+            from mistral_kernels.cli.chat import Chat  # needs termios: Unix only
+
             conversation = Conversation(model, tokenizer, args.system, args.context)
             stats.cache_bytes = conversation.cache_bytes
             Chat(

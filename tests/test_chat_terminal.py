@@ -19,8 +19,9 @@ from support.terminal import PASTE_END, PASTE_START, Terminal
 
 from mistral_kernels.checkpoint import resolve
 from mistral_kernels.cli import terminal
+from mistral_kernels.cli.command import wrapped
 from mistral_kernels.cli.history import History
-from mistral_kernels.cli.terminal import Interrupts, MessageReader, wrapped
+from mistral_kernels.cli.terminal import Interrupts, MessageReader
 
 TEMPLATE = """\
 {{ bos_token }}{% for m in messages %}{% if m.role == "user" %}<< {{ m.content }} >>\

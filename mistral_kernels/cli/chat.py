@@ -11,9 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mistral_kernels.cli.command import write_out
+from mistral_kernels.cli.command import wrapped, write_out
 from mistral_kernels.cli.output import with_progress, write_record
-from mistral_kernels.cli.terminal import Entry, Interrupts, MessageReader, note, wrapped
+from mistral_kernels.cli.terminal import Entry, Interrupts, MessageReader, note
 from mistral_kernels.distributed.process_group import World
 from mistral_kernels.text.chat import Conversation
 from mistral_kernels.text.stats import GenerationStats

@@ -14,8 +14,10 @@ import re
 import signal
 import stat
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any, NoReturn, TextIO, TypeVar
 
 import torch
@@ -56,6 +58,19 @@ def as_started(text: str) -> str:
         return text
     text = text.replace("python -m mistral_kernels.", f"{SCRIPT} ")
     return text.replace("python -m mistral_kernels", SCRIPT)
+
+
+def wrapped(text: str, indent: int = 0) -> str:
+    """Return `text` wrapped at the width of the terminal; later lines are indented."""
+    width = max(get_terminal_size().columns - 1, 20)
+    spaces = " " * min(indent, width // 2)
+    return textwrap.fill(
+        text,
+        width,
+        subsequent_indent=spaces,
+        break_long_words=False,
+        break_on_hyphens=False,  # options and file names stay whole
+    )
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,10 +8,8 @@ import select
 import signal
 import sys
 import termios
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from shutil import get_terminal_size
 from types import FrameType, ModuleType
 from typing import NamedTuple, TextIO
 
@@ -37,19 +35,6 @@ def note(text: str, style: str = DIM) -> None:
     if is_styled(sys.stderr):
         text = f"{style}{text}{_RESET}"
     print(text, file=sys.stderr, flush=True)
-
-
-def wrapped(text: str, indent: int = 0) -> str:
-    """Return `text` wrapped at the width of the terminal; later lines are indented."""
-    width = max(get_terminal_size().columns - 1, 20)
-    spaces = " " * min(indent, width // 2)
-    return textwrap.fill(
-        text,
-        width,
-        subsequent_indent=spaces,
-        break_long_words=False,
-        break_on_hyphens=False,  # options and file names stay whole
-    )
 
 
 class Interrupts:
