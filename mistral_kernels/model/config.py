@@ -142,6 +142,14 @@ class MistralConfig:
         return tuple(windows[i % len(windows)] for i in range(self.num_hidden_layers))
 
     @property
+    def default_length(self) -> int:
+        """Default maximum length of a sequence: `max_position_embeddings`, at most 32,768 tokens.
+
+        The cache of a layer without a window is allocated for the whole length at once.
+        """
+        return min(self.max_position_embeddings, 32768)
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text."""
         if self.eos_token_id is None:

@@ -64,8 +64,7 @@ class Conversation:
         self.system = system
         self.dropped = 0
         self._removed: list[dict[str, str]] = []
-        # A layer without a window allocates memory for the whole conversation at once.
-        self.max_length = max_length or min(model.config.max_position_embeddings, 32768)
+        self.max_length = max_length or model.config.default_length
         self._cache = model.new_cache(1, self.max_length)
         # Token ids of the cache; [] if they are not certain, after an interrupt.
         self._cached: list[int] = []

@@ -13,12 +13,6 @@ from mistral_kernels.ops.cross_entropy import linear_cross_entropy
 from mistral_kernels.training.corpus import Corpus
 
 _TOKENS = 2048  # maximum number per forward pass
-_LONGEST = 32768  # limit of the default length: a cache without a window grows with the length
-
-
-def default_seqlen(model: MistralForCausalLM) -> int:
-    """Return the default length of a sequence: the model's maximum, at most 32,768 tokens."""
-    return min(model.config.max_position_embeddings, _LONGEST)
 
 
 @torch.inference_mode()

@@ -28,7 +28,6 @@ from mistral_kernels.model.transformer import MistralForCausalLM
 from mistral_kernels.training.corpus import Corpus, read_texts, split_held_out, train_tokenizer
 from mistral_kernels.training.evaluation import (
     bits_per_byte,
-    default_seqlen,
     perplexity,
     text_loss,
 )
@@ -221,7 +220,7 @@ def evaluate_on_texts(
         source: folder or hub id of the checkpoint and its tokenizer.
         device: device of the model.
         dtype: data type of the weights; None: as stored.
-        seqlen: largest number of tokens per sequence; None: see `default_seqlen`.
+        seqlen: largest number of tokens per sequence; None: `MistralConfig.default_length`.
 
     Raises:
         ValueError: a text is invalid, or the loss is not finite.
@@ -234,7 +233,7 @@ def evaluate_on_texts(
     corpus = Corpus(text, folder)
     _check_vocabulary(config, corpus)
     model = MistralForCausalLM.from_pretrained(folder, dtype=dtype, device=device)
-    seqlen = seqlen or default_seqlen(model)
+    seqlen = seqlen or config.default_length
     print(paragraphs, f"sequences of at most {seqlen:,} tokens", sep="\n", file=sys.stderr)
     loss = text_loss(model, corpus, seqlen)
     if not math.isfinite(loss):
