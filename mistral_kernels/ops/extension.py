@@ -200,11 +200,11 @@ def _open(device_type: str, library: Path) -> _Library:
 
 def _choose_instruction_set() -> str:
     operators = torch.ops.mistral_kernels
-    compiled = operators.instruction_sets().split()
-    chosen = [name for name in _instruction_sets("cpu") if name in compiled]
+    compiled, wanted = operators.instruction_sets().split(), _instruction_sets("cpu")
+    chosen = [name for name in wanted if name in compiled]
     if not chosen:
         names = ", ".join(compiled) or "none of this processor's instruction sets"
-        raise BuildError(f"the library has kernels for {names}, not for {_instruction_sets('cpu')}")
+        raise BuildError(f"the library has kernels for {names}, not for {wanted}")
     operators.use_instruction_set(chosen[0])
     return chosen[0]
 
