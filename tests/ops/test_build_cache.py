@@ -23,12 +23,12 @@ from support.builds import (
     finish,
     libraries,
     needs_compiler,
+    settings,
     start,
 )
 
 from mistral_kernels.ops import build_cache, compiler, extension
 from mistral_kernels.ops.compiler import BuildError, checksum_file
-from mistral_kernels.ops.extension import CPU_VARIABLE
 
 
 @pytest.fixture(scope="module")
@@ -468,11 +468,10 @@ def test_damaged_libraries_are_rebuilt(tmp_path: Path, cxx: str) -> None:
     (library,) = libraries(tmp_path)
     generator = random.Random(random.getrandbits(32))
     errors = tmp_path / "errors"
-    inherited = {name: value for name, value in os.environ.items() if name != CPU_VARIABLE}
     with errors.open("w") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-c", FORKING],
-            env={**inherited, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": cxx},
+            env=settings(tmp_path, CXX=cxx),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

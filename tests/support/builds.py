@@ -24,15 +24,23 @@ print(extension.load("cpu"), extension.status("cpu"), sep="\\n")
 """
 
 
+def settings(cache: Path, **environment: str) -> dict[str, str]:
+    """Return the environment of a process with its own build cache.
+
+    Its library is for the best instruction set only, unlike that of the tests.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != CPU_VARIABLE}
+    own = {"TORCH_EXTENSIONS_DIR": str(cache), BUILD_VARIABLE: "auto"}
+    return {**inherited, **own, **environment}
+
+
 def start(
     cache: Path, code: str = STATUS, cwd: Path | None = None, **environment: str
 ) -> subprocess.Popen[str]:
-    settings = {"TORCH_EXTENSIONS_DIR": str(cache), BUILD_VARIABLE: "auto", **environment}
-    inherited = {name: value for name, value in os.environ.items() if name != CPU_VARIABLE}
     return subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=cwd,
-        env={**inherited, **settings},
+        env=settings(cache, **environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

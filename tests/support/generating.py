@@ -25,7 +25,9 @@ def transformers_model(model: MistralForCausalLM) -> Any:
         **model.config.to_hf("float32"), attn_implementation="eager"
     )
     theirs = transformers.MistralForCausalLM(config).eval()
-    theirs.load_state_dict(model.state_dict())
+    loaded = theirs.load_state_dict(model.state_dict())
+    assert not loaded.missing_keys
+    assert not loaded.unexpected_keys
     return theirs
 
 

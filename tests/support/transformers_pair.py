@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mistral_kernels import MistralConfig, MistralForCausalLM
+from support.generating import transformers_model
 
-transformers = pytest.importorskip("transformers", reason="transformers, the oracle, is absent")
+pytest.importorskip("transformers", reason="transformers, the oracle, is absent")
 
 VOCAB = 331
 # (query heads, kv heads, head_dim, hidden_size); heads * head_dim is not always hidden_size.
@@ -40,17 +41,7 @@ def make_pair(
         for weight in ours.parameters():
             # Large weights, so that attention is far from uniform; norm weights differ from 1.
             weight.copy_(torch.randn_like(weight) * (0.1 if weight.ndim == 2 else 0.3) + 0.02)
-    return ours.to(dtype).eval(), transformers_model(ours, dtype)
-
-
-def transformers_model(ours: MistralForCausalLM, dtype: torch.dtype) -> Any:
-    fields = ours.config.to_hf("float32")
-    config = transformers.MistralConfig(**fields, attn_implementation="eager")
-    theirs = transformers.MistralForCausalLM(config)
-    missing = theirs.load_state_dict(ours.state_dict())
-    assert not missing.missing_keys
-    assert not missing.unexpected_keys
-    return theirs.to(dtype).eval()
+    return ours.to(dtype).eval(), transformers_model(ours).to(dtype)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
