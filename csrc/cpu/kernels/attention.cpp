@@ -1,56 +1,18 @@
 // Flash attention (arXiv:2205.14135) for a CPU. The query heads of a kv head are rows of one query
 // block, so that a block of keys and values is reused from the CPU cache for all of them. Key
 // blocks outside the window are skipped.
-//
-// Matrix products work on units of 32 bits: a float32 or, with AVX-512 BF16, a pair of bfloat16.
-// One instruction multiplies a unit with a vector of units. The left matrix is stored in rows. The
-// right matrix is stored in tiles of kCols columns; within a tile, the kCols units of one step of
-// the inner dimension are contiguous.
 #include "attention.h"
 
-#include "vector.h"
+#include "products.h"
 
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
-// Size of the accumulator tile in registers: rows, and vectors per row.
-constexpr int kRows = 6;
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kVecs = 4;
-#else
-constexpr int kVecs = 2;
-#endif
-constexpr int kCols = kVecs * kLanes;
 constexpr int kBlockRows = 8 * kRows;  // or the number of query heads per kv head, if larger
 constexpr int kMaxHeadDim = 256;
 
 static_assert(kKeyBlock % kCols == 0, "kKeyBlock must be a multiple of kCols");
 
-// The unit of a product: one float32.
-struct SingleUnit {
-  using Number = float;
-  static constexpr int kWidth = 1;  // numbers per unit
-
-  static INLINE Vec multiply_add(const Number* a, Vec b, Vec sum) { return fma(splat(*a), b, sum); }
-  static INLINE Vec exponential(Vec x) { return exp(x); }
-};
-
-#if defined(__AVX512BF16__)
-// The unit of a product: a pair of bfloat16.
-struct PairUnit {
-  using Number = BFloat16;
-  static constexpr int kWidth = 2;
-
-  static INLINE Vec multiply_add(const Number* a, Vec b, Vec sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(load_as<int32_t>(a)), (__m512bh)b);
-  }
-  static INLINE Vec exponential(Vec x) { return rough_exp(x); }
-};
-#else
-using PairUnit = SingleUnit;
-#endif
-
-INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }
@@ -86,58 +48,6 @@ struct Layout {
             key_blocks, query_blocks};
   }
 };
-
-// c = a b, or c += a b if `accumulate`, for kR rows and the columns of one tile.
-template <int kR, typename Unit, typename Number = typename Unit::Number>
-void multiply_rows(const Number* a, int64_t a_stride, const Number* b, int steps, float* c,
-                   int64_t c_stride, bool accumulate) {
-  Vec sums[kR][kVecs];
-  for (int r = 0; r < kR; ++r) {
-    for (int i = 0; i < kVecs; ++i) {
-      sums[r][i] = accumulate ? load(c + r * c_stride + i * kLanes) : Vec{};
-    }
-  }
-  for (int step = 0; step < steps; ++step) {
-    Vec factors[kVecs];
-    for (int i = 0; i < kVecs; ++i) factors[i] = load_as<Vec>(b + i * kLanes * Unit::kWidth);
-    for (int r = 0; r < kR; ++r) {
-      for (int i = 0; i < kVecs; ++i) {
-        sums[r][i] = Unit::multiply_add(a + r * a_stride, factors[i], sums[r][i]);
-      }
-    }
-    a += Unit::kWidth;
-    b += kCols * Unit::kWidth;
-  }
-  for (int r = 0; r < kR; ++r) {
-    for (int i = 0; i < kVecs; ++i) store(c + r * c_stride + i * kLanes, sums[r][i]);
-  }
-}
-
-// The same for any number of rows.
-template <typename Unit, typename Number = typename Unit::Number>
-void multiply(const Number* a, int64_t a_stride, int rows, const Number* b, int steps, float* c,
-              int64_t c_stride, bool accumulate) {
-  for (; rows >= kRows; rows -= kRows) {
-    multiply_rows<kRows, Unit>(a, a_stride, b, steps, c, c_stride, accumulate);
-    a += kRows * a_stride;
-    c += kRows * c_stride;
-  }
-  const auto rest = rows == 5   ? multiply_rows<5, Unit>
-                    : rows == 4 ? multiply_rows<4, Unit>
-                    : rows == 3 ? multiply_rows<3, Unit>
-                    : rows == 2 ? multiply_rows<2, Unit>
-                                : multiply_rows<1, Unit>;
-  if (rows) rest(a, a_stride, b, steps, c, c_stride, accumulate);
-}
-
-// Converts one head of a token and pads it with zeros up to `size`.
-template <typename T, typename Number>
-INLINE void convert(const T* from, int head_dim, Number* to, int size) {
-  for_each_vector(head_dim, [&](int64_t i, int count) {
-    store(to + i, load(from + i, count), count);
-  });
-  for (int i = head_dim; i < size; ++i) to[i] = Number{};
-}
 
 // Packs a block of keys as units [tile][step of head_dim][key], followed by its values as units
 // [tile][step of keys][channel].
@@ -276,10 +186,6 @@ void attend_block(const Attention& a, const Layout<Unit>& layout, char* scratch,
     }
   }
 }
-
-INLINE SingleUnit unit_of(float) { return {}; }
-INLINE SingleUnit unit_of(Half) { return {}; }
-INLINE PairUnit unit_of(BFloat16) { return {}; }
 
 // Returns body(number, unit), called with values of the types for this dtype.
 template <typename Body>

@@ -1,0 +1,107 @@
+// Products of a small left matrix with a packed right matrix, the main work of attention and of
+// linear layers with many rows.
+//
+// Products work on units of 32 bits: a float32 or, with AVX-512 BF16, a pair of bfloat16. One
+// instruction multiplies a unit with a vector of units. The left matrix is stored in rows. The right
+// matrix is stored in tiles of kCols columns; within a tile, the kCols units of one step of the inner
+// dimension are contiguous.
+#pragma once
+
+#include "vector.h"
+
+namespace kernels::INSTRUCTION_SET {
+namespace {
+
+// Size of the accumulator tile in registers: rows, and vectors per row.
+constexpr int kRows = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kVecs = 4;
+#else
+constexpr int kVecs = 2;
+#endif
+constexpr int kCols = kVecs * kLanes;
+
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The unit of a product: one float32.
+struct SingleUnit {
+  using Number = float;
+  static constexpr int kWidth = 1;  // numbers per unit
+
+  static INLINE Vec multiply_add(const Number* a, Vec b, Vec sum) { return fma(splat(*a), b, sum); }
+  static INLINE Vec exponential(Vec x) { return exp(x); }
+};
+
+#if defined(__AVX512BF16__)
+// The unit of a product: a pair of bfloat16.
+struct PairUnit {
+  using Number = BFloat16;
+  static constexpr int kWidth = 2;
+
+  static INLINE Vec multiply_add(const Number* a, Vec b, Vec sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(load_as<int32_t>(a)), (__m512bh)b);
+  }
+  static INLINE Vec exponential(Vec x) { return rough_exp(x); }
+};
+#else
+using PairUnit = SingleUnit;
+#endif
+
+INLINE SingleUnit unit_of(float) { return {}; }
+INLINE SingleUnit unit_of(Half) { return {}; }
+INLINE PairUnit unit_of(BFloat16) { return {}; }
+
+// c = a b, or c += a b if `accumulate`, for kR rows and the columns of one tile.
+template <int kR, typename Unit, typename Number = typename Unit::Number>
+void multiply_rows(const Number* a, int64_t a_stride, const Number* b, int steps, float* c,
+                   int64_t c_stride, bool accumulate) {
+  Vec sums[kR][kVecs];
+  for (int r = 0; r < kR; ++r) {
+    for (int i = 0; i < kVecs; ++i) {
+      sums[r][i] = accumulate ? load(c + r * c_stride + i * kLanes) : Vec{};
+    }
+  }
+  for (int step = 0; step < steps; ++step) {
+    Vec factors[kVecs];
+    for (int i = 0; i < kVecs; ++i) factors[i] = load_as<Vec>(b + i * kLanes * Unit::kWidth);
+    for (int r = 0; r < kR; ++r) {
+      for (int i = 0; i < kVecs; ++i) {
+        sums[r][i] = Unit::multiply_add(a + r * a_stride, factors[i], sums[r][i]);
+      }
+    }
+    a += Unit::kWidth;
+    b += kCols * Unit::kWidth;
+  }
+  for (int r = 0; r < kR; ++r) {
+    for (int i = 0; i < kVecs; ++i) store(c + r * c_stride + i * kLanes, sums[r][i]);
+  }
+}
+
+// The same for any number of rows.
+template <typename Unit, typename Number = typename Unit::Number>
+void multiply(const Number* a, int64_t a_stride, int rows, const Number* b, int steps, float* c,
+              int64_t c_stride, bool accumulate) {
+  for (; rows >= kRows; rows -= kRows) {
+    multiply_rows<kRows, Unit>(a, a_stride, b, steps, c, c_stride, accumulate);
+    a += kRows * a_stride;
+    c += kRows * c_stride;
+  }
+  const auto rest = rows == 5   ? multiply_rows<5, Unit>
+                    : rows == 4 ? multiply_rows<4, Unit>
+                    : rows == 3 ? multiply_rows<3, Unit>
+                    : rows == 2 ? multiply_rows<2, Unit>
+                                : multiply_rows<1, Unit>;
+  if (rows) rest(a, a_stride, b, steps, c, c_stride, accumulate);
+}
+
+// Converts one head of a token and pads it with zeros up to `size`.
+template <typename T, typename Number>
+INLINE void convert(const T* from, int head_dim, Number* to, int size) {
+  for_each_vector(head_dim, [&](int64_t i, int count) {
+    store(to + i, load(from + i, count), count);
+  });
+  for (int i = head_dim; i < size; ++i) to[i] = Number{};
+}
+
+}  // namespace
+}  // namespace kernels::INSTRUCTION_SET
