@@ -8,9 +8,9 @@ e is the label smoothing. The result is the mean or the sum over tokens, in nats
 
 When a model of 7B parameters is trained, its logits (tokens x vocabulary) are larger than any other
 tensor. Here the logits exist for one chunk of tokens at a time. The gradients of the chunk are also
-computed in the forward pass, as soon as its logits exist (as in arXiv:2410.10989). PyTorch computes
-the matrix products. One kernel (Triton or csrc) overwrites the logits with their gradient: it reads
-each row of logits twice and writes the row once.
+computed in the forward pass, as soon as its logits exist (as in arXiv:2410.10989). `ops.matmul`
+computes the matrix products. One kernel (Triton or csrc) overwrites the logits with their gradient:
+it reads each row of logits twice and writes the row once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from mistral_kernels.ops import launch_configs
 from mistral_kernels.ops.checks import (
     can_read,
     check_dtype,
-    check_float,
     check_same_dtype,
     check_shape,
     check_softcap,
@@ -36,6 +35,7 @@ from mistral_kernels.ops.checks import (
 from mistral_kernels.ops.device_functions import tanh
 from mistral_kernels.ops.dispatch import device_guard
 from mistral_kernels.ops.lazy_triton import jit
+from mistral_kernels.ops.matmul import add_product, multiply
 from mistral_kernels.ops.operator import (
     Function,
     Operator,
@@ -51,9 +51,6 @@ if TYPE_CHECKING:
 # Elements of the logits of one chunk: 32 MiB of float32 on a CPU. Chunks are larger on a GPU
 # because the products of every chunk read the whole weight.
 _CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 25}
-# If dweight is accumulated in float32, the dweight of a chunk is computed in blocks of this number
-# of elements. On a CPU a block stays in the cache until it is added.
-_PRODUCT_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
 @jit
@@ -207,27 +204,6 @@ _softmax_op = Operator(
 )
 
 
-def _check_accumulate(total: Tensor, x: Tensor) -> None:
-    check_shape("x", x, total.shape)
-    check_float("x", x)
-    check_writable("total", total)
-
-
-def _accumulate_torch(total: Tensor, x: Tensor) -> None:
-    total.add_(x)
-
-
-# total += x, where total has a wider dtype. PyTorch's `add_` would first convert a copy of x.
-_accumulate_op = Operator(
-    "accumulate_",
-    "(Tensor(a!) total, Tensor x) -> ()",
-    fake=lambda *args: None,
-    check=_check_accumulate,
-    torch=_accumulate_torch,
-    csrc=("cpu",),
-)
-
-
 Outputs = tuple[Tensor, Tensor, Tensor]  # loss, dhidden, dweight; `absent` if not computed
 
 
@@ -266,27 +242,16 @@ def _forward(
     for start in range(0, num_tokens, rows):
         chunk = slice(start, start + rows)
         inputs = hidden[chunk]
-        z = torch.mm(inputs, weight.mT, out=logits[: len(inputs)])
+        z = multiply(logits[: len(inputs)], inputs, weight.mT)
         needs_dlogits = needs_dhidden or needs_dweight
         total += _softmax_op(z, targets[chunk], scale, *options, needs_dlogits).sum()
         if dhidden is not None:
-            torch.mm(z, weight, out=dhidden[chunk])
-        if dweight is not None and dweight is dweight_out:
-            dweight.addmm_(z.mT, inputs)
-        elif dweight is not None:
-            _add_product(dweight, z.mT, inputs)
+            multiply(dhidden[chunk], z, weight)
+        if dweight is not None:
+            add_product(dweight, z.mT, inputs)
     if dweight_out is not None and dweight is not None and dweight is not dweight_out:
         dweight_out.copy_(dweight)
     return total * scale, *outputs[1:]
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to `total`, which has a wider dtype."""
-    rows = max(1, _PRODUCT_ELEMENTS[total.device.type] // max(1, total.shape[1]))
-    product = b.new_empty(min(rows, len(total)), total.shape[1])
-    for start in range(0, len(total), rows):
-        block = total[start : start + rows]
-        _accumulate_op(block, torch.mm(a[start : start + rows], b, out=product[: len(block)]))
 
 
 def _empty_outputs(hidden: Tensor, weight: Tensor, *args: Any) -> Outputs:

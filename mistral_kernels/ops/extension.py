@@ -49,6 +49,7 @@ BUILD_COMMAND = "python -m mistral_kernels build"
 class _Library(NamedTuple):
     is_loaded: bool
     status: str
+    instruction_set: str = ""  # of the CPU kernels
 
 
 _libraries: dict[str, _Library] = {}
@@ -80,6 +81,12 @@ def supports(x: torch.Tensor) -> bool:
     """Return whether csrc's CPU library supports `x` and can be loaded. Load it if it does."""
     supported = x.is_cpu and x.dtype != torch.float64 and dispatch.uses_csrc("cpu")
     return supported and load("cpu")
+
+
+def instruction_set() -> str:
+    """Return the instruction set of the loaded CPU kernels; empty if no library is loaded."""
+    library = _libraries.get("cpu")
+    return library.instruction_set if library else ""
 
 
 def apply_backend_setting() -> None:
@@ -192,10 +199,10 @@ def _open(device_type: str, library: Path) -> _Library:
     if not hasattr(torch.ops.mistral_kernels, f"enable_{device_type}"):
         raise BuildError(f"{library} cannot be loaded: it does not define the operators")
     _enable_if_chosen(device_type)
-    status = f"loaded from {library}"
-    if device_type == "cpu":
-        status += f", kernels for {_choose_instruction_set()}"
-    return _Library(True, status)
+    if device_type != "cpu":
+        return _Library(True, f"loaded from {library}")
+    name = _choose_instruction_set()
+    return _Library(True, f"loaded from {library}, kernels for {name}", name)
 
 
 def _choose_instruction_set() -> str:

@@ -7,11 +7,11 @@ quantization is symmetric: the largest magnitude of a row becomes 127, as in LLM
 not offered: a product of 8 rows would take 1.15 times as long (measured with AVX-512 BF16), which
 is longer than with a bfloat16 weight.
 
-All dtypes of x represent int8 exactly. csrc's kernel multiplies in the same order as the kernel of
-`ops.linear`, then scales the float32 sums. A row's result therefore has the same bits in any batch
-of up to `_KERNEL_ROWS` rows. PyTorch multiplies larger batches: it converts one block of the weight
-at a time to the dtype of x. If csrc's library is absent, PyTorch computes all products, which is
-slower than with an unquantized weight.
+All dtypes of x represent int8 exactly. csrc's kernel for few rows multiplies in the same order as
+the kernel of `ops.linear`, then scales the float32 sums. A row's result therefore has the same bits
+in any batch of up to 32 rows. `ops.matmul` multiplies more rows. Where PyTorch multiplies faster,
+it converts one block of the weight at a time to the dtype of x. If csrc's library is absent,
+PyTorch computes all products, which is slower than with an unquantized weight.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mistral_kernels.ops.checks import check_dtype, check_shape
-from mistral_kernels.ops.linear import check_shapes
+from mistral_kernels.ops.linear import KERNEL_ROWS, check_shapes
+from mistral_kernels.ops.matmul import kernel_multiplies, multiply
 from mistral_kernels.ops.operator import Operator
 
-# Largest number of rows of x for the kernel. On Zen 4 (AVX-512 BF16), the kernel is faster than
-# PyTorch up to 256 rows. On other processors PyTorch may be faster.
+# Largest number of rows of x for the kernel for few rows, where PyTorch multiplies more rows. On
+# Zen 4 (AVX-512 BF16), the kernel is faster than PyTorch up to 256 rows.
 _KERNEL_ROWS = 128
 _BLOCK = 1 << 20  # elements of the weight that are converted at a time; they fit in a cache
 
@@ -113,6 +114,10 @@ def linear_int8(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
             "x must not require a gradient for an int8 weight, got requires_grad=True; use "
             "torch.no_grad(), or an unquantized weight for training"
         )
+    compiling = torch.compiler.is_compiling()
+    if not compiling and x.ndim and x.shape[0] > KERNEL_ROWS and kernel_multiplies(x):
+        _check(x, weight, scales)
+        return multiply(_empty_output(x, weight, scales), x, weight.mT, scales)
     if x.ndim and x.shape[0] > _KERNEL_ROWS:
         _check(x, weight, scales)
         return _linear_torch(x, weight, scales)

@@ -9,6 +9,8 @@ from support.helpers import FLOATS, assert_as_accurate
 from torch import Tensor
 
 from mistral_kernels.ops import linear_int8 as op
+from mistral_kernels.ops import matmul
+from mistral_kernels.ops.linear import KERNEL_ROWS
 from mistral_kernels.ops.linear_int8 import linear_int8, quantize_int8
 
 
@@ -123,12 +125,15 @@ def test_quantization_requires_a_floating_point_matrix(weight):
         quantize_int8(weight)
 
 
+@pytest.mark.parametrize("torch_is_fast", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_few_rows_and_many(dtype, kernel_rows, monkeypatch):
-    """The kernel computes few rows; PyTorch computes more, one block of the weight at a time."""
+def test_few_rows_and_many(dtype, torch_is_fast, kernel_rows, monkeypatch):
+    """One kernel computes few rows. Another one, or PyTorch block by block, computes more."""
     monkeypatch.setattr(op, "_BLOCK", 1000)
+    dtypes = {dtype} if torch_is_fast else set()
+    monkeypatch.setattr(matmul, "multiplied_by_torch", lambda name: dtypes)
     weight, scales = make_weight(67, 48)
-    limit = op._KERNEL_ROWS
+    limit = op._KERNEL_ROWS if torch_is_fast else KERNEL_ROWS
     x = torch.randn(limit + 1, 48).to(dtype)
     few, many = (linear_int8(x[:rows], weight, scales) for rows in (limit, limit + 1))
     assert kernel_rows == [limit]

@@ -210,6 +210,16 @@ def cross_entropy(dtype: torch.dtype) -> Arguments:
     return [*tensors, -100, 0.1, 1e-3, 5.0, random.random() < 0.5]
 
 
+def matmul(dtype: torch.dtype) -> Arguments:
+    rows, inner, cols = random.choice(((40, 24, 19), (3, 300, 70)))
+    wide = dtype if random.random() < 0.5 else torch.promote_types(dtype, torch.float32)
+    b, scales = floats(inner, cols, dtype=dtype), None
+    if random.random() < 0.3:
+        b, scales = torch.randint(-127, 127, (inner, cols), dtype=torch.int8), torch.rand(cols)
+    c = floats(rows, cols, dtype=wide)
+    return [c, floats(rows, inner, dtype=dtype), b, scales, random.random() < 0.5]
+
+
 def accumulate(dtype: torch.dtype) -> Arguments:
     return [floats(3, 7), floats(3, 7, dtype=dtype)]
 

@@ -375,6 +375,20 @@ def cross_entropy(logits, targets, scale, ignore_index, smoothing, z_loss, softc
     return None, None
 
 
+def matmul(c, a, b, scales, accumulate):
+    require_like(a)
+    require(a.ndim == b.ndim == 2, a.shape[1] == b.shape[0], b.is_cpu, c.is_cpu)
+    require(c.shape == (len(a), b.shape[1]))
+    require(c.dtype in (a.dtype, torch.promote_types(a.dtype, torch.float32)))
+    require(c.shape[1] <= 1 or c.stride(1) == 1, 0 not in c.stride() or c.numel() <= 1)
+    require(b.dtype == (a.dtype if scales is None else torch.int8))
+    factors = 1
+    if scales is not None:
+        require(scales.dtype == torch.float32, scales.shape == b.shape[1:], scales.is_cpu)
+        factors = scales.double()
+    return (a.double() @ b.double() * factors + (c.double() if accumulate else 0),)
+
+
 def accumulate(total, x):
     require_like(x)
     require(total.shape == x.shape, total.dtype in FLOATS, total.is_cpu)

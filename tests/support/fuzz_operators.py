@@ -69,6 +69,7 @@ OPERATORS: dict[str, tuple[Callable[..., Any], ...]] = {
         ("linear_int8", 0, exact.linear_int8, valid.linear_int8),
         ("cross_entropy_", 1, exact.cross_entropy, valid.cross_entropy),
         ("accumulate_", 1, exact.accumulate, valid.accumulate),
+        ("matmul_", 1, exact.matmul, valid.matmul),
         ("swiglu_forward", 0, exact.swiglu, valid.swiglu),
         ("swiglu_backward", 0, exact.swiglu_backward, valid.swiglu_backward),
         ("linear_cross_entropy", 0, exact.linear_cross_entropy, valid.linear_cross_entropy),
