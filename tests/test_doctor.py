@@ -28,6 +28,7 @@ def test_report_names_versions_devices_and_backends(
     gpu = r"^cuda:0 +.+, compute capability \d+\.\d+" if torch.cuda.is_available() else "^gpu +none"
     assert re.search(gpu, out, re.M)
     assert re.search(r"^csrc +cpu: (loaded from .+, kernels for \w+|not loaded: .+)$", out, re.M)
+    assert re.search(r"^products +cpu, many rows: .* by (csrc|PyTorch)", out, re.M)
 
 
 def test_report_names_a_forced_backend(

@@ -20,7 +20,8 @@ import mistral_kernels as mk
 from mistral_kernels.cli.command import Parser, run, write_out
 from mistral_kernels.ops import extension, reference
 from mistral_kernels.ops.compiler import DEVICE_TYPES
-from mistral_kernels.ops.dispatch import choose_backend
+from mistral_kernels.ops.dispatch import choose_backend, uses_csrc
+from mistral_kernels.ops.matmul import multiplied_by_torch
 
 _EXTRAS = {"chat": ("mistral_common",), "hf": ("huggingface_hub", "tokenizers", "transformers")}
 
@@ -61,6 +62,21 @@ def report() -> Iterator[str]:
         yield f"backend         {device}: {backend.name} ({backend.reason})"
     for device in DEVICE_TYPES:
         yield f"csrc            {device}: {extension.status(device)}"
+    yield f"products        cpu, many rows: {_products()}"
+
+
+def _products() -> str:
+    """Describe which implementation multiplies matrices of which dtype on the CPU."""
+    instruction_set = extension.instruction_set()
+    if not instruction_set or not uses_csrc("cpu"):
+        return "all by PyTorch, since no kernels of csrc are loaded"
+    fast = multiplied_by_torch(instruction_set)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    names = {
+        by: ", ".join(str(x).removeprefix("torch.") for x in dtypes if (x in fast) == is_fast)
+        for by, is_fast in (("csrc", False), ("PyTorch", True))
+    }
+    return "; ".join(f"{text} by {by}" for by, text in names.items() if text)
 
 
 def _installed(package: str) -> str | None:
