@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "providers": {"metavar": "A,B", "help": "providers (default: all that run)"},
     "shapes": {"choices": list(SHAPES), "help": "default: gpu where there is one, else cpu"},
     "dtype": {
-        "choices": ["bfloat16", "float32"],
+        "choices": ["bfloat16", "float16", "float32"],
         "help": "default: bfloat16, except for products on a CPU without instructions for it",
     },
     "device": {"choices": ["cpu", "cuda", "meta"], "help": "meta: run every case, time nothing"},
@@ -96,24 +96,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     pairs = [
         pytest.param(case, provider, id=f"{case}-{provider}")
         for case in (operator.cases.get(options.shapes, ()) if operator.name in options.op else ())
-        if case.dtype == chosen_dtype(operator, case, options.dtype, options.shapes)
+        if is_chosen(operator, case, options.dtype, options.shapes)
         for provider in operator.providers
         if provider in options.providers
     ]
     metafunc.parametrize(("case", "provider"), pairs)
 
 
-def chosen_dtype(operator: Operator, case: Case, given: str | None, shapes: str) -> torch.dtype:
-    """Return the given dtype, or bfloat16 except where products in it would be slower.
+def is_chosen(operator: Operator, case: Case, given: str | None, shapes: str) -> bool:
+    """Return whether a case has the given dtype, or by default bfloat16.
 
-    On a CPU without instructions for bfloat16, PyTorch's products take 5 to 40 times the time of
-    those in float32.
+    On a CPU without instructions for bfloat16, products are timed in float32, because PyTorch's
+    bfloat16 products take 5 to 40 times as long. Some cases are timed in every dtype there.
     """
     if given is not None:
-        dtype: torch.dtype = getattr(torch, given)
-        return dtype
-    slow = shapes != "gpu" and operator.bound_of(case) == "FLOP" and not results.has_bf16_products()
-    return torch.float32 if slow else torch.bfloat16
+        return case.dtype == getattr(torch, given)
+    if shapes == "gpu" or operator.bound_of(case) == "byte" or results.has_bf16_products():
+        return case.dtype == torch.bfloat16
+    return case.dtype == torch.float32 or operator.compares_dtypes(case)
 
 
 class ReplayedClock:

@@ -55,7 +55,8 @@ def write_gguf(path: Path, config: MistralConfig, weights: Mapping[str, Tensor])
             halves = x.contiguous().view(torch.uint16).numpy().view("uint8")
             writer.add_tensor(name, halves, raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:
-            writer.add_tensor(name, x.float().numpy())
+            halves = x.ndim == 2 and x.dtype == torch.float16
+            writer.add_tensor(name, (x if halves else x.float()).contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -92,7 +92,7 @@ def table(
     lines = [f"| {head} | dtype | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
     for _, group in group_by(rows, lambda row: row.key[:-1]):
         cells = {row.provider: cell(row) for row in group}
-        dtype = group[0].dtype.replace("bfloat16", "bf16").replace("float32", "fp32")
+        dtype = group[0].dtype.replace("bfloat", "bf").replace("float", "fp")
         lines.append(
             f"| {describe(group[0])} | {dtype} | "
             + " | ".join(cells.get(name, "") for name in columns)

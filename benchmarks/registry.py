@@ -123,6 +123,10 @@ class Operator:
     def bound_of(self, case: Case) -> str:
         return self.bound
 
+    def compares_dtypes(self, case: Case) -> bool:
+        """Return whether a case is timed in every dtype; see `conftest.is_chosen`."""
+        return False
+
     def flops(self, case: Case) -> float:
         """Return the FLOPs of the matrix products that the result requires."""
         raise NotImplementedError

@@ -171,7 +171,14 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "CPU")
+    fields = dict(map(str.strip, line.partition(":")[::2]) for line in reversed(lines))
+    name = fields.get("model name", "CPU")
+    numbers = [
+        f"{x} {fields[key]}"
+        for x, key in (("family", "cpu family"), ("model", "model"))
+        if key in fields
+    ]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 def _output(*command: str) -> str:
