@@ -19,7 +19,7 @@ void run(Attention a) {
   const Buffer packed(sizes.packed_bytes);
   a.packed = packed.data();
   const auto pack = KERNEL(pack_keys);
-  torch::stable::parallel_for(0, kv_heads * sizes.key_blocks, 8,
+  torch::stable::parallel_for(0, kv_heads * sizes.key_blocks, 2,
                               [&](int64_t begin, int64_t end) { pack(a, begin, end); });
   const auto attend = KERNEL(attend);
   torch::stable::parallel_for(0, kv_heads * sizes.query_blocks, 1, [&](int64_t begin, int64_t end) {
@@ -57,6 +57,14 @@ const int32_t* checked_offsets(const Tensor& cu_seqlens, int64_t tokens, int64_t
   return offsets;
 }
 
+// Returns ALiBi's slopes, (heads,) or (sequences, heads), as a contiguous tensor.
+Tensor slopes_of(const Tensor& x, int64_t sequences, int64_t heads) {
+  const int64_t dim = x.dim();
+  require(is_on_cpu(x, ScalarType::Float) && (dim == 1 || dim == 2) && x.size(dim - 1) == heads);
+  require(dim == 1 || x.size(0) == sequences);
+  return as_contiguous(x);
+}
+
 // Runs each sequence separately. Tokens after the last sequence get an output of 0 and a
 // log-sum-exp of -inf.
 void run_packed(const Attention& a, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
@@ -73,6 +81,7 @@ void run_packed(const Attention& a, const Tensor& cu_seqlens_q, const Tensor& cu
     one.k = from_token(a.k, ends_k[i], a.dtype);
     one.v = from_token(a.v, ends_k[i], a.dtype);
     if (a.lse) one.lse = a.lse + ends_q[i];
+    if (a.slopes) one.slopes = a.slopes + i * a.slope_stride;
     run(one);
   }
   const int64_t end = ends_q[batch], rest = a.seqlen_q - end;
@@ -87,7 +96,8 @@ void run_packed(const Attention& a, const Tensor& cu_seqlens_q, const Tensor& cu
 TwoTensors forward(const Tensor& q, const Tensor& k, const Tensor& v,
                    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                    int64_t max_seqlen_q, int64_t max_seqlen_k, std::optional<double> softmax_scale,
-                   int64_t window_left, int64_t window_right, double softcap, bool return_lse) {
+                   int64_t window_left, int64_t window_right, double softcap,
+                   const OptionalTensor& alibi_slopes, bool return_lse) {
   const bool packed = cu_seqlens_q.has_value();
   const int64_t dim = packed ? 3 : 4;
   for (const Tensor* x : {&q, &k, &v}) {
@@ -115,6 +125,13 @@ TwoTensors forward(const Tensor& q, const Tensor& k, const Tensor& v,
   a.q = heads_of(queries);
   a.k = heads_of(keys);
   a.v = heads_of(values);
+  OptionalTensor slopes;
+  if (alibi_slopes) {
+    const int64_t sequences = packed ? cu_seqlens_q->numel() - 1 : a.batch;
+    slopes = slopes_of(*alibi_slopes, sequences, heads);
+    a.slopes = static_cast<const float*>(slopes->data_ptr());
+    a.slope_stride = slopes->dim() == 2 ? heads : 0;
+  }
   Tensor out = new_like(q);
   a.out = heads_of(out);
   std::vector<int64_t> lse_sizes{heads, a.seqlen_q};
@@ -143,9 +160,8 @@ TwoTensors attention_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                              int64_t window_right, double softcap,
                              const OptionalTensor& alibi_slopes, bool return_lse) {
   const auto run = [&] {
-    require(!alibi_slopes);
     return forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
-                   window_left, window_right, softcap, return_lse);
+                   window_left, window_right, softcap, alibi_slopes, return_lse);
   };
   return run_or_call<TwoTensors>("mistral_kernels::attention_forward_python", run, q, k, v,
                                  cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,

@@ -24,18 +24,28 @@ CASES = [
     (130, 130, 8, 2, 17, None, None, 30.0),
     (5, 300, 71, 1, 64, 100, 0, 0.0),
     (10, 4, 2, 1, 256, None, 0, 0.0),
+    (7, 700, 6, 3, 33, 90, 0, 0.0),
+    (97, 401, 14, 2, 72, 200, 3, 0.0),
     (4, 0, 2, 1, 32, None, 0, 0.0),
     (0, 9, 2, 1, 32, None, 0, 0.0),
 ]
 
 
 def attend(
-    operators: Any, q: Tensor, k: Tensor, v: Tensor, left: Any, right: Any, softcap: float
+    operators: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    left: Any,
+    right: Any,
+    softcap: float,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     spec = AttentionSpec(
         Sequences(None, None, q.shape[1], k.shape[1]),
         Window(*(-1 if x is None else x for x in (left, right))),
         softcap=softcap,
+        alibi_slopes=slopes,
     )
     return operators.attention_forward(q, k, v, *spec.flatten(), True)
 
@@ -46,13 +56,16 @@ def make(seqlen_q: int, seqlen_k: int, heads: int, kv_heads: int, head_dim: int,
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("alibi", [None, "shared", "per-batch"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention(case, dtype, operators):
+def test_attention(case, alibi, dtype, operators):
     *sizes, left, right, softcap = case
     q, k, v = make(*sizes, dtype)
-    out, lse = attend(operators, q, k, v, left, right, softcap)
+    heads = q.shape[2]
+    slopes = {"shared": torch.rand(heads), "per-batch": torch.rand(2, heads)}.get(alibi)
+    out, lse = attend(operators, q, k, v, left, right, softcap, slopes)
     window = tuple(-1 if x is None else x for x in (left, right))
-    options = {"causal": False, "window_size": window, "softcap": softcap}
+    options = {"window_size": window, "softcap": softcap, "alibi_slopes": slopes}
     exact, exact_lse = reference.attention(q.double(), k.double(), v.double(), **options)
     with reference.eager_arithmetic():
         plain, _ = reference.attention(q, k, v, **options)
@@ -110,13 +123,15 @@ def test_packed(dtype, operators):
         torch.tensor([0, *itertools.accumulate(x)]).int() for x in zip(*lengths, strict=True)
     )
     q, k, v = (x[0] for x in make(int(ends_q[-1]) + 2, int(ends_k[-1]) + 1, 6, 2, 40, dtype))
-    spec = AttentionSpec(Sequences(ends_q, ends_k, 70, 130), Window(50, 0), softcap=20.0)
+    slopes = torch.rand(len(lengths), 6)
+    sequences = Sequences(ends_q, ends_k, 70, 130)
+    spec = AttentionSpec(sequences, Window(50, 0), softcap=20.0, alibi_slopes=slopes)
     out, lse = attention_forward_op(q, k, v, *spec.flatten(), True)
     assert not attention_forward_op(q, k, v, *spec.flatten(), False)[1].numel()
     spans = (itertools.pairwise(ends.tolist()) for ends in (ends_q, ends_k))
-    for (begin, end), keys in zip(*spans, strict=True):
+    for i, ((begin, end), keys) in enumerate(zip(*spans, strict=True)):
         sequence = (q[None, begin:end], *(x[None, slice(*keys)] for x in (k, v)))
-        alone, alone_lse = attend(operators, *sequence, 50, 0, 20.0)
+        alone, alone_lse = attend(operators, *sequence, 50, 0, 20.0, slopes[i])
         assert torch.equal(out[begin:end], alone[0])
         assert torch.equal(lse[:, begin:end], alone_lse[0])
     assert not out[ends_q[-1] :].any()

@@ -1,6 +1,6 @@
 // Flash attention (arXiv:2205.14135) for a CPU. The query heads of a kv head are rows of one query
-// block, so that a block of keys and values is reused from the CPU cache for all of them. Key
-// blocks outside the window are skipped.
+// block, so that a block of keys and values is reused from the CPU cache for all of them. Rows are
+// computed in groups of kRows, each with only the keys that the group sees.
 #include "attention.h"
 
 #include "products.h"
@@ -8,24 +8,36 @@
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
+constexpr int kKeyBlock = kLanes == 8 ? 128 : 64;
 constexpr int kBlockRows = 8 * kRows;  // or the number of query heads per kv head, if larger
 constexpr int kMaxHeadDim = 256;
 
 static_assert(kKeyBlock % kCols == 0, "kKeyBlock must be a multiple of kCols");
+static_assert(kBlockRows % kLanes == 0, "kBlockRows must be a multiple of kLanes");
 
 INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
+}
+
+INLINE int64_t round_up(int64_t x, int64_t multiple) { return ceil_div(x, multiple) * multiple; }
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Returns the keys that the query at `position` in the sequence of keys sees.
+INLINE Range visible(const Attention& a, int64_t position) {
+  return {clamp(position - a.left, 0, a.seqlen_k), clamp(position + a.right + 1, 0, a.seqlen_k)};
 }
 
 // Sizes derived from the arguments of a call, in numbers unless the name contains `bytes`.
 template <typename Unit>
 struct Layout {
   using Number = typename Unit::Number;
-  static constexpr int kSteps = kKeyBlock / Unit::kWidth;  // of the product of weights and values
 
   int group;    // query heads per kv head
   int queries;  // positions per query block
-  int rows;     // rows per query block: queries * group
+  int rows;     // rows per query block: queries * group, rounded up to whole vectors
   int depth;    // head_dim, rounded up to whole units
   int width;    // head_dim, rounded up to whole tiles
   int64_t key_blocks, query_blocks;
@@ -33,155 +45,235 @@ struct Layout {
   explicit Layout(const Attention& a)
       : group(a.heads / a.kv_heads),
         queries(group < kBlockRows ? kBlockRows / group : 1),
-        rows(queries * group),
-        depth(ceil_div(a.head_dim, Unit::kWidth) * Unit::kWidth),
-        width(ceil_div(a.head_dim, kCols) * kCols),
+        rows(round_up(int64_t{queries} * group, kLanes)),
+        depth(round_up(a.head_dim, kLanes * Unit::kWidth)),
+        width(round_up(a.head_dim, kCols)),
         key_blocks(ceil_div(a.seqlen_k, kKeyBlock)),
         query_blocks(ceil_div(a.seqlen_q, queries)) {}
 
   int64_t block() const { return int64_t{kKeyBlock} * (depth + width); }
 
   Sizes sizes(const Attention& a) const {
-    const int64_t row_bytes =
-        (depth + kKeyBlock) * sizeof(Number) + (kKeyBlock + width) * 4 + sizeof(Vec) + 4;
+    const int64_t row_bytes = 
+        sizeof(Vec) + sizeof(Range) + 4 * (width + kKeyBlock + 1) + depth * sizeof(Number);
     return {a.batch * a.kv_heads * key_blocks * block() * int64_t{sizeof(Number)}, rows * row_bytes,
             key_blocks, query_blocks};
   }
 };
+
+// A query block. Row r is query first + r / group of head first_head + r % group.
+struct QueryBlock {
+  const Attention& a;
+  int64_t batch, first, first_head;
+  int group, rows;
+  Range* seen;  // keys that each row sees
+
+  int64_t query(int row) const { return first + row / group; }
+  int64_t head(int row) const { return first_head + row % group; }
+  int64_t position(int row) const { return query(row) + a.seqlen_k - a.seqlen_q; }
+
+  // Returns the number of rows in the group of kRows rows that begins at `row`.
+  int group_rows(int row) const { return rows - row < kRows ? rows - row : kRows; }
+
+  // Returns the keys that the group of `row` sees, relative to first_key, in whole vectors.
+  Range keys(int row, int64_t first_key) const {
+    row -= row % kRows;
+    const int64_t begin = seen[row].begin - first_key;
+    const int64_t end = seen[row + group_rows(row) - 1].end - first_key;
+    return {clamp(begin, 0, kKeyBlock) / kLanes * kLanes,
+            round_up(clamp(end, 0, kKeyBlock), kLanes)};
+  }
+};
+
+// Returns kLanes units; the numbers of a unit are from the first Unit::kWidth rows.
+template <typename Unit, typename Number, int kStride>
+INLINE Vec load_units(const Number (*rows)[kStride], int column) {
+  if constexpr (Unit::kWidth == 1) {
+    return load(rows[0] + column);
+  } else {
+    const UintVec first = widened(load_as<ShortVec>(rows[0] + column));
+    return (Vec)(first | widened(load_as<ShortVec>(rows[1] + column)) << 16);
+  }
+}
 
 // Packs a block of keys as units [tile][step of head_dim][key], followed by its values as units
 // [tile][step of keys][channel].
 template <typename T, typename Unit>
 void pack_block(const Attention& a, const Layout<Unit>& layout, int64_t index) {
   using Number = typename Unit::Number;
+  constexpr int kWidth = Unit::kWidth;
   const int64_t block = index % layout.key_blocks, head = index / layout.key_blocks % a.kv_heads;
   const int64_t batch = index / layout.key_blocks / a.kv_heads, first = block * kKeyBlock;
+  const int64_t offset = a.seqlen_k - a.seqlen_q;
+  if (visible(a, offset).begin >= first + kKeyBlock) return;  // no query sees these keys
+  if (visible(a, a.seqlen_k - 1).end <= first) return;
   auto* const keys = reinterpret_cast<Number*>(a.packed) + index * layout.block();
   auto* const values = keys + int64_t{kKeyBlock} * layout.depth;
-  const int steps = layout.depth / Unit::kWidth;
-  Number row[kMaxHeadDim + kCols];
-  for (int key = 0; key < kKeyBlock; ++key) {
-    const bool exists = first + key < a.seqlen_k;
-    const int head_dim = exists ? a.head_dim : 0;
-    const int64_t token = exists ? first + key : 0;
-    convert(a.k.at<const T>(batch, token, head), head_dim, row, layout.depth);
-    Number* to = keys + (int64_t{key / kCols} * steps * kCols + key % kCols) * Unit::kWidth;
-    for (int step = 0; step < steps; ++step) {
-      __builtin_memcpy(to, row + step * Unit::kWidth, sizeof(Number) * Unit::kWidth);
-      to += kCols * Unit::kWidth;
+  const auto convert_token = [&](const Heads& heads, int64_t token, Number* to, int size) {
+    const bool exists = token < a.seqlen_k;
+    convert(heads.at<const T>(batch, exists ? token : 0, head), exists ? a.head_dim : 0, to, size);
+  };
+  Number rows[kLanes][kMaxHeadDim + kCols];
+  for (int key = 0; key < kKeyBlock; key += kLanes) {
+    for (int i = 0; i < kLanes; ++i) convert_token(a.k, first + key + i, rows[i], layout.depth);
+    Number* const tile = keys + int64_t{key / kCols} * kCols * layout.depth;
+    Number* to = tile + key % kCols * kWidth;
+    for (int channel = 0; channel < layout.depth; channel += kLanes * kWidth) {
+      Vec x[kLanes];
+      for (int i = 0; i < kLanes; ++i) x[i] = load_as<Vec>(rows[i] + channel);
+      transpose(x);
+      for (int i = 0; i < kLanes; ++i, to += kCols * kWidth) __builtin_memcpy(to, &x[i], sizeof(Vec));
     }
-    convert(a.v.at<const T>(batch, token, head), head_dim, row, layout.width);
-    for (int channel = 0; channel < layout.width; ++channel) {
-      const int64_t unit =
-          (int64_t{channel / kCols} * layout.kSteps + key / Unit::kWidth) * kCols + channel % kCols;
-      values[unit * Unit::kWidth + key % Unit::kWidth] = row[channel];
+  }
+  for (int key = 0; key < kKeyBlock; key += kWidth) {
+    for (int i = 0; i < kWidth; ++i) convert_token(a.v, first + key + i, rows[i], layout.width);
+    for (int channel = 0; channel < layout.width; channel += kLanes) {
+      const int64_t tile = channel / kCols * kCols;
+      const Vec units = load_units<Unit>(rows, channel);
+      Number* const to = values + tile * kKeyBlock + key * kCols + (channel - tile) * kWidth;
+      __builtin_memcpy(to, &units, sizeof units);
     }
   }
 }
 
-// Computes the softmax weights of a row of scores; keys outside [begin, end) are masked. Updates
-// row_max and row_sum. Returns the factor that rescales the sums of earlier blocks.
-template <typename Unit>
-INLINE float softmax_weights(const Attention& a, float* scores, typename Unit::Number* weights,
-                             int begin, int end, float& row_max, Vec& row_sum) {
-  Vec z[kKeyBlock / kLanes], largest = splat(-kInfinity);
+// Applies the softcap, ALiBi and the mask to the scores of one row. Returns their maximum per lane.
+INLINE Vec finish_scores(const QueryBlock& block, int row, int64_t first_key, Range keys,
+                         float* scores) {
+  const Attention& a = block.a;
+  const Range seen = block.seen[row];
+  const int begin = clamp(seen.begin - first_key, keys.begin, keys.end);
+  const int end = clamp(seen.end - first_key, keys.begin, keys.end);
+  Vec largest = splat(-kInfinity);
+  if (a.is_plain() && begin == keys.begin && end == keys.end) {
+    for (int i = begin; i < end; i += kLanes) largest = max(largest, load(scores + i));
+    return largest;
+  }
+  const float slope = a.slopes ? a.slopes[block.batch * a.slope_stride + block.head(row)] : 0;
+  const float position = block.position(row) - first_key;
   IntVec key;
-  for (int i = 0; i < kLanes; ++i) key[i] = i;
-  for (int i = 0; i < kKeyBlock / kLanes; ++i, key += kLanes) {
-    z[i] = load(scores + i * kLanes) * a.scale;
-    if (a.softcap > 0) z[i] = a.softcap * tanh(z[i] / a.softcap);
-    if (begin > 0 || end < kKeyBlock) {
-      z[i] = (key >= begin) & (key < end) ? z[i] : splat(-kInfinity);
-    }
-    largest = max(largest, z[i]);
+  for (int i = 0; i < kLanes; ++i) key[i] = keys.begin + i;
+  for (int i = keys.begin; i < keys.end; i += kLanes, key += kLanes) {
+    Vec z = load(scores + i);
+    if (!a.is_plain()) z *= a.scale;
+    if (a.softcap > 0) z = a.softcap * tanh(z / a.softcap);
+    if (a.slopes) z -= slope * abs(position - __builtin_convertvector(key, Vec));
+    z = (key >= begin) & (key < end) ? z : splat(-kInfinity);
+    store(scores + i, z);
+    largest = max(largest, z);
   }
-  const float before = row_max, found = max(largest);
-  if (found > row_max) row_max = found;
-  const float base = row_max == -kInfinity ? 0 : row_max;  // every key so far is masked
-  Vec sum = {};
-  for (int i = 0; i < kKeyBlock / kLanes; ++i) {
-    const Vec weight = Unit::exponential(z[i] - base);
-    sum += weight;
-    store(weights + i * kLanes, weight);
-  }
-  if (row_max == before) {
-    row_sum += sum;
-    return 1;
-  }
-  const Vec rest = exp(splat(before - base));
-  row_sum = row_sum * rest + sum;
-  return rest[0];
+  return largest;
 }
 
 template <typename T, typename Unit>
 void attend_block(const Attention& a, const Layout<Unit>& layout, char* scratch, int64_t index) {
   using Number = typename Unit::Number;
-  const int64_t block = index % layout.query_blocks, head = index / layout.query_blocks;
-  const int64_t kv_head = head % a.kv_heads, batch = head / a.kv_heads;
-  const int64_t first = block * layout.queries;
-  const int rows = clamp(a.seqlen_q - first, 0, layout.queries) * layout.group;
+  const int64_t head = index / layout.query_blocks;
+  // Blocks differ in their number of keys. Alternating between both ends of the sequence balances
+  // the threads, which compute consecutive indices.
+  const int64_t turn = index % layout.query_blocks;
+  const int64_t first = (turn % 2 ? layout.query_blocks - 1 - turn / 2 : turn / 2) * layout.queries;
+  const QueryBlock block{a,
+                         head / a.kv_heads,
+                         first,
+                         head % a.kv_heads * layout.group,
+                         layout.group,
+                         static_cast<int>(clamp(a.seqlen_q - first, 0, layout.queries)) *
+                             layout.group,
+                         reinterpret_cast<Range*>(scratch)};
+  const int rows = block.rows;
 
-  Vec* const row_sum = reinterpret_cast<Vec*>(scratch);
+  Vec* const row_sum = reinterpret_cast<Vec*>(block.seen + layout.rows);
   float* const out = reinterpret_cast<float*>(row_sum + layout.rows);
   float* const scores = out + layout.rows * layout.width;
   float* const row_max = scores + layout.rows * kKeyBlock;
   Number* const queries = reinterpret_cast<Number*>(row_max + layout.rows);
-  Number* const weights = queries + layout.rows * layout.depth;
+  // The weights of a row replace its scores.
+  Number* const weights = reinterpret_cast<Number*>(scores);
+  constexpr int kWeightStride = kKeyBlock * sizeof(float) / sizeof(Number);
 
-  // Row r is query first + r / group of head kv_head * group + r % group.
-  const auto query = [&](int row) { return first + row / layout.group; };
-  const auto query_head = [&](int row) { return kv_head * layout.group + row % layout.group; };
-  const int64_t offset = a.seqlen_k - a.seqlen_q;
-  const auto begin_of = [&](int row) {
-    return clamp(query(row) + offset - a.left, 0, a.seqlen_k);
-  };
-  const auto end_of = [&](int row) {
-    return clamp(query(row) + offset + a.right + 1, 0, a.seqlen_k);
-  };
   for (int row = 0; row < rows; ++row) {
-    convert(a.q.at<const T>(batch, query(row), query_head(row)), a.head_dim,
+    convert(a.q.at<const T>(block.batch, block.query(row), block.head(row)), a.head_dim,
             queries + row * layout.depth, layout.depth);
+    block.seen[row] = visible(a, block.position(row));
+  }
+  for (int row = 0; row < layout.rows; ++row) {
     row_max[row] = -kInfinity;
     row_sum[row] = Vec{};
   }
   __builtin_memset(out, 0, sizeof(float) * rows * layout.width);
 
+  const float scale = a.is_plain() ? a.scale : 1;
   const auto* packed = reinterpret_cast<const Number*>(a.packed);
   packed += head * layout.key_blocks * layout.block();
-  const int64_t last_block = ceil_div(end_of(rows - 1), kKeyBlock);
-  for (int64_t key_block = begin_of(0) / kKeyBlock; key_block < last_block; ++key_block) {
+  const int64_t last_block = ceil_div(block.seen[rows - 1].end, kKeyBlock);
+  int64_t key_block = block.seen[0].begin / kKeyBlock;
+  for (; key_block < last_block; ++key_block) {
     const Number* keys = packed + key_block * layout.block();
     const Number* values = keys + int64_t{kKeyBlock} * layout.depth;
     const int64_t first_key = key_block * kKeyBlock;
     for (int tile = 0; tile < kKeyBlock; tile += kCols) {
-      multiply<Unit>(queries, layout.depth, rows, keys + tile * layout.depth,
-                     layout.depth / Unit::kWidth, scores + tile, kKeyBlock, false);
+      for (int row = 0; row < rows; row += kRows) {
+        const Range seen = block.keys(row, first_key);
+        if (seen.begin >= tile + kCols || seen.end <= tile) continue;
+        multiply<Unit>(queries + row * layout.depth, layout.depth, block.group_rows(row),
+                       keys + tile * layout.depth, layout.depth / Unit::kWidth,
+                       scores + row * kKeyBlock + tile, kKeyBlock, false);
+      }
     }
-    for (int row = 0; row < rows; ++row) {
-      const int begin = clamp(begin_of(row) - first_key, 0, kKeyBlock);
-      const int end = clamp(end_of(row) - first_key, 0, kKeyBlock);
-      const float rest =
-          softmax_weights<Unit>(a, scores + row * kKeyBlock, weights + row * kKeyBlock, begin, end,
-                                row_max[row], row_sum[row]);
-      if (rest == 1) continue;
-      float* const sums = out + row * layout.width;
-      for (int i = 0; i < layout.width; i += kLanes) store(sums + i, load(sums + i) * rest);
+    for (int first_row = 0; first_row < rows; first_row += kLanes) {
+      Vec largest[kLanes];
+      const int count = rows - first_row < kLanes ? rows - first_row : kLanes;
+      for (int i = 0; i < kLanes; ++i) largest[i] = splat(-kInfinity);
+      for (int i = 0; i < count; ++i) {
+        const int row = first_row + i;
+        largest[i] = finish_scores(block, row, first_key, block.keys(row, first_key),
+                                   scores + row * kKeyBlock);
+      }
+      transpose(largest);
+      for (int i = 1; i < kLanes; ++i) largest[0] = max(largest[0], largest[i]);
+      const Vec before = load(row_max + first_row), now = max(before, largest[0] * scale);
+      const Vec base = now == splat(-kInfinity) ? Vec{} : now;  // every key so far is masked
+      const Vec rest = exp(before - base);
+      store(row_max + first_row, now);
+      for (int i = 0; i < count; ++i) {
+        const int row = first_row + i;
+        const Range seen = block.keys(row, first_key);
+        const float* const from = scores + row * kKeyBlock;
+        Number* const to = weights + row * kWeightStride;
+        Vec sum = row_sum[row] * rest[i];
+        for (int j = seen.begin; j < seen.end; j += kLanes) {
+          const Vec z = fma(load(from + j), splat(scale), splat(-base[i]));
+          const Vec weight = exp_below_88<sizeof(T) == 2>(z);
+          sum += weight;
+          store(to + j, weight);
+        }
+        row_sum[row] = sum;
+        if (rest[i] == 1) continue;
+        float* const sums = out + row * layout.width;
+        for (int j = 0; j < layout.width; j += kLanes) store(sums + j, load(sums + j) * rest[i]);
+      }
     }
     for (int tile = 0; tile < layout.width; tile += kCols) {
-      multiply<Unit>(weights, kKeyBlock, rows, values + int64_t{tile} * kKeyBlock, layout.kSteps,
-                     out + tile, layout.width, true);
+      for (int row = 0; row < rows; row += kRows) {
+        const Range seen = block.keys(row, first_key);
+        if (seen.begin >= seen.end) continue;
+        multiply<Unit>(weights + row * kWeightStride + seen.begin, kWeightStride,
+                       block.group_rows(row), values + tile * kKeyBlock + seen.begin * kCols,
+                       (seen.end - seen.begin) / Unit::kWidth, out + row * layout.width + tile,
+                       layout.width, true);
+      }
     }
   }
 
   for (int row = 0; row < rows; ++row) {
     const float total = sum(row_sum[row]), inverse = total > 0 ? 1 / total : 0;
-    T* const to = a.out.at<T>(batch, query(row), query_head(row));
+    T* const to = a.out.at<T>(block.batch, block.query(row), block.head(row));
     const float* const from = out + row * layout.width;
     for_each_vector(a.head_dim, [&](int64_t i, int count) {
       store(to + i, load(from + i, count) * inverse, count);
     });
     if (a.lse) {
-      a.lse[(batch * a.heads + query_head(row)) * a.lse_stride + query(row)] =
+      a.lse[(block.batch * a.heads + block.head(row)) * a.lse_stride + block.query(row)] =
           row_max[row] + __builtin_logf(total);
     }
   }

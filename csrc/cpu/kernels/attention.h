@@ -8,18 +8,21 @@
 
 namespace kernels {
 
-constexpr int kKeyBlock = 64;
-
 struct Attention {
   Heads q, k, v, out;  // (batch, seqlen, heads, head_dim)
-  float* lse;    // (batch, heads, seqlen_q), or null
+  float* lse;          // (batch, heads, seqlen_q), or null
   int64_t lse_stride;  // between heads
   char* packed;        // Sizes::packed_bytes bytes, filled by pack_keys
   int64_t batch, seqlen_q, seqlen_k;
   int heads, kv_heads, head_dim;
   int64_t left, right;  // window: visible keys before and after the position of a query
   float scale, softcap;
+  const float* slopes;   // of ALiBi: (batch, heads), or null
+  int64_t slope_stride;  // between sequences
   DType dtype;
+
+  // Returns whether the scores are scaled products, without softcap and ALiBi.
+  __attribute__((always_inline)) bool is_plain() const { return softcap == 0 && !slopes; }
 };
 
 struct Sizes {

@@ -68,10 +68,12 @@ INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// Elementwise maximum; NaN where b is NaN.
+// Elementwise maximum; NaN where b is NaN. Intrinsics, because GCC often compares and blends.
 INLINE Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
 #else
   return a > b ? a : b;
 #endif
@@ -80,6 +82,8 @@ INLINE Vec max(Vec a, Vec b) {
 INLINE Vec min(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
 #else
   return a < b ? a : b;
 #endif
@@ -150,12 +154,8 @@ INLINE Vec times_power_of_2(Vec x, Vec n) {
 #endif
 }
 
-// Returns e^x, accurate to about 1 ulp, with underflow to 0, overflow to infinity, and NaN for NaN.
-INLINE Vec exp(Vec x) {
-  x = min(splat(89.0f), max(splat(-104.0f), x));
-  // e^x = 2^n e^r with |r| <= ln(2) / 2. Adding and subtracting `rounder` rounds to an integer.
-  const Vec rounder = splat(0x1.8p23f);
-  const Vec n = x * 0x1.715476p0f + rounder - rounder;
+// Returns e^(x - n ln(2)) for integers n next to x / ln(2).
+INLINE Vec exp_remainder(Vec x, Vec n) {
   Vec r = fma(n, splat(-0.693359375f), x);  // exact, with or without fma
   r = fma(n, splat(2.12194440e-4f), r);
   Vec p = fma(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
@@ -163,21 +163,43 @@ INLINE Vec exp(Vec x) {
   p = fma(p, r, splat(4.1665795894e-2f));
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(p * r, r, r) + 1.0f;
-  return times_power_of_2(p, n);
+  return fma(p * r, r, r) + 1.0f;
+}
+
+// Returns 2^x for |x| <= 1/2, with a relative error of 2^-18.
+INLINE Vec rough_exp2(Vec x) {
+  Vec p = fma(splat(0.00957010034f), x, splat(0.0559178591f));
+  p = fma(p, x, splat(0.240247443f));
+  p = fma(p, x, splat(0.693121791f));
+  return fma(p, x, splat(0.999999285f));
+}
+
+constexpr float kLog2E = 0x1.715476p0f;
+constexpr float kRounder = 0x1.8p23f;  // adding and subtracting it rounds to an integer
+
+// Returns e^x, accurate to about 1 ulp, with underflow to 0, overflow to infinity, and NaN for NaN.
+INLINE Vec exp(Vec x) {
+  x = min(splat(89.0f), max(splat(-104.0f), x));
+  const Vec n = x * kLog2E + kRounder - kRounder;
+  return times_power_of_2(exp_remainder(x, n), n);
 }
 
 // Returns e^x for results that are rounded to 16 bits, with a relative error of 2^-18 or, for large
 // |x|, |x| 2^-24.
 INLINE Vec rough_exp(Vec x) {
   x = min(splat(89.0f), max(splat(-104.0f), x));
-  const Vec rounder = splat(0x1.8p23f), power = x * 0x1.715476p0f;
-  const Vec n = power + rounder - rounder, f = power - n;
-  Vec p = fma(splat(0.00957010034f), f, splat(0.0559178591f));
-  p = fma(p, f, splat(0.240247443f));
-  p = fma(p, f, splat(0.693121791f));
-  p = fma(p, f, splat(0.999999285f));
-  return times_power_of_2(p, n);
+  const Vec power = x * kLog2E, n = power + kRounder - kRounder;
+  return times_power_of_2(rough_exp2(power - n), n);
+}
+
+// The same for x <= 88, with fewer instructions and underflow to 0 below 2^-126.
+template <bool kRough>
+INLINE Vec exp_below_88(Vec x) {
+  x = max(splat(-88.0f), x);
+  // The lowest bits of `shifted` are those of n. The factor 2^n is 0 for n = -127.
+  const Vec shifted = fma(x, splat(kLog2E), splat(kRounder)), n = shifted - kRounder;
+  const Vec p = kRough ? rough_exp2(fma(x, splat(kLog2E), -n)) : exp_remainder(x, n);
+  return p * (Vec)(((UintVec)shifted << 23) + (127u << 23));
 }
 
 // Near 0, where 1 - 2 / (e^2x + 1) suffers from cancellation, a polynomial with a relative error of

@@ -80,7 +80,7 @@ attention_forward_op = Operator(
     check=_no_check,
     torch=_forward_torch,
     triton=_forward_triton,
-    csrc=("cpu",),  # only without ALiBi
+    csrc=("cpu",),
 )
 
 
