@@ -9,6 +9,8 @@
 
 #include "vector.h"
 
+#include <utility>
+
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
@@ -20,6 +22,50 @@ constexpr int kVecs = 4;
 constexpr int kVecs = 2;
 #endif
 constexpr int kCols = kVecs * kLanes;
+
+// Returns the lanes of a and b that the indices select; those of b begin at kLanes.
+template <int... kIndex>
+INLINE Vec shuffle(Vec a, Vec b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kIndex...);
+#else
+  return __builtin_shuffle(a, b, IntVec{kIndex...});
+#endif
+}
+
+// Exchanges the second of two consecutive blocks of kSize lanes in a for the first in b.
+template <int kSize, int... kLane>
+INLINE void exchange_blocks(Vec& a, Vec& b, std::integer_sequence<int, kLane...>) {
+  const Vec first = shuffle<(kLane & kSize ? kLane + kLanes - kSize : kLane)...>(a, b);
+  b = shuffle<(kLane & kSize ? kLane + kLanes : kLane + kSize)...>(a, b);
+  a = first;
+}
+
+// Interleaves the lanes of a and b inside each block of 128 bits: the first two, and the last two.
+template <int... kLane>
+INLINE void interleave(Vec& a, Vec& b, std::integer_sequence<int, kLane...>) {
+  const Vec low = shuffle<(kLane & ~3) + (kLane & 3) / 2 + (kLane & 1) * kLanes...>(a, b);
+  b = shuffle<(kLane & ~3) + (kLane & 3) / 2 + (kLane & 1) * kLanes + 2 ...>(a, b);
+  a = low;
+}
+
+// Transposes a matrix of kLanes rows and columns of 32-bit units in registers: first its blocks of
+// 4 x 4, then the units of each block.
+INLINE void transpose(Vec (&x)[kLanes]) {
+  constexpr std::make_integer_sequence<int, kLanes> lanes{};
+  if constexpr (kLanes == 16) {
+    for (int i = 0; i < 8; ++i) exchange_blocks<8>(x[i], x[i + 8], lanes);
+  }
+  if constexpr (kLanes >= 8) {
+    for (int i = 0; i < kLanes; ++i) {
+      if (!(i & 4)) exchange_blocks<4>(x[i], x[i + 4], lanes);
+    }
+  }
+  for (int i = 0; i < kLanes; i += 4) {
+    for (int j = i; j < i + 2; ++j) interleave(x[j], x[j + 2], lanes);
+    for (int j = i; j < i + 4; j += 2) interleave(x[j], x[j + 1], lanes);
+  }
+}
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
