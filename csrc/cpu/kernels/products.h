@@ -97,14 +97,17 @@ INLINE SingleUnit unit_of(float) { return {}; }
 INLINE SingleUnit unit_of(Half) { return {}; }
 INLINE PairUnit unit_of(BFloat16) { return {}; }
 
+// Unrolls a loop over accumulators. Otherwise GCC keeps them in memory: half the speed with AVX2.
+#define UNROLL _Pragma("GCC unroll 8")
+
 // c = a b, or c += a b if `accumulate`, for kR rows and the columns of one tile.
 template <int kR, typename Unit, typename Number = typename Unit::Number>
 void multiply_rows(const Number* a, int64_t a_stride, const Number* b, int steps, float* c,
                    int64_t c_stride, bool accumulate) {
-  Vec sums[kR][kVecs];
-  for (int r = 0; r < kR; ++r) {
-    for (int i = 0; i < kVecs; ++i) {
-      sums[r][i] = accumulate ? load(c + r * c_stride + i * kLanes) : Vec{};
+  Vec sums[kR][kVecs] = {};
+  if (accumulate) {
+    UNROLL for (int r = 0; r < kR; ++r) {
+      UNROLL for (int i = 0; i < kVecs; ++i) sums[r][i] = load(c + r * c_stride + i * kLanes);
     }
   }
   for (int step = 0; step < steps; ++step) {
@@ -118,8 +121,8 @@ void multiply_rows(const Number* a, int64_t a_stride, const Number* b, int steps
     a += Unit::kWidth;
     b += kCols * Unit::kWidth;
   }
-  for (int r = 0; r < kR; ++r) {
-    for (int i = 0; i < kVecs; ++i) store(c + r * c_stride + i * kLanes, sums[r][i]);
+  UNROLL for (int r = 0; r < kR; ++r) {
+    UNROLL for (int i = 0; i < kVecs; ++i) store(c + r * c_stride + i * kLanes, sums[r][i]);
   }
 }
 
