@@ -129,6 +129,7 @@ _backward_op = Operator(
     check=_check_backward,
     torch=_backward_torch,
     triton=_backward_triton,
+    csrc=("cpu",),
     gradient_of="attention",
 )
 
