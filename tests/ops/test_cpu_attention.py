@@ -11,6 +11,7 @@ from support.helpers import FLOATS, assert_as_accurate
 from torch import Tensor
 
 from mistral_kernels.ops import reference
+from mistral_kernels.ops.attention import ops
 from mistral_kernels.ops.attention.ops import attention_forward_op
 from mistral_kernels.ops.attention.spec import AttentionSpec, Sequences
 from mistral_kernels.ops.attention.window import Window
@@ -41,13 +42,20 @@ def attend(
     softcap: float,
     slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    spec = AttentionSpec(
-        Sequences(None, None, q.shape[1], k.shape[1]),
-        Window(*(-1 if x is None else x for x in (left, right))),
-        softcap=softcap,
-        alibi_slopes=slopes,
-    )
-    return operators.attention_forward(q, k, v, *spec.flatten(), True)
+    flat = options_of(q, k, left, right, softcap=softcap, alibi_slopes=slopes)
+    return operators.attention_forward(q, k, v, *flat, True)
+
+
+def options_of(q: Tensor, k: Tensor, left: Any, right: Any, **options: Any) -> tuple[Any, ...]:
+    sequences = Sequences(None, None, q.shape[1], k.shape[1])
+    window = Window(*(-1 if x is None else x for x in (left, right)))
+    return AttentionSpec(sequences, window, **options).flatten()
+
+
+@pytest.fixture
+def no_fallback(monkeypatch):
+    """Make the backward pass in PyTorch fail, so that tests of csrc's cannot pass with it."""
+    monkeypatch.setattr(ops._backward_op, "_torch", None)
 
 
 def make(seqlen_q: int, seqlen_k: int, heads: int, kv_heads: int, head_dim: int, dtype: Any) -> Any:
@@ -158,3 +166,116 @@ def test_bad_cu_seqlens_raise(change, message, operators):
     arguments = AttentionSpec(sequences, Window(-1, 0)).flatten()
     with pytest.raises(ValueError, match=message):
         attention_forward_op(q, k, v, *arguments, False)
+
+
+# As CASES, with ALiBi's number of dimensions.
+GRADIENT_CASES = [
+    *((*case, 0) for case in CASES),
+    (390, 421, 4, 2, 40, 100, 30, 0.0, 0),
+    (200, 500, 2, 2, 33, 250, None, 5.0, 0),
+    (67, 250, 6, 3, 48, None, 0, 0.0, 1),
+    (230, 200, 4, 1, 16, 64, 10, 20.0, 2),
+]
+
+
+def assert_gradients_as_accurate(grads: Any, tensors: Any, dout: Tensor, **options: Any) -> None:
+    def differentiated(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        out, _ = reference.attention(*leaves, **options)
+        return torch.autograd.grad(out, leaves, dout.to(dtype))
+
+    exact = differentiated(torch.float64)
+    with reference.eager_arithmetic():
+        plain = differentiated(dout.dtype)
+    for name, *values in zip("qkv", grads, plain, exact, strict=True):
+        assert_as_accurate(*values, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+def test_gradients(case, dtype, operators, no_fallback):
+    *sizes, left, right, softcap, slopes_dim = case
+    q, k, v = make(*sizes, dtype)
+    slopes = torch.rand((2, sizes[2])[-slopes_dim:]) if slopes_dim else None
+    flat = options_of(q, k, left, right, softcap=softcap, alibi_slopes=slopes)
+    dout = torch.randn(q.shape).to(dtype)
+    out, lse = operators.attention_forward(q, k, v, *flat, True)
+    grads = operators.attention_backward(dout, q, k, v, out, lse, *flat, True, True, True)
+    window = tuple(-1 if x is None else x for x in (left, right))
+    options = {"causal": False, "window_size": window, "softcap": softcap, "alibi_slopes": slopes}
+    assert_gradients_as_accurate(grads, (q, k, v), dout, **options)
+    has_keys = torch.isfinite(lse).transpose(1, 2)
+    assert not grads[0][~has_keys].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_bits_of_gradients(dtype, operators, no_fallback):
+    """Check that they depend neither on threads and the batch nor on which are requested."""
+    q, k, v = make(450, 450, 4, 2, 24, dtype)
+    dout = torch.randn(q.shape).to(dtype)
+    flat = options_of(q, k, 260, 0)
+    out, lse = operators.attention_forward(q, k, v, *flat, True)
+    tensors = dout, q, k, v, out, lse
+
+    def differentiate(*tensors: Tensor, needed: tuple[bool, ...] = (True,) * 3) -> Any:
+        return operators.attention_backward(*tensors, *flat, *needed)
+
+    expected = differentiate(*tensors)
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        for x, y in zip(differentiate(*tensors), expected, strict=True):
+            assert torch.equal(x, y)
+    for x, y in zip(differentiate(*(x[1:] for x in tensors)), expected, strict=True):
+        assert torch.equal(x, y[1:])
+    for needed in itertools.product((True, False), repeat=3):
+        for x, y, need in zip(
+            differentiate(*tensors, needed=needed), expected, needed, strict=True
+        ):
+            assert torch.equal(x, y if need else y.new_empty(0))
+    # Without a log-sum-exp, the operator computes it.
+    for x, y in zip(differentiate(*tensors[:-1], lse.new_empty(0)), expected, strict=True):
+        assert torch.equal(x, y)
+    strided = [torch.stack((x, x), dim=-1)[..., 0] for x in tensors[:-1]]
+    for x, y in zip(differentiate(*strided, lse), expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_gradients_of_packed_sequences(dtype, operators, no_fallback):
+    """Check that sequences have the same bits as alone, and other tokens gradients of 0."""
+    lengths = [(3, 3), (0, 0), (70, 290), (0, 5), (4, 0), (1, 130)]
+    ends_q, ends_k = (
+        torch.tensor([0, *itertools.accumulate(x)]).int() for x in zip(*lengths, strict=True)
+    )
+    q, k, v = (x[0] for x in make(int(ends_q[-1]) + 2, int(ends_k[-1]) + 1, 6, 2, 40, dtype))
+    dout, slopes = torch.randn(q.shape).to(dtype), torch.rand(len(lengths), 6)
+    spec = AttentionSpec(
+        Sequences(ends_q, ends_k, 70, 290), Window(50, 0), softcap=20.0, alibi_slopes=slopes
+    )
+    out, lse = attention_forward_op(q, k, v, *spec.flatten(), True)
+    tensors = dout, q, k, v, out, lse
+    grads = operators.attention_backward(*tensors, *spec.flatten(), True, True, True)
+    spans = (itertools.pairwise(ends.tolist()) for ends in (ends_q, ends_k))
+    for i, ((begin, end), keys) in enumerate(zip(*spans, strict=True)):
+        rows, keys = slice(begin, end), slice(*keys)
+        slices = rows, rows, keys, keys, rows
+        sequence = [x[None, part] for x, part in zip(tensors[:-1], slices, strict=True)]
+        flat = options_of(sequence[1], sequence[2], 50, 0, softcap=20.0, alibi_slopes=slopes[i])
+        alone = operators.attention_backward(*sequence, lse[None, :, rows], *flat, True, True, True)
+        for x, y, part in zip(grads, alone, (rows, keys, keys), strict=True):
+            assert torch.equal(x[part], y[0])
+    for x, end in zip(grads, (ends_q[-1], ends_k[-1], ends_k[-1]), strict=True):
+        assert not x[end:].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("factor", [10, 1000])
+def test_gradients_for_large_scores(factor, dtype, operators, no_fallback):
+    """Check rows where one key has nearly all weight: a rounded score must not change it."""
+    q, k, v = make(100, 300, 4, 2, 64, dtype)
+    q *= factor
+    flat = options_of(q, k, None, 0)
+    dout = torch.randn(q.shape).to(dtype)
+    out, lse = operators.attention_forward(q, k, v, *flat, True)
+    grads = operators.attention_backward(dout, q, k, v, out, lse, *flat, True, True, True)
+    assert_gradients_as_accurate(grads, (q, k, v), dout, causal=True)

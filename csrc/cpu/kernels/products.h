@@ -100,10 +100,11 @@ INLINE PairUnit unit_of(BFloat16) { return {}; }
 // Unrolls a loop over accumulators. Otherwise GCC keeps them in memory: half the speed with AVX2.
 #define UNROLL _Pragma("GCC unroll 8")
 
-// c = a b, or c += a b if `accumulate`, for kR rows and the columns of one tile.
+// c = a b, or c += a b if `accumulate`, for kR rows and the columns of one tile. b_stride is the
+// number of units between the steps of the tile: a float32 matrix in rows is a right matrix too.
 template <int kR, typename Unit, typename Number = typename Unit::Number>
 void multiply_rows(const Number* a, int64_t a_stride, const Number* b, int steps, float* c,
-                   int64_t c_stride, bool accumulate) {
+                   int64_t c_stride, bool accumulate, int64_t b_stride) {
   Vec sums[kR][kVecs] = {};
   if (accumulate) {
     UNROLL for (int r = 0; r < kR; ++r) {
@@ -119,7 +120,7 @@ void multiply_rows(const Number* a, int64_t a_stride, const Number* b, int steps
       }
     }
     a += Unit::kWidth;
-    b += kCols * Unit::kWidth;
+    b += b_stride * Unit::kWidth;
   }
   UNROLL for (int r = 0; r < kR; ++r) {
     UNROLL for (int i = 0; i < kVecs; ++i) store(c + r * c_stride + i * kLanes, sums[r][i]);
@@ -129,9 +130,9 @@ void multiply_rows(const Number* a, int64_t a_stride, const Number* b, int steps
 // The same for any number of rows.
 template <typename Unit, typename Number = typename Unit::Number>
 void multiply(const Number* a, int64_t a_stride, int rows, const Number* b, int steps, float* c,
-              int64_t c_stride, bool accumulate) {
+              int64_t c_stride, bool accumulate, int64_t b_stride = kCols) {
   for (; rows >= kRows; rows -= kRows) {
-    multiply_rows<kRows, Unit>(a, a_stride, b, steps, c, c_stride, accumulate);
+    multiply_rows<kRows, Unit>(a, a_stride, b, steps, c, c_stride, accumulate, b_stride);
     a += kRows * a_stride;
     c += kRows * c_stride;
   }
@@ -140,7 +141,7 @@ void multiply(const Number* a, int64_t a_stride, int rows, const Number* b, int 
                     : rows == 3 ? multiply_rows<3, Unit>
                     : rows == 2 ? multiply_rows<2, Unit>
                                 : multiply_rows<1, Unit>;
-  if (rows) rest(a, a_stride, b, steps, c, c_stride, accumulate);
+  if (rows) rest(a, a_stride, b, steps, c, c_stride, accumulate, b_stride);
 }
 
 // Converts one head of a token and pads it with zeros up to `size`.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mistral_kernels.ops import extension
 from mistral_kernels.ops.attention.checks import (
     check_attention,
     check_cached_attention,
@@ -129,6 +130,7 @@ _backward_op = Operator(
     check=_check_backward,
     torch=_backward_torch,
     triton=_backward_triton,
+    csrc=("cpu",),
     gradient_of="attention",
 )
 
@@ -174,9 +176,14 @@ def attend_differentiably(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """Call `attention_forward` and record it for autograd."""
-    # Triton's backward pass needs the log-sum-exp. A compiled graph returns it on every backend,
-    # because Inductor may reuse a cached graph with another backend.
-    return_lse = return_lse or torch.compiler.is_compiling() or uses_triton(q)
+    # The backward passes of Triton and csrc need the log-sum-exp. A compiled graph returns it on
+    # every backend, because Inductor may reuse a cached graph with another backend.
+    return_lse = (
+        return_lse
+        or torch.compiler.is_compiling()
+        or uses_triton(q)
+        or (needs_gradient(q, k, v) and extension.supports(q))
+    )
     return AttentionFunction.call(q, k, v, *spec.flatten(), return_lse)  # type: ignore[no-any-return]
 
 
