@@ -12,11 +12,11 @@ void run(const Linear& l) {
   constexpr int64_t kBytes = 1 << 17;  // bytes read per thread, at least
   const auto kernel = KERNEL(linear);
   const int64_t row_bytes = l.in_features * (l.scales ? 1 : size_of(l.dtype));
-  const int64_t tile_bytes = kTileOuts * (l.in_features + 32) * sizeof(float);
+  const int64_t scratch_bytes = KERNEL(linear_scratch_bytes)(l);
   torch::stable::parallel_for(
       0, l.rows ? l.out_features : 0, kBytes / (row_bytes + 1) + 1,
       [&](int64_t begin, int64_t end) {
-        const Buffer scratch(l.scales && l.rows > 1 ? tile_bytes : 0);
+        const Buffer scratch(scratch_bytes);
         kernel(l, scratch.data(), begin, end);
       });
 }

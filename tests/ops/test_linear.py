@@ -37,10 +37,11 @@ def test_transposed_and_strided_inputs():
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_few_rows_without_gradients(dtype, kernel_rows):
+@pytest.mark.parametrize("in_features", [1, 19, 48, 133])
+def test_few_rows_without_gradients(in_features, dtype, kernel_rows):
     """One kernel computes 1 to `KERNEL_ROWS` rows: a row has the same bits in any batch."""
-    x = torch.randn(KERNEL_ROWS + 1, 48).to(dtype)
-    weight = torch.nn.Parameter(torch.randn(67, 48).to(dtype))
+    x = torch.randn(KERNEL_ROWS + 1, in_features).to(dtype)
+    weight = torch.nn.Parameter(torch.randn(67, in_features).to(dtype))
     with torch.no_grad():
         few = linear(x[:KERNEL_ROWS], weight)
         for i in range(KERNEL_ROWS):

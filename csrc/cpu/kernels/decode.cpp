@@ -5,6 +5,8 @@
 
 #include "dots.h"
 
+#include <type_traits>
+
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
@@ -91,13 +93,20 @@ INLINE void for_each_block(const Decode& d, const Item& item, const void* cache,
   }
 }
 
+// The type of queries in the dot products. With 16 registers, keys and queries are multiplied as
+// float32, and queries are converted once per item.
+template <typename T>
+using Query = std::conditional_t<kRegisters == 32, T, float>;
+
 template <int kTileKeys, int kTileHeads, typename T>
-INLINE void score_keys(const Decode& d, Rows<T> keys, Rows<T> queries, float* scores) {
+INLINE void score_keys(const Decode& d, Rows<T> keys, Rows<Query<T>> queries, float* scores) {
   float products[kTileHeads * kTileKeys];
   const auto load_key = [&](int i, int64_t first, int count) {
-    return load_factor(keys.data + i * keys.stride + first, count);
+    const T* from = keys.data + i * keys.stride + first;
+    if constexpr (kRegisters == 32) return load_factor(from, count);
+    else return Factor<float>{load(from, count)};
   };
-  dots<kTileKeys, kTileHeads, T>(load_key, queries, d.head_dim, products);
+  dots<kTileKeys, kTileHeads, Query<T>>(load_key, queries, d.head_dim, products);
   for (int head = 0; head < kTileHeads; ++head) {
     for (int key = 0; key < kTileKeys; ++key) {
       scores[head * kSplit + key] = products[head * kTileKeys + key];
@@ -155,9 +164,22 @@ INLINE void add_values(Block<T> block, Block<T> next, int64_t begin, int size, c
 template <int kTileHeads, typename T>
 void attend(const Decode& d, const Item& item, int64_t head, Block<T> after) {
   alignas(64) float scores[kTileHeads * kSplit];
-  const Rows<T> queries = {
-      static_cast<const T*>(d.q) + item.sequence * d.q_strides[0] + head * d.q_strides[1],
-      d.q_strides[1]};
+  const T* q = static_cast<const T*>(d.q) + item.sequence * d.q_strides[0] + head * d.q_strides[1];
+  const int64_t sums_stride = 2 + d.head_dim;
+  float* sums = partial(d, item.sequence, item.split, head)->weighted_values;
+  Rows<Query<T>> queries;
+  if constexpr (kRegisters == 32) {
+    queries = {q, d.q_strides[1]};
+  } else {
+    // The memory of the weighted values holds the converted queries until all keys have scores.
+    queries = {sums, sums_stride};
+    for (int i = 0; i < kTileHeads; ++i) {
+      for_each_vector(d.head_dim, [&](int64_t first, int count) {
+        const Vec channels = load(q + i * d.q_strides[1] + first, count);
+        store(sums + i * sums_stride + first, channels, count);
+      });
+    }
+  }
   const Block<T> values = block_at<T>(d, item, d.v_cache, d.v_strides, 0);
   for_each_block<T>(d, item, d.k_cache, d.k_strides, values, [&](Block<T> block, Block<T> next) {
     Rows<T> keys = block.rows;
@@ -169,13 +191,11 @@ void attend(const Decode& d, const Item& item, int64_t head, Block<T> after) {
     }
     for (; key < block.count; ++key, keys.data += keys.stride) {
       for (int i = 0; i < kTileHeads; ++i) {
-        const Rows<T> query = {queries.data + i * queries.stride, queries.stride};
+        const Rows<Query<T>> query = {queries.data + i * queries.stride, queries.stride};
         score_keys<1, 1>(d, keys, query, to + i * kSplit + key);
       }
     }
   });
-  const int64_t sums_stride = 2 + d.head_dim;
-  float* sums = partial(d, item.sequence, item.split, head)->weighted_values;
   for (int i = 0; i < kTileHeads; ++i) {
     softmax_weights(scores + i * kSplit, static_cast<int>(item.span.end - item.span.begin), d.scale,
                     partial(d, item.sequence, item.split, head + i));

@@ -16,11 +16,10 @@ struct Linear {
   DType dtype;
 };
 
-constexpr int kTileOuts = 4;  // outputs per tile, for int8 weights
+// Returns the size of the scratch memory of linear().
+FOR_EACH_INSTRUCTION_SET(int64_t linear_scratch_bytes(const Linear&))
 
-// Computes outputs [begin, end) of all rows of x. With an int8 weight and several rows, `scratch`
-// holds the weights of a tile as float32, in_features rounded up to a multiple of 32 per output,
-// and is aligned to a cache line.
+// Computes outputs [begin, end) of all rows of x. `scratch` is aligned to a cache line.
 FOR_EACH_INSTRUCTION_SET(void linear(const Linear&, char* scratch, int64_t begin, int64_t end))
 
 }  // namespace kernels

@@ -94,6 +94,10 @@ INLINE Vec abs(Vec x) { return (Vec)((UintVec)x & 0x7fffffffu); }
 INLINE float sum(Vec x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(x);
+#elif defined(__AVX2__)
+  const __m128 fours = _mm256_castps256_ps128(x) + _mm256_extractf128_ps(x, 1);
+  const __m128 pairs = fours + _mm_movehl_ps(fours, fours);
+  return pairs[0] + pairs[1];
 #else
   float total = x[0];
   for (int i = 1; i < kLanes; ++i) total += x[i];
@@ -124,6 +128,23 @@ INLINE void sums(const Vec (&x)[kCount], float* results) {
     const Vec all = _mm512_shuffle_ps(pairs[0], pairs[1], 0x88) +
                     _mm512_shuffle_ps(pairs[0], pairs[1], 0xdd);
     __builtin_memcpy(results, &all, sizeof all);
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (kCount % 4 == 0) {
+    for (int i = 0; i < kCount; i += 4) {
+      __m128 fours[4], pairs[2];
+      for (int j = 0; j < 4; ++j) {
+        fours[j] = _mm256_castps256_ps128(x[i + j]) + _mm256_extractf128_ps(x[i + j], 1);
+      }
+      for (int j = 0; j < 2; ++j) {
+        const __m128 a = fours[2 * j], b = fours[2 * j + 1];
+        pairs[j] = _mm_movelh_ps(a, b) + _mm_movehl_ps(b, a);
+      }
+      const __m128 all = _mm_shuffle_ps(pairs[0], pairs[1], 0x88) +
+                         _mm_shuffle_ps(pairs[0], pairs[1], 0xdd);
+      __builtin_memcpy(results + i, &all, sizeof all);
+    }
     return;
   }
 #endif
@@ -224,10 +245,12 @@ INLINE To load_as(const From* x) {
 INLINE Vec load(const float* x) { return load_as<Vec>(x); }
 INLINE void store(float* to, Vec x) { __builtin_memcpy(to, &x, sizeof x); }
 
-// Intrinsics, because GCC converts 16 numbers in two halves.
+// Intrinsics, because GCC converts vectors in two halves.
 INLINE UintVec widened(ShortVec x) {
 #if defined(__AVX512F__)
   return (UintVec)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  return (UintVec)_mm256_cvtepu16_epi32((__m128i)x);
 #else
   return __builtin_convertvector(x, UintVec);
 #endif
