@@ -85,14 +85,13 @@ struct QueryBlock {
   }
 };
 
-// Returns kLanes units; the numbers of a unit are from the first Unit::kWidth rows.
-template <typename Unit, typename Number, int kStride>
-INLINE Vec load_units(const Number (*rows)[kStride], int column) {
+// Returns kLanes units. The numbers of a unit are in Unit::kWidth rows.
+template <typename Unit>
+INLINE Vec load_units(const typename Unit::Number* x, int stride) {
   if constexpr (Unit::kWidth == 1) {
-    return load(rows[0] + column);
+    return load(x);
   } else {
-    const UintVec first = widened(load_as<ShortVec>(rows[0] + column));
-    return (Vec)(first | widened(load_as<ShortVec>(rows[1] + column)) << 16);
+    return (Vec)(widened(load_as<ShortVec>(x)) | widened(load_as<ShortVec>(x + stride)) << 16);
   }
 }
 
@@ -109,27 +108,34 @@ void pack_block(const Attention& a, const Layout<Unit>& layout, int64_t index) {
   if (visible(a, a.seqlen_k - 1).end <= first) return;
   auto* const keys = reinterpret_cast<Number*>(a.packed) + index * layout.block();
   auto* const values = keys + int64_t{kKeyBlock} * layout.depth;
-  const auto convert_token = [&](const Heads& heads, int64_t token, Number* to, int size) {
-    const bool exists = token < a.seqlen_k;
-    convert(heads.at<const T>(batch, exists ? token : 0, head), exists ? a.head_dim : 0, to, size);
+  constexpr int kStride = kMaxHeadDim + kCols;
+  Number rows[kLanes * kStride] = {};  // padded with zeros
+  const auto convert_token = [&](const Heads& heads, int64_t token, Number* to) {
+    if (token < a.seqlen_k) {
+      convert(heads.at<const T>(batch, token, head), a.head_dim, to, a.head_dim);
+    } else {
+      __builtin_memset(to, 0, kStride * sizeof(Number));
+    }
   };
-  Number rows[kLanes][kMaxHeadDim + kCols];
   for (int key = 0; key < kKeyBlock; key += kLanes) {
-    for (int i = 0; i < kLanes; ++i) convert_token(a.k, first + key + i, rows[i], layout.depth);
+    for (int i = 0; i < kLanes; ++i) convert_token(a.k, first + key + i, rows + i * kStride);
     Number* const tile = keys + int64_t{key / kCols} * kCols * layout.depth;
     Number* to = tile + key % kCols * kWidth;
     for (int channel = 0; channel < layout.depth; channel += kLanes * kWidth) {
       Vec x[kLanes];
-      for (int i = 0; i < kLanes; ++i) x[i] = load_as<Vec>(rows[i] + channel);
+      for (int i = 0; i < kLanes; ++i) x[i] = load_as<Vec>(rows + i * kStride + channel);
       transpose(x);
-      for (int i = 0; i < kLanes; ++i, to += kCols * kWidth) __builtin_memcpy(to, &x[i], sizeof(Vec));
+      for (const Vec& units : x) {
+        __builtin_memcpy(to, &units, sizeof units);
+        to += kCols * kWidth;
+      }
     }
   }
   for (int key = 0; key < kKeyBlock; key += kWidth) {
-    for (int i = 0; i < kWidth; ++i) convert_token(a.v, first + key + i, rows[i], layout.width);
+    for (int i = 0; i < kWidth; ++i) convert_token(a.v, first + key + i, rows + i * kStride);
     for (int channel = 0; channel < layout.width; channel += kLanes) {
       const int64_t tile = channel / kCols * kCols;
-      const Vec units = load_units<Unit>(rows, channel);
+      const Vec units = load_units<Unit>(rows + channel, kStride);
       Number* const to = values + tile * kKeyBlock + key * kCols + (channel - tile) * kWidth;
       __builtin_memcpy(to, &units, sizeof units);
     }
@@ -170,8 +176,8 @@ void attend_block(const Attention& a, const Layout<Unit>& layout, char* scratch,
   const int64_t head = index / layout.query_blocks;
   // Blocks differ in their number of keys. Alternating between both ends of the sequence balances
   // the threads, which compute consecutive indices.
-  const int64_t turn = index % layout.query_blocks;
-  const int64_t first = (turn % 2 ? layout.query_blocks - 1 - turn / 2 : turn / 2) * layout.queries;
+  const int64_t i = index % layout.query_blocks, last = layout.query_blocks - 1;
+  const int64_t first = (i % 2 ? last - i / 2 : i / 2) * layout.queries;
   const QueryBlock block{a,
                          head / a.kv_heads,
                          first,
