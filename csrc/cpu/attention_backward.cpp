@@ -14,6 +14,14 @@ using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 // Returns floor(x / y) for y > 0.
 int64_t floor_div(int64_t x, int64_t y) { return x / y - (x % y < 0); }
 
+// Returns whether exp(s - lse) is accurate. The rounding error of lse is the relative error of all
+// weights of a row: at most 16 roundings of float32, or less than one of the 16-bit dtypes.
+bool has_accurate_weights(const float* lse, int64_t size, DType dtype) {
+  const float limit = dtype == DType::float32 ? 64 : 4096;
+  return std::all_of(lse, lse + size,
+                     [&](float x) { return std::isinf(x) || std::abs(x) <= limit; });
+}
+
 // Computes the gradients of a batch of sequences of equal lengths. The caller leaves the sums and
 // `packed` null.
 void run(AttentionBackward a) {
@@ -130,10 +138,12 @@ ThreeTensors backward(const Tensor& dout, const Tensor& q, const Tensor& k, cons
   std::vector<int64_t> lse_sizes{heads, a.seqlen_q};
   if (!packed) lse_sizes.insert(lse_sizes.begin(), a.batch);
   require(is_on_cpu(lse, ScalarType::Float));
-  require(lse.dim() == dim - 1 && std::equal(lse_sizes.begin(), lse_sizes.end(), lse.sizes().begin()));
+  require(lse.dim() == dim - 1 &&
+          std::equal(lse_sizes.begin(), lse_sizes.end(), lse.sizes().begin()));
   const Tensor row_lse = as_contiguous(lse);
   a.lse = static_cast<const float*>(row_lse.data_ptr());
   a.lse_stride = a.seqlen_q;
+  require(has_accurate_weights(a.lse, row_lse.numel(), a.dtype));
   std::optional<Tensor> slopes;
   if (alibi_slopes) {
     slopes = slopes_of(*alibi_slopes, sequences, heads);

@@ -4,8 +4,8 @@
 //     dv += p^T dout,   dp = dout v^T,   ds = p * (dp - rowsum(dout * out)),
 //     dq += ds k,       dk += ds^T q
 //
-// The scores have the bits of the forward pass: one of two very different weights would otherwise
-// have the rounding error of a large score as its relative error.
+// The scores have the bits of the forward pass. The rounding error of s would otherwise be the
+// relative error of p, even of a weight that is 1 because all others are 0.
 #include "attention_backward.h"
 
 #include "products.h"
@@ -55,8 +55,8 @@ struct BackwardLayout {
 
   BackwardSizes sizes(const AttentionBackward& a) const {
     return {width, a.batch * a.kv_heads * key_chunks * packed_bytes(),
-            kChunkRows * (row_bytes() + 4 * kChunk * 4 + 2 * 4 + 2 * 8),
-            kChunk, query_chunks, key_chunks};
+            kChunkRows * (row_bytes() + 4 * kChunk * 4), kChunk, query_chunks,
+            key_chunks};
   }
 };
 
@@ -99,11 +99,11 @@ void prepare_chunk(const AttentionBackward& a, const BackwardLayout<Unit>& layou
   auto* const rows = reinterpret_cast<float*>(values + int64_t{kChunk} * layout.depth);
   const int count = bounded(a.seqlen_k - first, 0, kChunk);
   for (int key = 0; key < kChunk; ++key) {
-    float row[kMaxBackwardDim + kCols];
-    convert(a.k.at<const T>(batch, key < count ? first + key : 0, head),
-            key < count ? a.head_dim : 0, row, layout.width);
-    for (int i = 0; i < layout.width; i += kCols) {
-      __builtin_memcpy(rows + int64_t{i} * kChunk + key * kCols, row + i, sizeof(float) * kCols);
+    const T* const from = a.k.at<const T>(batch, key < count ? first + key : 0, head);
+    for (int channel = 0; channel < layout.width; channel += kLanes) {
+      const int channels = key < count ? bounded(a.head_dim - channel, 0, kLanes) : 0;
+      float* const tile = rows + int64_t{channel / kCols} * kChunk * kCols;
+      store(tile + key * kCols + channel % kCols, load(from + channel, channels));
     }
   }
   const int64_t from = ((batch * a.kv_heads + head) * a.seqlen_k + first) * layout.width;
@@ -126,12 +126,11 @@ void prepare_row(const AttentionBackward& a, int width, int64_t index) {
   if (a.dq_sums) __builtin_memset(a.dq_sums + index * width, 0, sizeof(float) * width);
 }
 
-// The rows of a block: queries [first, first + count) of one head.
+// The rows of a block: consecutive queries of one head.
 struct RowBlock {
-  int64_t first;
   int count;
-  float slope;             // of ALiBi
-  int64_t begin[kChunkRows], end[kChunkRows];  // visible keys, relative to the chunk of keys
+  float slope;  // of ALiBi
+  int32_t begin[kChunkRows], end[kChunkRows];  // visible keys, relative to the chunk of keys
   float lse[kChunkRows], delta[kChunkRows];
 };
 
@@ -167,8 +166,7 @@ void differentiate_softmax(const AttentionBackward& a, const RowBlock& block, in
         if (a.softcap > 0) ds[i] *= slope;
         if (kMasked) {
           const IntVec keys = lane + key;
-          const IntVec seen = (keys >= static_cast<int32_t>(block.begin[row + i])) &
-                              (keys < static_cast<int32_t>(block.end[row + i]));
+          const IntVec seen = (keys >= block.begin[row + i]) & (keys < block.end[row + i]);
           p[i] = seen ? p[i] : Vec{};
           ds[i] = seen ? ds[i] : Vec{};
         }
@@ -214,7 +212,6 @@ void add_chunk(const AttentionBackward& a, const BackwardLayout<Unit>& layout, c
   for (int64_t head = kv_head * layout.group; head < (kv_head + 1) * layout.group; ++head) {
     if (a.slopes) block.slope = a.slopes[batch * a.slope_stride + head];
     for (int64_t row = query_chunk * kChunk; row < last_row; row += kChunkRows) {
-      block.first = row;
       block.count = bounded(last_row - row, 0, kChunkRows);
       const int64_t distance = row + a.seqlen_k - a.seqlen_q - first_key;
       const int first_seen = bounded(distance - a.left, 0, keys_in_chunk);
@@ -236,7 +233,7 @@ void add_chunk(const AttentionBackward& a, const BackwardLayout<Unit>& layout, c
         const T* const dout = a.dout.at<const T>(batch, row + i, head);
         convert(q, a.head_dim, q_rows + i * layout.stride, layout.width);
         convert(dout, a.head_dim, dout_rows + i * layout.stride, layout.width);
-        if constexpr (!layout.kSameNumbers) {
+        if constexpr (!BackwardLayout<Unit>::kSameNumbers) {
           convert(q, a.head_dim, q_units + i * layout.depth, layout.depth);
           convert(dout, a.head_dim, dout_units + i * layout.depth, layout.depth);
         }
@@ -246,7 +243,7 @@ void add_chunk(const AttentionBackward& a, const BackwardLayout<Unit>& layout, c
         for (int tile = begin; tile < end; tile += kCols) {
           const Number* const from = columns + int64_t{tile} * layout.depth;
           const int steps = layout.depth / Unit::kWidth;
-          if constexpr (layout.kSameNumbers) {
+          if constexpr (BackwardLayout<Unit>::kSameNumbers) {
             multiply<Unit>(rows, layout.stride, block.count, from, steps, to + tile, kChunk,
                            false);
           } else {

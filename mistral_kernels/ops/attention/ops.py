@@ -130,7 +130,7 @@ _backward_op = Operator(
     check=_check_backward,
     torch=_backward_torch,
     triton=_backward_triton,
-    csrc=("cpu",),
+    csrc=("cpu",),  # except for large scores, see `_backward` in torch_backend.py
     gradient_of="attention",
 )
 
