@@ -2,35 +2,41 @@
 
 #include "operator.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace kernels {
 namespace {
 
-// The indices are those in KERNEL. Each set includes the sets before it.
-const char* const kNames[] = {"plain", "avx2", "avx512", "avx512_bf16"};
+#define TEXT(set, ...) #set
+#define NAME_OF(set, ...) TEXT(set),  // a second level, so that ONLY_INSTRUCTION_SET is expanded
+const char* const kNames[] = {INSTRUCTION_SETS(NAME_OF, )};
+constexpr int kCount = sizeof kNames / sizeof *kNames;
 
-int best_index() {
+// ops/compiler.py checks the same features of the processor.
+bool is_supported(const std::string& name) {
 #if defined(__x86_64__)
   // __builtin_cpu_supports checks that the operating system saves the registers, too.
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
-    return 1;
-  }
-  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
-#else
-  return 0;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (name == "avx2") return avx2;
+  if (name == "avx512") return avx512;
+  if (name == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__) && defined(__linux__)
+  if (name == "neon_bf16") return getauxval(AT_HWCAP2) & HWCAP2_BF16;
 #endif
+  return name == "plain";
 }
 
-bool is_compiled(const std::string& name) {
-#if defined(ONLY_INSTRUCTION_SET)
-#define TEXT(x) #x
-#define TEXT_OF(macro) TEXT(macro)  // a second level, so that the macro is expanded
-  return name == TEXT_OF(ONLY_INSTRUCTION_SET);
-#else
-  return true;
-#endif
+int best_index() {
+  int best = kCount - 1;
+  while (best > 0 && !is_supported(kNames[best])) --best;
+  return best;
 }
 
 }  // namespace
@@ -39,15 +45,15 @@ int chosen = best_index();
 
 std::string instruction_sets() {
   std::string names;
-  for (int i = best_index(); i >= 0; --i) {
-    if (is_compiled(kNames[i])) names += (names.empty() ? "" : " ") + std::string(kNames[i]);
+  for (int i = kCount - 1; i >= 0; --i) {
+    if (is_supported(kNames[i])) names += (names.empty() ? "" : " ") + std::string(kNames[i]);
   }
   return names;
 }
 
 void use_instruction_set(std::string name) {
-  for (int i = best_index(); i >= 0; --i) {
-    if (name == kNames[i] && is_compiled(name)) {
+  for (int i = 0; i < kCount; ++i) {
+    if (name == kNames[i] && is_supported(name)) {
       chosen = i;
       return;
     }

@@ -50,20 +50,42 @@ _HOST_FLAGS = [
 # The operators check arguments and call kernels: -O3 would take longer and gain nothing.
 _OPERATOR_FLAGS, _KERNEL_FLAGS = ["-O1"], ["-O3"]
 
-# The sources in csrc/cpu/kernels are compiled once per instruction set. An instruction set requires
-# a list of processor features, named as in /proc/cpuinfo. csrc/cpu/instruction_sets.cpp checks the
-# same features.
-_AVX2 = ["avx2", "fma", "f16c"]
-_AVX512 = [*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl"]
-INSTRUCTION_SETS: dict[str, list[str]] = {"plain": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    INSTRUCTION_SETS |= {
-        "avx2": _AVX2,
-        "avx512": _AVX512,
-        "avx512_bf16": [*_AVX512, "avx512_bf16"],
-    }
 _LINKED = "library.so"  # the library before it is complete
 _UNITS_PER_SET = 2  # so that two compilers work at once
+
+
+class InstructionSet(NamedTuple):
+    """An instruction set that the sources in csrc/cpu/kernels are compiled for.
+
+    Attributes:
+        features: the required features of the processor, named as in /proc/cpuinfo.
+        options: options of the compiler.
+    """
+
+    features: list[str]
+    options: list[str]
+
+
+def instruction_sets_of(machine: str) -> dict[str, InstructionSet]:
+    """Return the instruction sets of a processor architecture, named as by `platform.machine`.
+
+    csrc/cpu/instruction_sets.h lists the same names, instruction_sets.cpp checks the same features.
+    """
+    if machine == "aarch64":  # Linux; macOS, which has no /proc/cpuinfo, calls it "arm64"
+        bf16 = InstructionSet(["bf16"], ["-march=armv8.2-a+bf16"])
+        return {"plain": InstructionSet([], []), "neon_bf16": bf16}
+    sets: dict[str, list[str]] = {"plain": []}
+    if machine in ("x86_64", "AMD64"):
+        avx2 = ["avx2", "fma", "f16c"]
+        avx512 = [*avx2, "avx512f", "avx512bw", "avx512dq", "avx512vl"]
+        sets |= {"avx2": avx2, "avx512": avx512, "avx512_bf16": [*avx512, "avx512_bf16"]}
+    return {
+        name: InstructionSet(features, [f"-m{x.replace('_', '')}" for x in features])
+        for name, features in sets.items()
+    }
+
+
+INSTRUCTION_SETS = instruction_sets_of(platform.machine())
 
 
 class BuildError(RuntimeError):
@@ -101,9 +123,9 @@ def supported_instruction_sets() -> list[str]:
     features: set[str] = set()
     if len(INSTRUCTION_SETS) > 1:
         with open("/proc/cpuinfo") as file:
-            line = next((line for line in file if line.startswith("flags")), "")
+            line = next((x for x in file if x.startswith(("flags", "Features"))), "")
         features.update(line.split())
-    return [name for name, needed in INSTRUCTION_SETS.items() if features.issuperset(needed)][::-1]
+    return [name for name, x in INSTRUCTION_SETS.items() if features.issuperset(x.features)][::-1]
 
 
 def build(
@@ -342,8 +364,8 @@ def _units(
         flags.append(f"-DONLY_INSTRUCTION_SET={instruction_sets[0]}")
     units = []
     for name in instruction_sets:
-        options = [f"-m{feature.replace('_', '')}" for feature in INSTRUCTION_SETS[name]]
-        options += [*flags, *_KERNEL_FLAGS, f"-DINSTRUCTION_SET={name}"]
+        options = [*INSTRUCTION_SETS[name].options, *flags, *_KERNEL_FLAGS]
+        options.append(f"-DINSTRUCTION_SET={name}")
         for i, sources in enumerate(_divided(_sources("cpu/kernels"), _UNITS_PER_SET)):
             units.append(_Unit(f"{name}_{i}.cpp", options, sources))
     operators = _sources(".") + _sources("cpu")

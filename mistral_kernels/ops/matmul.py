@@ -32,6 +32,7 @@ _MULTIPLIED_BY_TORCH = {
     "avx2": set[torch.dtype](),
     "avx512": {torch.float32},
     "avx512_bf16": {torch.float32, torch.bfloat16},
+    "neon_bf16": {torch.float32, torch.bfloat16},
 }
 # If a product is added to a matrix of a wider dtype, it is computed in blocks of this number of
 # elements. On a CPU a block stays in the cache until it is added.

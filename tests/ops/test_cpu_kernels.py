@@ -140,7 +140,7 @@ def test_each_instruction_set_has_its_own_kernels(operators, request):
     """Vectors of other lengths add in another order, so the results have other bits."""
     arguments = *make_rows(64, 9001, torch.float32), CASES["plain"]
     usual = run(operators, arguments[0].clone(), *arguments[1:])[1]
-    widths = {"plain": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
+    widths = {"plain": 4, "neon_bf16": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}
     chosen = request.node.callspec.params["operators"]
     for name in operators.instruction_sets().split():
         operators.use_instruction_set(name)

@@ -15,9 +15,9 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 
-// The operand of one multiply-add. Numbers are converted to float32, except with AVX-512 BF16,
-// whose instruction adds both products of a pair of bfloat16. It flushes subnormal numbers to zero,
-// as PyTorch's matrix products do.
+// The operand of one multiply-add. Numbers are converted to float32, except pairs of bfloat16, if
+// one instruction adds both products. It flushes subnormal numbers to zero, as PyTorch's matrix
+// products do.
 template <typename T>
 struct Factor {
   static constexpr int kSize = kLanes;
@@ -34,22 +34,22 @@ INLINE Factor<T> load_factor(const T* x, int count) {
   return {load(x, count)};
 }
 
-#if defined(__AVX512BF16__)
+#if defined(HAS_PAIRS)
 template <>
 struct Factor<BFloat16> {
   static constexpr int kSize = 2 * kLanes;
-  __m512bh x;
+  PairVec x;
 };
 
 INLINE void multiply_add(Factor<BFloat16> a, Factor<BFloat16> b, Vec& sum) {
-  sum = _mm512_dpbf16_ps(sum, a.x, b.x);
+  sum = add_pair_products(sum, a.x, b.x);
 }
 
 INLINE Factor<BFloat16> load_factor(const BFloat16* x, int count) {
-  if (count == Factor<BFloat16>::kSize) return {load_as<__m512bh>(x)};
+  if (count == Factor<BFloat16>::kSize) return {load_as<PairVec>(x)};
   BFloat16 whole[Factor<BFloat16>::kSize] = {};
   __builtin_memcpy(whole, x, count * sizeof(BFloat16));
-  return {load_as<__m512bh>(whole)};
+  return {load_as<PairVec>(whole)};
 }
 #endif
 
@@ -59,7 +59,7 @@ INLINE Factor<T> load_factor_of(const int8_t* x, int count) {
   return {load(x, count)};
 }
 
-#if defined(__AVX512BF16__)
+#if defined(HAS_PAIRS)
 template <>
 INLINE Factor<BFloat16> load_factor_of<BFloat16>(const int8_t* x, int count) {
   int8_t whole[Factor<BFloat16>::kSize] = {};
@@ -67,7 +67,7 @@ INLINE Factor<BFloat16> load_factor_of<BFloat16>(const int8_t* x, int count) {
     __builtin_memcpy(whole, x, count);
     x = whole;
   }
-  return {_mm512_cvtne2ps_pbh(load(x + kLanes), load(x))};
+  return {rounded_pairs(load(x), load(x + kLanes))};
 }
 #endif
 

@@ -1,10 +1,10 @@
 // Products of a small left matrix with a packed right matrix, the main work of attention and of
 // linear layers with many rows.
 //
-// Products work on units of 32 bits: a float32 or, with AVX-512 BF16, a pair of bfloat16. One
-// instruction multiplies a unit with a vector of units. The left matrix is stored in rows. The right
-// matrix is stored in tiles of kCols columns; within a tile, the kCols units of one step of the inner
-// dimension are contiguous.
+// Products work on units of 32 bits: a float32 or, if an instruction multiplies them, a pair of
+// bfloat16. One instruction multiplies a unit with a vector of units. The left matrix is stored in
+// rows. The right matrix is stored in tiles of kCols columns; within a tile, the kCols units of one
+// step of the inner dimension are contiguous.
 #pragma once
 
 #include "vector.h"
@@ -78,14 +78,14 @@ struct SingleUnit {
   static INLINE Vec exponential(Vec x) { return exp(x); }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(HAS_PAIRS)
 // The unit of a product: a pair of bfloat16.
 struct PairUnit {
   using Number = BFloat16;
   static constexpr int kWidth = 2;
 
   static INLINE Vec multiply_add(const Number* a, Vec b, Vec sum) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(load_as<int32_t>(a)), (__m512bh)b);
+    return add_pair_products(sum, (PairVec)(IntVec{} + load_as<int32_t>(a)), (PairVec)b);
   }
   static INLINE Vec exponential(Vec x) { return rough_exp(x); }
 };

@@ -54,6 +54,15 @@ struct BFloat16 {
 
 struct ExactBFloat16 : BFloat16 {};  // stored without flushing subnormal numbers to zero
 
+// A vector of pairs of bfloat16, if the instruction set has products of them.
+#if defined(__AVX512BF16__)
+#define HAS_PAIRS 1
+typedef __m512bh PairVec;
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define HAS_PAIRS 1
+typedef bfloat16x8_t PairVec;
+#endif
+
 INLINE Vec splat(float x) { return x - Vec{}; }
 
 INLINE Vec fma(Vec a, Vec b, Vec c) {
@@ -245,12 +254,14 @@ INLINE To load_as(const From* x) {
 INLINE Vec load(const float* x) { return load_as<Vec>(x); }
 INLINE void store(float* to, Vec x) { __builtin_memcpy(to, &x, sizeof x); }
 
-// Intrinsics, because GCC converts vectors in two halves.
+// Intrinsics, because GCC converts vectors in two halves and, on Arm, one number at a time.
 INLINE UintVec widened(ShortVec x) {
 #if defined(__AVX512F__)
   return (UintVec)_mm512_cvtepu16_epi32((__m256i)x);
 #elif defined(__AVX2__)
   return (UintVec)_mm256_cvtepu16_epi32((__m128i)x);
+#elif defined(__aarch64__)
+  return (UintVec)vmovl_u16((uint16x4_t)x);
 #else
   return __builtin_convertvector(x, UintVec);
 #endif
@@ -275,10 +286,14 @@ INLINE void store(ExactBFloat16* to, Vec x) {
   __builtin_memcpy(to, &rounded, sizeof rounded);
 }
 
-// The AVX-512 BF16 instruction flushes subnormal numbers to zero.
+// The AVX-512 BF16 instruction flushes subnormal numbers to zero. Both instructions keep the payload
+// of NaN.
 INLINE void store(BFloat16* to, Vec x) {
 #if defined(__AVX512BF16__)
   const auto rounded = _mm512_cvtneps_pbh(x);
+  __builtin_memcpy(to, &rounded, sizeof rounded);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  const auto rounded = vcvt_bf16_f32(x);
   __builtin_memcpy(to, &rounded, sizeof rounded);
 #else
   store(static_cast<ExactBFloat16*>(to), x);
@@ -336,11 +351,35 @@ INLINE Vec load(const int8_t* x) {
   __m128i bytes = _mm_cvtsi32_si128(load_as<int32_t>(x));
   bytes = _mm_unpacklo_epi8(bytes, bytes);
   return _mm_cvtepi32_ps(_mm_srai_epi32(_mm_unpacklo_epi16(bytes, bytes), 24));
+#elif defined(__aarch64__)
+  const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(load_as<int32_t>(x)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
 #else
   typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
   return __builtin_convertvector(load_as<ByteVec>(x), Vec);
 #endif
 }
+
+#if defined(HAS_PAIRS)
+// Adds both products of each pair to the sum. Subnormal numbers are flushed to zero. Each addition
+// is rounded to nearest with AVX-512, and to odd, with an error below 1 ulp, on Arm.
+INLINE Vec add_pair_products(Vec sum, PairVec a, PairVec b) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(sum, a, b);
+#else
+  return vbfdotq_f32(sum, a, b);
+#endif
+}
+
+// Rounds consecutive numbers to pairs.
+INLINE PairVec rounded_pairs(Vec low, Vec high) {
+#if defined(__AVX512BF16__)
+  return _mm512_cvtne2ps_pbh(high, low);
+#else
+  return vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(low), high);
+#endif
+}
+#endif
 
 // Returns x rounded to T.
 template <typename T>
