@@ -271,7 +271,7 @@ def test_gradients_of_packed_sequences(dtype, operators, no_fallback):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("factor", [10, 1000])
 def test_gradients_for_large_scores(factor, dtype, operators):
-    """Check rows where few keys have nearly all weight: rounded scores must not change their sum."""
+    """Check rows where few keys have nearly all weight: rounding must not change their sum."""
     q, k, v = make(100, 300, 4, 2, 64, dtype)
     q *= factor
     flat = options_of(q, k, None, 0)
