@@ -3,7 +3,7 @@
 PyTorch multiplies bfloat16 and float16 slowly on processors without instructions for them. csrc's
 kernel converts both matrices to float32, block by block, and multiplies at the speed of float32.
 With AVX2, it multiplies float32 matrices, too: on two Zen 2 cores it is twice as fast as PyTorch.
-`kernel_multiplies` is the only place that chooses.
+`kernel_multiplies` alone chooses.
 
 The order of the sums depends on the inner dimension alone. Hence the bits of a product do not
 depend on the number of threads, nor on its other rows and columns.

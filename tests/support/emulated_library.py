@@ -132,8 +132,8 @@ def _encoded(x: Any, kind: Any, storages: dict[int, torch.UntypedStorage]) -> by
         storages.setdefault(storage.data_ptr(), storage)
         index = list(storages).index(storage.data_ptr())
         offset = x.storage_offset() * x.element_size()
-        place = (ord("t"), index, offset, _DTYPES[x.dtype])
-        return b"".join(map(_number, place)) + _numbers(x.shape) + _numbers(x.stride())
+        head = (ord("t"), index, offset, _DTYPES[x.dtype])
+        return b"".join(map(_number, head)) + _numbers(x.shape) + _numbers(x.stride())
     if kind.kind() == "StringType":
         return _number(ord("s")) + _text(x)
     return _number(ord("b")) + struct.pack("d" if kind.kind() == "FloatType" else "q", x)
