@@ -23,6 +23,7 @@ INLINE Vec capped(Vec z, float softcap) {
 
 template <typename T>
 Sums sums(const Softmax& s, const T* logits) {
+  const float softcap = s.softcap;
   float row_max = -kLargest;
   Vec exps = {}, total = {};  // summed per block first, which reduces the rounding error
   for (int64_t begin = 0; begin < s.vocab; begin += kLogits) {
@@ -30,7 +31,7 @@ Sums sums(const Softmax& s, const T* logits) {
     float block[kLogits];
     Vec block_max = splat(-kInfinity), block_exps = {}, block_total = {};
     for_each_vector(count, [&](int64_t i, int lanes) {
-      Vec z = capped(load(logits + begin + i, lanes), s.softcap);
+      Vec z = capped(load(logits + begin + i, lanes), softcap);
       block_total += z;  // lanes past the end are 0
       for (int lane = lanes; lane < kLanes; ++lane) z[lane] = -kInfinity;
       block_max = max(block_max, z);
@@ -40,7 +41,7 @@ Sums sums(const Softmax& s, const T* logits) {
       exps *= exp(splat(row_max - largest));
       row_max = largest;
     }
-    for (int i = 0; i < count; i += kLanes) block_exps += exp(load(block + i) - row_max);
+    for (int i = 0; i < count; i += kLanes) block_exps += exp_below_88<false>(load(block + i) - row_max);
     exps += block_exps;
     total += block_total;
   }
@@ -64,14 +65,16 @@ void softmax_row(const Softmax& s, T* logits, int64_t target, float* loss) {
   if (!s.needs_gradient) return;
 
   const float slope = (1 + 2 * s.z_loss * lse) / row.exps;
-  const auto gradient = [&](Vec z, float share) {
-    Vec cap_slope = splat(*s.scale);
-    if (s.softcap > 0) {
-      const Vec t = tanh(z / s.softcap);
-      z = s.softcap * t;
+  // Copies: a store might change s or *s.scale, so they would be read for each vector.
+  const float scale = *s.scale, softcap = s.softcap, row_max = row.max;
+  const auto gradient = [=](Vec z, float share) {
+    Vec cap_slope = splat(scale);
+    if (softcap > 0) {
+      const Vec t = tanh(z / softcap);
+      z = softcap * t;
       cap_slope *= 1.0f - t * t;
     }
-    return (exp(z - row.max) * slope - share) * cap_slope;
+    return (exp_below_88<false>(z - row_max) * slope - share) * cap_slope;
   };
   for_each_vector(s.vocab, [&](int64_t i, int lanes) {
     store(logits + i, gradient(load(logits + i, lanes), smooth), lanes);

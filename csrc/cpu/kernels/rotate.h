@@ -38,22 +38,20 @@ void rotate_block(const TokenHeads<T>& t, int64_t first, int count, int64_t half
   for (int64_t head = 0; head < t.heads; ++head) {
     const T* x = t.x + head * t.x_stride + first;
     T* out = t.out + head * t.out_stride + first;
-    const T* next = x + kHeadsAhead * t.x_stride;
-    T* next_out = out + kHeadsAhead * t.out_stride;
-    for_each_vector(count, [&](int64_t i, int lanes) {
-      __builtin_prefetch(next + i, 0, 2);
-      __builtin_prefetch(next_out + i, 1, 2);
+    const T *next = x + kHeadsAhead * t.x_stride, *next_half = half ? next + half : nullptr;
+    const T *next_out = out + kHeadsAhead * t.out_stride;
+    const T *next_out_half = half ? next_out + half : nullptr;
+    const auto rotate = [&](int64_t i, int lanes) {
       const Vec cos = load(angles.cos + i), sin = load(angles.sin + i), a = load(x + i, lanes);
       if (half) {
-        __builtin_prefetch(next + half + i, 0, 2);
-        __builtin_prefetch(next_out + half + i, 1, 2);
         const Vec b = load(x + half + i, lanes);
         store(out + i, a * cos - b * sin, lanes);
         store(out + half + i, b * cos + a * sin, lanes);
       } else {
         store(out + i, a * cos + swap_pairs(a) * sin, lanes);
       }
-    });
+    };
+    for_each_vector(count, rotate, next, next_half, next_out, next_out_half);
   }
 }
 

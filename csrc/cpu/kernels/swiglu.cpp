@@ -5,6 +5,8 @@
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
+constexpr int kNumbersAhead = 2048;  // distance of the prefetches
+
 // Returns 1 + e^-gate. The argument's type T is the dtype that results are rounded to; for 16-bit
 // dtypes an approximate exponential is sufficient.
 INLINE Vec inverse_sigmoid(const float*, Vec gate) { return 1.0f + exp(-gate); }
@@ -31,10 +33,11 @@ void forward(const SwiGLU& s, int64_t begin, int64_t end) {
     const T* gate = static_cast<const T*>(s.gate) + row * s.gate_stride + first;
     const T* up = static_cast<const T*>(s.up) + row * s.up_stride + first;
     T* y = static_cast<T*>(s.y) + row * s.cols + first;
-    for_each_vector(count, [&](int64_t i, int lanes) {
+    const auto multiply = [&](int64_t i, int lanes) {
       const Vec g = load(gate + i, lanes);
       store(y + i, g / inverse_sigmoid(y, g) * load(up + i, lanes), lanes);
-    });
+    };
+    for_each_vector(count, multiply, gate + kNumbersAhead, up + kNumbersAhead);
   });
 }
 
@@ -47,7 +50,7 @@ void backward(const SwiGLU& s, int64_t begin, int64_t end) {
     const int64_t to = row * s.gradient_stride + first;
     T* dgate = s.dgate ? static_cast<T*>(s.dgate) + to : nullptr;
     T* dup = s.dup ? static_cast<T*>(s.dup) + to : nullptr;
-    for_each_vector(count, [&](int64_t i, int lanes) {
+    const auto differentiate = [&](int64_t i, int lanes) {
       const Vec g = load(gate + i, lanes), dy_i = load(dy + i, lanes);
       const Vec sigmoid = 1.0f / inverse_sigmoid(dy, g);
       if (dup) store(dup + i, dy_i * (g * sigmoid), lanes);
@@ -55,7 +58,9 @@ void backward(const SwiGLU& s, int64_t begin, int64_t end) {
         const Vec slope = sigmoid * (1.0f + g * (1.0f - sigmoid));
         store(dgate + i, dy_i * load(up + i, lanes) * slope, lanes);
       }
-    });
+    };
+    for_each_vector(count, differentiate, dy + kNumbersAhead, gate + kNumbersAhead,
+                    up + kNumbersAhead);
   });
 }
 

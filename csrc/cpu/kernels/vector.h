@@ -170,19 +170,22 @@ INLINE float max(Vec x) {
 #endif
 }
 
-// Returns 2^n for n in [-126, 127].
-INLINE Vec power_of_2(IntVec n) { return (Vec)((UintVec)(n + 127) << 23); }
+// x + kRounder - kRounder rounds x to an integer n. The low bits of x + kRounder are n + 254.
+constexpr float kRounder = 0x1.8p23f + 254.0f;
 
-// Returns x 2^n for integers n in [-252, 254].
-INLINE Vec times_power_of_2(Vec x, Vec n) {
+// Returns x 2^n, where `shifted` is n + kRounder for integers n in [-252, 254].
+INLINE Vec times_power_of_2(Vec x, Vec shifted) {
 #if defined(__AVX512F__)
-  return _mm512_scalef_ps(x, n);
+  return _mm512_scalef_ps(x, shifted - kRounder);
 #else
-  // Two factors are needed, because 2^128 overflows and 2^-149 underflows.
-  const IntVec whole = __builtin_convertvector(n, IntVec), half = whole >> 1;
-  return x * power_of_2(half) * power_of_2(whole - half);
+  // Two factors are needed, because 2^128 overflows and 2^-149 underflows. Their exponents, with a
+  // bias of 127 each, add up to n + 254.
+  const UintVec both = (UintVec)shifted, first = both >> 1;
+  return x * (Vec)(first << 23) * (Vec)((both - first) << 23);
 #endif
 }
+
+constexpr float kLog2E = 0x1.715476p0f;
 
 // Returns e^(x - n ln(2)) for integers n next to x / ln(2).
 INLINE Vec exp_remainder(Vec x, Vec n) {
@@ -204,33 +207,27 @@ INLINE Vec rough_exp2(Vec x) {
   return fma(p, x, splat(0.999999285f));
 }
 
-constexpr float kLog2E = 0x1.715476p0f;
-constexpr float kRounder = 0x1.8p23f;  // adding and subtracting it rounds to an integer
-
 // Returns e^x, accurate to about 1 ulp, with underflow to 0, overflow to infinity, and NaN for NaN.
 INLINE Vec exp(Vec x) {
   x = min(splat(89.0f), max(splat(-104.0f), x));
-  const Vec n = x * kLog2E + kRounder - kRounder;
-  return times_power_of_2(exp_remainder(x, n), n);
+  const Vec shifted = fma(x, splat(kLog2E), splat(kRounder));
+  return times_power_of_2(exp_remainder(x, shifted - kRounder), shifted);
 }
 
-// Returns e^x for results that are rounded to 16 bits, with a relative error of 2^-18 or, for large
-// |x|, |x| 2^-24.
-INLINE Vec rough_exp(Vec x) {
-  x = min(splat(89.0f), max(splat(-104.0f), x));
-  const Vec power = x * kLog2E, n = power + kRounder - kRounder;
-  return times_power_of_2(rough_exp2(power - n), n);
-}
-
-// The same for x <= 88, with fewer instructions and underflow to 0 below 2^-126.
+// The same for x <= 88, with fewer instructions and underflow to 0 below 2^-126. If kRough, the
+// relative error is 2^-18 or, for large |x|, |x| 2^-24: enough for results of 16 bits.
 template <bool kRough>
 INLINE Vec exp_below_88(Vec x) {
   x = max(splat(-88.0f), x);
-  // The lowest bits of `shifted` are those of n. The factor 2^n is 0 for n = -127.
-  const Vec shifted = fma(x, splat(kLog2E), splat(kRounder)), n = shifted - kRounder;
+  // The lowest bits of `shifted` are n + 127: the exponent of 2^n, and that of 0 for n = -127.
+  const Vec rounder = splat(kRounder - 127.0f);
+  const Vec shifted = fma(x, splat(kLog2E), rounder), n = shifted - rounder;
   const Vec p = kRough ? rough_exp2(fma(x, splat(kLog2E), -n)) : exp_remainder(x, n);
-  return p * (Vec)(((UintVec)shifted << 23) + (127u << 23));
+  return p * (Vec)((UintVec)shifted << 23);
 }
+
+// Returns e^x roughly for any x; results above 2^127.5 are infinity.
+INLINE Vec rough_exp(Vec x) { return exp_below_88<true>(min(splat(89.0f), x)); }
 
 // Near 0, where 1 - 2 / (e^2x + 1) suffers from cancellation, a polynomial with a relative error of
 // 4e-8 is used.
@@ -267,22 +264,39 @@ INLINE UintVec widened(ShortVec x) {
 #endif
 }
 
+// x < 2^16.
 INLINE ShortVec narrowed(UintVec x) {
 #if defined(__AVX512F__)
   return (ShortVec)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__)
+  return (ShortVec)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x),
+                                    _mm256_extracti128_si256((__m256i)x, 1));
 #else
   return __builtin_convertvector(x, ShortVec);
 #endif
 }
 
-INLINE Vec load(const BFloat16* x) { return (Vec)(widened(load_as<ShortVec>(x)) << 16); }
+INLINE Vec load(const BFloat16* x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // One shuffle of two copies of the numbers, because Zen 2 has one unit for shifts.
+  const __m256i to_upper_halves = _mm256_set_epi64x(0x0f0effff0d0cffff, 0x0b0affff0908ffff,
+                                                    0x0706ffff0504ffff, 0x0302ffff0100ffff);
+  const __m256i copies = _mm256_broadcastsi128_si256(load_as<__m128i>(x));
+  return (Vec)_mm256_shuffle_epi8(copies, to_upper_halves);
+#else
+  return (Vec)(widened(load_as<ShortVec>(x)) << 16);
+#endif
+}
 
-// Rounds to nearest, ties to even.
+// Returns the bits of x rounded to bfloat16, to nearest and ties to even, in the upper halves. The
+// lower halves are unspecified.
+INLINE UintVec bfloat16_bits(Vec x) {
+  const UintVec bits = (UintVec)x, nan = UintVec{} + 0x7fc00000u;
+  return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : nan;
+}
+
 INLINE void store(ExactBFloat16* to, Vec x) {
-  const UintVec bits = (UintVec)x;
-  const UintVec nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const UintVec nan = UintVec{} + 0x7fc0u;
-  const ShortVec rounded = narrowed(x == x ? nearest : nan);
+  const ShortVec rounded = narrowed(bfloat16_bits(x) >> 16);
   __builtin_memcpy(to, &rounded, sizeof rounded);
 }
 
@@ -388,6 +402,12 @@ INLINE Vec rounded(Vec x) {
   store(whole, x);
   return load(whole);
 }
+#if !defined(__AVX512BF16__)
+template <>
+INLINE Vec rounded<BFloat16>(Vec x) {
+  return (Vec)(bfloat16_bits(x) & 0xffff0000u);
+}
+#endif
 
 // Loads `count` numbers; further lanes are 0.
 template <typename T>
@@ -416,12 +436,35 @@ INLINE auto with_type(DType dtype, Body body) {
   }
 }
 
+// Numbers per cache line.
+template <typename T>
+constexpr int kLine = 64 / sizeof(T);
+
 // Calls body(first, count) for each vector of kLanes numbers, and for the remainder.
 template <typename Body>
 INLINE void for_each_vector(int64_t size, Body body) {
   int64_t first = 0;
   for (; first + kLanes <= size; first += kLanes) body(first, kLanes);
   if (first < size) body(first, static_cast<int>(size - first));
+}
+
+// Prefetches x[begin : begin + count] into L2, unless x is null.
+template <typename T>
+INLINE void prefetch(const T* x, int64_t begin, int count) {
+  if (!x) return;
+  for (int i = 0; i < count; i += kLine<T>) __builtin_prefetch(x + begin + i, 0, 2);
+}
+
+// As above, and prefetches the same elements of `ahead`, once per cache line.
+template <typename Body, typename T, typename... More>
+INLINE void for_each_vector(int64_t size, Body body, const T* ahead, const More*... more) {
+  int64_t begin = 0;
+  for (; begin + kLine<T> <= size; begin += kLine<T>) {
+    prefetch(ahead, begin, kLine<T>);
+    (prefetch(more, begin, kLine<T>), ...);
+    for (int i = 0; i < kLine<T>; i += kLanes) body(begin + i, kLanes);
+  }
+  for_each_vector(size - begin, [&](int64_t i, int lanes) { body(begin + i, lanes); });
 }
 
 }  // namespace
