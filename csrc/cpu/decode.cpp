@@ -2,10 +2,9 @@
 // mistral_kernels/ops/attention.
 #include "kernels/decode.h"
 
+#include "buffer.h"
 #include "operator.h"
 #include "run.h"
-
-#include <memory>
 
 namespace kernels {
 
@@ -17,8 +16,9 @@ void run(Decode d) {
   }
   const auto attend = KERNEL(attend_splits), combine = KERNEL(combine_splits);
   const int64_t heads = d.batch * d.num_heads;
-  const std::unique_ptr<float[]> partials(new float[heads * d.splits * (2 + d.head_dim)]);
-  d.partials = partials.get();
+  const Buffer partials(heads * d.splits * partial_size(d.head_dim) *
+                        static_cast<int64_t>(sizeof(float)));
+  d.partials = reinterpret_cast<float*>(partials.data());
   const int64_t split_bytes = 2 * kSplit * d.head_dim * size_of(d.dtype);
   torch::stable::parallel_for(0, d.batch * d.splits * d.num_kv_heads, kBytes / split_bytes + 1,
                               [&](int64_t begin, int64_t end) { attend(d, begin, end); });

@@ -11,40 +11,62 @@ namespace kernels::INSTRUCTION_SET {
 namespace {
 
 // Tile sizes, chosen so that accumulators and factors stay in registers.
-constexpr int kHeads = 4, kKeys = kRegisters == 32 ? 4 : 2, kValueVecs = kKeys;
-constexpr int kKeysOfBlock = 64;  // at most
-constexpr int kKeysAhead = 12;    // distance of the second prefetch
+constexpr int kHeads = 4, kKeys = kRegisters == 32 ? 4 : 3, kValueVecs = kRegisters == 32 ? 4 : 2;
+constexpr int kKeysOfBlock = kRegisters == 32 ? 64 : 12;  // at most
+constexpr int kKeysAhead = kRegisters == 32 ? 12 : 0;     // distance of the second prefetch, if any
+
+// Query heads per job, at most. With several kv heads per job, a core reads consecutive memory, and
+// a block of keys or values fits into L1. With 32 registers, a job has one tile of heads.
+constexpr int kHeadsOfJob = kRegisters == 32 ? kHeads : 32;
+
+template <int kNumber>
+struct Count {
+  static constexpr int kCount = kNumber;
+};
 
 // The result of a split for one query head. Weights are exp(score - max); `total` is their sum.
 struct Partial {
-  float max, total, weighted_values[];
+  float max, total;
+  alignas(64) float weighted_values[];
 };
 
 INLINE Partial* partial(const Decode& d, int64_t sequence, int64_t split, int64_t head) {
   const int64_t index = (sequence * d.splits + split) * d.num_heads + head;
-  return reinterpret_cast<Partial*>(d.partials + index * (2 + d.head_dim));
+  return reinterpret_cast<Partial*>(d.partials + index * partial_size(d.head_dim));
 }
 
-// One split of the keys of a sequence, for one kv head.
-struct Item {
-  int64_t sequence, split, kv_head;
+// One split of the keys of a sequence, for the query heads [head, head_end).
+struct Job {
+  int64_t sequence, split, head, head_end;
   Span span;
 };
 
-INLINE Item item_at(const Decode& d, int64_t index) {
-  const int64_t kv_head = index % d.num_kv_heads, split = index / d.num_kv_heads % d.splits;
-  const int64_t sequence = index / d.num_kv_heads / d.splits;
+// Returns the first job of items [item, end) that begins with this query head of its group.
+INLINE Job job_at(const Decode& d, int64_t item, int64_t end, int64_t head_of_group) {
+  const int64_t group = d.num_heads / d.num_kv_heads, kv_head = item % d.num_kv_heads;
+  const int64_t split = item / d.num_kv_heads % d.splits;
+  const int64_t sequence = item / d.num_kv_heads / d.splits;
   Span span = visible(d, sequence);
   span.begin += split * kSplit;
   if (span.end > span.begin + kSplit) span.end = span.begin + kSplit;
-  return {sequence, split, kv_head, span};
+  int64_t heads = group - head_of_group;
+  if (heads > kHeadsOfJob) {
+    heads = kHeadsOfJob;
+  } else if (kRegisters < 32 && head_of_group == 0) {
+    int64_t kv_heads = kHeadsOfJob / group;
+    if (kv_heads > d.num_kv_heads - kv_head) kv_heads = d.num_kv_heads - kv_head;
+    if (kv_heads > end - item) kv_heads = end - item;
+    heads = kv_heads * group;
+  }
+  const int64_t head = kv_head * group + head_of_group;
+  return {sequence, split, head, head + heads, span};
 }
 
 // Keys or values in consecutive slots.
 template <typename T>
 struct Block {
   Rows<T> rows;
-  int first, count;  // keys [first, first + count) of the item
+  int first, count;  // keys [first, first + count) of the job
 
   // Prefetches part of a row into L2. In L1 it would be evicted before it is used.
   INLINE void fetch(int row, int64_t begin, int64_t size) const {
@@ -56,19 +78,21 @@ struct Block {
   }
 };
 
+// Returns the block that begins at key `first`, for the kv head of the job's first head.
 template <typename T>
-INLINE Block<T> block_at(const Decode& d, const Item& item, const void* cache,
-                         const int64_t* strides, int64_t first) {
-  const int64_t position = item.span.begin + first;
-  if (position >= item.span.end) return {};
+INLINE Block<T> block_at(const Decode& d, const Job& job, const void* cache, const int64_t* strides,
+                         int64_t first) {
+  const int64_t position = job.span.begin + first;
+  if (position >= job.span.end) return {};
   const int64_t slot = position % d.capacity, in_page = slot % d.page_size;
   int64_t count = d.page_size - in_page;
-  if (count > item.span.end - position) count = item.span.end - position;
+  if (count > job.span.end - position) count = job.span.end - position;
   if (count > kKeysOfBlock) count = kKeysOfBlock;
-  int64_t outer = d.rows ? d.rows[item.sequence] : item.sequence;
-  if (d.block_table) outer = d.block_table[item.sequence * d.max_pages + slot / d.page_size];
+  int64_t outer = d.rows ? d.rows[job.sequence] : job.sequence;
+  if (d.block_table) outer = d.block_table[job.sequence * d.max_pages + slot / d.page_size];
+  const int64_t kv_head = job.head / (d.num_heads / d.num_kv_heads);
   const T* data = static_cast<const T*>(cache) + outer * strides[0] + in_page * strides[1] +
-                  item.kv_head * strides[2];
+                  kv_head * strides[2];
   return {{data, strides[1]}, static_cast<int>(first), static_cast<int>(count)};
 }
 
@@ -77,24 +101,35 @@ INLINE Block<T> block_at(const Decode& d, const Item& item, const void* cache,
 template <typename T>
 INLINE void fetch_ahead(Block<T> block, Block<T> next, int key, int64_t begin, int64_t size) {
   next.fetch(key, begin, size);
-  block.fetch(key + kKeysAhead, begin, size);
+  if (kKeysAhead) block.fetch(key + kKeysAhead, begin, size);
 }
 
-// Calls body(block, next) for each block of an item. `next` is the block to prefetch: the following
-// block of the item, or `after` for the last block.
+// Calls body(heads, head, block, next) for each block of a job and each tile of the job's heads.
+// `heads` is the number of heads as a type, and `head` the first one. `next` is the block to
+// prefetch: the following block of the job, or `after` for the last block.
 template <typename T, typename Body>
-INLINE void for_each_block(const Decode& d, const Item& item, const void* cache,
-                           const int64_t* strides, Block<T> after, Body body) {
-  Block<T> block = block_at<T>(d, item, cache, strides, 0);
+INLINE void for_each_tile(const Decode& d, const Job& job, const void* cache,
+                          const int64_t* strides, Block<T> after, Body body) {
+  const int64_t group = d.num_heads / d.num_kv_heads;
+  Block<T> block = block_at<T>(d, job, cache, strides, 0);
   while (block.count > 0) {
-    const Block<T> next = block_at<T>(d, item, cache, strides, block.first + block.count);
-    body(block, next.count > 0 ? next : after);
-    block = next;
+    const Block<T> following = block_at<T>(d, job, cache, strides, block.first + block.count);
+    Block<T> tile = block, next = following.count > 0 ? following : after;
+    int64_t head = job.head, end = head - head % group;
+    while (head < job.head_end) {
+      end += group;
+      if (end > job.head_end) end = job.head_end;
+      for (; head + kHeads <= end; head += kHeads) body(Count<kHeads>{}, head, tile, next);
+      for (; head < end; ++head) body(Count<1>{}, head, tile, next);
+      tile.rows.data += strides[2];
+      next.rows.data += strides[2];
+    }
+    block = following;
   }
 }
 
 // The type of queries in the dot products. With 16 registers, keys and queries are multiplied as
-// float32, and queries are converted once per item.
+// float32, and queries are converted once per job.
 template <typename T>
 using Query = std::conditional_t<kRegisters == 32, T, float>;
 
@@ -159,77 +194,82 @@ INLINE void add_values(Block<T> block, Block<T> next, int64_t begin, int size, c
   }
 }
 
-// Computes an item for kTileHeads query heads, from `head` on. `after` is the first block of keys
-// of the next item.
-template <int kTileHeads, typename T>
-void attend(const Decode& d, const Item& item, int64_t head, Block<T> after) {
-  alignas(64) float scores[kTileHeads * kSplit];
-  const T* q = static_cast<const T*>(d.q) + item.sequence * d.q_strides[0] + head * d.q_strides[1];
-  const int64_t sums_stride = 2 + d.head_dim;
-  float* sums = partial(d, item.sequence, item.split, head)->weighted_values;
-  Rows<Query<T>> queries;
-  if constexpr (kRegisters == 32) {
-    queries = {q, d.q_strides[1]};
-  } else {
+// `after` is the first block of keys of the next job.
+template <typename T>
+void attend(const Decode& d, const Job& job, Block<T> after) {
+  alignas(64) float scores[kHeadsOfJob * kSplit];
+  const auto scores_of = [&](int64_t head) { return scores + (head - job.head) * kSplit; };
+  const auto partial_of = [&](int64_t head) { return partial(d, job.sequence, job.split, head); };
+  const int64_t sums_stride = partial_size(d.head_dim);
+  const T* q = static_cast<const T*>(d.q) + job.sequence * d.q_strides[0];
+  const auto queries_of = [&](int64_t head) -> Rows<Query<T>> {
+    if constexpr (kRegisters == 32) return {q + head * d.q_strides[1], d.q_strides[1]};
     // The memory of the weighted values holds the converted queries until all keys have scores.
-    queries = {sums, sums_stride};
-    for (int i = 0; i < kTileHeads; ++i) {
+    else return {partial_of(head)->weighted_values, sums_stride};
+  };
+  if constexpr (kRegisters < 32) {
+    for (int64_t head = job.head; head < job.head_end; ++head) {
       for_each_vector(d.head_dim, [&](int64_t first, int count) {
-        const Vec channels = load(q + i * d.q_strides[1] + first, count);
-        store(sums + i * sums_stride + first, channels, count);
+        const Vec channels = load(q + head * d.q_strides[1] + first, count);
+        store(partial_of(head)->weighted_values + first, channels, count);
       });
     }
   }
-  const Block<T> values = block_at<T>(d, item, d.v_cache, d.v_strides, 0);
-  for_each_block<T>(d, item, d.k_cache, d.k_strides, values, [&](Block<T> block, Block<T> next) {
-    Rows<T> keys = block.rows;
-    float* to = scores + block.first;
-    int key = 0;
-    for (; key + kKeys <= block.count; key += kKeys, keys.data += kKeys * keys.stride) {
-      for (int i = 0; i < kKeys; ++i) fetch_ahead(block, next, key + i, 0, d.head_dim);
-      score_keys<kKeys, kTileHeads>(d, keys, queries, to + key);
-    }
-    for (; key < block.count; ++key, keys.data += keys.stride) {
-      for (int i = 0; i < kTileHeads; ++i) {
-        const Rows<Query<T>> query = {queries.data + i * queries.stride, queries.stride};
-        score_keys<1, 1>(d, keys, query, to + i * kSplit + key);
-      }
-    }
-  });
-  for (int i = 0; i < kTileHeads; ++i) {
-    softmax_weights(scores + i * kSplit, static_cast<int>(item.span.end - item.span.begin), d.scale,
-                    partial(d, item.sequence, item.split, head + i));
-    __builtin_memset(sums + i * sums_stride, 0, d.head_dim * sizeof(float));
+  const Block<T> values = block_at<T>(d, job, d.v_cache, d.v_strides, 0);
+  for_each_tile<T>(
+      d, job, d.k_cache, d.k_strides, values,
+      [&](auto heads, int64_t head, Block<T> block, Block<T> next) {
+        constexpr int kTileHeads = decltype(heads)::kCount;
+        const Rows<Query<T>> queries = queries_of(head);
+        Rows<T> keys = block.rows;
+        float* to = scores_of(head) + block.first;
+        int key = 0;
+        for (; key + kKeys <= block.count; key += kKeys, keys.data += kKeys * keys.stride) {
+          for (int i = 0; i < kKeys; ++i) fetch_ahead(block, next, key + i, 0, d.head_dim);
+          score_keys<kKeys, kTileHeads>(d, keys, queries, to + key);
+        }
+        for (; key < block.count; ++key, keys.data += keys.stride) {
+          score_keys<1, kTileHeads>(d, keys, queries, to + key);
+        }
+      });
+  for (int64_t head = job.head; head < job.head_end; ++head) {
+    softmax_weights(scores_of(head), static_cast<int>(job.span.end - job.span.begin), d.scale,
+                    partial_of(head));
+    __builtin_memset(partial_of(head)->weighted_values, 0, d.head_dim * sizeof(float));
   }
-  for_each_block<T>(d, item, d.v_cache, d.v_strides, after, [&](Block<T> block, Block<T> next) {
-    constexpr int kSize = kValueVecs * kLanes;
-    const float* weights = scores + block.first;
-    int64_t begin = 0;
-    for (; begin + kSize <= d.head_dim; begin += kSize) {
-      add_values<kTileHeads, kValueVecs>(block, next, begin, kSize, weights, sums + begin,
-                                         sums_stride);
-    }
-    for (; begin < d.head_dim; begin += kLanes) {
-      const int64_t left = d.head_dim - begin;
-      add_values<kTileHeads, 1>(block, next, begin, left < kLanes ? static_cast<int>(left) : kLanes,
-                                weights, sums + begin, sums_stride);
-    }
-  });
+  for_each_tile<T>(
+      d, job, d.v_cache, d.v_strides, after,
+      [&](auto heads, int64_t head, Block<T> block, Block<T> next) {
+        constexpr int kTileHeads = decltype(heads)::kCount, kSize = kValueVecs * kLanes;
+        const float* weights = scores_of(head) + block.first;
+        float* sums = partial_of(head)->weighted_values;
+        int64_t begin = 0;
+        for (; begin + kSize <= d.head_dim; begin += kSize) {
+          add_values<kTileHeads, kValueVecs>(block, next, begin, kSize, weights, sums + begin,
+                                             sums_stride);
+        }
+        for (; begin < d.head_dim; begin += kLanes) {
+          const int64_t left = d.head_dim - begin;
+          add_values<kTileHeads, 1>(block, next, begin,
+                                    left < kLanes ? static_cast<int>(left) : kLanes, weights,
+                                    sums + begin, sums_stride);
+        }
+      });
 }
 
 template <typename T>
 void attend_items(const Decode& d, int64_t begin, int64_t end) {
   const int64_t group = d.num_heads / d.num_kv_heads;
-  for (int64_t i = begin; i < end; ++i) {
-    const Item item = item_at(d, i);
-    if (item.span.begin >= item.span.end) continue;
-    const Block<T> after = i + 1 < end
-                               ? block_at<T>(d, item_at(d, i + 1), d.k_cache, d.k_strides, 0)
-                               : Block<T>{};
-    int64_t head = item.kv_head * group;
-    const int64_t stop = head + group;
-    for (; head + kHeads <= stop; head += kHeads) attend<kHeads, T>(d, item, head, after);
-    for (; head < stop; ++head) attend<1, T>(d, item, head, after);
+  const int64_t first = begin * group, stop = end * group;
+  for (int64_t i = first; i < stop;) {
+    const Job job = job_at(d, i / group, end, i % group);
+    i += job.head_end - job.head;
+    if (job.span.begin >= job.span.end) continue;
+    Block<T> after = {};
+    if (i < stop) {
+      after = block_at<T>(d, job_at(d, i / group, end, i % group), d.k_cache, d.k_strides, 0);
+    }
+    attend<T>(d, job, after);
   }
 }
 

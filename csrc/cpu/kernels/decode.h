@@ -21,13 +21,16 @@ struct Decode {
   float scale;
   DType dtype;
   int64_t splits;   // of the sequence with the most keys
-  float* partials;  // (batch, splits, num_heads, 2 + head_dim)
+  float* partials;  // (batch, splits, num_heads, partial_size(head_dim)), aligned to a cache line
 };
 
 // Keys per split. It is small so that the threads divide the keys of a sequence rather than its kv
 // heads: the kv heads of a token are adjacent in memory, and the hardware prefetcher of one core
 // would load those of other cores.
 constexpr int kSplit = 256;
+
+// Returns the size of a partial result, which fills whole cache lines.
+inline int64_t partial_size(int64_t head_dim) { return 16 + (head_dim + 15) / 16 * 16; }
 
 // The positions [begin, end) that the new token of a sequence attends to.
 struct Span {
