@@ -192,9 +192,9 @@ ThreeTensors attention_backward(
           "mistral_kernels::attention_forward", q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
           max_seqlen_k, softmax_scale, window_left, window_right, softcap, alibi_slopes, true));
     }
-    return backward(dout, q, k, v, out, given, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                    softmax_scale, window_left, window_right, softcap, alibi_slopes, needs_dq,
-                    needs_dk, needs_dv);
+    return backward(dout, q, k, v, out, given, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                    max_seqlen_k, softmax_scale, window_left, window_right, softcap, alibi_slopes,
+                    needs_dq, needs_dk, needs_dv);
   };
   return run_or_call<ThreeTensors>("mistral_kernels::attention_backward_python", run, dout, q, k, v,
                                    out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,

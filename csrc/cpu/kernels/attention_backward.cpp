@@ -194,7 +194,8 @@ void add_chunk(const AttentionBackward& a, const BackwardLayout<Unit>& layout, c
       a.packed + (kv_index * layout.key_chunks + key_chunk) * layout.packed_bytes();
   const auto* const keys = reinterpret_cast<const Number*>(packed);
   const auto* const values = keys + int64_t{kChunk} * layout.depth;
-  const auto* const key_rows = reinterpret_cast<const float*>(values + int64_t{kChunk} * layout.depth);
+  const auto* const key_rows =
+      reinterpret_cast<const float*>(values + int64_t{kChunk} * layout.depth);
   const int64_t kv_sums = (kv_index * a.seqlen_k + first_key) * layout.width;
 
   auto* const q_rows = reinterpret_cast<float*>(scratch);

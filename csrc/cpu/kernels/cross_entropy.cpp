@@ -41,7 +41,9 @@ Sums sums(const Softmax& s, const T* logits) {
       exps *= exp(splat(row_max - largest));
       row_max = largest;
     }
-    for (int i = 0; i < count; i += kLanes) block_exps += exp_below_88<false>(load(block + i) - row_max);
+    for (int i = 0; i < count; i += kLanes) {
+      block_exps += exp_below_88<false>(load(block + i) - row_max);
+    }
     exps += block_exps;
     total += block_total;
   }

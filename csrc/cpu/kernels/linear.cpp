@@ -7,8 +7,8 @@
 namespace kernels::INSTRUCTION_SET {
 namespace {
 
-// Rows of x per tile, chosen so that the accumulators and the loaded values of x and the weight stay
-// in registers: 4 x 4 or more of 32 registers, 4 x 3 of 16.
+// Rows of x per tile, chosen so that the accumulators and the loaded values of x and the weight
+// stay in registers: 4 x 4 or more of 32 registers, 4 x 3 of 16.
 constexpr int kRowsPerTile = 4;
 constexpr int kInt8Outs = 4;  // outputs per tile of an int8 weight, with 32 registers
 
@@ -31,8 +31,8 @@ INLINE void for_each_row_tile(const Linear& l, Body body) {
   }
 }
 
-// Converts x. The rows of a tile are interleaved, one step of each row; the last step is padded with
-// zeros.
+// Converts x. The rows of a tile are interleaved, one step of each row; the last step is padded
+// with zeros.
 template <typename T>
 void convert_x(const Linear& l, float* to) {
   for_each_row_tile(l, [&](int64_t row, int64_t count) {
@@ -54,12 +54,13 @@ void convert_x(const Linear& l, float* to) {
 template <int kOuts, int kTileRows, typename W>
 INLINE void products_of(const W* weight, const Linear& l, int64_t row, const float* x,
                         float* products) {
-  // The hardware prefetcher is faster while memory is the limit: on Zen 2, prefetches slowed a product
-  // of 4 float32 rows by 24 to 39 %, and sped up one of 8 bfloat16 rows by 3 to 17 %. Each call
-  // prefetches a share of the next tile, proportional to its share of the rows of x.
+  // The hardware prefetcher is faster while memory is the limit: on Zen 2, prefetches slowed a
+  // product of 4 float32 rows by 24 to 39 %, and sped up one of 8 bfloat16 rows by 3 to 17 %. Each
+  // call prefetches a share of the next tile, proportional to its share of the rows of x.
   const bool prefetch = sizeof(W) == 1 || l.rows > 2 * static_cast<int>(sizeof(W));
   const int64_t tile_bytes = kOuts * l.weight_stride * sizeof(W);
-  const char* ahead = reinterpret_cast<const char*>(weight) + tile_bytes + tile_bytes * row / l.rows;
+  const char* ahead = reinterpret_cast<const char*>(weight);
+  ahead += tile_bytes + tile_bytes * row / l.rows;
   const int64_t ahead_step = kOuts * kStep * sizeof(W) * kTileRows / l.rows;
   x += row * steps_of(l) * kStep;
   Vec totals[kTileRows * kOuts] = {};

@@ -1,6 +1,6 @@
-// Numbers are converted to float32 block by block, in the layout of the tile product: a block of `a`
-// stays in L2, a tile of `b` in L1 (arXiv:1609.00076 describes such blocks). The order of the sums
-// depends on `inner` alone.
+// Numbers are converted to float32 block by block, in the layout of the tile product: a block of
+// `a` stays in L2, a tile of `b` in L1, as in Goto and van de Geijn, "Anatomy of High-Performance
+// Matrix Multiplication" (2008). The order of the sums depends on `inner` alone.
 #include "matmul.h"
 
 #include "products.h"
@@ -114,8 +114,9 @@ void matmul(const Matmul& m, char* scratch, int64_t begin, int64_t end) {
   const int64_t block_rows = ceil_div(ceil_div(m.rows, parts.row_blocks), kRows) * kRows;
   while (begin < end) {
     const int64_t block = begin / parts.col_tiles, tile = begin % parts.col_tiles;
-    const int64_t left = end - begin < parts.col_tiles - tile ? end - begin : parts.col_tiles - tile;
-    const int64_t tiles = ceil_div(left, ceil_div(left, kColBlock / kCols));
+    int64_t tiles = parts.col_tiles - tile;
+    if (tiles > end - begin) tiles = end - begin;
+    tiles = ceil_div(tiles, ceil_div(tiles, kColBlock / kCols));
     const int64_t row = block * block_rows, col = tile * kCols;
     const int64_t rows = m.rows - row < block_rows ? m.rows - row : block_rows;
     const int64_t cols = m.cols - col < tiles * kCols ? m.cols - col : tiles * kCols;

@@ -300,8 +300,8 @@ INLINE void store(ExactBFloat16* to, Vec x) {
   __builtin_memcpy(to, &rounded, sizeof rounded);
 }
 
-// The AVX-512 BF16 instruction flushes subnormal numbers to zero. Both instructions keep the payload
-// of NaN.
+// The AVX-512 BF16 instruction flushes subnormal numbers to zero. Both instructions keep the
+// payload of NaN.
 INLINE void store(BFloat16* to, Vec x) {
 #if defined(__AVX512BF16__)
   const auto rounded = _mm512_cvtneps_pbh(x);
