@@ -52,12 +52,17 @@ struct StringOpaque : std::string {};
 namespace {
 
 int64_t threads = 1;
-std::string called;  // the operator in Python that a kernel has called
+bool needs_python = false;  // a kernel has called an operator that this program does not have
+
+struct Kernel {
+  void (*run)(StableIValue* stack, uint64_t arguments, uint64_t results);
+  uint64_t arguments, results;  // their numbers
+};
 
 // What csrc has registered. csrc's static objects register before those of this file exist.
 struct Library {
   std::string schemas;
-  std::map<std::string, void (*)(StableIValue*, uint64_t, uint64_t)> kernels;
+  std::map<std::string, Kernel> kernels;  // by the name of the operator
 };
 Library& library() {
   static Library registered;
@@ -161,26 +166,25 @@ void write_result(char type, StableIValue value) {
   }
 }
 
-// Runs one call. The answer is the name of the operator in Python that computes the results
-// instead, or an error message, or the storages of the arguments and the results.
+// Runs one call. The answer is 'r', the storages of the arguments and the results; 'p' if Python
+// computes the results instead; or 'e' and an error message.
 void answer() {
-  const std::string name = read_bytes();
+  const Kernel& kernel = library().kernels.at(read_bytes());
   threads = read_number();
   std::vector<Storage> storages(read_number());
   for (Storage& storage : storages) storage = std::make_shared<std::string>(read_bytes());
-  std::vector<StableIValue> stack(read_number());
-  const size_t arguments = stack.size();
-  for (StableIValue& value : stack) value = read_value(storages);
-  const std::string results = read_bytes();
-  stack.resize(std::max(arguments, results.size()));
-  called.clear();
+  std::vector<StableIValue> stack(std::max(kernel.arguments, kernel.results));
+  for (size_t i = 0; i < kernel.arguments; ++i) stack[i] = read_value(storages);
+  const std::string results = read_bytes();  // their types
+  needs_python = false;
   try {
-    library().kernels.at(name)(stack.data(), arguments, results.size());
+    kernel.run(stack.data(), kernel.arguments, kernel.results);
   } catch (const std::exception& error) {
-    write_bytes(called.empty() ? error.what() : called);
+    write_number(needs_python ? 'p' : 'e');
+    if (!needs_python) write_bytes(error.what());
     return;
   }
-  write_bytes("");
+  write_number('r');
   for (const Storage& storage : storages) write_bytes(*storage);
   for (size_t i = 0; i < results.size(); ++i) write_result(results[i], stack[i]);
 }
@@ -268,8 +272,8 @@ FUNCTION(aoti_torch_library_init_fragment, *to = nullptr, const char*, const cha
          TorchLibraryHandle* to)
 FUNCTION(aoti_torch_library_def, (library().schemas += schema) += '\n', TorchLibraryHandle,
          const char* schema)
-FUNCTION(torch_library_impl, library().kernels[name] = kernel, TorchLibraryHandle, const char* name,
-         void (*kernel)(StableIValue*, uint64_t, uint64_t), uint64_t)
+FUNCTION(torch_library_impl, library().kernels[name].run = run, TorchLibraryHandle, const char* name,
+         void (*run)(StableIValue*, uint64_t, uint64_t), uint64_t)
 FUNCTION(aoti_torch_delete_library_object, , TorchLibraryHandle)
 
 // Runs the ranges that PyTorch's threads would get, one after the other.
@@ -294,7 +298,13 @@ AOTITorchError torch_call_dispatcher(const char* name, const char*, StableIValue
     stack[0] = value_of(to);
     return AOTI_TORCH_SUCCESS;
   }
-  if (called.empty()) called = name;  // csrc then calls mistral_kernels::python_error
+  const auto& kernels = library().kernels;
+  const char* const colons = std::strstr(name, "::");
+  if (const auto found = kernels.find(colons + 2); found != kernels.end()) {
+    found->second.run(stack, found->second.arguments, found->second.results);
+    return AOTI_TORCH_SUCCESS;
+  }
+  needs_python = true;
   return AOTI_TORCH_FAILURE;
 }
 }
@@ -304,6 +314,11 @@ int main() {
   std::string names;
   for (const auto& [name, kernel] : library().kernels) names += name + '\n';
   write_bytes(names);
+  std::fflush(stdout);
+  for (auto& [name, kernel] : library().kernels) {
+    kernel.arguments = read_number();
+    kernel.results = read_number();
+  }
   for (;;) {
     std::fflush(stdout);
     answer();

@@ -47,10 +47,11 @@ class _Process:
         for schema in self._read_bytes().decode().splitlines():
             self._library.define(schema)
         for name in self._read_bytes().decode().splitlines():
-            overload = getattr(torch.ops.mistral_kernels, name).default
-            tensors = any("Tensor" in str(x.type) for x in overload._schema.arguments)
+            schema = getattr(torch.ops.mistral_kernels, name).default._schema
+            tensors = any("Tensor" in str(x.type) for x in schema.arguments)
             key = "CPU" if tensors else "CompositeExplicitAutograd"
-            self._library.impl(name, self._caller(name, overload._schema), key)
+            self._library.impl(name, self._caller(name, schema), key)
+            self._write(_number(len(schema.arguments)) + _number(len(schema.returns)))
 
     def _caller(self, name: str, schema: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -62,15 +63,12 @@ class _Process:
             message = [_text(name), _number(torch.get_num_threads()), _number(len(storages))]
             message += [_text(ctypes.string_at(p, x.nbytes())) for p, x in storages.items()]
             results = [{"Tensor": "t", "str": "s"}.get(str(x.type), "b") for x in schema.returns]
-            message += [_number(len(args)), values, _text("".join(results))]
-            assert self._process.stdin is not None
-            self._process.stdin.write(b"".join(message))
-            self._process.stdin.flush()
-            error = self._read_bytes().decode()
-            if error.startswith("mistral_kernels::"):
-                return getattr(torch.ops.mistral_kernels, error.partition("::")[2])(*args)
-            if error:
-                raise RuntimeError(error)
+            self._write(b"".join((*message, values, _text("".join(results)))))
+            outcome = chr(self._read_number())
+            if outcome == "p":
+                return getattr(torch.ops.mistral_kernels, f"{name}_python")(*args)
+            if outcome == "e":
+                raise RuntimeError(self._read_bytes().decode())
             for pointer in storages:
                 data = self._read_bytes()
                 ctypes.memmove(pointer, data, len(data))
@@ -78,6 +76,11 @@ class _Process:
             return outputs[0] if len(outputs) == 1 else tuple(outputs) or None
 
         return call
+
+    def _write(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(data)
+        self._process.stdin.flush()
 
     def _read(self, size: int) -> bytes:
         assert self._process.stdout is not None
@@ -142,5 +145,6 @@ def _encoded(x: Any, kind: Any, storages: dict[int, torch.UntypedStorage]) -> by
 compiler.INSTRUCTION_SETS.clear()
 compiler.INSTRUCTION_SETS.update(compiler.instruction_sets_of("aarch64"))
 _process = _Process(shlex.split(os.environ[VARIABLE]))
-extension._libraries["cpu"] = extension._Library(True, "emulated")
+_best = torch.ops.mistral_kernels.instruction_sets().split()[0]
+extension._libraries["cpu"] = extension._Library(True, "emulated", _best)
 extension.apply_backend_setting()
