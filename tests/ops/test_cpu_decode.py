@@ -133,9 +133,17 @@ def assert_attention_is_accurate(q: Tensor, cache: CacheView, window_left: int) 
     return actual
 
 
-# Capacity, query heads, kv heads, head_dim. They cover several splits of keys, tiles of 4, 2 and 1
-# heads and keys, and head_dims that are not a multiple of a vector.
-SHAPES = [(1, 1, 1, 8), (5, 6, 2, 24), (100, 14, 2, 80), (600, 8, 4, 64), (1300, 4, 1, 128)]
+# Capacity, query heads, kv heads, head_dim. They cover several splits of keys, several jobs per
+# split and per kv head, tiles of 4 and 1 heads, and head_dims that are not a multiple of a vector.
+SHAPES = [
+    (1, 1, 1, 8),
+    (5, 6, 2, 24),
+    (100, 14, 2, 80),
+    (600, 8, 4, 64),
+    (1300, 4, 1, 128),
+    (70, 36, 12, 16),
+    (70, 74, 2, 16),
+]
 KINDS = ["ring", "flat", "rows", "leftpad", "paged"]
 
 
@@ -163,8 +171,8 @@ def test_pytorch_computes_without_the_library():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_bits_do_not_depend_on_batch_or_threads(kind, operators):
-    cache = make_cache(kind, 5, 1300, 2, 64, torch.bfloat16)
-    q = make_queries(cache, 8)
+    cache = make_cache(kind, 5, 1300, 3, 64, torch.bfloat16)
+    q = make_queries(cache, 12)
     together = attend(q, cache, -1)
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
