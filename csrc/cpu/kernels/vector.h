@@ -402,7 +402,7 @@ INLINE Vec rounded(Vec x) {
   store(whole, x);
   return load(whole);
 }
-#if !defined(__AVX512BF16__)
+#if !defined(__AVX512BF16__) && !defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 template <>
 INLINE Vec rounded<BFloat16>(Vec x) {
   return (Vec)(bfloat16_bits(x) & 0xffff0000u);
