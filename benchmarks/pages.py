@@ -22,7 +22,7 @@ from benchmarks.results import FOLDER, PACKAGES, Results, Row
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 PLOTS = Path(__file__).parent / "plots"
-MACHINES = "epyc-zen3", "epyc-zen4", "h200"
+MACHINES = "epyc-zen2", "epyc-zen4", "h200"
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -156,10 +156,10 @@ def front_cpu() -> str:
     """Return the table of models on CPUs for README.md."""
     providers = ("ours", "transformers sdpa", "llama.cpp")
     lines: list[str] = []
-    for name, processor in (("epyc-zen4", "Zen 4"), ("epyc-zen3", "Zen 3")):
+    for name, processor in (("epyc-zen4", "Zen 4"), ("epyc-zen2", "Zen 2")):
         rows = [
             row
-            for row in load(name).select(op="generation", model="160M")
+            for row in load(name).select(op="generation", model="160M", dtype="bfloat16")
             if row.direction == "decode" or row.sizes["tokens"] == 512
         ]
         head, rule, *body = table(rows, "two cores, milliseconds", providers=providers).split("\n")
