@@ -90,7 +90,7 @@ class Ours(Engine):
 
 
 class OursInt8(Ours):
-    """Our model with int8 weights, for decoding on a CPU."""
+    """Our model with int8 weights, on a CPU."""
 
     quantize = "int8"
 

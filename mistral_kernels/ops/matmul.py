@@ -11,6 +11,8 @@ depend on the number of threads, nor on its other rows and columns.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,7 @@ _MULTIPLIED_BY_TORCH = {
 _PRODUCT_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
+@functools.cache  # called for every product
 def multiplied_by_torch(instruction_set: str) -> set[torch.dtype]:
     """Return the dtypes that PyTorch multiplies on a CPU where csrc uses this instruction set."""
     dtypes = _MULTIPLIED_BY_TORCH[instruction_set]
