@@ -2,7 +2,6 @@
 #include "attention.h"
 
 #include "buffer.h"
-#include "kernels/attention.h"
 
 #include <cstring>
 #include <limits>
@@ -61,55 +60,19 @@ TwoTensors forward(const Tensor& q, const Tensor& k, const Tensor& v,
                    int64_t max_seqlen_q, int64_t max_seqlen_k, std::optional<double> softmax_scale,
                    int64_t window_left, int64_t window_right, double softcap,
                    const OptionalTensor& alibi_slopes, bool return_lse) {
-  const bool packed = cu_seqlens_q.has_value();
-  const int64_t dim = packed ? 3 : 4;
-  for (const Tensor* x : {&q, &k, &v}) {
-    require(is_on_cpu(*x, q.scalar_type()) && x->dim() == dim &&
-            x->size(dim - 1) == q.size(dim - 1));
-  }
-  require(same_shape(v, k) && (packed || (!cu_seqlens_k && k.size(0) == q.size(0))));
-  require(softcap == 0 || (softcap >= FLT_MIN && softcap <= FLT_MAX));
-  const int64_t heads = q.size(dim - 2), kv_heads = k.size(dim - 2), head_dim = q.size(dim - 1);
   Attention a{};
-  a.dtype = required_dtype(q);
-  require_heads(heads, kv_heads, head_dim);
-  a.scale = scale_of(softmax_scale, head_dim);
-  a.softcap = static_cast<float>(softcap);
-  a.left = window_bound(window_left);
-  a.right = window_bound(window_right);
-  a.batch = packed ? 1 : q.size(0);
-  a.seqlen_q = q.size(dim - 3);
-  a.seqlen_k = k.size(dim - 3);
-  a.heads = static_cast<int>(heads);
-  a.kv_heads = static_cast<int>(kv_heads);
-  a.head_dim = static_cast<int>(head_dim);
-  const Tensor queries = with_unit_stride(q), keys = with_unit_stride(k),
-               values = with_unit_stride(v);
-  a.q = heads_of(queries);
-  a.k = heads_of(keys);
-  a.v = heads_of(values);
-  OptionalTensor slopes;
-  if (alibi_slopes) {
-    const int64_t sequences = packed ? cu_seqlens_q->numel() - 1 : a.batch;
-    slopes = slopes_of(*alibi_slopes, sequences, heads);
-    a.slopes = static_cast<const float*>(slopes->data_ptr());
-    a.slope_stride = slopes->dim() == 2 ? heads : 0;
-  }
+  const AttentionTensors tensors =
+      set_inputs(a, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window_left, window_right,
+                 softcap, alibi_slopes);
   Tensor out = new_like(q);
   a.out = heads_of(out);
-  std::vector<int64_t> lse_sizes{heads, a.seqlen_q};
-  if (!packed) lse_sizes.insert(lse_sizes.begin(), a.batch);
-  Tensor lse = return_lse ? new_tensor(lse_sizes, ScalarType::Float, q)
-                          : absent(ScalarType::Float, q);
-  if (return_lse) a.lse = static_cast<float*>(lse.data_ptr());
-  a.lse_stride = a.seqlen_q;
-  if (packed) {
-    const int64_t entries = cu_seqlens_q->numel();
-    require(entries > 0);
-    const Tensor ends_q = vector_of(*cu_seqlens_q, ScalarType::Int, entries);
-    const Tensor ends_k =
-        cu_seqlens_k ? vector_of(*cu_seqlens_k, ScalarType::Int, entries) : ends_q;
-    run_packed(a, ends_q, ends_k, max_seqlen_q, max_seqlen_k);
+  Tensor lse = absent(ScalarType::Float, q);
+  if (return_lse) {
+    lse = new_tensor(lse_sizes(a, tensors.ends_q.has_value()), ScalarType::Float, q);
+    a.lse = static_cast<float*>(lse.data_ptr());
+  }
+  if (tensors.ends_q) {
+    run_packed(a, *tensors.ends_q, *tensors.ends_k, max_seqlen_q, max_seqlen_k);
   } else {
     run(a);
   }

@@ -109,54 +109,20 @@ ThreeTensors backward(const Tensor& dout, const Tensor& q, const Tensor& k, cons
                       int64_t window_left, int64_t window_right, double softcap,
                       const OptionalTensor& alibi_slopes, bool needs_dq, bool needs_dk,
                       bool needs_dv) {
-  const bool packed = cu_seqlens_q.has_value();
-  const int64_t dim = packed ? 3 : 4;
-  for (const Tensor* x : {&dout, &q, &k, &v, &out}) {
-    require(is_on_cpu(*x, q.scalar_type()) && x->dim() == dim &&
-            x->size(dim - 1) == q.size(dim - 1));
-  }
-  require(same_shape(dout, q) && same_shape(out, q) && same_shape(v, k));
-  require(packed || (!cu_seqlens_k && k.size(0) == q.size(0)));
-  require(softcap == 0 || (softcap >= FLT_MIN && softcap <= FLT_MAX));
-  const int64_t heads = q.size(dim - 2), kv_heads = k.size(dim - 2), head_dim = q.size(dim - 1);
   AttentionBackward a{};
-  a.dtype = required_dtype(q);
-  require_heads(heads, kv_heads, head_dim);
-  a.scale = scale_of(softmax_scale, head_dim);
-  a.softcap = static_cast<float>(softcap);
-  a.left = window_bound(window_left);
-  a.right = window_bound(window_right);
-  a.batch = packed ? 1 : q.size(0);
-  a.seqlen_q = q.size(dim - 3);
-  a.seqlen_k = k.size(dim - 3);
-  a.heads = static_cast<int>(heads);
-  a.kv_heads = static_cast<int>(kv_heads);
-  a.head_dim = static_cast<int>(head_dim);
-  const int64_t sequences = packed ? cu_seqlens_q->numel() - 1 : a.batch;
-  require(sequences >= 0);
-
-  std::vector<int64_t> lse_sizes{heads, a.seqlen_q};
-  if (!packed) lse_sizes.insert(lse_sizes.begin(), a.batch);
-  require(is_on_cpu(lse, ScalarType::Float));
-  require(lse.dim() == dim - 1 &&
-          std::equal(lse_sizes.begin(), lse_sizes.end(), lse.sizes().begin()));
+  const AttentionTensors tensors =
+      set_inputs(a, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window_left, window_right,
+                 softcap, alibi_slopes);
+  for (const Tensor* x : {&dout, &out}) {
+    require(is_on_cpu(*x, q.scalar_type()) && same_shape(*x, q));
+  }
+  const std::vector<int64_t> sizes = lse_sizes(a, tensors.ends_q.has_value());
+  require(is_on_cpu(lse, ScalarType::Float) && lse.dim() == static_cast<int64_t>(sizes.size()) &&
+          std::equal(sizes.begin(), sizes.end(), lse.sizes().begin()));
   const Tensor row_lse = as_contiguous(lse);
   a.lse = static_cast<const float*>(row_lse.data_ptr());
-  a.lse_stride = a.seqlen_q;
   require(has_accurate_weights(a.lse, row_lse.numel(), a.dtype));
-  std::optional<Tensor> slopes;
-  if (alibi_slopes) {
-    slopes = slopes_of(*alibi_slopes, sequences, heads);
-    a.slopes = static_cast<const float*>(slopes->data_ptr());
-    a.slope_stride = slopes->dim() == 2 ? heads : 0;
-  }
-
-  const Tensor queries = with_unit_stride(q), keys = with_unit_stride(k),
-               values = with_unit_stride(v), outputs = with_unit_stride(out),
-               gradients = with_unit_stride(dout);
-  a.q = heads_of(queries);
-  a.k = heads_of(keys);
-  a.v = heads_of(values);
+  const Tensor outputs = with_unit_stride(out), gradients = with_unit_stride(dout);
   a.out = heads_of(outputs);
   a.dout = heads_of(gradients);
   const auto result = [&](const Tensor& like, bool needed, Heads& to) {
@@ -167,11 +133,8 @@ ThreeTensors backward(const Tensor& dout, const Tensor& q, const Tensor& k, cons
   };
   const Tensor dq = result(q, needs_dq, a.dq), dk = result(k, needs_dk, a.dk),
                dv = result(v, needs_dv, a.dv);
-  if (packed) {
-    const Tensor ends_q = vector_of(*cu_seqlens_q, ScalarType::Int, sequences + 1);
-    const Tensor ends_k =
-        cu_seqlens_k ? vector_of(*cu_seqlens_k, ScalarType::Int, sequences + 1) : ends_q;
-    run_packed(a, ends_q, ends_k, max_seqlen_q, max_seqlen_k);
+  if (tensors.ends_q) {
+    run_packed(a, *tensors.ends_q, *tensors.ends_k, max_seqlen_q, max_seqlen_k);
   } else {
     run(a);
   }

@@ -10,14 +10,9 @@ namespace {
 
 constexpr int kKeyBlock = kLanes == 8 ? 128 : 64;
 constexpr int kBlockRows = 8 * kRows;  // or the number of query heads per kv head, if larger
-constexpr int kMaxHeadDim = 256;
 
 static_assert(kKeyBlock % kCols == 0, "kKeyBlock must be a multiple of kCols");
 static_assert(kBlockRows % kLanes == 0, "kBlockRows must be a multiple of kLanes");
-
-INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
-  return x < low ? low : x > high ? high : x;
-}
 
 INLINE int64_t round_up(int64_t x, int64_t multiple) { return ceil_div(x, multiple) * multiple; }
 
@@ -54,7 +49,7 @@ struct Layout {
   int64_t block() const { return int64_t{kKeyBlock} * (depth + width); }
 
   Sizes sizes(const Attention& a) const {
-    const int64_t row_bytes = 
+    const int64_t row_bytes =
         sizeof(Vec) + sizeof(Range) + 4 * (width + kKeyBlock + 1) + depth * sizeof(Number);
     return {a.batch * a.kv_heads * key_blocks * block() * int64_t{sizeof(Number)}, rows * row_bytes,
             key_blocks, query_blocks};
@@ -285,27 +280,21 @@ void attend_block(const Attention& a, const Layout<Unit>& layout, char* scratch,
   }
 }
 
-// Returns body(number, unit), called with values of the types for this dtype.
-template <typename Body>
-INLINE auto with_types(DType dtype, Body body) {
-  return with_type(dtype, [&](auto number) { return body(number, unit_of(number)); });
-}
-
 }  // namespace
 
 Sizes sizes(const Attention& a) {
-  return with_types(a.dtype, [&](auto, auto unit) { return Layout<decltype(unit)>(a).sizes(a); });
+  return with_units(a.dtype, [&](auto, auto unit) { return Layout<decltype(unit)>(a).sizes(a); });
 }
 
 void pack_keys(const Attention& a, int64_t begin, int64_t end) {
-  with_types(a.dtype, [&](auto number, auto unit) {
+  with_units(a.dtype, [&](auto number, auto unit) {
     const Layout<decltype(unit)> layout(a);
     for (int64_t i = begin; i < end; ++i) pack_block<decltype(number)>(a, layout, i);
   });
 }
 
 void attend(const Attention& a, char* scratch, int64_t begin, int64_t end) {
-  with_types(a.dtype, [&](auto number, auto unit) {
+  with_units(a.dtype, [&](auto number, auto unit) {
     const Layout<decltype(unit)> layout(a);
     for (int64_t i = begin; i < end; ++i) attend_block<decltype(number)>(a, layout, scratch, i);
   });

@@ -8,18 +8,23 @@
 
 namespace kernels {
 
-struct Attention {
-  Heads q, k, v, out;  // (batch, seqlen, heads, head_dim)
-  float* lse;          // (batch, heads, seqlen_q), or null
-  int64_t lse_stride;  // between heads
-  char* packed;        // Sizes::packed_bytes bytes, filled by pack_keys
+// The inputs of the forward and of the backward pass.
+struct AttentionInputs {
+  Heads q, k, v;  // (batch, seqlen, heads, head_dim)
   int64_t batch, seqlen_q, seqlen_k;
   int heads, kv_heads, head_dim;
   int64_t left, right;  // window: visible keys before and after the position of a query
   float scale, softcap;
   const float* slopes;   // of ALiBi: (batch, heads), or null
   int64_t slope_stride;  // between sequences
+  int64_t lse_stride;    // of the log-sum-exp, between heads
   DType dtype;
+};
+
+struct Attention : AttentionInputs {
+  Heads out;     // like q
+  float* lse;    // (batch, heads, seqlen_q), or null
+  char* packed;  // Sizes::packed_bytes bytes, filled by pack_keys
 
   // Returns whether the scores are scaled products, without softcap and ALiBi.
   __attribute__((always_inline)) bool is_plain() const { return softcap == 0 && !slopes; }

@@ -15,13 +15,8 @@ namespace {
 
 constexpr int kChunk = 192;
 constexpr int kChunkRows = 48;  // queries per block of scores; the keys are those of the chunk
-constexpr int kMaxBackwardDim = 256;
 
 static_assert(kChunk % kCols == 0 && kChunkRows % kLanes == 0);
-
-INLINE int64_t bounded(int64_t x, int64_t low, int64_t high) {
-  return x < low ? low : x > high ? high : x;
-}
 
 // Sizes in numbers unless the name contains `bytes`.
 template <typename Unit>
@@ -66,7 +61,7 @@ void pack_columns(const AttentionBackward& a, const Heads& from, int64_t batch, 
                   int64_t first, int depth, Number* to) {
   const int steps = depth / Unit::kWidth;
   const int padded = ceil_div(steps, kLanes) * kLanes;
-  alignas(64) Number rows[kLanes][kMaxBackwardDim + kLanes * Unit::kWidth];
+  alignas(64) Number rows[kLanes][kMaxHeadDim + kLanes * Unit::kWidth];
   for (int key = 0; key < kChunk; key += kLanes) {
     for (int i = 0; i < kLanes; ++i) {
       const bool exists = first + key + i < a.seqlen_k;
@@ -97,11 +92,11 @@ void prepare_chunk(const AttentionBackward& a, const BackwardLayout<Unit>& layou
   pack_columns<T, Unit>(a, a.v, batch, head, first, layout.depth, values);
   // Keys as units [tile of channels][key][channel].
   auto* const rows = reinterpret_cast<float*>(values + int64_t{kChunk} * layout.depth);
-  const int count = bounded(a.seqlen_k - first, 0, kChunk);
+  const int count = clamp(a.seqlen_k - first, 0, kChunk);
   for (int key = 0; key < kChunk; ++key) {
     const T* const from = a.k.at<const T>(batch, key < count ? first + key : 0, head);
     for (int channel = 0; channel < layout.width; channel += kLanes) {
-      const int channels = key < count ? bounded(a.head_dim - channel, 0, kLanes) : 0;
+      const int channels = key < count ? clamp(a.head_dim - channel, 0, kLanes) : 0;
       float* const tile = rows + int64_t{channel / kCols} * kChunk * kCols;
       store(tile + key * kCols + channel % kCols, load(from + channel, channels));
     }
@@ -185,10 +180,10 @@ void differentiate_softmax(const AttentionBackward& a, const RowBlock& block, in
 // Adds the products of one chunk of queries and one chunk of keys.
 template <typename T, typename Unit>
 void add_chunk(const AttentionBackward& a, const BackwardLayout<Unit>& layout, char* scratch,
-                  int64_t batch, int64_t kv_head, int64_t query_chunk, int64_t key_chunk) {
+               int64_t batch, int64_t kv_head, int64_t query_chunk, int64_t key_chunk) {
   using Number = typename Unit::Number;
   const int64_t first_key = key_chunk * kChunk;
-  const int keys_in_chunk = bounded(a.seqlen_k - first_key, 0, kChunk);
+  const int keys_in_chunk = clamp(a.seqlen_k - first_key, 0, kChunk);
   const int64_t kv_index = batch * a.kv_heads + kv_head;
   const char* const packed =
       a.packed + (kv_index * layout.key_chunks + key_chunk) * layout.packed_bytes();
@@ -204,19 +199,24 @@ void add_chunk(const AttentionBackward& a, const BackwardLayout<Unit>& layout, c
   float* const dp = scores + kChunkRows * kChunk;
   float* const p_columns = dp + kChunkRows * kChunk;
   float* const ds_columns = p_columns + kChunkRows * kChunk;
-  auto* const q_units = reinterpret_cast<Number*>(ds_columns + kChunkRows * kChunk);
-  auto* const dout_units = q_units + kChunkRows * layout.depth;
+  // The left matrices of the products with keys and values: the rows themselves if these are
+  // float32.
+  constexpr bool kSameNumbers = BackwardLayout<Unit>::kSameNumbers;
+  const int units_stride = kSameNumbers ? layout.stride : layout.depth;
+  float* const after = ds_columns + kChunkRows * kChunk;
+  auto* const q_units = reinterpret_cast<Number*>(kSameNumbers ? q_rows : after);
+  auto* const dout_units = q_units + kChunkRows * units_stride;
   RowBlock block;
 
   const bool needs_ds = a.dq_sums || a.dk_sums;
-  const int64_t last_row = bounded((query_chunk + 1) * kChunk, 0, a.seqlen_q);
+  const int64_t last_row = clamp((query_chunk + 1) * kChunk, 0, a.seqlen_q);
   for (int64_t head = kv_head * layout.group; head < (kv_head + 1) * layout.group; ++head) {
     if (a.slopes) block.slope = a.slopes[batch * a.slope_stride + head];
     for (int64_t row = query_chunk * kChunk; row < last_row; row += kChunkRows) {
-      block.count = bounded(last_row - row, 0, kChunkRows);
+      block.count = clamp(last_row - row, 0, kChunkRows);
       const int64_t distance = row + a.seqlen_k - a.seqlen_q - first_key;
-      const int first_seen = bounded(distance - a.left, 0, keys_in_chunk);
-      const int last_seen = bounded(distance + block.count + a.right, 0, keys_in_chunk);
+      const int first_seen = clamp(distance - a.left, 0, keys_in_chunk);
+      const int last_seen = clamp(distance + block.count + a.right, 0, keys_in_chunk);
       if (first_seen >= last_seen) continue;
       // Whole tiles of keys that some row sees.
       const int begin = first_seen / kCols * kCols;
@@ -224,8 +224,8 @@ void add_chunk(const AttentionBackward& a, const BackwardLayout<Unit>& layout, c
       bool is_masked = false;
       const int64_t index = (batch * a.heads + head) * a.seqlen_q + row;
       for (int i = 0; i < block.count; ++i) {
-        block.begin[i] = bounded(distance + i - a.left, 0, keys_in_chunk);
-        block.end[i] = bounded(distance + i + a.right + 1, 0, keys_in_chunk);
+        block.begin[i] = clamp(distance + i - a.left, 0, keys_in_chunk);
+        block.end[i] = clamp(distance + i + a.right + 1, 0, keys_in_chunk);
         is_masked |= block.begin[i] > begin || block.end[i] < end;
         const float lse = a.lse[(batch * a.heads + head) * a.lse_stride + row + i];
         block.lse[i] = lse == -kInfinity ? kInfinity : lse;  // a row that sees no key
@@ -234,27 +234,19 @@ void add_chunk(const AttentionBackward& a, const BackwardLayout<Unit>& layout, c
         const T* const dout = a.dout.at<const T>(batch, row + i, head);
         convert(q, a.head_dim, q_rows + i * layout.stride, layout.width);
         convert(dout, a.head_dim, dout_rows + i * layout.stride, layout.width);
-        if constexpr (!BackwardLayout<Unit>::kSameNumbers) {
+        if constexpr (!kSameNumbers) {
           convert(q, a.head_dim, q_units + i * layout.depth, layout.depth);
           convert(dout, a.head_dim, dout_units + i * layout.depth, layout.depth);
         }
       }
-      const auto multiply_by_keys = [&](const float* rows, const Number* units,
-                                        const Number* columns, float* to) {
+      const auto multiply_by_keys = [&](const Number* units, const Number* columns, float* to) {
         for (int tile = begin; tile < end; tile += kCols) {
-          const Number* const from = columns + int64_t{tile} * layout.depth;
-          const int steps = layout.depth / Unit::kWidth;
-          if constexpr (BackwardLayout<Unit>::kSameNumbers) {
-            multiply<Unit>(rows, layout.stride, block.count, from, steps, to + tile, kChunk,
-                           false);
-          } else {
-            multiply<Unit>(units, layout.depth, block.count, from, steps, to + tile, kChunk,
-                           false);
-          }
+          multiply<Unit>(units, units_stride, block.count, columns + int64_t{tile} * layout.depth,
+                         layout.depth / Unit::kWidth, to + tile, kChunk, false);
         }
       };
-      multiply_by_keys(q_rows, q_units, keys, scores);
-      if (needs_ds) multiply_by_keys(dout_rows, dout_units, values, dp);
+      multiply_by_keys(q_units, keys, scores);
+      if (needs_ds) multiply_by_keys(dout_units, values, dp);
       const auto differentiate = is_masked ? differentiate_softmax<Unit, true>
                                            : differentiate_softmax<Unit, false>;
       differentiate(a, block, distance, begin, end, scores, dp, p_columns, ds_columns);
@@ -291,27 +283,22 @@ void store_sums(const float* sums, float factor, int64_t tokens, int heads, int 
   }
 }
 
-template <typename Body>
-INLINE auto with_backward_types(DType dtype, Body body) {
-  return with_type(dtype, [&](auto number) { return body(number, unit_of(number)); });
-}
-
 }  // namespace
 
 BackwardSizes backward_sizes(const AttentionBackward& a) {
-  return with_backward_types(
+  return with_units(
       a.dtype, [&](auto, auto unit) { return BackwardLayout<decltype(unit)>(a).sizes(a); });
 }
 
 void prepare_rows(const AttentionBackward& a, int64_t begin, int64_t end) {
-  with_backward_types(a.dtype, [&](auto number, auto unit) {
+  with_units(a.dtype, [&](auto number, auto unit) {
     const BackwardLayout<decltype(unit)> layout(a);
     for (int64_t i = begin; i < end; ++i) prepare_row<decltype(number)>(a, layout.width, i);
   });
 }
 
 void prepare_keys(const AttentionBackward& a, int64_t begin, int64_t end) {
-  with_backward_types(a.dtype, [&](auto number, auto unit) {
+  with_units(a.dtype, [&](auto number, auto unit) {
     const BackwardLayout<decltype(unit)> layout(a);
     for (int64_t i = begin; i < end; ++i) prepare_chunk<decltype(number)>(a, layout, i);
   });
@@ -319,18 +306,18 @@ void prepare_keys(const AttentionBackward& a, int64_t begin, int64_t end) {
 
 void add_gradients(const AttentionBackward& a, char* scratch, int64_t diagonal, int64_t first_chunk,
                    int64_t chunks, int64_t begin, int64_t end) {
-  with_backward_types(a.dtype, [&](auto number, auto unit) {
+  with_units(a.dtype, [&](auto number, auto unit) {
     const BackwardLayout<decltype(unit)> layout(a);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t head = i / chunks, chunk = first_chunk + i % chunks;
-      add_chunk<decltype(number)>(a, layout, scratch, head / a.kv_heads, head % a.kv_heads,
-                                     chunk, chunk + diagonal);
+      add_chunk<decltype(number)>(a, layout, scratch, head / a.kv_heads, head % a.kv_heads, chunk,
+                                  chunk + diagonal);
     }
   });
 }
 
 void store_rows(const AttentionBackward& a, int64_t begin, int64_t end) {
-  with_backward_types(a.dtype, [&](auto number, auto unit) {
+  with_units(a.dtype, [&](auto number, auto unit) {
     using T = decltype(number);
     const BackwardLayout<decltype(unit)> layout(a);
     store_sums<T>(a.dq_sums, a.scale, a.seqlen_q, a.heads, a.head_dim, layout.width, a.dq, begin,
@@ -339,7 +326,7 @@ void store_rows(const AttentionBackward& a, int64_t begin, int64_t end) {
 }
 
 void store_keys(const AttentionBackward& a, int64_t begin, int64_t end) {
-  with_backward_types(a.dtype, [&](auto number, auto unit) {
+  with_units(a.dtype, [&](auto number, auto unit) {
     using T = decltype(number);
     const BackwardLayout<decltype(unit)> layout(a);
     store_sums<T>(a.dk_sums, a.scale, a.seqlen_k, a.kv_heads, a.head_dim, layout.width, a.dk, begin,

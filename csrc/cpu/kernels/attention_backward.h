@@ -7,27 +7,17 @@
 // computed in the same order with any number of threads.
 #pragma once
 
-#include "../../dtype.h"
-#include "../../heads.h"
-#include "../instruction_sets.h"
+#include "attention.h"
 
 namespace kernels {
 
-struct AttentionBackward {
-  Heads q, k, v, out, dout;  // (batch, seqlen, heads, head_dim)
-  Heads dq, dk, dv;          // results; without data if not requested
-  const float* lse;          // (batch, heads, seqlen_q)
-  int64_t lse_stride;        // between heads
-  const float* slopes;       // of ALiBi: (batch, heads), or null
-  int64_t slope_stride;      // between sequences
-  float* deltas;             // (batch, heads, seqlen_q): rowsum(dout * out)
+struct AttentionBackward : AttentionInputs {
+  Heads out, dout;   // like q
+  Heads dq, dk, dv;  // results; without data if not requested
+  const float* lse;  // (batch, heads, seqlen_q)
+  float* deltas;     // (batch, heads, seqlen_q): rowsum(dout * out)
   float *dq_sums, *dk_sums, *dv_sums;  // (batch, heads, seqlen, BackwardSizes::width), or null
-  char* packed;              // BackwardSizes::packed_bytes bytes, filled by prepare_keys
-  int64_t batch, seqlen_q, seqlen_k;
-  int heads, kv_heads, head_dim;
-  int64_t left, right;  // window: visible keys before and after the position of a query
-  float scale, softcap;
-  DType dtype;
+  char* packed;  // BackwardSizes::packed_bytes bytes, filled by prepare_keys
 };
 
 struct BackwardSizes {

@@ -101,8 +101,9 @@ INLINE Block<T> block_at(const Decode& d, const Job& job, const void* cache, con
   return {{data, strides[1]}, static_cast<int>(first), static_cast<int>(count)};
 }
 
-// While `key` of `block` is processed, prefetches the same key of the next block. In long blocks, it
-// also prefetches the key kKeysAhead keys ahead: the processor may have dropped earlier prefetches.
+// While `key` of `block` is processed, prefetches the same key of the next block. In long blocks,
+// it also prefetches the key kKeysAhead keys ahead: the processor may have dropped earlier
+// prefetches.
 template <typename T>
 INLINE void fetch_ahead(Block<T> block, Block<T> next, int key, int64_t begin, int64_t size) {
   next.fetch(key, begin, size);

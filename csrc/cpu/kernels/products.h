@@ -23,6 +23,8 @@ constexpr int kVecs = 2;
 #endif
 constexpr int kCols = kVecs * kLanes;
 
+constexpr int kMaxHeadDim = 256;
+
 // Returns the lanes of a and b that the indices select; those of b begin at kLanes.
 template <int... kIndex>
 INLINE Vec shuffle(Vec a, Vec b) {
@@ -69,6 +71,10 @@ INLINE void transpose(Vec (&x)[kLanes]) {
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
 // The unit of a product: one float32.
 struct SingleUnit {
   using Number = float;
@@ -96,6 +102,12 @@ using PairUnit = SingleUnit;
 INLINE SingleUnit unit_of(float) { return {}; }
 INLINE SingleUnit unit_of(Half) { return {}; }
 INLINE PairUnit unit_of(BFloat16) { return {}; }
+
+// Returns body(number, unit), called with values of the types for this dtype.
+template <typename Body>
+INLINE auto with_units(DType dtype, Body body) {
+  return with_type(dtype, [&](auto number) { return body(number, unit_of(number)); });
+}
 
 // Unrolls a loop over accumulators. Otherwise GCC keeps them in memory: half the speed with AVX2.
 #define UNROLL _Pragma("GCC unroll 8")
